@@ -1,0 +1,95 @@
+"""The words everything else is written in: axis letters and the records passed between layers.
+
+Names of arrays end in their axes:
+
+  A micro-batches of a step   B pairs               N rows of tokens     L positions of a row
+  S slots of a row            G groups of rows      M scored tokens of a group
+  D width                     H query heads         K head size          V vocabulary
+
+A *slot* is one answer whose log-probability is wanted. A *group* is a run of consecutive rows that
+one device holds; scored tokens are listed a group at a time, so gathering them is never
+communication.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+PyTree = Any
+
+
+class PairLogps(NamedTuple):
+  """Log-probabilities of B pairs of answers, summed over answer tokens, in nats.
+
+  Token counts are only read by losses that average over length; None where nobody asks.
+  """
+
+  chosen_B: Array
+  rejected_B: Array
+  chosen_tokens_B: Array | None = None
+  rejected_tokens_B: Array | None = None
+
+
+class TokenBatch(NamedTuple):
+  """Rows of tokens: the one layout of padded, packed and prefix-shared data.
+
+  A query may attend to a key when both have the same `pair`, the key's `position` is not later,
+  and the key's `branch` is 0 or the query's own. `target` is always the next token of the same
+  branch: the last prompt token is repeated at the head of every branch, and the last answer token
+  is a target but never an input.
+
+  Attributes:
+    ids_NL: int32 input tokens; 0 in padding.
+    position_NL: int32 position of the token within its own text; rotary and learned positions.
+    pair_NL: int32 which pair of the row the token belongs to; -1 is padding.
+    branch_NL: int32 0 shared prompt, 1 chosen, 2 rejected, ... K.
+    slot_NL: int32 which slot of the row the target counts towards, in [0, S).
+    target_NL: int32 the next token of the branch; 0 where nothing is scored.
+    weight_NL: float32 weight of the target's log-prob in its slot's sum; 0 is not scored.
+    scored_GM: int32 flat positions (row * L + column) of the scored tokens within each group's
+      N / G rows; (N / G) * L, one past the end, fills what is left over.
+    weight_NS: float32 weight of the pair that the slot belongs to; 0 is an empty slot. The K slots
+      of a pair are neighbours, chosen first, so `reshape(-1, K)` of any [N, S] array lists pairs.
+    row_NS: int32 row of the data set that the slot came from; -1 is an empty slot.
+  """
+
+  ids_NL: Array
+  position_NL: Array
+  pair_NL: Array
+  branch_NL: Array
+  slot_NL: Array
+  target_NL: Array
+  weight_NL: Array
+  scored_GM: Array
+  weight_NS: Array
+  row_NS: Array
+
+
+class Head(NamedTuple):
+  """The unembedding: logits = cap(hidden @ kernel.T + bias), cap(z) = c tanh(z / c) if c is set."""
+
+  kernel_VD: Array
+  bias_V: Array | None = None
+  soft_cap: float | None = None
+
+
+class Model(NamedTuple):
+  """Any language model: pure functions of a parameter tree.
+
+  Attributes:
+    hidden: (params, batch: TokenBatch) -> hidden_NLD, the input of the head at every position.
+    head: (params) -> Head.
+    vocab: number of token ids the head can score.
+  """
+
+  hidden: Callable[[PyTree, TokenBatch], Array]
+  head: Callable[[PyTree], Head]
+  vocab: int
+
+
+class UserError(Exception):
+  """Bad input. Its message is one line: the value, the rule it breaks and the way out."""

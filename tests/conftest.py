@@ -1,0 +1,19 @@
+"""Eight CPU devices for every test, and the paths of material that may be absent."""
+
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+  """Real preferences, tokenizers and models beside the project, where they exist."""
+  if not SHARED_DATA.is_dir():
+    pytest.skip("../shared/data is not beside this checkout")
+  return SHARED_DATA
