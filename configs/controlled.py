@@ -1,0 +1,66 @@
+"""The embedded task: a small language model of reviews, then its alignment by DPO.
+
+  python -m dpo_jax.train --config=configs/controlled.py:sft --workdir=runs/quickstart/sft
+  python -m dpo_jax.train --config=configs/controlled.py:dpo --workdir=runs/quickstart/dpo
+
+The files these read are made by scripts/make_controlled.py and scripts/make_pairs.py, as
+scripts/quickstart.sh shows.
+"""
+
+from ml_collections import ConfigDict
+
+from dpo_jax import defaults
+from dpo_jax.structs import UserError
+
+TASK = "runs/quickstart"
+
+
+def get_config(arg: str = "dpo"):
+  """`sft`: supervised training of the reference from nothing; `dpo`: preferences after it."""
+  config = defaults.get_config()
+  config.data.max_length = 64
+  config.data.row_length = 256
+  if arg == "sft":
+    _supervised(config)
+  elif arg == "dpo":
+    _preferences(config)
+  else:
+    raise UserError(f"configs/controlled.py:{arg} is not a stage of the task; give sft or dpo")
+  return config.lock()
+
+
+def _supervised(config: ConfigDict) -> None:
+  config.model.tokenizer = f"{TASK}/task/tokenizer"
+  config.model.scratch = ConfigDict(
+    {
+      "model_type": "llama",
+      "hidden_size": 128,
+      "num_hidden_layers": 4,
+      "num_attention_heads": 4,
+      "num_key_value_heads": 4,
+      "intermediate_size": 384,
+      "max_position_embeddings": 128,
+      "tie_word_embeddings": True,
+    }
+  )
+  config.data.path = f"{TASK}/task/sft.jsonl"
+  config.loss = defaults.loss("sft")
+  config.optimizer.learning_rate = 3e-3
+  config.optimizer.schedule = "cosine"
+  config.optimizer.warmup_steps = 50
+  config.optimizer.weight_decay = 0.01
+  config.train.batch_size = 128
+  config.train.steps = 600
+  config.eval.every = 200
+
+
+def _preferences(config: ConfigDict) -> None:
+  config.model.path = f"{TASK}/sft/export"
+  config.data.path = f"{TASK}/pairs.jsonl"
+  config.loss = defaults.loss("sigmoid", beta=1.0)
+  config.optimizer.learning_rate = 5e-4
+  config.optimizer.schedule = "cosine"
+  config.optimizer.warmup_steps = 20
+  config.train.batch_size = 128
+  config.train.epochs = 2.0
+  config.eval.every = 100

@@ -1,0 +1,156 @@
+"""Checkpoints through Orbax: asynchronous, atomic, the latest few and the best kept.
+
+A checkpoint holds all that evolves (`TrainState`) and nothing else: never the frozen reference,
+never a tree replicated over devices. The data position is the step itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from dpo_jax.structs import PyTree, UserError
+
+
+def _reason(error: BaseException) -> str:
+  """The line that matters of an Orbax error, which hides what happened in its causes."""
+  chain: list[BaseException] = []
+  cause: BaseException | None = error
+  while cause is not None and cause not in chain:
+    chain.append(cause)
+    cause = cause.__cause__ or cause.__context__
+  for link in chain:
+    text = str(link)
+    if getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+      return "no space left on the device"
+    if isinstance(link, PermissionError) or getattr(link, "errno", None) == errno.EROFS:
+      return "the folder cannot be written"
+  return (str(chain[-1]).strip().splitlines() or [type(chain[-1]).__name__])[0][:200]
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+  """What to read a leaf as: its shape and type, on one device."""
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+
+
+class Checkpoints:
+  """The checkpoints of one run, in `directory`.
+
+  Args:
+    directory: `WORKDIR/checkpoints`.
+    keep: how many of the latest stay.
+    best: name of the metric whose best checkpoint stays as well; "" for none.
+    higher: whether a larger value of that metric is better.
+  """
+
+  def __init__(
+    self, directory: str | pathlib.Path, *, keep: int = 2, best: str = "", higher: bool = True
+  ):
+    policies = ocp.training.preservation_policies
+    kept: list[Any] = [policies.LatestN(keep)]
+    if best:
+      sign = 1.0 if higher else -1.0
+      worst = -float("inf")
+      kept.append(
+        policies.BestN(
+          n=1,
+          get_metric_fn=lambda m: sign * m[best] if m and best in m else worst,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
+    self.directory = pathlib.Path(directory).resolve()
+    self._pending: tuple[int, Any] | None = None
+    self._orbax = ocp.training.Checkpointer(
+      str(self.directory),
+      preservation_policy=policies.AnyPreservationPolicy(kept),
+      cleanup_tmp_directories=True,
+    )
+
+  def steps(self) -> list[int]:
+    """Steps of the whole checkpoints, in order."""
+    return [c.step for c in self._orbax.checkpoints]
+
+  def latest(self) -> int | None:
+    """The step of the latest whole checkpoint, None where there is none."""
+    steps = self.steps()
+    return steps[-1] if steps else None
+
+  def save(self, step: int, state: PyTree, metrics: dict[str, float] | None = None) -> None:
+    """Starts writing `state` as the checkpoint of `step`; returns before it is on disk.
+
+    Raises:
+      UserError: this or the previous checkpoint could not be written; older ones stay whole.
+    """
+    self.wait()
+    try:
+      response = self._orbax.save_async(step, state, force=True, metrics=metrics)
+    except Exception as error:
+      raise self._failed(step, error) from error
+    self._pending = (step, response)
+
+  def wait(self) -> None:
+    """Returns once everything started is on disk; raises as `save` does."""
+    if self._pending is None:
+      return
+    (step, response), self._pending = self._pending, None
+    try:
+      response.result()
+      self._orbax.wait()
+    except Exception as error:
+      raise self._failed(step, error) from error
+
+  def _failed(self, step: int, error: Exception) -> UserError:
+    whole = [s for s in self.steps() if s != step]
+    kept = f"the checkpoint of step {whole[-1]} is whole" if whole else "no earlier one exists"
+    return UserError(
+      f"the checkpoint of step {step} could not be saved in {self.directory}: {_reason(error)};"
+      f" {kept}; mend that and run the same command again"
+    )
+
+  def restore(self, like: PyTree, step: int | None = None) -> PyTree:
+    """The state saved at `step` (the latest by default), with the structure of `like`, on host.
+
+    Raises:
+      UserError: there is no such checkpoint, or it does not fit `like`.
+    """
+    self._known(step)
+    try:
+      state = self._orbax.load(step, jax.tree.map(_abstract, like))
+    except Exception as error:
+      raise UserError(
+        f"the checkpoint in {self.directory} cannot be read: {_reason(error)}; delete the step's"
+        " folder to fall back to an earlier one, or start with a new --workdir"
+      ) from error
+    return jax.tree.map(np.asarray, state)
+
+  def restore_params(self, step: int | None = None) -> PyTree:
+    """The policy's parameters alone, on host, whatever else the checkpoint holds."""
+    self._known(step)
+    kept = self._orbax.metadata(step).metadata
+    wanted = {
+      name: jax.tree.map(_abstract if name == "params" else lambda _: ocp.PLACEHOLDER, tree)
+      for name, tree in kept.items()
+    }
+    return jax.tree.map(np.asarray, self._orbax.load(step, wanted)["params"])
+
+  def _known(self, step: int | None) -> None:
+    steps = self.steps()
+    if not steps:
+      raise UserError(f"{self.directory} holds no checkpoint; train there first")
+    if step is not None and step not in steps:
+      raise UserError(
+        f"{self.directory} holds no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
+      )
+
+  def close(self) -> None:
+    """Waits for what is being written, then lets go of the folder."""
+    try:
+      self.wait()
+    finally:
+      self._orbax.close()

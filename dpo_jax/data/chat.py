@@ -1,0 +1,272 @@
+"""Tokenizers and conversations: text to token ids, with the answer's tokens known exactly.
+
+Prompt and answer are tokenised together, never apart: a token that holds any character of the
+answer belongs to the answer. With `"answer "` + `"good"` and a usual BPE the tokens are `answer`
+and ` good`, so the prompt is `answer` alone. The prompt is then what all answers of a row share.
+
+A BOS stands once at the start if the tokenizer has the habit; an EOS ends every answer unless a
+chat template ended the turn already.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from dpo_jax.data.sources import Messages, Preference, RowError
+from dpo_jax.structs import UserError
+
+Ids = np.ndarray  # int32
+Encoded = tuple[Ids, tuple[Ids, ...]]  # prompt and answers
+
+
+def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
+  """The tokenizer of a Hugging Face folder: its `tokenizer.json`, exactly as it is."""
+  folder = pathlib.Path(path)
+  if not folder.is_dir():
+    raise UserError(f"no tokenizer folder {folder}; name a folder that holds tokenizer.json")
+  file = folder / "tokenizer.json"
+  if not file.is_file():
+    raise UserError(
+      f"{folder} holds no tokenizer.json; save it there with transformers:"
+      " AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+    )
+  try:
+    text = file.read_text(encoding="utf-8")
+    backend = tokenizers.Tokenizer.from_str(text)
+  except Exception as error:  # the library raises bare Exception
+    raise UserError(f"{file} is not a tokenizer: {error}") from None
+  return Tokenizer(folder, backend, hashlib.sha256(text.encode()).hexdigest())
+
+
+class Tokenizer:
+  """Text to ids and back.
+
+  Attributes:
+    bos_id, eos_id: ids of the special tokens, None where there are none.
+    adds_bos: whether every text begins with BOS.
+    vocab_size: one more than the largest id.
+  """
+
+  def __init__(self, folder: pathlib.Path, backend: tokenizers.Tokenizer, digest: str):
+    self._folder = folder
+    self._backend = backend
+    self._digest = digest
+    self._settings = _read_settings(folder)
+    self.bos_id = self._special("bos")
+    self.eos_id = self._special("eos")
+    self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+    self._special_ids = {
+      id for id, token in backend.get_added_tokens_decoder().items() if token.special
+    }
+    begins = backend.encode("a").ids[:1] == [self.bos_id]
+    self.adds_bos = self.bos_id is not None and bool(self._settings.get("add_bos_token", begins))
+    # Ids of the text and nothing else, with the offsets of every character: post-processors add
+    # special tokens and trim offsets, and a file may ask for padding or truncation.
+    backend.post_processor = None
+    backend.no_padding()
+    backend.no_truncation()
+
+  # --- text to ids --------------------------------------------------------------------------------
+
+  def encode_preference(self, preference: Preference) -> Encoded:
+    """Prompt ids and answer ids; raises `RowError` where nothing can be predicted or scored."""
+    (encoded,) = self.encode_preferences([preference])
+    if isinstance(encoded, RowError):
+      raise encoded
+    return encoded
+
+  def encode_preferences(self, preferences: Sequence[Preference]) -> list[Encoded | RowError]:
+    """`encode_preference` of many at once, on all cores; errors stand in their rows' places."""
+    out: list[Encoded | RowError | None] = [None] * len(preferences)
+    texts: list[str] = []
+    jobs: list[tuple[int, list[int], bool]] = []  # row, where each answer begins, who ends the text
+    for i, (prompt, answers) in enumerate(preferences):
+      if not isinstance(prompt, str) and (not prompt or isinstance(prompt[0], int)):
+        out[i] = _as_they_stand(prompt, answers)
+        continue
+      try:
+        whole, starts = self._render(prompt, answers)
+      except RowError as error:
+        out[i] = error
+        continue
+      texts += whole
+      jobs.append((i, starts, not isinstance(prompt, str)))
+    encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+    for i, starts, is_chat in jobs:
+      pieces = [next(encodings) for _ in starts]
+      try:
+        out[i] = self._split(pieces, starts, is_chat)
+      except RowError as error:
+        out[i] = error
+    return out
+
+  def encode_prompt(self, prompt: str | Messages) -> list[int]:
+    """Ids that generation starts from."""
+    text = prompt if isinstance(prompt, str) else self._render_prompt(prompt)
+    return self._with_bos(self._backend.encode(text, add_special_tokens=False).ids)
+
+  def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+    """The text of some ids, with or without their special tokens."""
+    return self._backend.decode([int(id) for id in ids], skip_special_tokens=not special)
+
+  def token_text(self, id: int) -> str:
+    """One entry of the vocabulary as it is written there."""
+    return self._backend.id_to_token(int(id)) or f"<{id}>"
+
+  def digest(self) -> str:
+    """Changes whenever the ids of some text or conversation may."""
+    settings = json.dumps([self.adds_bos, self.eos_id, self._template], sort_keys=True)
+    return hashlib.sha256((self._digest + settings).encode()).hexdigest()
+
+  def _split(self, encodings: list, starts: list[int], is_chat: bool) -> Encoded:
+    """Prompt and answers from whole texts: the prompt is what no answer touches and all share."""
+    texts = [encoding.ids for encoding in encodings]
+    shared = min(
+      _first_token(encoding, start) for encoding, start in zip(encodings, starts, strict=True)
+    )
+    while any(ids[:shared] != texts[0][:shared] for ids in texts):
+      shared -= 1
+    prompt = self._with_bos(texts[0][:shared])
+    answers = [ids[shared:] for ids in texts]
+    if not prompt and len(answers) == 1:
+      # A text on its own, without BOS: its first token can only be given, not predicted.
+      prompt, answers = answers[0][:1], [answers[0][1:]]
+    if not prompt:
+      raise RowError("no prompt token before the answer")
+    if not all(answers):
+      raise RowError("empty answer")
+    if len(answers) > 1 and any(answers[0] == other for other in answers[1:]):
+      raise RowError("equal answers")
+    return _array(prompt), tuple(_array(self._with_eos(ids, is_chat)) for ids in answers)
+
+  def _with_bos(self, ids: list[int]) -> list[int]:
+    # A template, or the text itself, may have written it already.
+    return [self.bos_id, *ids] if self.adds_bos and ids[:1] != [self.bos_id] else ids
+
+  def _with_eos(self, ids: list[int], is_chat: bool) -> list[int]:
+    if self.eos_id is None or ids[-1] == self.eos_id or (is_chat and self._ends_turn(ids)):
+      return ids
+    return [*ids, self.eos_id]
+
+  def _ends_turn(self, ids: list[int]) -> bool:
+    """Whether a special token closes the answer, whatever white space follows it."""
+    for id in reversed(ids):
+      if id in self._special_ids or id == self.eos_id:
+        return True
+      if self.decode([id]).strip():
+        return False
+    return False
+
+  # --- conversations ------------------------------------------------------------------------------
+
+  def _render(self, prompt: str | Messages, answers: Sequence) -> tuple[list[str], list[int]]:
+    """Whole texts, one an answer, and the character each answer begins at."""
+    if isinstance(prompt, str):
+      return [prompt + answer for answer in answers], [len(prompt)] * len(answers)
+    start = self._render_prompt(prompt)
+    texts = []
+    for answer in answers:
+      whole = self._apply([*prompt, *answer])
+      if not whole.startswith(start):
+        # The template writes an answered prompt otherwise than one that waits for its answer.
+        # Generation will see the latter, so the answer, as the template writes it, goes there.
+        whole = start + self._written(prompt, answer, whole, start)
+      texts.append(whole)
+    return texts, [len(start)] * len(texts)
+
+  def _written(self, prompt: Messages, answer: Messages, whole: str, start: str) -> str:
+    """An answer with the end of its turn as the template writes them, to go behind `start`."""
+    # Up to the answer, the text is the same for another answer that begins with another letter.
+    other = "1" if answer[0]["content"].lstrip()[:1] != "1" else "2"
+    with_other = self._apply([*prompt, {**answer[0], "content": other}])
+    at = next(i for i, (one, two) in enumerate(zip(whole, with_other, strict=False)) if one != two)
+    space = whole[len(whole[:at].rstrip()) : at]
+    return ("" if start.endswith(space) else space) + whole[at:]
+
+  def _render_prompt(self, messages: Messages) -> str:
+    return self._apply(messages, add_generation_prompt=True)
+
+  def _apply(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
+    if not self._template:
+      return _plain_chat(messages, add_generation_prompt)
+    import jinja2  # here for its errors; transformers renders with it
+
+    try:
+      return self._chat.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt
+      )
+    except (jinja2.TemplateError, TypeError) as error:
+      raise RowError(f"chat template: {error}") from None
+
+  @functools.cached_property
+  def _chat(self):
+    """transformers' own class, for its templates; its ids are not used."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import PreTrainedTokenizerFast  # slow to import
+
+    return PreTrainedTokenizerFast.from_pretrained(self._folder, local_files_only=True)
+
+  @functools.cached_property
+  def _template(self) -> Any:
+    file = self._folder / "chat_template.jinja"
+    return file.read_text("utf-8") if file.is_file() else self._settings.get("chat_template")
+
+  def _special(self, name: str) -> int | None:
+    """Id of a special token: by its text, or by its id in the model's configuration."""
+    token = self._settings.get(f"{name}_token")
+    if isinstance(token, dict):
+      token = token.get("content")
+    if token is not None:
+      return self._backend.token_to_id(token)
+    ids = self._settings.get(f"{name}_token_id")
+    return ids[0] if isinstance(ids, list) and ids else ids if isinstance(ids, int) else None
+
+
+def _plain_chat(messages: Messages, add_generation_prompt: bool) -> str:
+  """A conversation for tokenizers without a template: `User: …`, a blank line, `Assistant: …`.
+
+  The prompt ends in `Assistant:` and an answer begins with a space.
+  """
+  turns = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
+  return "\n\n".join([*turns, "Assistant:"] if add_generation_prompt else turns)
+
+
+def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
+  """What is said about the tokenizer beside it; files named later win."""
+  settings: dict[str, Any] = {}
+  for name in ("config.json", "special_tokens_map.json", "tokenizer_config.json"):
+    file = folder / name
+    if not file.is_file():
+      continue
+    try:
+      settings |= {k: v for k, v in json.loads(file.read_text("utf-8")).items() if v is not None}
+    except ValueError as error:
+      raise UserError(f"{file} is not JSON: {error}") from None
+  return settings
+
+
+def _as_they_stand(prompt: list[int], answers: Sequence[list[int]]) -> Encoded | RowError:
+  if not prompt:
+    return RowError("empty prompt")
+  return _array(prompt), tuple(_array(ids) for ids in answers)
+
+
+def _first_token(encoding: tokenizers.Encoding, start: int) -> int:
+  """Number of tokens that end at or before a character: those of the prompt."""
+  for token, (_, end) in enumerate(encoding.offsets):
+    if end > start:
+      return token
+  return len(encoding.ids)
+
+
+def _array(ids: Sequence[int]) -> Ids:
+  return np.asarray(ids, np.int32)

@@ -1,0 +1,292 @@
+"""Token ids to rows: cutting to the window, packing, and the arrays of a `TokenBatch`, in numpy.
+
+Three layouts hold the same pairs and give the same log-probabilities:
+
+  padded  one text a row, S = 1; rows K i .. K i + K - 1 are the answers of pair i
+  packed  several texts a row, every answer with its own copy of the prompt
+  shared  several pairs a row, the prompt of a pair once and its answers branching off it
+
+With a prompt p_0 .. p_{P-1} and an answer a_0 .. a_{n-1}, the inputs p_0 .. p_{P-2} are branch 0;
+the inputs p_{P-1}, a_0 .. a_{n-2} with the targets a_0 .. a_{n-1} are the answer's branch. A shared
+pair therefore costs P - 1 plus the lengths of its answers.
+
+A batch holds exactly the pairs it is given, whatever the layout. Only the padding around them is
+rounded, so that few shapes are ever compiled: see `packing.Sizes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dpo_jax.data import packing
+from dpo_jax.data.packing import Places, Shape, Sizes
+from dpo_jax.structs import TokenBatch, UserError
+
+
+class Example(NamedTuple):
+  """One prompt and its K answers as token ids.
+
+  Attributes:
+    prompt: int32 [P], P >= 1: the first answer token needs one to be predicted from.
+    answers: K arrays int32 [n_k], n_k >= 1, best first; they hold the end token where the text
+      really ends.
+    weight: weight of the pair in losses and metrics.
+    row: row of the data set that it came from.
+  """
+
+  prompt: np.ndarray
+  answers: tuple[np.ndarray, ...]
+  weight: float = 1.0
+  row: int = 0
+
+
+# --- cutting --------------------------------------------------------------------------------------
+
+
+def truncate(
+  prompt: np.ndarray,
+  answers: Sequence[np.ndarray],
+  *,
+  max_length: int | None,
+  prompt_floor: int = 64,
+  mode: str = "drop",
+  bos_id: int | None = None,
+) -> tuple[np.ndarray, tuple[np.ndarray, ...], tuple[str, ...]] | None:
+  """Fits every prompt + answer into `max_length` tokens: the one place where text is cut.
+
+  The prompt is cut first and from the left, since the question stands at its end; a BOS at its
+  start stays. It keeps at least `prompt_floor` tokens, BOS included, or half the window where that
+  is less; a shorter prompt is kept whole. Where that is not enough,
+
+    mode "drop"  gives the pair up;
+    mode "cut"   cuts the answers too, at the same length for all, so that none is favoured. A cut
+                 answer loses its end token with its tail and is given no other.
+
+  Args:
+    prompt: int32 [P].
+    answers: K arrays int32.
+    max_length: the window in tokens, or None for no limit.
+    prompt_floor: tokens of the prompt that are never cut.
+    mode: "drop" or "cut".
+    bos_id: the token kept at the start of a cut prompt.
+
+  Returns:
+    The prompt, the answers and what was cut, a subset of ("prompt", "answer"); None if dropped.
+  """
+  if mode not in ("drop", "cut"):
+    raise UserError(f"unknown truncation {mode!r}; choose 'drop' or 'cut'")
+  answers = tuple(answers)
+  if max_length is None:
+    return prompt, answers, ()
+  longest = max(len(answer) for answer in answers)
+  if len(prompt) + longest <= max_length:
+    return prompt, answers, ()
+
+  floor = max(1, min(prompt_floor, max_length // 2, len(prompt)))
+  keep = min(len(prompt), max(floor, max_length - longest))
+  room = max_length - keep
+  if room < longest and (mode == "drop" or room < 1):
+    return None
+  cuts = ()
+  if keep < len(prompt):
+    # keep = 1 leaves no room for both BOS and text: the last token is what predicts the answer.
+    bos = int(keep > 1 and bos_id is not None and prompt[0] == bos_id)
+    prompt = np.concatenate([prompt[:bos], prompt[len(prompt) - keep + bos :]])
+    cuts += ("prompt",)
+  if room < longest:
+    answers = tuple(answer[:room] for answer in answers)
+    cuts += ("answer",)
+  return prompt, answers, cuts
+
+
+# --- laying out -----
+
+
+def fit_row_length(examples: Sequence[Example], layout: str, *, multiple: int = 64) -> int:
+  """A row length for these examples: the longest fits, and packed rows hold a few of the usual."""
+  cost_B = packing.costs(*lengths(examples), layout)
+  want = int(cost_B.max())
+  if layout != "padded":
+    want = max(want, min(2048, 4 * int(cost_B.mean())))
+  return packing.round_up(want, multiple if layout != "padded" else 8)
+
+
+def check_fits(examples: Sequence[Example], layout: str, row_length: int) -> None:
+  """Every example fits a row, or the error names the data row of the largest."""
+  cost_B = packing.costs(*lengths(examples), layout)
+  worst = int(cost_B.argmax())
+  if cost_B[worst] > row_length:
+    raise UserError(
+      f"data row {examples[worst].row} takes {cost_B[worst]} tokens of a {layout} row and rows hold"
+      f" {row_length}; raise row_length to {cost_B[worst]} or lower max_length"
+    )
+
+
+def fit_sizes(
+  batches: Sequence[Sequence[Example]],
+  *,
+  layout: str = "shared",
+  row_length: int,
+  groups: int = 1,
+  quantile: float = 1.0,
+) -> Sizes:
+  """Sizes that these batches share, but for those above `quantile` in rows."""
+  places = [packing.place(*lengths(batch), layout, row_length) for batch in batches]
+  answers = len(batches[0][0].answers)
+  return packing.fit(places, answers, layout, groups, quantile)
+
+
+def collate(
+  examples: Sequence[Example],
+  *,
+  layout: str = "shared",
+  row_length: int,
+  groups: int = 1,
+  sizes: Sizes | None = None,
+) -> TokenBatch:
+  """Lays examples out as rows.
+
+  Args:
+    examples: pairs, all with the same number K of answers.
+    layout: "shared", "packed" or "padded".
+    row_length: L.
+    groups: runs of rows that devices hold; scored tokens are spread evenly over them, and the K
+      answers of a pair never part.
+    sizes: what shapes are rounded up to, from `fit_sizes`; by default what this batch needs.
+
+  Returns:
+    The batch, numpy arrays.
+  """
+  batch = collate_many([examples], layout=layout, row_length=row_length, groups=groups, sizes=sizes)
+  return TokenBatch(*(array[0] for array in batch))
+
+
+def collate_many(
+  micro_batches: Sequence[Sequence[Example]],
+  *,
+  layout: str = "shared",
+  row_length: int,
+  groups: int = 1,
+  sizes: Sizes | None = None,
+) -> TokenBatch:
+  """`collate` of A micro-batches into arrays of one shape, with A as their leading axis."""
+  for batch in micro_batches:
+    check_fits(batch, layout, row_length)
+  answers = len(micro_batches[0][0].answers)
+  most_pairs = sizes.slots // answers if sizes else None
+  places = [
+    packing.place(*lengths(batch), layout, row_length, most_pairs) for batch in micro_batches
+  ]
+  sizes = sizes or packing.fit(places, answers, layout, groups)
+  places, shape = packing.shape_of(places, sizes, layout, groups, row_length)
+  filled = [
+    _fill(batch, place, layout, shape) for batch, place in zip(micro_batches, places, strict=True)
+  ]
+  return TokenBatch(*(np.stack(arrays) for arrays in zip(*filled, strict=True)))
+
+
+def lengths(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
+  """Prompt lengths [B] and answer lengths [B, K]."""
+  prompt_B = np.array([len(example.prompt) for example in examples])
+  return prompt_B, np.array([[len(ids) for ids in example.answers] for example in examples])
+
+
+# --- filling --------------------------------------------------------------------------------------
+
+
+def _fill(examples: Sequence[Example], places: Places, layout: str, shape: Shape) -> TokenBatch:
+  """Writes the arrays: every run of consecutive tokens of one branch is a piece, copied at once."""
+  prompt_B, tokens_BK = lengths(examples)
+  answers = tokens_BK.shape[1]
+  flat = np.concatenate([ids for example in examples for ids in (example.prompt, *example.answers)])
+  start_B = np.cumsum(prompt_B + tokens_BK.sum(1)) - prompt_B - tokens_BK.sum(1)
+
+  # The pieces of an example, P in number: which branch each is, and which text of the example.
+  every = np.arange(1, answers + 1)
+  if layout == "shared":
+    branch_P = np.concatenate([[0], every])
+    text_P = np.zeros(answers + 1, np.int64)
+  else:
+    branch_P = np.stack([np.zeros_like(every), every], axis=1).reshape(-1)
+    text_P = np.repeat(every - 1, 2)
+  # Prompt pieces start at the prompt's first token, answer pieces one before the answer's first.
+  before_BK = start_B[:, None] + prompt_B[:, None] + np.cumsum(tokens_BK, 1) - tokens_BK - 1
+  choose = lambda prompt_B1, answer_BK: np.concatenate([prompt_B1, answer_BK], 1)[:, branch_P]
+  length_BP = choose(prompt_B[:, None] - 1, tokens_BK)
+  source_BP = choose(start_B[:, None], before_BK)
+  position_BP = np.where(branch_P > 0, prompt_B[:, None] - 1, 0)
+
+  if layout == "padded":
+    row_BP = places.row_B[:, None] + text_P
+    column_BP, text_of_row_BP = position_BP, np.zeros_like(row_BP)
+    slot_BP = text_of_row_BP
+  else:
+    row_BP = np.broadcast_to(places.row_B[:, None], length_BP.shape)
+    column_BP = places.column_B[:, None] + np.cumsum(length_BP, 1) - length_BP
+    text_of_row_BP = places.order_B[:, None] * (text_P[-1] + 1) + text_P
+    slot_BP = places.order_B[:, None] * answers + np.maximum(branch_P - 1, 0)
+
+  # From pieces to tokens, T in number.
+  length_X = length_BP.reshape(-1)
+  end_X = np.cumsum(length_X)
+  along_T = np.arange(end_X[-1]) - np.repeat(end_X - length_X, length_X)
+  spread = lambda x_BP: np.repeat(x_BP.reshape(-1), length_X)
+  at_T = spread(row_BP * shape.length + column_BP) + along_T
+  source_T = spread(source_BP) + along_T
+  branch_T = spread(np.broadcast_to(branch_P, length_BP.shape))
+  scored_T = branch_T > 0
+  ids_T = flat[source_T]
+  first_T = scored_T & (along_T == 0)
+  # The last prompt token opens every branch; only the first answer stands right behind it in flat.
+  ids_T[first_T] = np.repeat(flat[start_B + prompt_B - 1], answers)
+
+  def rows_of(values_T, dtype=np.int32, empty=0):
+    out_X = np.full(shape.rows * shape.length, empty, dtype)
+    out_X[at_T] = values_T
+    return out_X.reshape(shape.rows, shape.length)
+
+  target_T = np.where(scored_T, flat[source_T + 1], 0)
+  return TokenBatch(
+    ids_NL=rows_of(ids_T),
+    position_NL=rows_of(spread(position_BP) + along_T),
+    pair_NL=rows_of(spread(text_of_row_BP), empty=-1),
+    branch_NL=rows_of(branch_T),
+    slot_NL=rows_of(spread(slot_BP)),
+    target_NL=rows_of(target_T),
+    weight_NL=rows_of(scored_T, np.float32),
+    scored_GM=_scored(at_T[scored_T], shape),
+    **_slot_arrays(examples, places, layout, shape),
+  )
+
+
+def _scored(at_T: np.ndarray, shape: Shape) -> np.ndarray:
+  """Flat positions of scored tokens, group by group, in order: int32 [G, M]."""
+  block = shape.rows // shape.groups * shape.length
+  at_T = np.sort(at_T)
+  group_T = at_T // block
+  count_G = np.bincount(group_T, minlength=shape.groups)
+  out_GM = np.full((shape.groups, shape.scored), block, np.int32)
+  out_GM[group_T, np.arange(len(at_T)) - np.repeat(np.cumsum(count_G) - count_G, count_G)] = (
+    at_T - group_T * block
+  )
+  return out_GM
+
+
+def _slot_arrays(
+  examples: Sequence[Example], places: Places, layout: str, shape: Shape
+) -> dict[str, np.ndarray]:
+  """Weights and data rows of the slots."""
+  answers = len(examples[0].answers)
+  first_B = places.row_B * shape.slots + (0 if layout == "padded" else places.order_B * answers)
+  at_BK = first_B[:, None] + np.arange(answers)
+  weight_X = np.zeros(shape.rows * shape.slots, np.float32)
+  weight_X[at_BK] = np.array([example.weight for example in examples], np.float32)[:, None]
+  row_X = np.full(shape.rows * shape.slots, -1, np.int32)
+  row_X[at_BK] = np.array([example.row for example in examples], np.int32)[:, None]
+  return {
+    "weight_NS": weight_X.reshape(shape.rows, shape.slots),
+    "row_NS": row_X.reshape(shape.rows, shape.slots),
+  }

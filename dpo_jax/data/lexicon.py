@@ -1,0 +1,203 @@
+"""The words of the embedded task: what reviews are about, and what is said, with its strength.
+
+Strengths run from -2 to 2. Words of one strength are separated by spaces and equally likely. Ways
+to say something are (probability, factor, wordings): the factor is what the reward makes of the
+wording; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+TURN, INTENSIFIED, HEDGED = -0.5, 1.5, 0.5
+
+# How a word's strength is drawn, whatever the words are.
+STRENGTHS = {2: 0.15, 1: 0.3, 0: 0.1, -1: 0.3, -2: 0.15}
+
+GENERAL = {
+  2: "wonderful superb excellent fantastic perfect",
+  1: "good nice pleasant decent solid",
+  0: "ordinary average typical",
+  -1: "poor bad disappointing weak mediocre",
+  -2: "awful terrible horrible dreadful disastrous",
+}
+TRAITS = {
+  "taste": {
+    2: "delicious exquisite",
+    1: "tasty fresh",
+    -1: "bland stale",
+    -2: "inedible revolting",
+  },
+  "people": {
+    2: "charming brilliant",
+    1: "friendly helpful",
+    -1: "slow careless",
+    -2: "rude hostile",
+  },
+  "room": {2: "spotless luxurious", 1: "clean cosy", -1: "dirty cramped", -2: "filthy squalid"},
+  "story": {
+    2: "gripping enchanting",
+    1: "clever moving",
+    -1: "dull confusing",
+    -2: "dire unbearable",
+  },
+  "sound": {2: "glorious heavenly", 1: "rich warm", -1: "muddy thin", -2: "painful deafening"},
+  "tech": {2: "flawless dazzling", 1: "fast reliable", -1: "clumsy dated", -2: "useless hopeless"},
+  "cloth": {2: "gorgeous immaculate", 1: "sturdy soft", -1: "flimsy stiff", -2: "shoddy worthless"},
+  "sight": {
+    2: "breathtaking stunning",
+    1: "pretty elegant",
+    -1: "shabby drab",
+    -2: "hideous ghastly",
+  },
+}
+FEELINGS = {
+  2: "delighted thrilled",
+  1: "pleased satisfied happy",
+  0: "unsure",
+  -1: "disappointed annoyed unhappy",
+  -2: "furious miserable",
+}
+LIKING = {2: "love adore", 1: "enjoy like", -1: "dislike", -2: "hate despise"}  # we liked the soup
+STRIKING = {2: "delight amaze", 1: "impress", -1: "disappoint annoy", -2: "disgust"}  # it struck us
+
+
+class Kind(NamedTuple):
+  """A kind of thing to review; its aspects by trait. An aspect that ends in s is a plural."""
+
+  things: str
+  openings: tuple[str, str]
+  again: str
+  aspects: dict[str, str]
+
+
+KINDS = {
+  "meal": Kind(
+    "restaurant cafe bistro diner pizzeria",
+    ("ate at", "had dinner at"),
+    "eat there again",
+    {"taste": "food soup desserts coffee", "people": "service waiters", "room": "tables"},
+  ),
+  "stay": Kind(
+    "hotel hostel guesthouse motel lodge",
+    ("stayed at", "booked"),
+    "stay there again",
+    {
+      "room": "beds bathroom lobby",
+      "people": "staff service",
+      "taste": "breakfast",
+      "sight": "view",
+    },
+  ),
+  "film": Kind(
+    "film movie comedy thriller musical",
+    ("watched", "saw"),
+    "watch it again",
+    {"story": "plot ending characters", "people": "actors", "sound": "music", "sight": "costumes"},
+  ),
+  "book": Kind(
+    "novel book biography memoir mystery",
+    ("read", "finished"),
+    "read it again",
+    {"story": "plot ending writing chapters characters", "sight": "pictures cover"},
+  ),
+  "concert": Kind(
+    "concert festival opera recital show",
+    ("went to", "attended"),
+    "go there again",
+    {"sound": "songs music", "people": "singers band", "sight": "lights stage", "room": "seats"},
+  ),
+  "gadget": Kind(
+    "phone laptop tablet camera watch",
+    ("bought", "ordered"),
+    "buy it again",
+    {"tech": "screen battery software buttons", "sound": "speakers", "sight": "design case"},
+  ),
+  "garment": Kind(
+    "jacket coat sweater backpack tent",
+    ("bought", "tried"),
+    "buy it again",
+    {"cloth": "fabric zipper pockets seams lining", "sight": "colours design"},
+  ),
+  "sight": Kind(
+    "museum gallery castle garden zoo",
+    ("visited", "went to"),
+    "go there again",
+    {"story": "tour", "people": "guides staff", "sight": "buildings paths", "taste": "snacks"},
+  ),
+}
+KIND_OF = {thing: name for name, kind in KINDS.items() for thing in kind.things.split()}
+TRAIT_OF = {  # of every aspect of a kind
+  name: {aspect: trait for trait, words in kind.aspects.items() for aspect in words.split()}
+  for name, kind in KINDS.items()
+}
+ASPECTS = frozenset(aspect for traits in TRAIT_OF.values() for aspect in traits)
+
+ALONE = ("I",)
+TOGETHER = ("We", "My sister and I", "My brother and I", "My wife and I", "My husband and I")
+ARTICLES = ("the", "this")
+QUALITIES = ("", " new", " old", " little", " famous", " popular", " modern")
+TIMES = (
+  *("yesterday", "last week", "last month", "last summer", "last winter", "in May", "in June"),
+  *("in October", "on Friday", "on Saturday", "on Sunday", "two days ago"),
+)
+OCCASIONS = (
+  "",
+  " with friends",
+  " after work",
+  " on a rainy day",
+  " for the first time",
+  " on a whim",
+)
+
+LINKS = (  # the soup <link> good
+  (0.43, 1.0, ("{be}",)),
+  (0.22, INTENSIFIED, ("{be} very", "{be} really", "{be} truly", "{be} extremely")),
+  (0.13, HEDGED, ("{be} somewhat", "{be} fairly", "{be} rather", "{be} a little")),
+  (0.16, TURN, ("{be} not", "{be}n't", "{be} hardly", "{be} never")),
+  (0.06, TURN * INTENSIFIED, ("{be} not very", "{be}n't very")),
+)
+ACTS = (  # the soup <act> us; we <act> the soup
+  (0.55, 1.0, ("{past}",)),
+  (0.15, INTENSIFIED, ("really {past}", "truly {past}")),
+  (0.10, HEDGED, ("somewhat {past}", "rather {past}")),
+  (0.20, TURN, ("did not {base}", "didn't {base}", "hardly {past}", "never {past}")),
+)
+INTENTS = (  # I <intent> recommend it
+  (0.45, 1.0, ("would",)),
+  (0.15, INTENSIFIED, ("would definitely", "would certainly")),
+  (0.20, HEDGED, ("would probably", "would perhaps")),
+  (0.20, TURN, ("would not", "wouldn't", "would never")),
+)
+LEADS = ("", "overall, ", "in the end, ", "all in all, ")
+HEDGING_TAILS = (", I suppose", ", I guess")
+TAILED = 0.1  # share of statements not yet hedged that take a tail
+
+NEGATORS = frozenset(("not", "never", "hardly"))  # and whatever ends in n't
+INTENSIFIERS = frozenset(("very", "really", "truly", "extremely", "definitely", "certainly"))
+HEDGES = frozenset(
+  ("somewhat", "fairly", "rather", "little", "probably", "perhaps", "suppose", "guess")
+)
+CONTRASTS, ADDITIONS = (", but ", ", yet "), (", and ",)
+JOINED = 0.7  # share of texts whose two aspects stand in one sentence
+VERDICT_FIRST = 0.25
+BREAKS = frozenset((".", "!", "?", ";", "but", "yet", "and"))
+
+
+def past(verb: str) -> str:
+  return verb + ("d" if verb.endswith("e") else "ed")
+
+
+def _values() -> dict[str, int]:
+  """The strength of every word that carries sentiment."""
+  values = {"recommend": 2, "again": 2, "avoid": -2, "against": -2}
+  for table in (GENERAL, FEELINGS, *TRAITS.values(), LIKING, STRIKING):
+    for strength, words in table.items():
+      values |= dict.fromkeys(words.split(), strength)
+  for table in (LIKING, STRIKING):
+    for strength, verbs in table.items():
+      values |= {past(verb): strength for verb in verbs.split()}
+  return values
+
+
+VALUE = _values()  # of every word that carries sentiment

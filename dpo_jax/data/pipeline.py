@@ -1,0 +1,317 @@
+"""Data files to batches: the ledger of what became of every row, order, batching and resume."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.data import packing, sources
+from dpo_jax.data.chat import Tokenizer
+from dpo_jax.data.layout import (
+  Example,
+  check_fits,
+  collate,
+  collate_many,
+  fit_row_length,
+  fit_sizes,
+  lengths,
+  truncate,
+)
+from dpo_jax.data.packing import Sizes
+from dpo_jax.structs import TokenBatch, UserError
+
+
+@dataclasses.dataclass
+class Ledger:
+  """What became of the rows of a data set.
+
+  Attributes:
+    format: the form of the rows.
+    rows: rows read.
+    pairs: rows kept, be they pairs or texts.
+    dropped: reason to number of rows.
+    truncated: "prompt" and "answer" to the number of kept rows so cut.
+    tokens: of the kept rows: "prompt" (counted once a row), "answer", "shared" (copies of prompt
+      tokens that the shared layout saves) and "padding" (of the rows that hold them).
+  """
+
+  format: str = ""
+  rows: int = 0
+  pairs: int = 0
+  dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  truncated: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  tokens: dict[str, int] = dataclasses.field(
+    default_factory=lambda: {"prompt": 0, "answer": 0, "padding": 0, "shared": 0}
+  )
+
+  def to_json(self) -> dict[str, Any]:
+    """One object of plain values."""
+    return dataclasses.asdict(self) | {
+      "dropped": dict(self.dropped),
+      "truncated": dict(self.truncated),
+    }
+
+
+def load_examples(
+  paths: str | pathlib.Path | Sequence[str | pathlib.Path],
+  tokenizer: Tokenizer,
+  *,
+  answers: int = 2,
+  max_length: int | None = None,
+  prompt_floor: int = 64,
+  truncation: str = "drop",
+  fields: dict[str, str] | None = None,
+  limit: int | None = None,
+) -> tuple[list[Example], Ledger, str]:
+  """Reads, recognises, tokenises and cuts the rows of some files.
+
+  Args:
+    paths: one file or several of the same form.
+    tokenizer: of the model.
+    answers: 2 for preferences, 1 for texts to learn from.
+    max_length: tokens of a prompt and one answer together, or None for no limit.
+    prompt_floor, truncation: see `layout.truncate`.
+    fields: field map of `sources.detect`.
+    limit: rows to read at most.
+
+  Returns:
+    The examples, whose `row` counts the rows read from 0; the ledger; the form of the rows.
+  """
+  paths = [paths] if isinstance(paths, (str, pathlib.Path)) else list(paths)
+  rows = itertools.islice(itertools.chain.from_iterable(map(sources.read_rows, paths)), limit)
+  ledger = Ledger()
+  cut = {"max_length": max_length, "prompt_floor": prompt_floor, "mode": truncation}
+  examples: list[Example] = []
+  shortest = None  # tokens of the longest answer, least over the pairs that are too long
+  form = None
+  while chunk := list(itertools.islice(rows, 1024)):
+    form = form or _detect(chunk[0], fields, answers)
+    for row, encoded in _encode(chunk, form, tokenizer, ledger):
+      prompt, texts = encoded
+      longest = max(map(len, texts))
+      kept = truncate(prompt, texts, bos_id=tokenizer.bos_id, **cut)
+      if kept is None:
+        shortest = min(longest, shortest or longest)
+        ledger.dropped["too long"] += 1
+        continue
+      prompt, texts, cuts = kept
+      if len(texts) > 1 and any(np.array_equal(texts[0], other) for other in texts[1:]):
+        ledger.dropped["equal answers after cutting"] += 1
+        continue
+      ledger.truncated.update(cuts)
+      examples.append(Example(prompt, texts, row=row))
+  ledger.format = form.name
+  ledger.pairs = len(examples)
+  if not examples:
+    raise UserError(_nothing_left(ledger, paths, max_length, shortest))
+  ledger.tokens = _count_tokens(examples)
+  return examples, ledger, form.name
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab: int) -> None:
+  """Every id of the tokenizer is one the model can score."""
+  if tokenizer.vocab_size > vocab:
+    raise UserError(
+      f"the tokenizer's ids go to {tokenizer.vocab_size - 1} and the model's vocabulary is {vocab};"
+      " name the tokenizer that belongs to the model"
+    )
+
+
+def _detect(first: tuple[str, sources.Row], fields, answers: int) -> sources.Form:
+  where, row = first
+  try:
+    return sources.detect(row, fields, answers=answers)
+  except UserError as error:
+    raise UserError(f"{where}: {error}") from None
+
+
+def _encode(
+  chunk: Sequence[tuple[str, sources.Row]],
+  form: sources.Form,
+  tokenizer: Tokenizer,
+  ledger: Ledger,
+) -> Iterator[tuple[int, tuple[np.ndarray, tuple[np.ndarray, ...]]]]:
+  """Row number, prompt and answers of the rows of a chunk that hold something; counts the rest."""
+  found = []
+  for where, row in chunk:
+    number = ledger.rows
+    ledger.rows += 1
+    try:
+      found.append((number, where, form.convert(row)))
+    except sources.RowError as error:
+      ledger.dropped[str(error)] += 1
+    except UserError as error:
+      raise UserError(f"{where}: {error}") from None
+  encoded = tokenizer.encode_preferences([preference for _, _, preference in found])
+  for (number, where, _), result in zip(found, encoded, strict=True):
+    if isinstance(result, sources.RowError):
+      ledger.dropped[str(result)] += 1
+      continue
+    largest = max(int(ids.max()) for ids in (result[0], *result[1]))
+    if largest >= tokenizer.vocab_size:
+      raise UserError(
+        f"{where}: token id {largest} is not in the tokenizer, whose ids go to"
+        f" {tokenizer.vocab_size - 1}; the rows were made with another"
+      )
+    yield number, result
+
+
+def _count_tokens(examples: Sequence[Example]) -> dict[str, int]:
+  answers = len(examples[0].answers)
+  prompts = sum(len(example.prompt) for example in examples)
+  return {
+    "prompt": prompts,
+    "answer": sum(len(ids) for example in examples for ids in example.answers),
+    "padding": count_padding(examples, batch_size=32),
+    "shared": (answers - 1) * (prompts - len(examples)),
+  }
+
+
+def _nothing_left(ledger: Ledger, paths, max_length: int | None, shortest: int | None) -> str:
+  why = ", ".join(f"{reason}: {count}" for reason, count in ledger.dropped.most_common())
+  line = f"nothing to train on in {', '.join(map(str, paths))}: {ledger.rows} rows, dropped {why}"
+  if shortest is not None:
+    line += (
+      f"; max_length is {max_length} and the shortest answers take {shortest} tokens, raise"
+      " max_length or set truncation to cut"
+    )
+  return line
+
+
+def count_padding(
+  examples: Sequence[Example],
+  *,
+  batch_size: int,
+  layout: str = "shared",
+  row_length: int | None = None,
+) -> int:
+  """Tokens of padding in the rows taken by one pass over the examples, in order."""
+  length = _rows(examples, layout, row_length, 1)["row_length"]
+  rows = sum(
+    packing.place(*lengths(examples[i : i + batch_size]), layout, length).rows
+    for i in range(0, len(examples), batch_size)
+  )
+  # A padded pair takes several rows; packed ones are told by their costs.
+  taken = packing.costs(*lengths(examples), layout).sum()
+  return rows * length - int(taken)
+
+
+def batches(
+  examples: Sequence[Example],
+  *,
+  batch_size: int,
+  accumulate: int = 1,
+  seed: int = 0,
+  layout: str = "shared",
+  row_length: int | None = None,
+  groups: int = 1,
+  shuffle: bool = True,
+  start: int = 0,
+) -> Iterator[TokenBatch]:
+  """Batches without end, reshuffled every epoch; batch k is a pure function of (data, seed, k).
+
+  Args:
+    examples: the pairs.
+    batch_size: pairs a step, over all its micro-batches; the order of pairs knows nothing else.
+    accumulate: A, micro-batches of a step.
+    seed: of the shuffle.
+    layout: "shared", "packed" or "padded".
+    row_length: L of packed and shared rows; None or 0 for one that suits the examples. Padded rows
+      are as long as the longest text.
+    groups: runs of rows that devices hold.
+    shuffle: False keeps the order of the data.
+    start: the step of the first batch; steps before it are skipped, not replayed.
+
+  Returns:
+    An iterator of `TokenBatch` of numpy arrays with A as the leading axis of every one.
+  """
+  import grain  # loads jax, which only training needs
+
+  if batch_size % accumulate:
+    raise UserError(
+      f"batch size {batch_size} is not divisible by {accumulate} micro-batches;"
+      f" try {batch_size // accumulate * accumulate or accumulate}"
+    )
+  micro = batch_size // accumulate
+  rows = _rows(examples, layout, row_length, groups)
+  sizes = _usual_sizes(examples, micro, accumulate, rows)
+
+  def lay_out(picked: Sequence[int]) -> TokenBatch:
+    chosen = [examples[i] for i in picked]
+    return collate_many(
+      [chosen[i : i + micro] for i in range(0, batch_size, micro)], sizes=sizes, **rows
+    )
+
+  order = grain.MapDataset.source(range(len(examples))).seed(seed)
+  if shuffle:
+    order = order.shuffle()
+  steps = order.repeat().batch(batch_size, drop_remainder=True, batch_fn=list).map(lay_out)
+  # One thread keeps ahead of a training step; more only contend with it for cores.
+  return iter(
+    steps[start:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
+  )
+
+
+def eval_batches(
+  examples: Sequence[Example],
+  *,
+  batch_size: int,
+  layout: str = "shared",
+  row_length: int | None = None,
+  groups: int = 1,
+) -> Iterator[TokenBatch]:
+  """Every example once, in order, all batches of one shape and without a micro-batch axis.
+
+  What the last batch lacks has weight 0; `row_NS` says which data row each slot came from.
+  """
+  if not examples:
+    return
+  rows = _rows(examples, layout, row_length, groups)
+  parts = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+  sizes = fit_sizes(parts, **rows)
+  for part in parts:
+    yield collate(part, sizes=sizes, **rows)
+
+
+def _rows(examples: Sequence[Example], layout: str, row_length: int | None, groups: int) -> dict:
+  """Keyword arguments of `collate`, every example known to fit."""
+  if layout == "padded" or not row_length:
+    row_length = fit_row_length(examples, layout)
+  check_fits(examples, layout, row_length)
+  return {"layout": layout, "row_length": row_length, "groups": groups}
+
+
+def _usual_sizes(examples: Sequence[Example], size: int, accumulate: int, rows: dict) -> Sizes:
+  """Sizes that suffice for the rows of three steps in four, from packing 64 random batches.
+
+  A pure function of its arguments, so that every host and every resumed run finds the same.
+  """
+  rng = np.random.default_rng(0)
+  few = len(examples) < size
+  drawn = [[examples[i] for i in rng.choice(len(examples), size, replace=few)] for _ in range(64)]
+  # A step has the rows of the largest of its micro-batches.
+  sizes = fit_sizes(drawn, quantile=0.75 ** (1 / accumulate), **rows)
+  # A batch that needs more scored tokens than any of these is rare, and rarer still with this.
+  return sizes._replace(scored=sizes.scored + sizes.scored // 32)
+
+
+def split(
+  examples: Sequence[Example], eval_fraction: float, seed: int = 0
+) -> tuple[list[Example], list[Example]]:
+  """Training and held-out examples; all examples of one prompt fall on the same side."""
+  prompts = list(dict.fromkeys(example.prompt.tobytes() for example in examples))
+  held = round(eval_fraction * len(prompts))
+  if eval_fraction > 0 and not 0 < held < len(prompts):
+    raise UserError(
+      f"eval fraction {eval_fraction} of {len(prompts)} distinct prompts leaves one side empty"
+    )
+  order = np.random.default_rng(seed).permutation(len(prompts))
+  away = {prompts[i] for i in order[:held]}
+  train = [example for example in examples if example.prompt.tobytes() not in away]
+  return train, [example for example in examples if example.prompt.tobytes() in away]

@@ -1,0 +1,96 @@
+"""Every field of a run, with its default. The other configurations start from here."""
+
+from ml_collections import ConfigDict, config_dict
+
+from dpo_jax import losses
+from dpo_jax.structs import UserError
+
+
+def section(**fields) -> ConfigDict:
+  """One section of a configuration."""
+  return ConfigDict(fields)
+
+
+def parse(arg: str, known: tuple[str, ...]) -> dict[str, str]:
+  """`key=value,key=value` after the colon of --config, as a dictionary."""
+  given = {}
+  for part in filter(None, arg.split(",")):
+    key, equals, value = part.partition("=")
+    if key not in known or not equals:
+      raise UserError(f"the configuration's argument {part!r} is not one of {'=…, '.join(known)}=…")
+    given[key] = value
+  return given
+
+
+def number(given: dict[str, str], key: str, default: float) -> float:
+  """The number given for `key`, or the default."""
+  try:
+    return float(given.get(key, default))
+  except ValueError:
+    raise UserError(f"the configuration's {key}={given[key]} is not a number") from None
+
+
+def loss(name: str, **given) -> ConfigDict:
+  """The loss section: a name, and a place for every argument of any loss, None where not given.
+
+  So `--config.loss.name=robust --config.loss.label_smoothing=0.2` works on any configuration, and
+  an argument the chosen loss does not read is an error, never silence.
+  """
+  names = sorted({key for known in losses.LOSSES for key in losses.arguments(known)})
+  fields = ConfigDict({key: config_dict.placeholder(float) for key in names})
+  fields.update(given)
+  return ConfigDict({"name": name, **fields})
+
+
+def get_config() -> ConfigDict:
+  """The defaults themselves; not a run, since no model and no data are named."""
+  return ConfigDict(
+    {
+      "seed": 0,
+      "model": section(
+        path="",  # Hugging Face folder to start from; "" starts from `scratch`
+        tokenizer="",  # folder of the tokenizer; "" takes model.path
+        scratch=ConfigDict(),  # fields of a config.json, for a model trained from nothing
+        compute_dtype="float32",  # of matrix products: float32 or bfloat16
+        param_dtype="float32",  # of the policy's parameters
+        remat="dots",  # what the backward pass recomputes: none, dots or full
+      ),
+      "reference": section(
+        path="",  # Hugging Face folder of the reference; "" is the policy as it starts
+        param_dtype="float32",
+      ),
+      "data": section(
+        path="",  # preferences (or texts, for loss sft) to train on
+        eval_path="",  # held-out rows; "" sets eval_fraction of data.path aside, by prompt
+        eval_fraction=0.1,
+        eval_limit=512,  # at most so many held-out rows
+        fields=section(prompt="", chosen="", rejected=""),  # their names, in rows of another form
+        max_length=512,  # tokens of a prompt and one answer together
+        prompt_floor=64,  # tokens of a prompt that are never cut; cutting starts at its left
+        truncation="drop",  # pairs whose answers do not fit: drop, or cut
+        layout="shared",  # shared (prompt once, packed), packed, or padded
+        row_length=0,  # tokens of a row; 0 is a length that suits the data
+      ),
+      "loss": loss("sigmoid", beta=0.1),
+      "optimizer": section(
+        learning_rate=1e-5,
+        schedule="linear",  # constant, linear or cosine, after the warm-up
+        warmup_steps=0,
+        final_fraction=0.0,  # of the peak learning rate, at the last step
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        weight_decay=0.0,
+        clip_norm=1.0,  # 0 for no clipping
+      ),
+      "train": section(
+        steps=0,  # 0 is as many as `epochs` takes
+        epochs=1.0,
+        batch_size=32,  # pairs of one update, over all devices and micro-batches
+        accumulate=1,  # micro-batches an update is added up from
+      ),
+      "eval": section(every=100, batch_size=0),  # steps (0 only at the end); pairs, 0 as in train
+      "checkpoint": section(every=500, keep=2),  # steps (0 only at the end); how many of the latest
+      "parallel": section(mode="mesh", devices=0),  # mesh or pmap; 0 takes all devices
+    }
+  )

@@ -1,0 +1,64 @@
+"""The optimiser: AdamW with a schedule, clipping and a weight-decay mask, all from Optax."""
+
+from __future__ import annotations
+
+import jax
+import optax
+
+from dpo_jax.structs import PyTree, UserError
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def make_schedule(
+  *, learning_rate: float, schedule: str, warmup_steps: int, total_steps: int, final_fraction: float
+) -> optax.Schedule:
+  """Learning rate by step: linear warm-up from 0, then constant, linear or cosine.
+
+  The decaying ones end at `final_fraction * learning_rate` on step `total_steps`.
+  """
+  if schedule not in SCHEDULES:
+    raise UserError(f"optimizer.schedule is {schedule!r}; known: {', '.join(SCHEDULES)}")
+  if not 0 <= learning_rate < float("inf"):
+    raise UserError(f"optimizer.learning_rate is {learning_rate!r}; it must be 0 or above")
+  if not 0 <= warmup_steps <= total_steps:
+    raise UserError(
+      f"optimizer.warmup_steps is {warmup_steps}; it must lie between 0 and the"
+      f" {total_steps} steps of the run"
+    )
+  rest = max(total_steps - warmup_steps, 1)
+  after = {
+    "constant": optax.constant_schedule(learning_rate),
+    "linear": optax.linear_schedule(learning_rate, final_fraction * learning_rate, rest),
+    "cosine": optax.cosine_decay_schedule(learning_rate, rest, alpha=final_fraction),
+  }[schedule]
+  if warmup_steps == 0:
+    return after
+  # The first update already moves: step 0 runs at 1/(warmup + 1) of the peak.
+  start = learning_rate / (warmup_steps + 1)
+  warmup = optax.linear_schedule(start, learning_rate, warmup_steps)
+  return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def decays(params: PyTree) -> PyTree:
+  """True for matrices that weight decay applies to; never norms, biases or embeddings."""
+
+  def one(path, _):
+    names = [str(getattr(key, "key", key)) for key in path]
+    return names[-1] == "kernel"
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def make_optimizer(
+  schedule: optax.Schedule,
+  *,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: float = 0.0,
+  clip_norm: float = 1.0,
+) -> optax.GradientTransformation:
+  """AdamW (Loshchilov and Hutter 2019); gradients clipped to a global norm first, 0 for never."""
+  adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
+  return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw

@@ -1,0 +1,161 @@
+"""Who compiles the step, and where its arguments live.
+
+The same pure functions run under `jax.jit` over a named mesh ("mesh") and under `jax.pmap`
+("pmap"): replicated data parallelism both. The reference is placed in buffers of its own and never
+donated; the state is donated to its successor.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dpo_jax.structs import PyTree, TokenBatch, UserError
+
+MODES = ("mesh", "pmap")
+AXIS = "data"
+
+
+def pick_devices(count: int) -> list[jax.Device]:
+  """The first `count` devices of this process; all of them for 0."""
+  if jax.process_count() > 1:
+    raise UserError(
+      f"{jax.process_count()} processes were started; this version trains in one process only"
+    )
+  devices = jax.local_devices()
+  if not 0 <= count <= len(devices):
+    raise UserError(
+      f"parallel.devices is {count}; this machine has {len(devices)} ({devices[0].platform});"
+      f" give 1 to {len(devices)}, or 0 for all"
+    )
+  return devices[: count or None]
+
+
+def assert_separate(state: PyTree, reference: PyTree) -> None:
+  """Refuses a policy and a reference that share memory: donating one would destroy the other.
+
+  Raises:
+    ValueError: naming the first shared leaf.
+  """
+
+  def buffers(tree):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+      for shard in leaf.addressable_shards:
+        if shard.data.size:
+          yield shard.data.unsafe_buffer_pointer(), jax.tree_util.keystr(path)
+
+  held = dict(buffers(state))
+  for pointer, name in buffers(reference):
+    if pointer in held:
+      raise ValueError(
+        f"reference{name} shares its buffer with state{held[pointer]}; place both from host arrays"
+      )
+
+
+_copy = jax.jit(jnp.copy)
+
+
+class Executor:
+  """Places trees on devices and compiles functions of them.
+
+  Attributes:
+    groups: shards of a batch; rows, and groups of scored tokens, are divided among them.
+  """
+
+  def __init__(self, mode: str = "mesh", devices: int = 0):
+    if mode not in MODES:
+      raise UserError(f"parallel.mode is {mode!r}; known: {', '.join(MODES)}")
+    self.mode = mode
+    self.devices = pick_devices(devices)
+    self.groups = len(self.devices)
+    mesh = jax.make_mesh((self.groups,), (AXIS,), (AxisType.Auto,), devices=self.devices)
+    self._shard = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
+
+  # -- placing ---------------------------------------------------------------------------------
+
+  def place(self, tree: PyTree) -> PyTree:
+    """A host tree on every device, in fresh buffers; under pmap with a leading device axis."""
+    put = self._put
+    if self.mode == "pmap":
+      put = lambda x: self._put(np.broadcast_to(x, (self.groups, *np.shape(x))), AXIS)
+    # device_put may alias host memory, and two trees of one host tree would then share buffers: a
+    # compiled copy never does. A leaf at a time, so that only one is held twice.
+    return jax.tree.map(lambda x: _copy(put(np.asarray(x))), tree)
+
+  def _put(self, x: Any, *spec: str | None) -> jax.Array:
+    return jax.device_put(x, self._shard(*spec))
+
+  def place_batch(self, batch: TokenBatch) -> TokenBatch:
+    """A host batch, rows divided among the devices. Axes of every array: [A, rows or groups, …]."""
+    if self.mode == "pmap":
+      return jax.tree.map(lambda x: self._put(self._split(x), AXIS), batch)
+    return jax.tree.map(lambda x: self._put(x, None, AXIS), batch)
+
+  def _split(self, x: np.ndarray) -> np.ndarray:
+    """[A, N, …] to [devices, A, N / devices, …]."""
+    return np.moveaxis(x.reshape(len(x), self.groups, -1, *x.shape[2:]), 1, 0)
+
+  def fetch(self, tree: PyTree) -> PyTree:
+    """One copy of a placed tree, on host."""
+    return jax.tree.map(np.asarray, self.single(tree))
+
+  def single(self, tree: PyTree) -> PyTree:
+    """One copy of a placed tree, still on device: what a checkpoint takes."""
+    if self.mode == "pmap":
+      return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
+    return tree
+
+  # -- compiling -------------------------------------------------------------------------------
+
+  def compile_init(self, fn: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
+    """fn(params) -> state, both placed; the parameters are donated."""
+    if self.mode == "pmap":
+      return jax.pmap(fn, AXIS, devices=self.devices, donate_argnums=0)
+    return jax.jit(fn, donate_argnums=0, out_shardings=self._shard())
+
+  def compile_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    """step(state, ref_params, batch, axis_name=…) -> (state, metrics), the state donated.
+
+    Metrics come back as `metrics_to_host` understands them.
+    """
+    if self.mode == "pmap":
+      mapped = functools.partial(step, axis_name=AXIS)
+      return jax.pmap(mapped, AXIS, devices=self.devices, donate_argnums=0)
+    return jax.jit(
+      functools.partial(step, axis_name=None),
+      donate_argnums=0,
+      out_shardings=(self._shard(), self._shard()),
+    )
+
+  def metrics_to_host(self, metrics: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Step metrics on host: means are equal on every device, arrays by slot are joined [A, N, S]."""
+    if self.mode == "mesh":
+      return {k: np.asarray(v) for k, v in metrics.items()}
+    host = {k: np.asarray(v) for k, v in metrics.items()}
+    return {k: v[0] if v.ndim == 1 else self._join(v) for k, v in host.items()}
+
+  @staticmethod
+  def _join(x: np.ndarray) -> np.ndarray:
+    """[devices, A, n, …] to [A, devices * n, …]."""
+    x = np.moveaxis(x, 0, 1)
+    return x.reshape(len(x), -1, *x.shape[3:])
+
+  def compile_forward(self, fn: Callable[[PyTree, TokenBatch], jax.Array]) -> Callable[..., Any]:
+    """fn(params, batch) -> [N, S], for placed params and a host batch with axes [1, …].
+
+    The result comes back on host as [N, S].
+    """
+    first = lambda params, batch: fn(params, jax.tree.map(lambda x: x[0], batch))[None]
+    if self.mode == "pmap":
+      mapped = jax.pmap(first, AXIS, devices=self.devices)
+      return lambda params, batch: self._join(np.asarray(mapped(params, self.place_batch(batch))))[
+        0
+      ]
+    compiled = jax.jit(first, out_shardings=self._shard(None, AXIS))
+    return lambda params, batch: np.asarray(compiled(params, self.place_batch(batch)))[0]

@@ -1,0 +1,211 @@
+"""The pictures of a run and of the frontier, as matplotlib figures in one style.
+
+Figures are made without pyplot, so there is no global state and no display is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Records = Sequence[Mapping[str, Any]]
+
+INK, MUTED, GRID = "#1d2733", "#66717f", "#e8ebf0"
+TRAIN, EVAL = "#4059c9", "#e08a00"
+CHOSEN, REJECTED = "#1f9280", "#d9593d"
+
+_STYLE = {
+  "font.family": "sans-serif",
+  "font.size": 9.5,
+  "text.color": INK,
+  "axes.edgecolor": GRID,
+  "axes.labelcolor": MUTED,
+  "axes.titlelocation": "left",
+  "axes.titlesize": 11,
+  "axes.titleweight": "bold",
+  "axes.titlepad": 10,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.spines.left": False,
+  "axes.grid": True,
+  "axes.axisbelow": True,
+  "grid.color": GRID,
+  "grid.linewidth": 0.9,
+  "xtick.color": MUTED,
+  "ytick.color": MUTED,
+  "xtick.major.size": 0,
+  "ytick.major.size": 0,
+  "legend.frameon": False,
+  "legend.fontsize": 9,
+  "lines.linewidth": 1.8,
+  "lines.solid_capstyle": "round",
+  "svg.fonttype": "none",  # text stays text: small files, sharp and selectable
+  "svg.hashsalt": "dpo_jax",  # the same report from the same metrics
+  "savefig.facecolor": "white",
+}
+
+# Name, title, unit, and what is drawn: (metric, label, colour). Evaluation joins by its eval/ name.
+_CURVES = (
+  ("loss", "Loss", "nats", (("loss", "training", TRAIN),)),
+  ("accuracy", "Accuracy", "share of pairs", (("rewards/accuracies", "training", TRAIN),)),
+  (
+    "rewards",
+    "Implicit rewards  β log π/π_ref",
+    "reward units",
+    (("rewards/chosen", "chosen", CHOSEN), ("rewards/rejected", "rejected", REJECTED)),
+  ),
+  ("margin", "Margin of rewards", "reward units", (("rewards/margins", "training", TRAIN),)),
+  (
+    "logps",
+    "Log-probability of the answers",
+    "nats an answer",
+    (("logps/chosen", "chosen", CHOSEN), ("logps/rejected", "rejected", REJECTED)),
+  ),
+  ("grad_norm", "Norm of the gradient, before clipping", "", (("grad_norm", "training", TRAIN),)),
+  ("learning_rate", "Learning rate", "", (("learning_rate", "training", MUTED),)),
+  ("speed", "Speed", "a second", (("pairs_per_second", "pairs", MUTED),)),
+)
+
+
+def curves(records: Records) -> dict[str, Figure]:
+  """One figure for each quantity that the metrics of a run hold, by file name."""
+  figures = {}
+  for name, title, unit, lines in _CURVES:
+    present = [line for line in lines if _series(records, line[0])[0].size]
+    if not present:
+      continue
+    with _styled(title, unit, "step") as (figure, ax):
+      _draw_lines(ax, records, present)
+      _draw_marks(ax, records, name)
+    figures[name] = figure
+  return figures
+
+
+def _draw_lines(ax: Axes, records: Records, lines: Sequence[tuple[str, str, str]]) -> None:
+  several = len(lines) > 1
+  for metric, label, color in lines:
+    steps, values = _series(records, metric)
+    smooth = _smoothed(values)
+    if metric != "learning_rate" and len(values) > 20:
+      ax.plot(steps, values, color=color, alpha=0.18, linewidth=0.8)
+      ax.plot(steps, smooth, color=color, label=label)
+    else:
+      ax.plot(steps, values, color=color, label=label)
+    steps, values = _series(records, f"eval/{metric}")
+    if values.size:
+      ax.plot(
+        steps,
+        values,
+        color=color if several else EVAL,
+        label=f"{label}, held out" if several else "held out",
+        marker="o",
+        markersize=4.5,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        linewidth=1.2,
+        linestyle=(0, (4, 2)) if several else "-",
+        clip_on=False,
+        zorder=3,
+      )
+  if len(ax.get_legend_handles_labels()[0]) > 1:
+    ax.legend(loc="best", ncols=2 if several else 1)
+
+
+def _draw_marks(ax: Axes, records: Records, name: str) -> None:
+  """Reference levels that make a curve readable."""
+  if name == "accuracy":
+    ax.axhline(0.5, color=MUTED, linewidth=1, linestyle=":")
+    ax.set_ylim(min(0.4, ax.get_ylim()[0]), max(1.0, min(1.02, ax.get_ylim()[1])))
+  if name in ("margin", "rewards"):
+    ax.axhline(0, color=MUTED, linewidth=1, linestyle=":")
+  if name == "speed":
+    ax.set_ylim(bottom=0)
+  if name == "loss" and _series(records, "rewards/margins")[0].size:
+    steps, values = _series(records, "eval/loss")
+    if steps.size and steps[0] == 0:  # where policy and reference were still one
+      ax.axhline(values[0], color=MUTED, linewidth=1, linestyle=":")
+
+
+def frontier(
+  exact: Sequence[Mapping[str, float]],
+  points: Mapping[str, tuple[float, float]],
+) -> Figure:
+  """Reward against KL: the exact frontier as a line, trained policies as points on or below it.
+
+  Args:
+    exact: `kl` (nats) and `reward` of π* for each β, and `beta` itself.
+    points: (kl, reward) of what was trained, by name.
+  """
+  curve = sorted(exact, key=lambda point: point["kl"])
+  kl, reward = ([point[key] for point in curve] for key in ("kl", "reward"))
+  title = "True reward against distance from the reference"
+  with _styled(title, "mean true reward", "KL(π ‖ π_ref), nats", (7.2, 4.4)) as (figure, ax):
+    bottom = min([*reward, *(y for _, y in points.values())])
+    ax.fill_between(kl, reward, bottom, color=TRAIN, alpha=0.06, linewidth=0)
+    ax.plot(kl, reward, color=TRAIN, marker="o", markersize=3, label="exact frontier π*")
+    colors = (CHOSEN, REJECTED, EVAL, MUTED)
+    for (name, (x, y)), color in zip(points.items(), colors, strict=False):
+      ax.plot(
+        x, y, "o", color=color, markersize=9, markeredgecolor="white", label=name, clip_on=False,
+        zorder=4,
+      )  # fmt: skip
+    ax.set_xlim(left=0)
+    ax.margins(y=0.06)
+    ax.legend(loc="lower right")
+  return figure
+
+
+# ---------------------------------------------------------------------------- parts
+
+
+@contextlib.contextmanager
+def _styled(
+  title: str, ylabel: str, xlabel: str, size: tuple[float, float] = (4.5, 2.8)
+) -> Iterator[tuple[Figure, Axes]]:
+  """A figure with one titled axis, in the house style."""
+  with matplotlib.rc_context(_STYLE):
+    figure = Figure(figsize=size, layout="constrained")
+    ax = figure.add_subplot()
+    ax.set_title(title)
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    yield figure, ax
+
+
+def _series(records: Records, metric: str) -> tuple[np.ndarray, np.ndarray]:
+  """Steps and values of one metric, wherever it is present and finite."""
+  pairs = [(r["step"], r[metric]) for r in records if r.get(metric) is not None]
+  return np.array([s for s, _ in pairs]), np.array([v for _, v in pairs], float)
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+  """Centred average under a bell a hundredth of the run wide; no lag, fewer values at the ends."""
+  width = max(1.0, len(values) / 100)
+  reach = min(int(3 * width), len(values) - 1)
+  bell = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+  # "full" and a slice, since "same" takes the longer of the two for the length.
+  average = lambda x: np.convolve(x, bell)[reach : reach + len(values)]
+  return average(values) / average(np.ones_like(values))
+
+
+def save_png(figure: Figure, path: pathlib.Path) -> None:
+  """Writes a figure for documents and slides."""
+  with matplotlib.rc_context(_STYLE):
+    figure.savefig(path, dpi=160)
+
+
+def to_svg(figure: Figure) -> str:
+  """A figure as an `<svg>` element, for a page that must stand alone."""
+  buffer = io.StringIO()
+  with matplotlib.rc_context(_STYLE):
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+  text = buffer.getvalue()
+  return text[text.index("<svg") :]

@@ -1,0 +1,82 @@
+"""The folder of a run: whose it is, and files that are either whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+
+from dpo_jax.structs import UserError
+
+# What a run writes; a folder that has one of these without a config.json is not ours to fill.
+_OURS = ("metrics.jsonl", "data.json", "checkpoints", "export", "report.html")
+
+
+def write(path: pathlib.Path, text: str) -> None:
+  """Writes a file so that a reader sees the old one or the new one, never half of it."""
+  partial = path.with_name(path.name + ".partial")
+  partial.write_text(text, encoding="utf-8")
+  os.replace(partial, path)
+
+
+def check(workdir: pathlib.Path, config: str) -> None:
+  """Refuses a folder that holds something other than this very run.
+
+  Args:
+    workdir: the folder; it need not exist.
+    config: the resolved configuration, JSON.
+
+  Raises:
+    UserError: naming the fields that differ, or the file that is in the way.
+  """
+  if workdir.exists() and not workdir.is_dir():
+    raise UserError(f"--workdir={workdir} is a file; name a folder")
+  held = workdir / "config.json"
+  if not held.is_file():
+    for name in _OURS:
+      if (workdir / name).exists():
+        raise UserError(
+          f"{workdir} holds {name} but no config.json, so it is no run to resume;"
+          " choose another --workdir"
+        )
+    return
+  try:
+    before = json.loads(held.read_text(encoding="utf-8"))
+  except ValueError:
+    raise UserError(f"{held} is not JSON; choose another --workdir") from None
+  changed = _differences(before, json.loads(config))
+  if changed:
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    raise UserError(
+      f"{workdir} holds a run with another configuration: {'; '.join(changed[:3])}{more}."
+      " Choose a new --workdir, or the same values to resume"
+    )
+
+
+def claim(workdir: pathlib.Path, config: str, ledger: dict) -> None:
+  """Writes config.json and data.json; on resume, refuses data that changed meanwhile."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  data = workdir / "data.json"
+  text = json.dumps(ledger, indent=2, ensure_ascii=False) + "\n"
+  if (workdir / "config.json").is_file() and data.is_file():
+    changed = _differences(json.loads(data.read_text(encoding="utf-8")), json.loads(text))
+    if changed:
+      raise UserError(
+        f"the data changed since the run in {workdir} began: {'; '.join(changed[:3])}."
+        " Choose a new --workdir"
+      )
+    return
+  write(data, text)
+  write(workdir / "config.json", config + "\n")
+
+
+def _differences(before: object, now: object, name: str = "") -> list[str]:
+  """Leaves that differ between two JSON values, each as `a.b was 1, now 2`."""
+  if isinstance(before, dict) and isinstance(now, dict):
+    keys = list(before) + [k for k in now if k not in before]
+    return [
+      line
+      for key in keys
+      for line in _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+    ]
+  return [] if before == now else [f"{name} was {before!r}, now {now!r}"]

@@ -1,0 +1,51 @@
+# shellcheck shell=bash
+# Sourced by quickstart.sh and test.sh: `use_venv FILE` makes .venv hold the packages of a
+# requirements file, installing only when that file has changed since, and puts it on the PATH.
+
+say() { printf '\033[1m%s\033[0m\n' "$*"; }
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 1
+}
+
+# The first Python that is new enough and can make virtual environments; $PYTHON goes first.
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:+"$PYTHON"} python3.12 python3.11 python3.13 python3 python; do
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+      >/dev/null 2>&1; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  return 1
+}
+
+# A word that changes when the requirements of FILE do, those it includes by -r too.
+digest_of() {
+  local included
+  included=$(sed -n 's/^-r *//p' "$1")
+  cat "$1" ${included:+"$included"} | cksum | tr ' ' -
+}
+
+use_venv() {
+  local requirements=$1 python digest stamp
+  if ! .venv/bin/python -c 'import pip' >/dev/null 2>&1; then
+    python=$(find_python) || fail "no Python >= 3.11 with venv found; install one" \
+      "(Debian and Ubuntu: apt-get install python3 python3-venv), or name it: PYTHON=/path/to/python3"
+    say "Making .venv with $("$python" --version)"
+    "$python" -m venv --clear .venv || fail "could not make .venv; is this folder writable?"
+  fi
+  .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail ".venv holds $(.venv/bin/python --version), and 3.11 is needed; remove .venv and try again"
+
+  digest=$(digest_of "$requirements")
+  stamp=.venv/installed-$requirements
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$digest" ]; then
+    say "Installing $requirements into .venv (minutes, the first time)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" ||
+      fail "pip could not install $requirements; is there a network, and room on the disk?"
+    echo "$digest" >"$stamp"
+  fi
+  PATH=$PWD/.venv/bin:$PATH
+}

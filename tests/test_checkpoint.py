@@ -1,0 +1,63 @@
+"""Checkpoints come back to the bit, keep the latest and the best, and fail in one line."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from dpo_jax import step
+from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.structs import UserError
+
+TX = optax.adamw(1e-3)
+
+
+def state_at(index):
+  """A state whose every number depends on `index`."""
+  state = step.init_state(jax.tree.map(lambda x: x * (index + 1), tiny.init()), TX)
+  return state._replace(step=np.asarray(index, np.int32))
+
+
+def test_a_state_comes_back_to_the_bit(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(7, state_at(7))
+  checkpoints.close()
+  again = Checkpoints(tmp_path)
+  assert again.latest() == 7
+  restored = again.restore(jax.eval_shape(lambda: state_at(0)))
+  assert jax.tree.structure(restored) == jax.tree.structure(state_at(7))
+  for found, saved in zip(jax.tree.leaves(restored), jax.tree.leaves(state_at(7)), strict=True):
+    np.testing.assert_array_equal(found, saved)
+  params = again.restore_params()
+  for key, value in state_at(7).params.items():
+    np.testing.assert_array_equal(params[key], value)
+  again.close()
+
+
+@pytest.mark.parametrize(("higher", "kept"), [(True, [2, 4, 5]), (False, [3, 4, 5])])
+def test_the_latest_two_and_the_best_stay(tmp_path, higher, kept):
+  checkpoints = Checkpoints(tmp_path, keep=2, best="accuracy", higher=higher)
+  for index, accuracy in [(1, 0.5), (2, 0.9), (3, 0.1), (4, 0.6), (5, 0.7)]:
+    checkpoints.save(index, state_at(index), {"accuracy": accuracy})
+  checkpoints.close()
+  assert Checkpoints(tmp_path).steps() == kept
+
+
+def test_a_checkpoint_without_metrics_is_never_the_best(tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep=1, best="accuracy")
+  for index, metrics in [(1, {"accuracy": 0.2}), (2, None), (3, {"accuracy": 0.1})]:
+    checkpoints.save(index, state_at(index), metrics)
+  checkpoints.close()
+  assert Checkpoints(tmp_path).steps() == [1, 3]
+
+
+def test_an_absent_checkpoint_is_said_in_one_line(tmp_path):
+  checkpoints = Checkpoints(tmp_path)
+  with pytest.raises(UserError, match="holds no checkpoint; train there first"):
+    checkpoints.restore_params()
+  checkpoints.save(3, state_at(3))
+  checkpoints.wait()
+  with pytest.raises(UserError, match="no checkpoint of step 4; it has 3"):
+    checkpoints.restore(state_at(0), 4)
+  checkpoints.close()

@@ -1,0 +1,101 @@
+"""Topology changes nothing: pmap, jit over a mesh and one device take the same steps."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+from test_step import close, objective
+
+from dpo_jax import parallel, step
+from dpo_jax.data import layout
+from dpo_jax.structs import UserError
+
+
+def trajectory(mode, devices, *, accumulate=1, steps=4, name="sigmoid"):
+  """Parameters and losses after a few steps on ragged, weighted pairs."""
+  executor = parallel.Executor(mode, devices)
+  tx = optax.adamw(1e-2)
+  state = executor.compile_init(functools.partial(step.init_state, tx=tx))(
+    executor.place(tiny.init())
+  )
+  reference = executor.place(tiny.init())
+  parallel.assert_separate(state, reference)
+  take = executor.compile_step(
+    functools.partial(step.train_step, objective=objective(name, beta=0.5), tx=tx)
+  )
+  reports = []
+  for index in range(steps):
+    examples = tiny.pairs(16, seed=index)
+    size = len(examples) // accumulate
+    batch = layout.collate_many(
+      [examples[i : i + size] for i in range(0, len(examples), size)],
+      row_length=48,
+      groups=executor.groups,
+    )
+    state, report = take(state, reference, executor.place_batch(batch))
+    reports.append(executor.metrics_to_host(report))
+  unchanged = executor.fetch(reference)
+  for key, value in tiny.init().items():
+    np.testing.assert_array_equal(unchanged[key], value)
+  return executor.fetch(state.params), reports
+
+
+@functools.cache
+def one_device():
+  return trajectory("mesh", 1)
+
+
+@pytest.mark.parametrize(
+  ("mode", "devices", "accumulate"),
+  [("pmap", 1, 1), ("mesh", 8, 1), ("pmap", 8, 1), ("mesh", 4, 2), ("pmap", 4, 2)],
+)
+def test_every_topology_takes_the_steps_of_one_device(mode, devices, accumulate):
+  params, reports = trajectory(mode, devices, accumulate=accumulate)
+  expected, expected_reports = one_device()
+  close(params, expected)
+  for found, wanted in zip(reports, expected_reports, strict=True):
+    for key in ("loss", "grad_norm", "rewards/accuracies", "rewards/margins", "logps/rejected"):
+      np.testing.assert_allclose(found[key], wanted[key], rtol=1e-5, atol=1e-6, err_msg=key)
+    assert not found["nonfinite_ANS"].any()
+
+
+@pytest.mark.parametrize("mode", parallel.MODES)
+def test_forward_gives_every_slot_in_the_order_of_the_batch(mode):
+  executor = parallel.Executor(mode, 8)
+  batch = layout.collate(tiny.pairs(16), row_length=48, groups=8)
+  alone = objective().logps_fn(tiny.init(), batch)
+  forward = executor.compile_forward(objective().logps_fn)
+  together = forward(executor.place(tiny.init()), jax.tree.map(lambda x: x[None], batch))
+  np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", parallel.MODES)
+def test_trees_placed_twice_share_no_buffer_and_one_placed_once_does(mode):
+  executor = parallel.Executor(mode, 2)
+  host = tiny.init()
+  first, second = executor.place(host), executor.place(host)
+  parallel.assert_separate(first, second)
+  with pytest.raises(ValueError, match="shares its buffer"):
+    parallel.assert_separate(first, {"w": first["head"]})
+
+
+@pytest.mark.parametrize("mode", parallel.MODES)
+def test_a_single_copy_leaves_and_comes_back(mode):
+  executor = parallel.Executor(mode, 4)
+  host = tiny.init()
+  there = executor.place(host)
+  for key, value in executor.fetch(there).items():
+    np.testing.assert_array_equal(value, host[key])
+    assert executor.single(there)[key].shape == value.shape
+
+
+@pytest.mark.parametrize(
+  ("mode", "devices", "words"),
+  [("spmd", 0, "known: mesh, pmap"), ("mesh", 9, "has 8"), ("pmap", -1, "0 for all")],
+)
+def test_what_cannot_be_is_said_in_one_line(mode, devices, words):
+  with pytest.raises(UserError, match=words):
+    parallel.Executor(mode, devices)

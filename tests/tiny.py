@@ -1,0 +1,51 @@
+"""A language model in a few lines of pure functions, and random pairs: enough for every identity."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax.data.layout import Example
+from dpo_jax.structs import Head, Model
+
+VOCAB, WIDTH = 37, 16
+
+
+def init(seed=0, vocab=VOCAB, width=WIDTH):
+  """Parameters as numpy arrays, so that two trees never share buffers."""
+  rng = np.random.default_rng(seed)
+  shapes = {
+    "embed": (vocab, width),
+    "position": (64, width),
+    "query": (width, width),
+    "key": (width, width),
+    "value": (width, width),
+    "head": (vocab, width),
+    "bias": (vocab,),
+  }
+  return {k: rng.normal(0, 0.3, shape).astype(np.float32) for k, shape in shapes.items()}
+
+
+def hidden(params, batch):
+  """One layer of attention under the mask rule of `TokenBatch`."""
+  x_NLD = params["embed"][batch.ids_NL] + params["position"][batch.position_NL]
+  q_NLD, k_NLD, v_NLD = (x_NLD @ params[name] for name in ("query", "key", "value"))
+  same = batch.pair_NL[:, :, None] == batch.pair_NL[:, None, :]
+  past = batch.position_NL[:, :, None] >= batch.position_NL[:, None, :]
+  branch = batch.branch_NL
+  mine = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+  scores = jnp.where(same & past & mine, jnp.einsum("nld,nmd->nlm", q_NLD, k_NLD), -1e30)
+  mixed_NLD = x_NLD + jnp.einsum("nlm,nmd->nld", jax.nn.softmax(scores), v_NLD)
+  return jnp.tanh(mixed_NLD)
+
+
+MODEL = Model(hidden, lambda params: Head(params["head"], params["bias"]), VOCAB)
+
+
+def pairs(count, seed=0, answers=2, vocab=VOCAB, longest=9):
+  """Random pairs with ragged lengths and ragged weights."""
+  rng = np.random.default_rng(seed)
+  ids = lambda: rng.integers(0, vocab, rng.integers(1, longest)).astype(np.int32)
+  return [
+    Example(ids(), tuple(ids() for _ in range(answers)), float(rng.uniform(0.2, 2.0)), row)
+    for row in range(count)
+  ]
