@@ -1,25 +1,43 @@
-"""Held-out measures: of preferences, of samples under a known reward, and the best there can be.
+"""What a trained model is worth: scored on held-out pairs, sampled on unseen prompts.
 
-Everything is estimated from independent units (pairs, prompts), and comes with a 95% interval.
-X lists prompts, S samples of a prompt, F values of β.
+X lists prompts, S samples of a prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from dpo_jax import logprobs
-from dpo_jax.data import pipeline
+from dpo_jax import logprobs, measures, sampling
+from dpo_jax.data import chat, pipeline, sources
 from dpo_jax.data.layout import Example
+from dpo_jax.measures import Estimate
+from dpo_jax.model import hf, transformer
+from dpo_jax.model.config import ModelConfig
+from dpo_jax.rewards import Reward, values
 from dpo_jax.structs import Model, PairLogps, PyTree, UserError
 
-Z = 1.959964  # 97.5% quantile of the normal distribution
-# Fewer effective samples a prompt than this, and the frontier there is a guess.
-MIN_EFFECTIVE = 10.0
+
+class LanguageModel(NamedTuple):
+  """A Hugging Face folder, loaded."""
+
+  config: ModelConfig
+  params: PyTree
+  tokenizer: chat.Tokenizer
+
+
+def load(path: str | pathlib.Path) -> LanguageModel:
+  """Model and tokenizer of a folder, in float32."""
+  tokenizer = chat.load_tokenizer(path)
+  config, params = hf.load(path)
+  pipeline.check_vocabulary(tokenizer, config.vocab)
+  return LanguageModel(config, jax.device_put(params), tokenizer)
 
 
 # --- Log-probs ------------------------------------------------------------------------------------
@@ -36,15 +54,18 @@ class Scores(NamedTuple):
     return PairLogps(*self.logp_BK.T, *self.tokens_BK.T)
 
 
+@functools.cache
+def scorer(config: ModelConfig) -> Callable[..., Scores]:
+  """The score function of all models of one shape: policy and reference share its compilation."""
+  return make_scorer(transformer.build(config))
+
+
 def make_scorer(model: Model, *, batch_size: int = 64) -> Callable[..., Scores]:
   """The production log-probs as score(params, examples) -> Scores.
 
-  Examples share one number K of answers. Calls with the same examples share a compilation, so
-  policy and reference cost one.
-
   Args:
     model: the language model.
-    batch_size: examples at a time.
+    batch_size: examples at a time; all of a call share one number K of answers.
   """
   logps_fn = jax.jit(logprobs.make_logps_fn(model))
 
@@ -63,206 +84,193 @@ def make_scorer(model: Model, *, batch_size: int = 64) -> Callable[..., Scores]:
   return score
 
 
-# --- Means and their intervals --------------------------------------------------------------------
-
-
-class Estimate(NamedTuple):
-  """A mean and its 95% interval."""
-
-  mean: float
-  low: float
-  high: float
-
-
-def mean_estimate(value_B: np.ndarray, weight_B: np.ndarray | None = None) -> Estimate:
-  """Weighted mean of independent values, with a normal interval; not a number for a single one."""
-  value_B = np.asarray(value_B, np.float64)
-  share_B = _shares(value_B, weight_B)
-  mean = float(share_B @ value_B)
-  count = np.count_nonzero(share_B)
-  if count < 2:
-    return Estimate(mean, np.nan, np.nan)
-  half = Z * np.sqrt(share_B**2 @ (value_B - mean) ** 2 * count / (count - 1))
-  return Estimate(mean, mean - half, mean + half)
-
-
-def share_estimate(value_B: np.ndarray, weight_B: np.ndarray | None = None) -> Estimate:
-  """Share of successes among independent trials, ties as one half, with Wilson's interval."""
-  value_B = np.asarray(value_B, np.float64)
-  share_B = _shares(value_B, weight_B)
-  share, count = float(share_B @ value_B), 1 / float(share_B @ share_B)
-  centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
-  half = Z / (1 + Z**2 / count) * np.sqrt(share * (1 - share) / count + (Z / (2 * count)) ** 2)
-  return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
-
-
-def _shares(value_B: np.ndarray, weight_B: np.ndarray | None) -> np.ndarray:
-  weight_B = np.ones(len(value_B)) if weight_B is None else np.asarray(weight_B, np.float64)
-  if not weight_B.sum() > 0:
-    raise UserError("nothing to evaluate: no pair or prompt with a positive weight")
-  return weight_B / weight_B.sum()
-
-
-# --- Preferences ----------------------------------------------------------------------------------
-
-
-def preference_metrics(
-  policy: PairLogps,
-  reference: PairLogps,
-  *,
-  beta: float,
-  loss_B: np.ndarray,
-  weight_B: np.ndarray | None = None,
-) -> dict[str, Estimate]:
-  """How a policy tells chosen from rejected answers; rewards are β log π/π_ref, a tie one half."""
-  chosen_B = beta * (np.asarray(policy.chosen_B) - np.asarray(reference.chosen_B))
-  rejected_B = beta * (np.asarray(policy.rejected_B) - np.asarray(reference.rejected_B))
-  margin_B = chosen_B - rejected_B
-  return {
-    "accuracy": share_estimate((np.sign(margin_B) + 1) / 2, weight_B),
-    "margin": mean_estimate(margin_B, weight_B),
-    "chosen_reward": mean_estimate(chosen_B, weight_B),
-    "rejected_reward": mean_estimate(rejected_B, weight_B),
-    "loss": mean_estimate(loss_B, weight_B),
-  }
+def check_positions(examples: Sequence[Example], config: ModelConfig) -> None:
+  """Every text has positions in the model; rotary ones have no end."""
+  if config.positions != "learned":
+    return
+  longest = max(examples, key=lambda e: len(e.prompt) + max(map(len, e.answers)))
+  tokens = len(longest.prompt) + max(map(len, longest.answers))
+  if tokens > config.max_positions:
+    raise UserError(
+      f"data row {longest.row} has {tokens} tokens and the model {config.max_positions} positions;"
+      f" give --max_length={config.max_positions}"
+    )
 
 
 # --- Samples --------------------------------------------------------------------------------------
 
 
-def wins(policy_XS: np.ndarray, reference_XR: np.ndarray) -> np.ndarray:
-  """Share of (policy sample, reference sample) that the policy wins, ties as one half: [X]."""
-  difference_XSR = policy_XS[:, :, None] - reference_XR[:, None, :]
-  return ((np.sign(difference_XSR) + 1) / 2).mean((1, 2))
-
-
-def sampled_metrics(
-  policy_XS: np.ndarray, reference_XR: np.ndarray, log_ratio_XS: np.ndarray
-) -> dict[str, Estimate]:
-  """Reward and distance of a policy from samples of it and of its reference on the same prompts.
-
-  Samples of one prompt are averaged first: the prompts are what is independent.
-
-  Args:
-    policy_XS: true rewards of the policy's samples.
-    reference_XR: those of the reference's.
-    log_ratio_XS: log π(y|x) - log π_ref(y|x) of the policy's samples, in nats; its mean is
-      KL(π ‖ π_ref) over whole answers.
-  """
-  return {
-    "reward_policy": mean_estimate(policy_XS.mean(1)),
-    "reward_reference": mean_estimate(reference_XR.mean(1)),
-    "win_rate": _clipped(mean_estimate(wins(policy_XS, reference_XR)), 0.0, 1.0),
-    "kl": mean_estimate(log_ratio_XS.mean(1)),
-  }
-
-
-def _clipped(estimate: Estimate, low: float, high: float) -> Estimate:
-  return Estimate(*(float(np.clip(x, low, high)) for x in estimate))
-
-
-# --- The frontier ---------------------------------------------------------------------------------
-
-
-class Frontier(NamedTuple):
-  """The best trade of reward for distance, prompt by prompt; β falls along F, from infinity.
+class Drawn(NamedTuple):
+  """S answers to each of X prompts.
 
   Attributes:
-    beta_F: reward units per nat.
-    reward_XF: E[r] under π* of this β.
-    kl_XF: KL(π* ‖ π_ref), nats.
-    effective_XF: effective number of samples behind them.
+    prompts: X texts.
+    prompt_ids: X lists of token ids.
+    answers: X lists of S texts.
+    answer_ids: X lists of S lists of ids, the end token included where the model ended.
+    reward_XS: the true rewards.
   """
 
-  beta_F: np.ndarray
-  reward_XF: np.ndarray
-  kl_XF: np.ndarray
-  effective_XF: np.ndarray
+  prompts: list[str]
+  prompt_ids: list[list[int]]
+  answers: list[list[str]]
+  answer_ids: list[list[list[int]]]
+  reward_XS: np.ndarray
 
-  def reward_at(self, kl: float) -> float:
-    """The highest mean reward of any policy `kl` nats from the reference, by interpolation.
-
-    Beyond the last β it stays at that β's reward: compare `kl` with `reach`.
-    """
-    return float(np.interp(kl, self.kl_XF.mean(0), self.reward_XF.mean(0)))
-
-  @property
-  def reach(self) -> float:
-    """The KL up to which at least `MIN_EFFECTIVE` effective samples a prompt stand behind it."""
-    enough_F = self.effective_XF.mean(0) >= MIN_EFFECTIVE
-    return float(self.kl_XF.mean(0)[enough_F].max(initial=0.0))
+  def examples(self) -> list[Example]:
+    """One example a prompt, with all its answers."""
+    array = functools.partial(np.asarray, dtype=np.int32)
+    texts = zip(self.prompt_ids, self.answer_ids, strict=True)
+    return [Example(array(prompt), tuple(map(array, ids))) for prompt, ids in texts]
 
 
-BETAS = tuple(np.geomspace(100.0, 0.05, 96).tolist())
+def read_prompts(path: str | pathlib.Path) -> list[Any]:
+  """The `prompt` of every row of a file: a text or a list of messages."""
+  prompts = []
+  for where, row in sources.read_rows(path):
+    prompt = row.get("prompt")
+    messages = isinstance(prompt, list) and all(isinstance(turn, dict) for turn in prompt)
+    if not prompt or not (isinstance(prompt, str) or messages):
+      raise UserError(f"{where}: field 'prompt' must be a text or a list of messages")
+    prompts.append(prompt)
+  return prompts
 
 
-def exact_frontier(reward_XS: np.ndarray, betas: Sequence[float] = BETAS) -> Frontier:
-  """(E[r], KL) of π* ∝ π_ref exp(r/β) by self-normalised importance weights.
-
-    w_s ∝ exp(r_s/β),  E[r] = Σ w_s r_s,  KL = Σ w_s log(S w_s),  effective samples 1/Σ w_s²
-
-  With one β for all prompts this is the frontier of the two means over prompts. Few effective
-  samples bias both down together, along the frontier, so that E[r] at a given KL suffers little.
-
-  Args:
-    reward_XS: true rewards of S samples of the reference for each of X prompts.
-    betas: positive, any order; infinity, the reference itself, is put before them.
-  """
-  beta_F = np.concatenate([[np.inf], np.sort(np.asarray(betas, np.float64))[::-1]])
-  if not beta_F[-1] > 0:
-    raise UserError(f"β is {beta_F[-1]}; a frontier needs β above 0")
-  curves = []
-  for beta in beta_F:
-    log_w_XS = reward_XS / beta
-    log_w_XS = log_w_XS - log_w_XS.max(1, keepdims=True)
-    log_w_XS -= np.log(np.exp(log_w_XS).sum(1, keepdims=True))
-    w_XS = np.exp(log_w_XS)
-    kl_X = (w_XS * (log_w_XS + np.log(reward_XS.shape[1]))).sum(1)
-    curves.append(((w_XS * reward_XS).sum(1), kl_X, 1 / (w_XS**2).sum(1)))
-  return Frontier(beta_F, *(np.stack(values, axis=1) for values in zip(*curves, strict=True)))
-
-
-def fraction_of_gain(
-  policy_X: np.ndarray,
-  reference_X: np.ndarray,
-  kl_X: np.ndarray,
-  frontier: Frontier,
+def draw(
+  model: LanguageModel,
+  prompts: Sequence[Any],
+  reward: Reward,
   *,
-  resamples: int = 1000,
+  num: int,
+  max_tokens: int,
+  temperature: float = 1.0,
   seed: int = 0,
-) -> Estimate:
-  """The policy's gain in reward over the frontier's at the policy's KL; 1 is the best there is.
-
-  Args:
-    policy_X: mean true reward of the policy on each prompt.
-    reference_X: that of the reference.
-    kl_X: mean log-ratio of the policy's samples, nats.
-    frontier: from samples of the reference, on these prompts or some of them.
-    resamples: of prompts, for the bootstrap interval.
-    seed: of the resampling.
-
-  Returns:
-    The fraction; not a number where the policy is no distance from the reference.
-  """
-  rng = np.random.default_rng(seed)
-  fraction = lambda x, on: _fraction(
-    policy_X[x].mean(), reference_X[x].mean(), kl_X[x].mean(), _of_prompts(frontier, on)
+) -> Drawn:
+  """Samples `num` answers a prompt and scores them; a prompt of messages is scored as rendered."""
+  prompt_ids = [model.tokenizer.encode_prompt(prompt) for prompt in prompts]
+  if not all(prompt_ids):
+    raise UserError("a prompt has no token; an answer's first token needs one to follow")
+  answer_ids = sampling.generate(
+    model.config,
+    model.params,
+    prompt_ids,
+    max_tokens=max_tokens,
+    temperature=temperature,
+    seed=seed,
+    eos_ids=eos_ids(model),
+    num=num,
   )
-  everyone, measured = np.arange(len(policy_X)), np.arange(len(frontier.kl_XF))
-  draws = [
-    fraction(rng.choice(everyone, len(everyone)), rng.choice(measured, len(measured)))
-    for _ in range(resamples)
+  decode = model.tokenizer.decode
+  texts = [x if isinstance(x, str) else decode(i) for x, i in zip(prompts, prompt_ids, strict=True)]
+  answers = [[decode(ids) for ids in each] for each in answer_ids]
+  flat = [(text, answer) for text, each in zip(texts, answers, strict=True) for answer in each]
+  reward_XS = values(reward, *zip(*flat, strict=True)).reshape(len(texts), num)
+  return Drawn(texts, prompt_ids, answers, answer_ids, reward_XS)
+
+
+def eos_ids(model: LanguageModel) -> tuple[int, ...]:
+  """Ids that end an answer: the tokenizer's and those the model's folder names."""
+  own = () if model.tokenizer.eos_id is None else (model.tokenizer.eos_id,)
+  return tuple(dict.fromkeys((*own, *model.config.eos_ids)))
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+def on_pairs(
+  policy: LanguageModel, reference: LanguageModel, examples: Sequence[Example], loss_fn, beta: float
+) -> dict[str, Estimate]:
+  """`measures.preference_metrics` of held-out pairs."""
+  scores = [scorer(model.config)(model.params, examples).pairs() for model in (policy, reference)]
+  weight_B = np.array([example.weight for example in examples])
+  return measures.preference_metrics(
+    *scores, beta=beta, loss_B=np.asarray(loss_fn(*scores)), weight_B=weight_B
+  )
+
+
+class Sampled(NamedTuple):
+  """A policy against its reference on the same prompts, under the true reward."""
+
+  policy: Drawn
+  reference: Drawn
+  metrics: dict[str, Estimate]
+  frontier: measures.Frontier
+  frontier_reward: float  # the best mean reward at the policy's KL
+  fraction: Estimate  # of the frontier's gain
+
+
+def on_samples(
+  policy: LanguageModel,
+  reference: LanguageModel,
+  prompts: Sequence[Any],
+  reward: Reward,
+  *,
+  num: int,
+  frontier_prompts: int,
+  frontier_samples: int,
+  max_tokens: int,
+  seed: int,
+) -> Sampled:
+  """Samples both on every prompt, and the reference often on the first few for the frontier."""
+  limits = {"max_tokens": max_tokens}
+  # Three seeds, so that nothing drawn for one purpose is drawn again for another.
+  ours = draw(policy, prompts, reward, num=num, seed=3 * seed, **limits)
+  theirs = draw(reference, prompts, reward, num=num, seed=3 * seed + 1, **limits)
+  often = draw(
+    reference,
+    prompts[:frontier_prompts],
+    reward,
+    num=frontier_samples,
+    seed=3 * seed + 2,
+    **limits,
+  )
+  examples = ours.examples()
+  logps = [scorer(x.config)(x.params, examples).logp_BK for x in (policy, reference)]
+  log_ratio_XS = logps[0] - logps[1]
+  metrics = measures.sampled_metrics(ours.reward_XS, theirs.reward_XS, log_ratio_XS)
+  frontier = measures.exact_frontier(often.reward_XS)
+  fraction = measures.fraction_of_gain(
+    ours.reward_XS.mean(1), theirs.reward_XS.mean(1), log_ratio_XS.mean(1), frontier
+  )
+  best = frontier.reward_at(metrics["kl"].mean)
+  return Sampled(ours, theirs, metrics, frontier, best, fraction)
+
+
+# --- Plain values ---------------------------------------------------------------------------------
+
+
+def number(value: float) -> float | None:
+  """A float for JSON, which has none that is not finite."""
+  return float(value) if math.isfinite(value) else None
+
+
+def flatten(estimates: dict[str, Estimate]) -> dict[str, Any]:
+  """name: mean and name_interval: [low, high], as plain JSON values."""
+  out: dict[str, Any] = {}
+  for name, (mean, low, high) in estimates.items():
+    bounded = math.isfinite(low) and math.isfinite(high)
+    out[name] = number(mean)
+    out[f"{name}_interval"] = [float(low), float(high)] if bounded else None
+  return out
+
+
+def curve(frontier: measures.Frontier) -> list[dict[str, float | None]]:
+  """The frontier as far as its samples reach, one plain object for each β (null: infinite)."""
+  means = (frontier.kl_XF.mean(0), frontier.reward_XF.mean(0), frontier.effective_XF.mean(0))
+  return [
+    {"beta": number(beta), "kl": float(kl), "reward": float(reward), "effective_samples": float(n)}
+    for beta, kl, reward, n in zip(frontier.beta_F, *means, strict=True)
+    if kl <= frontier.reach
   ]
-  low, high = np.nanquantile(draws, [0.025, 0.975]) if np.isfinite(draws).any() else [np.nan] * 2
-  return Estimate(fraction(everyone, measured), float(low), float(high))
 
 
-def _of_prompts(frontier: Frontier, x: np.ndarray) -> Frontier:
-  return Frontier(
-    frontier.beta_F, frontier.reward_XF[x], frontier.kl_XF[x], frontier.effective_XF[x]
-  )
-
-
-def _fraction(policy: float, reference: float, kl: float, frontier: Frontier) -> float:
-  best = frontier.reward_at(kl) - reference
-  return float((policy - reference) / best) if kl > 0 and best > 0 else float("nan")
+def side_by_side(sampled: Sampled, count: int) -> Iterator[dict[str, Any]]:
+  """The first sample of both models for the first few prompts, with rewards."""
+  for x in range(min(count, len(sampled.policy.prompts))):
+    yield {
+      "prompt": sampled.policy.prompts[x],
+      "reference": sampled.reference.answers[x][0],
+      "policy": sampled.policy.answers[x][0],
+      "reference_reward": float(sampled.reference.reward_XS[x, 0]),
+      "policy_reward": float(sampled.policy.reward_XS[x, 0]),
+    }

@@ -62,9 +62,13 @@ class Loggers:
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     self._lines = _Lines(folder / METRICS, start_step)
-    # TensorBoard hides what an earlier process wrote from purge_step on.
+    # TensorBoard hides what an earlier process wrote from purge_step on. Files are named by the
+    # second; the suffix keeps two of the same second apart.
     self._events = tensorboardX.SummaryWriter(
-      str(folder), purge_step=start_step + 1 if start_step else 0, flush_secs=10
+      str(folder),
+      purge_step=start_step + 1 if start_step else 0,
+      flush_secs=10,
+      filename_suffix=f".{start_step}",
     )
     self._console = console or rich.console.Console(highlight=False)
     if self._console.is_terminal:

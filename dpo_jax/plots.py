@@ -93,7 +93,7 @@ def _draw_lines(ax: Axes, records: Records, lines: Sequence[tuple[str, str, str]
   several = len(lines) > 1
   for metric, label, color in lines:
     steps, values = _series(records, metric)
-    smooth = _smoothed(values)
+    smooth = smoothed(values)
     if metric != "learning_rate" and len(values) > 20:
       ax.plot(steps, values, color=color, alpha=0.18, linewidth=0.8)
       ax.plot(steps, smooth, color=color, label=label)
@@ -186,7 +186,7 @@ def _series(records: Records, metric: str) -> tuple[np.ndarray, np.ndarray]:
   return np.array([s for s, _ in pairs]), np.array([v for _, v in pairs], float)
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
+def smoothed(values: np.ndarray) -> np.ndarray:
   """Centred average under a bell a hundredth of the run wide; no lag, fewer values at the ends."""
   width = max(1.0, len(values) / 100)
   reach = min(int(3 * width), len(values) - 1)

@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dpo_jax import loggers, plots
+from dpo_jax import loggers, plots, workdirs
 from dpo_jax.structs import UserError
 
 _STYLE = pathlib.Path(__file__).with_name("report.css")
@@ -44,11 +44,8 @@ def write(folder: str | os.PathLike[str]) -> pathlib.Path:
     parts += _summary_section(summary, folder / "plots")
   for run in runs:
     parts += _run_section(run, folder / "plots", "" if run == folder else run.name)
-  page = folder / "report.html"
-  partial = page.with_name("report.html.partial")
-  partial.write_text(_page(name, parts), encoding="utf-8")
-  os.replace(partial, page)
-  return page
+  workdirs.write(folder / "report.html", _page(name, parts))
+  return folder / "report.html"
 
 
 def _runs(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 
 from dpo_jax import cli, logprobs, losses, metrics, optim, parallel, report, step, workdirs
 from dpo_jax.checkpoint import Checkpoints
-from dpo_jax.data import chat, layout, pipeline
+from dpo_jax.data import chat, layout, packing, pipeline
 from dpo_jax.loggers import Loggers
 from dpo_jax.model import config as model_configs
 from dpo_jax.model import hf, transformer
@@ -31,6 +31,9 @@ from dpo_jax.structs import Model, PyTree, TokenBatch, UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py or configs/NAME.py:ARG")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; a run found there is resumed")
+
+
+DTYPES = ("float32", "bfloat16")
 
 
 class Run(NamedTuple):
@@ -52,9 +55,17 @@ class Run(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-  """Checks what is cheap to check, loads, trains, exports and reports."""
+  """The command."""
   del argv
-  config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+  execute(_CONFIG.value, pathlib.Path(_WORKDIR.value))
+
+
+def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Checks what is cheap to check, loads, trains, exports and reports.
+
+  Raises:
+    UserError: bad input; nothing that was in `workdir` has been touched.
+  """
   workdirs.check(workdir, config.to_json_best_effort())
   run, params, reference, ledger = build(config, workdir)
   workdirs.claim(workdir, config.to_json_best_effort(indent=2), ledger)
@@ -85,13 +96,14 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
   supervised = config.loss.name in losses.SUPERVISED
   beta = given.get("beta", losses.arguments(config.loss.name).get("beta", 1.0))
   executor = parallel.Executor(**config.parallel)
+  _check_numbers(config)
   _check_divides(config.train.batch_size, config.train.accumulate, executor.groups)
 
   model_config, tokenizer = _describe_model(config.model)
-  examples, held_out, ledger = _load_data(config, tokenizer, model_config, supervised)
   model = transformer.build(
     model_config, dtype=config.model.compute_dtype, remat=config.model.remat
   )
+  examples, held_out, ledger = _load_data(config, tokenizer, supervised)
   per_update = config.train.batch_size
   steps = config.train.steps or max(1, round(config.train.epochs * len(examples) / per_update))
   schedule_args, rest = _split(
@@ -111,7 +123,8 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     held_out=held_out,
     batching={
       "layout": config.data.layout,
-      "row_length": config.data.row_length or layout.fit_row_length(examples, config.data.layout),
+      "row_length": config.data.row_length
+      or layout.fit_row_length(examples + held_out, config.data.layout),
       "groups": executor.groups,
     },
     steps=steps,
@@ -124,6 +137,30 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
 def _split(section: ConfigDict, names: tuple[str, ...]) -> tuple[dict, dict]:
   first = {k: v for k, v in section.items() if k in names}
   return first, {k: v for k, v in section.items() if k not in names}
+
+
+def _check_numbers(config: ConfigDict) -> None:
+  """Values that would only fail, or silently do nothing, after the data and the model are loaded."""
+  for name in ("train.steps", "eval.every", "eval.batch_size", "checkpoint.every", "data.eval_limit"):
+    section, field = name.split(".")
+    if config[section][field] < 0:
+      raise UserError(f"{name} is {config[section][field]}; it must be 0 or above")
+  if config.checkpoint.keep < 1:
+    raise UserError(f"checkpoint.keep is {config.checkpoint.keep}; it must be 1 or above")
+  if not config.train.steps and not 0 < config.train.epochs < float("inf"):
+    raise UserError(f"train.epochs is {config.train.epochs}; it must be above 0")
+  if not 0 <= config.data.eval_fraction < 1:
+    raise UserError(f"data.eval_fraction is {config.data.eval_fraction}; it must lie in [0, 1)")
+  if config.data.max_length < 2:
+    raise UserError(f"data.max_length is {config.data.max_length}; a pair needs 2 tokens or more")
+  if config.data.layout not in packing.LAYOUTS:
+    raise UserError(
+      f"data.layout is {config.data.layout!r}; known: {', '.join(packing.LAYOUTS)}"
+    )
+  for name in ("model.compute_dtype", "model.param_dtype", "reference.param_dtype"):
+    section, field = name.split(".")
+    if config[section][field] not in DTYPES:
+      raise UserError(f"{name} is {config[section][field]!r}; known: {', '.join(DTYPES)}")
 
 
 def _check_divides(batch_size: int, accumulate: int, devices: int) -> None:
@@ -161,7 +198,7 @@ def _describe_model(
   return model_config, tokenizer
 
 
-def _load_data(config, tokenizer, model_config, supervised):
+def _load_data(config, tokenizer, supervised):
   """Training and held-out examples, and the ledger of both."""
   data = config.data
   if not data.path:
@@ -182,7 +219,10 @@ def _load_data(config, tokenizer, model_config, supervised):
     ledger["eval"] = {"format": form, **more.to_json()}
   else:
     examples, held_out = pipeline.split(examples, data.eval_fraction, config.seed)
-  return examples, held_out[: data.eval_limit], ledger
+  held_out = held_out[: data.eval_limit]
+  if data.row_length and data.layout != "padded":
+    layout.check_fits(examples + held_out, data.layout, data.row_length)
+  return examples, held_out, ledger
 
 
 def _load_params(config, model_config, supervised) -> tuple[PyTree, PyTree | None]:

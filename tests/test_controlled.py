@@ -161,7 +161,9 @@ def test_rewards_spread_like_a_bell_two_units_wide():
 
 def test_generated_texts_follow_the_exact_distribution():
   count = 8_000
-  rewards = np.array([controlled.reward(*text) for text in zip(*controlled.generate(count, 1))])
+  rewards = np.array(
+    [controlled.reward(*text) for text in zip(*controlled.generate(count, 1), strict=True)]
+  )
   distributions = [reward_distribution(*way) for way in WAYS]
   variance = np.mean([prob @ value**2 for value, prob in distributions])
   fourth = np.mean([prob @ value**4 for value, prob in distributions])
@@ -176,7 +178,7 @@ def test_a_text_depends_on_seed_and_index_alone():
 
 
 def test_person_and_number_agree():
-  for prompt, answer in zip(*controlled.generate(2_000, 0)):
+  for prompt, answer in zip(*controlled.generate(2_000, 0), strict=True):
     alone = prompt.startswith("I ")
     assert not re.search(
       r"\b(we|us)\b" if alone else r"\b(I(?! guess| suppose)|me)\b", answer, re.I
@@ -186,7 +188,7 @@ def test_person_and_number_agree():
 
 def test_conjunctions_agree_with_what_they_join():
   seen = set()
-  for prompt, answer in zip(*controlled.generate(2_000, 0)):
+  for prompt, answer in zip(*controlled.generate(2_000, 0), strict=True):
     joined = re.search(r"([^.]*), (but|yet|and) ([^.]*)", answer)
     if joined:
       first, word, second = joined.groups()
@@ -215,7 +217,7 @@ def test_vocabulary_is_a_few_hundred_words(tokenizer):
 
 
 def test_every_text_comes_back_to_the_letter(tokenizer):
-  for prompt, answer in zip(*controlled.generate(500, 0)):
+  for prompt, answer in zip(*controlled.generate(500, 0), strict=True):
     ids = tokenizer(prompt + answer).input_ids
     assert ids[0] == tokenizer.bos_token_id
     assert not {tokenizer.unk_token_id, tokenizer.bos_token_id}.intersection(ids[1:])
@@ -238,7 +240,9 @@ def test_make_controlled_keeps_prompts_apart(tmp_path):
   command = [sys.executable, "scripts/make_controlled.py", f"--out={tmp_path / 'task'}"]
   sizes = ["--sft_rows=300", "--prompts=200", "--eval_prompts=100"]
   subprocess.run([*command, *sizes], cwd=ROOT, check=True, capture_output=True)
-  read = lambda name: [json.loads(line) for line in (tmp_path / "task" / name).open()]
+  read = lambda name: [
+    json.loads(line) for line in (tmp_path / "task" / name).read_text().splitlines()
+  ]
   sft, prompts, evaluation = map(read, ("sft.jsonl", "prompts.jsonl", "eval_prompts.jsonl"))
   assert [len(sft), len(prompts), len(evaluation)] == [300, 200, 100]
   assert len({row["prompt"] for row in sft + prompts + evaluation}) == 600

@@ -86,7 +86,12 @@ def load_examples(
   paths = [paths] if isinstance(paths, (str, pathlib.Path)) else list(paths)
   rows = itertools.islice(itertools.chain.from_iterable(map(sources.read_rows, paths)), limit)
   ledger = Ledger()
-  cut = {"max_length": max_length, "prompt_floor": prompt_floor, "mode": truncation}
+  cut = {
+    "max_length": max_length,
+    "prompt_floor": prompt_floor,
+    "mode": truncation,
+    "bos_id": tokenizer.bos_id if tokenizer.adds_bos else None,
+  }
   examples: list[Example] = []
   shortest = None  # tokens of the longest answer, least over the pairs that are too long
   form = None
@@ -95,7 +100,7 @@ def load_examples(
     for row, encoded in _encode(chunk, form, tokenizer, ledger):
       prompt, texts = encoded
       longest = max(map(len, texts))
-      kept = truncate(prompt, texts, bos_id=tokenizer.bos_id, **cut)
+      kept = truncate(prompt, texts, **cut)
       if kept is None:
         shortest = min(longest, shortest or longest)
         ledger.dropped["too long"] += 1
@@ -197,9 +202,8 @@ def count_padding(
     packing.place(*lengths(examples[i : i + batch_size]), layout, length).rows
     for i in range(0, len(examples), batch_size)
   )
-  # A padded pair takes several rows; packed ones are told by their costs.
-  taken = packing.costs(*lengths(examples), layout).sum()
-  return rows * length - int(taken)
+  real = packing.costs(*lengths(examples), "shared" if layout == "shared" else "packed").sum()
+  return rows * length - int(real)
 
 
 def batches(

@@ -141,12 +141,12 @@ class Linear(nn.Module):
   def __call__(self, x: Array) -> Array:
     init = nn.initializers.normal(self.std)
     kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
-    y = jnp.einsum(
-      "...d,df->...f",
-      x.astype(self.dtype),
+    # One row of tokens: the gradient of a product over [N, L] axes is a third slower on CPU.
+    y = jnp.dot(
+      x.astype(self.dtype).reshape(-1, x.shape[-1]),
       kernel.astype(self.dtype),
       preferred_element_type=jnp.float32,
-    )
+    ).reshape(*x.shape[:-1], self.features)
     if self.bias:
       y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
     return y.astype(self.dtype)

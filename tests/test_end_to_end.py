@@ -1,0 +1,225 @@
+"""Whole runs on the embedded task, in the small: what comes out, what resumes, what is refused."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import controlled as controlled_config
+from configs import preferences
+from dpo_jax import train
+from dpo_jax.data import controlled, word_level
+from dpo_jax.loggers import read_metrics
+from dpo_jax.model import hf
+from dpo_jax.structs import UserError
+
+CLOCK = ("pairs_per_second", "tokens_per_second")
+
+
+def write_rows(path: pathlib.Path, rows) -> str:
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+  return str(path)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> pathlib.Path:
+  """Tokenizer, texts and preferences of the embedded task, and a model trained on the texts."""
+  folder = tmp_path_factory.mktemp("task")
+  word_level.write(folder / "tokenizer", controlled.vocabulary())
+  reviews = controlled.distinct(160, seed=0)
+  write_rows(folder / "sft.jsonl", [{"prompt": p, "completion": a} for p, a in reviews])
+  pairs = []
+  for (prompt, answer), (_, other) in zip(reviews[::2], reviews[1::2], strict=True):
+    ranked = sorted((answer, other), key=lambda text: -controlled.reward(prompt, text))
+    pairs.append({"prompt": prompt, "chosen": ranked[0], "rejected": ranked[1]})
+  write_rows(folder / "pairs.jsonl", pairs)
+  train.execute(sft_config(folder), folder / "sft")
+  return folder
+
+
+def small(config: ConfigDict) -> ConfigDict:
+  """A run of seconds."""
+  config.train.steps = 6
+  config.train.batch_size = 16
+  config.eval.every = 3
+  config.checkpoint.every = 3
+  config.optimizer.warmup_steps = 2
+  config.optimizer.schedule = "linear"
+  config.data.row_length = 128
+  return config
+
+
+def sft_config(folder: pathlib.Path) -> ConfigDict:
+  config = small(controlled_config.get_config("sft"))
+  config.model.scratch.update(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    intermediate_size=64,
+  )
+  config.model.tokenizer = str(folder / "tokenizer")
+  config.data.path = str(folder / "sft.jsonl")
+  return config
+
+
+def dpo_config(folder: pathlib.Path) -> ConfigDict:
+  config = small(controlled_config.get_config("dpo"))
+  config.model.path = str(folder / "sft" / "export")
+  config.data.path = str(folder / "pairs.jsonl")
+  config.parallel.devices = 2
+  return config
+
+
+@pytest.fixture(scope="module")
+def straight(task) -> pathlib.Path:
+  """A DPO run from its first step to its last."""
+  train.execute(dpo_config(task), task / "dpo")
+  return task / "dpo"
+
+
+def test_supervised_training_lowers_the_loss(task):
+  losses = [line["eval/loss"] for line in read_metrics(task / "sft" / "metrics.jsonl") if "eval/loss" in line]
+  # An untrained model is uniform over the words.
+  np.testing.assert_allclose(losses[0], np.log(len(controlled.vocabulary())), atol=0.2)
+  assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.05
+
+
+def test_a_run_leaves_what_it_promises(straight):
+  names = {path.name for path in straight.iterdir()}
+  assert {"config.json", "data.json", "metrics.jsonl", "checkpoints", "export", "report.html"} <= names
+  assert any(name.startswith("events.") for name in names)
+  ledger = json.loads((straight / "data.json").read_text())
+  assert ledger["rows"] == 80 and ledger["pairs"] + sum(ledger["dropped"].values()) == 80
+  lines = read_metrics(straight / "metrics.jsonl")
+  assert [line["step"] for line in lines] == list(range(7))
+  assert {"eval/loss", "eval/rewards/accuracies"} <= lines[0].keys()
+
+
+def test_dpo_starts_at_log_2_with_every_margin_zero(straight):
+  lines = read_metrics(straight / "metrics.jsonl")
+  np.testing.assert_allclose(lines[1]["loss"], np.log(2), rtol=1e-5)
+  np.testing.assert_allclose(lines[0]["eval/loss"], np.log(2), rtol=1e-5)
+  assert lines[0]["eval/rewards/accuracies"] == 0.5
+  assert lines[-1]["loss"] < np.log(2) - 0.01
+
+
+def test_the_export_is_the_trained_policy_and_the_reference_is_untouched(task, straight):
+  _, reference = hf.load(task / "sft" / "export")
+  _, policy = hf.load(straight / "export")
+  moved = np.abs(
+    policy["params"]["embed"]["embedding"] - reference["params"]["embed"]["embedding"]
+  ).max()
+  assert moved > 1e-4
+
+
+def test_resumed_is_straight_to_the_bit(task, straight):
+  """The second half again, from the checkpoint of step 3, in a folder a kill could have left."""
+  resumed = task / "resumed"
+  shutil.copytree(straight, resumed)
+  shutil.rmtree(resumed / "checkpoints" / "6")
+  shutil.rmtree(resumed / "export")
+  train.execute(dpo_config(task), resumed)
+  for one, other in zip(
+    read_metrics(straight / "metrics.jsonl"), read_metrics(resumed / "metrics.jsonl"), strict=True
+  ):
+    assert {k: v for k, v in one.items() if k not in CLOCK} == {
+      k: v for k, v in other.items() if k not in CLOCK
+    }
+  assert (resumed / "export" / "model.safetensors").read_bytes() == (
+    straight / "export" / "model.safetensors"
+  ).read_bytes()
+
+
+def test_layouts_and_modes_take_the_same_steps(task, straight):
+  """Padded rows under pmap on four devices, in micro-batches, against the run above."""
+  config = dpo_config(task)
+  config.data.layout = "padded"
+  config.data.row_length = 64
+  config.parallel.update(mode="pmap", devices=4)
+  config.train.accumulate = 2
+  train.execute(config, task / "padded")
+  for one, other in zip(
+    read_metrics(straight / "metrics.jsonl"),
+    read_metrics(task / "padded" / "metrics.jsonl"),
+    strict=True,
+  ):
+    for key in ("loss", "rewards/margins", "eval/loss"):
+      if key in one:
+        np.testing.assert_allclose(other[key], one[key], rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(task):
+  config = dpo_config(task)
+  config.optimizer.update(learning_rate=1e18, schedule="constant", warmup_steps=0)
+  config.checkpoint.every = 1
+  with pytest.raises(UserError, match=r"step \d+: the loss is .* in rows .* is kept") as error:
+    train.execute(config, task / "burst")
+  assert "\n" not in str(error.value)
+  kept = [int(path.name) for path in (task / "burst" / "checkpoints").iterdir()]
+  assert kept and all(np.isfinite(_leaves(task / "burst", step)).all() for step in kept)
+  assert not (task / "burst" / "export").exists()
+
+
+def _leaves(run, step):
+  import jax
+
+  from dpo_jax.checkpoint import Checkpoints
+
+  params = Checkpoints(run / "checkpoints", keep=9).restore_params(step)
+  return np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)])
+
+
+def _broken(folder, **changes):
+  config = dpo_config(folder)
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"data.path": ""}, "data.path is empty"),
+    ({"data.path": "no/such.jsonl"}, "no data file"),
+    ({"model.path": "no/such"}, "no/such"),
+    ({"model.path": ""}, "model.path is empty"),
+    ({"loss.name": "sigmod"}, "did you mean 'sigmoid'"),
+    ({"loss.label_smoothing": 0.1}, "does not read label_smoothing"),
+    ({"loss.beta": -1.0}, "above 0"),
+    ({"train.batch_size": 31}, "not divisible by 2 devices"),
+    ({"data.max_length": 2}, "max_length"),
+    ({"data.max_length": 1}, "needs 2 tokens"),
+    ({"data.layout": "ragged"}, "layout"),
+    ({"data.eval_fraction": 1.5}, "eval"),
+    ({"model.compute_dtype": "float31"}, "float31"),
+    ({"optimizer.schedule": "steps"}, "known: constant"),
+    ({"parallel.mode": "ddp"}, "known: mesh, pmap"),
+    ({"train.steps": -1}, "train.steps"),
+    ({"data.row_length": 8}, "raise row_length"),
+  ],
+)
+def test_bad_input_is_one_line_and_leaves_no_trace(task, tmp_path, changes, words):
+  with pytest.raises(UserError, match=words) as error:
+    train.execute(_broken(task, **changes), tmp_path / "run")
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "run").exists()
+
+
+def test_another_configuration_in_the_same_folder_is_refused(task, straight):
+  before = (straight / "metrics.jsonl").read_bytes()
+  config = dpo_config(task)
+  config.loss.beta = 0.7
+  with pytest.raises(UserError, match=r"loss\.beta was 1\.0, now 0\.7"):
+    train.execute(config, straight)
+  assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_configuration_argument_of_preferences(task):
+  config = preferences.get_config("model=m,data=d,loss=ipo,beta=0.3")
+  assert (config.model.path, config.data.path) == ("m", "d")
+  assert (config.loss.name, config.loss.beta) == ("ipo", 0.3)
+  with pytest.raises(UserError, match="lr=1"):
+    preferences.get_config("lr=1")

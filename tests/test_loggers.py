@@ -1,0 +1,174 @@
+"""The log of a run: every step once, on disk at once, the same after a kill and a resume."""
+
+import io
+import json
+import math
+import struct
+
+import numpy as np
+import pytest
+import rich.console
+from tensorboardX.proto import event_pb2
+
+from dpo_jax.loggers import Loggers, read_metrics
+
+
+def plain() -> rich.console.Console:
+  return rich.console.Console(file=io.StringIO(), width=200, force_terminal=False)
+
+
+def lines(folder) -> list[str]:
+  return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def write_steps(folder, first, last, **options):
+  with Loggers(folder, start_step=first - 1, total_steps=9, console=plain(), **options) as log:
+    for step in range(first, last + 1):
+      log.write(step, {"loss": 1 / step})
+
+
+def events(folder) -> list:
+  """Every TensorBoard event, read as the format is documented: length, crc, bytes, crc."""
+  found = []
+  for path in sorted(folder.glob("events.*")):
+    data, at = path.read_bytes(), 0
+    while at < len(data):
+      (length,) = struct.unpack_from("<Q", data, at)
+      found.append(event_pb2.Event.FromString(data[at + 12 : at + 12 + length]))
+      at += 12 + length + 4
+  return found
+
+
+def test_a_line_a_step_in_order_with_numbers_of_every_kind(tmp_path):
+  with Loggers(tmp_path / "new" / "run", total_steps=2, console=plain()) as log:
+    log.write(1, {"loss": np.float32(0.5), "rewards/accuracies": 1})
+    log.write(2, {"loss": 0.25})
+  assert lines(tmp_path / "new" / "run") == [
+    '{"step": 1, "loss": 0.5, "rewards/accuracies": 1.0}',
+    '{"step": 2, "loss": 0.25}',
+  ]
+
+
+def test_a_line_is_on_disk_before_the_next_step(tmp_path):
+  with Loggers(tmp_path, total_steps=2, console=plain()) as log:
+    log.write(1, {"loss": 0.5})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
+
+
+def test_evaluation_joins_the_line_of_its_step(tmp_path):
+  with Loggers(tmp_path, total_steps=2, console=plain()) as log:
+    log.write_eval(0, {"loss": 0.69})
+    log.write(1, {"loss": 0.5})
+    log.write(2, {"loss": 0.25})
+    log.write_eval(2, {"loss": 0.3, "rewards/margins": 1.5})
+  assert read_metrics(tmp_path / "metrics.jsonl") == [
+    {"step": 0, "eval/loss": 0.69},
+    {"step": 1, "loss": 0.5},
+    {"step": 2, "loss": 0.25, "eval/loss": 0.3, "eval/rewards/margins": 1.5},
+  ]
+
+
+def test_a_shorter_line_leaves_nothing_of_the_longer_one(tmp_path):
+  with Loggers(tmp_path, total_steps=1, console=plain()) as log:
+    log.write_eval(1, {"loss": 0.123456789})
+    log.write_eval(1, {"loss": 0.5})
+  assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "eval/loss": 0.5}]
+  assert len(lines(tmp_path)) == 1
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+  with Loggers(tmp_path, total_steps=1, console=plain()) as log:
+    log.write(1, {"loss": math.nan, "grad_norm": math.inf, "logps/chosen": -3.0})
+  refuse = lambda word: pytest.fail(f"{word} is not JSON")
+  (line,) = lines(tmp_path)
+  assert json.loads(line, parse_constant=refuse) == {
+    "step": 1, "loss": None, "grad_norm": None, "logps/chosen": -3.0,
+  }  # fmt: skip
+
+
+def test_steps_are_written_in_order(tmp_path):
+  with Loggers(tmp_path, total_steps=3, console=plain()) as log:
+    log.write(2, {"loss": 1.0})
+    with pytest.raises(ValueError, match="step 1 after step 2"):
+      log.write(1, {"loss": 1.0})
+
+
+@pytest.mark.parametrize("resumed_from", [0, 1, 3, 5])
+def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path, resumed_from):
+  write_steps(tmp_path / "straight", 1, 9)
+  write_steps(tmp_path / "resumed", 1, 5)
+  write_steps(tmp_path / "resumed", resumed_from + 1, 9)
+  assert lines(tmp_path / "resumed") == lines(tmp_path / "straight")
+
+
+def test_an_unfinished_last_line_is_passed_over_and_mended(tmp_path):
+  write_steps(tmp_path, 1, 4)
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 5, "lo')
+  assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+  write_steps(tmp_path, 5, 6)
+  assert [json.loads(line)["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+  assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_evaluation_after_a_resume_joins_the_line_before_it(tmp_path):
+  write_steps(tmp_path, 1, 4)
+  with Loggers(tmp_path, start_step=3, total_steps=9, console=plain()) as log:
+    log.write_eval(3, {"loss": 0.5})
+  assert read_metrics(tmp_path / "metrics.jsonl")[2:] == [
+    {"step": 3, "loss": 1 / 3, "eval/loss": 0.5}
+  ]
+
+
+def test_tensorboard_gets_the_finite_scalars(tmp_path):
+  with Loggers(tmp_path, total_steps=2, console=plain()) as log:
+    log.write(1, {"loss": 0.5, "grad_norm": math.nan})
+    log.write_eval(1, {"loss": 0.75})
+  scalars = [(e.step, v.tag, v.simple_value) for e in events(tmp_path) for v in e.summary.value]
+  assert scalars == [(1, "loss", 0.5), (1, "eval/loss", 0.75)]
+
+
+def test_tensorboard_forgets_the_steps_that_are_taken_again(tmp_path):
+  write_steps(tmp_path, 1, 5)
+  write_steps(tmp_path, 4, 5)
+  start = event_pb2.SessionLog.START
+  marks = [e.step for e in events(tmp_path) if e.session_log.status == start]
+  assert marks == [0, 4]
+
+
+def test_plain_lines_name_step_numbers_and_time_left(tmp_path):
+  console = plain()
+  with Loggers(tmp_path, total_steps=20, every=10, console=console) as log:
+    log.write_eval(0, {"loss": 0.6931, "rewards/accuracies": 0.5})
+    for step in range(1, 21):
+      values = {"loss": 0.5, "rewards/accuracies": 0.75, "rewards/margins": 1.25}
+      log.write(step, values | {"pairs_per_second": 1234.4, "grad_norm": 3.0})
+    log.say("done [with] it")
+  printed = console.file.getvalue().splitlines()
+  assert printed[0] == "eval at step 0  loss 0.6931  accuracy 0.500"
+  assert printed[1].startswith(
+    "step 1/20  loss 0.5000  accuracy 0.750  margin 1.250  1,234 pairs/s"
+  )
+  assert printed[2].startswith("step 10/20") and printed[2].endswith("0:00 left")
+  assert printed[3] == "step 20/20  loss 0.5000  accuracy 0.750  margin 1.250  1,234 pairs/s"
+  assert printed[4:] == ["done [with] it"]
+
+
+def test_a_terminal_gets_one_line_that_moves(tmp_path):
+  file = io.StringIO()
+  console = rich.console.Console(file=file, force_terminal=True, width=120, color_system=None)
+  with Loggers(tmp_path, total_steps=20, console=console) as log:
+    for step in range(1, 21):
+      log.write(step, {"loss": 0.5, "rewards/margins": 1.25})
+  shown = file.getvalue()
+  assert "step 20/20" in shown
+  assert "loss 0.5000  margin 1.250" in shown
+  assert "step 7/20" not in shown.splitlines()[-1]
+
+
+def test_files_are_closed_when_training_fails(tmp_path):
+  with pytest.raises(RuntimeError), Loggers(tmp_path, total_steps=2, console=plain()) as log:
+    log.write(1, {"loss": 0.5})
+    raise RuntimeError
+  assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
+  assert [v.tag for e in events(tmp_path) for v in e.summary.value] == ["loss"]
