@@ -6,7 +6,9 @@ never a tree replicated over devices. The data position is the step itself.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import pathlib
 from typing import Any
 
@@ -31,6 +33,11 @@ def _reason(error: BaseException) -> str:
     if isinstance(link, PermissionError) or getattr(link, "errno", None) == errno.EROFS:
       return "the folder cannot be written"
   return (str(chain[-1]).strip().splitlines() or [type(chain[-1]).__name__])[0][:200]
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+  """Keeps Orbax from printing a traceback of every failure that it also raises."""
+  return "orbax" not in record.pathname
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -66,6 +73,8 @@ class Checkpoints:
       )
     self.directory = pathlib.Path(directory).resolve()
     self._pending: tuple[int, Any] | None = None
+    self._failed = False
+    logging.getLogger("absl").addFilter(_not_orbax)
     self._orbax = ocp.training.Checkpointer(
       str(self.directory),
       preservation_policy=policies.AnyPreservationPolicy(kept),
@@ -73,8 +82,8 @@ class Checkpoints:
     )
 
   def steps(self) -> list[int]:
-    """Steps of the whole checkpoints, in order."""
-    return [c.step for c in self._orbax.checkpoints]
+    """Steps of the whole checkpoints, in order: a folder gets its number when it is complete."""
+    return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
 
   def latest(self) -> int | None:
     """The step of the latest whole checkpoint, None where there is none."""
@@ -91,7 +100,7 @@ class Checkpoints:
     try:
       response = self._orbax.save_async(step, state, force=True, metrics=metrics)
     except Exception as error:
-      raise self._failed(step, error) from error
+      raise self._failure(step, error) from error
     self._pending = (step, response)
 
   def wait(self) -> None:
@@ -103,9 +112,10 @@ class Checkpoints:
       response.result()
       self._orbax.wait()
     except Exception as error:
-      raise self._failed(step, error) from error
+      raise self._failure(step, error) from error
 
-  def _failed(self, step: int, error: Exception) -> UserError:
+  def _failure(self, step: int, error: Exception) -> UserError:
+    self._failed = True
     whole = [s for s in self.steps() if s != step]
     kept = f"the checkpoint of step {whole[-1]} is whole" if whole else "no earlier one exists"
     return UserError(
@@ -153,4 +163,6 @@ class Checkpoints:
     try:
       self.wait()
     finally:
-      self._orbax.close()
+      # After a failed save, Orbax raises the same failure again.
+      with contextlib.suppress(*([Exception] if self._failed else [])):
+        self._orbax.close()

@@ -89,7 +89,8 @@ def _guarded(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
   """Calls `main`; what the user can mend becomes one line."""
   if len(argv) > 1:
     fail(f"unexpected argument {argv[1]!r}; every option is written --name=value (see --help)")
-  if FLAGS["verbosity"].using_default_value:
+  # The flag itself cannot tell: a library that is imported may have set it.
+  if not any(x.lstrip("-").startswith("verbosity") for x in sys.argv[1:]):
     logging.set_verbosity(logging.WARNING)  # the libraries below narrate every file they open
   try:
     return main(argv)

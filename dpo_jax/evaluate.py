@@ -8,37 +8,23 @@ from __future__ import annotations
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from dpo_jax import logprobs, measures, sampling
-from dpo_jax.data import chat, pipeline, sources
+from dpo_jax import logprobs, losses, measures
+from dpo_jax.data import pipeline
 from dpo_jax.data.layout import Example
-from dpo_jax.measures import Estimate
-from dpo_jax.model import hf, transformer
+from dpo_jax.draws import Drawn, LanguageModel, draw
+from dpo_jax.model import transformer
 from dpo_jax.model.config import ModelConfig
-from dpo_jax.rewards import Reward, values
+from dpo_jax.rewards import Reward
 from dpo_jax.structs import Model, PairLogps, PyTree, UserError
 
-
-class LanguageModel(NamedTuple):
-  """A Hugging Face folder, loaded."""
-
-  config: ModelConfig
-  params: PyTree
-  tokenizer: chat.Tokenizer
-
-
-def load(path: str | pathlib.Path) -> LanguageModel:
-  """Model and tokenizer of a folder, in float32."""
-  tokenizer = chat.load_tokenizer(path)
-  config, params = hf.load(path)
-  pipeline.check_vocabulary(tokenizer, config.vocab)
-  return LanguageModel(config, jax.device_put(params), tokenizer)
-
+Json = dict[str, Any]
 
 # --- Log-probs ------------------------------------------------------------------------------------
 
@@ -97,106 +83,89 @@ def check_positions(examples: Sequence[Example], config: ModelConfig) -> None:
     )
 
 
-# --- Samples --------------------------------------------------------------------------------------
+# --- Pairs ----------------------------------------------------------------------------------------
 
 
-class Drawn(NamedTuple):
-  """S answers to each of X prompts.
+class Objective(NamedTuple):
+  """A loss, and the β in which implicit rewards are told."""
 
-  Attributes:
-    prompts: X texts.
-    prompt_ids: X lists of token ids.
-    answers: X lists of S texts.
-    answer_ids: X lists of S lists of ids, the end token included where the model ended.
-    reward_XS: the true rewards.
-  """
-
-  prompts: list[str]
-  prompt_ids: list[list[int]]
-  answers: list[list[str]]
-  answer_ids: list[list[list[int]]]
-  reward_XS: np.ndarray
-
-  def examples(self) -> list[Example]:
-    """One example a prompt, with all its answers."""
-    array = functools.partial(np.asarray, dtype=np.int32)
-    texts = zip(self.prompt_ids, self.answer_ids, strict=True)
-    return [Example(array(prompt), tuple(map(array, ids))) for prompt, ids in texts]
+  loss_fn: Callable[..., Any]
+  beta: float
 
 
-def read_prompts(path: str | pathlib.Path) -> list[Any]:
-  """The `prompt` of every row of a file: a text or a list of messages."""
-  prompts = []
-  for where, row in sources.read_rows(path):
-    prompt = row.get("prompt")
-    messages = isinstance(prompt, list) and all(isinstance(turn, dict) for turn in prompt)
-    if not prompt or not (isinstance(prompt, str) or messages):
-      raise UserError(f"{where}: field 'prompt' must be a text or a list of messages")
-    prompts.append(prompt)
-  return prompts
+def objective(name: str, beta: float) -> Objective:
+  """A paired loss by name; β is handed to those that take it."""
+  if name in losses.SUPERVISED:
+    raise UserError(f"loss {name!r} sees one answer; name a loss of pairs")
+  takes = "beta" in losses.arguments(name) if name in losses.LOSSES else False
+  return Objective(losses.resolve(name, **({"beta": beta} if takes else {})), beta)
 
 
-def draw(
-  model: LanguageModel,
-  prompts: Sequence[Any],
-  reward: Reward,
-  *,
-  num: int,
-  max_tokens: int,
-  temperature: float = 1.0,
-  seed: int = 0,
-) -> Drawn:
-  """Samples `num` answers a prompt and scores them; a prompt of messages is scored as rendered."""
-  prompt_ids = [model.tokenizer.encode_prompt(prompt) for prompt in prompts]
-  if not all(prompt_ids):
-    raise UserError("a prompt has no token; an answer's first token needs one to follow")
-  answer_ids = sampling.generate(
-    model.config,
-    model.params,
-    prompt_ids,
-    max_tokens=max_tokens,
-    temperature=temperature,
-    seed=seed,
-    eos_ids=eos_ids(model),
-    num=num,
-  )
-  decode = model.tokenizer.decode
-  texts = [x if isinstance(x, str) else decode(i) for x, i in zip(prompts, prompt_ids, strict=True)]
-  answers = [[decode(ids) for ids in each] for each in answer_ids]
-  flat = [(text, answer) for text, each in zip(texts, answers, strict=True) for answer in each]
-  reward_XS = values(reward, *zip(*flat, strict=True)).reshape(len(texts), num)
-  return Drawn(texts, prompt_ids, answers, answer_ids, reward_XS)
+def read_pairs(
+  path: str | pathlib.Path, *models: LanguageModel, max_length: int | None = None
+) -> list[Example]:
+  """The pairs of a file in the first model's tokens, known to fit all; says what was left out."""
+  first, *others = models
+  for other in others:
+    if other.config.vocab != first.config.vocab:
+      raise UserError(
+        f"vocabularies of {first.config.vocab} and {other.config.vocab} tokens;"
+        " models that are compared must share one tokenizer"
+      )
+  examples, ledger, _ = pipeline.load_examples(path, first.tokenizer, max_length=max_length)
+  for model in models:
+    check_positions(examples, model.config)
+  if ledger.dropped or ledger.truncated:
+    counts = [f"{count} dropped: {reason}" for reason, count in ledger.dropped.items()]
+    counts += [f"{count} cut: {what}" for what, count in ledger.truncated.items()]
+    print(f"{path}: {ledger.rows} rows, " + ", ".join(counts), file=sys.stderr)
+  return examples
 
 
-def eos_ids(model: LanguageModel) -> tuple[int, ...]:
-  """Ids that end an answer: the tokenizer's and those the model's folder names."""
-  own = () if model.tokenizer.eos_id is None else (model.tokenizer.eos_id,)
-  return tuple(dict.fromkeys((*own, *model.config.eos_ids)))
-
-
-# --- Evaluation -----------------------------------------------------------------------------------
+def score_rows(
+  policy: LanguageModel,
+  reference: LanguageModel | None,
+  examples: Sequence[Example],
+  ask: Objective,
+) -> list[Json]:
+  """One object a pair: log-probs in nats and token counts; rewards and loss with a reference."""
+  ours = scorer(policy.config)(policy.params, examples).pairs()
+  columns = {
+    "chosen_logp": ours.chosen_B,
+    "rejected_logp": ours.rejected_B,
+    "chosen_tokens": ours.chosen_tokens_B,
+    "rejected_tokens": ours.rejected_tokens_B,
+  }
+  if reference is not None:
+    theirs = scorer(reference.config)(reference.params, examples).pairs()
+    columns |= {
+      "ref_chosen_logp": theirs.chosen_B,
+      "ref_rejected_logp": theirs.rejected_B,
+      "chosen_reward": ask.beta * (ours.chosen_B - theirs.chosen_B),
+      "rejected_reward": ask.beta * (ours.rejected_B - theirs.rejected_B),
+      "loss": np.asarray(ask.loss_fn(ours, theirs)),
+    }
+  values = zip(*(column.tolist() for column in columns.values()), strict=True)
+  return [dict(zip(columns, row, strict=True)) for row in values]
 
 
 def on_pairs(
-  policy: LanguageModel, reference: LanguageModel, examples: Sequence[Example], loss_fn, beta: float
-) -> dict[str, Estimate]:
-  """`measures.preference_metrics` of held-out pairs."""
+  policy: LanguageModel, reference: LanguageModel, examples: Sequence[Example], ask: Objective
+) -> Json:
+  """Accuracy, margins and loss of held-out pairs, with intervals, as `eval_…`."""
   scores = [scorer(model.config)(model.params, examples).pairs() for model in (policy, reference)]
-  weight_B = np.array([example.weight for example in examples])
-  return measures.preference_metrics(
-    *scores, beta=beta, loss_B=np.asarray(loss_fn(*scores)), weight_B=weight_B
+  estimates = measures.preference_metrics(
+    *scores,
+    beta=ask.beta,
+    loss_B=np.asarray(ask.loss_fn(*scores)),
+    weight_B=np.array([example.weight for example in examples]),
+  )
+  return {"pairs": len(examples)} | _plain(
+    {f"eval_{name}": estimate for name, estimate in estimates.items()}
   )
 
 
-class Sampled(NamedTuple):
-  """A policy against its reference on the same prompts, under the true reward."""
-
-  policy: Drawn
-  reference: Drawn
-  metrics: dict[str, Estimate]
-  frontier: measures.Frontier
-  frontier_reward: float  # the best mean reward at the policy's KL
-  fraction: Estimate  # of the frontier's gain
+# --- Samples --------------------------------------------------------------------------------------
 
 
 def on_samples(
@@ -210,67 +179,125 @@ def on_samples(
   frontier_samples: int,
   max_tokens: int,
   seed: int,
-) -> Sampled:
-  """Samples both on every prompt, and the reference often on the first few for the frontier."""
-  limits = {"max_tokens": max_tokens}
+  shown: int = 12,
+) -> Json:
+  """Reward, win rate and KL of a policy, and its share of what was possible at that KL.
+
+  Args:
+    policy, reference: models of one vocabulary.
+    prompts: texts or lists of messages.
+    reward: the true reward.
+    num: answers of either to every prompt.
+    frontier_prompts, frontier_samples: how many answers of the reference the frontier rests on.
+    max_tokens: of an answer.
+    seed: of the samples.
+    shown: prompts whose first answers are kept side by side.
+  """
   # Three seeds, so that nothing drawn for one purpose is drawn again for another.
-  ours = draw(policy, prompts, reward, num=num, seed=3 * seed, **limits)
-  theirs = draw(reference, prompts, reward, num=num, seed=3 * seed + 1, **limits)
-  often = draw(
-    reference,
-    prompts[:frontier_prompts],
-    reward,
-    num=frontier_samples,
-    seed=3 * seed + 2,
-    **limits,
-  )
+  take = functools.partial(draw, reward=reward, max_tokens=max_tokens)
+  ours = take(policy, prompts, num=num, seed=3 * seed)
+  theirs = take(reference, prompts, num=num, seed=3 * seed + 1)
+  many = take(reference, prompts[:frontier_prompts], num=frontier_samples, seed=3 * seed + 2)
   examples = ours.examples()
   logps = [scorer(x.config)(x.params, examples).logp_BK for x in (policy, reference)]
   log_ratio_XS = logps[0] - logps[1]
-  metrics = measures.sampled_metrics(ours.reward_XS, theirs.reward_XS, log_ratio_XS)
-  frontier = measures.exact_frontier(often.reward_XS)
-  fraction = measures.fraction_of_gain(
+
+  estimates = measures.sampled_metrics(ours.reward_XS, theirs.reward_XS, log_ratio_XS)
+  frontier = measures.exact_frontier(many.reward_XS)
+  estimates["fraction_of_frontier_gain"] = measures.fraction_of_gain(
     ours.reward_XS.mean(1), theirs.reward_XS.mean(1), log_ratio_XS.mean(1), frontier
   )
-  best = frontier.reward_at(metrics["kl"].mean)
-  return Sampled(ours, theirs, metrics, frontier, best, fraction)
+  kl = estimates["kl"].mean
+  return {
+    "prompts": len(prompts),
+    "samples_per_prompt": num,
+    **_plain(estimates),
+    "frontier_reward_at_kl": frontier.reward_at(kl),
+    "frontier_effective_samples_at_kl": frontier.effective_at(kl),
+    "frontier_reach": frontier.reach,
+    "frontier": _curve(frontier),
+    "samples": _side_by_side(ours, theirs, shown),
+  }
 
 
-# --- Plain values ---------------------------------------------------------------------------------
-
-
-def number(value: float) -> float | None:
-  """A float for JSON, which has none that is not finite."""
-  return float(value) if math.isfinite(value) else None
-
-
-def flatten(estimates: dict[str, Estimate]) -> dict[str, Any]:
-  """name: mean and name_interval: [low, high], as plain JSON values."""
-  out: dict[str, Any] = {}
-  for name, (mean, low, high) in estimates.items():
-    bounded = math.isfinite(low) and math.isfinite(high)
-    out[name] = number(mean)
-    out[f"{name}_interval"] = [float(low), float(high)] if bounded else None
-  return out
-
-
-def curve(frontier: measures.Frontier) -> list[dict[str, float | None]]:
-  """The frontier as far as its samples reach, one plain object for each β (null: infinite)."""
-  means = (frontier.kl_XF.mean(0), frontier.reward_XF.mean(0), frontier.effective_XF.mean(0))
+def _curve(frontier: measures.Frontier) -> list[Json]:
+  """The frontier as far as its samples reach; β is null where it is infinite."""
+  points = zip(
+    frontier.beta_F,
+    frontier.kl_XF.mean(0),
+    frontier.reward_XF.mean(0),
+    frontier.effective_XF.mean(0),
+    strict=True,
+  )
   return [
-    {"beta": number(beta), "kl": float(kl), "reward": float(reward), "effective_samples": float(n)}
-    for beta, kl, reward, n in zip(frontier.beta_F, *means, strict=True)
+    {"beta": _number(beta), "kl": float(kl), "reward": float(reward), "effective_samples": float(n)}
+    for beta, kl, reward, n in points
     if kl <= frontier.reach
   ]
 
 
-def side_by_side(sampled: Sampled, count: int) -> Iterator[dict[str, Any]]:
-  """The first sample of both models for the first few prompts, with rewards."""
-  for x in range(min(count, len(sampled.policy.prompts))):
-    yield {
-      "prompt": sampled.policy.prompts[x],
-      "reference": sampled.reference.answers[x][0],
-      "policy": sampled.policy.answers[x][0],
-      "reference_reward": float(sampled.reference.reward_XS[x, 0]),
-      "policy_reward": float(sampled.policy.reward_XS[x, 0]),
+def _side_by_side(ours: Drawn, theirs: Drawn, count: int) -> list[Json]:
+  return [
+    {
+      "prompt": prompt,
+      "reference": theirs.answers[x][0],
+      "policy": ours.answers[x][0],
+      "reference_reward": float(theirs.reward_XS[x, 0]),
+      "policy_reward": float(ours.reward_XS[x, 0]),
     }
+    for x, prompt in enumerate(ours.prompts[:count])
+  ]
+
+
+# --- Plain values, and their table ----------------------------------------------------------------
+
+
+def _number(value: float) -> float | None:
+  """A float for JSON, which has none that is not finite."""
+  return float(value) if math.isfinite(value) else None
+
+
+def _plain(estimates: dict[str, measures.Estimate]) -> Json:
+  """name: mean, and name_interval: [low, high] or null."""
+  out: Json = {}
+  for name, (mean, low, high) in estimates.items():
+    out[name] = _number(mean)
+    out[f"{name}_interval"] = [low, high] if math.isfinite(low) and math.isfinite(high) else None
+  return out
+
+
+_ROWS = (  # key, what it is called, how it is written
+  ("reward_reference", "mean true reward, reference", "{:.3f}"),
+  ("reward_policy", "mean true reward, policy", "{:.3f}"),
+  ("win_rate", "win rate against the reference", "{:.1%}"),
+  ("kl", "KL(π ‖ π_ref), nats an answer", "{:.3f}"),
+  ("frontier_reward_at_kl", "best possible reward at this KL", "{:.3f}"),
+  ("fraction_of_frontier_gain", "share of the best possible gain", "{:.1%}"),
+  ("eval_accuracy", "accuracy on held-out pairs", "{:.1%}"),
+  ("eval_margin", "margin of implicit rewards", "{:.3f}"),
+  ("eval_loss", "loss on held-out pairs", "{:.4f}"),
+)
+
+
+def show(summary: Json, shown: int) -> None:
+  """Prints one table of a summary, and some samples of both models side by side."""
+  from rich.console import Console
+  from rich.table import Table
+
+  console = Console()
+  table = Table("", "value", "95% interval", title="On unseen data", title_justify="left")
+  for key, label, form in _ROWS:
+    if summary.get(key) is not None:
+      interval = summary.get(f"{key}_interval")
+      within = " to ".join(form.format(x) for x in interval) if interval else ""
+      table.add_row(label, form.format(summary[key]), within)
+  console.print(table)
+  if summary.get("kl", 0) > summary.get("frontier_reach", math.inf):
+    console.print(
+      f"The frontier is known to {summary['frontier_reach']:.2f} nats only; its reward at the"
+      " policy's KL is a lower bound. Take more --frontier_samples."
+    )
+  for sample in summary.get("samples", [])[:shown]:
+    console.print(f"\n[bold]{sample['prompt']}[/bold]")
+    for who in ("reference", "policy"):
+      console.print(f"  {who:<9} {sample[who + '_reward']:+.2f} {sample[who]}", highlight=False)

@@ -141,6 +141,10 @@ class Frontier(NamedTuple):
     """
     return float(np.interp(kl, self.kl_XF.mean(0), self.reward_XF.mean(0)))
 
+  def effective_at(self, kl: float) -> float:
+    """Effective samples a prompt behind `reward_at(kl)`."""
+    return float(np.interp(kl, self.kl_XF.mean(0), self.effective_XF.mean(0)))
+
   @property
   def reach(self) -> float:
     """The KL up to which at least `MIN_EFFECTIVE` effective samples a prompt stand behind it."""

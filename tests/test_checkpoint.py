@@ -1,5 +1,7 @@
 """Checkpoints come back to the bit, keep the latest and the best, and fail in one line."""
 
+import resource
+
 import jax
 import numpy as np
 import optax
@@ -61,3 +63,24 @@ def test_an_absent_checkpoint_is_said_in_one_line(tmp_path):
   with pytest.raises(UserError, match="no checkpoint of step 4; it has 3"):
     checkpoints.restore(state_at(0), 4)
   checkpoints.close()
+
+
+def test_a_save_that_fails_leaves_the_previous_checkpoint_whole(tmp_path):
+  """Files may not grow beyond 100 kB: what a full disk does, without one."""
+  weights = np.random.default_rng(0).normal(size=200_000).astype(np.float32)
+  state = {"params": {"w": weights}, "step": np.asarray(1, np.int32)}
+  checkpoints = Checkpoints(tmp_path, keep=1)
+  checkpoints.save(1, state)
+  checkpoints.wait()
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+  try:
+    with pytest.raises(UserError, match=r"step 2 could not be saved.* step 1 is whole"):
+      checkpoints.save(2, state)
+      checkpoints.wait()
+    checkpoints.close()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  again = Checkpoints(tmp_path)
+  assert again.steps() == [1]
+  np.testing.assert_array_equal(again.restore_params()["w"], weights)

@@ -82,7 +82,11 @@ def straight(task) -> pathlib.Path:
 
 
 def test_supervised_training_lowers_the_loss(task):
-  losses = [line["eval/loss"] for line in read_metrics(task / "sft" / "metrics.jsonl") if "eval/loss" in line]
+  losses = [
+    line["eval/loss"]
+    for line in read_metrics(task / "sft" / "metrics.jsonl")
+    if "eval/loss" in line
+  ]
   # An untrained model is uniform over the words.
   np.testing.assert_allclose(losses[0], np.log(len(controlled.vocabulary())), atol=0.2)
   assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.05
@@ -90,7 +94,14 @@ def test_supervised_training_lowers_the_loss(task):
 
 def test_a_run_leaves_what_it_promises(straight):
   names = {path.name for path in straight.iterdir()}
-  assert {"config.json", "data.json", "metrics.jsonl", "checkpoints", "export", "report.html"} <= names
+  assert {
+    "config.json",
+    "data.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "export",
+    "report.html",
+  } <= names
   assert any(name.startswith("events.") for name in names)
   ledger = json.loads((straight / "data.json").read_text())
   assert ledger["rows"] == 80 and ledger["pairs"] + sum(ledger["dropped"].values()) == 80

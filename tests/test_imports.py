@@ -38,6 +38,7 @@ FLOORS = {
     {"train"},
     {"structs", "mathematics", "model", "data", "machinery", "measures", "door"},
   ),
+  "benchmark": ({"benchmark"}, {"structs", "data", "machinery", "train"}),
 }
 # Libraries that a floor must not know.
 FORBIDDEN = {

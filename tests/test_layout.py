@@ -1,5 +1,6 @@
 """Every layout must let a token see its own text and nothing else, and score answers exactly."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -188,7 +189,7 @@ def test_micro_batches_share_one_shape():
 def test_errors_name_the_row_and_the_way_out():
   long = Example(ids(*range(50)), (ids(1), ids(2)), row=17)
   with pytest.raises(
-    UserError, match="data row 17 takes 51 tokens.*rows hold 32; raise row_length"
+    UserError, match=r"data row 17 takes 51 tokens.*rows hold 32; raise row_length"
   ):
     collate([long], layout="shared", row_length=32)
   with pytest.raises(UserError, match="unknown layout 'dense'; choose one of shared"):
@@ -280,7 +281,7 @@ def test_layouts_agree_on_every_log_prob():
       "max_position_embeddings": 64,
     }
   )
-  logps_fn = logprobs.make_logps_fn(transformer.build(model_config, dtype="float32"))
+  logps_fn = jax.jit(logprobs.make_logps_fn(transformer.build(model_config)))
   params = transformer.init_params(model_config, seed=0)
   some = examples(24, longest=20)
 

@@ -12,15 +12,11 @@ from dpo_jax.structs import Head
 
 
 def _batch(layout="shared", groups=1, answers=2, count=6):
-  return collate(
-    tiny.pairs(count, answers=answers), layout=layout, row_length=48, groups=groups
-  )
+  return collate(tiny.pairs(count, answers=answers), layout=layout, row_length=48, groups=groups)
 
 
 def _naive(params, batch):
-  return logprobs.naive_slot_logps(
-    tiny.MODEL.hidden(params, batch), tiny.MODEL.head(params), batch
-  )
+  return logprobs.naive_slot_logps(tiny.MODEL.hidden(params, batch), tiny.MODEL.head(params), batch)
 
 
 def test_token_logps_by_hand():

@@ -53,7 +53,11 @@ def test_weight_decay_spares_norms_biases_and_embeddings():
   updates, _ = tx.update(zeros, tx.init(params), params)
   inner = updates["params"]
   np.testing.assert_allclose(inner["layers"]["q"]["kernel"], -0.1)
-  for untouched in (inner["embed"]["embedding"], inner["layers"]["q"]["bias"], inner["norm"]["scale"]):
+  for untouched in (
+    inner["embed"]["embedding"],
+    inner["layers"]["q"]["bias"],
+    inner["norm"]["scale"],
+  ):
     np.testing.assert_array_equal(untouched, np.zeros_like(untouched))
 
 

@@ -41,9 +41,7 @@ def run(batches, *, name="sigmoid", tx=None, **given):
 def close(found, expected, rtol=1e-5):
   for key in expected:
     scale = np.abs(expected[key]).max()
-    np.testing.assert_allclose(
-      found[key], expected[key], rtol=rtol, atol=rtol * scale, err_msg=key
-    )
+    np.testing.assert_allclose(found[key], expected[key], rtol=rtol, atol=rtol * scale, err_msg=key)
 
 
 def test_the_first_loss_is_log_2_and_its_gradient_is_half_beta_times_the_logps_gradient():
@@ -139,9 +137,7 @@ def test_slots_whose_loss_is_not_finite_are_named():
   base = logprobs.make_logps_fn(tiny.MODEL)
   broken = lambda params, b: jnp.where(b.row_NS == 1, jnp.nan, base(params, b))
   tx = optax.sgd(0.1)
-  take = functools.partial(
-    step.train_step, objective=objective()._replace(logps_fn=broken), tx=tx
-  )
+  take = functools.partial(step.train_step, objective=objective()._replace(logps_fn=broken), tx=tx)
   _, report = jax.jit(take)(step.init_state(tiny.init(), tx), tiny.init(), batch)
   assert not np.isfinite(report["loss"])
   flagged = np.asarray(batch.row_NS)[np.asarray(report["nonfinite_ANS"])]

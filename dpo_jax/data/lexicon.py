@@ -136,7 +136,7 @@ ASPECTS = frozenset(aspect for traits in TRAIT_OF.values() for aspect in traits)
 ALONE = ("I",)
 TOGETHER = ("We", "My sister and I", "My brother and I", "My wife and I", "My husband and I")
 ARTICLES = ("the", "this")
-QUALITIES = ("", " new", " old", " little", " famous", " popular", " modern")
+QUALITIES = ("", " new", " old", " little", " famous", " popular", " modern", " simple", " curious")
 TIMES = (
   *("yesterday", "last week", "last month", "last summer", "last winter", "in May", "in June"),
   *("in October", "on Friday", "on Saturday", "on Sunday", "two days ago"),
@@ -148,6 +148,8 @@ OCCASIONS = (
   " on a rainy day",
   " for the first time",
   " on a whim",
+  " in the evening",
+  " with colleagues",
 )
 
 LINKS = (  # the soup <link> good

@@ -100,7 +100,7 @@ def _parse(file, path: pathlib.Path) -> Iterator[tuple[str, Any]]:
       yield from ((f"{path}:row {i}", value) for i, value in enumerate(values, 1))
       return
     first = first or line
-    yield f"{path}:{number}", _load(line, f"{path}:{{line}}", number)
+    yield f"{path}:{number}", _load(line.rstrip(), f"{path}:{{line}}", number)
 
 
 def _load(text: bytes, where: str, line: int) -> Any:

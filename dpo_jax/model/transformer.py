@@ -60,36 +60,57 @@ def visible(query: Tokens, key: Tokens) -> Array:
   return (pair_q == pair_k) & (position_q >= position_k) & ((branch_k == 0) | (branch_k == branch_q))
 
 
-def attend(q_NQHK: Array, k_NCJK: Array, v_NCJK: Array, visible_NQC: Array) -> Array:
-  """Softmax attention of grouped queries, scores and sums in float32: [N, Q, H, K]."""
+class Keys(NamedTuple):
+  """Keys and values of C columns, heads first: products over a cache are four times quicker so."""
+
+  k_NJCK: Array
+  v_NJCK: Array
+
+
+def attend(q_NQHK: Array, parts: list[tuple[Keys, Array]]) -> Array:
+  """Softmax attention of grouped queries, scores and sums in float32: [N, Q, H, K].
+
+  Args:
+    q_NQHK: queries.
+    parts: keys, each with its visible_NQC; the softmax runs over all of them together.
+  """
   N, Q, H, K = q_NQHK.shape
-  J = k_NCJK.shape[2]
+  J = parts[0][0].k_NJCK.shape[1]
   # Heads first and the division last: plain batched products, the quickest form on CPU.
   q_NJxK = q_NQHK.reshape(N, Q, J, H // J, K).transpose(0, 2, 3, 1, 4).reshape(N, J, -1, K)
-  scores = jnp.einsum("njxk,ncjk->njxc", q_NJxK, k_NCJK, preferred_element_type=jnp.float32)
-  scores = scores.reshape(N, J, H // J, Q, -1) * (1.0 / math.sqrt(K))
-  scores = jnp.where(visible_NQC[:, None, None], scores, -1e30)
-  scores = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-  total = scores.sum(axis=-1, keepdims=True)
-  weights = scores.astype(v_NCJK.dtype).reshape(N, J, H // J * Q, -1)
-  out = jnp.einsum("njxc,ncjk->njxk", weights, v_NCJK, preferred_element_type=jnp.float32)
+
+  def scores(keys: Keys, visible_NQC: Array) -> Array:
+    s = jnp.einsum("njxk,njck->njxc", q_NJxK, keys.k_NJCK, preferred_element_type=jnp.float32)
+    s = s.reshape(N, J, H // J, Q, -1) * (1.0 / math.sqrt(K))
+    return jnp.where(visible_NQC[:, None, None], s, -1e30)
+
+  def mix(weights_NJGQC: Array, keys: Keys) -> Array:
+    weights = weights_NJGQC.astype(keys.v_NJCK.dtype).reshape(N, J, H // J * Q, -1)
+    return jnp.einsum("njxc,njck->njxk", weights, keys.v_NJCK, preferred_element_type=jnp.float32)
+
+  scored = [scores(*part) for part in parts]
+  top = functools.reduce(jnp.maximum, [s.max(axis=-1, keepdims=True) for s in scored])
+  weights = [jnp.exp(s - jax.lax.stop_gradient(top)) for s in scored]
+  total = sum(w.sum(axis=-1, keepdims=True) for w in weights)
+  out = sum(mix(w, keys) for w, (keys, _) in zip(weights, parts, strict=True))
   out = (out.reshape(N, J, H // J, Q, K) / total).astype(q_NQHK.dtype)
   return out.transpose(0, 3, 1, 2, 4).reshape(N, Q, H, K)
 
 
-def attend_blocks(q_NLHK: Array, k_NLJK: Array, v_NLJK: Array, tokens: Tokens) -> Array:
+def attend_blocks(q_NLHK: Array, keys: Keys, tokens: Tokens) -> Array:
   """`attend` over whole rows, a block of queries at a time, scores never kept: [N, L, H, K]."""
   length = q_NLHK.shape[1]
 
   @functools.partial(jax.checkpoint, prevent_cse=False)
-  def block(q, k, v, query, key):
-    return attend(q, k, v, visible(query, key))
+  def block(q_NQHK, keys, query, key):
+    return attend(q_NQHK, [(keys, visible(query, key))])
 
   out = []
   for start in range(0, length, QUERY_BLOCK):
     stop = min(start + QUERY_BLOCK, length)
+    earlier = Keys(*(x_NJLK[:, :, :stop] for x_NJLK in keys))
     query, key = tokens.columns(start, stop), tokens.columns(0, stop)
-    out.append(block(q_NLHK[:, start:stop], k_NLJK[:, :stop], v_NLJK[:, :stop], query, key))
+    out.append(block(q_NLHK[:, start:stop], earlier, query, key))
   return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
 
 
@@ -172,19 +193,13 @@ class Norm(nn.Module):
     return y.astype(self.dtype)
 
 
-class Past(NamedTuple):
-  """Keys and values of earlier columns, and who they were."""
-
-  k_NTJK: Array
-  v_NTJK: Array
-
-
 class Block(nn.Module):
   """Attention and feed-forward, each normalised before and added after."""
 
   config: ModelConfig
   dtype: Any
   param_dtype: Any
+  return_keys: bool
 
   def linear(self, name: str, features: int, bias: bool, *, residual: bool = False) -> Linear:
     # 2 * layers maps write to the residual stream; scaled so, their sum starts with the std of one.
@@ -196,8 +211,17 @@ class Block(nn.Module):
     return Norm(config.norm, config.norm_eps, self.dtype, self.param_dtype, name=name)
 
   @nn.compact
-  def __call__(self, x_NLD, past: Past | None, tokens: Tokens, past_tokens: Tokens | None, table):
-    """Returns the new residual stream and this layer's keys and values (None unless decoding)."""
+  def __call__(
+    self, x_NLD: Array, past: Keys | None, tokens: Tokens, past_tokens: Tokens | None, table: Any
+  ) -> tuple[Array, Keys | None]:
+    """The residual stream after this layer and, if asked for, the keys it made.
+
+    Args:
+      x_NLD: the residual stream before.
+      past: this layer's keys of earlier columns, None if the rows are whole.
+      tokens, past_tokens: who the columns of `x_NLD` and of `past` are.
+      table: of `rotary_table`.
+    """
     c = self.config
     split = lambda y, heads: y.reshape(*y.shape[:2], heads, c.head_width)
 
@@ -206,7 +230,11 @@ class Block(nn.Module):
     k = split(self.linear("key", c.kv_heads * c.head_width, c.qkv_bias)(y), c.kv_heads)
     v = split(self.linear("value", c.kv_heads * c.head_width, c.qkv_bias)(y), c.kv_heads)
     q, k = rotate(q, table), rotate(k, table)
-    y = attend_blocks(q, k, v, tokens)
+    keys = Keys(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+    if past is None:
+      y = attend_blocks(q, keys, tokens)
+    else:
+      y = attend(q, [(past, visible(tokens, past_tokens)), (keys, visible(tokens, tokens))])
     y = y.reshape(*y.shape[:2], c.heads * c.head_width)
     x_NLD = x_NLD + self.linear("out", c.width, c.out_bias, residual=True)(y)
 
@@ -215,7 +243,7 @@ class Block(nn.Module):
     up = self.linear("up", c.mlp_width, c.mlp_bias)(y)
     y = act(self.linear("gate", c.mlp_width, c.mlp_bias)(y)) * up if c.gated else act(up)
     x_NLD = x_NLD + self.linear("down", c.width, c.mlp_bias, residual=True)(y)
-    return x_NLD, None
+    return x_NLD, keys if self.return_keys else None
 
 
 class Table(nn.Module):
@@ -235,22 +263,29 @@ class Table(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Ids to hidden states after the final norm."""
+  """Ids to hidden states after the final norm, and the keys of every layer if asked for."""
 
   config: ModelConfig
-  dtype: Any
-  param_dtype: Any
-  remat: str
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+  remat: str = "none"
+  return_keys: bool = False
 
   @nn.compact
-  def __call__(self, ids_NL: Array, tokens: Tokens) -> Array:
+  def __call__(
+    self,
+    ids_NL: Array,
+    tokens: Tokens,
+    past: Keys | None = None,
+    past_tokens: Tokens | None = None,
+  ) -> tuple[Array, Keys | None]:
     c = self.config
     table = lambda entries, name: Table(entries, c.width, c.init_std, self.param_dtype, name=name)
     x_NLD = table(c.vocab, "embed")(ids_NL)
     if c.positions == "learned":
       x_NLD = x_NLD + table(c.max_positions, "positions")(tokens.position_NL)
     if not c.tied:
-      table(c.vocab, "head")(jnp.zeros((1, 1), jnp.int32))  # holds the parameter; see `head`
+      table(c.vocab, "head")(jnp.zeros((1, 1), jnp.int32))  # makes the parameter; `head` reads it
 
     block = Block
     if self.remat != "none":
@@ -261,11 +296,11 @@ class Decoder(nn.Module):
       split_rngs={"params": True},
       in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
       length=c.layers,
-    )(c, self.dtype, self.param_dtype, name="layers")
-    x_NLD, _ = layers(
-      x_NLD.astype(self.dtype), None, tokens, None, rotary_table(c, tokens.position_NL)
-    )
-    return Norm(c.norm, c.norm_eps, self.dtype, self.param_dtype, name="final_norm")(x_NLD)
+    )(c, self.dtype, self.param_dtype, self.return_keys, name="layers")
+    rotary = rotary_table(c, tokens.position_NL)
+    x_NLD, keys = layers(x_NLD.astype(self.dtype), past, tokens, past_tokens, rotary)
+    norm = Norm(c.norm, c.norm_eps, self.dtype, self.param_dtype, name="final_norm")
+    return norm(x_NLD), keys
 
 
 def build(config: ModelConfig, *, dtype: str = "float32", remat: str = "dots") -> Model:
@@ -278,11 +313,11 @@ def build(config: ModelConfig, *, dtype: str = "float32", remat: str = "dots") -
   """
   if remat not in REMAT:
     raise UserError(f"remat {remat!r} is not known; known are {', '.join(REMAT)}")
-  decoder = Decoder(config, jnp.dtype(dtype), jnp.float32, remat)
+  decoder = Decoder(config, jnp.dtype(dtype), remat=remat)
 
   def hidden(params: PyTree, batch: TokenBatch) -> Array:
     tokens = Tokens(batch.position_NL, batch.pair_NL, batch.branch_NL)
-    return decoder.apply(params, batch.ids_NL, tokens)
+    return decoder.apply(params, batch.ids_NL, tokens)[0]
 
   return Model(hidden=hidden, head=functools.partial(head, config), vocab=config.vocab)
 
@@ -294,16 +329,87 @@ def head(config: ModelConfig, params: PyTree) -> Head:
 
 def init_params(config: ModelConfig, seed: int, *, dtype: str = "float32") -> PyTree:
   """Initial parameters, a pure function of (config, seed): {"params": {...}} of `dtype` arrays."""
-  decoder = Decoder(config, jnp.float32, jnp.dtype(dtype), "none")
+  decoder = Decoder(config, param_dtype=jnp.dtype(dtype))
   return jax.jit(decoder.init)(jax.random.key(seed), *_example())
 
 
 def param_shapes(config: ModelConfig) -> PyTree:
   """The tree of `init_params` as `jax.ShapeDtypeStruct`s; nothing is allocated."""
-  decoder = Decoder(config, jnp.float32, jnp.float32, "none")
-  return jax.eval_shape(decoder.init, jax.random.key(0), *_example())
+  return jax.eval_shape(Decoder(config).init, jax.random.key(0), *_example())
 
 
 def _example() -> tuple[Array, Tokens]:
   zeros = jnp.zeros((1, 1), jnp.int32)
   return zeros, Tokens(zeros, zeros, zeros)
+
+
+class Cache(NamedTuple):
+  """What generation remembers: the keys of every layer, and who the T columns are.
+
+  Attributes:
+    keys: k and v, [layers, N, J, T, K].
+    tokens: of every column, [N, T]; pair 0, or -1 where the column is padding or not yet written.
+    filled: columns written so far, the same in all rows.
+  """
+
+  keys: Keys
+  tokens: Tokens
+  filled: Array
+
+
+def prefill(
+  config: ModelConfig,
+  params: PyTree,
+  ids_NL: Array,
+  lengths_N: Array,
+  *,
+  columns: int,
+  dtype: str = "float32",
+) -> tuple[Array, Cache]:
+  """Reads prompts, each at the right end of its row.
+
+  Args:
+    ids_NL: prompts, padding on the left.
+    lengths_N: tokens of each prompt.
+    columns: length of the cache to make, at least L.
+    dtype: as in `build`; also that of the cache.
+
+  Returns:
+    hidden_ND of the last token of every prompt, and the cache.
+  """
+  rows, length = ids_NL.shape
+  position_NL = jnp.arange(length) - (length - lengths_N)[:, None]
+  pair_NL = jnp.where(position_NL < 0, -1, 0)
+  tokens = Tokens(jnp.maximum(position_NL, 0), pair_NL, jnp.zeros_like(pair_NL))
+  decoder = Decoder(config, jnp.dtype(dtype), return_keys=True)
+  hidden_NLD, keys = decoder.apply(params, ids_NL, tokens)
+
+  room = columns - length
+  widen = lambda x, value: jnp.pad(x, [(0, 0), (0, room)], constant_values=value)
+  keys = Keys(*(jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, room), (0, 0)]) for x in keys))
+  held = Tokens(widen(tokens.position_NL, 0), widen(pair_NL, -1), widen(tokens.branch_NL, 0))
+  return hidden_NLD[:, -1], Cache(keys, held, jnp.asarray(length))
+
+
+def decode(
+  config: ModelConfig,
+  params: PyTree,
+  cache: Cache,
+  ids_N: Array,
+  position_N: Array,
+  *,
+  dtype: str = "float32",
+) -> tuple[Array, Cache]:
+  """Reads one more token in every row: hidden_ND and the cache with it.
+
+  The layers only read the cache; what they add is written once, after all of them, so the loop
+  around this updates the cache in place.
+  """
+  decoder = Decoder(config, jnp.dtype(dtype), return_keys=True)
+  position_N1 = position_N[:, None]
+  tokens = Tokens(position_N1, jnp.zeros_like(position_N1), jnp.zeros_like(position_N1))
+  hidden_N1D, new = decoder.apply(params, ids_N[:, None], tokens, cache.keys, cache.tokens)
+  put = lambda old, x, axis: jax.lax.dynamic_update_slice_in_dim(old, x, cache.filled, axis)
+  keys = Keys(*(put(old, x, 3) for old, x in zip(cache.keys, new, strict=True)))
+  held = Tokens(*(put(old, x, 1) for old, x in zip(cache.tokens, tokens, strict=True)))
+  return hidden_N1D[:, 0], Cache(keys, held, cache.filled + 1)

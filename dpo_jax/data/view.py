@@ -1,0 +1,101 @@
+"""What a model will be trained on, for a person to read: texts, tokens, and which are scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from dpo_jax.data.chat import Tokenizer
+from dpo_jax.data.layout import Example, lengths
+from dpo_jax.data.pipeline import Ledger
+
+# Two shades of each, so that neighbouring tokens are told apart.
+GIVEN = ("grey70", "grey54")
+SCORED = (("black on green3", "black on dark_sea_green3"), ("black on salmon1", "black on tan"))
+
+
+def show_example(example: Example, tokenizer: Tokenizer, *, prompt_tokens: int = 96) -> Panel:
+  """One row: prompt and answers, every token in its own shade, with their ids.
+
+  Args:
+    example: the row.
+    tokenizer: to read it with.
+    prompt_tokens: how many of a long prompt's last tokens are shown.
+  """
+  shown = example.prompt[-prompt_tokens:]
+  hidden = len(example.prompt) - len(shown)
+  given = f"prompt · {len(example.prompt)} tokens, given" + (
+    f" (the last {len(shown)} shown)" if hidden else ""
+  )
+  parts = _part(given, shown, tokenizer, GIVEN)
+  names = ("chosen", "rejected") if len(example.answers) > 1 else ("answer",)
+  for name, answer, shades in zip(names, example.answers, SCORED, strict=False):
+    ends = tokenizer.eos_id is not None and tokenizer.eos_id in answer
+    title = f"{name} · {len(answer)} tokens, scored, {'ended' if ends else 'no end token'}"
+    parts += _part(title, answer, tokenizer, shades)
+  return Panel(Group(*parts), title=f"row {example.row}", title_align="left", box=box.ROUNDED)
+
+
+def show_ledger(ledger: Ledger, examples: Sequence[Example]) -> Table:
+  """What became of the rows, where the tokens are, and how long the texts are."""
+  table = Table("", "", box=box.SIMPLE, show_header=False, pad_edge=False)
+  table.columns[1].justify = "right"
+  add = lambda name, value, note="": table.add_row(name, f"{value:,}", escape(note))
+  table.add_column(justify="left", style="dim")
+  add("rows read", ledger.rows, f"form: {ledger.format}")
+  add("kept", ledger.pairs)
+  for reason, count in ledger.dropped.most_common():
+    add("dropped", count, reason)
+  for what, count in ledger.truncated.most_common():
+    add(f"{what}s cut", count)
+  tokens = ledger.tokens
+  add("prompt tokens", tokens["prompt"], "given")
+  add("answer tokens", tokens["answer"], "scored")
+  if tokens["shared"]:
+    add("shared tokens", tokens["shared"], "copies of prompts that shared rows save")
+  real = tokens["prompt"] + tokens["answer"]
+  share = tokens["padding"] / (real + tokens["padding"])
+  add("padding tokens", tokens["padding"], f"{share:.1%} of shared rows")
+  prompt_B, tokens_BK = lengths(examples)
+  total_B = prompt_B + tokens_BK.max(1)
+  half, most = np.quantile(total_B, [0.5, 0.95], method="higher").tolist()
+  note = f"of prompt and longest answer; 95% have at most {most}, half at most {half}"
+  add("longest text", int(total_B.max()), note)
+  return table
+
+
+def _part(title: str, ids, tokenizer: Tokenizer, shades: tuple[str, str]) -> list[RenderableType]:
+  text = Text()
+  for i, (piece, _) in enumerate(pieces(ids, tokenizer)):
+    text.append(piece.replace("\n", "⏎\n"), style=shades[i % 2])
+  numbers = Text(" ".join(str(id) for id in ids), style="dim")
+  return [Text(title, style="bold"), text, numbers, Text()]
+
+
+def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
+  """The text that each token adds; tokens that make up one character stay together.
+
+  Joined, the texts are the whole text, special tokens included.
+  """
+  found: list[tuple[str, list[int]]] = []
+  held: list[int] = []
+  for id in ids:
+    held.append(int(id))
+    # Behind its predecessor: decoders strip the space before a text's first word.
+    before = found[-1][1] if found else []
+    added = tokenizer.decode([*before, *held], special=True)
+    added = added[len(tokenizer.decode(before, special=True)) :]
+    if "\ufffd" in added and len(held) < 4:  # an unfinished character: UTF-8 takes up to 4 bytes
+      continue
+    found.append((added, held))
+    held = []
+  if held:
+    found.append(("\ufffd", held))
+  return found

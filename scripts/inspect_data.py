@@ -1,0 +1,69 @@
+"""Shows what a model will be trained on: texts, token ids, which are scored, and the ledger.
+
+  python scripts/inspect_data.py --data pairs.jsonl --model DIR
+  python scripts/inspect_data.py --data pairs.jsonl --model DIR --json
+
+Prompt tokens are given, answer tokens scored; neighbouring tokens have different shades. With
+--json one object is printed: format, rows, pairs, dropped, truncated, tokens.
+"""
+
+import _root  # noqa: F401 (puts the package on the path)
+from absl import flags
+
+from dpo_jax import cli
+
+DATA = flags.DEFINE_list(
+  "data", None, "file of rows, or several separated by commas", required=True
+)
+MODEL = flags.DEFINE_string("model", None, "folder of the model or its tokenizer", required=True)
+ROWS = flags.DEFINE_integer("rows", 3, "rows to show", lower_bound=0)
+JSON = flags.DEFINE_bool("json", False, "print the ledger alone, as one JSON object")
+ANSWERS = flags.DEFINE_integer(
+  "answers", 2, "2 for preferences, 1 for texts to learn from", lower_bound=1, upper_bound=2
+)
+MAX_LENGTH = flags.DEFINE_integer(
+  "max_length", None, "window in tokens, prompt and one answer together", lower_bound=2
+)
+PROMPT_FLOOR = flags.DEFINE_integer(
+  "prompt_floor", 64, "tokens of a prompt that are never cut", lower_bound=1
+)
+TRUNCATION = flags.DEFINE_enum(
+  "truncation", "drop", ["drop", "cut"], "what to do with answers that do not fit"
+)
+FIELDS = flags.DEFINE_list("fields", [], "names of fields, as prompt=question,chosen=better")
+
+
+def main(_):
+  import json
+
+  from dpo_jax.data import chat, pipeline
+  from dpo_jax.structs import UserError
+
+  wrong = [pair for pair in FIELDS.value if "=" not in pair]
+  if wrong:
+    raise UserError(f"--fields {wrong[0]} is no name=name; as in --fields prompt=question")
+  tokenizer = chat.load_tokenizer(MODEL.value)
+  examples, ledger, _ = pipeline.load_examples(
+    DATA.value,
+    tokenizer,
+    answers=ANSWERS.value,
+    max_length=MAX_LENGTH.value,
+    prompt_floor=PROMPT_FLOOR.value,
+    truncation=TRUNCATION.value,
+    fields=dict(pair.split("=", 1) for pair in FIELDS.value),
+  )
+  if JSON.value:
+    print(json.dumps(ledger.to_json()))
+    return
+  from rich.console import Console
+
+  from dpo_jax.data import view
+
+  console = Console()
+  for example in examples[: ROWS.value]:
+    console.print(view.show_example(example, tokenizer))
+  console.print(view.show_ledger(ledger, examples))
+
+
+if __name__ == "__main__":
+  cli.run(main)

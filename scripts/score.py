@@ -1,0 +1,42 @@
+"""Log-probabilities of every pair of a file under a model, one JSON line a pair, in order.
+
+  python scripts/score.py --model DIR --data pairs.jsonl --out scores.jsonl
+  python scripts/score.py --model DIR --reference DIR --data pairs.jsonl --out scores.jsonl \\
+    --loss sigmoid --beta 0.1
+
+A line holds `chosen_logp` and `rejected_logp` (nats, summed over the answer's tokens, the end token
+included where the text really ends), `chosen_tokens` and `rejected_tokens`; with --reference also
+`ref_chosen_logp`, `ref_rejected_logp`, `chosen_reward` and `rejected_reward` (β log π/π_ref) and
+`loss`.
+"""
+
+import _root  # noqa: F401 (puts the package on the path)
+from absl import flags
+
+from dpo_jax import cli
+
+MODEL = flags.DEFINE_string("model", None, "model folder", required=True)
+DATA = flags.DEFINE_string("data", None, "file of preference rows", required=True)
+OUT = flags.DEFINE_string("out", None, "JSONL file to write", required=True)
+REFERENCE = flags.DEFINE_string("reference", None, "model folder to compare with")
+LOSS = flags.DEFINE_string("loss", "sigmoid", "name of the loss")
+BETA = flags.DEFINE_float("beta", 0.1, "reward units per nat")
+MAX_LENGTH = flags.DEFINE_integer(
+  "max_length", None, "window in tokens: prompts are cut on the left to fit", lower_bound=2
+)
+
+
+def main(_):
+  from dpo_jax import draws, evaluate
+
+  ask = evaluate.objective(LOSS.value, BETA.value)
+  policy = draws.load(MODEL.value)
+  reference = draws.load(REFERENCE.value) if REFERENCE.value else None
+  examples = evaluate.read_pairs(DATA.value, policy, reference, max_length=MAX_LENGTH.value)
+  rows = evaluate.score_rows(policy, reference, examples, ask)
+  draws.write_rows(OUT.value, rows)
+  print(f"{OUT.value}: {len(rows)} pairs scored")
+
+
+if __name__ == "__main__":
+  cli.run(main)
