@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import step
+from dpo_jax.build import Run
 from dpo_jax.data import pipeline, word_level
 from dpo_jax.data.layout import Example
 from dpo_jax.structs import PyTree, TokenBatch
-from dpo_jax.train import Run
 
 FIRST_WORD, END = 3, 2  # ids below 3 are special; an answer ends in 2
 _COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -99,7 +99,7 @@ def measure(
   runs, as in training.
 
   Args:
-    run: what `train.build` made of a configuration.
+    run: what `build` made of a configuration.
     params, reference: the initial parameters, on host.
     blocks: timed blocks; rates are medians over them.
     block_steps: steps of a block.

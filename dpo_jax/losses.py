@@ -102,7 +102,7 @@ def hinge(policy: PairLogps, reference: PairLogps, *, beta: float = 0.1) -> Arra
 def sft(policy: PairLogps, reference: PairLogps | None = None) -> Array:
   """Supervised training on the chosen answer; the reference is not read.
 
-    loss = -log π(y_w|x), nats a sequence; the caller divides by the tokens of the whole batch.
+  loss = -log π(y_w|x), nats a sequence; the caller divides by the tokens of the whole batch.
   """
   del reference
   return -policy.chosen_B

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -135,32 +136,49 @@ def _draw_marks(ax: Axes, records: Records, name: str) -> None:
 
 
 def frontier(
-  exact: Sequence[Mapping[str, float]],
-  points: Mapping[str, tuple[float, float]],
+  exact: Sequence[Mapping[str, float]], points: Mapping[str, Mapping[str, Any]]
 ) -> Figure:
   """Reward against KL: the exact frontier as a line, trained policies as points on or below it.
 
   Args:
-    exact: `kl` (nats) and `reward` of π* for each β, and `beta` itself.
-    points: (kl, reward) of what was trained, by name.
+    exact: `kl` (nats) and `reward` of π* for some values of β, in any order.
+    points: by name, `kl` and `reward` of what was trained; `kl_interval` and `reward_interval`
+      (low, high) where known.
   """
   curve = sorted(exact, key=lambda point: point["kl"])
   kl, reward = ([point[key] for point in curve] for key in ("kl", "reward"))
   title = "True reward against distance from the reference"
   with _styled(title, "mean true reward", "KL(π ‖ π_ref), nats", (7.2, 4.4)) as (figure, ax):
-    bottom = min([*reward, *(y for _, y in points.values())])
-    ax.fill_between(kl, reward, bottom, color=TRAIN, alpha=0.06, linewidth=0)
-    ax.plot(kl, reward, color=TRAIN, marker="o", markersize=3, label="exact frontier π*")
-    colors = (CHOSEN, REJECTED, EVAL, MUTED)
-    for (name, (x, y)), color in zip(points.items(), colors, strict=False):
-      ax.plot(
-        x, y, "o", color=color, markersize=9, markeredgecolor="white", label=name, clip_on=False,
+    ax.fill_between(kl, reward, min(reward), color=TRAIN, alpha=0.06, linewidth=0)
+    ax.plot(kl, reward, color=TRAIN, label="exact frontier π*")
+    colors = itertools.cycle((MUTED, REJECTED, CHOSEN, EVAL))
+    for (name, point), color in zip(points.items(), colors, strict=False):
+      x, y = point["kl"], point["reward"]
+      best = np.interp(x, kl, reward)
+      ax.plot([x, x], [y, best], color=color, linewidth=1, linestyle=":")  # what is left to gain
+      ax.errorbar(
+        x,
+        y,
+        xerr=_bar(x, point.get("kl_interval")),
+        yerr=_bar(y, point.get("reward_interval")),
+        color=color,
+        fmt="o",
+        markersize=8,
+        markeredgecolor="white",
+        elinewidth=1.5,
+        label=name,
+        clip_on=False,
         zorder=4,
-      )  # fmt: skip
+      )
     ax.set_xlim(left=0)
     ax.margins(y=0.06)
     ax.legend(loc="lower right")
   return figure
+
+
+def _bar(at: float, interval: Sequence[float] | None) -> list[list[float]] | None:
+  """An interval as lengths below and above its middle."""
+  return None if interval is None else [[max(0, at - interval[0])], [max(0, interval[1] - at)]]
 
 
 # ---------------------------------------------------------------------------- parts

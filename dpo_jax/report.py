@@ -110,10 +110,16 @@ def _ledger(ledger: Mapping[str, Any]) -> str:
   rows.append(("pairs kept", ledger.get("pairs", "")))
   rows += [(f"dropped: {reason}", n) for reason, n in ledger.get("dropped", {}).items()]
   rows += [(f"cut: {kind}", n) for kind, n in ledger.get("truncated", {}).items()]
-  tokens = {kind: n for kind, n in ledger.get("tokens", {}).items() if n}
+  tokens = dict(ledger.get("tokens", {}))
+  saved = tokens.pop("shared", 0)
+  if saved:
+    rows.append(("prompt tokens not computed twice", saved))
+  if "eval" in ledger:
+    rows.append(("held-out pairs", ledger["eval"].get("pairs", "")))
   shares = "".join(
     f'<span class="{_e(kind)}" style="flex:{n} 0 auto"><i>{_e(kind)} {n:,}</i></span>'
     for kind, n in tokens.items()
+    if n
   )
   bar = f'<p class="note">tokens</p><div class="bar">{shares}</div>' if shares else ""
   return _table(rows) + bar
@@ -145,14 +151,21 @@ def _summary_section(summary: Mapping[str, Any], plots_folder: pathlib.Path) -> 
   yield "<section><h2>Result</h2>"
   yield _tiles(list(_summary_numbers(summary)))
   if summary.get("frontier"):
-    points = {"reference": (0.0, summary["reward_reference"])}
-    points["trained policy"] = (summary["kl"], summary["reward_policy"])
-    figure = plots.frontier(summary["frontier"], points)
+    figure = plots.frontier(summary["frontier"], _points(summary))
     plots.save_png(figure, plots_folder / "frontier.png")
     yield f'<figure class="wide">{plots.to_svg(figure)}</figure>'
   if summary.get("samples"):
     yield "<h3>The same prompts, before and after</h3>" + _samples(summary["samples"])
   yield "</section>"
+
+
+def _points(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """The two models of a summary, as points of the frontier's plot."""
+  intervals = lambda who: {"reward_interval": summary.get(f"reward_{who}_interval")}
+  reference = {"kl": 0.0, "reward": summary["reward_reference"]} | intervals("reference")
+  policy = {"kl": summary["kl"], "reward": summary["reward_policy"]} | intervals("policy")
+  policy["kl_interval"] = summary.get("kl_interval")
+  return {"reference": reference, "trained policy": policy}
 
 
 def _summary_numbers(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -3,7 +3,7 @@
   python -m dpo_jax.train --config=configs/preferences.py --workdir=runs/mine \\
     --config.model.path=MODEL_DIR --config.data.path=PREFERENCES.jsonl
 
-This is the only reader of a configuration: sections are unpacked here, into plain arguments.
+Flags and the loop; `build` makes of a configuration what the loop needs.
 """
 
 from __future__ import annotations
@@ -12,46 +12,22 @@ import functools
 import itertools
 import pathlib
 import time
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dpo_jax import cli, logprobs, losses, metrics, optim, parallel, report, step, workdirs
+from dpo_jax import cli, metrics, parallel, report, step, workdirs
+from dpo_jax.build import Run, build
 from dpo_jax.checkpoint import Checkpoints
-from dpo_jax.data import chat, layout, packing, pipeline
+from dpo_jax.data import pipeline
 from dpo_jax.loggers import Loggers
-from dpo_jax.model import config as model_configs
-from dpo_jax.model import hf, transformer
-from dpo_jax.structs import Model, PyTree, TokenBatch, UserError
+from dpo_jax.model import hf
+from dpo_jax.structs import PyTree, TokenBatch, UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py or configs/NAME.py:ARG")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; a run found there is resumed")
-
-
-DTYPES = ("float32", "bfloat16")
-
-
-class Run(NamedTuple):
-  """A run, built: everything the loop reads and nothing that evolves."""
-
-  workdir: pathlib.Path
-  config: ConfigDict
-  executor: parallel.Executor
-  objective: step.Objective
-  model: Model
-  model_config: model_configs.ModelConfig
-  tokenizer: chat.Tokenizer
-  examples: list[layout.Example]
-  held_out: list[layout.Example]
-  batching: dict[str, Any]
-  steps: int
-  schedule: optax.Schedule
-  tx: optax.GradientTransformation
 
 
 def main(argv: list[str]) -> None:
@@ -79,174 +55,6 @@ def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
   )
   report.write(workdir)
   print(f"done: {workdir / 'export'} (the model), {workdir / 'report.html'} (what happened)")
-
-
-# -- building ------------------------------------------------------------------------------------
-
-
-def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTree | None, dict]:
-  """Everything a run needs, cheap checks first.
-
-  Returns:
-    The run, the policy's initial parameters and the reference's (None if supervised), both on
-    host, and the ledger of the data.
-  """
-  given = {k: v for k, v in config.loss.items() if k != "name" and v is not None}
-  loss_fn = losses.resolve(config.loss.name, **given)
-  supervised = config.loss.name in losses.SUPERVISED
-  beta = given.get("beta", losses.arguments(config.loss.name).get("beta", 1.0))
-  executor = parallel.Executor(**config.parallel)
-  _check_numbers(config)
-  _check_divides(config.train.batch_size, config.train.accumulate, executor.groups)
-
-  model_config, tokenizer = _describe_model(config.model)
-  model = transformer.build(
-    model_config, dtype=config.model.compute_dtype, remat=config.model.remat
-  )
-  examples, held_out, ledger = _load_data(config, tokenizer, supervised)
-  per_update = config.train.batch_size
-  steps = config.train.steps or max(1, round(config.train.epochs * len(examples) / per_update))
-  schedule_args, rest = _split(
-    config.optimizer, ("learning_rate", "schedule", "warmup_steps", "final_fraction")
-  )
-  schedule = optim.make_schedule(total_steps=steps, **schedule_args)
-  objective = step.Objective(logprobs.make_logps_fn(model), loss_fn, supervised, beta)
-  run = Run(
-    workdir=workdir,
-    config=config,
-    executor=executor,
-    objective=objective,
-    model=model,
-    model_config=model_config,
-    tokenizer=tokenizer,
-    examples=examples,
-    held_out=held_out,
-    batching={
-      "layout": config.data.layout,
-      "row_length": config.data.row_length
-      or layout.fit_row_length(examples + held_out, config.data.layout),
-      "groups": executor.groups,
-    },
-    steps=steps,
-    schedule=schedule,
-    tx=optim.make_optimizer(schedule, **rest),
-  )
-  return run, *_load_params(config, model_config, supervised), ledger
-
-
-def _split(section: ConfigDict, names: tuple[str, ...]) -> tuple[dict, dict]:
-  first = {k: v for k, v in section.items() if k in names}
-  return first, {k: v for k, v in section.items() if k not in names}
-
-
-def _check_numbers(config: ConfigDict) -> None:
-  """Values that would only fail, or silently do nothing, after the data and the model are loaded."""
-  for name in ("train.steps", "eval.every", "eval.batch_size", "checkpoint.every", "data.eval_limit"):
-    section, field = name.split(".")
-    if config[section][field] < 0:
-      raise UserError(f"{name} is {config[section][field]}; it must be 0 or above")
-  if config.checkpoint.keep < 1:
-    raise UserError(f"checkpoint.keep is {config.checkpoint.keep}; it must be 1 or above")
-  if not config.train.steps and not 0 < config.train.epochs < float("inf"):
-    raise UserError(f"train.epochs is {config.train.epochs}; it must be above 0")
-  if not 0 <= config.data.eval_fraction < 1:
-    raise UserError(f"data.eval_fraction is {config.data.eval_fraction}; it must lie in [0, 1)")
-  if config.data.max_length < 2:
-    raise UserError(f"data.max_length is {config.data.max_length}; a pair needs 2 tokens or more")
-  if config.data.layout not in packing.LAYOUTS:
-    raise UserError(
-      f"data.layout is {config.data.layout!r}; known: {', '.join(packing.LAYOUTS)}"
-    )
-  for name in ("model.compute_dtype", "model.param_dtype", "reference.param_dtype"):
-    section, field = name.split(".")
-    if config[section][field] not in DTYPES:
-      raise UserError(f"{name} is {config[section][field]!r}; known: {', '.join(DTYPES)}")
-
-
-def _check_divides(batch_size: int, accumulate: int, devices: int) -> None:
-  if batch_size < 1 or accumulate < 1:
-    raise UserError(
-      f"train.batch_size is {batch_size} and train.accumulate {accumulate}; both must be 1 or more"
-    )
-  unit = accumulate * devices
-  if batch_size % unit:
-    lower, upper = batch_size // unit * unit, -(-batch_size // unit) * unit
-    raise UserError(
-      f"train.batch_size {batch_size} is not divisible by {devices} devices x {accumulate}"
-      f" micro-batches; try {f'{lower} or {upper}' if lower else upper}"
-    )
-
-
-def _describe_model(
-  section: ConfigDict,
-) -> tuple[model_configs.ModelConfig, chat.Tokenizer]:
-  """The shape of the model and its tokenizer, no weights loaded."""
-  if not section.path and not section.scratch:
-    raise UserError("model.path is empty; name a Hugging Face folder, --config.model.path=DIR")
-  if section.path and section.scratch:
-    raise UserError("model.path and model.scratch are both given; keep one")
-  if section.scratch and not section.tokenizer:
-    raise UserError("model.tokenizer is empty; a model trained from scratch needs its folder")
-  tokenizer = chat.load_tokenizer(section.tokenizer or section.path)
-  if section.path:
-    model_config = hf.read_config(section.path)
-  else:
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    fields = {"vocab_size": tokenizer.vocab_size} | special | section.scratch.to_dict()
-    model_config = model_configs.from_hf(fields)
-  pipeline.check_vocabulary(tokenizer, model_config.vocab)
-  return model_config, tokenizer
-
-
-def _load_data(config, tokenizer, supervised):
-  """Training and held-out examples, and the ledger of both."""
-  data = config.data
-  if not data.path:
-    raise UserError("data.path is empty; name a file of rows, --config.data.path=FILE")
-  read = functools.partial(
-    pipeline.load_examples,
-    tokenizer=tokenizer,
-    answers=1 if supervised else 2,
-    max_length=data.max_length,
-    prompt_floor=data.prompt_floor,
-    truncation=data.truncation,
-    fields={k: v for k, v in data.fields.items() if v},
-  )
-  examples, ledger, form = read(data.path)
-  ledger = {"format": form, **ledger.to_json()}
-  if data.eval_path:
-    held_out, more, form = read(data.eval_path)
-    ledger["eval"] = {"format": form, **more.to_json()}
-  else:
-    examples, held_out = pipeline.split(examples, data.eval_fraction, config.seed)
-  held_out = held_out[: data.eval_limit]
-  if data.row_length and data.layout != "padded":
-    layout.check_fits(examples + held_out, data.layout, data.row_length)
-  return examples, held_out, ledger
-
-
-def _load_params(config, model_config, supervised) -> tuple[PyTree, PyTree | None]:
-  """Initial parameters of policy and reference, on host, each in its own dtype."""
-  if config.model.path:
-    _, params = hf.load(config.model.path)
-  else:
-    params = transformer.init_params(model_config, config.seed)
-  reference = None
-  if not supervised:
-    reference = params
-    if config.reference.path:
-      other, reference = hf.load(config.reference.path)
-      if other.vocab != model_config.vocab:
-        raise UserError(
-          f"the reference {config.reference.path} has a vocabulary of {other.vocab}, the policy"
-          f" {model_config.vocab}; they must share one tokenizer"
-        )
-    reference = _cast(reference, config.reference.param_dtype)
-  return _cast(params, config.model.param_dtype), reference
-
-
-def _cast(params: PyTree, dtype: str) -> PyTree:
-  return jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), params)
 
 
 # -- training ------------------------------------------------------------------------------------
@@ -353,9 +161,7 @@ class _Judge:
       return {}
     sums, count = [], 0.0
     for batch, reference in zip(self.batches, self.reference, strict=True):
-      part, _ = step.batch_sums(
-        self.run.objective, self._logps(params, batch), reference, batch
-      )
+      part, _ = step.batch_sums(self.run.objective, self._logps(params, batch), reference, batch)
       sums.append(part)
       count += step.loss_count(self.run.objective, batch)
     total = jax.tree.map(lambda *parts: sum(parts), *sums)

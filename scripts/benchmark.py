@@ -30,11 +30,12 @@ def main(_):
   import time
 
   started = time.perf_counter()
-  config = CONFIG.value  # read now: importing `train` defines a --config of its own
+  config = CONFIG.value
 
   import jax
 
-  from dpo_jax import benchmark, train
+  from dpo_jax import benchmark
+  from dpo_jax.build import build
 
   jax.config.update("jax_enable_compilation_cache", False)  # compile time is one of the results
   with tempfile.TemporaryDirectory() as folder:
@@ -46,7 +47,7 @@ def main(_):
         seed=config.seed,
         **config.synthetic,
       )
-    run, params, reference, _ = train.build(config, pathlib.Path(folder))
+    run, params, reference, _ = build(config, pathlib.Path(folder))
   result = benchmark.measure(
     run, params, reference, blocks=BLOCKS.value, block_steps=STEPS.value, started=started
   )

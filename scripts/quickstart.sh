@@ -19,6 +19,7 @@ run() {
 }
 
 use_venv requirements.txt
+started=$(date +%s)
 
 say "
 1. Texts of a small world: a grammar of reviews, prompts, and a word-level tokenizer"
@@ -47,4 +48,4 @@ say "
 5. What came out, against the best that is possible"
 run python scripts/evaluate.py --model="$DIR/dpo/export" --reference="$DIR/sft/export" \
   --data="$DIR/eval_pairs.jsonl" --reward=controlled --prompts="$DIR/task/eval_prompts.jsonl" \
-  --out="$DIR/summary.json" --seed="$SEED"
+  --out="$DIR/summary.json" --seed="$SEED" --started="$started"

@@ -1,12 +1,76 @@
-"""Log-probs of every answer in order, rewards by name."""
+"""Scores, samples and labels against a language so small that every answer can be listed."""
 
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
 import numpy as np
 import pytest
 import tiny
 
-from dpo_jax import evaluate, logprobs, rewards
-from dpo_jax.data.layout import collate
+from dpo_jax import draws, evaluate, logprobs, measures, rewards
+from dpo_jax.data import word_level
+from dpo_jax.data.layout import Example, collate
+from dpo_jax.model import config as model_configs
+from dpo_jax.model import hf, transformer
 from dpo_jax.structs import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+WORDS = (".", " a", " b")  # ids 3, 4, 5 after <unk>, <s>, </s>
+END, LONGEST = 2, 3
+PROMPTS = ["a a.", " b b.", " b."]
+
+
+def wanted(prompt, answer):
+  """A reward for the tests: a is good, b is bad, the more so after a full stop."""
+  return answer.count("a") - answer.count("b") * (1.5 if "." in prompt else 1.0)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+  """Model folders of one shape and tokenizer: seed -> path."""
+  root = tmp_path_factory.mktemp("models")
+  word_level.write(root / "tokenizer", WORDS)
+  fields = {
+    "model_type": "llama",
+    "vocab_size": 6,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.4,
+    "bos_token_id": 1,
+    "eos_token_id": END,
+  }
+  config = model_configs.from_hf(fields)
+  for seed in (0, 1):
+    params = transformer.init_params(config, seed)
+    hf.save(root / str(seed), config, jax.tree.map(np.asarray, params), source=root / "tokenizer")
+  return lambda seed: root / str(seed)
+
+
+@pytest.fixture(scope="module")
+def models(folders):
+  return draws.load(folders(0)), draws.load(folders(1))
+
+
+def every_answer():
+  """All answers of at most LONGEST tokens: ended, or cut."""
+  others = [id for id in range(6) if id != END]
+  ended = [(*start, END) for n in range(LONGEST) for start in itertools.product(others, repeat=n)]
+  return ended + list(itertools.product(others, repeat=LONGEST))
+
+
+def log_probs(model, prompt):
+  """Of every answer to a prompt, nats."""
+  ids = np.array(model.tokenizer.encode_prompt(prompt), np.int32)
+  examples = [Example(ids, (np.array(answer, np.int32),)) for answer in every_answer()]
+  return evaluate.scorer(model.config)(model.params, examples).logp_BK[:, 0]
+
 
 # --- Log-probs ------------------------------------------------------------------------------------
 
@@ -28,6 +92,151 @@ def test_scorer_gives_every_answer_its_own_log_prob(answers):
 def test_scores_as_pairs():
   pairs = evaluate.Scores(np.array([[-1.0, -2.0]]), np.array([[3, 4]])).pairs()
   assert [float(x[0]) for x in pairs] == [-1, -2, 3, 4]
+
+
+def test_probabilities_of_all_answers_add_up_to_one(models):
+  for model, prompt in itertools.product(models, PROMPTS):
+    np.testing.assert_allclose(np.exp(log_probs(model, prompt)).sum(), 1, rtol=1e-5)
+
+
+# --- Samples --------------------------------------------------------------------------------------
+
+
+def test_sampled_measures_agree_with_the_listed_language(models):
+  policy, reference = models
+  found = evaluate.on_samples(
+    policy,
+    reference,
+    PROMPTS,
+    wanted,
+    num=2000,
+    frontier_prompts=len(PROMPTS),
+    frontier_samples=4000,
+    max_tokens=LONGEST,
+    seed=0,
+  )
+  answers = [policy.tokenizer.decode(ids) for ids in every_answer()]
+  kl, ours, theirs, points = [], [], [], []
+  betas = np.geomspace(0.1, 50, 200)[:, None]
+  for prompt in PROMPTS:
+    reward_Y = np.array([wanted(prompt, answer) for answer in answers])
+    ours_Y, theirs_Y = log_probs(policy, prompt), log_probs(reference, prompt)
+    kl.append(np.exp(ours_Y) @ (ours_Y - theirs_Y))
+    ours.append(np.exp(ours_Y) @ reward_Y)
+    theirs.append(np.exp(theirs_Y) @ reward_Y)
+    tilted = theirs_Y + reward_Y / betas
+    log_z = np.logaddexp.reduce(tilted, axis=1)
+    best = np.exp(tilted - log_z[:, None]) @ reward_Y
+    points.append((best / betas[:, 0] - log_z, best))
+  # A standard deviation of one prompt's mean is about 1.5 / √2000 = 0.03.
+  np.testing.assert_allclose(found["kl"], np.mean(kl), atol=0.08)
+  np.testing.assert_allclose(found["reward_policy"], np.mean(ours), atol=0.08)
+  np.testing.assert_allclose(found["reward_reference"], np.mean(theirs), atol=0.08)
+  kl_F, reward_F = np.mean(points, axis=0)[:, ::-1]
+  best = np.interp(found["kl"], kl_F, reward_F)
+  np.testing.assert_allclose(found["frontier_reward_at_kl"], best, atol=0.08)
+  fraction = (found["reward_policy"] - found["reward_reference"]) / (
+    found["frontier_reward_at_kl"] - found["reward_reference"]
+  )
+  np.testing.assert_allclose(found["fraction_of_frontier_gain"], fraction)
+  assert found["fraction_of_frontier_gain"] < 1
+
+
+def test_a_policy_that_is_its_reference_is_nowhere(models):
+  model, _ = models
+  found = evaluate.on_samples(
+    model,
+    model,
+    PROMPTS,
+    wanted,
+    num=50,
+    frontier_prompts=2,
+    frontier_samples=20,
+    max_tokens=LONGEST,
+    seed=1,
+  )
+  assert found["kl"] == 0
+  assert found["fraction_of_frontier_gain"] is None
+  low, high = found["win_rate_interval"]
+  assert low < 0.5 < high
+  json.dumps(found, allow_nan=False)
+
+
+def test_drawn_answers_are_what_was_sampled(models):
+  model, _ = models
+  drawn = draws.draw(model, PROMPTS, wanted, num=3, max_tokens=LONGEST, seed=5)
+  again = draws.draw(model, PROMPTS, wanted, num=3, max_tokens=LONGEST, seed=5)
+  assert drawn.answer_ids == again.answer_ids
+  for x, prompt in enumerate(PROMPTS):
+    for answer, ids, reward in zip(
+      drawn.answers[x], drawn.answer_ids[x], drawn.reward_XS[x], strict=True
+    ):
+      assert answer == model.tokenizer.decode(ids)
+      assert reward == wanted(prompt, answer)
+      assert len(ids) == LONGEST or ids[-1] == END
+
+
+# --- Labels ---------------------------------------------------------------------------------------
+
+
+def _drawn(reward_XS):
+  """Answers told apart by their ids, of the given rewards."""
+  reward_XS = np.asarray(reward_XS, np.float64)
+  names = [[f"{s}" for s in range(reward_XS.shape[1])]] * len(reward_XS)
+  ids = [[[s] for s in range(reward_XS.shape[1])]] * len(reward_XS)
+  return draws.Drawn(["p"] * len(reward_XS), [[1]] * len(reward_XS), names, ids, reward_XS)
+
+
+@pytest.mark.parametrize("margin", [0.0, 1.0, -2.0])
+def test_labels_follow_bradley_and_terry(margin):
+  count = 20_000
+  rows = draws.label(_drawn(np.tile([[3.0 + margin, 3.0]], (count, 1))))
+  share = np.mean([row["chosen_ids"] == [0] for row in rows])
+  expected = 1 / (1 + np.exp(-margin))
+  assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / count)
+
+
+def test_labels_are_sure_where_rewards_are_far_apart():
+  rows = draws.label(_drawn(np.tile([[1e5, -1e5, -1e5, 1e5]], (10, 1))))
+  assert [row["chosen"] for row in rows] == ["0", "3"] * 10
+  assert all(row["chosen_reward"] == 1e5 for row in rows)
+  assert all(row["rejected_reward"] == -1e5 for row in rows)
+
+
+def test_equal_answers_make_no_pair():
+  drawn = _drawn([[1.0, 2.0]])._replace(answer_ids=[[[7], [7]]])
+  assert draws.label(drawn) == []
+
+
+# --- Pairs ----------------------------------------------------------------------------------------
+
+
+def test_rows_of_scores(models):
+  policy, reference = models
+  examples = [Example(np.array([1, 4]), (np.array([5, 5, 2]), np.array([4, 2])))]
+  ask = evaluate.objective("sigmoid", 0.5)
+  (row,) = evaluate.score_rows(policy, reference, examples, ask)
+  assert (row["chosen_tokens"], row["rejected_tokens"]) == (3, 2)
+  np.testing.assert_allclose(
+    row["chosen_reward"], 0.5 * (row["chosen_logp"] - row["ref_chosen_logp"])
+  )
+  margin = row["chosen_reward"] - row["rejected_reward"]
+  np.testing.assert_allclose(row["loss"], np.log1p(np.exp(-margin)), rtol=1e-5)
+  (alone,) = evaluate.score_rows(policy, None, examples, ask)
+  assert set(alone) == {"chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens"}
+
+
+def test_pairs_under_the_reference_itself(models):
+  model, _ = models
+  examples = [Example(np.array([1, 4]), (np.array([5, 5, 2]), np.array([4, 2])))] * 3
+  found = evaluate.on_pairs(model, model, examples, evaluate.objective("sigmoid", 0.1))
+  assert (found["pairs"], found["eval_accuracy"], found["eval_margin"]) == (3, 0.5, 0)
+  np.testing.assert_allclose(found["eval_loss"], np.log(2), rtol=1e-6)
+
+
+def test_a_supervised_loss_is_no_loss_of_pairs():
+  with pytest.raises(UserError, match="sees one answer"):
+    evaluate.objective("sft", 0.1)
 
 
 # --- Rewards by name ------------------------------------------------------------------------------
@@ -57,3 +266,72 @@ def test_a_reward_that_does_not_exist(name, message):
 def test_a_reward_that_is_no_number(value):
   with pytest.raises(UserError, match="one finite number"):
     rewards.values(lambda prompt, answer: value, ["p"], ["a"])
+
+
+# --- The commands ---------------------------------------------------------------------------------
+
+
+def _run(script, **options):
+  flags = [f"--{name}={value}" for name, value in options.items()]
+  return subprocess.run(
+    [sys.executable, f"scripts/{script}.py", *flags], cwd=ROOT, capture_output=True, text=True
+  )
+
+
+def test_pairs_scores_and_summary_by_command(folders, tmp_path):
+  prompts, pairs = tmp_path / "prompts.jsonl", tmp_path / "pairs.jsonl"
+  draws.write_rows(prompts, [{"prompt": prompt} for prompt in PROMPTS * 4])
+  models = {"model": folders(1), "reference": folders(0)}
+  sampling = {"prompts": prompts, "reward": "controlled", "max_tokens": 6}
+  done = _run("make_pairs", model=folders(0), out=pairs, **sampling)
+  assert done.returncode == 0, done.stderr
+  made = [json.loads(line) for line in pairs.read_text().splitlines()]
+  assert made
+
+  done = _run("score", **models, data=pairs, out=tmp_path / "scores.jsonl")
+  assert done.returncode == 0, done.stderr
+  scored = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+  assert [row["chosen_tokens"] for row in scored] == [len(row["chosen_ids"]) for row in made]
+
+  out = tmp_path / "run" / "summary.json"
+  sizes = {"samples_per_prompt": 2, "frontier_prompts": 2, "frontier_samples": 32}
+  done = _run("evaluate", **models, data=pairs, out=out, **sampling, **sizes)
+  assert done.returncode == 0, done.stderr
+  summary = json.loads(out.read_text())
+  assert {
+    "reward_reference",
+    "reward_policy",
+    "win_rate",
+    "kl",
+    "eval_accuracy",
+    "frontier_reward_at_kl",
+    "fraction_of_frontier_gain",
+    "seconds",
+  } <= set(summary)
+  assert summary["pairs"] == len(made)
+  assert (out.parent / "report.html").is_file()
+  margins = [row["chosen_reward"] - row["rejected_reward"] for row in scored]
+  np.testing.assert_allclose(summary["eval_margin"], np.mean(margins), rtol=1e-4)
+  assert summary["frontier"][0]["kl"] == 0
+  assert max(p["effective_samples"] for p in summary["frontier"]) <= 32
+  assert min(p["effective_samples"] for p in summary["frontier"]) >= measures.MIN_EFFECTIVE
+
+
+@pytest.mark.parametrize(
+  ("script", "change", "message"),
+  [
+    ("make_pairs", {"num": 3}, "--num=3 answers do not pair up; give an even number"),
+    ("make_pairs", {"reward": "controled"}, "did you mean 'controlled'"),
+    ("make_pairs", {"prompts": "missing.jsonl"}, "no data file missing.jsonl"),
+    ("make_pairs", {"model": "missing"}, "no tokenizer folder missing"),
+  ],
+)
+def test_bad_input_is_one_line_and_nothing_written(folders, tmp_path, script, change, message):
+  prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+  draws.write_rows(prompts, [{"prompt": PROMPTS[0]}])
+  options = {"model": folders(0), "prompts": prompts, "reward": "controlled", "out": out}
+  done = _run(script, **options | change)
+  assert done.returncode == 1
+  assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+  assert message in done.stderr
+  assert not out.exists()

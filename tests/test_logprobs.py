@@ -33,7 +33,7 @@ def test_a_uniform_head_gives_minus_log_vocabulary_a_token():
 
 
 def test_log_probs_of_all_answers_of_two_tokens_sum_to_one():
-  """Σ_y π(y|x) = 1 over every y of exactly two tokens: the log-probs are those of a distribution."""
+  """Σ_y π(y|x) = 1 over every y of exactly two tokens: this is a distribution."""
   vocab = 5
   params = tiny.init(vocab=vocab)
   everything = [

@@ -31,7 +31,7 @@ LEDGER = {
   "pairs": 12000,
   "dropped": {"equal answers": 345},
   "truncated": {"prompt": 6},
-  "tokens": {"prompt": 1000, "answer": 2000, "padding": 500, "shared": 0},
+  "tokens": {"prompt": 1000, "answer": 2000, "padding": 500, "shared": 777},
 }
 SUMMARY = {
   "reward_reference": 0.1,
@@ -89,7 +89,7 @@ def test_a_run_of_preferences(tmp_path):
   for words in (
     "loss robust", "loss, held out 0.4321 training 0.5000", "accuracy, held out 75.0%",
     "pairs a second 1,234", "rows read 12,345", "dropped: equal answers 345", "cut: prompt 6",
-    "answer 2,000", "beta 0.25", "<pairs>.jsonl",
+    "answer 2,000", "not computed twice 777", "beta 0.25", "<pairs>.jsonl",
   ):  # fmt: skip
     assert words in page.text, words
   names = {path.stem for path in (tmp_path / "plots").glob("*.png")}
@@ -180,8 +180,20 @@ def test_smoothing_keeps_a_constant_and_has_no_lag():
 
 
 def test_the_frontier_is_drawn_by_kl_whatever_the_order_of_beta():
-  figure = plots.frontier(SUMMARY["frontier"][::-1], {"policy": (2.3, 1.6)})
-  lines = {line.get_label(): line for line in figure.axes[0].lines}
+  figure = plots.frontier(SUMMARY["frontier"][::-1], {"policy": {"kl": 2.3, "reward": 1.6}})
+  (ax,) = figure.axes
+  lines = {line.get_label(): line for line in ax.lines}
   np.testing.assert_array_equal(lines["exact frontier π*"].get_xdata(), [0.2, 2.0, 5.0])
   np.testing.assert_array_equal(lines["exact frontier π*"].get_ydata(), [0.5, 1.7, 2.2])
-  assert (lines["policy"].get_xdata(), lines["policy"].get_ydata()) == ([2.3], [1.6])
+  points = {box.get_label(): box.lines[0] for box in ax.containers}
+  assert (points["policy"].get_xdata(), points["policy"].get_ydata()) == ([2.3], [1.6])
+
+
+def test_the_frontier_shows_intervals_and_what_is_left_to_gain():
+  policy = {"kl": 3.5, "reward": 1.5, "kl_interval": [3.0, 4.5], "reward_interval": [1.4, 1.7]}
+  (ax,) = plots.frontier(SUMMARY["frontier"], {"policy": policy}).axes
+  bars = [bar.get_segments()[0] for bar in ax.containers[0].lines[2]]
+  np.testing.assert_allclose(bars, [[[3.0, 1.5], [4.5, 1.5]], [[3.5, 1.4], [3.5, 1.7]]])
+  # Half way between (2.0, 1.7) and (5.0, 2.2).
+  gap = next(line for line in ax.lines if len(line.get_xdata()) == 2)
+  np.testing.assert_allclose([gap.get_xdata(), gap.get_ydata()], [[3.5, 3.5], [1.5, 1.95]])

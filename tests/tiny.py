@@ -1,4 +1,4 @@
-"""A language model in a few lines of pure functions, and random pairs: enough for every identity."""
+"""A language model in a few lines of pure functions, and random pairs for every identity."""
 
 import jax
 import jax.numpy as jnp
