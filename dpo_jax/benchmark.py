@@ -1,4 +1,4 @@
-"""Times the training step of a run, built by `train` and fed as `train` feeds it."""
+"""Times the training step of a run, built and fed as `train` builds and feeds it."""
 
 from __future__ import annotations
 
@@ -112,10 +112,11 @@ def measure(
   del params, reference
 
   shapes = {b.ids_NL.shape + b.scored_GM.shape: b for b in _stream(run, blocks * block_steps)}
-  first_step = None
-  for batch in shapes.values():
+  first, *others = shapes.values()
+  take(first)
+  first_step = time.perf_counter() - started
+  for batch in others:
     take(batch)
-    first_step = first_step or time.perf_counter() - started
   compile_seconds = sum(compiled)
 
   results = _time_blocks(run, take, blocks, block_steps, flops)
@@ -147,7 +148,7 @@ def _listen_to_compiler() -> list[float]:
   """A list that grows by the seconds of every compilation from here on."""
   seconds: list[float] = []
   jax.monitoring.register_event_duration_secs_listener(
-    lambda name, duration, **_: seconds.append(duration) if name == _COMPILED else None
+    lambda event, duration, **kwargs: seconds.append(duration) if event == _COMPILED else None
   )
   return seconds
 

@@ -98,7 +98,7 @@ def _split(section: ConfigDict, names: tuple[str, ...]) -> tuple[dict, dict]:
 
 
 def _check_numbers(config: ConfigDict) -> None:
-  """Values that would only fail, or silently do nothing, after the data and the model are loaded."""
+  """Values that would otherwise fail, or silently do nothing, only after everything is loaded."""
   for name in (
     "train.steps",
     "eval.every",

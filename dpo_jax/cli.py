@@ -16,7 +16,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -37,7 +37,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
   app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
 
 
-def fail(message: object) -> None:
+def fail(message: object) -> NoReturn:
   """Prints one line on stderr and exits 1."""
   print("error: " + " ".join(str(message).split()), file=sys.stderr)
   sys.exit(1)
@@ -178,11 +178,13 @@ def _unknown_override(argv: Sequence[str]) -> str | None:
     except Exception:  # the configuration itself is at fault, and says so
       continue
     for argument in argv:
-      override = re.match(rf"--?(?:no)?{name}\.([^=]+)", argument)
+      written = re.match(rf"--?(?:no)?{name}\.([^=]+)", argument)
+      if written is None:
+        continue
       node, seen = config, name
-      for part in override[1].split(".") if override else ():
+      for part in written[1].split("."):
         if not hasattr(node, "keys") or part not in node:
-          return _no_such_field(override[0], part, node, seen)
+          return _no_such_field(written[0], part, node, seen)
         node, seen = node[part], f"{seen}.{part}"
   return None
 
@@ -258,7 +260,7 @@ def _default(flag: flags.Flag) -> str:
     return " (required)"
   if flag.default in (None, "", False):
     return ""
-  return f" (default: {flag.default_as_str.strip(chr(39))})"
+  return f" (default: {str(flag.default_as_str).strip(chr(39))})"
 
 
 def _shown(flag: flags.Flag) -> str:

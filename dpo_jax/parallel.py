@@ -134,7 +134,7 @@ class Executor:
     )
 
   def metrics_to_host(self, metrics: dict[str, jax.Array]) -> dict[str, np.ndarray]:
-    """Step metrics on host: means are equal on every device, arrays by slot are joined [A, N, S]."""
+    """Step metrics on host: means are equal on every device, arrays by slot joined [A, N, S]."""
     if self.mode == "mesh":
       return {k: np.asarray(v) for k, v in metrics.items()}
     host = {k: np.asarray(v) for k, v in metrics.items()}

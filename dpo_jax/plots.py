@@ -23,7 +23,7 @@ INK, MUTED, GRID = "#1d2733", "#66717f", "#e8ebf0"
 TRAIN, EVAL = "#4059c9", "#e08a00"
 CHOSEN, REJECTED = "#1f9280", "#d9593d"
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
   "font.family": "sans-serif",
   "font.size": 9.5,
   "text.color": INK,
@@ -154,8 +154,9 @@ def frontier(
     colors = itertools.cycle((MUTED, REJECTED, CHOSEN, EVAL))
     for (name, point), color in zip(points.items(), colors, strict=False):
       x, y = point["kl"], point["reward"]
-      best = np.interp(x, kl, reward)
-      ax.plot([x, x], [y, best], color=color, linewidth=1, linestyle=":")  # what is left to gain
+      if kl[0] <= x <= kl[-1]:  # what is left to gain, where the frontier is known
+        best = np.interp(x, kl, reward)
+        ax.plot([x, x], [y, best], color=color, linewidth=1, linestyle=":")
       ax.errorbar(
         x,
         y,

@@ -192,7 +192,8 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
     reward = sample.get(f"{who}_reward")
     badge = ""
     if reward is not None:
-      badge = f'<b class="{"good" if reward >= 0 else "bad"}">{reward:+.2f}</b> '
+      kind = "good" if reward > 0 else "bad" if reward < 0 else "even"
+      badge = f'<b class="{kind}">{reward:+.2f}</b> '
     return f"<td>{badge}{_e(sample[who])}</td>"
 
   body = "".join(

@@ -258,4 +258,5 @@ def prove(run: Run, params: PyTree, reference: PyTree | None, batch: TokenBatch,
 
 
 if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "workdir"])
   cli.run(main)

@@ -16,9 +16,7 @@ from ml_collections import config_flags
 
 from dpo_jax import cli
 
-CONFIG = config_flags.DEFINE_config_file(
-  "config", "configs/benchmark.py:b", "what is measured", allow_override=True
-)
+CONFIG = config_flags.DEFINE_config_file("config", "configs/benchmark.py:b", "what is measured")
 BLOCKS = flags.DEFINE_integer("blocks", 4, "blocks that are timed", lower_bound=1)
 STEPS = flags.DEFINE_integer("block_steps", 4, "steps of a block", lower_bound=1)
 
@@ -38,6 +36,7 @@ def main(_):
   from dpo_jax.build import build
 
   jax.config.update("jax_enable_compilation_cache", False)  # compile time is one of the results
+  config = CONFIG.value
   with tempfile.TemporaryDirectory() as folder:
     if not config.data.path and "synthetic" in config:
       config.data.path, config.model.tokenizer = benchmark.write_task(

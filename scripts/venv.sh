@@ -1,8 +1,16 @@
 # shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: `use_venv FILE` makes .venv hold the packages of a
-# requirements file, installing only when that file has changed since, and puts it on the PATH.
+# requirements file, installing only when that file has changed since, and puts it on the PATH;
+# `run COMMAND` shows a command and runs it.
 
-say() { printf '\033[1m%s\033[0m\n' "$*"; }
+bold='' cyan='' plain=''
+if [ -t 1 ]; then bold=$'\033[1m' cyan=$'\033[1;36m' plain=$'\033[0m'; fi
+
+say() { printf '%s\n' "$bold$*$plain"; }
+run() {
+  printf '\n%s\n' "$cyan\$ $*$plain"
+  "$@"
+}
 fail() {
   printf 'error: %s\n' "$*" >&2
   exit 1

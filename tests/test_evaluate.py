@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORDS = (".", " a", " b")  # ids 3, 4, 5 after <unk>, <s>, </s>
 END, LONGEST = 2, 3
 PROMPTS = ["a a.", " b b.", " b."]
+SIZES = {"num": 1024, "frontier_prompts": 3, "frontier_samples": 2048, "max_tokens": LONGEST}
 
 
 def wanted(prompt, answer):
@@ -109,11 +110,8 @@ def test_sampled_measures_agree_with_the_listed_language(models):
     reference,
     PROMPTS,
     wanted,
-    num=2000,
-    frontier_prompts=len(PROMPTS),
-    frontier_samples=4000,
-    max_tokens=LONGEST,
     seed=0,
+    **SIZES,
   )
   answers = [policy.tokenizer.decode(ids) for ids in every_answer()]
   kl, ours, theirs, points = [], [], [], []
@@ -128,13 +126,13 @@ def test_sampled_measures_agree_with_the_listed_language(models):
     log_z = np.logaddexp.reduce(tilted, axis=1)
     best = np.exp(tilted - log_z[:, None]) @ reward_Y
     points.append((best / betas[:, 0] - log_z, best))
-  # A standard deviation of one prompt's mean is about 1.5 / √2000 = 0.03.
-  np.testing.assert_allclose(found["kl"], np.mean(kl), atol=0.08)
-  np.testing.assert_allclose(found["reward_policy"], np.mean(ours), atol=0.08)
-  np.testing.assert_allclose(found["reward_reference"], np.mean(theirs), atol=0.08)
+  # A standard deviation of one prompt's mean is about 1.5 / √1024 = 0.05.
+  np.testing.assert_allclose(found["kl"], np.mean(kl), atol=0.1)
+  np.testing.assert_allclose(found["reward_policy"], np.mean(ours), atol=0.1)
+  np.testing.assert_allclose(found["reward_reference"], np.mean(theirs), atol=0.1)
   kl_F, reward_F = np.mean(points, axis=0)[:, ::-1]
   best = np.interp(found["kl"], kl_F, reward_F)
-  np.testing.assert_allclose(found["frontier_reward_at_kl"], best, atol=0.08)
+  np.testing.assert_allclose(found["frontier_reward_at_kl"], best, atol=0.1)
   fraction = (found["reward_policy"] - found["reward_reference"]) / (
     found["frontier_reward_at_kl"] - found["reward_reference"]
   )
@@ -149,16 +147,12 @@ def test_a_policy_that_is_its_reference_is_nowhere(models):
     model,
     PROMPTS,
     wanted,
-    num=50,
-    frontier_prompts=2,
-    frontier_samples=20,
-    max_tokens=LONGEST,
     seed=1,
+    **SIZES,
   )
   assert found["kl"] == 0
   assert found["fraction_of_frontier_gain"] is None
-  low, high = found["win_rate_interval"]
-  assert low < 0.5 < high
+  assert abs(found["win_rate"] - 0.5) < 0.04  # four deviations, with 3 x 1024 samples a side
   json.dumps(found, allow_nan=False)
 
 
@@ -321,7 +315,6 @@ def test_pairs_scores_and_summary_by_command(folders, tmp_path):
   ("script", "change", "message"),
   [
     ("make_pairs", {"num": 3}, "--num=3 answers do not pair up; give an even number"),
-    ("make_pairs", {"reward": "controled"}, "did you mean 'controlled'"),
     ("make_pairs", {"prompts": "missing.jsonl"}, "no data file missing.jsonl"),
     ("make_pairs", {"model": "missing"}, "no tokenizer folder missing"),
   ],

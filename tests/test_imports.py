@@ -30,15 +30,18 @@ FLOORS = {
     {"structs", "mathematics", "model", "data"},
   ),
   "measures": (
-    {"reference", "rewards", "evaluate", "on_policy"},
+    {"reference", "rewards", "draws", "measures", "evaluate", "on_policy"},
     {"structs", "mathematics", "model", "data", "machinery"},
   ),
-  "door": ({"cli", "defaults"}, {"structs", "mathematics"}),
-  "train": (
-    {"train"},
-    {"structs", "mathematics", "model", "data", "machinery", "measures", "door"},
+  "build": (
+    {"build"},
+    {"structs", "mathematics", "model", "data", "machinery", "measures"},
   ),
-  "benchmark": ({"benchmark"}, {"structs", "data", "machinery", "train"}),
+  "door": ({"cli", "defaults"}, {"structs", "mathematics"}),
+  "commands": (
+    {"train", "benchmark"},
+    {"structs", "mathematics", "model", "data", "machinery", "measures", "build", "door"},
+  ),
 }
 # Libraries that a floor must not know.
 FORBIDDEN = {

@@ -197,3 +197,8 @@ def test_the_frontier_shows_intervals_and_what_is_left_to_gain():
   # Half way between (2.0, 1.7) and (5.0, 2.2).
   gap = next(line for line in ax.lines if len(line.get_xdata()) == 2)
   np.testing.assert_allclose([gap.get_xdata(), gap.get_ydata()], [[3.5, 3.5], [1.5, 1.95]])
+
+
+def test_nothing_is_claimed_beyond_where_the_frontier_is_known():
+  (ax,) = plots.frontier(SUMMARY["frontier"], {"policy": {"kl": 9.0, "reward": 1.5}}).axes
+  assert not [line for line in ax.lines if len(line.get_xdata()) == 2]

@@ -73,13 +73,13 @@ class Kind(NamedTuple):
 
 KINDS = {
   "meal": Kind(
-    "restaurant cafe bistro diner pizzeria",
+    "restaurant cafe bistro diner",
     ("ate at", "had dinner at"),
     "eat there again",
     {"taste": "food soup desserts coffee", "people": "service waiters", "room": "tables"},
   ),
   "stay": Kind(
-    "hotel hostel guesthouse motel lodge",
+    "hotel hostel guesthouse motel",
     ("stayed at", "booked"),
     "stay there again",
     {
@@ -90,38 +90,38 @@ KINDS = {
     },
   ),
   "film": Kind(
-    "film movie comedy thriller musical",
+    "film movie comedy thriller",
     ("watched", "saw"),
     "watch it again",
     {"story": "plot ending characters", "people": "actors", "sound": "music", "sight": "costumes"},
   ),
   "book": Kind(
-    "novel book biography memoir mystery",
+    "novel book biography memoir",
     ("read", "finished"),
     "read it again",
     {"story": "plot ending writing chapters characters", "sight": "pictures cover"},
   ),
   "concert": Kind(
-    "concert festival opera recital show",
-    ("went to", "attended"),
-    "go there again",
+    "concert festival opera recital",
+    ("listened to", "attended"),
+    "hear it again",
     {"sound": "songs music", "people": "singers band", "sight": "lights stage", "room": "seats"},
   ),
   "gadget": Kind(
-    "phone laptop tablet camera watch",
+    "phone laptop tablet camera",
     ("bought", "ordered"),
     "buy it again",
     {"tech": "screen battery software buttons", "sound": "speakers", "sight": "design case"},
   ),
   "garment": Kind(
-    "jacket coat sweater backpack tent",
-    ("bought", "tried"),
-    "buy it again",
+    "jacket coat sweater parka",
+    ("wore", "tried on"),
+    "wear it again",
     {"cloth": "fabric zipper pockets seams lining", "sight": "colours design"},
   ),
   "sight": Kind(
-    "museum gallery castle garden zoo",
-    ("visited", "went to"),
+    "museum gallery castle garden",
+    ("visited", "explored"),
     "go there again",
     {"story": "tour", "people": "guides staff", "sight": "buildings paths", "taste": "snacks"},
   ),

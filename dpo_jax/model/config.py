@@ -53,7 +53,7 @@ class ModelConfig:
     qkv_bias, out_bias, mlp_bias: which linear maps carry a bias.
     tied: the head is the embedding table.
     init_std: standard deviation of initial weights.
-    bos_id, eos_ids, pad_id: special ids that the model's folder names; None or empty if it has none.
+    bos_id, eos_ids, pad_id: special ids that the model's folder names; None or () without.
   """
 
   family: str
@@ -158,7 +158,61 @@ _ACTIVATIONS = {
 # Fields without effect on the forward pass: provenance, training-time dropout (preference
 # training runs without it), caching, generation defaults, kernels that compute the same.
 _HARMLESS = frozenset(
-  ["_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "attn_implementation", "_attn_implementation_autoset", "initializer_range", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "task_specific_params", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "num_beams", "gradient_checkpointing", "output_attentions", "output_hidden_states", "return_dict", "return_dict_in_generate", "id2label", "label2id", "problem_type", "finetuning_task", "prefix", "tokenizer_class", "model_type", "tie_word_embeddings", "n_ctx", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "reorder_and_upcast_attn", "keys_to_ignore_at_inference", "base_model_tp_plan", "base_model_pp_plan"]
+  [
+    "_name_or_path",
+    "architectures",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "attn_implementation",
+    "_attn_implementation_autoset",
+    "initializer_range",
+    "attention_dropout",
+    "attn_pdrop",
+    "embd_pdrop",
+    "resid_pdrop",
+    "hidden_dropout",
+    "task_specific_params",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "unk_token_id",
+    "sep_token_id",
+    "decoder_start_token_id",
+    "max_length",
+    "min_length",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+    "repetition_penalty",
+    "num_beams",
+    "gradient_checkpointing",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "return_dict_in_generate",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "finetuning_task",
+    "prefix",
+    "tokenizer_class",
+    "model_type",
+    "tie_word_embeddings",
+    "n_ctx",
+    "summary_activation",
+    "summary_first_dropout",
+    "summary_proj_to_labels",
+    "summary_type",
+    "summary_use_proj",
+    "reorder_and_upcast_attn",
+    "keys_to_ignore_at_inference",
+    "base_model_tp_plan",
+    "base_model_pp_plan",
+  ]
 )
 
 # Fields with an effect that is not offered: only these values leave the forward pass as it is.

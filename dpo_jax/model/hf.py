@@ -330,7 +330,9 @@ def _read_json(file: pathlib.Path) -> dict[str, Any]:
 def _flatten(tree: PyTree, prefix: str = "") -> dict[str, Any]:
   flat = {}
   for name, value in tree.items():
-    flat |= _flatten(value, f"{prefix}{name}.") if hasattr(value, "items") else {prefix + name: value}
+    flat |= (
+      _flatten(value, f"{prefix}{name}.") if hasattr(value, "items") else {prefix + name: value}
+    )
   return flat
 
 

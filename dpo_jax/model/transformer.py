@@ -53,11 +53,13 @@ class Tokens(NamedTuple):
 
 
 def visible(query: Tokens, key: Tokens) -> Array:
-  """Who may attend to whom: same pair, not later, and key in the prompt or in my branch: [N, Q, C]."""
+  """Who sees whom: same pair, key not later, key in the prompt or in my branch: [N, Q, C]."""
   q = [x_NL[:, :, None] for x_NL in query]
   k = [x_NL[:, None, :] for x_NL in key]
   (position_q, pair_q, branch_q), (position_k, pair_k, branch_k) = q, k
-  return (pair_q == pair_k) & (position_q >= position_k) & ((branch_k == 0) | (branch_k == branch_q))
+  return (
+    (pair_q == pair_k) & (position_q >= position_k) & ((branch_k == 0) | (branch_k == branch_q))
+  )
 
 
 class Keys(NamedTuple):
@@ -377,7 +379,7 @@ def prefill(
   Returns:
     hidden_ND of the last token of every prompt, and the cache.
   """
-  rows, length = ids_NL.shape
+  length = ids_NL.shape[1]
   position_NL = jnp.arange(length) - (length - lengths_N)[:, None]
   pair_NL = jnp.where(position_NL < 0, -1, 0)
   tokens = Tokens(jnp.maximum(position_NL, 0), pair_NL, jnp.zeros_like(pair_NL))

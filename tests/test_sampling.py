@@ -1,0 +1,239 @@
+"""Generation against the whole forward pass: the same distribution, whatever is sampled beside."""
+
+import dataclasses
+import functools
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import sampling
+from dpo_jax.logprobs import logits
+from dpo_jax.model import config as configs
+from dpo_jax.model import hf, transformer
+from dpo_jax.structs import TokenBatch, UserError
+
+LLAMA = configs.llama(vocab=5, width=16, layers=2, heads=4, kv_heads=2, mlp_width=24, init_std=0.25)
+GPT2 = configs.from_hf(
+  {
+    "model_type": "gpt2",
+    "vocab_size": 5,
+    "n_embd": 16,
+    "n_head": 2,
+    "n_layer": 2,
+    "n_positions": 32,
+    "initializer_range": 0.25,
+  }
+)
+FAMILIES = pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+PROMPTS = [[1], [2, 3, 4], [0] * 7, [4, 4], [1, 2, 3, 4, 0, 1, 2, 3], [3, 1, 2]]
+
+
+@functools.cache
+def params_of(config):
+  return transformer.init_params(config, 0)
+
+
+@functools.cache
+def forward(config):
+  """(params, ids_NL) -> logits_NLV of whole texts from the training path."""
+  model = transformer.build(config)
+
+  def run(params, ids_NL):
+    zeros = jnp.zeros_like(ids_NL)
+    batch = TokenBatch(ids_NL, zeros + jnp.arange(ids_NL.shape[1]), zeros, *[zeros] * 7)
+    return logits(model.hidden(params, batch), model.head(params))
+
+  return jax.jit(run)
+
+
+def whole_logits(config, ids_L):
+  """Logits [L, V] of one text of at most 8 tokens."""
+  ids_NL = np.array([[*ids_L] + [0] * (8 - len(ids_L))], np.int32)
+  return np.asarray(forward(config)(params_of(config), ids_NL))[0, : len(ids_L)]
+
+
+def softmax(x):
+  return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+
+
+@FAMILIES
+def test_a_token_at_a_time_gives_the_logits_of_the_whole_text(config):
+  params, texts, columns = params_of(config), [[1, 2, 3, 4, 0, 2], [4, 1, 0]], 9
+  lengths_N, longest = np.array([4, 1]), 5  # of the prompts within these texts
+  ids_NL = np.array([[0, 1, 2, 3, 4], [0, 0, 0, 0, 4]], np.int32)
+  head = transformer.head(config, params)
+  hidden_ND, cache = jax.jit(functools.partial(transformer.prefill, config, columns=columns))(
+    params, ids_NL, lengths_N
+  )
+  decode = jax.jit(functools.partial(transformer.decode, config))
+  assert cache.tokens.pair_NL.tolist() == [[-1] + [0] * 4 + [-1] * 4, [-1] * 4 + [0] + [-1] * 4]
+  for step in range(3):
+    found = logits(hidden_ND, head)
+    for row, (text, length) in enumerate(zip(texts, lengths_N, strict=True)):
+      expected = whole_logits(config, text)[length - 1 + step]
+      np.testing.assert_allclose(found[row], expected, atol=1e-5)
+    if step < 2:
+      at_N = lengths_N + step
+      token_N = np.array([text[at] for text, at in zip(texts, at_N, strict=True)])
+      hidden_ND, cache = decode(params, cache, token_N, at_N)
+  assert int(cache.filled) == longest + 2
+
+
+def test_greedy_text_of_stories260k(shared_data):
+  folder = shared_data / "models" / "stories260k"
+  config, params = hf.load(folder)
+  items = json.loads((folder / "reference_outputs.json").read_text())["items"]
+  prompts = [item["input_ids"] for item in items]
+  found = sampling.generate(
+    config, params, prompts, max_tokens=24, temperature=0, eos_ids=config.eos_ids
+  )
+  assert found == [[item["greedy24_ids"]] for item in items]
+
+
+def test_a_sample_is_a_function_of_seed_prompt_index_and_sample_index():
+  params = params_of(LLAMA)
+  draw = lambda prompts, **more: sampling.generate(
+    LLAMA, params, prompts, max_tokens=12, eos_ids=(0,), seed=3, **more
+  )
+  together = draw(PROMPTS, num=5)
+  assert draw(PROMPTS, num=5) == together
+  assert draw(PROMPTS, num=5, batch_size=3) == together
+  assert draw(PROMPTS[:2], num=5, batch_size=16) == together[:2]
+  # Other prompts at the other indices: the last is unmoved.
+  assert draw([[2], [2], [2], [2], [2], PROMPTS[5]], num=5)[5] == together[5]
+  assert draw(PROMPTS[::-1], num=5)[0] != together[5]
+  # A prompt of another length, read in a batch of its own.
+  assert draw([*PROMPTS[:5], PROMPTS[5], [1] * 9], num=5)[:6] == together
+  other = sampling.generate(LLAMA, params, PROMPTS, max_tokens=12, eos_ids=(0,), seed=4, num=5)
+  assert other != together
+  # The samples of a prompt differ among themselves, and so do equal prompts.
+  same = sampling.generate(LLAMA, params, [[1]] * 6, max_tokens=12, num=5)
+  assert len({tuple(answer) for answers in same for answer in answers}) == 30
+
+
+def test_an_answer_ends_with_its_end_token():
+  params = params_of(LLAMA)
+  endless = sampling.generate(LLAMA, params, PROMPTS, max_tokens=15, seed=1, num=8)
+  assert {len(answer) for answers in endless for answer in answers} == {15}
+  ended = sampling.generate(LLAMA, params, PROMPTS, max_tokens=15, seed=1, num=8, eos_ids=(0, 3))
+  cut = [
+    [
+      answer[: next((i + 1 for i, token in enumerate(answer) if token in (0, 3)), 15)]
+      for answer in answers
+    ]
+    for answers in endless
+  ]
+  assert ended == cut
+  assert any(answer[-1] in (0, 3) and len(answer) < 15 for answers in ended for answer in answers)
+
+
+@pytest.mark.parametrize(
+  ("knobs", "kept"),
+  [
+    ({}, 5),
+    ({"temperature": 0.6}, 5),
+    ({"temperature": 1.5, "top_k": 3}, 3),
+    ({"top_k": 4, "top_p": 0.9}, None),
+  ],
+)
+def test_samples_follow_the_distribution(knobs, kept):
+  params, prompt, draws = params_of(LLAMA), [1, 2], 6000
+  found = sampling.generate(LLAMA, params, [prompt], max_tokens=2, num=draws, seed=5, **knobs)[0]
+
+  def distribution(ids):
+    probs_V = softmax(whole_logits(LLAMA, ids)[-1] / knobs.get("temperature", 1.0))
+    order = np.argsort(-probs_V)[: knobs.get("top_k") or 5]
+    inside = probs_V[order] / probs_V[order].sum()
+    order = order[np.cumsum(inside) - inside < knobs.get("top_p", 1.0)]
+    assert kept is None or len(order) == kept
+    left_V = np.zeros(5)
+    left_V[order] = probs_V[order]
+    return left_V / left_V.sum()
+
+  first_V = distribution(prompt)
+  expected_VV = np.array([first_V[a] * distribution([*prompt, a]) for a in range(5)]) * draws
+  counts_VV = np.zeros((5, 5))
+  np.add.at(counts_VV, tuple(np.array(found).T), 1)
+  assert counts_VV[expected_VV == 0].sum() == 0
+  # Chi-square: mean of its degrees of freedom, variance of twice them; rare pairs counted as one.
+  often = expected_VV > 5
+  expected, counts = ([*x[often], x[~often].sum() + 1e-9] for x in (expected_VV, counts_VV))
+  degrees = often.sum()
+  surprise = ((np.array(counts) - expected) ** 2 / expected).sum()
+  assert surprise < degrees + 4 * np.sqrt(2 * degrees)
+
+
+def test_what_is_kept_by_hand():
+  probs_V = np.array([0.1, 0.4, 0.2, 0.3])
+  kept = lambda k, p: np.isfinite(
+    np.asarray(sampling._filter(np.log(probs_V)[None], np.array(k), np.array(p)))[0]
+  )
+  assert kept(0, 1.0).tolist() == [True] * 4
+  assert kept(2, 1.0).tolist() == [False, True, False, True]
+  assert kept(0, 0.65).tolist() == [False, True, False, True]  # 0.4 + 0.3 reach 0.65
+  assert kept(0, 0.75).tolist() == [False, True, True, True]
+  assert kept(0, 0.01).tolist() == [False, True, False, False]
+  # Of the two likeliest, 0.4 / 0.7 = 0.57 falls short of 0.6 and the second is needed.
+  assert kept(2, 0.6).tolist() == [False, True, False, True]
+  assert kept(2, 0.5).tolist() == [False, True, False, False]
+  assert kept(9, 1.0).tolist() == [True] * 4
+
+
+def test_temperature_near_zero_is_greedy():
+  params = params_of(GPT2)
+  cold, greedy = (
+    sampling.generate(GPT2, params, PROMPTS, max_tokens=10, temperature=t) for t in (1e-4, 0)
+  )
+  assert cold == greedy
+
+
+def test_few_shapes_and_every_sample_once():
+  lengths = [*range(1, 40), 200, 513]
+  prompts = [[1] * length for length in lengths]
+  for num, size in ((1, 16), (3, 16), (40, 16)):
+    seen = []
+    for batch in sampling._batches(prompts, num, size):
+      seen += itertools.product(batch.prompt_N[batch.prompt_N >= 0], batch.sample_S)
+      assert batch.ids_NL.shape[0] * len(batch.sample_S) <= size
+      for row, prompt in enumerate(batch.prompt_N):
+        length = lengths[prompt] if prompt >= 0 else 1
+        assert batch.lengths_N[row] == length
+        assert (batch.ids_NL[row] != 0).sum() == (length if prompt >= 0 else 0)
+    wanted = set(itertools.product(range(len(prompts)), range(num)))
+    assert wanted <= set(seen) and len(seen) == len(set(seen))
+  widths = {sampling._round_up(length) for length in range(1, 2049)}
+  assert len(widths) <= 20 and all(sampling._round_up(length) >= length for length in lengths)
+
+
+@pytest.mark.parametrize(
+  ("prompts", "change", "message"),
+  [
+    ([[]], {}, "prompt 0 has no tokens"),
+    ([[1], [5]], {}, "prompt 1 holds an id outside the model's vocabulary of 5"),
+    ([[1] * 30], {}, "prompt 0 has 30 tokens; with max_tokens 4 that exceeds .* 32 positions"),
+    ([[1]], {"max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
+    ([[1]], {"num": 0}, "num is 0; it must be at least 1"),
+    ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
+    ([[1]], {"top_k": -1}, "top_k is -1"),
+    ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
+  ],
+)
+def test_what_cannot_be_sampled_is_refused(prompts, change, message):
+  with pytest.raises(UserError, match=message):
+    sampling.generate(GPT2, params_of(GPT2), prompts, **{"max_tokens": 4} | change)
+
+
+def test_no_prompts_give_no_answers():
+  assert sampling.generate(LLAMA, params_of(LLAMA), [], max_tokens=3) == []
+
+
+def test_bfloat16_generates_and_wide_models_need_no_more_positions_than_they_have():
+  config = dataclasses.replace(GPT2, max_positions=9)
+  params = jax.tree.map(lambda x: x.astype("bfloat16"), params_of(config))
+  (answers,) = sampling.generate(config, params, [[1, 2]], max_tokens=7, num=3, dtype="bfloat16")
+  assert [len(answer) for answer in answers] == [7] * 3
+  assert all(0 <= token < 5 for answer in answers for token in answer)
