@@ -19,7 +19,7 @@ def get_config(arg: str = "dpo"):
   """`sft`: supervised training of the reference from nothing; `dpo`: preferences after it."""
   config = defaults.get_config()
   config.data.max_length = 64
-  config.data.row_length = 256
+  config.data.row_length = 128
   if arg == "sft":
     _supervised(config)
   elif arg == "dpo":
@@ -41,16 +41,17 @@ def _supervised(config: ConfigDict) -> None:
       "intermediate_size": 384,
       "max_position_embeddings": 128,
       "tie_word_embeddings": True,
+      "initializer_range": 0.08,
     }
   )
   config.data.path = f"{TASK}/task/sft.jsonl"
   config.loss = defaults.loss("sft")
-  config.optimizer.learning_rate = 3e-3
+  config.optimizer.learning_rate = 4e-3
   config.optimizer.schedule = "cosine"
   config.optimizer.warmup_steps = 50
   config.optimizer.weight_decay = 0.01
-  config.train.batch_size = 128
-  config.train.steps = 600
+  config.train.batch_size = 64
+  config.train.steps = 500
   config.eval.every = 200
 
 
@@ -58,9 +59,9 @@ def _preferences(config: ConfigDict) -> None:
   config.model.path = f"{TASK}/sft/export"
   config.data.path = f"{TASK}/pairs.jsonl"
   config.loss = defaults.loss("sigmoid", beta=1.0)
-  config.optimizer.learning_rate = 5e-4
+  config.optimizer.learning_rate = 1e-3
   config.optimizer.schedule = "cosine"
   config.optimizer.warmup_steps = 20
-  config.train.batch_size = 128
-  config.train.epochs = 2.0
+  config.train.batch_size = 64
+  config.train.epochs = 1.0
   config.eval.every = 100

@@ -102,17 +102,21 @@ def objective(name: str, beta: float) -> Objective:
 
 
 def read_pairs(
-  path: str | pathlib.Path, *models: LanguageModel, max_length: int | None = None
+  path: str | pathlib.Path,
+  policy: LanguageModel,
+  reference: LanguageModel | None,
+  *,
+  max_length: int | None = None,
 ) -> list[Example]:
-  """The pairs of a file in the first model's tokens, known to fit all; says what was left out."""
-  first, *others = models
-  for other in others:
-    if other.config.vocab != first.config.vocab:
-      raise UserError(
-        f"vocabularies of {first.config.vocab} and {other.config.vocab} tokens;"
-        " models that are compared must share one tokenizer"
-      )
-  examples, ledger, _ = pipeline.load_examples(path, first.tokenizer, max_length=max_length)
+  """The pairs of a file in the policy's tokens, known to fit both; says what was left out."""
+  models = [policy] if reference is None else [policy, reference]
+  vocabs = [model.config.vocab for model in models]
+  if len(set(vocabs)) > 1:
+    raise UserError(
+      f"model and reference score {vocabs[0]} and {vocabs[1]} tokens;"
+      " models that are compared must share one tokenizer"
+    )
+  examples, ledger, _ = pipeline.load_examples(path, policy.tokenizer, max_length=max_length)
   for model in models:
     check_positions(examples, model.config)
   if ledger.dropped or ledger.truncated:

@@ -6,6 +6,7 @@ X lists prompts, S samples of a prompt, F values of β.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ def mean_estimate(value_B: np.ndarray, weight_B: np.ndarray | None = None) -> Es
   count = np.count_nonzero(share_B)
   if count < 2:
     return Estimate(mean, np.nan, np.nan)
-  half = Z * np.sqrt(share_B**2 @ (value_B - mean) ** 2 * count / (count - 1))
+  half = Z * math.sqrt(share_B**2 @ (value_B - mean) ** 2 * count / (count - 1))
   return Estimate(mean, mean - half, mean + half)
 
 
@@ -47,7 +48,7 @@ def share_estimate(value_B: np.ndarray, weight_B: np.ndarray | None = None) -> E
   share_B = _shares(value_B, weight_B)
   share, count = float(share_B @ value_B), 1 / float(share_B @ share_B)
   centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
-  half = Z / (1 + Z**2 / count) * np.sqrt(share * (1 - share) / count + (Z / (2 * count)) ** 2)
+  half = Z / (1 + Z**2 / count) * math.sqrt(share * (1 - share) / count + (Z / (2 * count)) ** 2)
   return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
 
 

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,7 @@ def resolve(name: str) -> Reward:
     hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(REWARDS)}"
     raise UserError(f"no reward is named {name!r}; {hint}, or give your own as module:function")
   try:
-    found = getattr(importlib.import_module(module), function)
+    found: Any = getattr(importlib.import_module(module), function)
   except ModuleNotFoundError as error:
     raise UserError(f"reward {name!r}: no module named {error.name!r} can be imported") from None
   except (AttributeError, ValueError):

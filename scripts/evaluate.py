@@ -31,9 +31,9 @@ MAX_LENGTH = flags.DEFINE_integer(
 )
 REWARD = flags.DEFINE_string("reward", None, "name, or module:function of (prompt, answer)")
 PROMPTS = flags.DEFINE_string("prompts", None, "rows with a `prompt`, to sample on")
-NUM = flags.DEFINE_integer("samples_per_prompt", 4, "answers of either model", lower_bound=1)
+NUM = flags.DEFINE_integer("samples_per_prompt", 2, "answers of either model", lower_bound=1)
 FRONTIER_PROMPTS = flags.DEFINE_integer(
-  "frontier_prompts", 64, "prompts, of the first, that the frontier rests on", lower_bound=1
+  "frontier_prompts", 32, "prompts, of the first, that the frontier rests on", lower_bound=1
 )
 FRONTIER_SAMPLES = flags.DEFINE_integer(
   "frontier_samples", 512, "answers of the reference to each of those", lower_bound=2

@@ -113,7 +113,7 @@ def _count(kind, together):
   """Answers about a kind: statements are cut apart in one way only, so derivations are texts."""
   *aspects, verdicts = _tables(kind, together)
   pairs = 0
-  for first, second in itertools.permutations(aspects, 2):
+  for first, second in itertools.combinations(aspects, 2):
     signs = [np.sign(table.value_T) for table in (first, second)]
     contrasts = sum((signs[0] == s).sum() * (signs[1] == -s).sum() for s in (-1, 1))
     everything = len(first.texts) * len(second.texts)
@@ -145,7 +145,7 @@ def reward_distribution(kind, together):
     return np.bincount(np.round((table.value_T + 3) / step).astype(int), table.prob_T, 49)
 
   *aspects, verdict = map(probabilities, _tables(kind, together))
-  pairs = [np.convolve(*pair) for pair in itertools.permutations(aspects, 2)]
+  pairs = [np.convolve(*pair) for pair in itertools.combinations(aspects, 2)]
   prob = np.convolve(np.mean(pairs, axis=0), verdict)
   return np.arange(len(prob)) * step - controlled.REWARD_BOUND, prob
 

@@ -1,5 +1,6 @@
 """Scores, samples and labels against a language so small that every answer can be listed."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -218,6 +219,31 @@ def test_rows_of_scores(models):
   np.testing.assert_allclose(row["loss"], np.log1p(np.exp(-margin)), rtol=1e-5)
   (alone,) = evaluate.score_rows(policy, None, examples, ask)
   assert set(alone) == {"chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens"}
+
+
+def test_pairs_are_read_with_and_without_a_reference(models, tmp_path, capsys):
+  policy, reference = models
+  rows = [
+    {"prompt": " a", "chosen": " a", "rejected": " b"},
+    {"prompt": " a", "chosen": " a", "rejected": " a"},
+  ]
+  draws.write_rows(tmp_path / "rows.jsonl", rows)
+  (example,) = evaluate.read_pairs(tmp_path / "rows.jsonl", policy, None)
+  assert "2 rows, 1 dropped: equal answers" in capsys.readouterr().err
+  assert [x.tolist() for x in (example.prompt, *example.answers)] == [[1, 4], [4, END], [5, END]]
+  assert len(evaluate.read_pairs(tmp_path / "rows.jsonl", policy, reference)) == 1
+  other = reference._replace(config=dataclasses.replace(reference.config, vocab=7))
+  with pytest.raises(UserError, match="6 and 7 tokens"):
+    evaluate.read_pairs(tmp_path / "rows.jsonl", policy, other)
+
+
+def test_a_text_longer_than_learned_positions_is_refused(models):
+  config = dataclasses.replace(models[0].config, positions="learned", max_positions=3)
+  fits = Example(np.array([1]), (np.array([4, 2]), np.array([2])), row=0)
+  too_long = Example(np.array([1, 4]), (np.array([2]), np.array([4, 2])), row=8)
+  evaluate.check_positions([fits], config)
+  with pytest.raises(UserError, match="data row 8 has 4 tokens and the model 3 positions"):
+    evaluate.check_positions([fits, too_long], config)
 
 
 def test_pairs_under_the_reference_itself(models):

@@ -13,7 +13,19 @@ from dpo_jax.model import config as configs
 from dpo_jax.model import hf, transformer
 from dpo_jax.structs import UserError
 
-LLAMA = configs.llama(vocab=11, width=8, layers=2, heads=4, kv_heads=2, mlp_width=12, eos_ids=(2,))
+LLAMA = configs.from_hf(
+  {
+    "model_type": "llama",
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 12,
+    "tie_word_embeddings": True,
+    "eos_token_id": 2,
+  }
+)
 GPT2 = configs.from_hf(
   {
     "model_type": "gpt2",

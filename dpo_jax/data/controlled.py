@@ -5,9 +5,9 @@ the rest of the review, which is the answer (` The plot was not very clever, but
 I would probably watch it again.`). Everything about the task is known: the probability of a text,
 the reward of any string, hence the best that any policy can do at any distance from the grammar.
 
-The grammar writes three statements an answer: two about distinct *aspects* of the thing reviewed
-and a *verdict* about the whole, each drawn independently of the others; `but` and `yet` join two
-of opposite sign, `and` joins the rest.
+The grammar writes three statements an answer: two about *aspects* of the thing reviewed, in the
+order in which its kind lists them, and a *verdict* about the whole. What they say is drawn
+independently; `but` and `yet` join two of opposite sign, `and` joins the rest.
 
 The reward reads sentiment, one statement at a time:
 
@@ -215,7 +215,7 @@ def _opening(dice: _Dice, kind: lexicon.Kind, together: bool) -> str:
 def _review(dice: _Dice) -> tuple[str, str]:
   name, together = dice.pick(tuple(lexicon.KINDS)), dice.chance(0.5)
   opening = _opening(dice, lexicon.KINDS[name], together)
-  first, second = dice.pick(list(itertools.permutations(lexicon.TRAIT_OF[name], 2)))
+  first, second = dice.pick(list(itertools.combinations(lexicon.TRAIT_OF[name], 2)))
   said, value = dice.row(aspect_table(name, first, together))
   also, also_value = dice.row(aspect_table(name, second, together))
   verdict, _ = dice.row(verdict_table(name, together))

@@ -16,39 +16,22 @@ STRENGTHS = {2: 0.15, 1: 0.3, 0: 0.1, -1: 0.3, -2: 0.15}
 
 GENERAL = {
   2: "wonderful superb excellent fantastic perfect",
-  1: "good nice pleasant decent solid",
+  1: "good nice pleasant decent fine",
   0: "ordinary average typical",
   -1: "poor bad disappointing weak mediocre",
   -2: "awful terrible horrible dreadful disastrous",
 }
 TRAITS = {
-  "taste": {
-    2: "delicious exquisite",
-    1: "tasty fresh",
-    -1: "bland stale",
-    -2: "inedible revolting",
-  },
-  "people": {
-    2: "charming brilliant",
-    1: "friendly helpful",
-    -1: "slow careless",
-    -2: "rude hostile",
-  },
-  "room": {2: "spotless luxurious", 1: "clean cosy", -1: "dirty cramped", -2: "filthy squalid"},
-  "story": {
-    2: "gripping enchanting",
-    1: "clever moving",
-    -1: "dull confusing",
-    -2: "dire unbearable",
-  },
+  "taste": {2: "delicious exquisite", 1: "tasty fresh", -1: "bland stale", -2: "inedible vile"},
+  "people": {2: "charming brilliant", 1: "friendly helpful", -1: "slow lazy", -2: "rude hostile"},
+  "story": {2: "gripping enchanting", 1: "clever moving", -1: "dull trite", -2: "dire unbearable"},
   "sound": {2: "glorious heavenly", 1: "rich warm", -1: "muddy thin", -2: "painful deafening"},
-  "tech": {2: "flawless dazzling", 1: "fast reliable", -1: "clumsy dated", -2: "useless hopeless"},
-  "cloth": {2: "gorgeous immaculate", 1: "sturdy soft", -1: "flimsy stiff", -2: "shoddy worthless"},
-  "sight": {
-    2: "breathtaking stunning",
-    1: "pretty elegant",
-    -1: "shabby drab",
-    -2: "hideous ghastly",
+  "sight": {2: "gorgeous stunning", 1: "pretty elegant", -1: "shabby drab", -2: "hideous ghastly"},
+  "make": {
+    2: "flawless ingenious",
+    1: "sturdy solid",
+    -1: "flimsy clumsy",
+    -2: "useless worthless",
   },
 }
 FEELINGS = {
@@ -76,54 +59,49 @@ KINDS = {
     "restaurant cafe bistro diner",
     ("ate at", "had dinner at"),
     "eat there again",
-    {"taste": "food soup desserts coffee", "people": "service waiters", "room": "tables"},
+    {"sight": "tables", "people": "service waiters", "taste": "food soup desserts coffee"},
   ),
   "stay": Kind(
     "hotel hostel guesthouse motel",
     ("stayed at", "booked"),
     "stay there again",
-    {
-      "room": "beds bathroom lobby",
-      "people": "staff service",
-      "taste": "breakfast",
-      "sight": "view",
-    },
+    {"people": "staff service", "sight": "lobby bathroom beds view", "taste": "breakfast"},
   ),
   "film": Kind(
     "film movie comedy thriller",
     ("watched", "saw"),
     "watch it again",
-    {"story": "plot ending characters", "people": "actors", "sound": "music", "sight": "costumes"},
+    {"people": "actors", "story": "plot characters ending", "sound": "music", "sight": "costumes"},
   ),
   "book": Kind(
     "novel book biography memoir",
     ("read", "finished"),
     "read it again",
-    {"story": "plot ending writing chapters characters", "sight": "pictures cover"},
+    {"sight": "cover pictures", "story": "plot characters writing chapters ending"},
   ),
   "concert": Kind(
     "concert festival opera recital",
     ("listened to", "attended"),
     "hear it again",
-    {"sound": "songs music", "people": "singers band", "sight": "lights stage", "room": "seats"},
+    {"sight": "seats stage lights", "people": "band singers", "sound": "songs music"},
   ),
   "gadget": Kind(
     "phone laptop tablet camera",
     ("bought", "ordered"),
     "buy it again",
-    {"tech": "screen battery software buttons", "sound": "speakers", "sight": "design case"},
+    {"sight": "design case", "make": "screen buttons battery software", "sound": "speakers"},
   ),
   "garment": Kind(
     "jacket coat sweater parka",
     ("wore", "tried on"),
     "wear it again",
-    {"cloth": "fabric zipper pockets seams lining", "sight": "colours design"},
+    {"sight": "colours design", "make": "fabric lining pockets seams zipper"},
   ),
   "sight": Kind(
     "museum gallery castle garden",
     ("visited", "explored"),
     "go there again",
-    {"story": "tour", "people": "guides staff", "sight": "buildings paths", "taste": "snacks"},
+    {"sight": "paths buildings", "people": "staff guides", "story": "tour", "taste": "snacks"},
   ),
 }
 KIND_OF = {thing: name for name, kind in KINDS.items() for thing in kind.things.split()}

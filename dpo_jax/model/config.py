@@ -96,55 +96,6 @@ class ModelConfig:
       raise UserError(f"model head width {self.head_width} is odd; rotary positions need it even")
 
 
-def llama(
-  *,
-  vocab: int,
-  width: int,
-  layers: int,
-  heads: int,
-  kv_heads: int | None = None,
-  mlp_width: int | None = None,
-  max_positions: int = 2048,
-  tied: bool = True,
-  init_std: float = 0.02,
-  bos_id: int | None = None,
-  eos_ids: tuple[int, ...] = (),
-  pad_id: int | None = None,
-) -> ModelConfig:
-  """A Llama-shaped model to train from scratch.
-
-  Args:
-    kv_heads: as many as `heads` if None.
-    mlp_width: 8/3 of the width, rounded up to a multiple of 32, if None.
-  """
-  if width % heads:
-    raise UserError(f"model width {width} is not divisible by {heads} heads")
-  return ModelConfig(
-    family="llama",
-    vocab=vocab,
-    width=width,
-    layers=layers,
-    heads=heads,
-    kv_heads=kv_heads or heads,
-    head_width=width // heads,
-    mlp_width=mlp_width or -(-8 * width // 96) * 32,
-    max_positions=max_positions,
-    norm="rms",
-    norm_eps=1e-5,
-    positions="rotary",
-    activation="silu",
-    gated=True,
-    qkv_bias=False,
-    out_bias=False,
-    mlp_bias=False,
-    tied=tied,
-    init_std=init_std,
-    bos_id=bos_id,
-    eos_ids=tuple(eos_ids),
-    pad_id=pad_id,
-  )
-
-
 # Names of activations on disk and here. "gelu" there is the exact one.
 _ACTIVATIONS = {
   "silu": "silu",

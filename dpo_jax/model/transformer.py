@@ -331,8 +331,12 @@ def head(config: ModelConfig, params: PyTree) -> Head:
 
 def init_params(config: ModelConfig, seed: int, *, dtype: str = "float32") -> PyTree:
   """Initial parameters, a pure function of (config, seed): {"params": {...}} of `dtype` arrays."""
-  decoder = Decoder(config, param_dtype=jnp.dtype(dtype))
-  return jax.jit(decoder.init)(jax.random.key(seed), *_example())
+  return _init(config, jax.random.key(seed), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _init(config: ModelConfig, key: Array, dtype: str) -> PyTree:
+  return Decoder(config, param_dtype=jnp.dtype(dtype)).init(key, *_example())
 
 
 def param_shapes(config: ModelConfig) -> PyTree:
