@@ -50,8 +50,9 @@ def _supervised(config: ConfigDict) -> None:
   config.optimizer.schedule = "cosine"
   config.optimizer.warmup_steps = 50
   config.optimizer.weight_decay = 0.01
+  config.optimizer.b2 = 0.98
   config.train.batch_size = 64
-  config.train.steps = 500
+  config.train.steps = 450
   config.eval.every = 200
 
 
@@ -59,9 +60,10 @@ def _preferences(config: ConfigDict) -> None:
   config.model.path = f"{TASK}/sft/export"
   config.data.path = f"{TASK}/pairs.jsonl"
   config.loss = defaults.loss("sigmoid", beta=1.0)
-  config.optimizer.learning_rate = 1e-3
+  config.optimizer.learning_rate = 5e-4
   config.optimizer.schedule = "cosine"
   config.optimizer.warmup_steps = 20
+  config.optimizer.b2 = 0.98
   config.train.batch_size = 64
-  config.train.epochs = 1.0
+  config.train.epochs = 2.0
   config.eval.every = 100

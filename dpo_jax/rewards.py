@@ -6,7 +6,7 @@ import difflib
 import importlib
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import cast
 
 import numpy as np
 
@@ -34,14 +34,14 @@ def resolve(name: str) -> Reward:
     hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(REWARDS)}"
     raise UserError(f"no reward is named {name!r}; {hint}, or give your own as module:function")
   try:
-    found: Any = getattr(importlib.import_module(module), function)
+    found = getattr(importlib.import_module(module), function)
   except ModuleNotFoundError as error:
     raise UserError(f"reward {name!r}: no module named {error.name!r} can be imported") from None
   except (AttributeError, ValueError):
     raise UserError(f"reward {name!r}: {module!r} holds no {function!r}") from None
   if not callable(found):
     raise UserError(f"reward {name!r} is no function but {type(found).__name__}")
-  return found
+  return cast(Reward, found)
 
 
 def values(reward: Reward, prompts: Iterable[str], answers: Iterable[str]) -> np.ndarray:

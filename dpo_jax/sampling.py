@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.logprobs import logits
+from dpo_jax.model import cache as caches
 from dpo_jax.model import transformer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import Array, PyTree, UserError
@@ -182,17 +183,17 @@ def _sample(
   def advance(state):
     step, cache, token_R, done_R, out_RT = state
     position_R = lengths_R + step - 1
-    hidden_RD, cache = transformer.decode(config, params, cache, token_R, position_R, dtype=dtype)
+    hidden_RD, cache = caches.decode(config, params, cache, token_R, position_R, dtype=dtype)
     token_R = pick(hidden_RD, step)
     out_RT, done_R = note(out_RT, done_R, token_R, step)
     return step + 1, cache, token_R, done_R, out_RT
 
-  hidden_ND, cache = transformer.prefill(
+  hidden_ND, cache = caches.prefill(
     config, params, batch.ids_NL, batch.lengths_N, columns=columns, dtype=dtype
   )
   # A prompt is read once, whatever the number of its samples.
   each = lambda x, axis=0: jnp.repeat(x, samples, axis=axis)
-  cache = transformer.Cache(
+  cache = caches.Cache(
     transformer.Keys(*(each(x, 1) for x in cache.keys)),
     transformer.Tokens(*(each(x) for x in cache.tokens)),
     cache.filled,

@@ -62,7 +62,7 @@ def main(_):
   policy, reference = draws.load(MODEL.value), draws.load(REFERENCE.value)
   examples = evaluate.read_pairs(DATA.value, policy, reference, max_length=MAX_LENGTH.value)
   summary = evaluate.on_pairs(policy, reference, examples, ask)
-  if reward is not None:
+  if reward is not None and prompts is not None:
     summary |= evaluate.on_samples(
       policy,
       reference,

@@ -16,13 +16,14 @@ from dpo_jax import cli
 
 MODEL = flags.DEFINE_string("model", None, "model folder", required=True)
 PROMPTS = flags.DEFINE_string("prompts", None, "rows with a `prompt`", required=True)
-REWARD = flags.DEFINE_string("reward", None, "name, or module:function of (prompt, answer)")
+REWARD = flags.DEFINE_string(
+  "reward", None, "name, or module:function of (prompt, answer)", required=True
+)
 OUT = flags.DEFINE_string("out", None, "JSONL file to write", required=True)
 NUM = flags.DEFINE_integer("num", 2, "answers a prompt, paired two by two", lower_bound=2)
 TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "of sampling; 1 is the model itself")
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 48, "of an answer", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of samples and labels", lower_bound=0)
-flags.mark_flag_as_required("reward")
 
 
 def main(_):

@@ -12,6 +12,7 @@ import pytest
 
 from dpo_jax import sampling
 from dpo_jax.logprobs import logits
+from dpo_jax.model import cache as caches
 from dpo_jax.model import config as configs
 from dpo_jax.model import hf, transformer
 from dpo_jax.structs import TokenBatch, UserError
@@ -78,10 +79,10 @@ def test_a_token_at_a_time_gives_the_logits_of_the_whole_text(config):
   lengths_N, longest = np.array([4, 1]), 5  # of the prompts within these texts
   ids_NL = np.array([[0, 1, 2, 3, 4], [0, 0, 0, 0, 4]], np.int32)
   head = transformer.head(config, params)
-  hidden_ND, cache = jax.jit(functools.partial(transformer.prefill, config, columns=columns))(
+  hidden_ND, cache = jax.jit(functools.partial(caches.prefill, config, columns=columns))(
     params, ids_NL, lengths_N
   )
-  decode = jax.jit(functools.partial(transformer.decode, config))
+  decode = jax.jit(functools.partial(caches.decode, config))
   assert cache.tokens.pair_NL.tolist() == [[-1] + [0] * 4 + [-1] * 4, [-1] * 4 + [0] + [-1] * 4]
   for step in range(3):
     found = logits(hidden_ND, head)

@@ -15,17 +15,16 @@ TURN, INTENSIFIED, HEDGED = -0.5, 1.5, 0.5
 STRENGTHS = {2: 0.15, 1: 0.3, 0: 0.1, -1: 0.3, -2: 0.15}
 
 GENERAL = {
-  2: "wonderful superb excellent fantastic perfect",
-  1: "good nice pleasant decent fine",
+  2: "wonderful superb excellent fantastic",
+  1: "good nice pleasant decent",
   0: "ordinary average typical",
-  -1: "poor bad disappointing weak mediocre",
-  -2: "awful terrible horrible dreadful disastrous",
+  -1: "poor bad disappointing mediocre",
+  -2: "awful terrible horrible dreadful",
 }
 TRAITS = {
   "taste": {2: "delicious exquisite", 1: "tasty fresh", -1: "bland stale", -2: "inedible vile"},
   "people": {2: "charming brilliant", 1: "friendly helpful", -1: "slow lazy", -2: "rude hostile"},
   "story": {2: "gripping enchanting", 1: "clever moving", -1: "dull trite", -2: "dire unbearable"},
-  "sound": {2: "glorious heavenly", 1: "rich warm", -1: "muddy thin", -2: "painful deafening"},
   "sight": {2: "gorgeous stunning", 1: "pretty elegant", -1: "shabby drab", -2: "hideous ghastly"},
   "make": {
     2: "flawless ingenious",
@@ -56,52 +55,34 @@ class Kind(NamedTuple):
 
 KINDS = {
   "meal": Kind(
-    "restaurant cafe bistro diner",
+    "restaurant cafe bistro diner pizzeria tavern",
     ("ate at", "had dinner at"),
     "eat there again",
     {"sight": "tables", "people": "service waiters", "taste": "food soup desserts coffee"},
   ),
   "stay": Kind(
-    "hotel hostel guesthouse motel",
+    "hotel hostel guesthouse motel inn lodge resort",
     ("stayed at", "booked"),
     "stay there again",
     {"people": "staff service", "sight": "lobby bathroom beds view", "taste": "breakfast"},
   ),
   "film": Kind(
-    "film movie comedy thriller",
+    "film movie comedy thriller drama western musical",
     ("watched", "saw"),
     "watch it again",
-    {"people": "actors", "story": "plot characters ending", "sound": "music", "sight": "costumes"},
+    {"people": "actors director", "story": "plot characters ending", "sight": "costumes music"},
   ),
   "book": Kind(
-    "novel book biography memoir",
+    "novel book biography memoir mystery diary",
     ("read", "finished"),
     "read it again",
     {"sight": "cover pictures", "story": "plot characters writing chapters ending"},
   ),
-  "concert": Kind(
-    "concert festival opera recital",
-    ("listened to", "attended"),
-    "hear it again",
-    {"sight": "seats stage lights", "people": "band singers", "sound": "songs music"},
-  ),
   "gadget": Kind(
-    "phone laptop tablet camera",
+    "phone laptop tablet camera printer monitor",
     ("bought", "ordered"),
     "buy it again",
-    {"sight": "design case", "make": "screen buttons battery software", "sound": "speakers"},
-  ),
-  "garment": Kind(
-    "jacket coat sweater parka",
-    ("wore", "tried on"),
-    "wear it again",
-    {"sight": "colours design", "make": "fabric lining pockets seams zipper"},
-  ),
-  "sight": Kind(
-    "museum gallery castle garden",
-    ("visited", "explored"),
-    "go there again",
-    {"sight": "paths buildings", "people": "staff guides", "story": "tour", "taste": "snacks"},
+    {"sight": "design case", "make": "screen buttons battery software charger"},
   ),
 }
 KIND_OF = {thing: name for name, kind in KINDS.items() for thing in kind.things.split()}
@@ -112,12 +93,19 @@ TRAIT_OF = {  # of every aspect of a kind
 ASPECTS = frozenset(aspect for traits in TRAIT_OF.values() for aspect in traits)
 
 ALONE = ("I",)
-TOGETHER = ("We", "My sister and I", "My brother and I", "My wife and I", "My husband and I")
+TOGETHER = (
+  "We",
+  *(f"My {person} and I" for person in ("sister", "brother", "wife", "husband", "cousin", "boss")),
+)
 ARTICLES = ("the", "this")
-QUALITIES = ("", " new", " old", " little", " famous", " popular", " modern", " simple", " curious")
+QUALITIES = (
+  *("", " new", " old", " little", " famous", " popular", " modern", " simple", " curious"),
+  *(" local", " foreign", " cheap", " costly", " quaint", " odd", " big", " much praised"),
+)
 TIMES = (
   *("yesterday", "last week", "last month", "last summer", "last winter", "in May", "in June"),
-  *("in October", "on Friday", "on Saturday", "on Sunday", "two days ago"),
+  *("in March", "in October", "in November", "on Monday", "on Friday", "on Saturday", "on Sunday"),
+  *("two days ago", "some weeks ago", "this morning", "last night", "at Christmas"),
 )
 OCCASIONS = (
   "",
@@ -128,6 +116,9 @@ OCCASIONS = (
   " on a whim",
   " in the evening",
   " with colleagues",
+  " with our neighbours",
+  " by chance",
+  " before the holidays",
 )
 
 LINKS = (  # the soup <link> good
