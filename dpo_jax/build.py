@@ -57,7 +57,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
   _check_numbers(config)
   _check_divides(config.train.batch_size, config.train.accumulate, executor.groups)
 
-  model_config, tokenizer = _describe_model(config.model)
+  model_config, tokenizer = describe_model(config.model)
   model = transformer.build(
     model_config, dtype=config.model.compute_dtype, remat=config.model.remat
   )
@@ -139,7 +139,7 @@ def _check_divides(batch_size: int, accumulate: int, devices: int) -> None:
     )
 
 
-def _describe_model(
+def describe_model(
   section: ConfigDict,
 ) -> tuple[model_configs.ModelConfig, chat.Tokenizer]:
   """The shape of the model and its tokenizer, no weights loaded."""

@@ -54,10 +54,17 @@ class Checkpoints:
     keep: how many of the latest stay.
     best: name of the metric whose best checkpoint stays as well; "" for none.
     higher: whether a larger value of that metric is better.
+    tidy: whether to remove what a killed run left half-written; only the run itself may.
   """
 
   def __init__(
-    self, directory: str | pathlib.Path, *, keep: int = 2, best: str = "", higher: bool = True
+    self,
+    directory: str | pathlib.Path,
+    *,
+    keep: int = 2,
+    best: str = "",
+    higher: bool = True,
+    tidy: bool = False,
   ):
     policies = ocp.training.preservation_policies
     kept: list[Any] = [policies.LatestN(keep)]
@@ -78,7 +85,7 @@ class Checkpoints:
     self._orbax = ocp.training.Checkpointer(
       str(self.directory),
       preservation_policy=policies.AnyPreservationPolicy(kept),
-      cleanup_tmp_directories=True,
+      cleanup_tmp_directories=tidy,
     )
 
   def steps(self) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 from typing import NamedTuple
 
 import jax
@@ -71,7 +72,8 @@ def generate(
     jnp.asarray(seed), jnp.asarray(temperature or 1.0), jnp.asarray(top_k), jnp.asarray(top_p)
   )
   answers: list[list[Ids]] = [[[] for _ in range(num)] for _ in prompts]
-  for batch in _batches(prompts, num, batch_size):
+
+  def run(batch: Batch) -> tuple[Batch, np.ndarray]:
     out_RT = _sample(
       config,
       params,
@@ -83,13 +85,23 @@ def generate(
       filtered=top_k > 0 or top_p < 1,
       dtype=dtype,
     )
-    samples = batch.sample_S.tolist()
-    out_NST = np.asarray(out_RT).reshape(len(batch.prompt_N), len(samples), -1)
-    for prompt, out_ST in zip(batch.prompt_N.tolist(), out_NST, strict=True):
-      for sample, out_T in zip(samples, out_ST, strict=True):
-        if prompt >= 0 and sample < num:
-          answers[prompt][sample] = out_T[out_T >= 0].tolist()
+    return batch, np.asarray(out_RT)
+
+  # A step of the loop is too small for two cores; two batches at a time are not.
+  with futures.ThreadPoolExecutor(max_workers=2) as pool:
+    for batch, out_RT in pool.map(run, _batches(prompts, num, batch_size)):
+      _collect(answers, batch, out_RT)
   return answers
+
+
+def _collect(answers: list[list[Ids]], batch: Batch, out_RT: np.ndarray) -> None:
+  """Files the rows of a batch under their prompts and samples; those that fill it are left out."""
+  samples = batch.sample_S.tolist()
+  out_NST = out_RT.reshape(len(batch.prompt_N), len(samples), -1)
+  for prompt, out_ST in zip(batch.prompt_N.tolist(), out_NST, strict=True):
+    for sample, out_T in zip(samples, out_ST, strict=True):
+      if prompt >= 0 and sample < len(answers[prompt]):
+        answers[prompt][sample] = out_T[out_T >= 0].tolist()
 
 
 class Batch(NamedTuple):

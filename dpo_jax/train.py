@@ -72,6 +72,7 @@ def train(run: Run, params: PyTree, reference: PyTree | None) -> PyTree:
     keep=settings.keep,
     best="loss" if run.objective.supervised else "rewards/accuracies",
     higher=not run.objective.supervised,
+    tidy=True,
   )
   init = functools.partial(step.init_state, tx=run.tx)
   start = checkpoints.latest() or 0

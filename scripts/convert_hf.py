@@ -33,7 +33,7 @@ def main(_):
   if not (workdir / "config.json").is_file() or not (workdir / "checkpoints").is_dir():
     raise UserError(f"--workdir={workdir} holds no run; name the folder that was trained into")
   section = ConfigDict(json.loads((workdir / "config.json").read_text(encoding="utf-8"))).model
-  model_config, _ = build._describe_model(section)
+  model_config, _ = build.describe_model(section)
   checkpoints = Checkpoints(workdir / "checkpoints")
   try:
     step = checkpoints.latest() if STEP.value is None else STEP.value

@@ -40,7 +40,7 @@ WAYS = list(itertools.product(lexicon.KINDS, (False, True)))
   ],
 )
 def test_reward_by_hand(answer, value):
-  assert controlled.reward(FILM, answer) == value
+  assert controlled.reward(FILM, answer) == 2 * value
 
 
 @pytest.mark.parametrize(
@@ -60,13 +60,13 @@ def test_reward_by_hand(answer, value):
   ],
 )
 def test_nothing_is_gained_by_repetition_or_off_the_point(answer, value):
-  assert controlled.reward(FILM, answer) == value
+  assert controlled.reward(FILM, answer) == 2 * value
 
 
 def test_prompt_decides_what_is_to_the_point():
   answer = " The soup was delicious."
-  assert controlled.reward("We ate at this bistro.", answer) == 2
-  assert controlled.reward("We ate.", answer) == 2  # names no thing: everything is
+  assert controlled.reward("We ate at this bistro.", answer) == 4
+  assert controlled.reward("We ate.", answer) == 4  # names no thing: everything is
 
 
 VOCABULARY = st.sampled_from(sorted(piece.strip() for piece in controlled.vocabulary()))
@@ -95,7 +95,7 @@ def test_reward_reads_what_the_grammar_meant_in_every_statement(kind, together):
   prompt = f"the {lexicon.KINDS[kind].things.split()[0]}"
   for table in _tables(kind, together):
     read = [controlled.reward(prompt, text) for text in table.texts]
-    np.testing.assert_array_equal(read, table.value_T)
+    np.testing.assert_array_equal(read, controlled.UNIT * table.value_T)
 
 
 @pytest.mark.parametrize(("kind", "together"), WAYS)
@@ -132,7 +132,9 @@ def _openings(kind, together):
 def test_number_of_texts():
   answers = {way: _count(*way) for way in WAYS}
   openings = {way: _openings(*way) for way in WAYS}
-  assert sum(openings.values()) == 8 * (1 + 5) * 2 * 9 * 12 * 8 * 2 * 4 == 663_552
+  # openings: sizes of (who) x (article) x (quality) x (time) x (occasion) x (things of the kinds)
+  things = 6 + 7 + 7 + 6 + 6
+  assert sum(openings.values()) == (1 + 7) * 2 * 17 * 19 * 11 * 2 * things
   assert min(answers.values()) > 10**11
   assert sum(answers[way] * openings[way] for way in WAYS) > 10**17
 
@@ -147,14 +149,14 @@ def reward_distribution(kind, together):
   *aspects, verdict = map(probabilities, _tables(kind, together))
   pairs = [np.convolve(*pair) for pair in itertools.combinations(aspects, 2)]
   prob = np.convolve(np.mean(pairs, axis=0), verdict)
-  return np.arange(len(prob)) * step - controlled.REWARD_BOUND, prob
+  return controlled.UNIT * np.arange(len(prob)) * step - controlled.REWARD_BOUND, prob
 
 
-def test_rewards_spread_like_a_bell_two_units_wide():
+def test_rewards_spread_like_a_bell():
   for way in WAYS:
     value, prob = reward_distribution(*way)
     std = np.sqrt(prob @ value**2)
-    assert 2 < std < 3
+    assert 4 < std < 6
     assert abs(prob @ value**3) / std**3 < 0.1  # skewness; 0 for a Gaussian
     assert abs(prob @ value**4 / std**4 - 3) < 0.5  # kurtosis; 3 for a Gaussian
 
@@ -211,7 +213,7 @@ def tokenizer(tmp_path_factory):
 
 
 def test_vocabulary_is_a_few_hundred_words(tokenizer):
-  assert 300 <= len(controlled.vocabulary()) <= 500
+  assert 250 <= len(controlled.vocabulary()) <= 500
   assert len(tokenizer) == len(controlled.vocabulary()) + 3
   assert [tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id] == [0, 1, 2]
 

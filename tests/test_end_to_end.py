@@ -3,6 +3,8 @@
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from dpo_jax.loggers import read_metrics
 from dpo_jax.model import hf
 from dpo_jax.structs import UserError
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLOCK = ("pairs_per_second", "tokens_per_second")
 
 
@@ -175,6 +178,35 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
   assert not (task / "burst" / "export").exists()
 
 
+def command(script: str, *arguments: str) -> subprocess.CompletedProcess:
+  """Runs one of the scripts as a user would."""
+  return subprocess.run(
+    [sys.executable, str(ROOT / "scripts" / script), *arguments],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=ROOT,
+  )
+
+
+def test_a_converted_checkpoint_is_the_export(straight, tmp_path):
+  done = command("convert_hf.py", f"--workdir={straight}", f"--out={tmp_path / 'hf'}")
+  assert done.returncode == 0, done.stderr
+  for name in ("model.safetensors", "config.json", "tokenizer.json"):
+    assert (tmp_path / "hf" / name).read_bytes() == (straight / "export" / name).read_bytes()
+  again = command("convert_hf.py", f"--workdir={straight}", f"--out={tmp_path / 'hf'}")
+  assert again.returncode == 1 and again.stderr.startswith("error: ")
+
+
+def test_the_export_speaks_the_same_words_for_the_same_seed(straight):
+  ask = (f"--model={straight / 'export'}", "--prompt=I read this novel.", "--max_tokens=8")
+  one, two, other = (
+    command("sample.py", *ask, *more) for more in (["--seed=1"], ["--seed=1"], ["--seed=2"])
+  )
+  assert one.returncode == 0, one.stderr
+  assert one.stdout.startswith("I read this novel.") and one.stdout == two.stdout != other.stdout
+
+
 def _leaves(run, step):
   import jax
 
@@ -223,7 +255,7 @@ def test_another_configuration_in_the_same_folder_is_refused(task, straight):
   before = (straight / "metrics.jsonl").read_bytes()
   config = dpo_config(task)
   config.loss.beta = 0.7
-  with pytest.raises(UserError, match=r"loss\.beta was 1\.0, now 0\.7"):
+  with pytest.raises(UserError, match=r"loss\.beta was 2\.0, now 0\.7"):
     train.execute(config, straight)
   assert (straight / "metrics.jsonl").read_bytes() == before
 

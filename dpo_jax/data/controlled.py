@@ -15,7 +15,8 @@ The reward reads sentiment, one statement at a time:
     turn    -1/2 if the statement is negated (not, never, hardly, -n't), else 1
     degree  3/2 if intensified (very, really, ...), 1/2 if hedged (rather, I suppose, ...), both 3/4
 
-and a text is worth the sum over its first `STATEMENTS` statements, so it lies in [-9, 9]. Nothing
+and a text is worth `UNIT` = 2 times the sum over its first `STATEMENTS` statements, so it lies in
+[-18, 18] and Bradley-Terry gives most pairs the label that their rewards deserve. Nothing
 is gained by repetition: a modifier counts once in a statement, an aspect once in a review, a
 verdict once, aspects of other things are worth nothing, nor is what is not said.
 """
@@ -34,7 +35,8 @@ import numpy as np
 from dpo_jax.data import lexicon, word_level
 
 STATEMENTS = 3
-REWARD_BOUND = 9.0  # three statements of 2 x 3/2
+UNIT = 2.0  # reward of one unit of sentiment
+REWARD_BOUND = 18.0  # three statements of 2 x 3/2 units
 
 
 # --- The reward -----------------------------------------------------------------------------------
@@ -91,7 +93,7 @@ def reward(prompt: str, answer: str) -> float:
     if subject not in said and (subject == "verdict" or subject in relevant):
       total += statement_value(words)
     said.add(subject)
-  return total
+  return UNIT * total
 
 
 # --- The grammar ----------------------------------------------------------------------------------
