@@ -13,7 +13,7 @@ from dpo_jax.structs import UserError
 
 # Vocabulary, width, layers, heads, key and value heads, inner width, tied head.
 SHAPES = {
-  "controlled": (512, 128, 4, 4, 4, 384, True),
+  "controlled": (296, 96, 3, 3, 3, 288, True),
   "a": (512, 128, 7, 4, 2, 384, False),
   "b": (32000, 384, 6, 6, 2, 1536, True),
   "c": (50304, 768, 12, 12, 4, 2304, True),
@@ -42,10 +42,10 @@ def get_config(arg: str = "b"):
   short = arg == "controlled"
   config.synthetic = defaults.section(
     pairs=512,
-    mean_length=24 if short else 250,  # tokens of a prompt and one answer
-    prompt_fraction=0.3 if short else 0.6,
+    mean_length=34 if short else 250,  # tokens of a prompt and one answer
+    prompt_fraction=0.38 if short else 0.6,
     sigma=0.3 if short else 0.6,  # of the logarithm of lengths
   )
   config.data.max_length = 64 if short else 512
-  config.train.batch_size = 128 if short else 8
+  config.train.batch_size = 64 if short else 8
   return config.lock()

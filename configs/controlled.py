@@ -34,11 +34,11 @@ def _supervised(config: ConfigDict) -> None:
   config.model.scratch = ConfigDict(
     {
       "model_type": "llama",
-      "hidden_size": 128,
-      "num_hidden_layers": 4,
-      "num_attention_heads": 4,
-      "num_key_value_heads": 4,
-      "intermediate_size": 384,
+      "hidden_size": 96,
+      "num_hidden_layers": 3,
+      "num_attention_heads": 3,
+      "num_key_value_heads": 3,
+      "intermediate_size": 288,
       "max_position_embeddings": 128,
       "tie_word_embeddings": True,
       "initializer_range": 0.08,
@@ -53,17 +53,17 @@ def _supervised(config: ConfigDict) -> None:
   config.optimizer.b2 = 0.98
   config.train.batch_size = 64
   config.train.steps = 450
-  config.eval.every = 200
+  config.eval.every = 225
 
 
 def _preferences(config: ConfigDict) -> None:
   config.model.path = f"{TASK}/sft/export"
   config.data.path = f"{TASK}/pairs.jsonl"
-  config.loss = defaults.loss("sigmoid", beta=2.0)
+  config.loss = defaults.loss("sigmoid", beta=3.0)
   config.optimizer.learning_rate = 5e-4
   config.optimizer.schedule = "cosine"
   config.optimizer.warmup_steps = 20
   config.optimizer.b2 = 0.98
   config.train.batch_size = 64
-  config.train.epochs = 2.0
-  config.eval.every = 100
+  config.train.epochs = 1.5
+  config.eval.every = 250

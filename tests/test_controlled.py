@@ -33,14 +33,14 @@ WAYS = list(itertools.product(lexicon.KINDS, (False, True)))
     (" The plot was average.", 0),
     (" I didn't hate the plot.", 1),
     (" The music truly amazed me.", 3),
-    (" The plot was good, but the music was awful. I would recommend it.", 1 - 2 + 2),
+    (" The plot was good, but the music was awful. I would recommend it.", 1 - 2),
     (" In the end, I would never watch it again.", -1),
     (" I would probably advise against it.", -1),
-    (" I was thrilled. The plot was bad, and the music was not bad.", 2 - 1 + 0.5),
+    (" I was thrilled. The plot was not bad.", 2 + 0.5),
   ],
 )
 def test_reward_by_hand(answer, value):
-  assert controlled.reward(FILM, answer) == 2 * value
+  assert controlled.reward(FILM, answer) == 3 * value
 
 
 @pytest.mark.parametrize(
@@ -56,17 +56,17 @@ def test_reward_by_hand(answer, value):
     (" good. good! good; and but yet good.", 1),
     (" The soup was delicious.", 0),  # not of a film
     (" The soup was revolting.", 0),
-    (" The plot was good. The soup was good. The music was good. The actors were good.", 2),
+    (" The plot was good. The soup was good. The music was good. The actors were good.", 1),
   ],
 )
 def test_nothing_is_gained_by_repetition_or_off_the_point(answer, value):
-  assert controlled.reward(FILM, answer) == 2 * value
+  assert controlled.reward(FILM, answer) == 3 * value
 
 
 def test_prompt_decides_what_is_to_the_point():
   answer = " The soup was delicious."
-  assert controlled.reward("We ate at this bistro.", answer) == 4
-  assert controlled.reward("We ate.", answer) == 4  # names no thing: everything is
+  assert controlled.reward("We ate at this bistro.", answer) == 6
+  assert controlled.reward("We ate.", answer) == 6  # names no thing: everything is
 
 
 VOCABULARY = st.sampled_from(sorted(piece.strip() for piece in controlled.vocabulary()))
@@ -79,9 +79,9 @@ def test_any_words_lie_within_the_bound(words, prompt):
 
 
 def test_bound_is_reached_both_ways():
-  best = " The plot was truly superb, and we really loved the music. We would definitely watch it"
-  assert controlled.reward(FILM, best + " again.") == controlled.REWARD_BOUND
-  worst = " The plot was truly awful, and we really hated the music. We would definitely avoid it."
+  best = " The plot was truly superb, and we would definitely watch it again."
+  assert controlled.reward(FILM, best) == controlled.REWARD_BOUND
+  worst = " We would definitely avoid it. The plot was truly awful."
   assert controlled.reward(FILM, worst) == -controlled.REWARD_BOUND
 
 
@@ -111,15 +111,15 @@ def test_statements_are_distinct_balanced_and_end_only_at_their_end(kind, togeth
 
 def _count(kind, together):
   """Answers about a kind: statements are cut apart in one way only, so derivations are texts."""
-  *aspects, verdicts = _tables(kind, together)
-  pairs = 0
-  for first, second in itertools.combinations(aspects, 2):
-    signs = [np.sign(table.value_T) for table in (first, second)]
+  *aspects, verdict = _tables(kind, together)
+  answers = 0
+  for aspect in aspects:
+    signs = [np.sign(table.value_T) for table in (aspect, verdict)]
     contrasts = sum((signs[0] == s).sum() * (signs[1] == -s).sum() for s in (-1, 1))
-    everything = len(first.texts) * len(second.texts)
-    pairs += contrasts * len(lexicon.CONTRASTS) + (everything - contrasts) * len(lexicon.ADDITIONS)
-    pairs += everything  # as two sentences
-  return int(pairs) * len(verdicts.texts) * 2  # the verdict before or after
+    everything = len(aspect.texts) * len(verdict.texts)
+    joined = contrasts * len(lexicon.CONTRASTS) + (everything - contrasts) * len(lexicon.ADDITIONS)
+    answers += joined + everything  # or as two sentences
+  return int(answers) * 2  # the verdict after or before
 
 
 def _openings(kind, together):
@@ -135,8 +135,8 @@ def test_number_of_texts():
   # openings: sizes of (who) x (article) x (quality) x (time) x (occasion) x (things of the kinds)
   things = 6 + 7 + 7 + 6 + 6
   assert sum(openings.values()) == (1 + 7) * 2 * 17 * 19 * 11 * 2 * things
-  assert min(answers.values()) > 10**11
-  assert sum(answers[way] * openings[way] for way in WAYS) > 10**17
+  assert min(answers.values()) > 10**7
+  assert sum(answers[way] * openings[way] for way in WAYS) > 10**13
 
 
 def reward_distribution(kind, together):
@@ -147,8 +147,7 @@ def reward_distribution(kind, together):
     return np.bincount(np.round((table.value_T + 3) / step).astype(int), table.prob_T, 49)
 
   *aspects, verdict = map(probabilities, _tables(kind, together))
-  pairs = [np.convolve(*pair) for pair in itertools.combinations(aspects, 2)]
-  prob = np.convolve(np.mean(pairs, axis=0), verdict)
+  prob = np.convolve(np.mean(aspects, axis=0), verdict)
   return controlled.UNIT * np.arange(len(prob)) * step - controlled.REWARD_BOUND, prob
 
 
@@ -156,7 +155,7 @@ def test_rewards_spread_like_a_bell():
   for way in WAYS:
     value, prob = reward_distribution(*way)
     std = np.sqrt(prob @ value**2)
-    assert 4 < std < 6
+    assert 5 < std < 7
     assert abs(prob @ value**3) / std**3 < 0.1  # skewness; 0 for a Gaussian
     assert abs(prob @ value**4 / std**4 - 3) < 0.5  # kurtosis; 3 for a Gaussian
 

@@ -1,13 +1,13 @@
 """The embedded task: short reviews from a grammar, and the true reward of any of them.
 
 A text is an opening, which is the prompt (`I watched this new film on Friday with friends.`), and
-the rest of the review, which is the answer (` The plot was not very clever, but we loved the music.
-I would probably watch it again.`). Everything about the task is known: the probability of a text,
+the rest of the review, which is the answer (` The plot was not very clever, but overall, we would
+probably watch it again.`). Everything about the task is known: the probability of a text,
 the reward of any string, hence the best that any policy can do at any distance from the grammar.
 
-The grammar writes three statements an answer: two about *aspects* of the thing reviewed, in the
-order in which its kind lists them, and a *verdict* about the whole. What they say is drawn
-independently; `but` and `yet` join two of opposite sign, `and` joins the rest.
+The grammar writes two statements an answer, in either order: one about an *aspect* of the thing
+reviewed and a *verdict* about the whole. What they say is drawn independently; `but` and `yet` join
+two of opposite sign, `and` joins the rest, and some stand as two sentences.
 
 The reward reads sentiment, one statement at a time:
 
@@ -15,10 +15,10 @@ The reward reads sentiment, one statement at a time:
     turn    -1/2 if the statement is negated (not, never, hardly, -n't), else 1
     degree  3/2 if intensified (very, really, ...), 1/2 if hedged (rather, I suppose, ...), both 3/4
 
-and a text is worth `UNIT` = 2 times the sum over its first `STATEMENTS` statements, so it lies in
-[-18, 18] and Bradley-Terry gives most pairs the label that their rewards deserve. Nothing
-is gained by repetition: a modifier counts once in a statement, an aspect once in a review, a
-verdict once, aspects of other things are worth nothing, nor is what is not said.
+and a text is worth `UNIT` = 3 times the sum over its first `STATEMENTS` = 2 statements, so it lies
+in [-18, 18] and Bradley-Terry gives most pairs the label that their rewards deserve. Nothing is
+gained by repetition: a modifier counts once in a statement, an aspect once in a review, a verdict
+once, aspects of other things are worth nothing, nor is what is not said.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ import numpy as np
 
 from dpo_jax.data import lexicon, word_level
 
-STATEMENTS = 3
-UNIT = 2.0  # reward of one unit of sentiment
-REWARD_BOUND = 18.0  # three statements of 2 x 3/2 units
+STATEMENTS = 2
+UNIT = 3.0  # reward of one unit of sentiment
+REWARD_BOUND = 18.0  # two statements of 2 x 3/2 units
 
 
 # --- The reward -----------------------------------------------------------------------------------
@@ -217,18 +217,17 @@ def _opening(dice: _Dice, kind: lexicon.Kind, together: bool) -> str:
 def _review(dice: _Dice) -> tuple[str, str]:
   name, together = dice.pick(tuple(lexicon.KINDS)), dice.chance(0.5)
   opening = _opening(dice, lexicon.KINDS[name], together)
-  first, second = dice.pick(list(itertools.combinations(lexicon.TRAIT_OF[name], 2)))
-  said, value = dice.row(aspect_table(name, first, together))
-  also, also_value = dice.row(aspect_table(name, second, together))
-  verdict, _ = dice.row(verdict_table(name, together))
-  if dice.chance(lexicon.JOINED):
-    pair = _capital(said) + dice.pick(joints(value, also_value)) + also
-  else:
-    pair = f"{_capital(said)}. {_capital(also)}"
-  sentences = (pair, _capital(verdict))
+  aspect = dice.pick(tuple(lexicon.TRAIT_OF[name]))
+  statements = [
+    dice.row(aspect_table(name, aspect, together)),
+    dice.row(verdict_table(name, together)),
+  ]
   if dice.chance(lexicon.VERDICT_FIRST):
-    sentences = sentences[::-1]
-  return opening, " " + ". ".join(sentences) + "."
+    statements.reverse()
+  (first, value), (second, also) = statements
+  if dice.chance(lexicon.JOINED):
+    return opening, f" {_capital(first)}{dice.pick(joints(value, also))}{second}."
+  return opening, f" {_capital(first)}. {_capital(second)}."
 
 
 def generate(count: int, seed: int) -> tuple[list[str], list[str]]:
@@ -272,8 +271,8 @@ def vocabulary() -> tuple[str, ...]:
     parts |= {f" {part}" for part in kind.openings}
     for together in (False, True):
       tables = [aspect_table(name, aspect, together) for aspect in lexicon.TRAIT_OF[name]]
-      parts |= {f" {text}" for table in tables for text in table.texts}
       tables.append(verdict_table(name, together))
-      parts |= {f" {_capital(text)}" for table in tables for text in table.texts}
+      texts = [text for table in tables for text in table.texts]
+      parts |= {f" {way}" for text in texts for way in (text, _capital(text))}
   pieces = {piece for part in parts for piece in word_level.pieces(part)}
   return tuple(sorted(pieces - {" "}))

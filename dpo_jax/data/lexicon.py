@@ -150,8 +150,8 @@ HEDGES = frozenset(
   ("somewhat", "fairly", "rather", "little", "probably", "perhaps", "suppose", "guess")
 )
 CONTRASTS, ADDITIONS = (", but ", ", yet "), (", and ",)
-JOINED = 0.7  # share of texts whose two aspects stand in one sentence
-VERDICT_FIRST = 0.25
+JOINED = 0.7  # share of texts whose two statements stand in one sentence
+VERDICT_FIRST = 0.3
 BREAKS = frozenset((".", "!", "?", ";", "but", "yet", "and"))
 
 
