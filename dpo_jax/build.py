@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 from typing import Any, NamedTuple
@@ -109,6 +110,10 @@ def _check_numbers(config: ConfigDict) -> None:
     section, field = name.split(".")
     if config[section][field] < 0:
       raise UserError(f"{name} is {config[section][field]}; it must be 0 or above")
+  if not 0 <= config.seed < 2**32:
+    raise UserError(f"seed is {config.seed}; it must lie between 0 and 2^32 - 1")
+  if config.data.prompt_floor < 1:
+    raise UserError(f"data.prompt_floor is {config.data.prompt_floor}; it must be 1 or above")
   if config.checkpoint.keep < 1:
     raise UserError(f"checkpoint.keep is {config.checkpoint.keep}; it must be 1 or above")
   if not config.train.steps and not 0 < config.train.epochs < float("inf"):
@@ -194,18 +199,27 @@ def _load_params(config, model_config, supervised) -> tuple[PyTree, PyTree | Non
     _, params = hf.load(config.model.path)
   else:
     params = transformer.init_params(model_config, config.seed)
+  # Rounded before the reference is taken from it: both start from the very same numbers.
+  params = _cast(params, config.model.param_dtype)
   reference = None
   if not supervised:
     reference = params
     if config.reference.path:
       other, reference = hf.load(config.reference.path)
-      if other.vocab != model_config.vocab:
-        raise UserError(
-          f"the reference {config.reference.path} has a vocabulary of {other.vocab}, the policy"
-          f" {model_config.vocab}; they must share one tokenizer"
-        )
+      _check_alike(other, model_config, config.reference.path)
     reference = _cast(reference, config.reference.param_dtype)
-  return _cast(params, config.model.param_dtype), reference
+  return params, reference
+
+
+def _check_alike(reference, policy, path: str) -> None:
+  """One compiled forward pass serves both, and one tokenizer: all that shapes a log-prob agrees."""
+  for field in dataclasses.fields(policy):
+    ours, theirs = getattr(policy, field.name), getattr(reference, field.name)
+    if field.name not in ("init_std", "bos_id", "eos_ids", "pad_id") and ours != theirs:
+      raise UserError(
+        f"the reference {path} has {field.name} {theirs!r}, the policy {ours!r}; they must be of"
+        " one shape and share one tokenizer"
+      )
 
 
 def _cast(params: PyTree, dtype: str) -> PyTree:

@@ -46,6 +46,17 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
 
 
+def _steps(directory: pathlib.Path) -> list[int]:
+  if not directory.is_dir():
+    return []
+  return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+def latest_step(directory: str | pathlib.Path) -> int | None:
+  """The step of the latest whole checkpoint in a folder, None where there is none."""
+  return max(_steps(pathlib.Path(directory)), default=None)
+
+
 class Checkpoints:
   """The checkpoints of one run, in `directory`.
 
@@ -90,12 +101,11 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Steps of the whole checkpoints, in order: a folder gets its number when it is complete."""
-    return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+    return _steps(self.directory)
 
   def latest(self) -> int | None:
     """The step of the latest whole checkpoint, None where there is none."""
-    steps = self.steps()
-    return steps[-1] if steps else None
+    return latest_step(self.directory)
 
   def save(self, step: int, state: PyTree, metrics: dict[str, float] | None = None) -> None:
     """Starts writing `state` as the checkpoint of `step`; returns before it is on disk.
@@ -137,24 +147,34 @@ class Checkpoints:
       UserError: there is no such checkpoint, or it does not fit `like`.
     """
     self._known(step)
-    try:
-      state = self._orbax.load(step, jax.tree.map(_abstract, like))
-    except Exception as error:
-      raise UserError(
-        f"the checkpoint in {self.directory} cannot be read: {_reason(error)}; delete the step's"
-        " folder to fall back to an earlier one, or start with a new --workdir"
-      ) from error
-    return jax.tree.map(np.asarray, state)
+    return self._load(step, jax.tree.map(_abstract, like))
 
   def restore_params(self, step: int | None = None) -> PyTree:
     """The policy's parameters alone, on host, whatever else the checkpoint holds."""
     self._known(step)
-    kept = self._orbax.metadata(step).metadata
+    try:
+      kept = self._orbax.metadata(step).metadata
+    except Exception as error:
+      raise self._unreadable(error) from error
     wanted = {
       name: jax.tree.map(_abstract if name == "params" else lambda _: ocp.PLACEHOLDER, tree)
       for name, tree in kept.items()
     }
-    return jax.tree.map(np.asarray, self._orbax.load(step, wanted)["params"])
+    return self._load(step, wanted)["params"]
+
+  def _load(self, step: int | None, wanted: PyTree) -> PyTree:
+    try:
+      loaded = self._orbax.load(step, wanted)
+    except Exception as error:
+      raise self._unreadable(error) from error
+    keep = lambda leaf: leaf if leaf is ocp.PLACEHOLDER else np.asarray(leaf)
+    return jax.tree.map(keep, loaded)
+
+  def _unreadable(self, error: Exception) -> UserError:
+    return UserError(
+      f"the checkpoint in {self.directory} cannot be read: {_reason(error)}; delete the step's"
+      " folder to fall back to an earlier one, or start with a new --workdir"
+    )
 
   def _known(self, step: int | None) -> None:
     steps = self.steps()

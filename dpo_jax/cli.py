@@ -36,7 +36,11 @@ def run(main: Callable[[list[str]], Any]) -> None:
     sys.exit(0)
   keep_freed_memory()
   enable_compilation_cache()
-  app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+  try:
+    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+  except KeyboardInterrupt:  # also while a configuration is being imported
+    print("\ninterrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 def fail(message: object) -> NoReturn:
@@ -112,9 +116,6 @@ def _guarded(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
     logging.set_verbosity(logging.WARNING)  # the libraries below narrate every file they open
   try:
     return main(argv)
-  except KeyboardInterrupt:
-    print("\ninterrupted", file=sys.stderr)
-    sys.exit(130)
   except BrokenPipeError:  # the reader (`| head`) has what it wanted
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(141)
@@ -146,7 +147,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
     if not os.path.isfile(path.split(":")[0]):
       fail(f"--{name}={path}: no such file; configurations are in configs/")
   try:
-    return FLAGS(argv)
+    rest = FLAGS(argv)
+    _refuse_none()
+    return rest
   except flags.Error as error:
     fail(_flag_line(str(error)))
   except Exception as error:
@@ -184,8 +187,13 @@ def _config_names() -> list[str]:
 
 def _config_paths(argv: Sequence[str]) -> list[tuple[str, str]]:
   """(flag, `file.py:argument`) of every configuration named on the command line."""
-  given = [(name, x) for name in _config_names() for x in argv if x.startswith(f"--{name}=")]
-  return [(name, x.split("=", 1)[1]) for name, x in given]
+  found = []
+  for name in _config_names():
+    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+      flag, equals, value = argument.partition("=")
+      if flag in (f"--{name}", f"-{name}") and (equals or following is not None):
+        found.append((name, value if equals else following))
+  return found
 
 
 def _unknown_override(argv: Sequence[str]) -> str | None:
@@ -213,6 +221,27 @@ def _no_such_field(written: str, part: str, node: Any, seen: str) -> str:
   near = difflib.get_close_matches(part, list(node), n=1, cutoff=0.5)
   hint = f"did you mean {near[0]!r}?" if near else "there are: " + ", ".join(sorted(node))
   return f"{written}: {seen} has no field {part!r}; {hint}"
+
+
+def _refuse_none() -> None:
+  """None may be written only where the configuration itself has it: there it means `not given`."""
+  library = _config_library()
+  for name in _config_names():
+    config = FLAGS[name].value
+    if config is None or not library.get_override_values(FLAGS[name]):
+      continue
+    path = library.get_config_filename(FLAGS[name])
+    before = library.ConfigFileFlagParser(name).parse(path)
+    for field in library.get_override_values(FLAGS[name]):
+      now, then = config, before
+      for part in field.split("."):
+        now, then = now[part], then[part]
+      if now is None and then is not None:
+        kind = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+        fail(
+          f"--{name}.{field}=None: {field} needs {kind.get(type(then), 'a value')};"
+          f" leave the flag out for {then!r}"
+        )
 
 
 def _accept_natural_numbers_and_none() -> None:

@@ -37,9 +37,9 @@ def loss(name: str, **given) -> ConfigDict:
   an argument the chosen loss does not read is an error, never silence.
   """
   names = sorted({key for known in losses.LOSSES for key in losses.arguments(known)})
-  fields = ConfigDict({key: config_dict.placeholder(float) for key in names})
-  fields.update(given)
-  return ConfigDict({"name": name, **fields})
+  section = ConfigDict({"name": name} | {key: config_dict.placeholder(float) for key in names})
+  section.update(given)
+  return section
 
 
 def get_config() -> ConfigDict:

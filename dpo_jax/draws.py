@@ -5,6 +5,7 @@ X lists prompts, S samples of a prompt.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -67,12 +68,24 @@ def read_prompts(path: str | pathlib.Path) -> list[Any]:
   """The `prompt` of every row of a file: a text or a list of messages."""
   prompts = []
   for where, row in sources.read_rows(path):
-    prompt = row.get("prompt")
-    messages = isinstance(prompt, list) and all(isinstance(turn, dict) for turn in prompt)
-    if not prompt or not (isinstance(prompt, str) or messages):
-      raise UserError(f"{where}: field 'prompt' must be a text or a list of messages")
-    prompts.append(prompt)
+    try:
+      prompts.append(sources.read_prompt(row))
+    except UserError as error:
+      raise UserError(f"{where}: {error}") from None
   return prompts
+
+
+def encode_prompts(tokenizer: chat.Tokenizer, prompts: Sequence[Any]) -> list[list[int]]:
+  """Token ids to sample from, at least one a prompt."""
+  found = []
+  for index, prompt in enumerate(prompts):
+    try:
+      found.append(tokenizer.encode_prompt(prompt))
+    except sources.RowError as error:
+      raise UserError(f"prompt {index}: {error}; mend the prompt or the model folder") from None
+    if not found[-1]:
+      raise UserError(f"prompt {index} has no token; an answer's first token needs one to follow")
+  return found
 
 
 def draw(
@@ -87,9 +100,7 @@ def draw(
 ) -> Drawn:
   """Samples `num` answers a prompt and scores them; a prompt of messages is scored as rendered."""
   tokenizer = model.tokenizer
-  prompt_ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-  if not all(prompt_ids):
-    raise UserError("a prompt has no token; an answer's first token needs one to follow")
+  prompt_ids = encode_prompts(tokenizer, prompts)
   own_eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
   answer_ids = sampling.generate(
     model.config,
@@ -138,11 +149,38 @@ def label(drawn: Drawn, *, seed: int = 0) -> list[dict[str, Any]]:
   return rows
 
 
-def write_rows(path: str | pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
-  """Writes JSON lines; a file of that name is replaced only by a whole one."""
+def check_out(path: str | pathlib.Path) -> None:
+  """A file can be written there, as far as can be told before anything is.
+
+  Raises:
+    UserError: it is a folder or a device, lies in what is no folder, or may not be written.
+  """
   path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
+  if path.exists() and not path.is_file():
+    raise UserError(f"--out={path} is {'a folder' if path.is_dir() else 'no file'}; name a file")
+  folder = next(parent for parent in path.absolute().parents if parent.exists())
+  if not folder.is_dir():
+    raise UserError(f"--out={path}: {folder} is no folder; name a file in a folder")
+  if not os.access(folder, os.W_OK | os.X_OK):
+    raise UserError(f"--out={path}: {folder} may not be written to; name another folder")
+
+
+def write_rows(path: str | pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
+  """Writes JSON lines, as `write_whole` does."""
+  write_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_whole(path: str | pathlib.Path, parts: Iterable[str]) -> None:
+  """Writes a text; a file of that name is replaced only by a whole one."""
+  path = pathlib.Path(path)
   partial = path.with_name(path.name + ".partial")
-  with partial.open("w", encoding="utf-8") as file:
-    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-  os.replace(partial, path)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("w", encoding="utf-8") as file:
+      file.writelines(parts)
+    os.replace(partial, path)
+  except OSError as error:  # what the user named is `path`
+    raise OSError(error.errno, error.strerror, str(path)) from error
+  finally:
+    with contextlib.suppress(OSError):
+      partial.unlink(missing_ok=True)

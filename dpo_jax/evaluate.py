@@ -79,7 +79,7 @@ def check_positions(examples: Sequence[Example], config: ModelConfig) -> None:
   if tokens > config.max_positions:
     raise UserError(
       f"data row {longest.row} has {tokens} tokens and the model {config.max_positions} positions;"
-      f" give --max_length={config.max_positions}"
+      f" lower max_length to {config.max_positions}"
     )
 
 
@@ -132,9 +132,13 @@ def score_rows(
   examples: Sequence[Example],
   ask: Objective,
 ) -> list[Json]:
-  """One object a pair: log-probs in nats and token counts; rewards and loss with a reference."""
+  """One object a pair: its data row, log-probs in nats, token counts.
+
+  With a reference also implicit rewards and the loss.
+  """
   ours = scorer(policy.config)(policy.params, examples).pairs()
   columns = {
+    "row": np.array([example.row for example in examples]),
     "chosen_logp": ours.chosen_B,
     "rejected_logp": ours.rejected_B,
     "chosen_tokens": ours.chosen_tokens_B,

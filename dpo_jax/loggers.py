@@ -18,6 +18,8 @@ import rich.console
 import rich.progress
 import tensorboardX
 
+from dpo_jax.structs import UserError
+
 METRICS = "metrics.jsonl"
 
 # What progress shows of a step, where the step has it: metric, label, format.
@@ -119,11 +121,19 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-  with path.open(encoding="utf-8") as file:
-    for line in file:
-      if not line.endswith("\n"):
+  with path.open("rb") as file:
+    for number, line in enumerate(file, 1):
+      if not line.endswith(b"\n"):
         return
-      yield line, json.loads(line)
+      try:
+        record = json.loads(line)
+      except ValueError:
+        record = None
+      if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise UserError(
+          f"{path}:{number}: not a JSON object with a step; delete that line and run again"
+        )
+      yield line.decode("utf-8"), record
 
 
 class _Lines:

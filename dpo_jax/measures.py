@@ -46,7 +46,8 @@ def share_estimate(value_B: np.ndarray, weight_B: np.ndarray | None = None) -> E
   """Share of successes among independent trials, ties as one half, with Wilson's interval."""
   value_B = np.asarray(value_B, np.float64)
   share_B = _shares(value_B, weight_B)
-  share, count = float(share_B @ value_B), 1 / float(share_B @ share_B)
+  # Rounding may carry a sum of shares a little past 1.
+  share, count = float(np.clip(share_B @ value_B, 0, 1)), 1 / float(share_B @ share_B)
   centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
   half = Z / (1 + Z**2 / count) * math.sqrt(share * (1 - share) / count + (Z / (2 * count)) ** 2)
   return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))

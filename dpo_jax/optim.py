@@ -21,10 +21,12 @@ def make_schedule(
     raise UserError(f"optimizer.schedule is {schedule!r}; known: {', '.join(SCHEDULES)}")
   if not 0 <= learning_rate < float("inf"):
     raise UserError(f"optimizer.learning_rate is {learning_rate!r}; it must be 0 or above")
+  if not 0 <= final_fraction <= 1:
+    raise UserError(f"optimizer.final_fraction is {final_fraction!r}; it must lie in [0, 1]")
   if not 0 <= warmup_steps <= total_steps:
     raise UserError(
-      f"optimizer.warmup_steps is {warmup_steps}; it must lie between 0 and the"
-      f" {total_steps} steps of the run"
+      f"optimizer.warmup_steps is {warmup_steps}; it must lie between 0 and the {total_steps} steps"
+      f" of the run: lower it, or train for more with train.steps or train.epochs"
     )
   rest = max(total_steps - warmup_steps, 1)
   after = {
@@ -59,6 +61,18 @@ def make_optimizer(
   weight_decay: float = 0.0,
   clip_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-  """AdamW (Loshchilov and Hutter 2019); gradients clipped to a global norm first, 0 for never."""
+  """AdamW (Loshchilov and Hutter 2019); gradients clipped to a global norm first, 0 for never.
+
+  Raises:
+    UserError: a value with which a step would not go downhill.
+  """
+  for name, value in (("b1", b1), ("b2", b2)):
+    if not 0 <= value < 1:
+      raise UserError(f"optimizer.{name} is {value!r}; it must be 0 or above and below 1")
+  for name, value in (("weight_decay", weight_decay), ("clip_norm", clip_norm)):
+    if not 0 <= value < float("inf"):
+      raise UserError(f"optimizer.{name} is {value!r}; it must be 0 or above")
+  if not 0 < eps < float("inf"):
+    raise UserError(f"optimizer.eps is {eps!r}; it must be above 0, such as 1e-8")
   adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
   return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import cast
@@ -39,20 +40,46 @@ def resolve(name: str) -> Reward:
     raise UserError(f"reward {name!r}: no module named {error.name!r} can be imported") from None
   except (AttributeError, ValueError):
     raise UserError(f"reward {name!r}: {module!r} holds no {function!r}") from None
+  except Exception as error:  # whatever the module does when it is imported
+    raise UserError(
+      f"reward {name!r}: importing {module!r} fails with {type(error).__name__}: {error}"
+    ) from error
   if not callable(found):
     raise UserError(f"reward {name!r} is no function but {type(found).__name__}")
+  _check_signature(name, found)
   return cast(Reward, found)
+
+
+def _check_signature(name: str, found: Callable) -> None:
+  """It takes two arguments, where Python can tell."""
+  try:
+    signature = inspect.signature(found)
+  except (TypeError, ValueError):  # compiled, and silent about itself
+    return
+  try:
+    signature.bind("prompt", "answer")
+  except TypeError:
+    raise UserError(
+      f"reward {name!r} takes {signature}; it must take (prompt, answer), two texts"
+    ) from None
 
 
 def values(reward: Reward, prompts: Iterable[str], answers: Iterable[str]) -> np.ndarray:
   """The reward of each (prompt, answer): float64 [B].
 
   Raises:
-    UserError: the reward gave something else than a finite real number.
+    UserError: the reward failed, or gave something else than a finite real number.
   """
   rewards = []
   for prompt, answer in zip(prompts, answers, strict=True):
-    value = reward(prompt, answer)
+    try:
+      value = reward(prompt, answer)
+    except Exception as error:
+      name = getattr(reward, "__name__", type(reward).__name__)
+      raise UserError(
+        f"the reward {name} fails with {type(error).__name__}: {error}, for prompt {prompt!r} and"
+        f" answer {answer!r}"
+      ) from error
     try:
       number = float(value)
     except (TypeError, ValueError):

@@ -25,7 +25,10 @@ Ids = list[int]
 
 
 class Knobs(NamedTuple):
-  """Numbers that shape the distribution; traced, so that no value of them compiles anew."""
+  """Numbers that shape the distribution; traced, so that no value of them compiles anew.
+
+  The seed is two words of 32 bits, the upper first.
+  """
 
   seed: Array
   temperature: Array
@@ -57,7 +60,7 @@ def generate(
     temperature: divides the logits; 0 takes the likeliest token.
     top_k: keep the k likeliest tokens; 0 keeps all.
     top_p: keep the likeliest tokens up to this probability; 1 keeps all.
-    seed: of the random numbers.
+    seed: of the random numbers, below 2**64.
     eos_ids: an answer ends with the first of these.
     num: answers a prompt.
     batch_size: rows generated at once.
@@ -67,9 +70,14 @@ def generate(
     ids[prompt][sample], the end token included where it was produced.
   """
   _check(config, prompts, max_tokens, temperature, top_k, top_p, num, batch_size)
+  if not 0 <= seed < 2**64:
+    raise UserError(f"seed is {seed}; it must be 0 or more and below 2**64")
   params = jax.tree.map(jnp.asarray, params)
   knobs = Knobs(
-    jnp.asarray(seed), jnp.asarray(temperature or 1.0), jnp.asarray(top_k), jnp.asarray(top_p)
+    jnp.asarray(np.array([seed >> 32, seed % 2**32], np.uint32)),
+    jnp.asarray(temperature or 1.0),
+    jnp.asarray(top_k),
+    jnp.asarray(top_p),
   )
   answers: list[list[Ids]] = [[[] for _ in range(num)] for _ in prompts]
 
@@ -221,7 +229,8 @@ def _sample(
 def _keys(seed: Array, batch: Batch) -> Array:
   """A random key a row, of (seed, prompt index, sample index): [R]."""
   fold = jax.random.fold_in
-  of_prompt = jax.vmap(fold, (None, 0))(jax.random.key(seed), batch.prompt_N)
+  key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+  of_prompt = jax.vmap(fold, (None, 0))(key, batch.prompt_N)
   of_sample = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(of_prompt, batch.sample_S)
   return of_sample.reshape(-1)
 
@@ -253,8 +262,8 @@ def _check(
   for name, value in (("max_tokens", max_tokens), ("num", num), ("batch_size", batch_size)):
     if value < 1:
       raise UserError(f"{name} is {value}; it must be at least 1")
-  if temperature < 0:
-    raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
+  if not 0 <= temperature < float("inf"):
+    raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more, and finite")
   if top_k < 0:
     raise UserError(f"top_k is {top_k}; it must be 0 (all tokens) or more")
   if not 0 < top_p <= 1:

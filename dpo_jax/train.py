@@ -9,9 +9,9 @@ Flags and the loop; `build` makes of a configuration what the loop needs.
 from __future__ import annotations
 
 import functools
-import itertools
 import pathlib
 import time
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from dpo_jax import cli, metrics, parallel, report, step, workdirs
 from dpo_jax.build import Run, build
-from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.checkpoint import Checkpoints, latest_step
 from dpo_jax.data import pipeline
 from dpo_jax.loggers import Loggers
 from dpo_jax.model import hf
@@ -44,8 +44,8 @@ def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
   """
   workdirs.check(workdir, config.to_json_best_effort())
   run, params, reference, ledger = build(config, workdir)
-  workdirs.claim(workdir, config.to_json_best_effort(indent=2), ledger)
-  final = train(run, params, reference)
+  claim = lambda: workdirs.claim(workdir, config.to_json_best_effort(indent=2), ledger)
+  final = train(run, params, reference, claim)
   print(f"exporting to {workdir / 'export'}", flush=True)
   hf.save(
     workdir / "export",
@@ -60,32 +60,40 @@ def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
 # -- training ------------------------------------------------------------------------------------
 
 
-def train(run: Run, params: PyTree, reference: PyTree | None) -> PyTree:
+def train(run: Run, params: PyTree, reference: PyTree | None, claim: Callable[[], None]) -> PyTree:
   """From the initial parameters, or the latest checkpoint, to the last step.
+
+  Args:
+    run: what is trained.
+    params, reference: initial parameters of both, on host; no reference if supervised.
+    claim: makes the workdir this run's own; called when nothing but training is left to fail.
 
   Returns:
     The policy's final parameters, on host.
   """
-  settings = run.config.checkpoint
+  directory = run.workdir / "checkpoints"
+  start = latest_step(directory) or 0
+  init = functools.partial(step.init_state, tx=run.tx)
+  like = jax.eval_shape(init, params)
+  placed = None if reference is None else run.executor.place(reference)
+  if not start:
+    state = run.executor.compile_init(init)(run.executor.place(params))
+    prove(run, state.params, placed)
+  del params, reference
+  claim()
+  supervised = run.objective.supervised
   checkpoints = Checkpoints(
-    run.workdir / "checkpoints",
-    keep=settings.keep,
-    best="loss" if run.objective.supervised else "rewards/accuracies",
-    higher=not run.objective.supervised,
+    directory,
+    keep=run.config.checkpoint.keep,
+    best="loss" if supervised else "rewards/accuracies",
+    higher=not supervised,
     tidy=True,
   )
-  init = functools.partial(step.init_state, tx=run.tx)
-  start = checkpoints.latest() or 0
-  if start:
-    like = jax.eval_shape(init, params)
-    state = run.executor.place(checkpoints.restore(like, start))
-  else:
-    state = run.executor.compile_init(init)(run.executor.place(params))
-  placed = None if reference is None else run.executor.place(reference)
-  if placed is not None:
-    parallel.assert_separate(state, placed)
-  del params, reference
   try:
+    if start:
+      state = run.executor.place(checkpoints.restore(like, start))
+    if placed is not None:
+      parallel.assert_separate(state, placed)
     with Loggers(run.workdir, start_step=start, total_steps=run.steps) as log:
       if start:
         log.say(f"resuming after step {start} of {run.steps}")
@@ -97,30 +105,19 @@ def train(run: Run, params: PyTree, reference: PyTree | None) -> PyTree:
 
 def _loop(run, state, reference, start, checkpoints, log) -> step.TrainState:
   """Steps start + 1 to the last, with evaluation and checkpoints where they fall due."""
-  settings = run.config.train
-  stream = pipeline.batches(
-    run.examples,
-    batch_size=settings.batch_size,
-    accumulate=settings.accumulate,
-    seed=run.config.seed,
-    start=start,
-    **run.batching,
-  )
+  stream = _stream(run, start)
   take = run.executor.compile_step(
     functools.partial(step.train_step, objective=run.objective, tx=run.tx)
   )
   judge = _Judge(run, reference)
-  if start == 0:
-    first = next(stream)
-    stream = itertools.chain([first], stream)
-    prove(run, state.params, reference, first, log)
+  if start == 0 and run.held_out:
     log.write_eval(0, judge(state.params))
   meter = _Meter(run, checkpoints, log)
   for index in range(start + 1, run.steps + 1):
     batch = next(stream)
     state, means = take(state, reference, run.executor.place_batch(batch))
     meter.add(index, means, batch)
-    evaluating = index == run.steps or _due(index, run.config.eval.every)
+    evaluating = run.held_out and (index == run.steps or _due(index, run.config.eval.every))
     saving = index == run.steps or _due(index, run.config.checkpoint.every)
     if not (evaluating or saving):
       continue
@@ -132,6 +129,18 @@ def _loop(run, state, reference, start, checkpoints, log) -> step.TrainState:
       checkpoints.save(index, run.executor.single(state), scores)
     meter.restart()
   return state
+
+
+def _stream(run: Run, start: int) -> Iterator[TokenBatch]:
+  settings = run.config.train
+  return pipeline.batches(
+    run.examples,
+    batch_size=settings.batch_size,
+    accumulate=settings.accumulate,
+    seed=run.config.seed,
+    start=start,
+    **run.batching,
+  )
 
 
 def _due(index: int, every: int) -> bool:
@@ -158,8 +167,6 @@ class _Judge:
 
   def __call__(self, params: PyTree) -> dict[str, float]:
     """Means over every held-out pair: sums and counts added over batches, divided once."""
-    if not self.batches:
-      return {}
     sums, count = [], 0.0
     for batch, reference in zip(self.batches, self.reference, strict=True):
       part, _ = step.batch_sums(self.run.objective, self._logps(params, batch), reference, batch)
@@ -220,42 +227,52 @@ class _Meter:
     raise UserError(
       f"step {index}: the loss is {means['loss']}, its gradient's norm {means['grad_norm']}, in"
       f" rows {named}{', …' if len(set(rows.tolist())) > 8 else ''} of {self.run.config.data.path};"
-      f" {kept}. Try a lower optimizer.learning_rate, or look at those rows"
+      f" {kept}. Try a lower optimizer.learning_rate in a new --workdir, or look at those rows"
     )
 
 
 # -- the run proves itself -----------------------------------------------------------------------
 
 
-def prove(run: Run, params: PyTree, reference: PyTree | None, batch: TokenBatch, log) -> None:
-  """Checks at step 0 that the policy is the reference and the loss what it must then be.
+def prove(run: Run, params: PyTree, reference: PyTree | None) -> None:
+  """Checks on the first pairs that the policy is the reference and the loss what it must then be.
 
-  With a reference of its own folder, the two may differ: then the distance is only stated.
+  With a reference of its own folder, or one rounded to a narrower type, the two differ: then the
+  distance is only stated.
 
   Raises:
-    UserError: the parts do not belong together; nothing has been trained yet.
+    UserError: the parts do not belong together; nothing has been trained or written yet.
   """
+  first = jax.tree.map(lambda x: x[:1], next(_stream(run, 0)))
+  micro = jax.tree.map(lambda x: x[0], first)
+  forward = run.executor.compile_forward(run.objective.logps_fn)
+  policy_NS = forward(params, first)
+  if not np.isfinite(policy_NS).all():
+    raise UserError(
+      f"the model gives log-probs that are not finite before any training, on rows"
+      f" {sorted(set(micro.row_NS[~np.isfinite(policy_NS)].tolist()))[:8]}; its weights or its"
+      " configuration are broken"
+    )
   if reference is None:
     return
-  first = jax.tree.map(lambda x: x[:1], batch)
-  forward = run.executor.compile_forward(run.objective.logps_fn)
-  policy_NS, reference_NS = forward(params, first), forward(reference, first)
-  micro = jax.tree.map(lambda x: x[0], batch)
+  reference_NS = forward(reference, first)
   count = step.loss_count(run.objective, micro)
   loss = lambda x_NS: float(
     step.batch_sums(run.objective, x_NS, reference_NS, micro)[0]["loss"] / count
   )
   found, expected = loss(policy_NS), loss(reference_NS)
-  if run.config.reference.path:
-    log.say(f"step 0: loss {found:.6f}; {expected:.6f} if the policy were the reference")
+  own, theirs = run.config.model.param_dtype, run.config.reference.param_dtype
+  if run.config.reference.path or theirs not in (own, "float32"):
+    print(
+      f"step 0: loss {found:.6f}; it would be {expected:.6f} if policy and reference were equal"
+    )
     return
-  tolerance = 1e-5 if run.config.model.param_dtype == run.config.reference.param_dtype else 1e-2
-  if not abs(found - expected) <= tolerance * max(1.0, abs(expected)):
+  if not abs(found - expected) <= 1e-5 * max(1.0, abs(expected)):
     raise UserError(
       f"at step 0 policy and reference are the same weights, yet the loss is {found:.6f} and not"
-      f" {expected:.6f}; this should not happen: check model.param_dtype and reference.param_dtype"
+      f" {expected:.6f}: the two were not computed alike, and training would not be what it says"
     )
-  log.say(f"step 0: loss {found:.6f}, as it must be where the policy is the reference")
+  print(f"step 0: loss {found:.6f}, as it must be where the policy is the reference", flush=True)
 
 
 if __name__ == "__main__":

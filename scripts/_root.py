@@ -3,5 +3,16 @@
 import pathlib
 import sys
 
+
+def _report(kind, error, trace):
+  """Ctrl-C while modules are still being imported, which the command cannot catch itself."""
+  if issubclass(kind, KeyboardInterrupt):
+    print("\ninterrupted", file=sys.stderr)
+    sys.exit(130)
+  sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _report
+
 # In place of scripts/, which the interpreter puts there and where `evaluate` would shadow others.
 sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)

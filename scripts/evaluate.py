@@ -56,6 +56,8 @@ def main(_):
 
   if bool(REWARD.value) != bool(PROMPTS.value):
     raise UserError("--reward and --prompts go together: give both, or neither")
+  if OUT.value:
+    draws.check_out(OUT.value)
   ask = evaluate.objective(LOSS.value, BETA.value)
   reward = rewards.resolve(REWARD.value) if REWARD.value else None
   prompts = draws.read_prompts(PROMPTS.value) if PROMPTS.value else None
@@ -78,8 +80,7 @@ def main(_):
   evaluate.show(summary, SHOWN)
   if OUT.value:
     out = pathlib.Path(OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    draws.write_whole(out, [json.dumps(summary, indent=1, ensure_ascii=False) + "\n"])
     print(f"{out}: the numbers")
     if out.name == "summary.json" and reward is not None:
       print(f"{report.write(out.parent)}: the report")

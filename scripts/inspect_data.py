@@ -42,9 +42,12 @@ def main(_):
   wrong = [pair for pair in FIELDS.value if "=" not in pair]
   if wrong:
     raise UserError(f"--fields {wrong[0]} is no name=name; as in --fields prompt=question")
+  paths = [path for path in DATA.value if path]
+  if not paths:
+    raise UserError("--data names no file; give one, or several separated by commas")
   tokenizer = chat.load_tokenizer(MODEL.value)
   examples, ledger, _ = pipeline.load_examples(
-    DATA.value,
+    paths,
     tokenizer,
     answers=ANSWERS.value,
     max_length=MAX_LENGTH.value,

@@ -32,6 +32,7 @@ def main(_):
 
   if NUM.value % 2:
     raise UserError(f"--num={NUM.value} answers do not pair up; give an even number")
+  draws.check_out(OUT.value)
   reward = rewards.resolve(REWARD.value)
   prompts = draws.read_prompts(PROMPTS.value)
   drawn = draws.draw(
@@ -44,6 +45,11 @@ def main(_):
     seed=SEED.value,
   )
   rows = draws.label(drawn, seed=SEED.value)
+  if not rows:
+    raise UserError(
+      f"every pair of answers is equal, so {OUT.value} is not written; raise --temperature"
+      " or --max_tokens, or give other --prompts"
+    )
   draws.write_rows(OUT.value, rows)
   total = len(prompts) * NUM.value // 2
   better = sum(row["chosen_reward"] > row["rejected_reward"] for row in rows)

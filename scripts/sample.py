@@ -37,7 +37,7 @@ def main(_):
     turn = lambda text: [{"role": "user", "content": text}]
     prompts = [turn(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
   model = draws.load(MODEL.value)
-  prompt_ids = [model.tokenizer.encode_prompt(prompt) for prompt in prompts]
+  prompt_ids = draws.encode_prompts(model.tokenizer, prompts)
   answers = sampling.generate(
     model.config,
     model.params,

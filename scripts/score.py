@@ -4,10 +4,10 @@
   python scripts/score.py --model DIR --reference DIR --data pairs.jsonl --out scores.jsonl \\
     --loss sigmoid --beta 0.1
 
-A line holds `chosen_logp` and `rejected_logp` (nats, summed over the answer's tokens, the end token
-included where the text really ends), `chosen_tokens` and `rejected_tokens`; with --reference also
-`ref_chosen_logp`, `ref_rejected_logp`, `chosen_reward` and `rejected_reward` (β log π/π_ref) and
-`loss`.
+A line holds `row` (of the data file, from 0; rows without a pair have no line), `chosen_logp` and
+`rejected_logp` (nats, summed over the answer's tokens, the end token included where the text really
+ends), `chosen_tokens` and `rejected_tokens`; with --reference also `ref_chosen_logp`,
+`ref_rejected_logp`, `chosen_reward` and `rejected_reward` (β log π/π_ref) and `loss`.
 """
 
 import _root  # noqa: F401 (puts the package on the path)
@@ -29,6 +29,7 @@ MAX_LENGTH = flags.DEFINE_integer(
 def main(_):
   from dpo_jax import draws, evaluate
 
+  draws.check_out(OUT.value)
   ask = evaluate.objective(LOSS.value, BETA.value)
   policy = draws.load(MODEL.value)
   reference = draws.load(REFERENCE.value) if REFERENCE.value else None

@@ -248,6 +248,13 @@ def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path):
   (tmp_path / "tokenizer.json").write_text('{"model": 3}')
   with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
     chat.load_tokenizer(tmp_path)
+  folder = small_tokenizers.byte_fallback(tmp_path / "list")
+  (folder / "tokenizer_config.json").write_text("[1]")
+  with pytest.raises(UserError, match=r"tokenizer_config\.json holds a list, not an object"):
+    chat.load_tokenizer(folder)
+  (folder / "tokenizer_config.json").write_text('{"eos_token": 5}')
+  with pytest.raises(UserError, match="eos_token is 5, not text"):
+    chat.load_tokenizer(folder)
 
 
 # --- real tokenizers ------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A command's manners: what a person reads when something is wrong, and when nothing is."""
 
 import json
+import pathlib
 import subprocess
 import sys
 import time
@@ -49,7 +50,10 @@ from ml_collections import ConfigDict, config_dict
 def get_config(arg="plain"):
   if arg == "broken":
     raise KeyError("the configuration's own mistake")
-  loss = ConfigDict({"name": "sigmoid", "beta": 0.1})
+  if arg == "slow":
+    raise KeyboardInterrupt  # as Ctrl-C does while modules are imported
+  smoothing = config_dict.placeholder(float)
+  loss = ConfigDict({"name": "sigmoid", "beta": 0.1, "smoothing": smoothing})
   train = ConfigDict({"steps": 100, "limit": config_dict.placeholder(int), "shuffle": True})
   return ConfigDict({"loss": loss, "train": train, "path": "x"})
 """
@@ -105,6 +109,17 @@ def test_interrupting_is_quiet(command):
   assert done.stderr.strip() == "interrupted"
 
 
+def test_interrupting_imports_is_quiet(command):
+  done = command("--config=config.py:slow")
+  assert (done.returncode, done.stderr.strip()) == (130, "interrupted")
+  root = pathlib.Path(cli.__file__).parent.parent / "scripts"
+  early = [sys.executable, "-c", "import _root; raise KeyboardInterrupt"]
+  done = subprocess.run(
+    early, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(root)}
+  )
+  assert (done.returncode, done.stderr.strip()) == (130, "interrupted")
+
+
 @pytest.mark.parametrize(
   ("argument", "words"),
   [
@@ -118,6 +133,12 @@ def test_interrupting_is_quiet(command):
 )
 def test_a_wrong_flag_is_one_line(command, argument, words):
   assert_refused(command(argument), *words)
+
+
+def test_a_configuration_may_follow_a_space(command):
+  assert_refused(command("--config", "none.py"), "none.py", "no such file")
+  wrong = ("--config", "config.py", "--config.loss.bta", "1")
+  assert_refused(command(*wrong), "config.loss has no field 'bta'", "did you mean 'beta'?")
 
 
 def test_a_missing_flag_is_one_line(command):
@@ -136,6 +157,9 @@ def test_a_missing_flag_is_one_line(command):
     ("--config.train.steps=1.5e0", ["not an integer"]),
     ("--config.loss.beta=little", ["not a number"]),
     ("--config.train.shuffle=maybe", ["not true or false", "maybe"]),
+    ("--config.train.steps=None", ["config.train.steps=None", "needs an integer", "100"]),
+    ("--config.loss.beta=None", ["loss.beta needs a number"]),
+    ("--config.loss.name=None", ["loss.name needs a text", "'sigmoid'"]),
     ("--config.loss=3", ["--config.loss=3", "not a dict"]),
   ],
 )
@@ -155,12 +179,12 @@ def test_numbers_and_none_as_people_write_them(command):
     "--config.train.steps=1e3",
     "--config.train.limit=1e2",
     "--config.loss.beta=1e-3",
-    "--config.loss.name=None",
+    "--config.loss.smoothing=1",
     "--noconfig.train.shuffle",
   )
   assert done.returncode == 0, done.stderr
   assert json.loads(done.stdout) == {
-    "loss": {"name": None, "beta": 0.001},
+    "loss": {"name": "sigmoid", "beta": 0.001, "smoothing": 1.0},
     "train": {"steps": 1000, "limit": 100, "shuffle": False},
     "path": "x",
   }

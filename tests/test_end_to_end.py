@@ -251,11 +251,52 @@ def test_bad_input_is_one_line_and_leaves_no_trace(task, tmp_path, changes, word
   assert not (tmp_path / "run").exists()
 
 
+def test_a_bfloat16_policy_starts_as_its_reference(task, capsys):
+  """The reference is taken from the rounded weights, not from those before rounding."""
+  config = dpo_config(task)
+  config.model.param_dtype = "bfloat16"
+  config.train.steps = 2
+  train.execute(config, task / "narrow")
+  assert "step 0: loss 0.693147, as it must be" in capsys.readouterr().out
+
+
+def test_broken_weights_are_found_before_the_folder_is_claimed(task, tmp_path):
+  broken = tmp_path / "broken"
+  shutil.copytree(task / "sft" / "export", broken)
+  model_config, params = hf.load(broken)
+  scale = params["params"]["final_norm"]["scale"]
+  params["params"]["final_norm"]["scale"] = np.full_like(scale, 1e38)
+  hf.save(broken, model_config, params, source=task / "sft" / "export")
+  config = dpo_config(task)
+  config.model.path = str(broken)
+  with pytest.raises(UserError, match="not finite before any training"):
+    train.execute(config, tmp_path / "run")
+  assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_loss_argument_is_reachable_from_the_command_line(task, tmp_path):
+  """An override of an argument that the configuration leaves open, through the real flags."""
+  done = subprocess.run(
+    [
+      *(sys.executable, "-m", "dpo_jax.train", "--config=configs/preferences.py"),
+      *(f"--workdir={tmp_path / 'run'}", f"--config.model.path={task / 'sft' / 'export'}"),
+      *("--config.loss.name=robust", "--config.loss.label_smoothing=0.7"),
+      f"--config.data.path={task / 'pairs.jsonl'}",
+    ],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=ROOT,
+  )
+  assert done.returncode == 1
+  assert done.stderr.strip().startswith("error: loss.label_smoothing is 0.7")
+
+
 def test_another_configuration_in_the_same_folder_is_refused(task, straight):
   before = (straight / "metrics.jsonl").read_bytes()
   config = dpo_config(task)
   config.loss.beta = 0.7
-  with pytest.raises(UserError, match=r"loss\.beta was 3\.0, now 0\.7"):
+  with pytest.raises(UserError, match=r"loss\.beta was 2\.0, now 0\.7"):
     train.execute(config, straight)
   assert (straight / "metrics.jsonl").read_bytes() == before
 

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from dpo_jax import draws, evaluate, logprobs, measures, rewards
-from dpo_jax.data import word_level
+from dpo_jax.data import chat, word_level
 from dpo_jax.data.layout import Example, collate
 from dpo_jax.model import config as model_configs
 from dpo_jax.model import hf, transformer
@@ -208,7 +208,7 @@ def test_equal_answers_make_no_pair():
 
 def test_rows_of_scores(models):
   policy, reference = models
-  examples = [Example(np.array([1, 4]), (np.array([5, 5, 2]), np.array([4, 2])))]
+  examples = [Example(np.array([1, 4]), (np.array([5, 5, 2]), np.array([4, 2])), row=7)]
   ask = evaluate.objective("sigmoid", 0.5)
   (row,) = evaluate.score_rows(policy, reference, examples, ask)
   assert (row["chosen_tokens"], row["rejected_tokens"]) == (3, 2)
@@ -218,7 +218,8 @@ def test_rows_of_scores(models):
   margin = row["chosen_reward"] - row["rejected_reward"]
   np.testing.assert_allclose(row["loss"], np.log1p(np.exp(-margin)), rtol=1e-5)
   (alone,) = evaluate.score_rows(policy, None, examples, ask)
-  assert set(alone) == {"chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens"}
+  assert row["row"] == alone["row"] == 7
+  assert set(alone) == {"row", "chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens"}
 
 
 def test_pairs_are_read_with_and_without_a_reference(models, tmp_path, capsys):
@@ -275,6 +276,9 @@ def test_rewards_by_name_and_by_path():
     ("no_such_module:f", "no module named 'no_such_module'"),
     ("math:no_such", "'math' holds no 'no_such'"),
     ("math:pi", "no function but float"),
+    ("os:getcwd", r"'os:getcwd' takes \(\); it must take \(prompt, answer\)"),
+    ("json:dumps", r"'json:dumps' takes \(obj, .* it must take"),
+    (".x:f", "importing '.x' fails with TypeError"),
   ],
 )
 def test_a_reward_that_does_not_exist(name, message):
@@ -286,6 +290,11 @@ def test_a_reward_that_does_not_exist(name, message):
 def test_a_reward_that_is_no_number(value):
   with pytest.raises(UserError, match="one finite number"):
     rewards.values(lambda prompt, answer: value, ["p"], ["a"])
+
+
+def test_a_reward_that_fails_is_named():
+  with pytest.raises(UserError, match=r"the reward sub fails with TypeError: .* for prompt 'p'"):
+    rewards.values(rewards.resolve("operator:sub"), ["p"], ["a"])
 
 
 # --- The commands ---------------------------------------------------------------------------------
@@ -343,6 +352,7 @@ def test_pairs_scores_and_summary_by_command(folders, tmp_path):
     ("make_pairs", {"num": 3}, "--num=3 answers do not pair up; give an even number"),
     ("make_pairs", {"prompts": "missing.jsonl"}, "no data file missing.jsonl"),
     ("make_pairs", {"model": "missing"}, "no tokenizer folder missing"),
+    ("make_pairs", {"temperature": 0}, "every pair of answers is equal"),
   ],
 )
 def test_bad_input_is_one_line_and_nothing_written(folders, tmp_path, script, change, message):
@@ -354,3 +364,43 @@ def test_bad_input_is_one_line_and_nothing_written(folders, tmp_path, script, ch
   assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
   assert message in done.stderr
   assert not out.exists()
+
+
+def test_where_to_write_is_checked_first(tmp_path):
+  draws.check_out(tmp_path / "new" / "folder" / "x.jsonl")
+  with pytest.raises(UserError, match=r"is a folder; name a file"):
+    draws.check_out(tmp_path)
+  (tmp_path / "file").write_text("kept")
+  with pytest.raises(UserError, match=r"file is no folder"):
+    draws.check_out(tmp_path / "file" / "x.jsonl")
+
+
+def test_a_failed_write_leaves_the_older_file_and_nothing_beside_it(tmp_path):
+  out = tmp_path / "out.jsonl"
+  draws.write_rows(out, [{"a": 1}])
+  with pytest.raises(TypeError):
+    draws.write_rows(out, [{"a": 2}, {"a": object()}])
+  assert out.read_text() == '{"a": 1}\n' and list(tmp_path.iterdir()) == [out]
+  (tmp_path / "folder").mkdir()
+  with pytest.raises(OSError) as raised:
+    draws.write_rows(tmp_path / "folder", [])
+  assert raised.value.filename == str(tmp_path / "folder")
+
+
+def test_prompts_that_no_model_can_read(models, tmp_path):
+  path = tmp_path / "prompts.jsonl"
+  path.write_text('{"prompt": "\\ud800"}\n')
+  with pytest.raises(
+    UserError, match=r"jsonl:1: field 'prompt': text is not valid Unicode"
+  ):
+    draws.read_prompts(path)
+  path.write_text('{"prompt": [{"role": "user"}]}\n')
+  with pytest.raises(UserError, match=r"prompts.jsonl:1: .* a message is a role and a text"):
+    draws.read_prompts(path)
+  with pytest.raises(UserError, match="prompt 1: text is not valid Unicode"):
+    draws.encode_prompts(models[0].tokenizer, [" a", "\udcff"])
+  folder = tmp_path / "chat"
+  word_level.write(folder, WORDS)
+  (folder / "chat_template.jinja").write_text("{{ 1 | no_such }}")
+  with pytest.raises(UserError, match=r"prompt 0: chat template: .*no_such"):
+    draws.encode_prompts(chat.load_tokenizer(folder), [[{"role": "user", "content": "a"}]])

@@ -254,6 +254,12 @@ def test_left_out_fields_have_the_values_of_the_family():
     ({"hidden_size": None}, "has no 'hidden_size'"),
     ({"num_hidden_layers": "two"}, "num_hidden_layers is 'two'; it must be a whole number"),
     ({"num_key_value_heads": 3}, "4 heads and 3 key/value heads"),
+    ({"rope_theta": 0}, "model rope_theta is 0.0; it must be a finite number above 0"),
+    ({"rope_theta": float("inf")}, "model rope_theta is inf"),
+    ({"rope_theta": "big"}, "rope_theta is 'big'; it must be a number"),
+    ({"rope_parameters": {"rope_theta": 0}}, "model rope_theta is 0;"),
+    ({"rope_scaling": {"type": "linear", "factor": 0}}, "model factor is 0; it must be"),
+    ({"rope_scaling": [2]}, r"rope_scaling is \[2\]; it must be an object"),
     ({"quantization_config": {"bits": 4}}, "quantization_config = .* is not honoured"),
   ],
 )
@@ -297,6 +303,9 @@ def test_tensors_missing_unexpected_or_of_another_shape(folder):
   refused(folder, rf"tensor {name} has shape \[12, 7\], but config.json asks for \[12, 8\]")
   edit_tensors(folder, lambda tensors: tensors.update({name: taken[name].astype(np.int8)}))
   refused(folder, f"tensor {name} is int8; quantised weights are not supported")
+  bad = np.where(np.arange(8) == 3, np.nan, taken[name])
+  edit_tensors(folder, lambda tensors: tensors.update({name: bad.astype(np.float32)}))
+  refused(folder, f"tensor {name} holds numbers that are not finite")
   edit_tensors(folder, lambda tensors: tensors.update({name: taken[name], "a.b": np.ones(3)}))
   refused(folder, "holds tensor a.b, which config.json does not account for")
   edit_config(folder, num_hidden_layers=1)

@@ -11,6 +11,7 @@ import rich.console
 from tensorboardX.proto import event_pb2
 
 from dpo_jax.loggers import Loggers, read_metrics
+from dpo_jax.structs import UserError
 
 
 def plain() -> rich.console.Console:
@@ -109,6 +110,17 @@ def test_an_unfinished_last_line_is_passed_over_and_mended(tmp_path):
   write_steps(tmp_path, 5, 6)
   assert [json.loads(line)["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
   assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("line", ["{broken", "[1]", '{"loss": 1}', "\udcff"])
+def test_a_broken_line_is_named_and_nothing_lost(tmp_path, line):
+  write_steps(tmp_path, 1, 2)
+  with (tmp_path / "metrics.jsonl").open("a", errors="surrogateescape") as file:
+    file.write(line + "\n")
+  before = (tmp_path / "metrics.jsonl").read_bytes()
+  with pytest.raises(UserError, match=r"metrics\.jsonl:3: not a JSON object .* delete that line"):
+    Loggers(tmp_path, start_step=2, total_steps=4, console=plain())
+  assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_evaluation_after_a_resume_joins_the_line_before_it(tmp_path):

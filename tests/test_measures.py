@@ -44,6 +44,12 @@ def test_wilson_by_hand():
   np.testing.assert_allclose(half.high - 0.5, 0.5 - half.low)
 
 
+def test_a_share_is_never_past_one():
+  weights = np.random.default_rng(0).uniform(0.1, 1, (200, 37))
+  assert all(measures.share_estimate(np.ones(37), x).mean <= 1 for x in weights)
+  assert all(measures.share_estimate(np.ones(n)).mean <= 1 for n in range(1, 300))
+
+
 def test_interval_covers_the_truth_as_often_as_it_says():
   rng = np.random.default_rng(0)
   covered = 0

@@ -81,8 +81,26 @@ def test_clipping_scales_the_whole_gradient():
     ({"learning_rate": -1.0}, "0 or above"),
     ({"learning_rate": float("nan")}, "0 or above"),
     ({"warmup_steps": 15}, "between 0 and the 14 steps"),
+    ({"final_fraction": -2.0}, "final_fraction"),
   ],
 )
 def test_bad_settings_are_said_in_one_line(changes, words):
   with pytest.raises(UserError, match=words):
     schedule(**({"name": "cosine"} | changes))
+
+
+@pytest.mark.parametrize(
+  "given",
+  [
+    {"clip_norm": -1.0},
+    {"weight_decay": -1.0},
+    {"eps": -1.0},
+    {"eps": 0.0},
+    {"b1": 1.5},
+    {"b2": float("nan")},
+  ],
+)
+def test_values_that_would_not_go_downhill_are_refused(given):
+  (name,) = given
+  with pytest.raises(UserError, match=f"optimizer.{name} is"):
+    optim.make_optimizer(optax.constant_schedule(1.0), **given)

@@ -123,13 +123,21 @@ def test_several_files_are_one_data_set(rows_file, tokenizer):
   assert ledger.rows == 2
 
 
+def test_each_file_has_a_form_of_its_own(rows_file, tokenizer):
+  dialogue = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+  paths = [rows_file([pair()], "a"), rows_file([dialogue], "b")]
+  found, ledger, form = pipeline.load_examples(paths, tokenizer)
+  assert [example.row for example in found] == [0, 1] and not ledger.dropped
+  assert form == ledger.format == "strings, transcripts"
+
+
 @pytest.mark.parametrize(
   ("rows", "kwargs", "line"),
   [
     (
       [pair(rejected=" good")] * 2 + [pair(chosen="")],
       {},
-      r"nothing to train on in .*: 3 rows, dropped equal answers: 2, empty answer: 1$",
+      r"no row is of use in .*: 3 rows, dropped equal answers: 2, empty answer: 1$",
     ),
     (
       [pair(chosen=" good" * 30), pair(chosen=" good" * 20)],
@@ -167,7 +175,16 @@ def test_split_keeps_a_prompt_on_one_side():
   assert [e.row for e in again] == [e.row for e in held_out]
   assert {e.row for e in pipeline.split(some, 0.2, seed=4)[1]} != {e.row for e in held_out}
   assert pipeline.split(some, 0.0) == (some, [])
-  with pytest.raises(UserError, match=r"eval fraction 0.01 of 20 distinct prompts leaves one side"):
+  line = "0.01 of 20 distinct prompts leaves one side.*data.eval_fraction=0 .*data.eval_path"
+  with pytest.raises(UserError, match=line):
+    pipeline.split(some, 0.01)
+
+
+def test_texts_of_one_prompt_are_split_one_by_one():
+  some = [e._replace(prompt=np.array([1], np.int32)) for e in examples(20)]
+  train, held_out = pipeline.split(some, 0.2)
+  assert len(held_out) == 4 and sorted(e.row for e in train + held_out) == list(range(20))
+  with pytest.raises(UserError, match=r"0.01 of 20 rows leaves one side"):
     pipeline.split(some, 0.01)
 
 

@@ -128,6 +128,18 @@ def test_a_sample_is_a_function_of_seed_prompt_index_and_sample_index():
   assert len({tuple(answer) for answers in same for answer in answers}) > 25
 
 
+def test_every_bit_of_a_large_seed_counts():
+  draw = lambda seed: sampling.generate(
+    GPT2, params_of(GPT2), [[1]] * 8, max_tokens=4, temperature=9.0, seed=seed
+  )
+  small, large, other = draw(7), draw(7 + 2**40), draw(7 + 2**63)
+  assert small != large != other != small
+  batch = sampling.Batch(None, None, np.arange(2), np.arange(3))
+  keys = sampling._keys(np.array([0, 7], np.uint32), batch)
+  by_hand = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), 1), 2)
+  assert (jax.random.key_data(keys[5]) == jax.random.key_data(by_hand)).all()
+
+
 def test_an_answer_ends_with_its_end_token():
   params = params_of(LLAMA)
   endless = sampling.generate(LLAMA, params, PROMPTS, max_tokens=15, seed=1, num=8)
@@ -231,6 +243,10 @@ def test_few_shapes_and_every_sample_once():
     ([[1]], {"max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
     ([[1]], {"num": 0}, "num is 0; it must be at least 1"),
     ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
+    ([[1]], {"temperature": float("nan")}, "temperature is nan"),
+    ([[1]], {"temperature": float("inf")}, "temperature is inf"),
+    ([[1]], {"top_p": float("nan")}, "top_p is nan"),
+    ([[1]], {"seed": 2**64}, "seed is 18446744073709551616; it must be 0 or more and below"),
     ([[1]], {"top_k": -1}, "top_k is -1"),
     ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
   ],

@@ -58,6 +58,7 @@ def test_inspect_data_prints_one_object_or_one_line(tmp_path):
   assert list(found) == ["format", "rows", "pairs", "dropped", "truncated", "tokens"]
   assert (found["rows"], found["pairs"], found["dropped"]) == (2, 1, {"equal answers": 1})
   assert set(found["tokens"]) == {"prompt", "answer", "padding", "shared"}
+  assert json.loads(run("--data", f"{path},", "--json").stdout)["rows"] == 2
   missing = run("--data", tmp_path / "gone")
   assert missing.returncode == 1 and missing.stdout == ""
   assert missing.stderr == f"error: no data file {tmp_path / 'gone'}\n"

@@ -110,8 +110,12 @@ class Tokenizer:
     return out
 
   def encode_prompt(self, prompt: str | Messages) -> list[int]:
-    """Ids that generation starts from."""
+    """Ids that generation starts from; raises `RowError` where the prompt cannot be rendered."""
     text = prompt if isinstance(prompt, str) else self._render_prompt(prompt)
+    try:
+      text.encode("utf-8")
+    except UnicodeEncodeError:  # half a surrogate pair
+      raise RowError("text is not valid Unicode") from None
     return self._with_bos(self._backend.encode(text, add_special_tokens=False).ids)
 
   def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
@@ -225,6 +229,8 @@ class Tokenizer:
     token = self._settings.get(f"{name}_token")
     if isinstance(token, dict):
       token = token.get("content")
+    if token is not None and not isinstance(token, str):
+      raise UserError(f"{self._folder}: {name}_token is {token!r}, not text; copy the files again")
     if token is not None:
       return self._backend.token_to_id(token)
     ids = self._settings.get(f"{name}_token_id")
@@ -248,9 +254,12 @@ def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
     if not file.is_file():
       continue
     try:
-      settings |= {k: v for k, v in json.loads(file.read_text("utf-8")).items() if v is not None}
+      found = json.loads(file.read_text("utf-8"))
     except ValueError as error:
       raise UserError(f"{file} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+      raise UserError(f"{file} holds a {type(found).__name__}, not an object; copy it again")
+    settings |= {k: v for k, v in found.items() if v is not None}
   return settings
 
 

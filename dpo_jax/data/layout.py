@@ -116,6 +116,8 @@ def fit_row_length(examples: Sequence[Example], layout: str, *, multiple: int = 
 
 def check_fits(examples: Sequence[Example], layout: str, row_length: int) -> None:
   """Every example fits a row, or the error names the data row of the largest."""
+  if row_length < 1:
+    raise UserError(f"row_length is {row_length}; a row holds 1 token or more (0 suits the data)")
   cost_B = packing.costs(*lengths(examples), layout)
   worst = int(cost_B.argmax())
   if cost_B[worst] > row_length:

@@ -15,11 +15,11 @@ TURN, INTENSIFIED, HEDGED = -0.5, 1.5, 0.5
 STRENGTHS = {2: 0.15, 1: 0.3, 0: 0.1, -1: 0.3, -2: 0.15}
 
 GENERAL = {
-  2: "wonderful superb excellent fantastic",
-  1: "good nice pleasant decent",
-  0: "ordinary average typical",
-  -1: "poor bad disappointing mediocre",
-  -2: "awful terrible horrible dreadful",
+  2: "wonderful superb",
+  1: "good pleasant",
+  0: "ordinary average",
+  -1: "bad disappointing",
+  -2: "awful dreadful",
 }
 TRAITS = {
   "taste": {2: "delicious exquisite", 1: "tasty fresh", -1: "bland stale", -2: "inedible vile"},
@@ -35,9 +35,9 @@ TRAITS = {
 }
 FEELINGS = {
   2: "delighted thrilled",
-  1: "pleased satisfied happy",
+  1: "pleased happy",
   0: "unsure",
-  -1: "disappointed annoyed unhappy",
+  -1: "annoyed unhappy",
   -2: "furious miserable",
 }
 LIKING = {2: "love adore", 1: "enjoy like", -1: "dislike", -2: "hate despise"}  # we liked the soup
@@ -123,9 +123,9 @@ OCCASIONS = (
 
 LINKS = (  # the soup <link> good
   (0.43, 1.0, ("{be}",)),
-  (0.22, INTENSIFIED, ("{be} very", "{be} really", "{be} truly", "{be} extremely")),
-  (0.13, HEDGED, ("{be} somewhat", "{be} fairly", "{be} rather", "{be} a little")),
-  (0.16, TURN, ("{be} not", "{be}n't", "{be} hardly", "{be} never")),
+  (0.22, INTENSIFIED, ("{be} very", "{be} truly")),
+  (0.13, HEDGED, ("{be} fairly", "{be} rather")),
+  (0.16, TURN, ("{be} not", "{be}n't", "{be} never")),
   (0.06, TURN * INTENSIFIED, ("{be} not very", "{be}n't very")),
 )
 ACTS = (  # the soup <act> us; we <act> the soup

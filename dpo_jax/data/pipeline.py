@@ -72,7 +72,7 @@ def load_examples(
   """Reads, recognises, tokenises and cuts the rows of some files.
 
   Args:
-    paths: one file or several of the same form.
+    paths: one file or several, each of one form.
     tokenizer: of the model.
     answers: 2 for preferences, 1 for texts to learn from.
     max_length: tokens of a prompt and one answer together, or None for no limit.
@@ -81,10 +81,10 @@ def load_examples(
     limit: rows to read at most.
 
   Returns:
-    The examples, whose `row` counts the rows read from 0; the ledger; the form of the rows.
+    The examples, whose `row` counts the rows read from 0; the ledger; the forms of the rows,
+    joined by commas.
   """
   paths = [paths] if isinstance(paths, (str, pathlib.Path)) else list(paths)
-  rows = itertools.islice(itertools.chain.from_iterable(map(sources.read_rows, paths)), limit)
   ledger = Ledger()
   cut = {
     "max_length": max_length,
@@ -94,9 +94,9 @@ def load_examples(
   }
   examples: list[Example] = []
   shortest = None  # tokens of the longest answer, least over the pairs that are too long
-  form = None
-  while chunk := list(itertools.islice(rows, 1024)):
-    form = form or _detect(chunk[0], fields, answers)
+  forms: list[str] = []
+  for form, chunk in _chunks(paths, fields, answers, limit):
+    forms.append(form.name)
     for row, encoded in _encode(chunk, form, tokenizer, ledger):
       prompt, texts = encoded
       longest = max(map(len, texts))
@@ -111,12 +111,12 @@ def load_examples(
         continue
       ledger.truncated.update(cuts)
       examples.append(Example(prompt, texts, row=row))
-  ledger.format = form.name
+  ledger.format = ", ".join(dict.fromkeys(forms))
   ledger.pairs = len(examples)
   if not examples:
     raise UserError(_nothing_left(ledger, paths, max_length, shortest))
   ledger.tokens = _count_tokens(examples)
-  return examples, ledger, form.name
+  return examples, ledger, ledger.format
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab: int) -> None:
@@ -126,6 +126,20 @@ def check_vocabulary(tokenizer: Tokenizer, vocab: int) -> None:
       f"the tokenizer's ids go to {tokenizer.vocab_size - 1} and the model's vocabulary is {vocab};"
       " name the tokenizer that belongs to the model"
     )
+
+
+def _chunks(
+  paths: Sequence, fields: dict[str, str] | None, answers: int, limit: int | None
+) -> Iterator[tuple[sources.Form, list[tuple[str, sources.Row]]]]:
+  """At most `limit` rows of some files, many at a time, with the form of the file they are of."""
+  left = limit
+  for path in paths:
+    rows = itertools.islice(sources.read_rows(path), left)
+    form = None
+    while chunk := list(itertools.islice(rows, 1024)):
+      form = form or _detect(chunk[0], fields, answers)
+      left = None if left is None else left - len(chunk)
+      yield form, chunk
 
 
 def _detect(first: tuple[str, sources.Row], fields, answers: int) -> sources.Form:
@@ -180,11 +194,11 @@ def _count_tokens(examples: Sequence[Example]) -> dict[str, int]:
 
 def _nothing_left(ledger: Ledger, paths, max_length: int | None, shortest: int | None) -> str:
   why = ", ".join(f"{reason}: {count}" for reason, count in ledger.dropped.most_common())
-  line = f"nothing to train on in {', '.join(map(str, paths))}: {ledger.rows} rows, dropped {why}"
+  line = f"no row is of use in {', '.join(map(str, paths))}: {ledger.rows} rows, dropped {why}"
   if shortest is not None:
     line += (
       f"; max_length is {max_length} and the shortest answers take {shortest} tokens, raise"
-      " max_length or set truncation to cut"
+      " max_length or let answers be cut"
     )
   return line
 
@@ -308,14 +322,23 @@ def _usual_sizes(examples: Sequence[Example], size: int, accumulate: int, rows: 
 def split(
   examples: Sequence[Example], eval_fraction: float, seed: int = 0
 ) -> tuple[list[Example], list[Example]]:
-  """Training and held-out examples; all examples of one prompt fall on the same side."""
-  prompts = list(dict.fromkeys(example.prompt.tobytes() for example in examples))
-  held = round(eval_fraction * len(prompts))
-  if eval_fraction > 0 and not 0 < held < len(prompts):
+  """Training and held-out examples; all examples of one prompt fall on the same side.
+
+  Where all have the same prompt (texts that follow BOS alone) they are split one by one.
+  """
+  keys: list[bytes | int] = [example.prompt.tobytes() for example in examples]
+  what = "distinct prompts"
+  if len(set(keys)) < 2:
+    keys, what = list(range(len(examples))), "rows"
+  units = list(dict.fromkeys(keys))
+  held = round(eval_fraction * len(units))
+  if eval_fraction > 0 and not 0 < held < len(units):
     raise UserError(
-      f"eval fraction {eval_fraction} of {len(prompts)} distinct prompts leaves one side empty"
+      f"eval fraction {eval_fraction} of {len(units)} {what} leaves one side empty; set"
+      " data.eval_fraction=0 to hold nothing out, or name held-out rows by data.eval_path"
     )
-  order = np.random.default_rng(seed).permutation(len(prompts))
-  away = {prompts[i] for i in order[:held]}
-  train = [example for example in examples if example.prompt.tobytes() not in away]
-  return train, [example for example in examples if example.prompt.tobytes() in away]
+  order = np.random.default_rng(seed).permutation(len(units))
+  away = {units[i] for i in order[:held]}
+  pairs = list(zip(keys, examples, strict=True))
+  train = [example for key, example in pairs if key not in away]
+  return train, [example for key, example in pairs if key in away]

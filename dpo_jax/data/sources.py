@@ -12,6 +12,7 @@ import functools
 import gzip
 import json
 import pathlib
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ def read_rows(path: str | pathlib.Path) -> Iterator[tuple[str, Row]]:
           raise UserError(f"{where}: a row is a JSON object with named fields, not {_show(row)}")
         empty = False
         yield where, row
-  except (EOFError, gzip.BadGzipFile) as error:
+  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
     raise UserError(f"{path}: broken gzip ({error}); fetch the file again") from None
   if empty:
     raise UserError(f"{path} holds no rows")
@@ -207,6 +208,21 @@ def _ids(row: Row, field: str) -> list[int]:
   if not isinstance(value, list) or not all(type(x) is int and 0 <= x < 2**31 for x in value):
     raise UserError(f"field {field} is {_show(value)}, not a list of token ids")
   return value
+
+
+def read_prompt(row: Row) -> str | Messages:
+  """The `prompt` of a row to sample from.
+
+  Raises:
+    UserError: it is neither text nor messages, is empty, or is no Unicode.
+  """
+  prompt = row.get("prompt")
+  if not prompt or not isinstance(prompt, (str, list)):
+    raise UserError("field 'prompt' must be a text or a list of messages")
+  try:
+    return _valid(prompt) if isinstance(prompt, str) else _messages(prompt, "prompt", role="user")
+  except RowError as error:
+    raise UserError(f"field 'prompt': {error}") from None
 
 
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "bot": "assistant"}

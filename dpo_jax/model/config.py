@@ -9,6 +9,7 @@ no error.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from dpo_jax.structs import UserError
@@ -94,6 +95,22 @@ class ModelConfig:
       )
     if self.positions == "rotary" and self.head_width % 2:
       raise UserError(f"model head width {self.head_width} is odd; rotary positions need it even")
+    numbers = {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta}
+    if self.rope_scaling is not None:
+      numbers |= {k: v for k, v in vars(self.rope_scaling).items() if k != "kind"}
+    for name, value in numbers.items():
+      if not _is_number(value) or not 0 < value < math.inf:
+        raise UserError(f"model {name} is {value!r}; it must be a finite number above 0")
+    scaling = self.rope_scaling
+    if scaling and scaling.kind == "llama3" and not scaling.low_factor < scaling.high_factor:
+      raise UserError(
+        f"model low_factor is {scaling.low_factor} and high_factor {scaling.high_factor};"
+        " the second must be above the first"
+      )
+
+
+def _is_number(value: object) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 # Names of activations on disk and here. "gelu" there is the exact one.
@@ -199,6 +216,12 @@ class _Fields:
       raise UserError(f"config.json: {name} is {value!r}; it must be a whole number")
     return value
 
+  def number(self, name: str, default: float) -> float:
+    value = self.get(name, default)
+    if not _is_number(value):
+      raise UserError(f"config.json: {name} is {value!r}; it must be a number")
+    return float(value)
+
   def activation(self, name: str, default: str) -> str:
     value = self.get(name, default)
     if value not in _ACTIVATIONS:
@@ -225,10 +248,15 @@ class _Fields:
 
 def _rope(fields: _Fields) -> tuple[float, RopeScaling | None]:
   """Base and stretch of rotary positions, from the older fields or from `rope_parameters`."""
-  scaling = dict(fields.get("rope_scaling") or {})
-  scaling |= fields.get("rope_parameters") or {}
-  theta = float(scaling.pop("rope_theta", None) or fields.get("rope_theta", 10000.0))
-  fields.get("rope_theta")
+  scaling: dict[str, Any] = {}
+  for name in ("rope_scaling", "rope_parameters"):
+    given = fields.get(name, {})
+    if not isinstance(given, dict):
+      raise UserError(f"config.json: {name} is {given!r}; it must be an object or null")
+    scaling |= given
+  theta = fields.number("rope_theta", 10000.0)
+  inner = scaling.pop("rope_theta", None)
+  theta = theta if inner is None else inner
   kind = scaling.pop("rope_type", None) or scaling.get("type") or "default"
   scaling.pop("type", None)
   known = {
@@ -277,7 +305,7 @@ def _llama_from(fields: _Fields) -> ModelConfig:
     mlp_width=fields.size("intermediate_size"),
     max_positions=fields.size("max_position_embeddings", 2048),
     norm="rms",
-    norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
+    norm_eps=fields.number("rms_norm_eps", 1e-6),
     positions="rotary",
     activation=fields.activation("hidden_act", "silu"),
     gated=True,
@@ -287,7 +315,7 @@ def _llama_from(fields: _Fields) -> ModelConfig:
     tied=bool(fields.get("tie_word_embeddings", False)),
     rope_theta=theta,
     rope_scaling=scaling,
-    init_std=float(fields.get("initializer_range", 0.02)),
+    init_std=fields.number("initializer_range", 0.02),
     **_special_ids(fields.fields),
   )
 
@@ -305,7 +333,7 @@ def _gpt2_from(fields: _Fields) -> ModelConfig:
     mlp_width=fields.size("n_inner", 4 * width),
     max_positions=fields.size("n_positions", 1024),
     norm="layer",
-    norm_eps=float(fields.get("layer_norm_epsilon", 1e-5)),
+    norm_eps=fields.number("layer_norm_epsilon", 1e-5),
     positions="learned",
     activation=fields.activation("activation_function", "gelu_new"),
     gated=False,
@@ -313,7 +341,7 @@ def _gpt2_from(fields: _Fields) -> ModelConfig:
     out_bias=True,
     mlp_bias=True,
     tied=bool(fields.get("tie_word_embeddings", True)),
-    init_std=float(fields.get("initializer_range", 0.02)),
+    init_std=fields.number("initializer_range", 0.02),
     **_special_ids(fields.fields),
   )
 

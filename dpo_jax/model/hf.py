@@ -179,7 +179,10 @@ def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
   if (path / WEIGHTS).is_file():
     return [path / WEIGHTS]
   if (path / INDEX).is_file():
-    shards = sorted(set(_read_json(path / INDEX).get("weight_map", {}).values()))
+    shard_of = _read_json(path / INDEX).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(x, str) for x in shard_of.values()):
+      raise UserError(f"{path / INDEX} maps no tensors to files (weight_map); copy it again")
+    shards = sorted(set(shard_of.values()))
     for shard in shards:
       if pathlib.PurePath(shard).name != shard:
         raise UserError(f"{path / INDEX} names {shard!r}, which is not a file of the folder")
@@ -245,6 +248,11 @@ def _fill(
     raise UserError(
       f"{path}: tensor {name} is {array.dtype}; quantised weights are not supported, use the "
       "model's floating-point weights"
+    )
+  if not np.isfinite(array).all():
+    raise UserError(
+      f"{path}: tensor {name} holds numbers that are not finite; a model that diverged cannot be "
+      "used, take an earlier one"
     )
   array = array.T if tensor.transposed else array
   for view, part in zip(views, np.split(array, np.cumsum(widths)[:-1], axis=-1), strict=True):
