@@ -59,7 +59,7 @@ def _supervised(config: ConfigDict) -> None:
 def _preferences(config: ConfigDict) -> None:
   config.model.path = f"{TASK}/sft/export"
   config.data.path = f"{TASK}/pairs.jsonl"
-  config.loss = defaults.loss("sigmoid", beta=2.0)
+  config.loss = defaults.loss("sigmoid", beta=2.5)
   config.optimizer.learning_rate = 4e-3
   config.optimizer.schedule = "cosine"
   config.optimizer.warmup_steps = 20

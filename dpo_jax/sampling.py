@@ -229,7 +229,7 @@ def _sample(
 def _keys(seed: Array, batch: Batch) -> Array:
   """A random key a row, of (seed, prompt index, sample index): [R]."""
   fold = jax.random.fold_in
-  key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+  key = jax.random.wrap_key_data(jnp.asarray(seed), impl="threefry2x32")
   of_prompt = jax.vmap(fold, (None, 0))(key, batch.prompt_N)
   of_sample = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(of_prompt, batch.sample_S)
   return of_sample.reshape(-1)

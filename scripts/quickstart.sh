@@ -40,7 +40,7 @@ main() {
 
   step 5 "What came out, against the best that is possible"
   run python scripts/evaluate.py --model="$dir/dpo/export" --reference="$dir/sft/export" \
-    --data="$dir/eval_pairs.jsonl" --beta=2 --reward=controlled \
+    --data="$dir/eval_pairs.jsonl" --beta=2.5 --reward=controlled \
     --prompts="$dir/task/eval_prompts.jsonl" --out="$dir/summary.json" --seed="$seed" \
     --started="$started"
 }

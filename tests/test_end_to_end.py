@@ -296,7 +296,7 @@ def test_another_configuration_in_the_same_folder_is_refused(task, straight):
   before = (straight / "metrics.jsonl").read_bytes()
   config = dpo_config(task)
   config.loss.beta = 0.7
-  with pytest.raises(UserError, match=r"loss\.beta was 2\.0, now 0\.7"):
+  with pytest.raises(UserError, match=r"loss\.beta was 2\.5, now 0\.7"):
     train.execute(config, straight)
   assert (straight / "metrics.jsonl").read_bytes() == before
 

@@ -390,9 +390,7 @@ def test_a_failed_write_leaves_the_older_file_and_nothing_beside_it(tmp_path):
 def test_prompts_that_no_model_can_read(models, tmp_path):
   path = tmp_path / "prompts.jsonl"
   path.write_text('{"prompt": "\\ud800"}\n')
-  with pytest.raises(
-    UserError, match=r"jsonl:1: field 'prompt': text is not valid Unicode"
-  ):
+  with pytest.raises(UserError, match=r"jsonl:1: field 'prompt': text is not valid Unicode"):
     draws.read_prompts(path)
   path.write_text('{"prompt": [{"role": "user"}]}\n')
   with pytest.raises(UserError, match=r"prompts.jsonl:1: .* a message is a role and a text"):
@@ -404,3 +402,21 @@ def test_prompts_that_no_model_can_read(models, tmp_path):
   (folder / "chat_template.jinja").write_text("{{ 1 | no_such }}")
   with pytest.raises(UserError, match=r"prompt 0: chat template: .*no_such"):
     draws.encode_prompts(chat.load_tokenizer(folder), [[{"role": "user", "content": "a"}]])
+
+
+@pytest.mark.parametrize("script", ["score", "evaluate", "make_pairs"])
+def test_commands_ask_where_to_write_before_they_load(tmp_path, script):
+  sampling = {"prompts": "missing", "reward": "controlled"}
+  scoring = {"data": "missing"} | ({"reference": "missing"} if script == "evaluate" else {})
+  rest = sampling if script == "make_pairs" else scoring
+  done = _run(script, model="missing", out=tmp_path, **rest)
+  assert (done.returncode, done.stderr) == (
+    1,
+    f"error: --out={tmp_path} is a folder; name a file\n",
+  )
+
+
+def test_sampling_from_bytes_that_are_no_text_is_one_line(folders):
+  done = _run("sample", model=folders(0), prompt="\udcff")
+  assert done.returncode == 1 and done.stderr.count("\n") == 1
+  assert done.stderr.startswith("error: prompt 0: text is not valid Unicode")

@@ -329,7 +329,7 @@ def split(
   keys: list[bytes | int] = [example.prompt.tobytes() for example in examples]
   what = "distinct prompts"
   if len(set(keys)) < 2:
-    keys, what = list(range(len(examples))), "rows"
+    keys, what = [*range(len(examples))], "rows"
   units = list(dict.fromkeys(keys))
   held = round(eval_fraction * len(units))
   if eval_fraction > 0 and not 0 < held < len(units):
