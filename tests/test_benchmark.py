@@ -60,7 +60,7 @@ def test_the_step_is_measured(tmp_path):
   config.parallel.devices = 1
   config.data.eval_fraction = 0.0
   config.data.path, config.model.tokenizer = benchmark.write_task(
-    tmp_path, 512, max_length=64, **config.synthetic
+    tmp_path, config.model.scratch.vocab_size, max_length=64, **config.synthetic
   )
   run, params, reference, _ = build(config, tmp_path)
   result = benchmark.measure(
