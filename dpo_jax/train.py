@@ -253,6 +253,8 @@ def prove(run: Run, params: PyTree, reference: PyTree | None) -> None:
       f" {sorted(set(micro.row_NS[~np.isfinite(policy_NS)].tolist()))[:8]}; its weights or its"
       " configuration are broken"
     )
+  example, decode = run.examples[0], run.tokenizer.decode
+  print(f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.answers[0])[:60]!r}")
   if reference is None:
     return
   reference_NS = forward(reference, first)
