@@ -10,13 +10,18 @@ the objective needs (6 a parameter and token for the policy, 2 for the reference
 tokens only); their share of this machine's own product rate is the model FLOP utilisation.
 """
 
+import sys
+
 import _root  # noqa: F401 (puts the package on the path)
 from absl import flags
 from ml_collections import config_flags
 
 from dpo_jax import cli
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/benchmark.py:b", "what is measured")
+CONFIG = config_flags.DEFINE_config_file("config", None, "what is measured")
+# Written out rather than a default of the flag, whose overrides would be parsed before `cli` runs.
+if not any(x.split("=")[0].lstrip("-") == "config" for x in sys.argv[1:]):
+  sys.argv.insert(1, "--config=configs/benchmark.py:b")
 BLOCKS = flags.DEFINE_integer("blocks", 4, "blocks that are timed", lower_bound=1)
 STEPS = flags.DEFINE_integer("block_steps", 4, "steps of a block", lower_bound=1)
 
