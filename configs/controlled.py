@@ -18,7 +18,7 @@ TASK = "runs/quickstart"
 
 
 def get_config(arg: str = "dpo"):
-  """`sft`: supervised training of the reference from nothing; `dpo`: preferences after it."""
+  """`sft`: the reference, from nothing; after it `dpo`: preferences, or `on_policy`: the reward."""
   config = defaults.get_config()
   config.data.max_length = 64
   config.data.row_length = 128
@@ -26,8 +26,10 @@ def get_config(arg: str = "dpo"):
     _supervised(config)
   elif arg == "dpo":
     _preferences(config)
+  elif arg == "on_policy":
+    _on_policy(config)
   else:
-    raise UserError(f"configs/controlled.py:{arg} is not a stage of the task; give sft or dpo")
+    raise UserError(f"configs/controlled.py:{arg} is no stage of the task: sft, dpo or on_policy")
   return config.lock()
 
 
@@ -71,3 +73,22 @@ def _preferences(config: ConfigDict) -> None:
   config.train.batch_size = 64
   config.train.epochs = 2.0
   config.eval.every = 500
+
+
+def _on_policy(config: ConfigDict) -> None:
+  config.model.path = f"{TASK}/sft/export"
+  config.data.path = f"{TASK}/task/prompts.jsonl"
+  config.data.eval_path = f"{TASK}/task/eval_prompts.jsonl"
+  config.data.row_length = 0
+  config.loss = defaults.loss("policy_gradient", beta=2.5)
+  config.on_policy.reward = "controlled"
+  config.on_policy.num = 4
+  config.on_policy.max_tokens = 32
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.schedule = "linear"
+  config.optimizer.warmup_steps = 10
+  config.optimizer.b2 = 0.98
+  config.train.batch_size = 64
+  config.train.steps = 400
+  config.eval.every = 100
+  config.eval.samples = 256

@@ -158,7 +158,7 @@ def _stepper(
 ) -> Callable[[TokenBatch], dict[str, Any]]:
   """One training step after another, each waited for."""
   executor = run.executor
-  init = functools.partial(step.init_state, tx=run.tx)
+  init = functools.partial(step.init_state, tx=run.tx, loss=run.objective.loss)
   state = executor.compile_init(init)(executor.place(params))
   placed = None if reference is None else executor.place(reference)
   compiled = executor.compile_step(

@@ -16,7 +16,17 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from dpo_jax import evaluate, logprobs, losses, optim, parallel, step
+from dpo_jax import (
+  draws,
+  evaluate,
+  logprobs,
+  losses,
+  on_policy,
+  optim,
+  parallel,
+  rewards,
+  step,
+)
 from dpo_jax.data import chat, layout, packing, pipeline
 from dpo_jax.model import config as model_configs
 from dpo_jax.model import hf, transformer
@@ -26,7 +36,11 @@ DTYPES = ("float32", "bfloat16")
 
 
 class Run(NamedTuple):
-  """A run, built: everything the loop reads and nothing that evolves."""
+  """A run, built: everything the loop reads and nothing that evolves.
+
+  On policy, `examples` are prompts (texts or messages) and `sampler` makes batches of them; else
+  it is None.
+  """
 
   workdir: pathlib.Path
   config: ConfigDict
@@ -35,8 +49,9 @@ class Run(NamedTuple):
   model: Model
   model_config: model_configs.ModelConfig
   tokenizer: chat.Tokenizer
-  examples: list[layout.Example]
+  examples: list[Any]
   held_out: list[layout.Example]
+  sampler: on_policy.Sampler | None
   batching: dict[str, Any]
   steps: int
   schedule: optax.Schedule
@@ -47,13 +62,13 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
   """Everything a run needs, cheap checks first.
 
   Returns:
-    The run, the policy's initial parameters and the reference's (None if supervised), both on
-    host, and the ledger of the data.
+    The run, the policy's initial parameters and the reference's (None if the loss reads none),
+    both on host, and the ledger of the data.
   """
   given = {k: v for k, v in config.loss.items() if k != "name" and v is not None}
-  loss_fn = losses.resolve(config.loss.name, **given)
-  supervised = config.loss.name in losses.SUPERVISED
-  beta = given.get("beta", losses.arguments(config.loss.name).get("beta", 1.0))
+  loss = losses.resolve(config.loss.name, **given)
+  sync = _sync(config.reference, loss)
+  _check_samples(config, loss)
   executor = parallel.Executor(**config.parallel)
   _check_numbers(config)
   _check_divides(config.train.batch_size, config.train.accumulate, executor.groups)
@@ -62,14 +77,36 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
   model = transformer.build(
     model_config, dtype=config.model.compute_dtype, remat=config.model.remat
   )
-  examples, held_out, ledger = _load_data(config, tokenizer, model_config, supervised)
+  rows: list[Any]
+  if config.on_policy.reward:
+    rows, held_out, ledger = _load_prompts(config, tokenizer, model_config)
+    answers = 2 if loss.kind == "pairs" else config.on_policy.num
+    # Room for the longest prompt with answers that take all they may.
+    longest = max(map(len, draws.encode_prompts(tokenizer, rows)))
+    copies = 1 if config.data.layout == "padded" else answers
+    row_length = packing.round_up(longest + copies * config.on_policy.max_tokens, 64)
+  else:
+    rows, held_out, ledger = _load_data(config, tokenizer, model_config, loss)
+    answers = len(rows[0].answers)
+    row_length = layout.fit_row_length(rows + held_out, config.data.layout)
+  batching = {
+    "layout": config.data.layout,
+    "row_length": config.data.row_length or row_length,
+    "groups": executor.groups,
+  }
   per_update = config.train.batch_size
-  steps = config.train.steps or max(1, round(config.train.epochs * len(examples) / per_update))
+  steps = config.train.steps or max(1, round(config.train.epochs * len(rows) / per_update))
   schedule_args, rest = _split(
     config.optimizer, ("learning_rate", "schedule", "warmup_steps", "final_fraction")
   )
   schedule = optim.make_schedule(total_steps=steps, **schedule_args)
-  objective = step.Objective(logprobs.make_logps_fn(model), loss_fn, supervised, beta)
+  objective = step.Objective(
+    logps_fn=logprobs.make_logps_fn(model, beyond_shorter=loss.ld_alpha),
+    loss=loss,
+    answers=answers,
+    aligned_fn=logprobs.make_aligned_fn(model, beyond_shorter=loss.ld_alpha),
+    sync=sync,
+  )
   run = Run(
     workdir=workdir,
     config=config,
@@ -78,19 +115,29 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     model=model,
     model_config=model_config,
     tokenizer=tokenizer,
-    examples=examples,
+    examples=rows,
     held_out=held_out,
-    batching={
-      "layout": config.data.layout,
-      "row_length": config.data.row_length
-      or layout.fit_row_length(examples + held_out, config.data.layout),
-      "groups": executor.groups,
-    },
+    sampler=_sampler(config, loss, model_config, tokenizer, rows, batching),
+    batching=batching,
     steps=steps,
     schedule=schedule,
     tx=optim.make_optimizer(schedule, **rest),
   )
-  return run, *_load_params(config, model_config, supervised), ledger
+  return run, *_load_params(config, model_config, loss.needs_reference), ledger
+
+
+def _sync(section: ConfigDict, loss: losses.Loss) -> step.Sync | None:
+  """How the reference follows the policy (TR-DPO), None for never."""
+  every, alpha = section.sync_every, section.sync_alpha
+  if every < 0:
+    raise UserError(f"reference.sync_every is {every}; it must be 0 (never) or a number of steps")
+  if not 0 < alpha <= 1:
+    raise UserError(f"reference.sync_alpha is {alpha}; it must lie above 0 and be 1 at most")
+  if every and not loss.needs_reference:
+    raise UserError(
+      f"reference.sync_every is {every}, but loss {loss.name!r} reads no reference; leave it 0"
+    )
+  return step.Sync(every, alpha) if every else None
 
 
 def _split(section: ConfigDict, names: tuple[str, ...]) -> tuple[dict, dict]:
@@ -106,6 +153,7 @@ def _check_numbers(config: ConfigDict) -> None:
     "eval.batch_size",
     "checkpoint.every",
     "data.eval_limit",
+    "eval.samples",
   ):
     section, field = name.split(".")
     if config[section][field] < 0:
@@ -165,7 +213,18 @@ def describe_model(
   return model_config, tokenizer
 
 
-def _load_data(config, tokenizer, model_config, supervised):
+def _check_samples(config: ConfigDict, loss: losses.Loss) -> None:
+  """Settings of on-policy training, or that the loss can do without it."""
+  if config.on_policy.reward:
+    on_policy.check(loss, **config.on_policy)
+  elif loss.samples:
+    raise UserError(
+      f"loss {loss.name!r} learns from samples of the policy itself; name a reward for them,"
+      " --config.on_policy.reward=NAME, and prompts, --config.data.path=FILE"
+    )
+
+
+def _load_data(config, tokenizer, model_config, loss):
   """Training and held-out examples, and the ledger of both."""
   data = config.data
   if not data.path:
@@ -173,7 +232,7 @@ def _load_data(config, tokenizer, model_config, supervised):
   read = functools.partial(
     pipeline.load_examples,
     tokenizer=tokenizer,
-    answers=1 if supervised else 2,
+    kind=loss.kind,
     max_length=data.max_length,
     prompt_floor=data.prompt_floor,
     truncation=data.truncation,
@@ -186,14 +245,87 @@ def _load_data(config, tokenizer, model_config, supervised):
     ledger["eval"] = {"format": form, **more.to_json()}
   else:
     examples, held_out = pipeline.split(examples, data.eval_fraction, config.seed)
+  if loss.kind == "unpaired":
+    mismatch = functools.partial(
+      pipeline.with_mismatched, max_length=data.max_length, seed=config.seed
+    )
+    examples, held_out = mismatch(examples), mismatch(held_out)
+  if loss.kind == "ranked":
+    filled = layout.fill_up(examples + held_out)
+    examples, held_out = filled[: len(examples)], filled[len(examples) :]
   held_out = held_out[: data.eval_limit]
+  for path, some in ((data.path, examples), (data.eval_path, held_out)):
+    if any(name == "odpo" for _, name, _ in loss.terms) and some and not some[0].grades:
+      raise UserError(
+        f"loss 'odpo' reads by how much the chosen answer is better, and the rows of {path} do not"
+        " say; give them a field margin, or chosen_score and rejected_score"
+      )
   if data.row_length and data.layout != "padded":
     layout.check_fits(examples + held_out, data.layout, data.row_length)
   evaluate.check_positions(examples + held_out, model_config)
   return examples, held_out, ledger
 
 
-def _load_params(config, model_config, supervised) -> tuple[PyTree, PyTree | None]:
+def _load_prompts(config, tokenizer, model_config):
+  """Prompts to sample from, held-out ones as examples without answers, and the ledger."""
+  data = config.data
+  if not data.path:
+    raise UserError("data.path is empty; name a file of prompts, --config.data.path=FILE")
+  prompts, held_out = draws.read_prompts(data.path), []
+  if data.eval_path:
+    held_out = draws.read_prompts(data.eval_path)
+  elif data.eval_fraction:
+    order = np.random.default_rng(config.seed).permutation(len(prompts))
+    away = round(data.eval_fraction * len(prompts))
+    held_out = [prompts[i] for i in order[:away]]
+    prompts = [prompts[i] for i in order[away:]]
+  if len(prompts) < config.train.batch_size:
+    raise UserError(
+      f"train.batch_size is {config.train.batch_size} and {data.path} leaves {len(prompts)} prompts"
+      " to train on; lower it or give more prompts"
+    )
+  held_out = held_out[: data.eval_limit]
+  ids = draws.encode_prompts(tokenizer, prompts + held_out)
+  longest, room = max(map(len, ids)), config.on_policy.max_tokens
+  limit = data.max_length
+  if model_config.positions == "learned":
+    limit = min(limit, model_config.max_positions)
+  if longest + room > limit:
+    raise UserError(
+      f"the longest prompt has {longest} tokens; with on_policy.max_tokens {room} that exceeds the"
+      f" window of {limit}; raise data.max_length or shorten one of them"
+    )
+  tokens = {"prompt": sum(map(len, ids)), "answer": 0, "padding": 0, "shared": 0}
+  counts = {"rows": len(ids), "pairs": len(ids), "dropped": {}, "truncated": {}}
+  examples = [
+    layout.Example(np.asarray(prompt, np.int32), (), row=row)
+    for row, prompt in enumerate(ids[len(prompts) :])
+  ]
+  return prompts, examples, {"format": "prompts", **counts, "tokens": tokens}
+
+
+def _sampler(config, loss, model_config, tokenizer, prompts, batching):
+  """What makes batches on policy; None off policy."""
+  if not config.on_policy.reward:
+    return None
+  longest = max(map(len, draws.encode_prompts(tokenizer, prompts)))
+  settings = dict(config.on_policy)
+  return on_policy.Sampler(
+    model_config=model_config,
+    tokenizer=tokenizer,
+    prompts=prompts,
+    reward=rewards.resolve(settings.pop("reward")),
+    loss=loss,
+    batch_size=config.train.batch_size,
+    accumulate=config.train.accumulate,
+    seed=config.seed,
+    width=packing.round_up(longest, 8),
+    batching=batching,
+    **settings,
+  )
+
+
+def _load_params(config, model_config, needs_reference) -> tuple[PyTree, PyTree | None]:
   """Initial parameters of policy and reference, on host, each in its own dtype."""
   if config.model.path:
     _, params = hf.load(config.model.path)
@@ -202,7 +334,7 @@ def _load_params(config, model_config, supervised) -> tuple[PyTree, PyTree | Non
   # Rounded before the reference is taken from it: both start from the very same numbers.
   params = _cast(params, config.model.param_dtype)
   reference = None
-  if not supervised:
+  if needs_reference:
     reference = params
     if config.reference.path:
       other, reference = hf.load(config.reference.path)

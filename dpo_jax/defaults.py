@@ -5,6 +5,19 @@ from ml_collections import ConfigDict, config_dict
 from dpo_jax import losses
 from dpo_jax.structs import UserError
 
+FIELDS = (
+  "prompt",
+  "chosen",
+  "rejected",
+  "completion",
+  "label",
+  "answers",
+  "scores",
+  "margin",
+  "chosen_score",
+  "rejected_score",
+)
+
 
 def section(**fields) -> ConfigDict:
   """One section of a configuration."""
@@ -31,13 +44,16 @@ def number(given: dict[str, str], key: str, default: float) -> float:
 
 
 def loss(name: str, **given) -> ConfigDict:
-  """The loss section: a name, and a place for every argument of any loss, None where not given.
+  """The loss section: a name, and a place for every argument and modifier, None where not given.
 
   So `--config.loss.name=robust --config.loss.label_smoothing=0.2` works on any configuration, and
   an argument the chosen loss does not read is an error, never silence.
   """
-  names = sorted({key for known in losses.LOSSES for key in losses.arguments(known)})
-  section = ConfigDict({"name": name} | {key: config_dict.placeholder(float) for key in names})
+  taken = {key: float for known in losses.LOSSES for key in losses.arguments(known)}
+  types = taken | losses.modifiers()
+  section = ConfigDict(
+    {"name": name} | {key: config_dict.placeholder(types[key]) for key in sorted(types)}
+  )
   section.update(given)
   return section
 
@@ -58,20 +74,29 @@ def get_config() -> ConfigDict:
       "reference": section(
         path="",  # Hugging Face folder of the reference; "" is the policy as it starts
         param_dtype="float32",
+        sync_every=0,  # steps after which the reference follows the policy (TR-DPO); 0 is never
+        sync_alpha=0.6,  # how far it goes: 1 makes it the policy, 0.6 so much of the way
       ),
       "data": section(
         path="",  # preferences (or texts, for loss sft) to train on
         eval_path="",  # held-out rows; "" sets eval_fraction of data.path aside, by prompt
         eval_fraction=0.1,
         eval_limit=512,  # at most so many held-out rows
-        fields=section(prompt="", chosen="", rejected=""),  # their names, in rows of another form
+        fields=section(**dict.fromkeys(FIELDS, "")),  # their names, in rows of another form
         max_length=512,  # tokens of a prompt and one answer together
         prompt_floor=64,  # tokens of a prompt that are never cut; cutting starts at its left
         truncation="drop",  # pairs whose answers do not fit: drop, or cut
         layout="shared",  # shared (prompt once, packed), packed, or padded
         row_length=0,  # tokens of a row; 0 is a length that suits the data
       ),
-      "loss": loss("sigmoid", beta=0.1),
+      "loss": loss("sigmoid"),
+      "on_policy": section(
+        reward="",  # a named reward or module:function; "" learns from data.path as it stands
+        num=4,  # answers sampled to a prompt of data.path, at every step
+        max_tokens=64,  # of an answer
+        temperature=1.0,
+        prefer="rank",  # pairs of the samples: rank (best, worst), or bradley_terry (by chance)
+      ),
       "optimizer": section(
         learning_rate=1e-5,
         schedule="linear",  # constant, linear or cosine, after the warm-up
@@ -89,7 +114,11 @@ def get_config() -> ConfigDict:
         batch_size=32,  # pairs of one update, over all devices and micro-batches
         accumulate=1,  # micro-batches an update is added up from
       ),
-      "eval": section(every=100, batch_size=0),  # steps (0 only at the end); pairs, 0 as in train
+      "eval": section(
+        every=100,  # steps; 0 only at the end
+        batch_size=0,  # pairs; 0 as in train
+        samples=0,  # answers sampled to held-out prompts, for KL, entropy, repetition; 0 for none
+      ),
       "checkpoint": section(every=500, keep=2),  # steps (0 only at the end); how many of the latest
       "parallel": section(mode="mesh", devices=0),  # mesh or pmap; 0 takes all devices
     }

@@ -75,6 +75,12 @@ def read_prompts(path: str | pathlib.Path) -> list[Any]:
   return prompts
 
 
+def eos_ids(config: ModelConfig, tokenizer: chat.Tokenizer) -> tuple[int, ...]:
+  """What ends an answer: the tokenizer's end token and those of the model's configuration."""
+  own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+  return tuple(dict.fromkeys((*own, *config.eos_ids)))
+
+
 def encode_prompts(tokenizer: chat.Tokenizer, prompts: Sequence[Any]) -> list[list[int]]:
   """Token ids to sample from, at least one a prompt."""
   found = []
@@ -97,11 +103,15 @@ def draw(
   max_tokens: int,
   temperature: float = 1.0,
   seed: int = 0,
+  batch_size: int = 256,
+  width: int = 0,
 ) -> Drawn:
-  """Samples `num` answers a prompt and scores them; a prompt of messages is scored as rendered."""
+  """Samples `num` answers a prompt and scores them; a prompt of messages is scored as rendered.
+
+  Arguments as those of `sampling.generate`.
+  """
   tokenizer = model.tokenizer
   prompt_ids = encode_prompts(tokenizer, prompts)
-  own_eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
   answer_ids = sampling.generate(
     model.config,
     model.params,
@@ -109,8 +119,10 @@ def draw(
     max_tokens=max_tokens,
     temperature=temperature,
     seed=seed,
-    eos_ids=tuple(dict.fromkeys((*own_eos, *model.config.eos_ids))),
+    eos_ids=eos_ids(model.config, tokenizer),
     num=num,
+    batch_size=batch_size,
+    width=width,
   )
   pairs = zip(prompts, prompt_ids, strict=True)
   texts = [prompt if isinstance(prompt, str) else tokenizer.decode(ids) for prompt, ids in pairs]

@@ -5,6 +5,7 @@ X lists prompts, S samples of a prompt.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -19,6 +20,7 @@ from dpo_jax import logprobs, losses, measures
 from dpo_jax.data import pipeline
 from dpo_jax.data.layout import Example
 from dpo_jax.draws import Drawn, LanguageModel, draw
+from dpo_jax.losses import Loss
 from dpo_jax.model import transformer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.rewards import Reward
@@ -86,19 +88,14 @@ def check_positions(examples: Sequence[Example], config: ModelConfig) -> None:
 # --- Pairs ----------------------------------------------------------------------------------------
 
 
-class Objective(NamedTuple):
-  """A loss, and the β in which implicit rewards are told."""
-
-  loss_fn: Callable[..., Any]
-  beta: float
-
-
-def objective(name: str, beta: float) -> Objective:
-  """A paired loss by name; β is handed to those that take it."""
-  if name in losses.SUPERVISED:
-    raise UserError(f"loss {name!r} sees one answer; name a loss of pairs")
-  takes = "beta" in losses.arguments(name) if name in losses.LOSSES else False
-  return Objective(losses.resolve(name, **({"beta": beta} if takes else {})), beta)
+def objective(name: str, beta: float) -> Loss:
+  """A loss of pairs by name; β is handed to those that take it, and rewards are told in it."""
+  names = [part.rpartition("*")[2].strip() for part in name.split("+")]
+  takes = any("beta" in losses.arguments(part) for part in names if part in losses.LOSSES)
+  loss = losses.resolve(name, **({"beta": beta} if takes else {}))
+  if loss.kind != "pairs":
+    raise UserError(f"loss {name!r} is not computed from pairs; name a loss of pairs")
+  return dataclasses.replace(loss, beta=beta)
 
 
 def read_pairs(
@@ -130,7 +127,7 @@ def score_rows(
   policy: LanguageModel,
   reference: LanguageModel | None,
   examples: Sequence[Example],
-  ask: Objective,
+  ask: Loss,
 ) -> list[Json]:
   """One object a pair: its data row, log-probs in nats, token counts.
 
@@ -151,21 +148,21 @@ def score_rows(
       "ref_rejected_logp": theirs.rejected_B,
       "chosen_reward": ask.beta * (ours.chosen_B - theirs.chosen_B),
       "rejected_reward": ask.beta * (ours.rejected_B - theirs.rejected_B),
-      "loss": np.asarray(ask.loss_fn(ours, theirs)),
+      "loss": np.asarray(ask(ours, theirs)),
     }
   values = zip(*(column.tolist() for column in columns.values()), strict=True)
   return [dict(zip(columns, row, strict=True)) for row in values]
 
 
 def on_pairs(
-  policy: LanguageModel, reference: LanguageModel, examples: Sequence[Example], ask: Objective
+  policy: LanguageModel, reference: LanguageModel, examples: Sequence[Example], ask: Loss
 ) -> Json:
   """Accuracy, margins and loss of held-out pairs, with intervals, as `eval_…`."""
   scores = [scorer(model.config)(model.params, examples).pairs() for model in (policy, reference)]
   estimates = measures.preference_metrics(
     *scores,
     beta=ask.beta,
-    loss_B=np.asarray(ask.loss_fn(*scores)),
+    loss_B=np.asarray(ask(*scores)),
     weight_B=np.array([example.weight for example in examples]),
   )
   return {"pairs": len(examples)} | _plain(

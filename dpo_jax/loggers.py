@@ -2,6 +2,7 @@
 
 `metrics.jsonl` holds every step exactly once, also after a kill and a resume: what was written
 past the step that training resumes from is cut off first. Evaluation joins the line of its step.
+What `alerts` makes of the metrics is printed with them, and not again after a resume.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import rich.console
 import rich.progress
 import tensorboardX
 
+from dpo_jax import alerts
 from dpo_jax.structs import UserError
 
 METRICS = "metrics.jsonl"
@@ -27,6 +29,9 @@ _SHOWN = (
   ("loss", "loss", "{:.4f}"),
   ("rewards/accuracies", "accuracy", "{:.3f}"),
   ("rewards/margins", "margin", "{:.3f}"),
+  ("reward", "reward", "{:.3f}"),
+  ("kl", "kl", "{:.2f}"),
+  ("sampled/kl", "sampled kl", "{:.2f}"),
   ("pairs_per_second", "pairs/s", "{:,.0f}"),
 )
 
@@ -64,6 +69,9 @@ class Loggers:
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     self._lines = _Lines(folder / METRICS, start_step)
+    self._watch = alerts.Watch()
+    for record in read_metrics(folder / METRICS):
+      self._watch.see_record(record)  # what it finds was said before the run stopped
     # TensorBoard hides what an earlier process wrote from purge_step on. Files are named by the
     # second; the suffix keeps two of the same second apart.
     self._events = tensorboardX.SummaryWriter(
@@ -93,6 +101,7 @@ class Loggers:
     self._lines.write(step, values)
     self._add_scalars(step, values)
     self._progress.step(step, values)
+    self._warn(step, values)
 
   def write_eval(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Records an evaluation after `step` under `eval/…`, on the line of that step."""
@@ -101,10 +110,15 @@ class Loggers:
     self._add_scalars(step, values)
     shown = {name.removeprefix("eval/"): value for name, value in values.items()}
     self.say(f"eval at step {step}  " + "  ".join(_summary(shown)))
+    self._warn(step, values)
 
   def say(self, text: str) -> None:
     """Prints a line above the progress."""
     self._console.print(text, markup=False, soft_wrap=True)
+
+  def _warn(self, step: int, values: Mapping[str, float]) -> None:
+    for alert in self._watch.see(step, values):
+      self.say(f"alert at step {step}: {alert.text}")
 
   def _add_scalars(self, step: int, values: Mapping[str, float]) -> None:
     for name, value in values.items():

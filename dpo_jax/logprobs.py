@@ -7,33 +7,60 @@ chunk's logits in the backward pass. The naive path forms every logit; it is the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.structs import Array, Head, Model, PairLogps, PyTree, TokenBatch
+from dpo_jax.structs import (
+  Array,
+  Head,
+  Model,
+  PairLogps,
+  PyTree,
+  RankedLogps,
+  TokenBatch,
+  UnpairedLogps,
+)
 
 # float32 logits alive at once in the production path: 16 MiB, whatever the vocabulary.
 HEAD_ELEMENTS = 2**22
 
 
 def logits(hidden_xD: Array, head: Head) -> Array:
-  """Scores of every vocabulary entry, float32: [..., V]."""
+  """Scores of every vocabulary entry, float32 or wider: [..., V]."""
   kernel_VD = jnp.asarray(head.kernel_VD, hidden_xD.dtype)
-  out_xV = jnp.einsum("...d,vd->...v", hidden_xD, kernel_VD, preferred_element_type=jnp.float32)
+  wide = jnp.promote_types(hidden_xD.dtype, jnp.float32)
+  out_xV = jnp.einsum("...d,vd->...v", hidden_xD, kernel_VD, preferred_element_type=wide)
   if head.bias_V is not None:
-    out_xV = out_xV + head.bias_V.astype(jnp.float32)
+    out_xV = out_xV + head.bias_V.astype(wide)
   if head.soft_cap is not None:
     out_xV = head.soft_cap * jnp.tanh(out_xV / head.soft_cap)
   return out_xV
 
 
 def token_logps(logits_xV: Array, target_x: Array) -> Array:
-  """Log-probability of each target token, in nats, float32: [...]."""
-  logits_xV = jnp.asarray(logits_xV, jnp.float32)
+  """Log-probability of each target token, in nats, float32 or wider: [...]."""
+  logits_xV = _at_least_float32(logits_xV)
   picked_x = jnp.take_along_axis(logits_xV, target_x[..., None], axis=-1)[..., 0]
   return picked_x - jax.nn.logsumexp(logits_xV, axis=-1)
+
+
+def token_alignment(logits_xV: Array, target_x: Array) -> Array:
+  """log π(y_t) - log Σ_v π(v)²: how likely a token is beside what the policy would draw, nats."""
+  logits_xV = _at_least_float32(logits_xV)
+  norm_x = jax.nn.logsumexp(logits_xV, axis=-1)
+  picked_x = jnp.take_along_axis(logits_xV, target_x[..., None], axis=-1)[..., 0]
+  return picked_x + norm_x - jax.nn.logsumexp(2 * logits_xV, axis=-1)
+
+
+def _at_least_float32(x: Array) -> Array:
+  return jnp.asarray(x, jnp.promote_types(jnp.asarray(x).dtype, jnp.float32))
+
+
+TokenFn = Callable[[Array, Array], Array]
 
 
 def naive_slot_logps(hidden_NLD: Array, head: Head, batch: TokenBatch) -> Array:
@@ -44,7 +71,12 @@ def naive_slot_logps(hidden_NLD: Array, head: Head, batch: TokenBatch) -> Array:
 
 
 def slot_logps(
-  hidden_NLD: Array, head: Head, batch: TokenBatch, *, head_elements: int = HEAD_ELEMENTS
+  hidden_NLD: Array,
+  head: Head,
+  batch: TokenBatch,
+  *,
+  head_elements: int = HEAD_ELEMENTS,
+  token_fn: TokenFn = token_logps,
 ) -> Array:
   """Summed log-prob of every slot, the head run at scored tokens only: [N, S], nats.
 
@@ -56,9 +88,10 @@ def slot_logps(
     head: the unembedding.
     batch: rows; `scored_GM` says where the head runs.
     head_elements: logits alive at once in one group.
+    token_fn: what is summed over the tokens of a slot; their log-prob unless given.
 
   Returns:
-    logps_NS: float32, zero in empty slots.
+    logps_NS: float32 or wider, zero in empty slots.
   """
   groups, scored = batch.scored_GM.shape
   rows, slots = batch.weight_NS.shape
@@ -71,9 +104,9 @@ def slot_logps(
   vocab = head.kernel_VD.shape[0]
   chunks = -(-scored * vocab // head_elements)
   if chunks <= 1:
-    logps_GM = token_logps(logits(hidden_GMD, head), target_GM)
+    logps_GM = token_fn(logits(hidden_GMD, head), target_GM)
   else:
-    logps_GM = _chunked(hidden_GMD, head, target_GM, min(chunks, scored))
+    logps_GM = _chunked(hidden_GMD, head, target_GM, min(chunks, scored), token_fn)
 
   row_NL = jnp.broadcast_to(jnp.arange(rows)[:, None] % (rows // groups), batch.slot_NL.shape)
   owner_GM = pick(row_NL * slots + batch.slot_NL)
@@ -81,7 +114,9 @@ def slot_logps(
   return jax.vmap(sums)(logps_GM * weight_GM, owner_GM).reshape(rows, slots)
 
 
-def _chunked(hidden_GMD: Array, head: Head, target_GM: Array, chunks: int) -> Array:
+def _chunked(
+  hidden_GMD: Array, head: Head, target_GM: Array, chunks: int, token_fn: TokenFn
+) -> Array:
   """Token log-probs [G, M], `chunks` pieces in turn, each recomputed in the backward pass."""
   groups, scored = target_GM.shape
   size = -(-scored // chunks)
@@ -95,7 +130,7 @@ def _chunked(hidden_GMD: Array, head: Head, target_GM: Array, chunks: int) -> Ar
 
   @jax.checkpoint
   def one(hidden_GmD, target_Gm):
-    return token_logps(logits(hidden_GmD, head), target_Gm)
+    return token_fn(logits(hidden_GmD, head), target_Gm)
 
   logps_cGm = jax.lax.map(lambda x: one(*x), (cut(hidden_GMD), cut(target_GM)))
   return jnp.moveaxis(logps_cGm, 0, 1).reshape(groups, -1)[:, :scored]
@@ -109,23 +144,101 @@ def slot_tokens(batch: TokenBatch) -> Array:
   )
 
 
+def shorter_answer_weights(batch: TokenBatch, beyond: float) -> TokenBatch:
+  """Pairs whose answer tokens count `beyond` where the other answer has already ended (LD-DPO).
+
+  The k-th token of an answer keeps its weight if both answers have k tokens. Liu et al. 2024.
+  """
+  rows, slots = batch.weight_NS.shape
+  scored_NL = batch.weight_NL > 0
+  per_slot = lambda fn, x_NL: jax.vmap(lambda x, slot: fn(x, slot, slots))(x_NL, batch.slot_NL)
+  tokens_NS = per_slot(jax.ops.segment_sum, scored_NL.astype(jnp.int32))
+  far = jnp.iinfo(jnp.int32).max
+  first_NS = per_slot(jax.ops.segment_min, jnp.where(scored_NL, batch.position_NL, far))
+  shorter_NS = jnp.repeat(tokens_NS.reshape(-1, 2).min(axis=1), 2).reshape(rows, slots)
+  of_slot = lambda x_NS: jnp.take_along_axis(x_NS, batch.slot_NL, axis=1)
+  inside_NL = batch.position_NL - of_slot(first_NS) < of_slot(shorter_NS)
+  return batch._replace(weight_NL=batch.weight_NL * jnp.where(inside_NL, 1.0, beyond))
+
+
 LogpsFn = Callable[[PyTree, TokenBatch], Array]
 
 
-def make_logps_fn(model: Model, *, head_elements: int = HEAD_ELEMENTS) -> LogpsFn:
-  """The production path as one function: (params, batch) -> logps_NS, nats."""
+def make_logps_fn(
+  model: Model, *, head_elements: int = HEAD_ELEMENTS, beyond_shorter: float = 1.0
+) -> LogpsFn:
+  """The production path as one function: (params, batch) -> logps_NS, nats.
 
-  def logps_fn(params: PyTree, batch: TokenBatch) -> Array:
-    return slot_logps(
-      model.hidden(params, batch), model.head(params), batch, head_elements=head_elements
-    )
+  Args:
+    model: the language model.
+    head_elements: logits alive at once in one group of rows.
+    beyond_shorter: weight of answer tokens beyond the length of the pair's shorter answer.
+  """
+  both = make_aligned_fn(model, head_elements=head_elements, beyond_shorter=beyond_shorter)
+  return lambda params, batch: both(params, batch, False)[0]
 
-  return logps_fn
+
+def make_aligned_fn(
+  model: Model, *, head_elements: int = HEAD_ELEMENTS, beyond_shorter: float = 1.0
+) -> Callable[..., tuple[Array, Array | None]]:
+  """(params, batch) -> logps_NS and the mean alignment of the tokens of every slot, nats: [N, S].
+
+  The alignment carries no gradient. Arguments as in `make_logps_fn`.
+  """
+
+  def aligned_fn(params: PyTree, batch: TokenBatch, aligned: bool = True):
+    hidden_NLD, head = model.hidden(params, batch), model.head(params)
+    sums = functools.partial(slot_logps, head=head, head_elements=head_elements)
+    alignment_NS = None
+    if aligned:
+      fixed_NLD = jax.lax.stop_gradient(hidden_NLD)
+      sum_NS = sums(fixed_NLD, batch=batch, token_fn=token_alignment)
+      alignment_NS = jax.lax.stop_gradient(sum_NS / jnp.maximum(slot_tokens(batch), 1.0))
+    if beyond_shorter != 1:
+      batch = shorter_answer_weights(batch, beyond_shorter)
+    return sums(hidden_NLD, batch=batch), alignment_NS
+
+  return aligned_fn
 
 
-def to_pairs(logps_NS: Array, batch: TokenBatch) -> PairLogps:
+# --- slots to what a loss reads -------------------------------------------------------------------
+
+
+class Slots(NamedTuple):
+  """What is known of every slot beside its log-probs; arrays of one shape, [..., N, S].
+
+  Attributes:
+    tokens_NS: scored tokens.
+    weight_NS: weight of the row; 0 is an empty slot.
+    grade_NS: see `TokenBatch`.
+  """
+
+  tokens_NS: Array
+  weight_NS: Array
+  grade_NS: Array
+
+
+def slots_of(batch: TokenBatch) -> Slots:
+  """The slots of a batch; with micro-batches, [A, N, S]."""
+  tokens = jax.vmap(slot_tokens) if batch.ids_NL.ndim == 3 else slot_tokens
+  return Slots(tokens(batch), batch.weight_NS, batch.grade_NS)
+
+
+def to_pairs(logps_NS: Array, slots: Slots) -> PairLogps:
   """Lists neighbouring slots as pairs: N * S / 2 of them, empty ones included (weight 0)."""
   logps_B2 = logps_NS.reshape(-1, 2)
   # An empty slot has no token; one keeps length averages finite, and its weight is zero.
-  tokens_B2 = jnp.maximum(slot_tokens(batch), 1.0).reshape(-1, 2)
+  tokens_B2 = jnp.maximum(slots.tokens_NS, 1.0).reshape(-1, 2)
   return PairLogps(logps_B2[:, 0], logps_B2[:, 1], tokens_B2[:, 0], tokens_B2[:, 1])
+
+
+def to_unpaired(logps_NS: Array) -> UnpairedLogps:
+  """Lists neighbouring slots as a judged answer and a mismatched one."""
+  logps_B2 = logps_NS.reshape(-1, 2)
+  return UnpairedLogps(logps_B2[:, 0], logps_B2[:, 1])
+
+
+def to_ranked(logps_NS: Array, slots: Slots, answers: int) -> RankedLogps:
+  """Lists runs of `answers` slots as rankings, absent answers included (weight 0)."""
+  tokens_BK = jnp.maximum(slots.tokens_NS, 1.0).reshape(-1, answers)
+  return RankedLogps(logps_NS.reshape(-1, answers), tokens_BK)

@@ -57,19 +57,85 @@ _STYLE: dict[Any, Any] = {
 _CURVES = (
   ("loss", "Loss", "nats", (("loss", "training", TRAIN),)),
   ("accuracy", "Accuracy", "share of pairs", (("rewards/accuracies", "training", TRAIN),)),
+  ("reward", "Reward of samples", "reward units", (("reward", "training", TRAIN),)),
+  (
+    "objective",
+    "Assumed objective  −r + β log π/π_ref",
+    "reward units",
+    (("objective", "training", TRAIN),),
+  ),
   (
     "rewards",
     "Implicit rewards  β log π/π_ref",
     "reward units",
-    (("rewards/chosen", "chosen", CHOSEN), ("rewards/rejected", "rejected", REJECTED)),
+    (
+      ("rewards/chosen", "chosen", CHOSEN),
+      ("rewards/rejected", "rejected", REJECTED),
+      ("rewards/desirable", "desirable", CHOSEN),
+      ("rewards/undesirable", "undesirable", REJECTED),
+      ("rewards/best", "best", CHOSEN),
+      ("rewards/rest", "rest", REJECTED),
+    ),
   ),
   ("margin", "Margin of rewards", "reward units", (("rewards/margins", "training", TRAIN),)),
+  (
+    "margin_by_length",
+    "Margin of rewards, by length",
+    "reward units",
+    (
+      ("margins/chosen_longer", "chosen longer", TRAIN),
+      ("margins/chosen_shorter", "chosen shorter", EVAL),
+    ),
+  ),
+  (
+    "drift",
+    "Drift of the answers  log π/π_ref",
+    "nats a token",
+    (("drift/chosen", "chosen", CHOSEN), ("drift/rejected", "rejected", REJECTED)),
+  ),
+  (
+    "both_fell",
+    "Pairs whose answers both lost probability",
+    "share of pairs",
+    (("drift/both_fell", "training", TRAIN),),
+  ),
+  (
+    "pair_mass",
+    "Probability of the pair, against π_ref",
+    "log ratio, nats",
+    (("drift/pair_mass", "training", TRAIN),),
+  ),
   (
     "logps",
     "Log-probability of the answers",
     "nats an answer",
-    (("logps/chosen", "chosen", CHOSEN), ("logps/rejected", "rejected", REJECTED)),
+    (
+      ("logps/chosen", "chosen", CHOSEN),
+      ("logps/rejected", "rejected", REJECTED),
+      ("logps/desirable", "desirable", CHOSEN),
+      ("logps/undesirable", "undesirable", REJECTED),
+      ("logps/best", "best", CHOSEN),
+      ("logps/rest", "rest", REJECTED),
+    ),
   ),
+  (
+    "kl",
+    "Distance of answers from the reference",
+    "log π/π_ref, nats an answer",
+    (("kl", "training", TRAIN), ("sampled/kl", "sampled", CHOSEN)),
+  ),
+  ("entropy", "Entropy of sampled answers", "nats a token", (("sampled/entropy", "", TRAIN),)),
+  (
+    "diversity",
+    "Sampled answers",
+    "share",
+    (
+      ("sampled/distinct_2", "distinct bigrams", CHOSEN),
+      ("sampled/repetition", "repeated 4-grams", REJECTED),
+      ("sampled/ended", "ended", MUTED),
+    ),
+  ),
+  ("length", "Length of sampled answers", "tokens", (("sampled/tokens", "", TRAIN),)),
   ("grad_norm", "Norm of the gradient, before clipping", "", (("grad_norm", "training", TRAIN),)),
   ("learning_rate", "Learning rate", "", (("learning_rate", "training", MUTED),)),
   ("speed", "Speed", "a second", (("pairs_per_second", "pairs", MUTED),)),
@@ -80,7 +146,8 @@ def curves(records: Records) -> dict[str, Figure]:
   """One figure for each quantity that the metrics of a run hold, by file name."""
   figures = {}
   for name, title, unit, lines in _CURVES:
-    present = [line for line in lines if _series(records, line[0])[0].size]
+    either = lambda metric: (_series(records, name)[0].size for name in (metric, f"eval/{metric}"))
+    present = [line for line in lines if any(either(line[0]))]
     if not present:
       continue
     with _styled(title, unit, "step") as (figure, ax):
@@ -91,33 +158,48 @@ def curves(records: Records) -> dict[str, Figure]:
 
 
 def _draw_lines(ax: Axes, records: Records, lines: Sequence[tuple[str, str, str]]) -> None:
+  """Training as lines, held-out values as points; where there are several, these are dashed."""
   several = len(lines) > 1
+  points: dict[str, Any] = {
+    "marker": "o",
+    "markersize": 4.5,
+    "markeredgecolor": "white",
+    "markeredgewidth": 0.8,
+    "linewidth": 1.2,
+    "clip_on": False,
+    "zorder": 3,
+  }
+  dashed = points | {"linestyle": (0, (4, 2))}
+  beside = False
   for metric, label, color in lines:
-    steps, values = _series(records, metric)
-    smooth = smoothed(values)
-    if metric != "learning_rate" and len(values) > 20:
-      ax.plot(steps, values, color=color, alpha=0.18, linewidth=0.8)
-      ax.plot(steps, smooth, color=color, label=label)
-    else:
-      ax.plot(steps, values, color=color, label=label)
+    steps, trained = _series(records, metric)
+    if metric != "learning_rate" and len(trained) > 20:
+      ax.plot(steps, trained, color=color, alpha=0.18, linewidth=0.8)
+      ax.plot(steps, smoothed(trained), color=color, label=label)
+    elif trained.size:
+      ax.plot(steps, trained, color=color, label=label)
     steps, values = _series(records, f"eval/{metric}")
-    if values.size:
-      ax.plot(
-        steps,
-        values,
-        color=color if several else EVAL,
-        label=f"{label}, held out" if several else "held out",
-        marker="o",
-        markersize=4.5,
-        markeredgecolor="white",
-        markeredgewidth=0.8,
-        linewidth=1.2,
-        linestyle=(0, (4, 2)) if several else "-",
-        clip_on=False,
-        zorder=3,
-      )
+    if not values.size:
+      continue
+    if not trained.size:
+      ax.plot(steps, values, color=color, label=label, **points)
+    elif several:
+      ax.plot(steps, values, color=color, **dashed)
+      beside = True
+    else:
+      ax.plot(steps, values, color=EVAL, label="held out", **points)
+  if beside:
+    ax.plot([], [], color=MUTED, label="held out", **dashed)
   if len(ax.get_legend_handles_labels()[0]) > 1:
-    ax.legend(loc="best", ncols=2 if several else 1)
+    if several:  # in a row above the curves, which fill the rest
+      bottom, top = ax.get_ylim()
+      ax.set_ylim(bottom, top + 0.18 * (top - bottom))
+    ax.legend(
+      loc="upper left" if several else "best",
+      ncols=3 if several else 1,
+      columnspacing=1.2,
+      handlelength=1.6,
+    )
 
 
 def _draw_marks(ax: Axes, records: Records, name: str) -> None:
@@ -125,9 +207,9 @@ def _draw_marks(ax: Axes, records: Records, name: str) -> None:
   if name == "accuracy":
     ax.axhline(0.5, color=MUTED, linewidth=1, linestyle=":")
     ax.set_ylim(min(0.4, ax.get_ylim()[0]), max(1.0, min(1.02, ax.get_ylim()[1])))
-  if name in ("margin", "rewards"):
+  if name in ("margin", "rewards", "margin_by_length", "drift", "pair_mass"):
     ax.axhline(0, color=MUTED, linewidth=1, linestyle=":")
-  if name == "speed":
+  if name in ("speed", "entropy", "diversity", "length"):
     ax.set_ylim(bottom=0)
   if name == "loss" and _series(records, "rewards/margins")[0].size:
     steps, values = _series(records, "eval/loss")

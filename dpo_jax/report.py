@@ -10,10 +10,11 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dpo_jax import loggers, plots, workdirs
+from dpo_jax import alerts, loggers, plots, workdirs
 from dpo_jax.structs import UserError
 
 _STYLE = pathlib.Path(__file__).with_name("report.css")
@@ -39,11 +40,14 @@ def write(folder: str | os.PathLike[str]) -> pathlib.Path:
     raise UserError(f"{folder} holds no metrics.jsonl and no summary.json; name a --workdir")
   (folder / "plots").mkdir(exist_ok=True)
   name = folder.resolve().name
+  named = {"" if run == folder else run.name: run for run in runs}
+  records = {key: loggers.read_metrics(run / loggers.METRICS) for key, run in named.items()}
   parts = [f"<header><h1>{_e(name)}</h1><p>a run of dpo_jax</p></header>"]
+  parts += _alerts_section(records)
   if summary is not None:
     parts += _summary_section(summary, folder / "plots")
-  for run in runs:
-    parts += _run_section(run, folder / "plots", "" if run == folder else run.name)
+  for key, run in named.items():
+    parts += _run_section(run, records[key], folder / "plots", key)
   workdirs.write(folder / "report.html", _page(name, parts))
   return folder / "report.html"
 
@@ -59,12 +63,32 @@ def _read_json(path: pathlib.Path) -> Any:
   return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
+# ---------------------------------------------------------------------------- alerts
+
+
+def _alerts_section(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+  """What went wrong in any of the runs, when, and what helps."""
+  found = [(run, alert) for run, lines in records.items() for alert in alerts.scan(lines)]
+  if not found:
+    return
+  yield '<section class="alerts"><h2>Alerts</h2><ul>'
+  for run, (step, name, text) in found:
+    where = f"{run}, step {step:,}" if run else f"step {step:,}"
+    marked = re.sub(r"--config[\w.=]*\w", r"<code>\g<0></code>", _e(text))
+    yield f"<li><b>{_e(name)}</b> <em>{_e(where)}</em><p>{marked}</p></li>"
+  yield "</ul></section>"
+
+
 # ---------------------------------------------------------------------------- one run
 
 
-def _run_section(run: pathlib.Path, plots_folder: pathlib.Path, name: str) -> Iterator[str]:
+def _run_section(
+  run: pathlib.Path,
+  records: Sequence[Mapping[str, Any]],
+  plots_folder: pathlib.Path,
+  name: str,
+) -> Iterator[str]:
   """Numbers, curves, ledger and configuration of one run; its plots are named after it."""
-  records = loggers.read_metrics(run / loggers.METRICS)
   config, ledger = _read_json(run / "config.json"), _read_json(run / "data.json")
   loss = (config or {}).get("loss", {}).get("name")
   title = " · ".join(filter(None, [name or "Training", f"loss {loss}" if loss else ""]))
@@ -98,6 +122,8 @@ def _run_numbers(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, s
       tiles.append((f"{label}, held out", form.format(held_out), note))
     elif training is not None:
       tiles.append((label, form.format(training), "last training step"))
+  if (kl := last("eval/sampled/kl")) is not None:
+    tiles.append(("KL(π ‖ π_ref) of samples", f"{kl:.2f}", "nats an answer"))
   if speeds:
     unit = "pairs" if last("rewards/margins") is not None else "texts"
     tiles.append((f"{unit} a second", f"{speeds[len(speeds) // 2]:,.0f}", "median step"))

@@ -49,6 +49,7 @@ def generate(
   eos_ids: Sequence[int] = (),
   num: int = 1,
   batch_size: int = 256,
+  width: int = 0,
   dtype: str = "float32",
 ) -> list[list[Ids]]:
   """Samples `num` answers to every prompt.
@@ -64,12 +65,16 @@ def generate(
     eos_ids: an answer ends with the first of these.
     num: answers a prompt.
     batch_size: rows generated at once.
+    width: at least the longest prompt's tokens: every batch is filled up to it and to its full
+      size, so that all calls share one compiled shape; 0 chooses few shapes that suit the prompts.
     dtype: of activations and cache.
 
   Returns:
     ids[prompt][sample], the end token included where it was produced.
   """
   _check(config, prompts, max_tokens, temperature, top_k, top_p, num, batch_size)
+  if width and width < max(map(len, prompts), default=0):
+    raise ValueError(f"width is {width} and the longest prompt has {max(map(len, prompts))} tokens")
   if not 0 <= seed < 2**64:
     raise UserError(f"seed is {seed}; it must be 0 or more and below 2**64")
   params = jax.tree.map(jnp.asarray, params)
@@ -97,7 +102,7 @@ def generate(
 
   # A step of the loop is too small for two cores; two batches at a time are not.
   with futures.ThreadPoolExecutor(max_workers=2) as pool:
-    for batch, out_RT in pool.map(run, _batches(prompts, num, batch_size)):
+    for batch, out_RT in pool.map(run, _batches(prompts, num, batch_size, width)):
       _collect(answers, batch, out_RT)
   return answers
 
@@ -128,16 +133,18 @@ class Batch(NamedTuple):
   sample_S: Array
 
 
-def _batches(prompts: Sequence[Sequence[int]], num: int, batch_size: int) -> Iterator[Batch]:
+def _batches(
+  prompts: Sequence[Sequence[int]], num: int, batch_size: int, fixed: int
+) -> Iterator[Batch]:
   """Prompts of like length together, in few shapes; shapes do not depend on the other prompts."""
-  widths = np.array([_round_up(len(prompt)) for prompt in prompts])
+  widths = np.array([fixed or _round_up(len(prompt)) for prompt in prompts])
   samples = min(num, batch_size)
   rows = max(1, batch_size // samples)
   for width in np.unique(widths):
     (members,) = np.nonzero(widths == width)
     for start in range(0, len(members), rows):
       chosen = members[start : start + rows]
-      size = min(rows, _power_of_two(len(chosen)))
+      size = rows if fixed else min(rows, _power_of_two(len(chosen)))
       ids_NL = np.zeros((size, width), np.int32)
       lengths_N = np.ones(size, np.int32)
       prompt_N = np.full(size, -1, np.int32)

@@ -1,7 +1,9 @@
 """One training step as one pure function; `parallel` decides what compiles it.
 
-The reference is an argument, read and never written. Losses are normalised by counts of the whole
-batch, taken before the gradient, so micro-batches, shards and ragged rows add up exactly.
+The reference is an argument, read and never written. A loss is a function of log-probs, so its
+gradient is taken in two parts: first with respect to the log-probs, where the loss may see the
+whole batch, then of the log-probs with respect to the parameters, a micro-batch at a time. Losses
+are divided by counts of the global batch, so micro-batches, shards and ragged rows add up exactly.
 """
 
 from __future__ import annotations
@@ -14,15 +16,37 @@ import jax.numpy as jnp
 import optax
 
 from dpo_jax import logprobs, metrics
-from dpo_jax.structs import Array, PairLogps, PyTree, TokenBatch
+from dpo_jax.logprobs import Slots
+from dpo_jax.losses import Loss
+from dpo_jax.structs import Array, PyTree, TokenBatch
 
 
 class TrainState(NamedTuple):
-  """All that evolves, and all that a checkpoint holds of the training state."""
+  """All that evolves, and all that a checkpoint holds of the training state.
+
+  Attributes:
+    step: updates made.
+    params: the policy.
+    opt_state: of the optimiser.
+    memory: running means that the loss reads (bco_pair's δ, kto's KL); empty for most.
+    reference: the reference, if it follows the policy (TR-DPO); otherwise None, and never here.
+  """
 
   step: Array
   params: PyTree
   opt_state: PyTree
+  memory: dict[str, Array]
+  reference: PyTree | None = None
+
+
+class Sync(NamedTuple):
+  """TR-DPO: every so many steps the reference becomes α π + (1-α) π_ref, in parameters.
+
+  α = 1 is the hard update, below 1 the soft one. Gorbatovski et al. 2024, eq. 4 and 5.
+  """
+
+  every: int
+  alpha: float
 
 
 class Objective(NamedTuple):
@@ -30,54 +54,86 @@ class Objective(NamedTuple):
 
   Attributes:
     logps_fn: (params, batch) -> logps_NS, nats.
-    loss_fn: (policy, reference) -> loss_B.
-    supervised: one answer a slot, no reference, averaged over tokens; otherwise pairs.
-    beta: reward units per nat, for the reported rewards.
+    loss: from `losses.resolve`.
+    answers: K, slots of a row of data: 1 for text, 2 for pairs and unpaired rows.
+    aligned_fn: (params, batch) -> logps_NS and alignment_NS; for a loss weighted by WPO.
+    sync: how the reference follows the policy; None if it does not.
   """
 
   logps_fn: logprobs.LogpsFn
-  loss_fn: Callable[[PairLogps, PairLogps | None], Array]
-  supervised: bool
-  beta: float
+  loss: Loss
+  answers: int = 2
+  aligned_fn: Callable[..., tuple[Array, Array]] | None = None
+  sync: Sync | None = None
 
 
-def init_state(params: PyTree, tx: optax.GradientTransformation) -> TrainState:
-  """Step 0 of a run from its initial parameters."""
-  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+def init_state(
+  params: PyTree, tx: optax.GradientTransformation, loss: Loss | None = None
+) -> TrainState:
+  """Step 0 of a run from its initial parameters; a reference that follows is put in afterwards."""
+  start = {key: jnp.float32(value) for key, value in (loss.memory if loss else {}).items()}
+  return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), start)
+
+
+# --- from log-probs to losses and metrics ---------------------------------------------------------
 
 
 def batch_sums(
-  objective: Objective, logps_NS: Array, reference_NS: Array | None, batch: TokenBatch
+  objective: Objective,
+  logps_NS: Array,
+  reference_NS: Array | None,
+  slots: Slots,
+  memory: dict[str, Array] | None = None,
+  alignment_NS: Array | None = None,
 ) -> tuple[metrics.Sums, Array]:
-  """Loss and metrics of one batch as sums, and which slots have a loss that is not finite.
+  """Loss and metrics of some slots as sums with counts, and which slots have a loss not finite.
 
-  The loss of an empty slot is finite and its weight zero.
+  The loss of an empty slot is finite and its weight zero. Leading axes of slots may be joined:
+  any [N, S] whose rows hold runs of K slots will do.
   """
-  if objective.supervised:
-    weight_B = batch.weight_NS.reshape(-1)
-    policy = PairLogps(logps_NS.reshape(-1), jnp.zeros(()))
-    loss_B = objective.loss_fn(policy, None)
-    sums = metrics.sequence_sums(policy.chosen_B, loss_B, weight_B)
-    bad_NS = ~jnp.isfinite(loss_B).reshape(batch.weight_NS.shape)
+  loss, answers = objective.loss, objective.answers
+  by = lambda x_NS: x_NS.reshape(-1, answers)
+  weight_BK, grade_BK = by(slots.weight_NS), by(slots.grade_NS)
+  weight_B = weight_BK[:, 0]
+  supplied = (memory or {}) | {"weight_B": weight_B}
+  if loss.kind == "text":
+    policy = logprobs.PairLogps(logps_NS.reshape(-1), jnp.zeros(()))
+    loss_B = loss(policy)
+    sums = metrics.text_sums(policy.chosen_B, slots.tokens_NS.reshape(-1), loss_B, weight_B)
+  elif loss.kind == "pairs":
+    policy = logprobs.to_pairs(logps_NS, slots)
+    reference = None if reference_NS is None else logprobs.to_pairs(reference_NS, slots)
+    loss_B = loss(policy, reference, margin_B=grade_BK[:, 0] - grade_BK[:, 1], **supplied)
+    if alignment_NS is not None:
+      # WPO: pairs the policy would hardly give itself count less. Zhou et al. 2024, eq. 3.
+      loss_B = loss_B * jnp.exp(jnp.minimum(by(alignment_NS), 0.0).sum(axis=1))
+    sums = metrics.pair_sums(policy, reference, loss_B, weight_B, loss.beta)
+  elif loss.kind == "unpaired":
+    policy, reference = logprobs.to_unpaired(logps_NS), logprobs.to_unpaired(reference_NS)
+    label_B = grade_BK[:, 0]
+    loss_B = loss(policy, reference, label_B=label_B, **supplied)
+    sums = metrics.unpaired_sums(policy, reference, loss_B, weight_B, label_B, loss.beta)
   else:
-    weight_B = batch.weight_NS.reshape(-1, 2)[:, 0]
-    policy = logprobs.to_pairs(logps_NS, batch)
-    reference = logprobs.to_pairs(reference_NS, batch)
-    loss_B = objective.loss_fn(policy, reference)
-    sums = metrics.pair_sums(policy, reference, loss_B, weight_B, objective.beta)
-    bad_NS = jnp.repeat(~jnp.isfinite(loss_B), 2).reshape(batch.weight_NS.shape)
-  return sums, bad_NS & (batch.weight_NS > 0)
+    policy = logprobs.to_ranked(logps_NS, slots, answers)
+    reference = logprobs.to_ranked(reference_NS, slots, answers)
+    present_BK = weight_BK > 0
+    loss_B = loss(policy, reference, present_BK=present_BK, reward_BK=grade_BK, **supplied)
+    reward_BK = grade_BK if loss.samples else None
+    sums = metrics.ranked_sums(
+      policy, reference, loss_B, weight_B, present_BK, loss.beta, reward_BK
+    )
+  bad_NS = jnp.repeat(~jnp.isfinite(loss_B), answers).reshape(logps_NS.shape)
+  return sums, bad_NS & (slots.weight_NS > 0)
 
 
-def loss_count(objective: Objective, batch: TokenBatch) -> Array:
-  """What the loss is averaged over: weighted tokens if supervised, weighted pairs otherwise.
+def loss_count(objective: Objective, slots: Slots) -> Array:
+  """What the loss is averaged over: weighted tokens of text, weighted rows otherwise."""
+  if objective.loss.kind == "text":
+    return jnp.sum(slots.tokens_NS * slots.weight_NS)
+  return slots.weight_NS.reshape(-1, objective.answers)[:, 0].sum()
 
-  Leading axes (micro-batches) are summed over.
-  """
-  if not objective.supervised:
-    return batch.weight_NS.sum() / 2
-  tokens = jax.vmap(logprobs.slot_tokens) if batch.ids_NL.ndim == 3 else logprobs.slot_tokens
-  return jnp.sum(tokens(batch) * batch.weight_NS)
+
+# --- the step -------------------------------------------------------------------------------------
 
 
 def train_step(
@@ -92,8 +148,8 @@ def train_step(
   """One update of the policy; `ref_params` is read and never written.
 
   Args:
-    state: the policy, its optimiser and the step number.
-    ref_params: the frozen reference; None when supervised.
+    state: the policy, its optimiser, the step number and what else evolves.
+    ref_params: the frozen reference; None where the loss reads none or the state holds it.
     batch: every array with a leading axis of micro-batches, whose gradients are added exactly.
     objective: what is minimised.
     tx: the optimiser.
@@ -106,28 +162,104 @@ def train_step(
   # psum stays outside the differentiated function: inside, pmap's gradients are device-count times
   # too large.
   total = lambda x: x if axis_name is None else jax.lax.psum(x, axis_name)
-  count = total(loss_count(objective, batch))
+  fixed = ref_params if state.reference is None else state.reference
+  slots_A = logprobs.slots_of(batch)
+  count = total(loss_count(objective, slots_A))
 
-  def micro_loss(params, micro, reference_NS):
-    logps_NS = objective.logps_fn(params, micro)
-    sums, bad_NS = batch_sums(objective, logps_NS, reference_NS, micro)
-    return sums["loss"] / count, (sums, bad_NS)
+  def slope(*parts):
+    """d loss / d logps of some slots, their sums, and which are not finite."""
+    if objective.loss.batch_wide:
+      return _globally(_slope, axis_name)(objective, count, state.memory, *parts)
+    return _slope(objective, count, state.memory, *parts)
 
-  def accumulate(grads, micro):
-    reference_NS = None
-    if not objective.supervised:
-      reference_NS = jax.lax.stop_gradient(objective.logps_fn(ref_params, micro))
-    more, (sums, bad_NS) = jax.grad(micro_loss, has_aux=True)(state.params, micro, reference_NS)
-    return jax.tree.map(jnp.add, grads, more), (sums, bad_NS)
+  def policy_fn(params, micro):
+    if objective.loss.wpo:
+      return objective.aligned_fn(params, micro)
+    return objective.logps_fn(params, micro), None
+
+  reference_ANS = None
+  if objective.loss.needs_reference:
+    forward = lambda micro: objective.logps_fn(fixed, micro)
+    reference_ANS = jax.lax.stop_gradient(jax.lax.map(forward, batch))
+  ready_A = None
+  if objective.loss.batch_wide and len(batch.ids_NL) > 1:
+    # Every micro-batch is seen before any of them is differentiated: one more forward pass.
+    logps_ANS = jax.lax.map(lambda micro: objective.logps_fn(state.params, micro), batch)
+    ready_A = _joined(slope)(logps_ANS, reference_ANS, slots_A)
+
+  def accumulate(grads, parts):
+    micro, reference_NS, slots, ready = parts
+    logps_NS, pull, alignment_NS = jax.vjp(
+      lambda params: policy_fn(params, micro), state.params, has_aux=True
+    )
+    found = slope(logps_NS, reference_NS, slots, alignment_NS) if ready is None else ready
+    (more,) = pull(found[0])
+    return jax.tree.map(jnp.add, grads, more), found[1:]
 
   zeros = jax.tree.map(jnp.zeros_like, state.params)
-  grads, (sums_A, bad_ANS) = jax.lax.scan(accumulate, zeros, batch)
+  parts = (batch, reference_ANS, slots_A, ready_A)
+  grads, (sums_A, bad_ANS) = jax.lax.scan(accumulate, zeros, parts)
   grads, sums = total((grads, jax.tree.map(lambda x_A: x_A.sum(0), sums_A)))
 
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  report = metrics.divide(sums, count) | {
-    "grad_norm": optax.tree.norm(grads),
-    "nonfinite_ANS": bad_ANS,
-  }
-  return TrainState(state.step + 1, params, opt_state), report
+  means = metrics.divide(sums)
+  following = state._replace(
+    step=state.step + 1,
+    params=params,
+    opt_state=opt_state,
+    memory=objective.loss.remember(state.memory, means),
+    reference=_followed(state, params, objective.sync),
+  )
+  return following, means | {"grad_norm": optax.tree.norm(grads), "nonfinite_ANS": bad_ANS}
+
+
+def _slope(objective, count, memory, logps_NS, reference_NS, slots, alignment_NS=None):
+  def mean_loss(logps_NS):
+    sums, bad_NS = batch_sums(objective, logps_NS, reference_NS, slots, memory, alignment_NS)
+    return sums["loss"][0] / count, (sums, bad_NS)
+
+  slope_NS, (sums, bad_NS) = jax.grad(mean_loss, has_aux=True)(logps_NS)
+  return slope_NS, sums, bad_NS
+
+
+def _globally(fn, axis_name):
+  """`fn` of the slots of all devices, of which this one keeps its own; sums are those of all.
+
+  Every device then adds the same sums and the same counts, which leaves their ratios as they are.
+  """
+  if axis_name is None:
+    return fn
+
+  def over_devices(objective, count, memory, *parts):
+    rows = len(parts[0])
+    gather = lambda x: jax.lax.all_gather(x, axis_name, tiled=True)
+    slope_NS, sums, bad_NS = fn(objective, count, memory, *jax.tree.map(gather, parts))
+    start = jax.lax.axis_index(axis_name) * rows
+    own = lambda x_NS: jax.lax.dynamic_slice_in_dim(x_NS, start, rows)
+    return own(slope_NS), sums, own(bad_NS)
+
+  return over_devices
+
+
+def _joined(fn):
+  """`fn` of all micro-batches at once; its sums are shared out so that they add up again."""
+
+  def over_micro_batches(*parts):
+    leading = parts[0].shape[:2]
+    join = lambda x_ANS: x_ANS.reshape(-1, *x_ANS.shape[2:])
+    slope_NS, sums, bad_NS = fn(*jax.tree.map(join, parts))
+    part = lambda x_NS: x_NS.reshape(*leading, *x_NS.shape[1:])
+    share = lambda x: jnp.broadcast_to(x / leading[0], leading[:1])
+    return part(slope_NS), jax.tree.map(share, sums), part(bad_NS)
+
+  return over_micro_batches
+
+
+def _followed(state: TrainState, params: PyTree, sync: Sync | None) -> PyTree | None:
+  """The reference after a step: as it was, or on a step that is due, nearer to the policy."""
+  if sync is None:
+    return state.reference
+  share = jnp.where((state.step + 1) % sync.every == 0, sync.alpha, 0.0)
+  mix = lambda new, old: (share * new + (1 - share) * old).astype(old.dtype)
+  return jax.tree.map(mix, params, state.reference)

@@ -4,7 +4,8 @@ Names of arrays end in their axes:
 
   A micro-batches of a step   B pairs               N rows of tokens     L positions of a row
   S slots of a row            G groups of rows      M scored tokens of a group
-  D width                     H query heads         K head size          V vocabulary
+  D width                     H query heads         V vocabulary
+  K answers to a prompt; in the model, head size
 
 A *slot* is one answer whose log-probability is wanted. A *group* is a run of consecutive rows that
 one device holds; scored tokens are listed a group at a time, so gathering them is never
@@ -35,6 +36,29 @@ class PairLogps(NamedTuple):
   rejected_tokens_B: Array | None = None
 
 
+class UnpairedLogps(NamedTuple):
+  """Summed log-probabilities, in nats, of B answers that were each judged by themselves.
+
+  Attributes:
+    answer_B: of the judged answer to its own prompt.
+    mismatched_B: of an answer to another prompt behind this prompt, from which the distance
+      between policy and reference is estimated.
+  """
+
+  answer_B: Array
+  mismatched_B: Array
+
+
+class RankedLogps(NamedTuple):
+  """Summed log-probabilities, in nats, of K answers to each of B prompts, best first.
+
+  Token counts as in `PairLogps`. Rows of fewer than K answers are filled up at their end.
+  """
+
+  answers_BK: Array
+  tokens_BK: Array | None = None
+
+
 class TokenBatch(NamedTuple):
   """Rows of tokens: the one layout of padded, packed and prefix-shared data.
 
@@ -53,9 +77,12 @@ class TokenBatch(NamedTuple):
     weight_NL: float32 weight of the target's log-prob in its slot's sum; 0 is not scored.
     scored_GM: int32 flat positions (row * L + column) of the scored tokens within each group's
       N / G rows; (N / G) * L, one past the end, fills what is left over.
-    weight_NS: float32 weight of the pair that the slot belongs to; 0 is an empty slot. The K slots
-      of a pair are neighbours, chosen first, so `reshape(-1, K)` of any [N, S] array lists pairs.
-    row_NS: int32 row of the data set that the slot came from; -1 is an empty slot.
+    weight_NS: float32 weight of the pair that the slot belongs to; 0 is an empty slot, or one whose
+      answer is absent because another row has more. The K slots of a pair are neighbours, chosen
+      first, so `reshape(-1, K)` of any [N, S] array lists pairs.
+    grade_NS: float32 what is known of the answer in the slot besides its order: its reward, or for
+      an answer judged by itself 1 if it is desirable and 0 if not; 0 where nothing is known.
+    row_NS: int32 row of the data set that the slot came from; -1 is an empty or absent one.
   """
 
   ids_NL: Array
@@ -67,6 +94,7 @@ class TokenBatch(NamedTuple):
   weight_NL: Array
   scored_GM: Array
   weight_NS: Array
+  grade_NS: Array
   row_NS: Array
 
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dpo_jax import cli, metrics, parallel, report, step, workdirs
+from dpo_jax import cli, draws, logprobs, metrics, parallel, probes, report, step, workdirs
 from dpo_jax.build import Run, build
 from dpo_jax.checkpoint import Checkpoints, latest_step
 from dpo_jax.data import pipeline
@@ -73,15 +73,21 @@ def train(run: Run, params: PyTree, reference: PyTree | None, claim: Callable[[]
   """
   directory = run.workdir / "checkpoints"
   start = latest_step(directory) or 0
-  init = functools.partial(step.init_state, tx=run.tx)
-  like = jax.eval_shape(init, params)
+  init = functools.partial(step.init_state, tx=run.tx, loss=run.objective.loss)
+  follows = run.objective.sync is not None  # then it is part of what evolves
+  like = jax.eval_shape(init, params)._replace(reference=reference if follows else None)
   placed = None if reference is None else run.executor.place(reference)
   if not start:
     state = run.executor.compile_init(init)(run.executor.place(params))
-    prove(run, state.params, placed)
+    prove(run, state.params, placed, _Feed(run, 0, params))
+    if follows:
+      state = state._replace(reference=placed)
+  if follows:
+    placed = None
+  feed = _Feed(run, start, params)
   del params, reference
   claim()
-  supervised = run.objective.supervised
+  supervised = run.objective.loss.kind == "text"
   checkpoints = Checkpoints(
     directory,
     keep=run.config.checkpoint.keep,
@@ -97,32 +103,31 @@ def train(run: Run, params: PyTree, reference: PyTree | None, claim: Callable[[]
     with Loggers(run.workdir, start_step=start, total_steps=run.steps) as log:
       if start:
         log.say(f"resuming after step {start} of {run.steps}")
-      state = _loop(run, state, placed, start, checkpoints, log)
+      state = _loop(run, state, placed, feed, start, checkpoints, log)
   finally:
     checkpoints.close()
   return run.executor.fetch(state.params)
 
 
-def _loop(run, state, reference, start, checkpoints, log) -> step.TrainState:
+def _loop(run, state, reference, feed, start, checkpoints, log) -> step.TrainState:
   """Steps start + 1 to the last, with evaluation and checkpoints where they fall due."""
-  stream = _stream(run, start)
   take = run.executor.compile_step(
     functools.partial(step.train_step, objective=run.objective, tx=run.tx)
   )
   judge = _Judge(run, reference)
-  if start == 0 and run.held_out:
-    log.write_eval(0, judge(state.params))
+  if start == 0 and judge.ready:
+    log.write_eval(0, judge(state))
   meter = _Meter(run, checkpoints, log)
   for index in range(start + 1, run.steps + 1):
-    batch = next(stream)
+    batch, facts = feed(index, state.params)
     state, means = take(state, reference, run.executor.place_batch(batch))
-    meter.add(index, means, batch)
-    evaluating = run.held_out and (index == run.steps or _due(index, run.config.eval.every))
+    meter.add(index, means | facts, batch)
+    evaluating = judge.ready and (index == run.steps or _due(index, run.config.eval.every))
     saving = index == run.steps or _due(index, run.config.checkpoint.every)
     if not (evaluating or saving):
       continue
     meter.flush()  # raises on a loss that is not finite, before anything is kept
-    scores = judge(state.params) if evaluating else None
+    scores = judge(state) if evaluating else None
     if scores:
       log.write_eval(index, scores)
     if saving:
@@ -131,16 +136,30 @@ def _loop(run, state, reference, start, checkpoints, log) -> step.TrainState:
   return state
 
 
-def _stream(run: Run, start: int) -> Iterator[TokenBatch]:
-  settings = run.config.train
-  return pipeline.batches(
-    run.examples,
-    batch_size=settings.batch_size,
-    accumulate=settings.accumulate,
-    seed=run.config.seed,
-    start=start,
-    **run.batching,
-  )
+class _Feed:
+  """The batch of every step: read from the data, or on policy, sampled from the policy."""
+
+  def __init__(self, run: Run, start: int, params: PyTree):
+    """`params` are the initial ones, on host, also where a run goes on after `start`."""
+    self.run = run
+    if run.sampler is not None:
+      self.sizes = run.sampler.sizes(params)
+      return
+    settings = run.config.train
+    self.stream = pipeline.batches(
+      run.examples,
+      batch_size=settings.batch_size,
+      accumulate=settings.accumulate,
+      seed=run.config.seed,
+      start=start,
+      **run.batching,
+    )
+
+  def __call__(self, index: int, params: PyTree) -> tuple[TokenBatch, dict[str, float]]:
+    """Batch of step `index`, from start + 1 on in turn, and what else is known of it."""
+    if self.run.sampler is None:
+      return next(self.stream), {}
+    return self.run.sampler.batch(index - 1, self.run.executor.single(params), self.sizes)
 
 
 def _due(index: int, every: int) -> bool:
@@ -148,32 +167,60 @@ def _due(index: int, every: int) -> bool:
 
 
 class _Judge:
-  """Held-out metrics, the reference's log-probs computed once."""
+  """Held-out metrics, and facts of samples; a frozen reference's log-probs are computed once."""
 
   def __init__(self, run: Run, reference: PyTree | None):
     settings = run.config
-    self.run = run
+    self.run, self.frozen = run, reference
+    self.probe = _probe(run)
     self.forward = run.executor.compile_forward(run.objective.logps_fn)
     size = settings.eval.batch_size or settings.train.batch_size // settings.train.accumulate
-    self.batches = []
-    if run.held_out:
+    self.batches: list[TokenBatch] = []
+    if run.held_out and run.sampler is None:
       self.batches = list(pipeline.eval_batches(run.held_out, batch_size=size, **run.batching))
-    self.reference = [None] * len(self.batches)
-    if reference is not None:
-      self.reference = [self._logps(reference, batch) for batch in self.batches]
+    self.reference = self._logps(reference)
+    self.ready = bool(self.batches or self.probe)
 
-  def _logps(self, params: PyTree, batch: TokenBatch) -> np.ndarray:
-    return self.forward(params, jax.tree.map(lambda x: x[None], batch))
+  def _logps(self, params: PyTree | None) -> np.ndarray | None:
+    """Log-probs of every slot of every batch, below each other."""
+    if params is None or not self.batches:
+      return None
+    parts = [self.forward(params, jax.tree.map(lambda x: x[None], b)) for b in self.batches]
+    return np.concatenate(parts)
 
-  def __call__(self, params: PyTree) -> dict[str, float]:
-    """Means over every held-out pair: sums and counts added over batches, divided once."""
-    sums, count = [], 0.0
-    for batch, reference in zip(self.batches, self.reference, strict=True):
-      part, _ = step.batch_sums(self.run.objective, self._logps(params, batch), reference, batch)
-      sums.append(part)
-      count += step.loss_count(self.run.objective, batch)
-    total = jax.tree.map(lambda *parts: sum(parts), *sums)
-    return {k: float(v) for k, v in metrics.divide(total, count).items()}
+  def __call__(self, state: step.TrainState) -> dict[str, float]:
+    """Means over every held-out row, all of them before the loss at once; and of samples."""
+    found = {}
+    if self.probe:
+      fixed = self.frozen if state.reference is None else state.reference
+      single = self.run.executor.single
+      found = self.probe(single(state.params), None if fixed is None else single(fixed))
+    return found | (self._means(state) if self.batches else {})
+
+  def _means(self, state: step.TrainState) -> dict[str, float]:
+    slots = jax.tree.map(lambda *x: np.concatenate(x), *map(logprobs.slots_of, self.batches))
+    followed = self._logps(state.reference)
+    reference = self.reference if followed is None else followed
+    memory = self.run.executor.fetch(state.memory)
+    sums, _ = step.batch_sums(
+      self.run.objective, self._logps(state.params), reference, slots, memory
+    )
+    return {k: float(v) for k, v in metrics.divide(sums).items()}
+
+
+def _probe(run: Run) -> probes.Probe | None:
+  """What samples answers to held-out prompts; None where none are asked for."""
+  if not run.config.eval.samples:
+    return None
+  return probes.make_probe(
+    run.model_config,
+    run.objective.logps_fn,
+    run.held_out,
+    samples=run.config.eval.samples,
+    eos_ids=draws.eos_ids(run.model_config, run.tokenizer),
+    max_tokens=run.config.on_policy.max_tokens if run.sampler else 0,
+    seed=run.config.seed,
+  )
 
 
 class _Meter:
@@ -207,7 +254,7 @@ class _Meter:
     elapsed, self.since = now - self.since, now
     if not (np.isfinite(means["loss"]) and np.isfinite(means["grad_norm"])):
       self.fail(index, means, batch, bad_ANS)
-    answers = 1 if self.run.objective.supervised else 2
+    answers = self.run.objective.answers
     self.log.write(
       index,
       {k: float(v) for k, v in means.items()}
@@ -234,7 +281,7 @@ class _Meter:
 # -- the run proves itself -----------------------------------------------------------------------
 
 
-def prove(run: Run, params: PyTree, reference: PyTree | None) -> None:
+def prove(run: Run, params: PyTree, reference: PyTree | None, feed: _Feed) -> None:
   """Checks on the first pairs that the policy is the reference and the loss what it must then be.
 
   With a reference of its own folder, or one rounded to a narrower type, the two differ: then the
@@ -243,7 +290,8 @@ def prove(run: Run, params: PyTree, reference: PyTree | None) -> None:
   Raises:
     UserError: the parts do not belong together; nothing has been trained or written yet.
   """
-  first = jax.tree.map(lambda x: x[:1], next(_stream(run, 0)))
+  batch, _ = feed(1, params)
+  first = jax.tree.map(lambda x: x[:1], batch)
   micro = jax.tree.map(lambda x: x[0], first)
   forward = run.executor.compile_forward(run.objective.logps_fn)
   policy_NS = forward(params, first)
@@ -253,15 +301,16 @@ def prove(run: Run, params: PyTree, reference: PyTree | None) -> None:
       f" {sorted(set(micro.row_NS[~np.isfinite(policy_NS)].tolist()))[:8]}; its weights or its"
       " configuration are broken"
     )
-  example, decode = run.examples[0], run.tokenizer.decode
-  print(f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.answers[0])[:60]!r}")
+  if run.sampler is None:
+    example, decode = run.examples[0], run.tokenizer.decode
+    print(f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.answers[0])[:60]!r}")
   if reference is None:
     return
   reference_NS = forward(reference, first)
-  count = step.loss_count(run.objective, micro)
-  loss = lambda x_NS: float(
-    step.batch_sums(run.objective, x_NS, reference_NS, micro)[0]["loss"] / count
-  )
+  sums = lambda x_NS: step.batch_sums(
+    run.objective, x_NS, reference_NS, logprobs.slots_of(micro), run.objective.loss.memory
+  )[0]
+  loss = lambda x_NS: float(metrics.divide(sums(x_NS))["loss"])
   found, expected = loss(policy_NS), loss(reference_NS)
   own, theirs = run.config.model.param_dtype, run.config.reference.param_dtype
   if run.config.reference.path or theirs not in (own, "float32"):

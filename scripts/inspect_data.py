@@ -4,7 +4,12 @@
   python scripts/inspect_data.py --data pairs.jsonl --model DIR --json
 
 Prompt tokens are given, answer tokens scored; neighbouring tokens have different shades. With
---json one object is printed: format, rows, pairs, dropped, truncated, tokens.
+--json one object is printed: format, rows, pairs, dropped, truncated, tokens; of judged answers
+also labels.
+
+What the rows are is told from the first: judged answers if it has a label (unpaired, for loss kto),
+ranked ones if it has a list of answers (plackett_luce), pairs if it has chosen and rejected, and
+texts otherwise (sft). --kind says what to learn from them instead: pairs serve any of these.
 """
 
 import _root  # noqa: F401 (puts the package on the path)
@@ -18,8 +23,11 @@ DATA = flags.DEFINE_list(
 MODEL = flags.DEFINE_string("model", None, "folder of the model or its tokenizer", required=True)
 ROWS = flags.DEFINE_integer("rows", 3, "rows to show", lower_bound=0)
 JSON = flags.DEFINE_bool("json", False, "print the ledger alone, as one JSON object")
-ANSWERS = flags.DEFINE_integer(
-  "answers", 2, "2 for preferences, 1 for texts to learn from", lower_bound=1, upper_bound=2
+KIND = flags.DEFINE_enum(
+  "kind",
+  None,
+  ["pairs", "text", "unpaired", "ranked"],
+  "what to learn from the rows; by default what they are",
 )
 MAX_LENGTH = flags.DEFINE_integer(
   "max_length", None, "window in tokens, prompt and one answer together", lower_bound=2
@@ -46,14 +54,16 @@ def main(_):
   if not paths:
     raise UserError("--data names no file; give one, or several separated by commas")
   tokenizer = chat.load_tokenizer(MODEL.value)
+  fields = dict(pair.split("=", 1) for pair in FIELDS.value)
+  kind = KIND.value or pipeline.detect_kind(paths[0], fields)
   examples, ledger, _ = pipeline.load_examples(
     paths,
     tokenizer,
-    answers=ANSWERS.value,
+    kind=kind,
     max_length=MAX_LENGTH.value,
     prompt_floor=PROMPT_FLOOR.value,
     truncation=TRUNCATION.value,
-    fields=dict(pair.split("=", 1) for pair in FIELDS.value),
+    fields=fields,
   )
   if JSON.value:
     print(json.dumps(ledger.to_json()))
@@ -64,7 +74,7 @@ def main(_):
 
   console = Console()
   for example in examples[: ROWS.value]:
-    console.print(view.show_example(example, tokenizer))
+    console.print(view.show_example(example, tokenizer, kind=kind))
   console.print(view.show_ledger(ledger, examples))
 
 

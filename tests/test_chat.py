@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpo_jax.data import chat, sources
-from dpo_jax.data.sources import Preference, RowError
+from dpo_jax.data.forms import Preference, RowError
 from dpo_jax.structs import UserError
 
 SHARED = ("gpt2", "qwen3", "mistral-7b-instruct-v0.3", "minimind", "stories260k")

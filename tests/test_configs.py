@@ -44,13 +44,13 @@ def test_its_loss_resolves(name):
 
 def test_the_loss_section_has_a_place_for_every_argument_of_every_loss():
   known = {key for name in losses.LOSSES for key in losses.arguments(name)}
-  assert set(defaults.loss("sigmoid")) == known | {"name"}
+  assert set(defaults.loss("sigmoid")) == known | losses.modifiers().keys() | {"name"}
 
 
 def test_every_field_is_read_by_the_training_loop():
   """A declared field that nothing reads is a setting silently ignored."""
   source = "".join((ROOT / "dpo_jax" / name).read_text() for name in ("build.py", "train.py"))
-  whole = ("parallel.", "optimizer.", "loss.", "data.fields.")  # passed on as they are
+  whole = ("parallel.", "optimizer.", "loss.", "on_policy.", "data.fields.")  # passed on as they are
   for name in fields(defaults.get_config()):
     if not name.startswith(whole):
       assert name in source or f".{name.split('.')[-1]}" in source, name
@@ -63,5 +63,5 @@ def test_a_config_opens_with_the_command_that_runs_it(path):
 
 
 def test_an_unknown_stage_is_one_line():
-  with pytest.raises(UserError, match="give sft or dpo"):
+  with pytest.raises(UserError, match="sft, dpo or on_policy"):
     controlled.get_config("rlhf")

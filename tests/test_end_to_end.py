@@ -6,13 +6,16 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from configs import controlled as controlled_config
 from configs import preferences
-from dpo_jax import train
+from dpo_jax import losses, step, train
+from dpo_jax.build import build
+from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.data import controlled, word_level
 from dpo_jax.loggers import read_metrics
 from dpo_jax.model import hf
@@ -25,6 +28,10 @@ CLOCK = ("pairs_per_second", "tokens_per_second")
 def write_rows(path: pathlib.Path, rows) -> str:
   path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
   return str(path)
+
+
+def pairs_of(folder: pathlib.Path) -> list[dict[str, str]]:
+  return [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -130,22 +137,87 @@ def test_the_export_is_the_trained_policy_and_the_reference_is_untouched(task, s
   assert moved > 1e-4
 
 
-def test_resumed_is_straight_to_the_bit(task, straight):
-  """The second half again, from the checkpoint of step 3, in a folder a kill could have left."""
-  resumed = task / "resumed"
+def resume_from_step_3(config: ConfigDict, straight: pathlib.Path) -> None:
+  """The second half again, in a folder that a kill could have left: nothing differs by a bit."""
+  resumed = straight.with_name(straight.name + "_resumed")
   shutil.copytree(straight, resumed)
   shutil.rmtree(resumed / "checkpoints" / "6")
   shutil.rmtree(resumed / "export")
-  train.execute(dpo_config(task), resumed)
-  for one, other in zip(
-    read_metrics(straight / "metrics.jsonl"), read_metrics(resumed / "metrics.jsonl"), strict=True
-  ):
-    assert {k: v for k, v in one.items() if k not in CLOCK} == {
-      k: v for k, v in other.items() if k not in CLOCK
-    }
-  assert (resumed / "export" / "model.safetensors").read_bytes() == (
-    straight / "export" / "model.safetensors"
-  ).read_bytes()
+  train.execute(config, resumed)
+  bare = lambda line: {key: value for key, value in line.items() if key not in CLOCK}
+  one, other = (read_metrics(folder / "metrics.jsonl") for folder in (straight, resumed))
+  assert list(map(bare, one)) == list(map(bare, other))
+  weights = [folder / "export" / "model.safetensors" for folder in (straight, resumed)]
+  assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_resumed_is_straight_to_the_bit(task, straight):
+  resume_from_step_3(dpo_config(task), straight)
+
+
+def test_what_evolves_beside_the_policy_resumes_too(task):
+  """A reference that follows the policy (TR-DPO) and the running δ of bco_pair, under pmap."""
+  config = dpo_config(task)
+  config.loss.update(name="0.5*sigmoid + 0.5*bco_pair", running_decay=0.5)
+  config.reference.update(sync_every=2, sync_alpha=0.6)
+  config.parallel.update(mode="pmap", devices=2)
+  train.execute(config, task / "follows")
+  run, params, reference, _ = build(config, task / "follows")
+  like = jax.eval_shape(lambda x: step.init_state(x, run.tx, run.objective.loss), params)
+  checkpoints = Checkpoints(task / "follows" / "checkpoints")
+  saved = checkpoints.restore(like._replace(reference=reference), 6)
+  checkpoints.close()
+  assert saved.memory["delta"] != 0
+  table = lambda tree: np.asarray(tree["params"]["embed"]["embedding"])
+  # Step 6 has just carried the reference most of the way to the policy.
+  gone, left = (np.abs(table(saved.params) - table(x)).max() for x in (reference, saved.reference))
+  assert 0 < left < gone
+  resume_from_step_3(config, task / "follows")
+
+
+def on_policy_config(folder: pathlib.Path) -> ConfigDict:
+  config = small(controlled_config.get_config("on_policy"))
+  config.model.path = str(folder / "sft" / "export")
+  config.data.path = str(folder / "prompts.jsonl")
+  config.data.eval_path = ""
+  config.on_policy.max_tokens = 12
+  config.data.row_length = 0
+  config.eval.samples = 8
+  config.train.batch_size = 8
+  return config
+
+
+@pytest.mark.parametrize(
+  ("name", "prefer"), [("policy_gradient", "rank"), ("sigmoid", "bradley_terry")]
+)
+def test_training_on_samples_resumes_to_the_bit(task, name, prefer):
+  """Order, samples and preferences are functions of the seed, the step and the policy."""
+  write_rows(task / "prompts.jsonl", [{"prompt": row["prompt"]} for row in pairs_of(task)])
+  config = on_policy_config(task)
+  config.loss.name = name
+  config.on_policy.prefer = prefer
+  train.execute(config, task / f"on_{name}")
+  lines = read_metrics(task / f"on_{name}" / "metrics.jsonl")
+  assert all(np.isfinite(line["reward"]) for line in lines[1:])
+  assert lines[0]["eval/sampled/kl"] == 0 and lines[-1]["eval/sampled/kl"] != 0
+  resume_from_step_3(config, task / f"on_{name}")
+
+
+@pytest.mark.parametrize("name", sorted(losses.LOSSES))
+def test_every_loss_is_reached_from_the_configuration(task, name):
+  """Built from rows such as it wants, with the value that it has while policy equals reference."""
+  config = dpo_config(task)
+  config.loss.update(name=name, beta=None)
+  rows = pairs_of(task)
+  graded = [row | {"chosen_score": 2.0, "rejected_score": 1.0} for row in rows]
+  config.data.path = write_rows(task / "graded.jsonl", graded)
+  if name == "policy_gradient":
+    config = on_policy_config(task)
+    config.data.path = write_rows(task / "p.jsonl", [{"prompt": row["prompt"]} for row in rows])
+  run, _, reference, _ = build(config, task / "never")
+  assert run.objective.loss.name == name
+  assert (reference is None) == (name in losses.FREE)
+  assert run.objective.answers == {"sft": 1, "policy_gradient": 4}.get(name, 2)
 
 
 def test_layouts_and_modes_take_the_same_steps(task, straight):

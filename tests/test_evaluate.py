@@ -256,7 +256,7 @@ def test_pairs_under_the_reference_itself(models):
 
 
 def test_a_supervised_loss_is_no_loss_of_pairs():
-  with pytest.raises(UserError, match="sees one answer"):
+  with pytest.raises(UserError, match="not computed from pairs"):
     evaluate.objective("sft", 0.1)
 
 

@@ -22,6 +22,7 @@ FLOORS = {
       "optim",
       "parallel",
       "checkpoint",
+      "alerts",
       "loggers",
       "plots",
       "report",
@@ -30,7 +31,7 @@ FLOORS = {
     {"structs", "mathematics", "model", "data"},
   ),
   "measures": (
-    {"reference", "rewards", "draws", "measures", "evaluate", "on_policy"},
+    {"rewards", "draws", "measures", "evaluate", "on_policy", "probes", "frontier", "worlds"},
     {"structs", "mathematics", "model", "data", "machinery"},
   ),
   "build": (

@@ -3,12 +3,16 @@
 import jax
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo_jax import logprobs
 from dpo_jax.data import layout, packing
 from dpo_jax.data.layout import Example, collate, truncate
 from dpo_jax.structs import TokenBatch, UserError
+
+tiny_logps = jax.jit(logprobs.make_logps_fn(tiny.MODEL))
 
 
 def ids(*values):
@@ -60,7 +64,11 @@ def read_back(batch: TokenBatch) -> dict[int, list[tuple[list[int], list[int], f
 
 def expected(some: list[Example]) -> dict:
   return {
-    e.row: [(e.prompt.tolist(), a.tolist(), float(np.float32(e.weight))) for a in e.answers]
+    e.row: [
+      (e.prompt.tolist(), answer.tolist(), float(np.float32(e.weight)))
+      for answer in e.answers
+      if len(answer)
+    ]
     for e in some
   }
 
@@ -119,6 +127,98 @@ def test_a_batch_holds_exactly_its_pairs(name, seed, size, answers, groups):
   pairs = batch.row_NS.reshape(-1, answers)
   assert (pairs == pairs[:, :1]).all()
   assert rows // groups * slots % answers == 0
+
+
+# --- fewer answers than others --------------------------------------------------------------------
+
+
+def ragged(size, seed=0, *, most=4):
+  """Examples of 1 to `most` answers, with grades."""
+  rng = np.random.default_rng(seed)
+  some = [example(rng, row, answers=int(rng.integers(1, most + 1))) for row in range(size)]
+  return [e._replace(grades=tuple(rng.normal(size=len(e.answers)).tolist())) for e in some]
+
+
+def test_absent_answers_by_hand():
+  one = Example(ids(5, 6, 7), (ids(8, 9),), 2.0, 41, (0.5,))
+  (filled,) = layout.fill_up([one], 3)
+  assert [len(answer) for answer in filled.answers] == [2, 0, 0] and filled.grades == (0.5, 0, 0)
+  assert layout.fill_up([one]) == [one] and layout.fill_up([]) == []
+  assert layout.fill_up([one._replace(grades=())], 2)[0].grades == ()
+  with pytest.raises(ValueError, match="an example has 1 answers, 0 are wanted"):
+    layout.fill_up([one], 0)
+  for name in ("shared", "packed"):  # one answer is laid out alike in both
+    batch = collate([filled], layout=name, row_length=6)
+    assert batch.ids_NL.tolist() == [[5, 6, 7, 8, 0, 0]]
+    assert batch.target_NL.tolist() == [[0, 0, 8, 9, 0, 0]]
+    assert batch.pair_NL.tolist() == [[0, 0, 0, 0, -1, -1]]
+    assert batch.weight_NS.tolist() == [[2, 0, 0]]
+    assert batch.grade_NS.tolist() == [[0.5, 0, 0]]
+    assert batch.row_NS.tolist() == [[41, -1, -1]]
+  # Padded, absent answers are rows of padding.
+  batch = collate([filled], layout="padded", row_length=6)
+  assert batch.ids_NL.tolist() == [[5, 6, 7, 8, 0, 0], [0] * 6, [0] * 6]
+  assert batch.pair_NL.tolist() == [[0, 0, 0, 0, -1, -1], [-1] * 6, [-1] * 6]
+  assert batch.row_NS.tolist() == [[41], [-1], [-1]]
+  assert batch.weight_NS.tolist() == [[2], [0], [0]]
+
+
+def test_absent_answers_cost_nothing():
+  (filled,) = layout.fill_up([Example(ids(*range(1, 11)), (ids(1, 2), ids(3)))], 5)
+  cost = lambda name: packing.costs(*layout.lengths([filled]), name).tolist()
+  assert (cost("shared"), cost("packed"), cost("padded")) == ([9 + 3], [2 * 9 + 3], [9 + 2])
+
+
+@pytest.mark.parametrize("name", packing.LAYOUTS)
+@settings(max_examples=25, deadline=None)
+@given(
+  seed=st.integers(0, 10_000),
+  size=st.integers(1, 12),
+  spare=st.integers(0, 2),
+  groups=st.sampled_from([1, 2, 4]),
+)
+def test_a_batch_of_ragged_answers_holds_exactly_those_there_are(name, seed, size, spare, groups):
+  some = ragged(size, seed)
+  answers = max(len(e.answers) for e in some) + spare
+  filled = layout.fill_up(some, answers)
+  length = layout.fit_row_length(filled, name)
+  batch = collate(filled, layout=name, row_length=length, groups=groups)
+  assert read_back(batch) == expected(some)
+  # Neighbouring slots are one prompt's; those that are there stand first.
+  by_row = {e.row: e for e in some}
+  kept = (x.reshape(-1, answers) for x in (batch.row_NS, batch.weight_NS, batch.grade_NS))
+  for row_K, weight_K, grade_K in zip(*kept, strict=True):
+    if row_K[0] < 0:
+      assert (row_K < 0).all() and not weight_K.any() and not grade_K.any()
+      continue
+    e = by_row.pop(int(row_K[0]))
+    missing = answers - len(e.answers)
+    assert row_K.tolist() == [e.row] * len(e.answers) + [-1] * missing
+    assert weight_K.tolist() == [float(np.float32(e.weight))] * len(e.answers) + [0] * missing
+    np.testing.assert_array_equal(grade_K, np.float32((*e.grades, *[0] * missing)))
+  assert not by_row
+
+
+@pytest.mark.parametrize("name", packing.LAYOUTS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_log_probs_of_ragged_answers_are_those_of_each_prompt_alone(name, groups):
+  params = tiny.init()
+  some = tiny.pairs(13, seed=3, answers=4)
+  some = [e._replace(answers=e.answers[: 1 + e.row % 4]) for e in some]
+  batch = collate(layout.fill_up(some), layout=name, row_length=48, groups=groups)
+  logps_BK = np.asarray(tiny_logps(params, batch)).reshape(-1, 4)
+  row_BK = batch.row_NS.reshape(-1, 4)
+  assert (logps_BK[row_BK < 0] == 0).all()
+  found = {int(row_K[0]): logps_BK[b] for b, row_K in enumerate(row_BK) if row_K[0] >= 0}
+  one_shape = packing.Sizes(rows=4, rows_step=4, scored=8, slots=1)  # compiled once
+  for e in some:
+    alone = collate([e], layout="padded", row_length=24, sizes=one_shape)
+    alone_K = np.asarray(tiny_logps(params, alone)).reshape(-1)[: len(e.answers)]
+    assert (alone_K < 0).all()
+    np.testing.assert_allclose(found[e.row][: len(e.answers)], alone_K, rtol=1e-5)
+
+
+# --- packing --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", packing.LAYOUTS)
@@ -268,7 +368,6 @@ def test_truncation_always_fits_and_keeps_ends_of_prompts_and_starts_of_answers(
 
 
 def test_layouts_agree_on_every_log_prob():
-  from dpo_jax import logprobs
   from dpo_jax.model import config, transformer
 
   model_config = config.from_hf(

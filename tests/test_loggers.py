@@ -10,6 +10,7 @@ import pytest
 import rich.console
 from tensorboardX.proto import event_pb2
 
+from dpo_jax import alerts
 from dpo_jax.loggers import Loggers, read_metrics
 from dpo_jax.structs import UserError
 
@@ -164,6 +165,56 @@ def test_plain_lines_name_step_numbers_and_time_left(tmp_path):
   assert printed[2].startswith("step 10/20") and printed[2].endswith("0:00 left")
   assert printed[3] == "step 20/20  loss 0.5000  accuracy 0.750  margin 1.250  1,234 pairs/s"
   assert printed[4:] == ["done [with] it"]
+
+
+def test_progress_of_samples_tells_their_reward_and_distance(tmp_path):
+  console = plain()
+  with Loggers(tmp_path, total_steps=2, console=console) as log:
+    log.write(1, {"reward": 0.5, "kl": 1.234, "objective": -0.4})
+    log.write_eval(1, {"loss": 0.5, "sampled/kl": 2.5, "sampled/repetition": math.nan})
+  printed = console.file.getvalue().splitlines()
+  assert printed[0].startswith("step 1/2  reward 0.500  kl 1.23")
+  assert printed[1] == "eval at step 1  loss 0.5000  sampled kl 2.50"
+
+
+# --- alerts ---------------------------------------------------------------------------------------
+
+
+def write_wrong(folder, first, last):
+  """Steps whose chosen answers lose 0.3 nats a token, evaluated far away at every tenth."""
+  console = plain()
+  with Loggers(folder, start_step=first - 1, total_steps=60, console=console) as log:
+    if first == 1:
+      log.write_eval(0, {"sampled/kl": 0.0, "sampled/kl_per_token": 0.0})
+    for step in range(first, last + 1):
+      log.write(step, {"drift/chosen": -0.3, "drift/rejected": 0.0})
+      if step % 10 == 0:
+        log.write_eval(step, {"sampled/kl": float(step), "sampled/kl_per_token": math.nan})
+      if step % 10 == 5:
+        log.write_eval(step, {"sampled/kl": 40.0, "sampled/kl_per_token": 0.0})
+  return [x for x in console.file.getvalue().splitlines() if x.startswith("alert")]
+
+
+def test_an_alert_is_a_line_of_the_log_on_its_step(tmp_path):
+  far, falls = write_wrong(tmp_path, 1, 60)
+  assert far.startswith("alert at step 5: sampled answers are 40.0 nats from the reference")
+  assert falls.startswith("alert at step 20: chosen answers have lost 0.30 nats a token")
+  assert "--config.loss.sft_weight" in falls
+  found = alerts.scan(read_metrics(tmp_path / "metrics.jsonl"))
+  assert [f"alert at step {a.step}: {a.text}" for a in found] == [far, falls]
+
+
+@pytest.mark.parametrize("killed_at", [3, 12, 19, 20, 45])
+def test_a_resumed_run_says_no_alert_again_and_misses_none(tmp_path, killed_at):
+  whole = write_wrong(tmp_path / "whole", 1, 60)
+  first = write_wrong(tmp_path / "cut", 1, killed_at)
+  assert first + write_wrong(tmp_path / "cut", killed_at + 1, 60) == whole
+
+
+def test_an_alert_of_steps_that_are_taken_again_is_said_again(tmp_path):
+  assert len(write_wrong(tmp_path, 1, 30)) == 2
+  (falls,) = write_wrong(tmp_path, 11, 60)
+  assert falls.startswith("alert at step 20")
 
 
 def test_a_terminal_gets_one_line_that_moves(tmp_path):

@@ -1,88 +1,417 @@
 """Losses by hand, at the reference, far out, and against what their papers promise."""
 
+import functools
 import inspect
+import itertools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
-from dpo_jax import losses
-from dpo_jax.losses import LOSSES, resolve
-from dpo_jax.structs import PairLogps, UserError
+from dpo_jax.losses import LOSSES, OF_MARGIN, arguments, kind_of, resolve
+from dpo_jax.structs import PairLogps, RankedLogps, UnpairedLogps, UserError
 
-PAIRED = sorted(set(LOSSES) - losses.SUPERVISED)
+PAIRED = sorted(name for name in LOSSES if kind_of(name) == "pairs")
+WITH_REFERENCE = sorted(set(PAIRED) - {"simpo", "cpo", "orpo"})
+LINKS = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
 
-# m = (-1 - -2) - (-4 - -3) = 2
-POLICY = PairLogps(np.array([-1.0]), np.array([-4.0]))
-REFERENCE = PairLogps(np.array([-2.0]), np.array([-3.0]))
+# c = -1 - -2 = 1, r = -4 - -3 = -1, m = 2; c/|y_w| = 1/2, r/|y_l| = -1/4.
+TOKENS = (np.array([2.0]), np.array([4.0]))
+POLICY = PairLogps(np.array([-1.0]), np.array([-4.0]), *TOKENS)
+REFERENCE = PairLogps(np.array([-2.0]), np.array([-3.0]), *TOKENS)
+ZEROS = PairLogps(np.zeros(1), np.zeros(1), np.ones(1), np.ones(1))
+LOG_3 = math.log(3)  # σ(log 3) = 3/4, σ(log 9) = 9/10
+
+
+def softplus(x):
+  """-log σ(-x)."""
+  return math.log1p(math.exp(x))
+
+
+def _pair(c, r, tokens=(1.0, 1.0)):
+  """Log-ratios c and r against a reference of zeros."""
+  ones = jnp.ones(np.shape(c))
+  return PairLogps(jnp.asarray(c), jnp.asarray(r), tokens[0] * ones, tokens[1] * ones)
+
+
+def _zeros(count):
+  return PairLogps(*(jnp.zeros(count),) * 2, *(jnp.ones(count),) * 2)
+
+
+# --- by hand --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
   ("name", "given", "value"),
   [
     # z = βm = 1: -log σ(1) = log(1 + 1/e), -log σ(-1) = log(1 + e)
-    ("sigmoid", {"beta": 0.5}, np.log1p(np.exp(-1))),
-    (
-      "cdpo",
-      {"beta": 0.5, "label_smoothing": 0.2},
-      0.8 * np.log1p(np.exp(-1)) + 0.2 * np.log1p(np.e),
-    ),
+    ("sigmoid", {"beta": 0.5}, softplus(-1)),
+    ("cdpo", {"beta": 0.5, "label_smoothing": 0.2}, 0.8 * softplus(-1) + 0.2 * softplus(1)),
     (
       "robust",
       {"beta": 0.5, "label_smoothing": 0.2},
-      (0.8 * np.log1p(np.exp(-1)) - 0.2 * np.log1p(np.e)) / 0.6,
+      (0.8 * softplus(-1) - 0.2 * softplus(1)) / 0.6,
     ),
     ("ipo", {"beta": 0.5}, (2 - 1) ** 2),
+    ("ipo", {"beta": 0.25}, 0.0),
+    ("ipo_mean", {"beta": 1.0}, (0.75 - 0.5) ** 2),
     ("hinge", {"beta": 0.25}, 0.5),
     ("hinge", {"beta": 1.0}, 0.0),
+    # z = log 3
+    (
+      "exo_pair",
+      {"beta": LOG_3 / 2, "label_smoothing": 0.2},
+      0.75 * math.log(0.75 / 0.8) + 0.25 * math.log(0.25 / 0.2),
+    ),
+    ("discopop", {"beta": LOG_3 / 2, "tau": 1.0}, -math.log(0.75) / 4 + 0.75 / 3),
+    ("discopop", {"beta": LOG_3 / 2, "tau": 0.5}, -math.log(0.75) / 10 + 0.9 / 3),
+    # βc = log 3, βr = -log 3, z = log 9
+    ("nca_pair", {"beta": LOG_3}, -math.log(0.75) - math.log(0.25) / 2 - math.log(0.75) / 2),
+    ("bco_pair", {"beta": LOG_3}, -2 * math.log(0.75)),
+    ("bco_pair", {"beta": LOG_3, "delta": LOG_3}, math.log(2) - math.log(0.9)),
+    ("apo_zero", {"beta": LOG_3}, 1 - 0.75 + 0.25),
+    ("apo_down", {"beta": LOG_3}, 0.75 + 1 - 0.9),
+    ("sppo_hard", {"beta": 0.25}, (1 - 2) ** 2 + (-1 + 2) ** 2),
+    # Of one pair, sorting changes nothing.
+    ("aot", {"beta": 0.5}, softplus(-1)),
+    ("aot_unpaired", {"beta": 0.5, "label_smoothing": 0.2}, 0.8 * softplus(-1) + 0.2 * softplus(1)),
+    ("sigmoid_norm", {"beta": LOG_3 / 0.75}, -math.log(0.75)),
+    ("dpop", {"beta": 0.5, "penalty": 7.0}, softplus(-1)),
+    ("odpo", {"beta": 0.5, "margin_B": np.array([2.0]), "margin_scale": 0.5}, math.log(2)),
+    ("odpo", {"beta": 0.5, "margin_B": np.array([2.0])}, softplus(1)),
+    # φ(1) - φ(-1) = (e + 1) - (1/e - 1)
+    ("chi_po", {"beta": 0.5}, softplus(-(math.e - 1 / math.e + 2) / 2)),
+    ("chi_po", {"beta": 0.5, "clip": 1.0}, softplus(-1)),
+    # log π(y_w)/|y_w| = -1/2, log π(y_l)/|y_l| = -1
+    ("simpo", {"beta": 2.0, "gamma": 1.0}, math.log(2)),
+    ("simpo", {"beta": 2.0, "gamma": 0.0}, softplus(-1)),
+    ("cpo", {"beta": 1 / 3, "sft_weight": 0.5}, softplus(-1) + 0.5),
+    ("sft", {}, 1.0),
   ],
 )
 def test_by_hand(name, given, value):
-  np.testing.assert_allclose(LOSSES[name](POLICY, REFERENCE, **given), [value], rtol=1e-6)
+  found = LOSSES[name](POLICY, REFERENCE, **given)
+  np.testing.assert_allclose(found, [value], rtol=1e-6, atol=1e-7)
 
 
-def test_sft_is_minus_the_log_prob_of_the_chosen_answer():
-  np.testing.assert_allclose(LOSSES["sft"](POLICY, None), [1.0])
+def test_dpop_by_hand_where_the_chosen_answer_fell():
+  # c = -1, r = 1, m = -2; m - 3·1 = -5
+  found = LOSSES["dpop"](REFERENCE, POLICY, beta=0.2, penalty=3.0)
+  np.testing.assert_allclose(found, [softplus(1)], rtol=1e-6)
 
 
-@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
+def test_orpo_by_hand():
+  # A chosen token has probability 3/4 and odds 3, a rejected one 1/4 and 1/3.
+  policy = PairLogps(np.array([2 * math.log(0.75)]), np.array([4 * math.log(0.25)]), *TOKENS)
+  found = LOSSES["orpo"](policy, None, odds_weight=0.5)
+  np.testing.assert_allclose(found, [-math.log(0.75) - 0.5 * math.log(0.9)], rtol=1e-6)
+
+
+def test_aot_by_hand():
+  # Margins of the policy 5 and 1, of the reference 0 and 2: ranks meet as 1 - 0 and 5 - 2.
+  policy = PairLogps(np.array([-1.0, -2.0]), np.array([-6.0, -3.0]))
+  reference = PairLogps(np.array([-4.0, -3.0]), np.array([-4.0, -5.0]))
+  found = LOSSES["aot"](policy, reference, beta=1.0)
+  np.testing.assert_allclose(found, [softplus(-3), softplus(-1)], rtol=1e-6)
+
+
+def test_aot_unpaired_by_hand():
+  # c = 5 and 1, r = 0 and 2.
+  found = LOSSES["aot_unpaired"](
+    _pair(np.array([5.0, 1.0]), np.array([0.0, 2.0])), _zeros(2), beta=1.0
+  )
+  np.testing.assert_allclose(found, [softplus(-3), softplus(-1)], rtol=1e-6)
+
+
+# a = 3 and -1; mismatched ratios 3 and -1, whose mean is 1: a - z0 = 2 and -2.
+KTO = UnpairedLogps(np.array([3.0, -1.0]), np.array([3.0, -1.0]))
+KTO_REFERENCE = UnpairedLogps(np.zeros(2), np.zeros(2))
+
+
 @pytest.mark.parametrize(
-  ("name", "value"),
+  ("given", "value"),
   [
-    ("sigmoid", lambda beta: np.log(2)),
-    ("cdpo", lambda beta: np.log(2)),
-    ("robust", lambda beta: np.log(2)),
-    ("ipo", lambda beta: 1 / (4 * beta**2)),
-    ("hinge", lambda beta: 1.0),
+    # λ_D (1 - σ(β·2)) = 2/10, and λ_U (1 - σ(β·2)) = 3/10, at β·2 = log 9
+    ({"label_B": np.array([1.0, 0.0])}, [2 * 0.1, 3 * 0.1]),
+    ({"label_B": np.array([0.0, 1.0])}, [3 * 0.9, 2 * 0.9]),
+    # z0 = 3 · 1/4 - 1 · 3/4 = 0; a - z0 = 3 and -1
+    (
+      {"label_B": np.array([1.0, 0.0]), "weight_B": np.array([1.0, 3.0])},
+      [2 / (1 + 27), 3 * 0.25],
+    ),
+    # a given estimate of -4 counts as 0, one of 1 as 1
+    ({"label_B": np.array([1.0, 0.0]), "kl": -4.0}, [2 / (1 + 27), 3 * 0.25]),
+    ({"label_B": np.array([1.0, 0.0]), "kl": 1.0}, [2 * 0.1, 3 * 0.1]),
   ],
 )
-def test_policy_equal_to_reference(name, value, beta):
-  logps = PairLogps(np.array([-3.0, -90.0]), np.array([-7.0, -2.0]))
-  found = LOSSES[name](logps, logps, beta=beta)
-  np.testing.assert_allclose(found, np.full(2, value(beta)), rtol=1e-6)
-
-
-@pytest.mark.parametrize("name", PAIRED)
-@pytest.mark.parametrize("size", [1.0, 1e3, 1e4])
-@pytest.mark.parametrize("sign", [-1, 1])
-def test_value_and_gradient_stay_finite(name, size, sign):
-  def loss(chosen_B):
-    policy = PairLogps(chosen_B, jnp.zeros(1, jnp.float32))
-    reference = PairLogps(jnp.zeros(1, jnp.float32), jnp.zeros(1, jnp.float32))
-    return LOSSES[name](policy, reference, beta=1.0).sum()
-
-  value, slope = jax.jit(jax.value_and_grad(loss))(jnp.array([sign * size], jnp.float32))
-  assert np.isfinite(value) and np.isfinite(slope).all()
-
-
-@pytest.mark.parametrize("name", PAIRED)
-def test_only_margins_count(name):
-  """Adding f(x) to both answers of a prompt changes no paired loss: Z(x) cancels."""
-  shifted = PairLogps(POLICY.chosen_B + 5.0, POLICY.rejected_B + 5.0)
-  np.testing.assert_allclose(
-    LOSSES[name](shifted, REFERENCE), LOSSES[name](POLICY, REFERENCE), rtol=1e-5
+def test_kto_by_hand(given, value):
+  found = LOSSES["kto"](
+    KTO, KTO_REFERENCE, beta=LOG_3, desirable_weight=2.0, undesirable_weight=3.0, **given
   )
+  np.testing.assert_allclose(found, value, rtol=1e-5)
+
+
+def test_plackett_luce_by_hand():
+  # e^z = 2, 3, 5: Pr = 2/10 · 3/8 · 1
+  policy = RankedLogps(2 * np.log([[2.0, 3.0, 5.0]]))
+  reference = RankedLogps(np.zeros((1, 3)))
+  found = LOSSES["plackett_luce"](policy, reference, beta=0.5)
+  np.testing.assert_allclose(found, [-math.log(0.2 * 3 / 8)], rtol=1e-6)
+
+
+def test_policy_gradient_by_hand():
+  # R = 3 - 0.5·2 = 2 and 1 - 0.5·(-2) = 2.  Then r = 5: R = 4 and 2, leads 2 and -2.
+  policy = RankedLogps(np.array([[-1.0, -5.0]]))
+  reference = RankedLogps(np.array([[-3.0, -3.0]]))
+  loss = functools.partial(LOSSES["policy_gradient"], policy, reference, beta=0.5)
+  np.testing.assert_allclose(loss(reward_BK=np.array([[3.0, 1.0]])), [0.0], atol=1e-6)
+  # -(2·(-1) + (-2)·(-5))/2
+  np.testing.assert_allclose(loss(reward_BK=np.array([[5.0, 1.0]])), [-4.0], rtol=1e-6)
+
+
+def test_links_by_hand():
+  # c = log 2, r = -log 2, β = 1; f' of the ratios 2 and 1/2.
+  policy, reference = _pair(np.array([math.log(2)]), np.array([-math.log(2)])), _zeros(1)
+  for link, chosen, rejected in (
+    ({"link": "reverse_kl"}, math.log(2), -math.log(2)),
+    ({"link": "forward_kl"}, -1 / 2, -2.0),
+    ({"link": "jensen_shannon"}, math.log(4 / 3), math.log(2 / 3)),
+    ({"link": "alpha", "link_alpha": 0.5}, 2 - 2**0.5, 2 - 2 * 2**0.5),
+  ):
+    found = resolve("sigmoid", beta=1.0, **link)(policy, reference)
+    np.testing.assert_allclose(found, [softplus(rejected - chosen)], rtol=1e-6, err_msg=str(link))
+
+
+# --- at the reference -----------------------------------------------------------------------------
+
+
+def _exo_at_reference(beta, label_smoothing=1e-3):
+  return -math.log(2) - math.log(label_smoothing * (1 - label_smoothing)) / 2
+
+
+# Value of every loss that reads a reference, at π = π_ref, as a function of β.
+AT_REFERENCE = {
+  "sigmoid": lambda beta: math.log(2),
+  "cdpo": lambda beta: math.log(2),
+  "robust": lambda beta: math.log(2),
+  "ipo": lambda beta: 1 / (4 * beta**2),
+  "ipo_mean": lambda beta: 1 / (4 * beta**2),
+  "hinge": lambda beta: 1.0,
+  "exo_pair": _exo_at_reference,
+  "nca_pair": lambda beta: 2 * math.log(2),
+  "bco_pair": lambda beta: 2 * math.log(2),
+  "sppo_hard": lambda beta: 1 / (2 * beta**2),
+  "apo_zero": lambda beta: 1.0,
+  "apo_down": lambda beta: 1.0,
+  "aot": lambda beta: math.log(2),
+  "aot_unpaired": lambda beta: math.log(2),
+  "discopop": lambda beta: (math.log(2) + 1) / 2,
+  "sigmoid_norm": lambda beta: math.log(2),
+  "dpop": lambda beta: math.log(2),
+  "odpo": lambda beta: math.log(2),
+  "chi_po": lambda beta: math.log(2),
+}
+
+
+@pytest.mark.parametrize("name", WITH_REFERENCE)
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
+def test_policy_equal_to_reference(name, beta):
+  tokens = (np.array([3.0, 40.0]), np.array([2.0, 1.0]))
+  logps = PairLogps(np.array([-3.0, -90.0]), np.array([-7.0, -2.0]), *tokens)
+  found = LOSSES[name](logps, logps, beta=beta)
+  np.testing.assert_allclose(found, np.full(2, AT_REFERENCE[name](beta)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.2])
+def test_values_at_the_reference_that_depend_on_more_than_beta(epsilon):
+  at = lambda name, **given: LOSSES[name](POLICY, POLICY, **given)[0]
+  for name in ("cdpo", "robust", "aot", "aot_unpaired"):
+    np.testing.assert_allclose(at(name, label_smoothing=epsilon), math.log(2), rtol=1e-6)
+  expected = _exo_at_reference(0.1, epsilon)
+  np.testing.assert_allclose(at("exo_pair", label_smoothing=epsilon), expected, rtol=1e-6)
+  expected = softplus(epsilon) + softplus(-epsilon)
+  np.testing.assert_allclose(at("bco_pair", delta=epsilon), expected, rtol=1e-6)
+  np.testing.assert_allclose(at("odpo", margin_B=epsilon), softplus(epsilon), rtol=1e-6)
+
+
+@pytest.mark.parametrize("answers", [2, 3, 5])
+def test_ranking_at_the_reference_is_log_of_the_number_of_rankings(answers):
+  logps = RankedLogps(-np.arange(3.0 * answers).reshape(3, answers))
+  found = LOSSES["plackett_luce"](logps, logps)
+  np.testing.assert_allclose(found, math.log(math.factorial(answers)), rtol=1e-6)
+
+
+def test_kto_at_the_reference_is_half_the_weight():
+  logps = UnpairedLogps(np.array([-3.0, -9.0]), np.array([-40.0, -7.0]))
+  found = LOSSES["kto"](
+    logps, logps, desirable_weight=1.2, undesirable_weight=0.5, label_B=np.array([1.0, 0.0])
+  )
+  np.testing.assert_allclose(found, [0.6, 0.25], rtol=1e-6)
+
+
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("name", sorted(OF_MARGIN))
+def test_a_link_changes_nothing_at_the_reference(name, link):
+  linked = resolve(name, link=link)(POLICY, POLICY)
+  np.testing.assert_allclose(linked, LOSSES[name](POLICY, POLICY), rtol=1e-6)
+
+
+# --- far out --------------------------------------------------------------------------------------
+
+# Every log-prob of chosen and rejected, policy and reference, at -1e4, -3 or 1e4: 81 pairs.
+FAR = np.array(list(itertools.product([-1e4, -3.0, 1e4], repeat=4)), np.float32).T
+
+
+def _assert_finite(loss, *arrays):
+  """Value and slope with respect to every array, float32 under jit."""
+
+  def total(arrays):
+    loss_B = loss(*arrays)
+    return loss_B.sum(), loss_B
+
+  (_, loss_B), slopes = jax.jit(jax.value_and_grad(total, has_aux=True))(
+    tuple(jnp.asarray(x, jnp.float32) for x in arrays)
+  )
+  assert loss_B.dtype == jnp.float32
+  assert np.isfinite(loss_B).all()
+  for slope in slopes:
+    assert np.isfinite(slope).all()
+
+
+def _far_pairs(loss):
+  tokens = (jnp.full(81, 7.0), jnp.full(81, 5.0))
+  _assert_finite(lambda p, q, s, t: loss(PairLogps(p, q, *tokens), PairLogps(s, t, *tokens)), *FAR)
+
+
+@pytest.mark.parametrize("name", [*PAIRED, "sft"])
+def test_value_and_slope_stay_finite(name):
+  if "beta" not in arguments(name):
+    _far_pairs(LOSSES[name])
+    return
+  at = lambda pair: jax.vmap(lambda beta: LOSSES[name](*pair, beta=beta))
+  _far_pairs(lambda *pair: at(pair)(jnp.array([0.1, 1.0])).sum(0))
+
+
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("name", sorted(OF_MARGIN))
+def test_value_and_slope_stay_finite_with_every_link(name, link):
+  _far_pairs(resolve(name, beta=1.0, link=link))
+
+
+def test_value_and_slope_of_a_sum_stay_finite():
+  _far_pairs(resolve("0.8*sigmoid + 0.2*bco_pair + 1*sft", beta=1.0))
+  _far_pairs(resolve("chi_po", beta=1.0, clip=1e6, sft_weight=1.0))
+
+
+@pytest.mark.parametrize("given", [{}, {"kl": 1e4}])
+def test_value_and_slope_of_kto_stay_finite(given):
+  for label in (0.0, 1.0):
+    _assert_finite(
+      lambda p, q, s, t, label=label: LOSSES["kto"](
+        UnpairedLogps(p, q), UnpairedLogps(s, t), beta=1.0, label_B=jnp.full(81, label), **given
+      ),
+      *FAR,
+    )
+
+
+@pytest.mark.parametrize("present", [None, np.arange(81 * 4).reshape(81, 4) % 3 > 0])
+def test_value_and_slope_of_rankings_stay_finite(present):
+  _assert_finite(
+    lambda p, q: LOSSES["plackett_luce"](
+      RankedLogps(p), RankedLogps(q), beta=1.0, present_BK=present
+    ),
+    *(FAR.T, FAR.T[::-1]),
+  )
+  _assert_finite(
+    lambda p, q: LOSSES["policy_gradient"](
+      RankedLogps(p), RankedLogps(q), beta=1.0, reward_BK=FAR.T, present_BK=present
+    ),
+    *(FAR.T, FAR.T[::-1]),
+  )
+
+
+def test_nobody_present_is_finite():
+  """An empty row has no answer; its weight is zero, and zero times infinity would not be."""
+  nobody = np.zeros((1, 4), bool)
+  logps = jnp.full((1, 4), -3.0)
+  for name, known in (("plackett_luce", {}), ("policy_gradient", {"reward_BK": np.ones((1, 4))})):
+    _assert_finite(
+      lambda p, name=name, known=known: LOSSES[name](
+        RankedLogps(p), RankedLogps(logps), present_BK=nobody, **known
+      ),
+      logps,
+    )
+
+
+def test_orpo_is_finite_at_probability_one():
+  ones = jnp.ones(1)
+  for chosen, rejected in ((0.0, 0.0), (0.0, -1.0), (-1.0, 0.0), (-1e-8, -1e-8)):
+    _assert_finite(
+      lambda p, q: LOSSES["orpo"](PairLogps(p, q, ones, ones), None), chosen * ones, rejected * ones
+    )
+
+
+# --- facts ----------------------------------------------------------------------------------------
+
+
+def _random(seed=0, count=6):
+  rng = np.random.default_rng(seed)
+  q = -rng.uniform(5, 50, (2, count))
+  p = np.minimum(q + rng.normal(0, 3, (2, count)), -0.5)
+  tokens = rng.integers(2, 20, (2, count)).astype(float)
+  return PairLogps(*p, *tokens), PairLogps(*q, *tokens)
+
+
+def _slopes(loss, policy, reference):
+  """d Σ loss / d log π of chosen and rejected."""
+  total = lambda p: loss(policy._replace(chosen_B=p[0], rejected_B=p[1]), reference).sum()
+  return jax.jit(jax.grad(total))((jnp.asarray(policy.chosen_B), jnp.asarray(policy.rejected_B)))
+
+
+@pytest.mark.parametrize("name", [*sorted(OF_MARGIN), "ipo", "aot"])
+def test_only_margins_count(name):
+  """Adding f(x) to both answers of a prompt changes no loss of the margin: Z(x) cancels."""
+  policy, reference = _random()
+  shift = np.linspace(-9, 9, 6)
+  moved = policy._replace(chosen_B=policy.chosen_B + shift, rejected_B=policy.rejected_B + shift)
+  np.testing.assert_allclose(
+    LOSSES[name](moved, reference), LOSSES[name](policy, reference), rtol=1e-4, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize("name", sorted(set(PAIRED) - {"discopop"}))
+def test_the_first_step_from_the_reference_prefers_the_chosen_answer(name):
+  _, logps = _random()
+  up, down = _slopes(LOSSES[name], logps, logps)
+  assert (np.asarray(down - up) > 0).all()  # a step down the slope raises c - r
+  if name == "apo_down":  # σ'(βc) - σ'(z) = 0: the chosen answer stands, the rejected one falls
+    np.testing.assert_allclose(up, 0, atol=1e-7)
+  else:
+    assert (np.asarray(up) < 0).all()
+
+
+@pytest.mark.parametrize(("tau", "sign"), [(0.05, 1), (0.1, 1), (0.11, -1), (1.0, -1)])
+def test_discopop_starts_the_wrong_way_if_tau_is_small(tau, sign):
+  """d loss/dz at 0 is (1 - log 2)/(4τ) - 3/4: above 0 for τ < 0.102, and so at the paper's 0.05."""
+  up, down = _slopes(functools.partial(LOSSES["discopop"], beta=1.0, tau=tau), ZEROS, ZEROS)
+  expected = (1 - math.log(2)) / (4 * tau) - 0.75
+  np.testing.assert_allclose((up[0], down[0]), (expected, -expected), rtol=1e-5)
+  assert np.sign(up[0]) == sign
+
+
+def test_what_apo_does_to_each_answer():
+  """At the reference apo_zero raises chosen as much as it lowers rejected; apo_down lowers both."""
+  up, down = _slopes(functools.partial(LOSSES["apo_zero"], beta=1.0), ZEROS, ZEROS)
+  np.testing.assert_allclose((up[0], down[0]), (-0.25, 0.25))
+  chosen, rejected = np.array([1.0]), np.array([-1.0])
+  up, down = _slopes(
+    functools.partial(LOSSES["apo_down"], beta=1.0), _pair(chosen, rejected), _zeros(1)
+  )
+  assert up[0] > 0 and down[0] > 0
 
 
 def test_robust_is_unbiased_under_flipped_labels():
@@ -94,21 +423,368 @@ def test_robust_is_unbiased_under_flipped_labels():
   np.testing.assert_allclose(0.7 * kept + 0.3 * flipped, clean, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["cdpo", "exo_pair"])
 @pytest.mark.parametrize("epsilon", [0.1, 0.3])
-def test_cdpo_is_least_at_the_log_odds_of_the_label(epsilon):
+def test_smoothed_losses_are_least_at_the_log_odds_of_the_label(name, epsilon):
   z = np.log((1 - epsilon) / epsilon)
-  at = lambda z: LOSSES["cdpo"](
-    PairLogps(jnp.array([z]), jnp.zeros(1)),
-    PairLogps(jnp.zeros(1), jnp.zeros(1)),
-    beta=1.0,
-    label_smoothing=epsilon,
-  )[0]
-  np.testing.assert_allclose(jax.grad(at)(z), 0, atol=1e-6)
+  loss = functools.partial(LOSSES[name], beta=1.0, label_smoothing=epsilon)
+  policy = _pair(np.array([z]), np.array([0.0]))
+  np.testing.assert_allclose(_slopes(loss, policy, _zeros(1)), 0, atol=1e-6)
+  for away in (-0.5, 0.5):
+    assert (loss(_pair(np.array([z + away]), np.zeros(1)), _zeros(1)) > loss(policy, _zeros(1)))[0]
+  if name == "exo_pair":  # a KL, so nothing at its least
+    np.testing.assert_allclose(loss(policy, _zeros(1)), 0, atol=1e-6)
+
+
+def test_sppo_is_least_where_each_answer_has_its_own_target():
+  policy = _pair(np.array([5.0]), np.array([-5.0]))
+  np.testing.assert_allclose(LOSSES["sppo_hard"](policy, _zeros(1), beta=0.1), 0, atol=1e-6)
+  np.testing.assert_allclose(LOSSES["ipo"](policy, _zeros(1), beta=0.05), 0, atol=1e-6)
+
+
+def test_nca_holds_the_chosen_answer_where_its_reward_is_log_2():
+  """-log σ(x) - ½ log σ(-x) is least at e^x = 2."""
+  loss = functools.partial(LOSSES["nca_pair"], beta=1.0)
+  up, _ = _slopes(loss, _pair(np.array([math.log(2)]), np.array([0.0])), _zeros(1))
+  np.testing.assert_allclose(up, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("name", "given"),
+  [
+    ("cdpo", {"label_smoothing": 0.0}),
+    ("robust", {"label_smoothing": 0.0}),
+    ("odpo", {"margin_B": 0.0}),
+    ("odpo", {"margin_B": np.linspace(0, 3, 6), "margin_scale": 0.0}),
+    ("dpop", {"penalty": 0.0}),
+  ],
+)
+def test_what_becomes_sigmoid(name, given):
+  policy, reference = _random()
+  expected = LOSSES["sigmoid"](policy, reference, beta=0.3)
+  found = LOSSES[name](policy, reference, beta=0.3, **given)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_dpop_is_sigmoid_where_the_chosen_answer_did_not_fall():
+  policy, reference = _pair(np.array([-2.0, -0.1, 0.0, 0.1, 2.0]), np.ones(5)), _zeros(5)
+  fell = np.array([True, True, False, False, False])
+  found = LOSSES["dpop"](policy, reference, beta=0.3, penalty=5.0)
+  plain = LOSSES["sigmoid"](policy, reference, beta=0.3)
+  np.testing.assert_array_equal(found[~fell], plain[~fell])
+  assert (found[fell] > plain[fell]).all()
+
+
+def test_odpo_asks_for_a_larger_margin_where_one_answer_is_much_better():
+  """-log σ(z - Δ): the slope is that of sigmoid at a margin smaller by Δ/β."""
+  policy, reference = _random()
+  offset = np.linspace(0, 3, 6)
+  smaller = policy._replace(chosen_B=policy.chosen_B - offset / 0.3)
+  found = LOSSES["odpo"](policy, reference, beta=0.3, margin_B=offset)
+  np.testing.assert_allclose(found, LOSSES["sigmoid"](smaller, reference, beta=0.3), rtol=1e-5)
+
+
+def test_averages_over_one_token_are_sums():
+  policy, reference = (
+    logps._replace(chosen_tokens_B=np.ones(6), rejected_tokens_B=np.ones(6)) for logps in _random()
+  )
+  for mean, whole in (("ipo_mean", "ipo"), ("sigmoid_norm", "sigmoid")):
+    np.testing.assert_allclose(
+      LOSSES[mean](policy, reference, beta=0.3), LOSSES[whole](policy, reference, beta=0.3)
+    )
+
+
+@pytest.mark.parametrize("name", ["ipo_mean", "sigmoid_norm", "simpo", "orpo"])
+def test_an_average_needs_token_counts(name):
+  policy, reference = (PairLogps(x.chosen_B, x.rejected_B) for x in _random())
+  with pytest.raises(ValueError, match="token"):
+    LOSSES[name](policy, reference)
+
+
+def test_three_losses_without_a_reference_that_are_one():
+  policy, reference = _random()
+  single = policy._replace(chosen_tokens_B=np.ones(6), rejected_tokens_B=np.ones(6))
+  free = resolve("sigmoid", beta=0.3, reference_free=True)
+  assert not free.needs_reference
+  np.testing.assert_array_equal(free(policy), free(policy, reference))
+  np.testing.assert_allclose(free(policy), LOSSES["cpo"](policy, None, beta=0.3, sft_weight=0.0))
+  np.testing.assert_allclose(free(policy), LOSSES["simpo"](single, None, beta=0.3, gamma=0.0))
+
+
+def test_delta_shifts_both_rewards():
+  """bco at δ is bco at 0 on log-ratios lower by δ/β, and δ gets no gradient."""
+  policy, reference = _random()
+  lower = policy._replace(chosen_B=policy.chosen_B - 2, rejected_B=policy.rejected_B - 2)
+  found = LOSSES["bco_pair"](policy, reference, beta=0.3, delta=0.6)
+  np.testing.assert_allclose(found, LOSSES["bco_pair"](lower, reference, beta=0.3), rtol=1e-5)
+  total = lambda delta: LOSSES["bco_pair"](policy, reference, beta=0.3, delta=delta).sum()
+  assert jax.grad(total)(0.6) == 0
+
+
+def test_chi_po_near_the_reference_is_sigmoid_at_twice_the_margin():
+  """φ(u) = e^u + u = 1 + 2u + O(u²)."""
+  small = _pair(np.array([1e-3]), np.array([-1e-3]))
+  double = _pair(np.array([2e-3]), np.array([-2e-3]))
+  np.testing.assert_allclose(
+    LOSSES["chi_po"](small, _zeros(1), beta=1.0),
+    LOSSES["sigmoid"](double, _zeros(1), beta=1.0),
+    rtol=1e-6,
+  )
+
+
+def test_chi_po_has_no_slope_beyond_its_clip():
+  loss = functools.partial(LOSSES["chi_po"], beta=1.0, clip=2.0)
+  np.testing.assert_array_equal(
+    _slopes(loss, _pair(np.array([3.0, -3.0]), np.zeros(2)), _zeros(2)), 0
+  )
+
+
+def test_limits_of_discopop():
+  """Below z = 0 it is the logistic loss, above it the exponential one, mixed within some τ of 0."""
+  z = np.array([-5.0, -1.0, 1.0, 5.0])
+  found = LOSSES["discopop"](_pair(z, np.zeros(4)), _zeros(4), beta=1.0, tau=0.01)
+  np.testing.assert_allclose(found, [softplus(5), softplus(1), np.exp(-1), np.exp(-5)], rtol=1e-5)
+
+
+def test_a_sum_is_the_weighted_sum_of_its_terms():
+  policy, reference = _random()
+  found = resolve("0.8*sigmoid+0.2*bco_pair+1*sft", beta=0.3)(policy, reference, delta=0.5)
+  expected = (
+    0.8 * LOSSES["sigmoid"](policy, reference, beta=0.3)
+    + 0.2 * LOSSES["bco_pair"](policy, reference, beta=0.3, delta=0.5)
+    - policy.chosen_B / policy.chosen_tokens_B
+  )
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_arguments_of_a_sum_reach_the_terms_that_read_them():
+  policy, reference = _random()
+  found = resolve("sigmoid + 2*cdpo", beta=0.3, label_smoothing=0.2)(policy, reference)
+  expected = LOSSES["sigmoid"](policy, reference, beta=0.3)
+  expected += 2 * LOSSES["cdpo"](policy, reference, beta=0.3, label_smoothing=0.2)
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_sft_weight_reads_log_probs_even_under_a_link():
+  policy, reference = _random()
+  plain = resolve("sigmoid", link="forward_kl")(policy, reference)
+  found = resolve("sigmoid", link="forward_kl", sft_weight=2.0)(policy, reference)
+  expected = plain - 2 * policy.chosen_B / policy.chosen_tokens_B
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_reverse_kl_is_no_link():
+  policy, reference = _random()
+  np.testing.assert_array_equal(
+    resolve("sigmoid", link="reverse_kl")(policy, reference), LOSSES["sigmoid"](policy, reference)
+  )
+
+
+def test_alpha_runs_from_reverse_to_forward_kl():
+  policy, reference = _random()
+  ends = ((1e-4, "reverse_kl"), (1 - 1e-6, "forward_kl"))
+  for alpha, link in ends:
+    near = resolve("sigmoid", link="alpha", link_alpha=alpha)(policy, reference)
+    np.testing.assert_allclose(near, resolve("sigmoid", link=link)(policy, reference), rtol=5e-3)
+
+
+def test_jensen_shannon_is_bounded_for_the_chosen_answer():
+  """log(2t/(1+t)) < log 2: no chosen answer, however likely, is worth more than β log 2."""
+  loss = resolve("sigmoid", beta=1.0, link="jensen_shannon")
+  found = loss(_pair(np.array([1e4]), np.zeros(1)), _zeros(1))
+  np.testing.assert_allclose(found, [-math.log(2 / 3)], rtol=1e-6)
+
+
+# --- whole batches --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_sorted_losses_follow_a_permutation_of_the_pairs(name):
+  policy, reference = _random()
+  order = np.random.default_rng(1).permutation(6)
+  moved = [PairLogps(*(x[order] for x in logps)) for logps in (policy, reference)]
+  found = LOSSES[name](*moved, weight_B=np.ones(6))
+  np.testing.assert_allclose(found, LOSSES[name](policy, reference)[order], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("name", "first", "second"),
+  [
+    ("aot", lambda p, q: p.chosen_B - p.rejected_B, lambda p, q: q.chosen_B - q.rejected_B),
+    (
+      "aot_unpaired",
+      lambda p, q: p.chosen_B - q.chosen_B,
+      lambda p, q: p.rejected_B - q.rejected_B,
+    ),
+  ],
+)
+def test_the_mean_of_a_sorted_loss_needs_no_order(name, first, second):
+  policy, reference = _random()
+  gap = np.sort(first(policy, reference)) - np.sort(second(policy, reference))
+  expected = np.log1p(np.exp(-0.3 * gap)).mean()
+  found = LOSSES[name](policy, reference, beta=0.3).mean()
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_pairs_of_weight_zero_change_no_sorted_loss(name):
+  policy, reference = _random()
+  weight = np.array([1.0, 0.0, 2.0, 0.0, 1.0, 0.5])
+  here = np.flatnonzero(weight)
+  alone = [PairLogps(*(x[here] for x in logps)) for logps in (policy, reference)]
+  loss = functools.partial(LOSSES[name], weight_B=weight)
+  np.testing.assert_allclose(loss(policy, reference)[here], LOSSES[name](*alone), rtol=1e-6)
+  slopes = _slopes(lambda p, q: weight * loss(p, q), policy, reference)
+  for slope in slopes:
+    np.testing.assert_array_equal(np.delete(slope, here), 0)
+
+
+def test_the_estimate_behind_kto_gets_no_gradient():
+  label = np.array([1.0, 0.0])
+  loss = lambda p, **given: LOSSES["kto"](p, KTO_REFERENCE, label_B=label, **given).sum()
+  found = jax.grad(loss)(jax.tree.map(jnp.asarray, KTO))
+  np.testing.assert_array_equal(found.mismatched_B, 0)
+  fixed = jax.grad(lambda p: loss(p, kl=1.0))(jax.tree.map(jnp.asarray, KTO))  # the mean is 1
+  np.testing.assert_allclose(found.answer_B, fixed.answer_B, rtol=1e-6)
+  assert jax.grad(lambda kl: loss(KTO, kl=kl))(1.0) == 0
+
+
+def test_rows_of_weight_zero_leave_the_estimate_behind_kto_alone():
+  far = UnpairedLogps(np.append(KTO.answer_B, 50.0), np.append(KTO.mismatched_B, 50.0))
+  zeros = UnpairedLogps(np.zeros(3), np.zeros(3))
+  label, weight = np.array([1.0, 0.0, 1.0]), np.array([1.0, 1.0, 0.0])
+  found = LOSSES["kto"](far, zeros, label_B=label, weight_B=weight)
+  expected = LOSSES["kto"](KTO, KTO_REFERENCE, label_B=label[:2])
+  np.testing.assert_allclose(found[:2], expected, rtol=1e-6)
+
+
+# --- several answers ------------------------------------------------------------------------------
+
+
+def test_a_ranking_of_two_is_a_pair():
+  policy, reference = _random()
+  stack = lambda p: RankedLogps(jnp.stack([p.chosen_B, p.rejected_B], axis=1))
+  pair = lambda p, q: LOSSES["sigmoid"](p, q, beta=0.3)
+  ranked = lambda p, q: LOSSES["plackett_luce"](stack(p), stack(q), beta=0.3)
+  np.testing.assert_allclose(ranked(policy, reference), pair(policy, reference), rtol=1e-5)
+  for found, expected in zip(
+    _slopes(ranked, policy, reference), _slopes(pair, policy, reference), strict=True
+  ):
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_probabilities_of_all_rankings_sum_to_one():
+  z = np.random.default_rng(0).normal(size=4)
+  every = np.array(oracle.all_rankings(4))
+  policy = RankedLogps(z[every] / 0.3)
+  found = LOSSES["plackett_luce"](policy, RankedLogps(np.zeros(every.shape)), beta=0.3)
+  np.testing.assert_allclose(np.exp(-found).sum(), 1, rtol=1e-5)
+  expected = [oracle.ranking_probability(z, ranking) for ranking in every]
+  np.testing.assert_allclose(np.exp(-found), expected, rtol=1e-5)
+
+
+def test_absent_answers_change_no_ranking():
+  logps = np.random.default_rng(0).normal(0, 5, (2, 4))
+  present = np.array([[True, True, True, False]] * 2)
+  loss = jax.jit(
+    lambda p, **given: LOSSES["plackett_luce"](
+      RankedLogps(p), RankedLogps(np.zeros(p.shape)), beta=0.3, **given
+    )
+  )
+  for filling in (0.0, 1e4):
+    filled = np.where(present, logps, filling)
+    found, slope = (
+      loss(filled, present_BK=present),
+      jax.grad(lambda p: loss(p, present_BK=present).sum())(jnp.asarray(filled)),
+    )
+    np.testing.assert_allclose(found, loss(logps[:, :3]), rtol=1e-6)
+    np.testing.assert_array_equal(slope[:, 3], 0)
+
+
+def test_equal_returns_give_no_gradient():
+  policy = RankedLogps(jnp.array([[-1.0, -5.0, -9.0]]))
+  reference = RankedLogps(jnp.array([[-3.0, -3.0, -3.0]]))
+  # r = β log π/π_ref + 7: the policy is optimal already
+  reward = 0.5 * (policy.answers_BK - reference.answers_BK) + 7
+  loss = lambda p: LOSSES["policy_gradient"](p, reference, beta=0.5, reward_BK=reward).sum()
+  np.testing.assert_allclose(jax.jit(jax.grad(loss))(policy).answers_BK, 0, atol=1e-6)
+
+
+def test_a_lone_sample_gives_no_gradient():
+  """Without another sample there is no baseline, and so nothing to compare with."""
+  loss = lambda p: LOSSES["policy_gradient"](
+    RankedLogps(p),
+    RankedLogps(jnp.zeros((1, 3))),
+    reward_BK=jnp.ones((1, 3)),
+    present_BK=np.array([[True, False, False]]),
+  ).sum()
+  slope = jax.jit(jax.grad(loss))(jnp.array([[-1.0, -2.0, -3.0]]))
+  np.testing.assert_array_equal(slope[:, 1:], 0)
+  assert np.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("answers", [2, 3])
+def test_policy_gradient_is_unbiased(answers):
+  """Its mean over all K-tuples of samples is the gradient of E[-r + β log π/π_ref], exactly."""
+  rng = np.random.default_rng(0)
+  scores, ref_scores, reward = rng.normal(size=(3, 4)).astype(np.float32)
+  reference, beta = jax.nn.log_softmax(ref_scores), 0.7
+  tuples = np.array(list(itertools.product(range(4), repeat=answers)))
+
+  def objective(scores):
+    logps = jax.nn.log_softmax(scores)
+    return (jnp.exp(logps) * (-reward + beta * (logps - reference))).sum()
+
+  def estimate(scores):
+    logps = jax.nn.log_softmax(scores)
+    chance_B = jax.lax.stop_gradient(jnp.exp(logps[tuples].sum(axis=1)))
+    policy, frozen = RankedLogps(logps[tuples]), RankedLogps(reference[tuples])
+    loss_B = LOSSES["policy_gradient"](policy, frozen, beta=beta, reward_BK=reward[tuples])
+    return (chance_B * loss_B).sum()
+
+  found, expected = (jax.jit(jax.grad(f))(scores) for f in (estimate, objective))
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+# --- resolve --------------------------------------------------------------------------------------
 
 
 def test_resolve_binds_arguments():
   bound = resolve("sigmoid", beta=0.5)
   np.testing.assert_allclose(bound(POLICY, REFERENCE), [np.log1p(np.exp(-1))], rtol=1e-6)
+  assert bound.beta == 0.5
+
+
+@pytest.mark.parametrize(
+  ("name", "kind", "reference", "wide"),
+  [
+    ("sigmoid", "pairs", True, False),
+    ("simpo", "pairs", False, False),
+    ("cpo + sft", "pairs", False, False),
+    ("sigmoid + aot", "pairs", True, True),
+    ("aot_unpaired", "pairs", True, True),
+    ("kto", "unpaired", True, True),
+    ("plackett_luce", "ranked", True, False),
+    ("policy_gradient", "ranked", True, False),
+    ("sft", "text", False, False),
+  ],
+)
+def test_resolve_says_what_a_loss_needs(name, kind, reference, wide):
+  loss = resolve(name)
+  assert (loss.kind, loss.needs_reference, loss.batch_wide) == (kind, reference, wide)
+
+
+def test_only_losses_with_a_running_mean_remember():
+  assert resolve("bco_pair").memory == {"delta": 0.0}
+  assert resolve("0.5*bco_pair + sigmoid").memory == {"delta": 0.0}
+  assert resolve("sigmoid").memory == resolve("kto").memory == {}
+
+
+def test_a_loss_ignores_what_it_is_supplied_but_does_not_read():
+  extra = {"weight_B": np.ones(1), "margin_B": np.ones(1), "delta": 3.0}
+  np.testing.assert_array_equal(
+    resolve("sigmoid")(POLICY, REFERENCE, **extra), LOSSES["sigmoid"](POLICY, REFERENCE)
+  )
 
 
 @pytest.mark.parametrize(
@@ -116,14 +792,81 @@ def test_resolve_binds_arguments():
   [
     ("sigmoyd", {}, "did you mean 'sigmoid'"),
     ("nonsense", {}, "known: sigmoid"),
+    ("", {}, "known: sigmoid"),
+    ("sigmoid+", {}, "known: sigmoid"),
+    ("0.5*sigmoid+nonsense", {}, "known: sigmoid"),
+    ("much*sigmoid", {}, "'much' is no weight"),
+    ("0*sigmoid+hinge", {}, "above 0"),
+    ("-1*sigmoid", {}, "above 0"),
+    ("nan*sigmoid", {}, "above 0"),
+    ("sigmoid+sigmoid", {}, "twice"),
+    # data of another kind, and rewards of another kind
+    ("sigmoid+kto", {}, "'kto' .* cannot be a term"),
+    ("sigmoid+plackett_luce", {}, "'plackett_luce' .* cannot be a term"),
+    ("sigmoid+policy_gradient", {}, "'policy_gradient' .* cannot be a term"),
+    ("sigmoid+simpo", {}, "with and without a reference"),
+    # arguments that nobody reads
     ("sigmoid", {"label_smoothing": 0.1}, "does not read label_smoothing"),
+    ("sigmoid+hinge", {"label_smoothing": 0.1}, "does not read label_smoothing"),
     ("sft", {"beta": 0.1}, "takes no argument"),
+    ("orpo", {"beta": 0.1}, "does not read beta"),
+    ("sigmoid", {"betta": 0.1}, "does not read betta"),
+    ("sigmoid", {"weight_B": 1.0}, "does not read weight_B"),
+    # ranges
     ("sigmoid", {"beta": 0.0}, "above 0"),
+    ("sigmoid", {"beta": -0.1}, "above 0"),
     ("sigmoid", {"beta": float("nan")}, "above 0"),
+    ("sigmoid", {"beta": float("inf")}, "above 0"),
+    ("sigmoid", {"beta": "much"}, "above 0"),
+    ("sigmoid+hinge", {"beta": 0.0}, "above 0"),
+    ("cdpo", {"label_smoothing": 0.5}, "below 0.5"),
     ("robust", {"label_smoothing": 0.5}, "below 0.5"),
+    ("robust", {"label_smoothing": -0.1}, "below 0.5"),
+    ("aot", {"label_smoothing": 0.5}, "below 0.5"),
+    ("exo_pair", {"label_smoothing": 0.0}, "above 0 and below 0.5"),
+    ("exo_pair", {"label_smoothing": 0.5}, "above 0 and below 0.5"),
+    ("discopop", {"tau": 0.0}, "above 0"),
+    # e^-z g runs away below z = 0 if τ > 1
+    ("discopop", {"tau": 1.5}, "at most 1"),
+    ("dpop", {"penalty": -1.0}, "0 or above"),
+    ("chi_po", {"clip": 0.0}, "above 0"),
+    ("orpo", {"odds_weight": -0.1}, "0 or above"),
+    ("kto", {"desirable_weight": 0.0}, "above 0"),
+    ("sigmoid", {"sft_weight": -1.0}, "0 or above"),
+    ("sigmoid", {"ld_alpha": 1.5}, "from 0 to 1"),
+    ("sigmoid", {"ld_alpha": -0.5}, "from 0 to 1"),
+    ("sigmoid", {"link": "alpha", "link_alpha": 0.0}, "above 0 and below 1"),
+    ("sigmoid", {"link": "hellinger"}, "known: reverse_kl"),
+    # modifiers that mean nothing together
+    *[(name, {"reference_free": True}, "does not combine") for name in ("simpo", "cpo", "orpo")],
+    *[(name, {"reference_free": True}, "does not combine") for name in ("kto", "plackett_luce")],
+    *[(name, {"reference_free": True}, "does not combine") for name in ("nca_pair", "dpop", "aot")],
+    *[(name, {"link": "forward_kl"}, "does not combine") for name in ("nca_pair", "sppo_hard")],
+    *[
+      (name, {"link": "forward_kl"}, "does not combine") for name in ("simpo", "aot", "kto", "sft")
+    ],
+    ("sigmoid+bco_pair", {"link": "forward_kl"}, "does not combine"),
+    ("sigmoid", {"link": "forward_kl", "reference_free": True}, "does not combine"),
+    ("sigmoid", {"link_alpha": 0.5}, "does not combine"),
+    ("sigmoid", {"link": "forward_kl", "link_alpha": 0.5}, "does not combine"),
+    *[
+      (name, {"ld_alpha": 0.5}, "does not combine")
+      for name in ("ipo_mean", "sigmoid_norm", "simpo", "orpo")
+    ],
+    *[
+      (name, {"ld_alpha": alpha}, "does not combine")
+      for name in ("sft", "kto", "plackett_luce")
+      for alpha in (0.0, 0.5)
+    ],
+    *[(name, {"wpo": True}, "does not combine") for name in ("aot", "aot_unpaired", "kto", "sft")],
+    ("sigmoid+aot", {"wpo": True}, "does not combine"),
+    *[
+      (name, {"sft_weight": 0.5}, "does not combine")
+      for name in ("sft", "kto", "plackett_luce", "policy_gradient", "sigmoid+sft")
+    ],
   ],
 )
-def test_bad_names_and_arguments_are_said_in_one_line(name, given, words):
+def test_what_makes_no_sense_is_refused_in_one_line(name, given, words):
   with pytest.raises(UserError, match=words) as error:
     resolve(name, **given)
   assert "\n" not in str(error.value)
@@ -133,4 +876,4 @@ def test_bad_names_and_arguments_are_said_in_one_line(name, given, words):
 def test_every_loss_gives_its_formula_and_source(name):
   text = inspect.getdoc(LOSSES[name])
   assert "loss = " in text
-  assert name == "sft" or any(year in text for year in ("2023", "2024"))
+  assert name == "sft" or re.search(r"\b20(19|2\d)\b", text)

@@ -60,7 +60,7 @@ def whole_rows(ids_NL):
   zeros = np.zeros_like(ids_NL)
   position_NL = zeros + np.arange(ids_NL.shape[1], dtype=np.int32)
   scored_GM, slots = np.zeros((1, 1), np.int32), np.zeros((len(ids_NL), 1))
-  return TokenBatch(ids_NL, position_NL, zeros, zeros, zeros, zeros, zeros, scored_GM, slots, slots)
+  return TokenBatch(ids_NL, position_NL, zeros, zeros, zeros, zeros, zeros, scored_GM, *[slots] * 3)
 
 
 def random_rows(rows, length, seed=0):
@@ -312,7 +312,7 @@ def test_an_id_outside_the_vocabulary_is_not_silent():
 def test_devices_by_pmap_and_by_jit_equal_one(config):
   params, batch = random_params(config), random_rows(8, 11)
   hidden = lambda params, ids_NL, position_NL, zeros_NL: transformer.build(config).hidden(
-    params, TokenBatch(ids_NL, position_NL, zeros_NL, *[zeros_NL] * 7)
+    params, TokenBatch(ids_NL, position_NL, zeros_NL, *[zeros_NL] * 8)
   )
   arrays = batch.ids_NL, batch.position_NL, batch.pair_NL
   one = jax.jit(hidden)(params, *arrays)

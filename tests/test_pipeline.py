@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 import small_tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dpo_jax.data import chat, layout, packing, pipeline
 from dpo_jax.data.layout import Example
@@ -30,8 +32,8 @@ def rows_file(tmp_path):
   return write
 
 
-def pair(prompt="the answer is", chosen=" good", rejected=" bad"):
-  return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+def pair(prompt="the answer is", chosen=" good", rejected=" bad", **rest):
+  return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **rest}
 
 
 def examples(size, seed=0, longest=20, answers=2):
@@ -101,10 +103,11 @@ def test_a_cut_answer_has_no_end(rows_file, tokenizer):
 
 
 def test_texts_to_learn_from_have_one_answer(rows_file, tokenizer):
-  found, ledger, form = pipeline.load_examples(rows_file([pair()]), tokenizer, answers=1)
+  found, ledger, form = pipeline.load_examples(rows_file([pair()]), tokenizer, kind="text")
   assert len(found[0].answers) == 1 and ledger.tokens["shared"] == 0
   assert tokenizer.decode(found[0].answers[0]) == "good"
-  found, _, form = pipeline.load_examples(rows_file([{"text": "the answer"}]), tokenizer, answers=1)
+  path = rows_file([{"text": "the answer"}])
+  found, _, form = pipeline.load_examples(path, tokenizer, kind="text")
   assert form == "text" and found[0].prompt.tolist() == [tokenizer.bos_id]
 
 
@@ -129,6 +132,187 @@ def test_each_file_has_a_form_of_its_own(rows_file, tokenizer):
   found, ledger, form = pipeline.load_examples(paths, tokenizer)
   assert [example.row for example in found] == [0, 1] and not ledger.dropped
   assert form == ledger.format == "strings, transcripts"
+
+
+# --- judged and ranked answers, margins -----------------------------------------------------------
+
+
+def judged(label=True, prompt="the answer is", completion=" good"):
+  return {"prompt": prompt, "completion": completion, "label": label}
+
+
+def ranked(*answers, prompt="the answer is", **rest):
+  return {"prompt": prompt, "answers": list(answers), **rest}
+
+
+def test_judged_answers_and_pairs_taken_apart(rows_file, tokenizer):
+  paths = [
+    rows_file([judged(), judged(0, completion=" bad"), judged(completion="  ")], "judged"),
+    rows_file([pair("so", margin=3), pair(rejected=" good")], "pairs"),
+  ]
+  found, ledger, form = pipeline.load_examples(paths, tokenizer, kind="unpaired")
+  assert form == "completion with label, strings"
+  assert [(e.row, e.grades) for e in found] == [(0, (1,)), (1, (0,)), (3, (1,)), (3, (0,))]
+  texts = [tokenizer.decode(e.answers[0]) for e in found]
+  assert texts == ["good", "bad", "good", "bad"] and all(len(e.answers) == 1 for e in found)
+  assert found[2].prompt.tolist() == found[3].prompt.tolist()
+  # A row is kept or dropped, also one that became two answers.
+  assert (ledger.rows, ledger.pairs) == (5, 3)
+  written = ledger.to_json()
+  assert written["dropped"] == {"empty answer": 1, "equal answers": 1}
+  assert written["labels"] == {"desirable": 2, "undesirable": 2}
+  assert written["tokens"]["shared"] == 0
+
+
+def test_ranked_answers_are_filled_up_to_the_most(rows_file, tokenizer):
+  rows = [
+    ranked(" bad", " good", scores=[1, 2]),
+    ranked(" is", " good", " bad", " so", scores=[4, 3, 2, 1]),
+    ranked(" bad"),
+    ranked(" good", " is", " good"),
+  ]
+  path = rows_file(rows)
+  found, ledger, form = pipeline.load_examples(path, tokenizer, kind="ranked")
+  texts = lambda e: [tokenizer.decode(answer) for answer in e.answers]
+  assert form == "ranked" and "labels" not in ledger.to_json()
+  assert [texts(e) for e in found] == [["good", "bad", "", ""], ["is", "good", "bad", "so"]]
+  assert [e.grades for e in found] == [(2, 1, 0, 0), (4, 3, 2, 1)]
+  assert ledger.dropped == {"fewer than two answers": 1, "equal answers": 1}
+  # Copies of the prompt that shared rows save: one for the row of two, three for the row of four.
+  assert ledger.tokens["shared"] == (1 + 3) * (len(found[0].prompt) - 1)
+
+  both = [path, rows_file([pair(chosen_score=2, rejected_score=1)], "pairs")]
+  found, ledger, form = pipeline.load_examples(both, tokenizer, kind="ranked")
+  assert form == "ranked, strings" and texts(found[-1]) == ["good", "bad", "", ""]
+  assert found[-1].grades == (2, 1, 0, 0)
+  (batch,) = pipeline.eval_batches(found, batch_size=8)
+  assert data_rows(batch, answers=4) == [0, 1, 4]
+
+
+def test_ranked_answers_may_become_equal_by_cutting(rows_file, tokenizer):
+  path = rows_file([ranked(" so", " is" * 40, " is" * 41), ranked(" so", " is" * 40, " good")])
+  found, ledger, _ = pipeline.load_examples(
+    path, tokenizer, kind="ranked", max_length=24, prompt_floor=4, truncation="cut"
+  )
+  assert [e.row for e in found] == [1]
+  assert ledger.dropped == {"equal answers after cutting": 1}
+
+
+def test_margins_and_scores_are_grades(rows_file, tokenizer):
+  grades = lambda *rows: [e.grades for e in pipeline.load_examples(rows_file(rows), tokenizer)[0]]
+  assert grades(pair()) == [()]
+  assert grades(pair(margin=2), pair(margin=0)) == [(2, 0), (0, 0)]
+  assert grades(pair(chosen_score=1, rejected_score=3)) == [(1, 3)]
+  rewarded = rows_file([pair(chosen_reward=1.5, rejected_reward=-1)])
+  some, _, _ = pipeline.load_examples(rewarded, tokenizer)
+  (batch,) = pipeline.eval_batches(some, batch_size=1)
+  assert batch.grade_NS.tolist() == [[1.5, -1]]
+
+
+@pytest.mark.parametrize(
+  ("rows", "kind", "line"),
+  [
+    (
+      [pair(), pair(rejected="", margin=1), pair(margin=1), pair()],
+      "pairs",
+      r"rows\.jsonl:3: the rows before have no score or margin and this one has one; give one to",
+    ),
+    (
+      [pair(chosen_score=1, rejected_score=0), pair(margin=1), pair(margin=None)],
+      "pairs",
+      r"rows\.jsonl:3: the rows before have a score or margin and this one has none; give one to",
+    ),
+    (
+      [ranked(" a", " b"), ranked(" a", " b", scores=[1, 2])],
+      "ranked",
+      r"rows\.jsonl:2: the rows before have no score or margin and this one has one",
+    ),
+    ([pair(margin="large")], "pairs", r'rows\.jsonl:1: field margin is "large", not a finite'),
+    ([judged(), judged("yes")], "unpaired", r'rows\.jsonl:2: field label is "yes"; it must be'),
+    ([judged()], "pairs", r"rows\.jsonl:1: .* with a label are for loss kto; wanted here are"),
+    ([ranked(" a", " b")], "pairs", r"rows\.jsonl:1: .* are for loss plackett_luce; wanted here"),
+    ([ranked(" a")] * 2, "ranked", r"no row is of use .* dropped fewer than two answers: 2"),
+  ],
+)
+def test_bad_grades_and_labels_are_one_line(rows_file, tokenizer, rows, kind, line):
+  with pytest.raises(UserError, match=line) as raised:
+    pipeline.load_examples(rows_file(rows), tokenizer, kind=kind)
+  assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+  ("row", "kind"),
+  [
+    (judged(), "unpaired"),
+    (ranked(" a", " b"), "ranked"),
+    (pair(), "pairs"),
+    ({"text": "a"}, "text"),
+  ],
+)
+def test_what_rows_are_is_told_from_the_first(rows_file, row, kind):
+  assert pipeline.detect_kind(rows_file([row, {"a": 1}])) == kind
+  with pytest.raises(UserError, match=r"rows\.jsonl:1: a row with a is of no known form"):
+    pipeline.detect_kind(rows_file([{"a": 1}, row]))
+
+
+def judged_examples(prompts):
+  """An answer to each of these prompts: answer i is i, a few times."""
+  ids = lambda *values: np.array(values, np.int32)
+  return [
+    Example(ids(p), (ids(*[i] * (1 + i % 6)),), 1.0 + i, i, (i % 2,)) for i, p in enumerate(prompts)
+  ]
+
+
+@given(
+  prompts=st.lists(st.integers(0, 4), min_size=2, max_size=30).filter(lambda x: len(set(x)) > 1),
+  seed=st.integers(0, 99),
+)
+def test_a_mismatched_answer_is_to_another_prompt(prompts, seed):
+  some = judged_examples(prompts)
+  found = pipeline.with_mismatched(some, max_length=4, seed=seed)
+  whole = pipeline.with_mismatched(some, seed=seed)
+  assert len(found) == len(whole) == len(some)
+  for before, cut, after in zip(some, found, whole, strict=True):
+    assert (after.weight, after.row, after.prompt) == (before.weight, before.row, before.prompt)
+    assert after.answers[0] is before.answers[0] and after.grades == before.grades * 2
+    source = some[int(after.answers[1][0])]
+    assert source.prompt.tolist() != before.prompt.tolist()
+    assert after.answers[1] is source.answers[0]
+    # A window of 4 and a prompt of 1 token leave 3, for this one alone.
+    assert cut.answers[1].tolist() == source.answers[0][:3].tolist()
+    assert cut._replace(answers=after.answers) == after
+
+
+def test_mismatched_answers_are_a_function_of_examples_and_seed():
+  some = judged_examples(range(40))
+  sources = lambda some, seed: [
+    int(e.answers[1][0]) for e in pipeline.with_mismatched(some, seed=seed)
+  ]
+  first = sources(some, 1)
+  assert sources(some, 1) == first != sources(some, 2)
+  assert sorted(first) == list(range(40)), "where prompts differ every answer serves once"
+  assert sources(pipeline.with_mismatched(some, seed=2), 1) == first
+  assert pipeline.with_mismatched([], seed=1) == []
+
+
+def test_answers_to_one_prompt_alone_cannot_be_mismatched():
+  with pytest.raises(UserError, match="all 3 judged answers are to one prompt, and kto needs"):
+    pipeline.with_mismatched(judged_examples([7, 7, 7]))
+
+
+@pytest.mark.parametrize("name", packing.LAYOUTS)
+def test_judged_answers_make_batches(rows_file, tokenizer, name):
+  rows = [judged(i % 2 == 1, f"{'a' * i} question", " good" * (i + 1)) for i in range(8)]
+  some, _, _ = pipeline.load_examples(rows_file(rows), tokenizer, kind="unpaired")
+  some = pipeline.with_mismatched(some, max_length=40)
+  (batch,) = pipeline.eval_batches(some, batch_size=8, layout=name)
+  row_B2, grade_B2 = batch.row_NS.reshape(-1, 2), batch.grade_NS.reshape(-1, 2)
+  there_B = row_B2[:, 0] >= 0
+  assert sorted(row_B2[there_B, 0].tolist()) == list(range(8))
+  assert (row_B2[there_B] % 2 == grade_B2[there_B]).all(), "odd rows are desirable"
+
+
+# --- what is wrong with a file --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -278,6 +462,22 @@ def test_padding_is_counted_for_each_layout():
 
 
 # --- real files -----------------------------------------------------------------------------------
+
+
+def test_real_judged_answers_make_batches(shared_data):
+  real = chat.load_tokenizer(shared_data / "tokenizers" / "stories260k")
+  path = shared_data / "preferences" / "lf_kto_en.open.json"
+  some, ledger, form = pipeline.load_examples(path, real, kind="unpaired", max_length=1024)
+  assert form == "chat with label" and ledger.rows == 236
+  assert ledger.pairs == len(some) == sum(ledger.labels.values())
+  assert ledger.rows == ledger.pairs + ledger.dropped.total()
+  train, held_out = (
+    pipeline.with_mismatched(side, max_length=1024) for side in pipeline.split(some, 0.2)
+  )
+  prompt_B, tokens_BK = layout.lengths(train + held_out)
+  assert (prompt_B + tokens_BK.max(1)).max() <= 1024
+  batch = take(1, train, batch_size=16)[0]
+  assert len(data_rows(batch)) == 16
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,23 @@ PAIRS = {
   "logps/chosen": -20.0,
   "logps/rejected": -22.0,
 }
+DRIFT = {
+  "drift/chosen": -0.04,
+  "drift/rejected": -0.11,
+  "drift/both_fell": 0.5,
+  "drift/pair_mass": -0.9,
+  "margins/chosen_longer": 1.2,
+  "margins/chosen_shorter": 0.8,
+}
+SAMPLED = {
+  "sampled/kl": 2.0,
+  "sampled/kl_per_token": 0.1,
+  "sampled/entropy": 1.2,
+  "sampled/distinct_2": 0.6,
+  "sampled/repetition": 0.1,
+  "sampled/tokens": 17.0,
+  "sampled/ended": 0.9,
+}
 STEP = {"grad_norm": 1.0, "learning_rate": 1e-3, "pairs_per_second": 1234.0}
 CONFIG = {"seed": 7, "loss": {"name": "robust", "beta": 0.25}, "data": {"path": "<pairs>.jsonl"}}
 LEDGER = {
@@ -47,15 +64,18 @@ SUMMARY = {
 }
 
 
-def make_run(folder, metrics, *, steps=30, evaluate=True, config=CONFIG, ledger=LEDGER):
+def make_run(
+  folder, metrics, *, steps=30, evaluate=True, config=CONFIG, ledger=LEDGER, held_out=None
+):
+  """A run whose metrics do not change, but for the held-out loss; `held_out` has more of them."""
   console = rich.console.Console(file=io.StringIO())
   with Loggers(folder, total_steps=steps, console=console) as log:
     if evaluate:
-      log.write_eval(0, metrics | {"loss": 0.6931})
+      log.write_eval(0, metrics | {"loss": 0.6931} | (held_out or {}))
     for step in range(1, steps + 1):
       log.write(step, metrics | STEP)
     if evaluate:
-      log.write_eval(steps, metrics | {"loss": 0.4321})
+      log.write_eval(steps, metrics | {"loss": 0.4321} | (held_out or {}))
   (folder / "config.json").write_text(json.dumps(config))
   (folder / "data.json").write_text(json.dumps(ledger))
 
@@ -97,6 +117,45 @@ def test_a_run_of_preferences(tmp_path):
     "loss", "accuracy", "rewards", "margin", "logps", "grad_norm", "learning_rate", "speed",
   }  # fmt: skip
   assert page.source.count("<svg") == len(names)
+
+
+def test_where_probability_goes_has_its_pictures(tmp_path):
+  make_run(tmp_path, PAIRS | DRIFT, held_out=SAMPLED)
+  page = Page(report.write(tmp_path))
+  names = {path.stem for path in (tmp_path / "plots").glob("*.png")}
+  assert names >= {
+    "drift", "both_fell", "pair_mass", "margin_by_length", "kl", "entropy", "diversity", "length",
+  }  # fmt: skip
+  assert page.source.count("<svg") == len(names)
+  assert "Alerts" not in page.text
+
+
+@pytest.mark.parametrize(
+  ("metrics", "expected"),
+  [
+    ({"rewards/desirable": 1.0, "rewards/undesirable": -1.0, "kl": 0.1}, {"rewards", "kl"}),
+    ({"rewards/best": 1.0, "rewards/rest": -1.0, "logps/best": -3.0}, {"rewards", "logps"}),
+    ({"reward": 1.0, "kl": 2.0, "objective": -0.8}, {"reward", "kl", "objective"}),
+  ],
+)
+def test_every_kind_of_data_has_its_pictures(tmp_path, metrics, expected):
+  make_run(tmp_path, {"loss": 0.5} | metrics)
+  report.write(tmp_path)
+  names = {path.stem for path in (tmp_path / "plots").glob("*.png")}
+  assert names - {"loss", "grad_norm", "learning_rate", "speed"} == expected
+
+
+def test_alerts_stand_above_all_else_with_run_step_and_remedy(tmp_path):
+  make_run(tmp_path / "sft", {"loss": 2.0})
+  make_run(tmp_path / "dpo", PAIRS | DRIFT | {"drift/chosen": -0.5, "drift/rejected": 0.0})
+  (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
+  page = Page(report.write(tmp_path))
+  assert page.text.index("Alerts") < page.text.index("Result")
+  told = "chosen falls dpo, step 20 chosen answers have lost 0.50 nats a token"
+  assert page.text.count(told) == 1
+  assert "--config.loss.sft_weight" in page.text
+  one = Page(report.write(tmp_path / "dpo"))
+  assert "chosen falls step 20 chosen answers" in one.text
 
 
 def test_supervised_training_shows_only_what_it_has(tmp_path):
@@ -169,6 +228,14 @@ def test_curves_hold_every_step_and_every_evaluation():
   np.testing.assert_allclose(by_length[2].get_ydata(), [0.7, 0.2])
   raw = min((line for line in ax.lines if len(line.get_xdata()) == 100), key=lambda x: x.get_lw())
   np.testing.assert_allclose(raw.get_ydata(), 1 / np.arange(1, 101))
+
+
+def test_what_only_evaluation_has_is_drawn_alone():
+  records = [{"step": i, "eval/sampled/kl": i / 100} for i in (0, 100, 200)]
+  (ax,) = plots.curves(records)["kl"].axes
+  (line,) = ax.lines
+  np.testing.assert_array_equal(line.get_ydata(), [0, 1, 2])
+  assert line.get_label() == "sampled" and ax.get_legend() is None
 
 
 def test_smoothing_keeps_a_constant_and_has_no_lag():

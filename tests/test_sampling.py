@@ -57,7 +57,7 @@ def forward(config):
 
   def run(params, ids_NL):
     zeros = jnp.zeros_like(ids_NL)
-    batch = TokenBatch(ids_NL, zeros + jnp.arange(ids_NL.shape[1]), zeros, *[zeros] * 7)
+    batch = TokenBatch(ids_NL, zeros + jnp.arange(ids_NL.shape[1]), zeros, *[zeros] * 8)
     return logits(model.hidden(params, batch), model.head(params))
 
   return jax.jit(run)

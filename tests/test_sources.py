@@ -4,9 +4,12 @@ import gzip
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dpo_jax.data import sources
-from dpo_jax.data.sources import Preference, RowError, detect, read_rows
+from dpo_jax.data.forms import Preference, RowError
+from dpo_jax.data.sources import detect, read_rows
 from dpo_jax.structs import UserError
 
 user = lambda text: {"role": "user", "content": text}
@@ -159,7 +162,10 @@ def test_missing_files_and_folders(tmp_path):
 def test_what_rows_mean(row, name, meaning):
   assert convert(row) == (name, meaning)
   # Where one answer is learned from, it is the chosen one.
-  assert convert(row, answers=1) == (name, meaning._replace(answers=meaning.answers[:1]))
+  assert convert(row, kind="text") == (name, meaning._replace(answers=meaning.answers[:1]))
+  # Ranked they are two of two; judged by themselves, one is desirable and one is not.
+  assert convert(row, kind="ranked") == (name, meaning)
+  assert convert(row, kind="unpaired") == (name, meaning._replace(grades=(1.0, 0.0)))
 
 
 @pytest.mark.parametrize(
@@ -190,9 +196,201 @@ def test_what_rows_mean(row, name, meaning):
   ],
 )
 def test_texts_to_learn_from(row, name, meaning):
-  assert convert(row, answers=1) == (name, meaning)
-  with pytest.raises(UserError, match="of no known form"):
-    detect(row, answers=2)
+  assert convert(row, kind="text") == (name, meaning)
+  for kind in ("pairs", "ranked", "unpaired"):
+    with pytest.raises(UserError, match="rows of one answer without a label are for loss sft"):
+      detect(row, kind=kind)
+
+
+UNPAIRED = [
+  ({"prompt": "a ", "completion": "b"}, "completion", Preference("a ", ("b",))),
+  (
+    {"prompt": [user("a")], "completion": [assistant("b")]},
+    "completion",
+    Preference([user("a")], ([assistant("b")],)),
+  ),
+  (
+    {"prompt": "a", "completion": [assistant("b")]},
+    "completion",
+    Preference([user("a")], ([assistant("b")],)),
+  ),
+  ({"messages": [user("a"), assistant("b")]}, "chat", Preference([user("a")], ([assistant("b")],))),
+  (
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    "chat",
+    Preference([user("a")], ([assistant("b")],)),
+  ),
+  (
+    {"instruction": "Add 1 and 2", "output": "3"},
+    "instruction",
+    Preference("### Instruction:\nAdd 1 and 2\n\n### Response:\n", ("3",)),
+  ),
+]
+
+
+@pytest.mark.parametrize("label", [True, False, 1, 0])
+@pytest.mark.parametrize(("row", "name", "meaning"), UNPAIRED)
+def test_answers_judged_by_themselves(row, name, meaning, label):
+  row = row | {"label": label}
+  assert sources.detect_kind(row) == "unpaired"
+  expected = (f"{name} with label", meaning._replace(grades=(float(label),)))
+  assert convert(row, kind="unpaired") == expected
+  for kind in ("pairs", "text", "ranked"):
+    with pytest.raises(
+      UserError, match=r"label.* does not serve: rows with a label are for loss kto"
+    ):
+      detect(row, kind=kind)
+
+
+@pytest.mark.parametrize("label", [None, "true", "", -1, 2, 1.0, 0.5, [True], float("nan")])
+def test_a_label_is_true_or_false(label):
+  row = {"prompt": "a", "completion": "b", "label": label}
+  with pytest.raises(UserError, match=r"field label is .*; it must be true or 1 for a desirable"):
+    convert(row, kind="unpaired")
+
+
+RANKED = [
+  ({"prompt": "a ", "answers": ["b", "c", "d"]}, "ranked", Preference("a ", ("b", "c", "d"))),
+  (
+    {"prompt": "a", "answers": [assistant("b"), [assistant("c")], "d"]},
+    "ranked",
+    Preference([user("a")], ([assistant("b")], [assistant("c")], [assistant("d")])),
+  ),
+  (
+    {"prompt": [user("a")], "answers": ["b", "c", "d"]},
+    "ranked",
+    Preference([user("a")], ([assistant("b")], [assistant("c")], [assistant("d")])),
+  ),
+  (
+    {"prompt": "a", "answers": [[user("a"), assistant(text)] for text in "bcd"]},
+    "ranked",
+    Preference([user("a")], ([assistant("b")], [assistant("c")], [assistant("d")])),
+  ),
+  (
+    {"prompt_ids": [1], "answers_ids": [[2], [3, 4], [5]]},
+    "ranked ids",
+    Preference([1], ([2], [3, 4], [5])),
+  ),
+]
+
+
+@pytest.mark.parametrize(("row", "name", "meaning"), RANKED)
+def test_ranked_answers(row, name, meaning):
+  assert sources.detect_kind(row) == "ranked"
+  assert convert(row, kind="ranked") == (name, meaning)
+  assert convert(row | {"scores": None}, kind="ranked") == (name, meaning)
+  # Scores put them in order; those of equal score stay as they stand.
+  b, c, d = meaning.answers
+  by_scores = Preference(meaning.prompt, (c, b, d), (2.5, -1.0, -1.0))
+  assert convert(row | {"scores": [-1, 2.5, -1]}, kind="ranked") == (name, by_scores)
+  for kind in ("pairs", "text", "unpaired"):
+    with pytest.raises(UserError, match="rows with a list of answers are for loss plackett_luce"):
+      detect(row, kind=kind)
+
+
+@given(scores=st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=6, unique=True))
+def test_the_highest_score_is_the_best(scores):
+  row = {"prompt": "a", "answers": [f"answer {score}" for score in scores], "scores": scores}
+  _, (_, answers, grades) = convert(row, kind="ranked")
+  assert list(grades) == sorted(scores, reverse=True)
+  assert list(answers) == [f"answer {score}" for score in grades]
+
+
+@pytest.mark.parametrize(
+  ("change", "reason"),
+  [
+    ({"answers": ["b"]}, "fewer than two answers"),
+    ({"answers": []}, "fewer than two answers"),
+    ({"answers": ["b", "c", " "]}, "empty answer"),
+    ({"answers": ["b", "c", "c"]}, "equal answers"),
+    ({"answers": ["b", "c", "half a \ud800 pair"]}, "text is not valid Unicode"),
+    ({"answers": ["b", [user("a"), assistant("c")]]}, "answer of several messages"),
+    ({"answers": [[user(p), assistant("c")] for p in "ax"]}, "prompts differ"),
+    ({"answers": [user("b"), assistant("c")]}, "last message is not the assistant's"),
+    ({"scores": [1, 1, 1.0]}, "equal scores"),
+  ],
+)
+def test_ranked_rows_without_a_preference_are_dropped(change, reason):
+  row = {"prompt": "a", "answers": ["b", "c", "d"]}
+  with pytest.raises(RowError) as raised:
+    convert(row | change, kind="ranked")
+  assert str(raised.value) == reason
+
+
+@pytest.mark.parametrize(
+  ("change", "line"),
+  [
+    ({"answers": "b"}, r'field answers is "b", not a list of answers, best first'),
+    ({"answers": None}, r"field answers is null, not a list of answers"),
+    ({"answers": ["b", 3]}, r"field answers is 3, not text or a list of messages"),
+    ({"answers": ["b", {"text": "c"}]}, r"field answers has the message .*; a message is a role"),
+    ({"prompt": 3}, r"field prompt is 3, not text or a list of messages"),
+    ({"scores": [1, 2]}, r"field scores is \[1, 2\], not a list of 3 numbers, one an answer"),
+    ({"scores": 3}, r"field scores is 3, not a list of 3 numbers"),
+    ({"scores": [1, 2, None]}, r"field scores is null, not a finite number"),
+    ({"scores": [1, 2, True]}, r"field scores is true, not a finite number"),
+    ({"scores": [1, 2, "3"]}, r'field scores is "3", not a finite number'),
+    ({"scores": [1, 2, float("nan")]}, r"field scores is NaN, not a finite number"),
+    ({"scores": [1, 2, 1e39]}, r"field scores is 1e\+39, not a finite number"),
+  ],
+)
+def test_broken_ranked_rows_are_named(change, line):
+  row = {"prompt": "a", "answers": ["b", "c", "d"]}
+  with pytest.raises(UserError, match=line):
+    convert(row | change, kind="ranked")
+  ids = {"prompt_ids": [1], "answers_ids": [[2], "3"]}
+  with pytest.raises(UserError, match=r'field answers_ids is "3", not a list of token ids'):
+    convert(ids, kind="ranked")
+
+
+@pytest.mark.parametrize(
+  ("fields", "grades"),
+  [
+    ({}, ()),
+    ({"margin": None, "chosen_score": None}, ()),
+    ({"margin": 2}, (2.0, 0.0)),
+    ({"margin": 0}, (0.0, 0.0)),
+    ({"chosen_score": 1.5, "rejected_score": -3}, (1.5, -3.0)),
+    ({"chosen_reward": -1.0, "rejected_reward": 2.0}, (-1.0, 2.0)),
+    ({"chosen_score": 1, "rejected_score": 0, "chosen_reward": 9, "rejected_reward": 9}, (1, 0)),
+    ({"margin": 3, "chosen_score": 1, "rejected_score": 0}, (3.0, 0.0)),
+  ],
+)
+@pytest.mark.parametrize(
+  "row",
+  [
+    {"prompt": "a", "chosen": "b", "rejected": "c"},
+    {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]},
+    {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
+  ],
+)
+def test_pairs_may_say_by_how_much(row, fields, grades):
+  row = row | fields
+  assert sources.detect_kind(row) == "pairs"
+  for kind in ("pairs", "ranked"):
+    assert convert(row, kind=kind)[1].grades == grades
+  # Where answers are judged by themselves, or one is learned from, nobody asks.
+  assert convert(row, kind="unpaired")[1].grades == (1.0, 0.0)
+  assert convert(row, kind="text")[1].grades == ()
+
+
+@pytest.mark.parametrize(
+  ("fields", "line"),
+  [
+    ({"margin": -0.5}, r"field margin is -0\.5; chosen is the better by 0 or more"),
+    ({"margin": "2"}, r'field margin is "2", not a finite number'),
+    ({"margin": float("nan")}, r"field margin is NaN, not a finite number"),
+    ({"margin": float("inf")}, r"field margin is Infinity, not a finite number"),
+    ({"margin": True}, r"field margin is true, not a finite number"),
+    ({"margin": 10**400}, r"field margin is 1000.*\.\.\., not a finite number"),
+    ({"chosen_score": 1}, r"field rejected_score is missing; the row has chosen, chosen_score"),
+    ({"chosen_score": 1, "rejected_score": None}, r"field rejected_score is null, not a finite"),
+    ({"chosen_reward": "high", "rejected_reward": 0}, r'field chosen_reward is "high", not a'),
+  ],
+)
+def test_broken_grades_are_named(fields, line):
+  with pytest.raises(UserError, match=line):
+    convert({"prompt": "a", "chosen": "b", "rejected": "c"} | fields)
 
 
 def test_a_field_map_names_what_is_what():
@@ -202,16 +400,25 @@ def test_a_field_map_names_what_is_what():
   assert convert({"a": "x", "chosen": "b", "rejected": "c"}, fields={"prompt": "a", "chosen": ""})
   with pytest.raises(UserError, match="the field map's prompt=quest is not in the row, which has"):
     detect(row, {"prompt": "quest"})
+  row = {"question": "q", "text": "a", "good": True, "label": "spam"}
+  fields = {"prompt": "question", "completion": "text", "label": "good"}
+  assert convert(row, fields=fields, kind="unpaired")[1] == Preference("q", ("a",), (1.0,))
+  assert sources.detect_kind(row, fields) == "unpaired"
+  row = {"q": "a", "chosen": "b", "rejected": "c", "gap": 2}
+  assert convert(row, fields={"prompt": "q", "margin": "gap"})[1].grades == (2.0, 0.0)
 
 
 def test_an_unknown_row_says_what_is_known():
   with pytest.raises(UserError, match=r"a row with a, b is of no known form; known are prompt_ids"):
     detect({"b": 1, "a": 2})
+  with pytest.raises(UserError, match=r"answers_ids; prompt \+ answers.* the field map"):
+    sources.detect_kind({"b": 1, "a": 2})
 
 
 def test_good_and_bad_texts_are_not_learned_from_alike():
-  with pytest.raises(UserError, match="label, messages is of no known form"):
-    detect({"messages": [user("a"), assistant("b")], "label": False}, answers=1)
+  for label in (False, 0, 1):
+    with pytest.raises(UserError, match="label, messages does not serve: rows with a label are"):
+      detect({"messages": [user("a"), assistant("b")], "label": label}, kind="text")
 
 
 # --- rows that are dropped, rows that are wrong ---------------------------------------------------
@@ -274,6 +481,12 @@ def test_broken_fields_are_named(row, change, line):
 
 
 def test_a_missing_field_is_named():
+  form = detect({"prompt": "a", "completion": "b", "label": 1}, kind="unpaired")
+  for field in ("prompt", "completion", "label"):
+    row = {"prompt": "a", "completion": "b", "label": 1}
+    del row[field]
+    with pytest.raises(UserError, match=f"field {field} is missing"):
+      form.convert(row)
   with pytest.raises(UserError, match="field rejected is missing; the row has chosen, prompt"):
     detect(STRINGS).convert({"prompt": "a", "chosen": "b"})
 
@@ -306,6 +519,15 @@ def test_real_files_hold_what_they_hold(shared_data, file, name, rows, kept):
     except RowError:
       pass
   assert (form.name, len(read), held) == (name, rows, kept)
+
+
+def test_real_judged_answers(shared_data):
+  read = [row for _, row in read_rows(shared_data / "preferences" / "lf_kto_en.open.json")]
+  assert sources.detect_kind(read[0]) == "unpaired"
+  form = detect(read[0], kind="unpaired")
+  found = [form.convert(row) for row in read]
+  assert form.name == "chat with label" and len(found) == 236
+  assert sum(preference.grades == (1.0,) for preference in found) == 113
 
 
 @pytest.mark.parametrize(

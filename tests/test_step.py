@@ -13,12 +13,14 @@ from dpo_jax import logprobs, losses, step
 from dpo_jax.data import layout
 
 
-def objective(name="sigmoid", **given):
+def objective(name="sigmoid", sync=None, **given):
+  loss = losses.resolve(name, **given)
   return step.Objective(
-    logprobs.make_logps_fn(tiny.MODEL),
-    losses.resolve(name, **given),
-    name in losses.SUPERVISED,
-    beta=given.get("beta", 0.1),
+    logps_fn=logprobs.make_logps_fn(tiny.MODEL, beyond_shorter=loss.ld_alpha),
+    loss=loss,
+    answers={"text": 1, "ranked": 3}.get(loss.kind, 2),
+    aligned_fn=logprobs.make_aligned_fn(tiny.MODEL, beyond_shorter=loss.ld_alpha),
+    sync=sync,
   )
 
 
@@ -56,7 +58,9 @@ def test_the_first_loss_is_log_2_and_its_gradient_is_half_beta_times_the_logps_g
   weight_B = one.weight_NS.reshape(-1, 2)[:, 0]
 
   def mean_margin(params):
-    pairs = logprobs.to_pairs(logprobs.make_logps_fn(tiny.MODEL)(params, one), one)
+    pairs = logprobs.to_pairs(
+      logprobs.make_logps_fn(tiny.MODEL)(params, one), logprobs.slots_of(one)
+    )
     return ((pairs.chosen_B - pairs.rejected_B) * weight_B).sum() / weight_B.sum()
 
   by_hand = jax.tree.map(lambda g: -beta / 2 * g, jax.grad(mean_margin)(tiny.init()))
@@ -142,3 +146,146 @@ def test_slots_whose_loss_is_not_finite_are_named():
   assert not np.isfinite(report["loss"])
   flagged = np.asarray(batch.row_NS)[np.asarray(report["nonfinite_ANS"])]
   assert flagged.tolist() == [1, 1]
+
+
+# --- what evolves beside the parameters, and losses that see the whole batch ----------------------
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired", "kto"])
+def test_a_batch_wide_loss_sees_all_micro_batches(name):
+  """Sorted or pooled over the global batch: micro-batches change nothing."""
+  grades = lambda i: (float(i % 2),) * 2
+  sets = [
+    [e._replace(weight=1.0, grades=grades(i)) for i, e in enumerate(tiny.pairs(8, seed))]
+    for seed in range(2)
+  ]
+  given = {"name": name, "beta": 2.0, "tx": optax.sgd(0.5)}
+  sizes = layout.Sizes(rows=5, rows_step=1, scored=30, slots=16)  # one shape for every batch
+  cut = lambda s: [s[:1], s[1:4], s[4:6], s[6:]]
+  whole, whole_reports = run([stack([s], sizes=sizes) for s in sets], **given)
+  parts, part_reports = run([stack(cut(s), sizes=sizes) for s in sets], **given)
+  close(parts, whole)
+  for key in ("loss", "grad_norm"):
+    for part, full in zip(part_reports, whole_reports, strict=True):
+      np.testing.assert_allclose(part[key], full[key], rtol=1e-5)
+
+
+def state_after(batches, name, *, sync=None, tx=None, **given):
+  """The state after some steps on one device; a synced reference starts as the policy does."""
+  tx = tx or optax.sgd(0.5)
+  made = objective(name, sync, **given)
+  state = step.init_state(tiny.init(), tx, made.loss)
+  if sync:
+    state = state._replace(reference=jax.tree.map(jnp.asarray, tiny.init()))
+  take = jax.jit(functools.partial(step.train_step, objective=made, tx=tx))
+  states, reports = [state], []
+  for batch in batches:
+    state, report = take(state, None if sync else tiny.init(), batch)
+    states.append(state)
+    reports.append(report)
+  return states, reports
+
+
+def test_delta_is_the_running_mean_of_the_rewards_before():
+  """δ starts at 0, where it belongs while policy and reference agree, and lags the step by one."""
+  batches = [stack([tiny.pairs(4)])] * 3
+  states, reports = state_after(batches, "bco_pair", running_decay=0.75, beta=2.0)
+  expected = 0.0
+  for state, report in zip(states[1:], reports, strict=True):
+    mean = (report["rewards/chosen"] + report["rewards/rejected"]) / 2
+    expected = 0.75 * expected + 0.25 * mean
+    np.testing.assert_allclose(state.memory["delta"], expected, rtol=1e-6)
+  assert abs(float(states[-1].memory["delta"])) > 1e-3
+
+
+def test_a_running_kl_replaces_the_estimate_of_the_batch():
+  examples = [e._replace(grades=(1.0, 1.0)) for e in tiny.pairs(4)]
+  batch = stack([examples])
+  states, reports = state_after([batch] * 3, "kto", beta=1.0, running_decay=0.5, tx=optax.sgd(2.0))
+  kl = 0.0
+  for state, report in zip(states[1:], reports, strict=True):
+    kl = 0.5 * kl + 0.5 * max(0.0, float(report["kl"]))
+    np.testing.assert_allclose(state.memory["kl"], kl, rtol=1e-6)
+  assert state_after([batch], "kto")[0][-1].memory == {}
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.6])
+def test_the_reference_follows_the_policy_when_it_is_due(alpha):
+  """TR-DPO: on steps 2 and 4 π_ref becomes α π + (1-α) π_ref; between them it stands still."""
+  batches = [stack([tiny.pairs(4)])] * 4
+  states, reports = state_after(batches, "sigmoid", sync=step.Sync(2, alpha), beta=0.5)
+  reference = tiny.init()
+  for index, state in enumerate(states[1:], 1):
+    if index % 2 == 0:
+      reference = {k: alpha * state.params[k] + (1 - alpha) * reference[k] for k in reference}
+    close(state.reference, reference, rtol=1e-6)
+  if alpha == 1:  # the policy has just become its own reference
+    np.testing.assert_allclose(reports[2]["loss"], np.log(2), rtol=1e-6)
+  assert reports[1]["loss"] != pytest.approx(np.log(2), rel=1e-4)
+
+
+def test_a_loss_without_reference_runs_no_reference():
+  """No parameters are needed for it, and rewards are told of the policy alone."""
+  batch = stack([tiny.pairs(4)])
+  tx = optax.sgd(0.1)
+  for name, given in (("simpo", {}), ("sigmoid", {"reference_free": True})):
+    made = objective(name, **given)
+    take = jax.jit(functools.partial(step.train_step, objective=made, tx=tx))
+    _, report = take(step.init_state(tiny.init(), tx, made.loss), None, batch)
+    np.testing.assert_allclose(
+      report["rewards/chosen"], made.loss.beta * report["logps/chosen"], rtol=1e-6
+    )
+
+
+def test_wpo_weighs_pairs_by_what_the_policy_would_say():
+  """The loss at the reference is log 2 times the mean weight, below 1; the metrics stay."""
+  batch = stack([[e._replace(weight=1.0) for e in tiny.pairs(5)]])
+  _, (plain,) = run([batch])
+  _, (weighed,) = run([batch], wpo=True)
+  one = jax.tree.map(lambda x: x[0], batch)
+  _, align_NS = logprobs.make_aligned_fn(tiny.MODEL)(tiny.init(), one)
+  pairs = np.asarray(align_NS).reshape(-1, 2)[one.weight_NS.reshape(-1, 2)[:, 0] > 0]
+  weights = np.exp(np.minimum(pairs, 0).sum(1))
+  assert (weights < 1).all()
+  np.testing.assert_allclose(weighed["loss"], np.log(2) * weights.mean(), rtol=1e-5)
+  np.testing.assert_allclose(weighed["rewards/margins"], plain["rewards/margins"])
+
+
+def test_ld_alpha_weighs_tokens_beyond_the_shorter_answer():
+  """α = 0 is the log-prob of answers cut to the shorter length, in every layout; α = ½ half-way."""
+  examples = tiny.pairs(6)
+  shorter = [min(map(len, e.answers)) for e in examples]
+  cut = [
+    e._replace(answers=tuple(a[:n] for a in e.answers))
+    for e, n in zip(examples, shorter, strict=True)
+  ]
+
+  def logps(some, name, beyond):
+    batch = layout.collate(some, layout=name, row_length=48)
+    found_NS = logprobs.make_logps_fn(tiny.MODEL, beyond_shorter=beyond)(tiny.init(), batch)
+    rows = batch.row_NS.reshape(-1, 2)[:, 0]
+    return np.asarray(found_NS).reshape(-1, 2)[np.argsort(rows)][-len(some) :]
+
+  expected, whole = logps(cut, "shared", 1.0), logps(examples, "shared", 1.0)
+  for name in ("shared", "padded"):
+    np.testing.assert_allclose(logps(examples, name, 0.0), expected, rtol=1e-5)
+  np.testing.assert_allclose(
+    logps(examples, "shared", 0.5), (expected + whole) / 2, rtol=1e-5, atol=1e-6
+  )
+  assert (np.abs(expected - whole).max(axis=1) > 0).any()
+  _, (report,) = run([stack([examples])], ld_alpha=0.0)
+  weight_B = np.array([e.weight for e in examples])
+  np.testing.assert_allclose(
+    report["logps/chosen"], weight_B @ expected[:, 0] / weight_B.sum(), rtol=1e-5
+  )
+
+
+def test_rankings_of_different_length_train_together():
+  """Two answers in a set of three are Plackett-Luce of two: sigmoid."""
+  three = [e._replace(weight=1.0) for e in tiny.pairs(4, answers=3)]
+  two = [e._replace(answers=e.answers[:2]) for e in three]
+  _, (report,) = run([stack([layout.fill_up(two, 3)])], name="plackett_luce", beta=0.5)
+  np.testing.assert_allclose(report["loss"], np.log(2), rtol=1e-6)
+  filled, _ = run([stack([layout.fill_up(two, 3)])] * 3, name="plackett_luce", beta=0.5)
+  pairs, _ = run([stack([two])] * 3, name="sigmoid", beta=0.5)
+  close(filled, pairs)

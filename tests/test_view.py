@@ -43,6 +43,37 @@ def test_a_row_shows_texts_ids_and_ends(tmp_path):
   assert " ".join(map(str, example.answers[1])) in shown
 
 
+def show(folder, kind, *rows):
+  tokenizer = chat.load_tokenizer(small_tokenizers.byte_level(folder / "model"))
+  path = folder / "rows.jsonl"
+  path.write_text("\n".join(map(json.dumps, rows)))
+  examples, ledger, _ = pipeline.load_examples(path, tokenizer, kind=kind)
+  if kind == "unpaired":
+    examples = pipeline.with_mismatched(examples)
+  console = Console(width=100, record=True, file=io.StringIO())
+  for example in examples:
+    console.print(view.show_example(example, tokenizer, kind=kind))
+  console.print(view.show_ledger(ledger, examples))
+  return console.export_text()
+
+
+def test_labels_grades_and_ranks_are_shown(tmp_path):
+  judged = {"prompt": "the answer is", "completion": " good", "label": True}
+  other = {"prompt": "a", "completion": " bad", "label": 0}
+  shown = show(tmp_path, "unpaired", judged, other, other | {"prompt": "and"})
+  _, first, *others = shown.split("─ row ")
+  assert "│ desirable · 2 tokens, scored, ended" in first and "mismatched · 2 tokens" in first
+  assert len(others) == 2 and all("│ undesirable · 2 tokens" in other for other in others)
+  shown = show(tmp_path, "pairs", ROW | {"margin": 1.5})
+  assert "chosen (grade 1.5) · " in shown and "rejected (grade 0) · " in shown
+  ranked = {"prompt": "the answer is", "answers": [" bad", " good", " is"], "scores": [0, 2.5, 1]}
+  shown = show(tmp_path, "ranked", ranked, ranked | {"answers": [" a", " b"], "scores": [0, 1]})
+  assert "answer 1 of 3 (grade 2.5)" in shown and "answer 3 of 3 (grade 0)" in shown
+  assert "answer 2 of 2 (grade 0)" in shown and "answer 3 of 2" not in shown
+  assert "at least 2, 2.5 on average" in shown
+  assert " answer · " in show(tmp_path, "text", ROW)
+
+
 def test_inspect_data_prints_one_object_or_one_line(tmp_path):
   model = small_tokenizers.byte_level(tmp_path / "model")
   path = tmp_path / "rows.jsonl"
@@ -59,6 +90,14 @@ def test_inspect_data_prints_one_object_or_one_line(tmp_path):
   assert (found["rows"], found["pairs"], found["dropped"]) == (2, 1, {"equal answers": 1})
   assert set(found["tokens"]) == {"prompt", "answer", "padding", "shared"}
   assert json.loads(run("--data", f"{path},", "--json").stdout)["rows"] == 2
+  found = json.loads(run("--data", path, "--json", "--kind", "unpaired").stdout)
+  assert found["labels"] == {"desirable": 1, "undesirable": 1}
+  ranked = tmp_path / "ranked.jsonl"
+  ranked.write_text(json.dumps({"prompt": "a", "answers": [" good", " bad", " is"]}))
+  found = run("--data", ranked)
+  assert "answer 1 of 3" in found.stdout and "form: ranked" in found.stdout
+  wrong = run("--data", ranked, "--kind", "pairs")
+  assert wrong.returncode == 1 and "rows with a list of answers are for loss" in wrong.stderr
   missing = run("--data", tmp_path / "gone")
   assert missing.returncode == 1 and missing.stdout == ""
   assert missing.stderr == f"error: no data file {tmp_path / 'gone'}\n"

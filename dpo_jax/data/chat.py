@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from dpo_jax.data.sources import Messages, Preference, RowError
+from dpo_jax.data.forms import Messages, Preference, RowError
 from dpo_jax.structs import UserError
 
 Ids = np.ndarray  # int32
@@ -89,7 +90,7 @@ class Tokenizer:
     out: list[Encoded | RowError | None] = [None] * len(preferences)
     texts: list[str] = []
     jobs: list[tuple[int, list[int], bool]] = []  # row, where each answer begins, who ends the text
-    for i, (prompt, answers) in enumerate(preferences):
+    for i, (prompt, answers, _) in enumerate(preferences):
       if not isinstance(prompt, str) and (not prompt or isinstance(prompt[0], int)):
         out[i] = _as_they_stand(prompt, answers)
         continue
@@ -148,7 +149,7 @@ class Tokenizer:
       raise RowError("no prompt token before the answer")
     if not all(answers):
       raise RowError("empty answer")
-    if len(answers) > 1 and any(answers[0] == other for other in answers[1:]):
+    if any(one == other for one, other in itertools.combinations(answers, 2)):
       raise RowError("equal answers")
     return _array(prompt), tuple(_array(self._with_eos(ids, is_chat)) for ids in answers)
 

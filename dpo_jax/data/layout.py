@@ -12,6 +12,9 @@ pair therefore costs P - 1 plus the lengths of its answers.
 
 A batch holds exactly the pairs it is given, whatever the layout. Only the padding around them is
 rounded, so that few shapes are ever compiled: see `packing.Sizes`.
+
+Prompts with fewer answers than others are filled up to K with absent ones (`fill_up`). An absent
+answer has no tokens, and its slot is an empty one: weight 0, grade 0, data row -1.
 """
 
 from __future__ import annotations
@@ -32,15 +35,19 @@ class Example(NamedTuple):
   Attributes:
     prompt: int32 [P], P >= 1: the first answer token needs one to be predicted from.
     answers: K arrays int32 [n_k], n_k >= 1, best first; they hold the end token where the text
-      really ends.
+      really ends. The first is always there; others, behind those that are, may be absent: n_k = 0.
+      Of an answer judged by itself: that answer, and one to another prompt.
     weight: weight of the pair in losses and metrics.
     row: row of the data set that it came from.
+    grades: what is known of each answer besides its order, as `TokenBatch.grade_NS` has it; or
+      nothing.
   """
 
   prompt: np.ndarray
   answers: tuple[np.ndarray, ...]
   weight: float = 1.0
   row: int = 0
+  grades: tuple[float, ...] = ()
 
 
 # --- cutting --------------------------------------------------------------------------------------
@@ -102,6 +109,27 @@ def truncate(
   return prompt, answers, cuts
 
 
+def fill_up(examples: Sequence[Example], answers: int | None = None) -> list[Example]:
+  """The same examples, all with K answers: absent ones stand behind those there are.
+
+  Args:
+    examples: each with K answers or fewer.
+    answers: K; by default the most that any has.
+  """
+  most = max((len(example.answers) for example in examples), default=0)
+  answers = most if answers is None else answers
+  if most > answers:
+    raise ValueError(f"an example has {most} answers, {answers} are wanted")
+  absent = np.zeros(0, np.int32)
+
+  def filled(example: Example) -> Example:
+    missing = answers - len(example.answers)
+    grades = example.grades + (0.0,) * missing if example.grades else ()
+    return example._replace(answers=example.answers + (absent,) * missing, grades=grades)
+
+  return [filled(example) for example in examples]
+
+
 # --- laying out -----
 
 
@@ -152,7 +180,7 @@ def collate(
   """Lays examples out as rows.
 
   Args:
-    examples: pairs, all with the same number K of answers.
+    examples: pairs, all with the same number K of answers, of which some may be absent.
     layout: "shared", "packed" or "padded".
     row_length: L.
     groups: runs of rows that devices hold; scored tokens are spread evenly over them, and the K
@@ -216,8 +244,9 @@ def _fill(examples: Sequence[Example], places: Places, layout: str, shape: Shape
     text_P = np.repeat(every - 1, 2)
   # Prompt pieces start at the prompt's first token, answer pieces one before the answer's first.
   before_BK = start_B[:, None] + prompt_B[:, None] + np.cumsum(tokens_BK, 1) - tokens_BK - 1
+  present_BK = tokens_BK > 0
   choose = lambda prompt_B1, answer_BK: np.concatenate([prompt_B1, answer_BK], 1)[:, branch_P]
-  length_BP = choose(prompt_B[:, None] - 1, tokens_BK)
+  length_BP = choose(prompt_B[:, None] - 1, tokens_BK) * present_BK[:, text_P]
   source_BP = choose(start_B[:, None], before_BK)
   position_BP = np.where(branch_P > 0, prompt_B[:, None] - 1, 0)
 
@@ -243,7 +272,7 @@ def _fill(examples: Sequence[Example], places: Places, layout: str, shape: Shape
   ids_T = flat[source_T]
   first_T = scored_T & (along_T == 0)
   # The last prompt token opens every branch; only the first answer stands right behind it in flat.
-  ids_T[first_T] = np.repeat(flat[start_B + prompt_B - 1], answers)
+  ids_T[first_T] = np.repeat(flat[start_B + prompt_B - 1], present_BK.sum(1))
 
   def rows_of(values_T, dtype=np.int32, empty=0):
     out_X = np.full(shape.rows * shape.length, empty, dtype)
@@ -280,15 +309,22 @@ def _scored(at_T: np.ndarray, shape: Shape) -> np.ndarray:
 def _slot_arrays(
   examples: Sequence[Example], places: Places, layout: str, shape: Shape
 ) -> dict[str, np.ndarray]:
-  """Weights and data rows of the slots."""
+  """Weights, grades and data rows of the slots."""
   answers = len(examples[0].answers)
   first_B = places.row_B * shape.slots + (0 if layout == "padded" else places.order_B * answers)
   at_BK = first_B[:, None] + np.arange(answers)
+  present_BK = lengths(examples)[1] > 0
   weight_X = np.zeros(shape.rows * shape.slots, np.float32)
-  weight_X[at_BK] = np.array([example.weight for example in examples], np.float32)[:, None]
+  weight_B = np.array([example.weight for example in examples], np.float32)
+  weight_X[at_BK] = np.where(present_BK, weight_B[:, None], 0)
   row_X = np.full(shape.rows * shape.slots, -1, np.int32)
-  row_X[at_BK] = np.array([example.row for example in examples], np.int32)[:, None]
+  row_B = np.array([example.row for example in examples], np.int32)
+  row_X[at_BK] = np.where(present_BK, row_B[:, None], -1)
+  grade_X = np.zeros(shape.rows * shape.slots, np.float32)
+  if examples[0].grades:
+    grade_X[at_BK] = np.array([example.grades for example in examples], np.float32)
   return {
     "weight_NS": weight_X.reshape(shape.rows, shape.slots),
+    "grade_NS": grade_X.reshape(shape.rows, shape.slots),
     "row_NS": row_X.reshape(shape.rows, shape.slots),
   }

@@ -1,6 +1,7 @@
 """Which row every example goes to, and the few shapes that batches come in.
 
-Works on lengths alone: prompt_B [B] and tokens_BK [B, K], tokens of the prompts and the answers.
+Works on lengths alone: prompt_B [B] and tokens_BK [B, K], tokens of the prompts and the answers. An
+answer of no tokens is absent and takes nothing.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def costs(prompt_B: np.ndarray, tokens_BK: np.ndarray, layout: str) -> np.ndarra
   if layout == "shared":
     return prompt_B - 1 + tokens_BK.sum(1)
   if layout == "packed":
-    return (prompt_B - 1) * tokens_BK.shape[1] + tokens_BK.sum(1)
+    return (prompt_B - 1) * (tokens_BK > 0).sum(1) + tokens_BK.sum(1)
   if layout == "padded":
     return prompt_B - 1 + tokens_BK.max(1)
   raise UserError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")

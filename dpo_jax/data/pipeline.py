@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from dpo_jax.data.layout import (
   check_fits,
   collate,
   collate_many,
+  fill_up,
   fit_row_length,
   fit_sizes,
   lengths,
@@ -34,11 +36,13 @@ class Ledger:
   Attributes:
     format: the form of the rows.
     rows: rows read.
-    pairs: rows kept, be they pairs or texts.
+    pairs: rows kept, be they pairs, texts, judged or ranked answers.
     dropped: reason to number of rows.
     truncated: "prompt" and "answer" to the number of kept rows so cut.
-    tokens: of the kept rows: "prompt" (counted once a row), "answer", "shared" (copies of prompt
-      tokens that the shared layout saves) and "padding" (of the rows that hold them).
+    tokens: of the kept rows: "prompt" (counted once an example), "answer", "shared" (copies of
+      prompt tokens that the shared layout saves) and "padding" (of the rows that hold them), all
+      without the mismatched answers that unpaired examples get later.
+    labels: "desirable" and "undesirable" to the number of answers judged so.
   """
 
   format: str = ""
@@ -49,20 +53,22 @@ class Ledger:
   tokens: dict[str, int] = dataclasses.field(
     default_factory=lambda: {"prompt": 0, "answer": 0, "padding": 0, "shared": 0}
   )
+  labels: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def to_json(self) -> dict[str, Any]:
-    """One object of plain values."""
-    return dataclasses.asdict(self) | {
+    """One object of plain values; labels only where there are any."""
+    found = dataclasses.asdict(self) | {
       "dropped": dict(self.dropped),
       "truncated": dict(self.truncated),
     }
+    return {name: value for name, value in found.items() if name != "labels" or value}
 
 
 def load_examples(
   paths: str | pathlib.Path | Sequence[str | pathlib.Path],
   tokenizer: Tokenizer,
   *,
-  answers: int = 2,
+  kind: str = "pairs",
   max_length: int | None = None,
   prompt_floor: int = 64,
   truncation: str = "drop",
@@ -74,7 +80,7 @@ def load_examples(
   Args:
     paths: one file or several, each of one form.
     tokenizer: of the model.
-    answers: 2 for preferences, 1 for texts to learn from.
+    kind: what is learned from them, "pairs", "text", "unpaired" or "ranked": see `sources.detect`.
     max_length: tokens of a prompt and one answer together, or None for no limit.
     prompt_floor, truncation: see `layout.truncate`.
     fields: field map of `sources.detect`.
@@ -82,7 +88,8 @@ def load_examples(
 
   Returns:
     The examples, whose `row` counts the rows read from 0; the ledger; the forms of the rows,
-    joined by commas.
+    joined by commas. Unpaired examples have one answer, to which `with_mismatched` adds another;
+    ranked ones are filled up to the most answers that any has.
   """
   paths = [paths] if isinstance(paths, (str, pathlib.Path)) else list(paths)
   ledger = Ledger()
@@ -94,11 +101,18 @@ def load_examples(
   }
   examples: list[Example] = []
   shortest = None  # tokens of the longest answer, least over the pairs that are too long
+  graded = None
   forms: list[str] = []
-  for form, chunk in _chunks(paths, fields, answers, limit):
+  for form, chunk in _chunks(paths, fields, kind, limit):
     forms.append(form.name)
-    for row, encoded in _encode(chunk, form, tokenizer, ledger):
-      prompt, texts = encoded
+    for where, row, prompt, texts, grades in _encode(chunk, form, tokenizer, ledger):
+      graded = bool(grades) if graded is None else graded
+      if bool(grades) != graded:
+        had, has = ("a", "none") if graded else ("no", "one")
+        raise UserError(
+          f"{where}: the rows before have {had} score or margin and this one has {has}; give one to"
+          " every row or to none"
+        )
       longest = max(map(len, texts))
       kept = truncate(prompt, texts, **cut)
       if kept is None:
@@ -106,15 +120,24 @@ def load_examples(
         ledger.dropped["too long"] += 1
         continue
       prompt, texts, cuts = kept
-      if len(texts) > 1 and any(np.array_equal(texts[0], other) for other in texts[1:]):
+      if any(np.array_equal(one, other) for one, other in itertools.combinations(texts, 2)):
         ledger.dropped["equal answers after cutting"] += 1
         continue
       ledger.truncated.update(cuts)
-      examples.append(Example(prompt, texts, row=row))
+      ledger.pairs += 1
+      if kind == "unpaired":  # of a pair, either answer is judged by itself
+        each = zip(texts, grades, strict=True)
+        examples += [Example(prompt, (text,), row=row, grades=(grade,)) for text, grade in each]
+      else:
+        examples.append(Example(prompt, texts, row=row, grades=grades))
   ledger.format = ", ".join(dict.fromkeys(forms))
-  ledger.pairs = len(examples)
   if not examples:
     raise UserError(_nothing_left(ledger, paths, max_length, shortest))
+  if kind == "ranked":
+    examples = fill_up(examples)
+  if kind == "unpaired":
+    desirable = sum(example.grades[0] == 1 for example in examples)
+    ledger.labels = {"desirable": desirable, "undesirable": len(examples) - desirable}
   ledger.tokens = _count_tokens(examples)
   return examples, ledger, ledger.format
 
@@ -129,7 +152,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab: int) -> None:
 
 
 def _chunks(
-  paths: Sequence, fields: dict[str, str] | None, answers: int, limit: int | None
+  paths: Sequence, fields: dict[str, str] | None, kind: str, limit: int | None
 ) -> Iterator[tuple[sources.Form, list[tuple[str, sources.Row]]]]:
   """At most `limit` rows of some files, many at a time, with the form of the file they are of."""
   left = limit
@@ -137,17 +160,36 @@ def _chunks(
     rows = itertools.islice(sources.read_rows(path), left)
     form = None
     while chunk := list(itertools.islice(rows, 1024)):
-      form = form or _detect(chunk[0], fields, answers)
+      if form is None:
+        with _at(chunk[0]) as row:
+          form = sources.detect(row, fields, kind=kind)
       left = None if left is None else left - len(chunk)
       yield form, chunk
 
 
-def _detect(first: tuple[str, sources.Row], fields, answers: int) -> sources.Form:
-  where, row = first
+def detect_kind(path: str | pathlib.Path, fields: dict[str, str] | None = None) -> str:
+  """What the rows of a file are, from its first: see `sources.detect_kind`."""
+  with _at(next(sources.read_rows(path))) as row:
+    return sources.detect_kind(row, fields)
+
+
+@contextlib.contextmanager
+def _at(row: tuple[str, sources.Row]) -> Iterator[sources.Row]:
+  """Says where a row stands in what is raised about it."""
   try:
-    return sources.detect(row, fields, answers=answers)
+    yield row[1]
   except UserError as error:
-    raise UserError(f"{where}: {error}") from None
+    raise UserError(f"{row[0]}: {error}") from None
+
+
+class _Encoded(NamedTuple):
+  """A row as token ids: where it stands, its number, prompt, answers and grades."""
+
+  where: str
+  row: int
+  prompt: np.ndarray
+  answers: tuple[np.ndarray, ...]
+  grades: tuple[float, ...]
 
 
 def _encode(
@@ -155,20 +197,19 @@ def _encode(
   form: sources.Form,
   tokenizer: Tokenizer,
   ledger: Ledger,
-) -> Iterator[tuple[int, tuple[np.ndarray, tuple[np.ndarray, ...]]]]:
-  """Row number, prompt and answers of the rows of a chunk that hold something; counts the rest."""
+) -> Iterator[_Encoded]:
+  """The rows of a chunk that hold something; counts the rest."""
   found = []
   for where, row in chunk:
     number = ledger.rows
     ledger.rows += 1
     try:
-      found.append((number, where, form.convert(row)))
+      with _at((where, row)):
+        found.append((number, where, form.convert(row)))
     except sources.RowError as error:
       ledger.dropped[str(error)] += 1
-    except UserError as error:
-      raise UserError(f"{where}: {error}") from None
   encoded = tokenizer.encode_preferences([preference for _, _, preference in found])
-  for (number, where, _), result in zip(found, encoded, strict=True):
+  for (number, where, preference), result in zip(found, encoded, strict=True):
     if isinstance(result, sources.RowError):
       ledger.dropped[str(result)] += 1
       continue
@@ -178,17 +219,17 @@ def _encode(
         f"{where}: token id {largest} is not in the tokenizer, whose ids go to"
         f" {tokenizer.vocab_size - 1}; the rows were made with another"
       )
-    yield number, result
+    yield _Encoded(where, number, *result, preference.grades)
 
 
 def _count_tokens(examples: Sequence[Example]) -> dict[str, int]:
-  answers = len(examples[0].answers)
-  prompts = sum(len(example.prompt) for example in examples)
+  prompt_B, tokens_BK = lengths(examples)
+  cost = lambda layout: int(packing.costs(prompt_B, tokens_BK, layout).sum())
   return {
-    "prompt": prompts,
-    "answer": sum(len(ids) for example in examples for ids in example.answers),
+    "prompt": int(prompt_B.sum()),
+    "answer": int(tokens_BK.sum()),
     "padding": count_padding(examples, batch_size=32),
-    "shared": (answers - 1) * (prompts - len(examples)),
+    "shared": cost("packed") - cost("shared"),
   }
 
 
@@ -218,6 +259,19 @@ def count_padding(
   )
   real = packing.costs(*lengths(examples), "shared" if layout == "shared" else "packed").sum()
   return rows * length - int(real)
+
+
+def order(count: int, batch_size: int, *, seed: int = 0, shuffle: bool = True) -> Any:
+  """Which of `count` rows are in batch k, without end: a Grain data set of lists of indices.
+
+  Every epoch is shuffled anew; batch k is a pure function of the arguments and k.
+  """
+  import grain  # loads jax, which only training needs
+
+  rows = grain.MapDataset.source(range(count)).seed(seed)
+  if shuffle:
+    rows = rows.shuffle()
+  return rows.repeat().batch(batch_size, drop_remainder=True, batch_fn=list)
 
 
 def batches(
@@ -266,10 +320,7 @@ def batches(
       [chosen[i : i + micro] for i in range(0, batch_size, micro)], sizes=sizes, **rows
     )
 
-  order = grain.MapDataset.source(range(len(examples))).seed(seed)
-  if shuffle:
-    order = order.shuffle()
-  steps = order.repeat().batch(batch_size, drop_remainder=True, batch_fn=list).map(lay_out)
+  steps = order(len(examples), batch_size, seed=seed, shuffle=shuffle).map(lay_out)
   # One thread keeps ahead of a training step; more only contend with it for cores.
   return iter(
     steps[start:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
@@ -342,3 +393,49 @@ def split(
   pairs = list(zip(keys, examples, strict=True))
   train = [example for key, example in pairs if key not in away]
   return train, [example for key, example in pairs if key in away]
+
+
+def with_mismatched(
+  examples: Sequence[Example], *, max_length: int | None = None, seed: int = 0
+) -> list[Example]:
+  """Judged answers, each with an answer to another prompt behind its own prompt.
+
+  What `kto` estimates the distance between policy and reference from. The other answer is that of
+  the next example, in an order drawn once, whose prompt is another. It depends on nothing but the
+  examples and the seed, so its log-probability under the reference is the same in every epoch; and
+  where no two examples share a prompt every answer serves once. Held-out examples are to be split
+  off before, so that no answer gets from one side to the other.
+
+  Args:
+    examples: each with one answer and its label.
+    max_length: the window; an answer that goes beyond it is cut at its end.
+    seed: of the order.
+
+  Returns:
+    The examples in their order, with answers (judged, mismatched) and the label as both grades.
+  """
+  if not examples:
+    return []
+  size = len(examples)
+  order = np.random.default_rng(seed).permutation(size).tolist()
+  keys = [examples[i].prompt.tobytes() for i in order]
+  if len(set(keys)) < 2:
+    raise UserError(
+      f"all {size} judged answers are to one prompt, and kto needs answers to others; give rows of"
+      " two prompts or more, both to train on and to hold out (data.eval_fraction=0 holds none out)"
+    )
+  # Backwards round the circle, from an example whose next one has another prompt.
+  start = next(at for at in range(size) if keys[at] != keys[(at + 1) % size])
+  partner = list(range(size))
+  for at in range(start, start - size, -1):
+    at, after = at % size, (at + 1) % size
+    partner[at] = after if keys[at] != keys[after] else partner[after]
+  found = list(examples)
+  for at, other in enumerate(partner):
+    example, (answer, *_) = examples[order[at]], examples[order[other]].answers
+    if max_length is not None:
+      answer = answer[: max_length - len(example.prompt)]
+    found[order[at]] = example._replace(
+      answers=(example.answers[0], answer), grades=example.grades[:1] * 2
+    )
+  return found

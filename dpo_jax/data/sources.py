@@ -1,58 +1,23 @@
-"""Rows of files to prompts and answers: reading, recognising a form, and what each form means.
+"""Files to rows, and rows to prompts and answers: reading, and recognising a form.
 
-A form is recognised from the first row, or from the fields that a field map gives other names. Rows
-that hold no preference (equal or empty answers, prompts that differ) raise `RowError`, are dropped
-and counted. Rows that are broken (a missing field, a boolean where text should be) raise
-`UserError`: a file that is wrong in one place is wrong in others too.
+A form is recognised from the first row, or from the fields that a field map gives other names; what
+each form means stands in `forms`.
 """
 
 from __future__ import annotations
 
 import functools
 import gzip
+import itertools
 import json
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
+from dpo_jax.data import forms
+from dpo_jax.data.forms import Form, Messages, Preference, Row, RowError
 from dpo_jax.structs import UserError
-
-Row = dict[str, Any]
-Messages = list[dict[str, Any]]  # of {"role": "system" | "user" | "assistant" | …, "content": …}
-Content = str | Messages | list[int]  # plain text, a conversation, or token ids
-
-
-class Preference(NamedTuple):
-  """A prompt and its answers, best first; all of one kind.
-
-  Text goes on where the prompt ends; an answer to messages is a list of one message; token ids
-  stand as they are.
-  """
-
-  prompt: Content
-  answers: tuple[Content, ...]
-
-
-class RowError(Exception):
-  """A row without a preference in it; the message is the reason under which it is counted."""
-
-
-class Form(NamedTuple):
-  """One kind of row.
-
-  Attributes:
-    name: as the ledger has it.
-    fields: what such a row has.
-    fits: whether this is one, given that the fields are there.
-    convert: the row's prompt and answers.
-  """
-
-  name: str
-  fields: tuple[str, ...]
-  fits: Callable[[Row], bool]
-  convert: Callable[[Row], Preference]
-
 
 # --- reading --------------------------------------------------------------------------------------
 
@@ -78,7 +43,9 @@ def read_rows(path: str | pathlib.Path) -> Iterator[tuple[str, Row]]:
     with gzip.open(path) if zipped else path.open("rb") as file:
       for where, row in _parse(file, path):
         if not isinstance(row, dict):
-          raise UserError(f"{where}: a row is a JSON object with named fields, not {_show(row)}")
+          raise UserError(
+            f"{where}: a row is a JSON object with named fields, not {forms.show(row)}"
+          )
         empty = False
         yield where, row
   except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -124,54 +91,128 @@ def _load(text: bytes, where: str, line: int) -> Any:
 # --- recognising ----------------------------------------------------------------------------------
 
 
-def detect(row: Row, fields: dict[str, str] | None = None, *, answers: int = 2) -> Form:
-  """The form of a data set, from one of its rows.
+# What may be learned, and the kinds of rows that serve it, the first that fits.
+SERVED_BY = {
+  "pairs": ("pairs",),
+  "text": ("pairs", "text"),
+  "unpaired": ("unpaired", "pairs"),
+  "ranked": ("ranked", "pairs"),
+}
+KINDS = tuple(SERVED_BY)
+
+# What is said of rows of another kind than what is wanted.
+_MEANT_FOR = {
+  "pairs": "rows with chosen and rejected are pairs",
+  "text": "rows of one answer without a label are for loss sft",
+  "unpaired": "rows with a label are for loss kto",
+  "ranked": "rows with a list of answers are for loss plackett_luce",
+}
+
+
+def detect(row: Row, fields: dict[str, str] | None = None, *, kind: str = "pairs") -> Form:
+  """The form of a data set, from one of its rows, and what each row is to give.
+
+    kind        rows that serve                    what each gives
+    "pairs"     chosen and rejected                both answers
+    "text"      an answer without a label          the answer
+                chosen and rejected                chosen
+    "unpaired"  an answer and a label              the answer; its grade is 1 if desirable, or 0
+                chosen and rejected                both, of grades 1 and 0, to be judged apart
+    "ranked"    answers, best first, or by scores  all of them
+                chosen and rejected                both
+
+  Ranked rows do not serve pairs: best against worst would be a guess at what was meant. Grades of
+  pairs and ranked answers are their scores or margins: see `forms.pair_grades`.
 
   Args:
     row: usually the first.
     fields: our names of fields (prompt, chosen, rejected, …) to the names in the rows.
-    answers: 2 for preferences; 1 for texts to learn from, where preferences serve too and only
-      what was chosen is kept.
+    kind: of the table.
 
   Returns:
-    The form; its `convert` takes rows as they are in the file and returns `answers` answers.
+    The form; its `convert` takes rows as they are in the file.
+
+  Raises:
+    UserError: the row does not serve, is of no known form, or lacks a field of the map.
   """
-  fields = {ours: theirs for ours, theirs in (fields or {}).items() if theirs}
+  fields = _given(fields)
   row = _rename(row, fields)
-  known = PREFERENCES if answers > 1 else PREFERENCES + TEXTS
-  for form in known:
-    if all(field in row for field in form.fields) and form.fits(row):
-      return form._replace(convert=functools.partial(_convert, form, fields, answers))
-  has = ", ".join(sorted(row)) or "no fields"
-  want = "; ".join(dict.fromkeys(" + ".join(form.fields) for form in known))
-  raise UserError(
-    f"a row with {has} is of no known form; known are {want}; the field map (data.fields) gives"
-    " other names to prompt, chosen and rejected"
+  for of in SERVED_BY[kind]:
+    if form := _find(row, of):
+      return form._replace(convert=functools.partial(_convert, form, of, fields, kind))
+  of = next((of for of in KINDS if _find(row, of)), None)
+  want = _wanted(*SERVED_BY[kind])
+  if of:
+    raise UserError(
+      f"a row with {_names(row)} does not serve: {_MEANT_FOR[of]}; wanted here are {want}"
+    )
+  raise _unknown(row, want)
+
+
+def detect_kind(row: Row, fields: dict[str, str] | None = None) -> str:
+  """What the rows of a data set are, from one of them: a key of the table of `detect`."""
+  row = _rename(row, _given(fields))
+  for of in ("unpaired", "ranked", "pairs", "text"):
+    if _find(row, of):
+      return of
+  raise _unknown(row, _wanted(*KINDS))
+
+
+def _given(fields: dict[str, str] | None) -> dict[str, str]:
+  return {ours: theirs for ours, theirs in (fields or {}).items() if theirs}
+
+
+def _find(row: Row, of: str) -> Form | None:
+  fitting = (
+    form
+    for form in forms.FORMS[of]
+    if all(field in row for field in form.fields) and form.fits(row)
   )
+  return next(fitting, None)
+
+
+def _unknown(row: Row, want: str) -> UserError:
+  return UserError(
+    f"a row with {_names(row)} is of no known form; known are {want}; the field map (data.fields)"
+    " gives other names to prompt, chosen, rejected and the rest"
+  )
+
+
+def _wanted(*kinds: str) -> str:
+  known = [" + ".join(form.fields) for of in kinds for form in forms.FORMS[of]]
+  return "; ".join(dict.fromkeys(known))
+
+
+def _names(row: Row) -> str:
+  return ", ".join(sorted(row)) or "no fields"
 
 
 def _rename(row: Row, fields: dict[str, str]) -> Row:
   for ours, theirs in fields.items():
     if theirs not in row:
-      has = ", ".join(sorted(row)) or "no fields"
-      raise UserError(f"the field map's {ours}={theirs} is not in the row, which has {has}")
+      raise UserError(f"the field map's {ours}={theirs} is not in the row, which has {_names(row)}")
   theirs = set(fields.values())
   kept = {name: value for name, value in row.items() if name not in theirs and name not in fields}
   return kept | {ours: row[name] for ours, name in fields.items()}
 
 
-def _convert(form: Form, fields: dict[str, str], answers: int, row: Row) -> Preference:
-  """The best `answers` answers, if there is something to learn from them."""
-  preference = form.convert(_rename(row, fields))
-  kept = preference.answers[:answers]
-  if not all(_has_text(answer) for answer in kept):
+def _convert(form: Form, of: str, fields: dict[str, str], kind: str, row: Row) -> Preference:
+  """What the table of `detect` says, if there is something to learn from it."""
+  row = _rename(row, fields)
+  preference = form.convert(row)
+  if of == "pairs" and kind == "text":
+    preference = preference._replace(answers=preference.answers[:1])
+  elif of == "pairs":
+    grades = (1.0, 0.0) if kind == "unpaired" else forms.pair_grades(row)
+    preference = preference._replace(grades=grades)
+  if not all(_has_text(answer) for answer in preference.answers):
     raise RowError("empty answer")
-  if len(kept) > 1 and any(kept[0] == other for other in kept[1:]):
+  if any(one == other for one, other in itertools.combinations(preference.answers, 2)):
     raise RowError("equal answers")
-  return preference._replace(answers=kept)
+  return preference
 
 
-def _has_text(answer: Content) -> bool:
+def _has_text(answer: forms.Content) -> bool:
   if isinstance(answer, str):
     return bool(answer.strip())
   if answer and isinstance(answer[0], dict):
@@ -179,35 +220,7 @@ def _has_text(answer: Content) -> bool:
   return bool(answer)
 
 
-# --- fields ---------------------------------------------------------------------------------------
-
-
-def _text(row: Row, field: str) -> str:
-  value = _field(row, field)
-  if not isinstance(value, str):
-    raise UserError(f"field {field} is {_show(value)}, not text")
-  return _valid(value)
-
-
-def _valid(text: str) -> str:
-  try:
-    text.encode("utf-8")
-  except UnicodeEncodeError:  # half a surrogate pair: JSON can say it, no tokenizer can read it
-    raise RowError("text is not valid Unicode") from None
-  return text
-
-
-def _field(row: Row, field: str) -> Any:
-  if field not in row:
-    raise UserError(f"field {field} is missing; the row has {', '.join(sorted(row)) or 'none'}")
-  return row[field]
-
-
-def _ids(row: Row, field: str) -> list[int]:
-  value = _field(row, field)
-  if not isinstance(value, list) or not all(type(x) is int and 0 <= x < 2**31 for x in value):
-    raise UserError(f"field {field} is {_show(value)}, not a list of token ids")
-  return value
+# --- prompts alone -------------------------------------------------------------------------------
 
 
 def read_prompt(row: Row) -> str | Messages:
@@ -220,192 +233,8 @@ def read_prompt(row: Row) -> str | Messages:
   if not prompt or not isinstance(prompt, (str, list)):
     raise UserError("field 'prompt' must be a text or a list of messages")
   try:
-    return _valid(prompt) if isinstance(prompt, str) else _messages(prompt, "prompt", role="user")
+    if isinstance(prompt, str):
+      return forms.valid(prompt)
+    return forms.messages(prompt, "prompt", role="user")
   except RowError as error:
     raise UserError(f"field 'prompt': {error}") from None
-
-
-ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "bot": "assistant"}
-
-
-def _messages(value: Any, field: str, *, role: str) -> Messages:
-  """A conversation from any way of writing one: a list, a single message, or the text of one."""
-  if isinstance(value, str):
-    return [{"role": role, "content": _valid(value)}]
-  if isinstance(value, dict):
-    value = [value]
-  if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-    raise UserError(f"field {field} is {_show(value)}, not text or a list of messages")
-  return [_message(message, field) for message in value]
-
-
-def _message(message: dict[str, Any], field: str) -> dict[str, Any]:
-  role = message.get("role", message.get("from"))
-  content = message.get("content", message.get("value"))
-  if isinstance(content, list):  # parts: {"type": "text", "text": …}
-    parts = [part.get("text", part.get("value")) for part in content if isinstance(part, dict)]
-    whole = len(parts) == len(content) and all(isinstance(part, str) for part in parts)
-    content = "".join(parts) if whole else content
-  if not isinstance(role, str) or not isinstance(content, str):
-    raise UserError(
-      f"field {field} has the message {_show(message)}; a message is a role and a text, as in"
-      ' {"role": "user", "content": "…"}'
-    )
-  return {"role": ROLES.get(role, role), "content": _valid(content)}
-
-
-def _show(value: Any) -> str:
-  text = json.dumps(value, ensure_ascii=True, default=str)
-  return text if len(text) <= 60 else text[:57] + "..."
-
-
-# --- forms ----------------------------------------------------------------------------------------
-
-TURN = "\n\nAssistant:"  # what an answer follows in a transcript
-
-
-def _from_ids(row: Row) -> Preference:
-  prompt = _ids(row, "prompt_ids")
-  if not prompt:
-    raise RowError("empty prompt")
-  return Preference(prompt, (_ids(row, "chosen_ids"), _ids(row, "rejected_ids")))
-
-
-def _from_strings(row: Row) -> Preference:
-  return Preference(_text(row, "prompt"), (_text(row, "chosen"), _text(row, "rejected")))
-
-
-def _from_messages(row: Row) -> Preference:
-  """A prompt and answers of which at least one is messages; answers may repeat the prompt."""
-  prompt = _messages(_field(row, "prompt"), "prompt", role="user")
-  chosen, rejected = (
-    _messages(_field(row, field), field, role="assistant") for field in ("chosen", "rejected")
-  )
-  if len(chosen) > 1 and len(rejected) > 1:
-    return _after_shared(chosen, rejected)
-  if len(chosen) != 1 or len(rejected) != 1:
-    raise RowError("answer of several messages")
-  return Preference(prompt, (_reply(chosen), _reply(rejected)))
-
-
-def _from_shared_messages(row: Row) -> Preference:
-  return _after_shared(
-    *(_messages(_field(row, field), field, role="assistant") for field in ("chosen", "rejected"))
-  )
-
-
-def _after_shared(chosen: Messages, rejected: Messages) -> Preference:
-  """Two conversations that are the same up to their last message."""
-  if chosen[:-1] != rejected[:-1]:
-    raise RowError("prompts differ")
-  if len(chosen) < 2:
-    raise RowError("empty prompt")
-  return Preference(chosen[:-1], (_reply(chosen), _reply(rejected)))
-
-
-def _reply(conversation: Messages) -> Messages:
-  """The last message, which must be the assistant's."""
-  if not conversation or conversation[-1]["role"] != "assistant":
-    raise RowError("last message is not the assistant's")
-  return conversation[-1:]
-
-
-def _from_transcripts(row: Row) -> Preference:
-  """Helpful and harmless dialogues: an answer is what follows the last `\\n\\nAssistant:`."""
-  (prompt, chosen), (other, rejected) = (
-    _split_transcript(_text(row, field)) for field in ("chosen", "rejected")
-  )
-  if prompt != other:
-    raise RowError("prompts differ")
-  return Preference(prompt, (chosen, rejected))
-
-
-def _split_transcript(text: str) -> tuple[str, str]:
-  before, turn, answer = text.rpartition(TURN)
-  if not turn:
-    raise RowError("no assistant turn")
-  return before + turn, answer
-
-
-def _from_conversations(row: Row) -> Preference:
-  prompt = _messages(_field(row, "conversations"), "conversations", role="user")
-  answers = (
-    _reply(_messages(_field(row, field), field, role="assistant"))
-    for field in ("chosen", "rejected")
-  )
-  return Preference(prompt, tuple(answers))
-
-
-def instruction_prompt(instruction: str, context: str = "") -> str:
-  """An instruction and what it is about, under Alpaca's headings.
-
-  Alpaca's opening sentence is left out: it says the same for every row, and costs tokens.
-  """
-  about = f"### Input:\n{context}\n\n" if context.strip() else ""
-  return f"### Instruction:\n{instruction}\n\n{about}### Response:\n"
-
-
-def _instruction(row: Row) -> str:
-  context = _text(row, "input") if row.get("input") is not None else ""
-  return instruction_prompt(_text(row, "instruction"), context)
-
-
-def _from_instruction(row: Row) -> Preference:
-  return Preference(_instruction(row), (_text(row, "chosen"), _text(row, "rejected")))
-
-
-def _from_conversation(row: Row, field: str) -> Preference:
-  conversation = _messages(_field(row, field), field, role="user")
-  return Preference(conversation[:-1], (_reply(conversation),))
-
-
-def _from_completion(row: Row) -> Preference:
-  if isinstance(row["prompt"], str) and isinstance(row["completion"], str):
-    return Preference(_text(row, "prompt"), (_text(row, "completion"),))
-  prompt = _messages(row["prompt"], "prompt", role="user")
-  return Preference(prompt, (_reply(_messages(row["completion"], "completion", role="assistant")),))
-
-
-def _all_text(row: Row) -> bool:
-  return all(not isinstance(row[field], (list, dict)) for field in ("prompt", "chosen", "rejected"))
-
-
-def _both(kind: type | tuple[type, ...]) -> Callable[[Row], bool]:
-  return lambda row: all(isinstance(row[field], kind) for field in ("chosen", "rejected"))
-
-
-def _always(row: Row) -> bool:
-  return True
-
-
-def _unlabelled(row: Row) -> bool:
-  # A boolean label marks good and bad answers; learning from both alike would be a silent mistake.
-  return not isinstance(row.get("label"), bool)
-
-
-# Forms of preferences, the first that fits; more particular ones stand first.
-PREFERENCES = (
-  Form("ids", ("prompt_ids", "chosen_ids", "rejected_ids"), _always, _from_ids),
-  Form("strings", ("prompt", "chosen", "rejected"), _all_text, _from_strings),
-  Form("messages", ("prompt", "chosen", "rejected"), _always, _from_messages),
-  Form("conversations", ("conversations", "chosen", "rejected"), _always, _from_conversations),
-  Form("instruction", ("instruction", "chosen", "rejected"), _always, _from_instruction),
-  Form("transcripts", ("chosen", "rejected"), _both(str), _from_transcripts),
-  Form("shared messages", ("chosen", "rejected"), _both(list), _from_shared_messages),
-)
-
-# Forms of texts to learn from. Of a conversation the last message is the answer.
-TEXTS = (
-  Form("completion", ("prompt", "completion"), _unlabelled, _from_completion),
-  Form("chat", ("messages",), _unlabelled, lambda row: _from_conversation(row, "messages")),
-  Form(
-    "chat", ("conversations",), _unlabelled, lambda row: _from_conversation(row, "conversations")
-  ),
-  Form(
-    "instruction",
-    ("instruction", "output"),
-    _unlabelled,
-    lambda row: Preference(_instruction(row), (_text(row, "output"),)),
-  ),
-  Form("text", ("text",), _always, lambda row: Preference("", (_text(row, "text"),))),
-)

@@ -18,15 +18,20 @@ from dpo_jax.data.pipeline import Ledger
 
 # Two shades of each, so that neighbouring tokens are told apart.
 GIVEN = ("grey70", "grey54")
-SCORED = (("black on green3", "black on dark_sea_green3"), ("black on salmon1", "black on tan"))
+GOOD = ("black on green3", "black on dark_sea_green3")
+BAD = ("black on salmon1", "black on tan")
+MIDDLING = ("black on khaki1", "black on light_goldenrod2")
 
 
-def show_example(example: Example, tokenizer: Tokenizer, *, prompt_tokens: int = 96) -> Panel:
-  """One row: prompt and answers, every token in its own shade, with their ids.
+def show_example(
+  example: Example, tokenizer: Tokenizer, *, kind: str = "pairs", prompt_tokens: int = 96
+) -> Panel:
+  """One row: prompt and answers, every token in its own shade, with their ids and grades.
 
   Args:
     example: the row.
     tokenizer: to read it with.
+    kind: of what is learned from it, as in `sources.detect`.
     prompt_tokens: how many of a long prompt's last tokens are shown.
   """
   shown = example.prompt[-prompt_tokens:]
@@ -35,12 +40,26 @@ def show_example(example: Example, tokenizer: Tokenizer, *, prompt_tokens: int =
     f" (the last {len(shown)} shown)" if hidden else ""
   )
   parts = _part(given, shown, tokenizer, GIVEN)
-  names = ("chosen", "rejected") if len(example.answers) > 1 else ("answer",)
-  for name, answer, shades in zip(names, example.answers, SCORED, strict=False):
+  for (name, shades), answer in zip(_roles(example, kind), example.answers, strict=False):
     ends = tokenizer.eos_id is not None and tokenizer.eos_id in answer
     title = f"{name} · {len(answer)} tokens, scored, {'ended' if ends else 'no end token'}"
     parts += _part(title, answer, tokenizer, shades)
   return Panel(Group(*parts), title=f"row {example.row}", title_align="left", box=box.ROUNDED)
+
+
+def _roles(example: Example, kind: str) -> list[tuple[str, tuple[str, str]]]:
+  """Name and shades of each answer there is."""
+  if kind == "text":
+    return [("answer", GOOD)]
+  if kind == "unpaired":
+    judged = ("desirable", GOOD) if example.grades[0] else ("undesirable", BAD)
+    return [judged, ("mismatched", MIDDLING)]
+  count = sum(len(answer) > 0 for answer in example.answers)
+  names = [f"answer {k} of {count}" for k in range(1, count + 1)]
+  names = names if kind == "ranked" else ["chosen", "rejected"]
+  grades = [f" (grade {grade:g})" for grade in example.grades[:count]] or [""] * count
+  shades = [GOOD, *[MIDDLING] * (count - 2), BAD]
+  return [(name + grade, shade) for name, grade, shade in zip(names, grades, shades, strict=True)]
 
 
 def show_ledger(ledger: Ledger, examples: Sequence[Example]) -> Table:
@@ -51,6 +70,8 @@ def show_ledger(ledger: Ledger, examples: Sequence[Example]) -> Table:
   table.add_column(justify="left", style="dim")
   add("rows read", ledger.rows, f"form: {ledger.format}")
   add("kept", ledger.pairs)
+  for label, count in ledger.labels.items():
+    add(label, count, "answers")
   for reason, count in ledger.dropped.most_common():
     add("dropped", count, reason)
   for what, count in ledger.truncated.most_common():
@@ -64,6 +85,10 @@ def show_ledger(ledger: Ledger, examples: Sequence[Example]) -> Table:
   share = tokens["padding"] / (real + tokens["padding"])
   add("padding tokens", tokens["padding"], f"{share:.1%} of shared rows")
   prompt_B, tokens_BK = lengths(examples)
+  if tokens_BK.shape[1] > 2:
+    present_B = (tokens_BK > 0).sum(1)
+    note = f"of a prompt; at least {present_B.min()}, {present_B.mean():.1f} on average"
+    add("most answers", tokens_BK.shape[1], note)
   total_B = prompt_B + tokens_BK.max(1)
   half, most = np.quantile(total_B, [0.5, 0.95], method="higher").tolist()
   note = f"of prompt and longest answer; 95% have at most {most}, half at most {half}"

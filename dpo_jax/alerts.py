@@ -1,0 +1,341 @@
+"""What goes wrong in preference training, told while it happens, together with the remedy.
+
+Every rule makes one number of the metrics so far, its level: 1 is where it is told, and an episode
+is over below `CLEAR`. Nothing is told twice in an episode. Metrics of training steps are averaged
+over the latest steps before a rule reads them; what held-out data says has to be said twice in a
+row, unless it is far beyond the limit.
+
+A watch is a function of the metrics it saw, so a run that is resumed goes on where it stopped, and
+a report finds again what the log has told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+# -- limits --------------------------------------------------------------------------------------
+
+CLEAR = 0.8  # an episode ends here, so that a value near its limit is not told again and again
+SURE = 1.5  # a level at which one evaluation is enough
+HALF_LIFE = 20  # steps after which a step counts half: long beside the noise, short beside a run
+WARM = 20  # steps before averages are read
+
+# Nats a token. e^0.2 is a perplexity a fifth higher on the very answers that people chose. Some
+# drift is right: log-ratios of answers drawn from the reference have a negative mean under π* too.
+CHOSEN_DRIFT = 0.2
+# Nats a token, of both answers, and the share of pairs that lose both: less drift is enough where
+# chosen and rejected answers fall alike, since it is other text that gains.
+BOTH_DRIFT, BOTH_FELL = 0.15, 0.75
+# Share of what the loss had gained since the start that may be lost again: losses differ in scale,
+# and some pass through zero. The least rise that counts, as a share of the lowest loss: held out,
+# several standard errors of a few hundred pairs; in training much more, since after a steep warm-up
+# runs that end well were seen to rise by a quarter at first.
+LOSS_LOST, HELD_OUT_RISE, TRAINING_RISE = 0.2, 0.1, 0.5
+# Standard errors at which a rise of the averaged training loss is more than noise, whatever the
+# batch: the lowest of a long run is picked, and a run has thousands of steps to pick from.
+LOSS_NOISE = 6.0
+# Chosen answers that are shorter keep less than this share of the margin of those that are longer,
+# on data where the pairs are told apart at all.
+LENGTH_SHARE, LENGTH_ACCURACY = 0.1, 0.6
+# Nats an answer and a token. Figure 2 of Rafailov et al. 2023 ends at 20 nats, rewards long flat;
+# at half a nat a token every token is 1.6 times as likely as under the reference, so short answers
+# reach it first.
+KL, KL_TOKEN = 20.0, 0.5
+# Share of the first evaluation's entropy that may be lost, and by how much the share of repeated
+# 4-grams may rise: well beyond what sampling a few dozen answers varies by.
+ENTROPY_LOST, REPEATED = 0.5, 0.2
+# Accuracy on the training pairs, and their loss as a share of the loss at the start: no labels of
+# people agree so well, so the pairs are learnt by heart or a marker gives the answer away.
+SURE_ACCURACY, SPENT_LOSS = 0.99, 0.03
+
+
+class Alert(NamedTuple):
+  """One line on something that goes wrong: the value and the remedy."""
+
+  step: int
+  name: str
+  text: str
+
+
+def scan(records: Iterable[Mapping[str, Any]]) -> list[Alert]:
+  """All alerts of a run from the lines of its `metrics.jsonl`, as a watch told them live."""
+  watch, found = Watch(), []
+  for record in records:
+    found += watch.see_record(record)
+  return found
+
+
+class Watch:
+  """The rules, with what they remember of a run.
+
+  watch = Watch()
+  for alert in watch.see(step, metrics):  # training metrics, or an evaluation under eval/…
+    print(alert.text)
+  """
+
+  def __init__(self) -> None:
+    self._facts = _Facts()
+    self._raised: set[str] = set()
+    self._waiting: set[str] = set()  # rules that one evaluation has spoken for
+
+  def see(self, step: int, metrics: Mapping[str, Any]) -> list[Alert]:
+    """Takes in one step or one evaluation; returns what it gives rise to."""
+    values = {k: float(v) for k, v in metrics.items() if v is not None and math.isfinite(v)}
+    self._facts.add(values)
+    return [
+      Alert(step, rule.name, text)
+      for rule in RULES
+      if rule.reads <= values.keys() and (text := self._judge(rule)) is not None
+    ]
+
+  def see_record(self, record: Mapping[str, Any]) -> list[Alert]:
+    """The same for a line of `metrics.jsonl`, which holds a step and its evaluation."""
+    parts: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+    for name, value in record.items():
+      if name != "step":
+        parts[name.startswith("eval/")][name] = value
+    return [alert for part in parts for alert in self.see(record["step"], part)]
+
+  def _judge(self, rule: Rule) -> str | None:
+    """The alert's text where an episode of the rule begins."""
+    if not all(self._facts.ready(name) for name in rule.reads):
+      return None
+    level, text = rule.judge(self._facts)
+    if level < 1:
+      self._waiting.discard(rule.name)
+      if level < CLEAR:
+        self._raised.discard(rule.name)
+      return None
+    if rule.name in self._raised:
+      return None
+    if rule.held_out and level < SURE and rule.name not in self._waiting:
+      self._waiting.add(rule.name)
+      return None
+    self._raised.add(rule.name)
+    return text
+
+
+# -- what rules read -----------------------------------------------------------------------------
+
+
+class _Series:
+  """One metric over time: averaged over recent steps if of training, as it is if held out.
+
+  Attributes:
+    first: the first value.
+    lowest, lowest_error: the least that `now` has been, and its error then.
+  """
+
+  def __init__(self, name: str):
+    held_out = name.startswith("eval/")
+    self.keep = 0.0 if held_out else 0.5 ** (1 / HALF_LIFE)
+    self.needed = 1 if held_out else WARM
+    self.first = self.lowest = self.lowest_error = math.nan
+    self.sum = self.spread = 0.0
+    self.count = 0
+
+  def add(self, value: float) -> bool:
+    """Takes in a value; returns whether the series has never been lower."""
+    if self.count:
+      self.spread += (1 - self.keep) * ((value - self.now) ** 2 - self.spread)
+    else:
+      self.first = value
+    self.sum += (1 - self.keep) * (value - self.sum)
+    self.count += 1
+    if self.count < self.needed or self.now >= self.lowest:
+      return False
+    self.lowest, self.lowest_error = self.now, self.error
+    return True
+
+  @property
+  def now(self) -> float:
+    return self.sum / (1 - self.keep**self.count)  # what the sum lacks while it is young
+
+  @property
+  def error(self) -> float:
+    """Standard error of `now`, as far as values vary independently."""
+    k, n = self.keep, self.count
+    spread = self.spread / (1 - k ** (n - 1)) if n > 1 else 0.0
+    return math.sqrt(spread * (1 - k) / (1 + k) * (1 - k ** (2 * n))) / (1 - k**n)
+
+
+class _Facts:
+  """Every metric over time, and how things stood when the held-out loss was lowest."""
+
+  def __init__(self) -> None:
+    self._series: dict[str, _Series] = {}
+    self._then: dict[str, float] = {}
+
+  def add(self, values: Mapping[str, float]) -> None:
+    lowest = {name: self._of(name).add(value) for name, value in values.items()}
+    if lowest.get("eval/loss"):
+      self._then = {name: series.now for name, series in self._series.items()}
+
+  def _of(self, name: str) -> _Series:
+    return self._series.setdefault(name, _Series(name))
+
+  def ready(self, name: str) -> bool:
+    return name in self._series and self._series[name].count >= self._series[name].needed
+
+  def __getitem__(self, name: str) -> _Series:
+    return self._series[name]
+
+  def then(self, name: str, default: float) -> float:
+    return self._then.get(name, default)
+
+
+# -- the rules -----------------------------------------------------------------------------------
+
+
+class Rule(NamedTuple):
+  """One way to go wrong.
+
+  Attributes:
+    name: of the alert.
+    reads: metrics that must be there; the rule is judged when they come in.
+    judge: its level, and what is said at 1 or above.
+  """
+
+  name: str
+  reads: frozenset[str]
+  judge: Callable[[_Facts], tuple[float, str]]
+
+  @property
+  def held_out(self) -> bool:
+    return any(name.startswith("eval/") for name in self.reads)
+
+
+def _chosen_falls(facts: _Facts) -> tuple[float, str]:
+  drift = facts["drift/chosen"].now
+  return -drift / CHOSEN_DRIFT, (
+    f"chosen answers have lost {-drift:.2f} nats a token against the reference; hold them up with"
+    " --config.loss.sft_weight=1 or --config.loss.name=dpop, or take a larger --config.loss.beta"
+  )
+
+
+def _both_fall(facts: _Facts) -> tuple[float, str]:
+  share = facts["drift/both_fell"].now
+  chosen, rejected = facts["drift/chosen"].now, facts["drift/rejected"].now
+  mass = facts["drift/pair_mass"].now
+  level = min(share / BOTH_FELL, -chosen / BOTH_DRIFT, -rejected / BOTH_DRIFT)
+  return level, (
+    f"in {share:.0%} of pairs both answers lose probability, {-chosen:.2f} and {-rejected:.2f} nats"
+    f" a token, together {-mass:.1f} nats a pair: other text gains it; try"
+    " --config.loss.sft_weight=1, --config.loss.name=dpop, a larger --config.loss.beta or fewer"
+    " --config.train.epochs"
+  )
+
+
+def _overfits(facts: _Facts) -> tuple[float, str]:
+  if not facts.ready("loss"):
+    return 0.0, ""
+  held_out, training = facts["eval/loss"], facts["loss"]
+  rise = held_out.now - held_out.lowest
+  limit = max(LOSS_LOST * (held_out.first - held_out.lowest), HELD_OUT_RISE * abs(held_out.lowest))
+  grows, sign = True, ""
+  if facts.ready("rewards/margins"):
+    then, now = facts.then("rewards/margins", 0.0), facts["rewards/margins"].now
+    grows, sign = now > then, f" and the training margin grew from {then:.3g} to {now:.3g}"
+  # Where the training loss rises too, the rule of that name speaks.
+  then = facts.then("loss", training.first)
+  level = rise / limit if training.now < then and grows and limit > 0 else 0.0
+  return level, (
+    f"the held-out loss rose from {held_out.lowest:.4g} to {held_out.now:.4g} while the training"
+    f" loss fell from {then:.4g} to {training.now:.4g}{sign}: take fewer --config.train.epochs, a"
+    " lower --config.optimizer.learning_rate or a larger --config.loss.beta"
+  )
+
+
+def _length_bias(facts: _Facts) -> tuple[float, str]:
+  accuracy = facts["eval/rewards/accuracies"].now
+  longer = facts["eval/margins/chosen_longer"].now
+  shorter = facts["eval/margins/chosen_shorter"].now
+  kept = shorter / longer if longer > 0 else 1.0
+  return min((1 - kept) / (1 - LENGTH_SHARE), accuracy / LENGTH_ACCURACY), (
+    f"held-out accuracy is {accuracy:.2f}, but the margin is {longer:.3g} where the chosen answer"
+    f" is longer and {shorter:.3g} where it is shorter: length is what is learnt; try"
+    " --config.loss.ld_alpha=0.5 or --config.loss.name=simpo"
+  )
+
+
+def _far_away(facts: _Facts) -> tuple[float, str]:
+  kl, a_token = facts["eval/sampled/kl"].now, facts["eval/sampled/kl_per_token"].now
+  return max(kl / KL, a_token / KL_TOKEN), (
+    f"sampled answers are {kl:.1f} nats from the reference, {a_token:.2f} a token: take a larger"
+    " --config.loss.beta, fewer --config.train.epochs or a lower --config.optimizer.learning_rate"
+  )
+
+
+def _entropy_falls(facts: _Facts) -> tuple[float, str]:
+  entropy = facts["eval/sampled/entropy"]
+  lost = 1 - entropy.now / entropy.first if entropy.first > 0 else 0.0
+  return lost / ENTROPY_LOST, (
+    f"the entropy of sampled answers fell from {entropy.first:.2f} to {entropy.now:.2f} nats a"
+    " token, so they grow alike: take a larger --config.loss.beta, --config.loss.sft_weight=1 or"
+    " fewer --config.train.epochs"
+  )
+
+
+def _repeats(facts: _Facts) -> tuple[float, str]:
+  repeated = facts["eval/sampled/repetition"]
+  return (repeated.now - repeated.first) / REPEATED, (
+    f"{repeated.now:.0%} of the 4-grams of sampled answers repeat earlier ones, at first"
+    f" {repeated.first:.0%}: take a larger --config.loss.beta, --config.loss.sft_weight=1 or a"
+    " lower --config.optimizer.learning_rate"
+  )
+
+
+def _by_heart(facts: _Facts) -> tuple[float, str]:
+  accuracy, loss = facts["rewards/accuracies"].now, facts["loss"]
+  start = abs(loss.first)
+  sure = 1 - (SURE_ACCURACY - accuracy) / (1 - SURE_ACCURACY)
+  spent = SPENT_LOSS * start / max(loss.now, 1e-9 * start) if start > 0 else 0.0
+  return min(sure, spent), (
+    f"on the training pairs accuracy is {accuracy:.3f} and the loss {loss.now:.3g}, at first"
+    f" {loss.first:.3g}: take fewer --config.train.epochs, and look whether something other than"
+    " quality tells chosen from rejected answers"
+  )
+
+
+def _loss_rises(facts: _Facts) -> tuple[float, str]:
+  loss = facts["objective"] if facts.ready("objective") else facts["loss"]
+  limit = max(
+    LOSS_LOST * (loss.first - loss.lowest),
+    TRAINING_RISE * abs(loss.lowest),
+    LOSS_NOISE * math.hypot(loss.error, loss.lowest_error),
+  )
+  return (loss.now - loss.lowest) / limit if limit > 0 else 0.0, (
+    f"the training loss rose from {loss.lowest:.4g} to {loss.now:.4g}, averaged over steps: take a"
+    " lower --config.optimizer.learning_rate, more --config.optimizer.warmup_steps or a larger"
+    " --config.train.batch_size"
+  )
+
+
+RULES = tuple(
+  Rule(name, frozenset(reads), judge)
+  for name, judge, reads in (
+    ("chosen falls", _chosen_falls, ["drift/chosen"]),
+    (
+      "both fall",
+      _both_fall,
+      ["drift/both_fell", "drift/pair_mass", "drift/chosen", "drift/rejected"],
+    ),
+    ("overfitting", _overfits, ["eval/loss"]),
+    (
+      "length bias",
+      _length_bias,
+      [
+        "eval/rewards/accuracies",
+        "eval/margins/chosen_longer",
+        "eval/margins/chosen_shorter",
+      ],
+    ),
+    ("far from the reference", _far_away, ["eval/sampled/kl", "eval/sampled/kl_per_token"]),
+    ("entropy falls", _entropy_falls, ["eval/sampled/entropy"]),
+    ("repetition", _repeats, ["eval/sampled/repetition"]),
+    ("learnt by heart", _by_heart, ["loss", "rewards/accuracies"]),
+    ("loss rises", _loss_rises, ["loss"]),
+  )
+)
