@@ -169,7 +169,7 @@ def _draw_lines(ax: Axes, records: Records, lines: Sequence[tuple[str, str, str]
     "clip_on": False,
     "zorder": 3,
   }
-  dashed = points | {"linestyle": (0, (4, 2))}
+  dashed: dict[str, Any] = points | {"linestyle": (0, (4, 2))}
   beside = False
   for metric, label, color in lines:
     steps, trained = _series(records, metric)

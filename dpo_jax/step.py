@@ -105,8 +105,8 @@ def batch_sums(
     reference = None if reference_NS is None else logprobs.to_pairs(reference_NS, slots)
     loss_B = loss(policy, reference, margin_B=grade_BK[:, 0] - grade_BK[:, 1], **supplied)
     if alignment_NS is not None:
-      # WPO: pairs the policy would hardly give itself count less. Zhou et al. 2024, eq. 3.
-      loss_B = loss_B * jnp.exp(jnp.minimum(by(alignment_NS), 0.0).sum(axis=1))
+      # WPO: pairs the policy would hardly give itself count less. Zhou et al. 2024.
+      loss_B = loss_B * jnp.exp(jnp.minimum(by(alignment_NS).sum(axis=1), 0.0))
     sums = metrics.pair_sums(policy, reference, loss_B, weight_B, loss.beta)
   elif loss.kind == "unpaired":
     policy, reference = logprobs.to_unpaired(logps_NS), logprobs.to_unpaired(reference_NS)

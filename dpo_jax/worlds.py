@@ -254,10 +254,10 @@ def expected_gap(
 ) -> float:
   """n KL(π̂ ‖ π*) as n grows, for the DPO minimum π̂ of n pairs; nats, a mean over prompts.
 
-    1/2 tr(F_π F⁻¹),   F = β²/X Σ_{y<y'} 2 μ(y) μ(y') p (1-p) (e_y - e_y')(e_y - e_y')ᵀ
+    tr(F_π F⁻¹)/2,   F = β²/X Σ_{y<y'} 2 μ(y) μ(y') p (1-p) (e_y - e_y')(e_y - e_y')ᵀ
 
-  DPO is maximum likelihood of logits log π, whose information in a labelled pair is F; the gap is
-  a quadratic form of their error with F_π = diag(π*) - π* π*ᵀ. It grows as 1/β².
+  DPO is maximum likelihood of log π(y|x) up to a constant; F is its information in a labelled pair,
+  and the gap is half the quadratic form of its error with F_π = diag(π*) - π* π*ᵀ.
   """
   prompts = len(reward_XY)
   log_XY = log_reference_XY + reward_XY / beta

@@ -63,7 +63,7 @@ def better_than_mu(log_mu_XY, preference_XYY):
 def root(rising, low, high, shape):
   """Where functions that rise cross 0, by bisection, elementwise."""
   low, high = np.full(shape, float(low)), np.full(shape, float(high))
-  for _ in range(200):
+  for _ in range(70):
     middle = (low + high) / 2
     above = rising(middle) > 0
     low, high = np.where(above, low, middle), np.where(above, middle, high)

@@ -11,6 +11,8 @@ import sys
 import numpy as np
 import pytest
 
+from dpo_jax import rewards
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PATH = ROOT / "notebooks" / "derivation.ipynb"
 CHAIN = (
@@ -80,6 +82,12 @@ def test_the_mathematics_is_imported():
   # What a step of the derivation would be written with.
   used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
   assert not used & {"logsumexp", "logaddexp", "sigmoid", "log_sigmoid", "softmax", "grad"}
+
+
+def test_its_flawed_reward_only_counts():
+  praise = rewards.resolve("notebooks.praise:reward")
+  assert praise("", " The plot was not bad, and I would read it again.") == -1 + 2
+  assert praise("", " again" * 30) == 60
 
 
 def numbers(text):

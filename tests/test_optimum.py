@@ -186,7 +186,7 @@ def house_transformer():
   )  # fmt: skip
   start = transformer.init_params(config, seed=4)
   model = worlds.ending(transformer.build(config, remat="none"), WORLD)
-  return model, start, {"steps": 600, "peak": 0.005}
+  return model, start, {"steps": 800, "peak": 0.003}
 
 
 @pytest.mark.slow
@@ -195,7 +195,8 @@ def test_sigmoid_reaches_the_optimum_with_shared_weights(make, bound):
   """From a random start that reaches it: some end in other stationary points of so small a net."""
   model, start, pace = make()
   reference = closed_forms.normalised(worlds.log_policy(model, start, WORLD).astype(np.float64))
-  found = trained(population(mu=reference), model=model, start=start, beta=BETA, **pace)
+  spread = np.log((np.exp(reference) + 1 / len(WORLD.answers)) / 2)
+  found = trained(population(mu=spread), model=model, start=start, beta=BETA, **pace)
   assert_reached(
     closed_forms.normalised(found.astype(np.float64)),
     closed_forms.tilted(reference, REWARD / BETA),
@@ -451,14 +452,17 @@ def scored_pairs():
   ]
 
 
+DOWNHILL = optax.sgd(1.0)
+
+
 def expected_gradient(table):
   """Of policy_gradient over all samples, by a production step of size 1."""
+  params, tx = {"table": jnp.asarray(table)}, DOWNHILL
   objective, _ = program(MODEL, "policy_gradient", (("beta", BETA),), 2, STEPS)
-  batch = follow({"table": table}, worlds.lay_out(scored_pairs()))
-  tx = optax.sgd(1.0)
-  params, start = {"table": jnp.asarray(table)}, copy(TABLE)
-  take = jax.jit(functools.partial(step.train_step, objective=objective, tx=tx))
-  state, _ = take(step.init_state(params, tx), start, batch)
+  state, _ = worlds.train(
+    step.init_state(params, tx), copy(TABLE), worlds.lay_out(scored_pairs()),
+    objective=objective, tx=tx, steps=1, before=follow,
+  )  # fmt: skip
   return np.asarray(params["table"] - state.params["table"])
 
 
@@ -513,10 +517,10 @@ def test_every_hard_sync_moves_on_by_the_whole_reward():
 @pytest.mark.parametrize("beta", [1.0, 0.5])
 def test_the_gap_falls_as_one_over_the_number_of_pairs(beta):
   """Slope -1 on log axes, and the height that the information in a labelled pair gives."""
-  found = worlds.finite_samples((2000, 8000, 32000, 128000), beta=beta, samples=16)
+  found = worlds.finite_samples((2000, 8000, 32000, 128000), beta=beta, samples=32)
   assert found.slope_NS.max() < 1e-6  # each minimum was found
   gap_N = found.gap_NS.mean(axis=1)
   slope = np.polyfit(np.log(found.sizes), np.log(gap_N), 1)[0]
-  assert -1.12 < slope < -0.88, slope
+  assert -1.1 < slope < -0.9, slope
   ratio = (gap_N * np.array(found.sizes)).mean() / found.expected
   assert 0.8 < ratio < 1.25, ratio

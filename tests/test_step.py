@@ -245,7 +245,7 @@ def test_wpo_weighs_pairs_by_what_the_policy_would_say():
   one = jax.tree.map(lambda x: x[0], batch)
   _, align_NS = logprobs.make_aligned_fn(tiny.MODEL)(tiny.init(), one)
   pairs = np.asarray(align_NS).reshape(-1, 2)[one.weight_NS.reshape(-1, 2)[:, 0] > 0]
-  weights = np.exp(np.minimum(pairs, 0).sum(1))
+  weights = np.exp(np.minimum(pairs.sum(1), 0))
   assert (weights < 1).all()
   np.testing.assert_allclose(weighed["loss"], np.log(2) * weights.mean(), rtol=1e-5)
   np.testing.assert_allclose(weighed["rewards/margins"], plain["rewards/margins"])

@@ -20,6 +20,7 @@ def _ranked_together(first_B: Array, second_B: Array, weight_B: Array | None) ->
 
   Pairs of weight 0 rank behind all others on both sides, and so only meet each other.
   """
+  first_B, second_B = jnp.asarray(first_B), jnp.asarray(second_B)
   absent_B = jnp.zeros(first_B.shape, bool) if weight_B is None else jnp.asarray(weight_B) <= 0
   order_B = jnp.lexsort((first_B, absent_B))
   partner_B = jnp.lexsort((second_B, absent_B))

@@ -328,12 +328,15 @@ def _check_combination(names: list[str], extra: Mapping[str, Any]) -> None:
 
   wrong_kind = kind_of(names[0]) != "pairs" if len(names) == 1 else False
   for key in ("sft_weight", "ld_alpha", "wpo", "link", "link_alpha", "reference_free"):
-    if wrong_kind and extra.get(key):
+    # 0.0 is a value; False and None are the modifier left out.
+    if wrong_kind and extra.get(key) is not None and extra[key] is not False:
       refuse(key, "it modifies losses of pairs")
   if extra.get("sft_weight") and "orpo" in names:
     refuse("sft_weight", "orpo has that term already; odds_weight says how much counts the rest")
   if extra.get("sft_weight") and "sft" in names:
     refuse("sft_weight", "sft is a term already; give it the weight")
+  if extra.get("ld_alpha") is not None and (extra.get("sft_weight") or {"sft", "cpo"} & {*names}):
+    refuse("ld_alpha", "the supervised term would lose the tokens it weighs down")
   for name in names:
     if extra.get("ld_alpha") is not None and name in _AVERAGED:
       refuse("ld_alpha", f"{name} averages over tokens, which already takes the length out")
