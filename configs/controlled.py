@@ -84,11 +84,11 @@ def _on_policy(config: ConfigDict) -> None:
   config.on_policy.reward = "controlled"
   config.on_policy.num = 4
   config.on_policy.max_tokens = 32
-  config.optimizer.learning_rate = 1e-3
+  config.optimizer.learning_rate = 5e-4
   config.optimizer.schedule = "linear"
   config.optimizer.warmup_steps = 10
   config.optimizer.b2 = 0.98
   config.train.batch_size = 64
-  config.train.steps = 400
-  config.eval.every = 100
+  config.train.steps = 200
+  config.eval.every = 50
   config.eval.samples = 256

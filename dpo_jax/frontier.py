@@ -68,7 +68,11 @@ _PAIRS = (
   "--config.data.eval_path={eval_pairs}",
   "--config.train.epochs={epochs}",
 )
-_PROMPTS = ("--config.data.path={prompts}", "--config.data.eval_path={eval_prompts}")
+_PROMPTS = (
+  "--config.data.path={prompts}",
+  "--config.data.eval_path={eval_prompts}",
+  "--config.train.steps={on_policy_steps}",
+)
 _BETA = "--config.loss.beta={beta}"
 _BETAS = (6.0, 4.0, 2.5, 1.5, 0.8)
 
@@ -78,7 +82,12 @@ METHODS: dict[str, Method] = {
     "DPO, second round",
     "#8c6bd1",
     "dpo",
-    (*_PAIRS, _BETA, "--config.reference.path={reference}"),
+    (
+      *_PAIRS,
+      _BETA,
+      "--config.reference.path={reference}",
+      "--config.optimizer.learning_rate=3e-3",
+    ),
     _BETAS,
     follows="dpo",
   ),
@@ -112,7 +121,8 @@ class Settings(NamedTuple):
 
   Attributes:
     pairs: training pairs of a seed, one a prompt.
-    epochs: passes over them.
+    epochs: passes over them; a second round, which has twice the pairs, makes half as many.
+    on_policy_steps: updates of methods that sample as they go.
     sft_rows, sft_steps: texts that the reference learns from, and its updates.
     eval_prompts: unseen prompts that policies are measured on.
     frontier_prompts, frontier_samples: of those, and answers of the reference to each, that the
@@ -121,6 +131,7 @@ class Settings(NamedTuple):
 
   pairs: int = 36_000
   epochs: float = 2.0
+  on_policy_steps: int = 400
   sft_rows: int = 32_000
   sft_steps: int = 500
   eval_prompts: int = 1_024
@@ -128,7 +139,7 @@ class Settings(NamedTuple):
   frontier_samples: int = 4_096
 
 
-QUICK = Settings(1_280, 1.0, 1_280, 20, 64, 8, 256)
+QUICK = Settings(1_280, 1.0, 10, 1_280, 20, 64, 8, 256)
 
 
 class Task(NamedTuple):
@@ -359,6 +370,7 @@ def command(task: Task, study: pathlib.Path, settings: Settings) -> list[str]:
     "prompts": study / "task" / "prompts.jsonl",
     "eval_prompts": study / "task" / "eval_prompts.jsonl",
     "reference": reference,
+    "on_policy_steps": settings.on_policy_steps,
     "epochs": settings.epochs if task.first is None else settings.epochs / 2,
     "beta": task.beta,
   }

@@ -25,7 +25,8 @@ METHODS = flags.DEFINE_string(
 BETAS = flags.DEFINE_multi_string("betas", [], "METHOD:1,2,4; may be given for several methods")
 SEEDS = flags.DEFINE_string("seeds", "0,1,2", "of pairs, training and samples")
 PAIRS = flags.DEFINE_integer("pairs", None, "training pairs of a seed, one a prompt")
-EPOCHS = flags.DEFINE_float("epochs", None, "passes over them")
+EPOCHS = flags.DEFINE_float("epochs", None, "passes over them; half as many in dpo_again")
+ON_POLICY_STEPS = flags.DEFINE_integer("on_policy_steps", None, "updates of on_policy")
 SFT_ROWS = flags.DEFINE_integer("sft_rows", None, "texts that the reference learns from")
 SFT_STEPS = flags.DEFINE_integer("sft_steps", None, "updates of the reference")
 EVAL_PROMPTS = flags.DEFINE_integer("eval_prompts", None, "that policies are measured on")
@@ -48,6 +49,7 @@ def main(_):
     for flag in (
       PAIRS,
       EPOCHS,
+      ON_POLICY_STEPS,
       SFT_ROWS,
       SFT_STEPS,
       EVAL_PROMPTS,
