@@ -48,7 +48,7 @@ class Method(NamedTuple):
   Attributes:
     label: its name in the plot and the table.
     color: of its curve.
-    argument: of configs/controlled.py.
+    config: a file of configs/ and its argument.
     flags: of the run; names in braces are filled in by `command`.
     betas: the values of β it is trained at unless others are asked for; none has no β.
     follows: a method whose policy, of the same β and seed, it goes on from: to the pairs that one
@@ -57,7 +57,7 @@ class Method(NamedTuple):
 
   label: str
   color: str
-  argument: str
+  config: str
   flags: tuple[str, ...]
   betas: tuple[float, ...]
   follows: str = ""
@@ -77,11 +77,11 @@ _BETA = "--config.loss.beta={beta}"
 _BETAS = (6.0, 4.0, 2.5, 1.5, 0.8)
 
 METHODS: dict[str, Method] = {
-  "dpo": Method("DPO", plots.TRAIN, "dpo", (*_PAIRS, _BETA), _BETAS),
+  "dpo": Method("DPO", plots.TRAIN, "controlled.py:dpo", (*_PAIRS, _BETA), _BETAS),
   "dpo_again": Method(
     "DPO, second round",
     "#8c6bd1",
-    "dpo",
+    "controlled.py:dpo",
     (
       *_PAIRS,
       _BETA,
@@ -95,16 +95,26 @@ METHODS: dict[str, Method] = {
   "ipo": Method(
     "IPO",
     plots.EVAL,
-    "dpo",
+    "controlled.py:dpo",
     (*_PAIRS, _BETA, "--config.loss.name=ipo"),
     (0.3, 0.2, 0.12, 0.07, 0.04),
   ),
-  "on_policy": Method("on-policy", plots.CHOSEN, "on_policy", (*_PROMPTS, _BETA), _BETAS),
+  "on_policy": Method(
+    "on-policy", plots.CHOSEN, "controlled.py:on_policy", (*_PROMPTS, _BETA), _BETAS
+  ),
   "sft": Method(
     "SFT on chosen",
     plots.REJECTED,
-    "dpo",
-    (*_PAIRS, "--config.loss.name=sft", "--config.loss.beta=None"),
+    "preferences.py:loss=sft",
+    (
+      *_PAIRS,
+      "--config.data.max_length=64",
+      "--config.data.row_length=128",
+      "--config.train.batch_size=64",
+      "--config.optimizer.learning_rate=1e-3",
+      "--config.optimizer.b2=0.98",
+      "--config.eval.every=500",
+    ),
     (),
   ),
 }
@@ -378,7 +388,7 @@ def command(task: Task, study: pathlib.Path, settings: Settings) -> list[str]:
   return [
     "-m",
     "dpo_jax.train",
-    f"--config=configs/controlled.py:{method.argument}",
+    f"--config=configs/{method.config}",
     f"--workdir={task.folder(study)}",
     f"--config.model.path={start}",
     f"--config.seed={task.seed}",
@@ -518,7 +528,9 @@ def best_of_n(reward_S: np.ndarray, n: int) -> tuple[float, float]:
   chance_R = np.diff(np.exp(log_R), prepend=0.0)
   some_R = chance_R > 0
   ratio_R = chance_R[some_R] / (count_R[some_R] / len(reward_S))
-  return float(chance_R @ level_R), float(chance_R[some_R] @ np.log(ratio_R))
+  kl = float(chance_R[some_R] @ np.log(ratio_R))
+  # The reference itself is at no distance, whatever rounding says.
+  return float(chance_R @ level_R), kl if n > 1 else 0.0
 
 
 def _log_choose(total_R: np.ndarray, n: int) -> np.ndarray:

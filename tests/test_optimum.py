@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 
 from dpo_jax import derivation, logprobs, losses, step, worlds
 from dpo_jax.data import layout
@@ -170,38 +169,24 @@ def test_sigmoid_reaches_the_optimum_wherever_the_pairs_come_from(mu, how):
   assert_reached(trained(population(mu=mu), beta=BETA, how=how), OPTIMUM)
 
 
-def attention():
-  """Weights shared between all prompts and positions, in place of a table; float64."""
-  start = jax.tree.map(np.float64, tiny.init(seed=4, vocab=WORLD.ids))
-  return worlds.ending(tiny.MODEL, WORLD), start, {"steps": 1500, "peak": 0.02}
-
-
-def house_transformer():
-  """The model that the commands train, in its own float32."""
+@pytest.mark.slow
+def test_sigmoid_reaches_the_optimum_with_the_projects_transformer():
+  """The model that the commands train, in its own float32: weights shared by all prompts."""
   config = ModelConfig(
     family="llama", vocab=WORLD.ids, width=32, layers=2, heads=2, kv_heads=2, head_width=16,
     mlp_width=64, max_positions=16, norm="rms", norm_eps=1e-6, positions="rotary",
     activation="silu", gated=True, qkv_bias=False, out_bias=False, mlp_bias=False, tied=False,
     init_std=0.3,
   )  # fmt: skip
-  start = transformer.init_params(config, seed=4)
   model = worlds.ending(transformer.build(config, remat="none"), WORLD)
-  return model, start, {"steps": 800, "peak": 0.003}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("make", "bound"), [(attention, 1e-8), (house_transformer, 1e-6)])
-def test_sigmoid_reaches_the_optimum_with_shared_weights(make, bound):
-  """From a random start that reaches it: some end in other stationary points of so small a net."""
-  model, start, pace = make()
-  reference = closed_forms.normalised(worlds.log_policy(model, start, WORLD).astype(np.float64))
-  spread = np.log((np.exp(reference) + 1 / len(WORLD.answers)) / 2)
-  found = trained(population(mu=spread), model=model, start=start, beta=BETA, **pace)
-  assert_reached(
-    closed_forms.normalised(found.astype(np.float64)),
-    closed_forms.tilted(reference, REWARD / BETA),
-    bound,
-  )
+  start = transformer.init_params(config, seed=4)
+  # float32 leaves probabilities that sum to 1 but for 1e-7, which a KL would show.
+  exact = lambda log_XY: closed_forms.normalised(log_XY.astype(np.float64))
+  reference = exact(worlds.log_policy(model, start, WORLD))
+  mu = np.log((np.exp(reference) + 1 / len(WORLD.answers)) / 2)
+  pace = {"steps": 800, "peak": 0.003}
+  found = trained(population(mu=mu), model=model, start=start, beta=BETA, **pace)
+  assert_reached(exact(found), closed_forms.tilted(reference, REWARD / BETA))
 
 
 # --- every loss with a closed form ----------------------------------------------------------------
@@ -337,6 +322,22 @@ def all_cases():
 CASES = all_cases()
 
 
+# Their minimum over a population has no closed form, or none short of certainty.
+WITHOUT_CLOSED_FORM = {
+  "apo_zero": "linear in σ(βc): an answer is pulled all the way up or down",
+  "kto": "linear in σ(β(a - z0)): the same",
+  "apo_down": "two sigmoids that nothing makes agree",
+  "dpop": "the penalty is on the chosen answer alone, so margins do not add up",
+  "aot": "reads sorted quantities, not pairs",
+  "aot_unpaired": "reads sorted quantities, not pairs",
+}
+
+
+def test_every_loss_has_its_optimum_here_or_a_reason():
+  proven = {"sigmoid", "policy_gradient"} | {name for name, *_ in CASES.values()}
+  assert proven & losses.LOSSES.keys() == losses.LOSSES.keys() - WITHOUT_CLOSED_FORM.keys()
+
+
 def given_of(name, given):
   reads_beta = name in losses.LOSSES and "beta" in losses.arguments(name)
   return ({"beta": BETA} if reads_beta else {}) | given
@@ -390,16 +391,6 @@ def after_the_chosen():
   return worlds.ending(Model(hidden, inner.head, inner.vocab), WORLD)
 
 
-def blind_to_branches():
-  """Answers of a shared row that see each other while they are trained."""
-  inner = worlds.any_length(WORLD)
-
-  def hidden(params, batch):
-    return inner.hidden(params, batch._replace(branch_NL=jnp.minimum(batch.branch_NL, 1)))
-
-  return worlds.ending(Model(hidden, inner.head, inner.vocab), WORLD)
-
-
 MISTAKES = {
   "none": {},
   "mean for sum": {"name": "sigmoid_norm"},
@@ -411,7 +402,6 @@ MISTAKES = {
     "model": after_the_chosen(),
     "judge": MODEL,
   },
-  "answers that see each other": {"model": blind_to_branches(), "judge": MODEL},
   "cdpo for robust, on flipped labels": {"name": "cdpo", "label_smoothing": FLIPPED},
   "flipped labels taken for true": {"flipped": True},
 }
@@ -489,7 +479,7 @@ def test_the_expected_policy_gradient_is_that_of_the_assumed_objective():
 
 @pytest.mark.slow
 def test_the_policy_gradient_reaches_the_optimum():
-  found = trained(scored_pairs(), "policy_gradient", before=follow, beta=BETA)
+  found = trained(scored_pairs(), "policy_gradient", before=follow, steps=3 * STEPS, beta=BETA)
   assert_reached(found, OPTIMUM)
 
 
