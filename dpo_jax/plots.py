@@ -150,7 +150,7 @@ def curves(records: Records) -> dict[str, Figure]:
     present = [line for line in lines if any(either(line[0]))]
     if not present:
       continue
-    with _styled(title, unit, "step") as (figure, ax):
+    with styled(title, unit, "step") as (figure, ax):
       _draw_lines(ax, records, present)
       _draw_marks(ax, records, name)
     figures[name] = figure
@@ -230,7 +230,7 @@ def frontier(
   curve = sorted(exact, key=lambda point: point["kl"])
   kl, reward = ([point[key] for point in curve] for key in ("kl", "reward"))
   title = "True reward against distance from the reference"
-  with _styled(title, "mean true reward", "KL(π ‖ π_ref), nats", (7.2, 4.4)) as (figure, ax):
+  with styled(title, "mean true reward", "KL(π ‖ π_ref), nats", (7.2, 4.4)) as (figure, ax):
     ax.fill_between(kl, reward, min(reward), color=TRAIN, alpha=0.06, linewidth=0)
     ax.plot(kl, reward, color=TRAIN, label="exact frontier π*")
     colors = itertools.cycle((MUTED, REJECTED, CHOSEN, EVAL))
@@ -268,7 +268,7 @@ def _bar(at: float, interval: Sequence[float] | None) -> list[list[float]] | Non
 
 
 @contextlib.contextmanager
-def _styled(
+def styled(
   title: str, ylabel: str, xlabel: str, size: tuple[float, float] = (4.5, 2.8)
 ) -> Iterator[tuple[Figure, Axes]]:
   """A figure with one titled axis, in the house style."""

@@ -18,7 +18,7 @@ from dpo_jax import cli
 OUT = flags.DEFINE_string("out", None, "folder to write, made where missing", required=True)
 SEED = flags.DEFINE_integer("seed", 0, "of the texts", lower_bound=0)
 SFT_ROWS = flags.DEFINE_integer("sft_rows", 32_000, "reviews to learn from", lower_bound=1)
-PROMPTS = flags.DEFINE_integer("prompts", 36_000, "openings for pairs", lower_bound=1)
+PROMPTS = flags.DEFINE_integer("prompts", 32_000, "openings for pairs", lower_bound=1)
 EVAL_PROMPTS = flags.DEFINE_integer("eval_prompts", 1_024, "openings kept aside", lower_bound=1)
 
 

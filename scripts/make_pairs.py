@@ -23,6 +23,8 @@ OUT = flags.DEFINE_string("out", None, "JSONL file to write", required=True)
 NUM = flags.DEFINE_integer("num", 2, "answers a prompt, paired two by two", lower_bound=2)
 TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "of sampling; 1 is the model itself")
 MAX_TOKENS = flags.DEFINE_integer("max_tokens", 48, "of an answer", lower_bound=1)
+SKIP = flags.DEFINE_integer("skip", 0, "prompts at the start that are left out", lower_bound=0)
+LIMIT = flags.DEFINE_integer("limit", None, "prompts after those; all by default", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of samples and labels", lower_bound=0)
 
 
@@ -34,7 +36,10 @@ def main(_):
     raise UserError(f"--num={NUM.value} answers do not pair up; give an even number")
   draws.check_out(OUT.value)
   reward = rewards.resolve(REWARD.value)
-  prompts = draws.read_prompts(PROMPTS.value)
+  every = draws.read_prompts(PROMPTS.value)
+  prompts = every[SKIP.value :][: LIMIT.value]
+  if not prompts:
+    raise UserError(f"--skip={SKIP.value} leaves none of {PROMPTS.value}'s {len(every)} prompts")
   drawn = draws.draw(
     draws.load(MODEL.value),
     prompts,

@@ -26,23 +26,36 @@ main() {
     --config.seed="$seed"
 
   step 3 "Preferences: two answers a prompt sampled from it, compared under the true reward"
-  run python scripts/make_pairs.py --model="$dir/sft/export" \
-    --prompts="$dir/task/prompts.jsonl" --reward=controlled --out="$dir/pairs.jsonl" \
-    --seed="$seed"
-  run python scripts/make_pairs.py --model="$dir/sft/export" \
-    --prompts="$dir/task/eval_prompts.jsonl" --reward=controlled --out="$dir/eval_pairs.jsonl" \
-    --seed="$seed"
+  pairs "$dir/pairs_1.jsonl" --model="$dir/sft/export" --prompts="$dir/task/prompts.jsonl" \
+    --limit=16000
+  pairs "$dir/eval_pairs.jsonl" --model="$dir/sft/export" --prompts="$dir/task/eval_prompts.jsonl"
 
   step 4 "Direct Preference Optimization of that model on those pairs"
-  run python -m dpo_jax.train --config=configs/controlled.py:dpo --workdir="$dir/dpo" \
-    --config.model.path="$dir/sft/export" --config.data.path="$dir/pairs.jsonl" \
-    --config.data.eval_path="$dir/eval_pairs.jsonl" --config.seed="$seed"
+  dpo "$dir/dpo_1" --config.model.path="$dir/sft/export" --config.data.path="$dir/pairs_1.jsonl"
 
-  step 5 "What came out, against the best that is possible"
+  step 5 "A second round: pairs of what the policy says now, beside the first, the reference as it was"
+  pairs "$dir/pairs_2.jsonl" --model="$dir/dpo_1/export" --prompts="$dir/task/prompts.jsonl" \
+    --skip=16000
+  cat "$dir/pairs_1.jsonl" "$dir/pairs_2.jsonl" > "$dir/pairs.jsonl"
+  dpo "$dir/dpo" --config.model.path="$dir/dpo_1/export" --config.data.path="$dir/pairs.jsonl" \
+    --config.reference.path="$dir/sft/export" --config.train.epochs=1
+
+  step 6 "What came out, against the best that is possible"
   run python scripts/evaluate.py --model="$dir/dpo/export" --reference="$dir/sft/export" \
     --data="$dir/eval_pairs.jsonl" --beta=2.5 --reward=controlled \
     --prompts="$dir/task/eval_prompts.jsonl" --out="$dir/summary.json" --seed="$seed" \
     --started="$started"
+}
+
+# pairs OUT FLAGS: two answers to every prompt, compared by Bradley-Terry under the true reward.
+pairs() {
+  run python scripts/make_pairs.py --out="$@" --reward=controlled --seed="$seed"
+}
+
+# dpo WORKDIR FLAGS: one training by preferences.
+dpo() {
+  run python -m dpo_jax.train --config=configs/controlled.py:dpo --workdir="$@" \
+    --config.data.eval_path="$dir/eval_pairs.jsonl" --config.seed="$seed"
 }
 
 step() { printf '\n%s\n' "$bold$1. $2$plain"; }

@@ -166,7 +166,8 @@ class Loss:
     """The running means after a step, from the step's own means."""
     seen = {key: read(means) for key, read in _MEMORIES.values() if key in memory}
     keep = self.running_decay
-    return {key: keep * memory[key] + (1 - keep) * value for key, value in seen.items()}
+    mix = lambda old, new: (keep * old + (1 - keep) * new).astype(old.dtype)
+    return {key: mix(memory[key], value) for key, value in seen.items()}
 
 
 def resolve(name: str, **given: Any) -> Loss:
