@@ -176,17 +176,17 @@ def _stepper(
 def _stream(run: Run, steps: int) -> Iterator[TokenBatch]:
   settings = run.config.train
   stream = pipeline.batches(
-    run.examples,
+    run.material.examples,
     batch_size=settings.batch_size,
     accumulate=settings.accumulate,
     seed=run.config.seed,
-    **run.batching,
+    **run.material.batching,
   )
   return itertools.islice(stream, steps)
 
 
 def _time_blocks(run: Run, take, blocks: int, block_steps: int, flops) -> list[dict[str, float]]:
-  by_row = {example.row: example for example in run.examples}
+  by_row = {example.row: example for example in run.material.examples}
   stream, results = _stream(run, blocks * block_steps), []
   for _ in range(blocks):
     seen: list[int] = []
@@ -195,7 +195,7 @@ def _time_blocks(run: Run, take, blocks: int, block_steps: int, flops) -> list[d
       take(batch)
       seen += batch.row_NS[batch.row_NS >= 0].tolist()
     seconds = time.perf_counter() - before
-    answers = len(run.examples[0].answers)
+    answers = len(run.material.examples[0].answers)
     # Every answer of a row is a slot of its own: each row is seen once an answer.
     sizes = [_tokens(by_row[row]) for row in seen]
     distinct, scored = (sum(column) / answers for column in zip(*sizes, strict=True))

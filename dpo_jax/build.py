@@ -1,14 +1,13 @@
 """A configuration becomes a run: sections are unpacked here, once, into plain arguments.
 
-`build` and `train` are the only readers of a `ConfigDict`.
+`build`, `feeds` and `train` are the only readers of a `ConfigDict`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +15,8 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from dpo_jax import (
-  draws,
-  evaluate,
-  logprobs,
-  losses,
-  on_policy,
-  optim,
-  parallel,
-  rewards,
-  step,
-)
-from dpo_jax.data import chat, layout, packing, pipeline
+from dpo_jax import feeds, logprobs, losses, optim, parallel, step
+from dpo_jax.data import chat, packing, pipeline
 from dpo_jax.model import config as model_configs
 from dpo_jax.model import hf, transformer
 from dpo_jax.structs import Model, PyTree, UserError
@@ -36,11 +25,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 class Run(NamedTuple):
-  """A run, built: everything the loop reads and nothing that evolves.
-
-  On policy, `examples` are prompts (texts or messages) and `sampler` makes batches of them; else
-  it is None.
-  """
+  """A run, built: everything the loop reads and nothing that evolves."""
 
   workdir: pathlib.Path
   config: ConfigDict
@@ -49,10 +34,7 @@ class Run(NamedTuple):
   model: Model
   model_config: model_configs.ModelConfig
   tokenizer: chat.Tokenizer
-  examples: list[Any]
-  held_out: list[layout.Example]
-  sampler: on_policy.Sampler | None
-  batching: dict[str, Any]
+  material: feeds.Material
   steps: int
   schedule: optax.Schedule
   tx: optax.GradientTransformation
@@ -68,7 +50,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
   given = {k: v for k, v in config.loss.items() if k != "name" and v is not None}
   loss = losses.resolve(config.loss.name, **given)
   sync = _sync(config.reference, loss)
-  _check_samples(config, loss)
+  feeds.check(config, loss)
   executor = parallel.Executor(**config.parallel)
   _check_numbers(config)
   _check_divides(config.train.batch_size, config.train.accumulate, executor.groups)
@@ -77,25 +59,9 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
   model = transformer.build(
     model_config, dtype=config.model.compute_dtype, remat=config.model.remat
   )
-  rows: list[Any]
-  if config.on_policy.reward:
-    rows, held_out, ledger = _load_prompts(config, tokenizer, model_config)
-    answers = 2 if loss.kind == "pairs" else config.on_policy.num
-    # Room for the longest prompt with answers that take all they may.
-    longest = max(map(len, draws.encode_prompts(tokenizer, rows)))
-    copies = 1 if config.data.layout == "padded" else answers
-    row_length = packing.round_up(longest + copies * config.on_policy.max_tokens, 64)
-  else:
-    rows, held_out, ledger = _load_data(config, tokenizer, model_config, loss)
-    answers = len(rows[0].answers)
-    row_length = layout.fit_row_length(rows + held_out, config.data.layout)
-  batching = {
-    "layout": config.data.layout,
-    "row_length": config.data.row_length or row_length,
-    "groups": executor.groups,
-  }
-  per_update = config.train.batch_size
-  steps = config.train.steps or max(1, round(config.train.epochs * len(rows) / per_update))
+  material, ledger = feeds.load(config, loss, tokenizer, model_config, executor.groups)
+  passes = config.train.epochs * len(material.examples) / config.train.batch_size
+  steps = config.train.steps or max(1, round(passes))
   schedule_args, rest = _split(
     config.optimizer, ("learning_rate", "schedule", "warmup_steps", "final_fraction")
   )
@@ -103,7 +69,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
   objective = step.Objective(
     logps_fn=logprobs.make_logps_fn(model, beyond_shorter=loss.ld_alpha),
     loss=loss,
-    answers=answers,
+    answers=material.answers,
     aligned_fn=logprobs.make_aligned_fn(model, beyond_shorter=loss.ld_alpha),
     sync=sync,
   )
@@ -115,10 +81,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     model=model,
     model_config=model_config,
     tokenizer=tokenizer,
-    examples=rows,
-    held_out=held_out,
-    sampler=_sampler(config, loss, model_config, tokenizer, rows, batching),
-    batching=batching,
+    material=material,
     steps=steps,
     schedule=schedule,
     tx=optim.make_optimizer(schedule, **rest),
@@ -211,118 +174,6 @@ def describe_model(
     model_config = model_configs.from_hf(fields)
   pipeline.check_vocabulary(tokenizer, model_config.vocab)
   return model_config, tokenizer
-
-
-def _check_samples(config: ConfigDict, loss: losses.Loss) -> None:
-  """Settings of on-policy training, or that the loss can do without it."""
-  if config.on_policy.reward:
-    on_policy.check(loss, **config.on_policy)
-  elif loss.samples:
-    raise UserError(
-      f"loss {loss.name!r} learns from samples of the policy itself; name a reward for them,"
-      " --config.on_policy.reward=NAME, and prompts, --config.data.path=FILE"
-    )
-
-
-def _load_data(config, tokenizer, model_config, loss):
-  """Training and held-out examples, and the ledger of both."""
-  data = config.data
-  if not data.path:
-    raise UserError("data.path is empty; name a file of rows, --config.data.path=FILE")
-  read = functools.partial(
-    pipeline.load_examples,
-    tokenizer=tokenizer,
-    kind=loss.kind,
-    max_length=data.max_length,
-    prompt_floor=data.prompt_floor,
-    truncation=data.truncation,
-    fields={k: v for k, v in data.fields.items() if v},
-  )
-  examples, ledger, form = read(data.path)
-  ledger = {"format": form, **ledger.to_json()}
-  if data.eval_path:
-    held_out, more, form = read(data.eval_path)
-    ledger["eval"] = {"format": form, **more.to_json()}
-  else:
-    examples, held_out = pipeline.split(examples, data.eval_fraction, config.seed)
-  if loss.kind == "unpaired":
-    mismatch = functools.partial(
-      pipeline.with_mismatched, max_length=data.max_length, seed=config.seed
-    )
-    examples, held_out = mismatch(examples), mismatch(held_out)
-  if loss.kind == "ranked":
-    filled = layout.fill_up(examples + held_out)
-    examples, held_out = filled[: len(examples)], filled[len(examples) :]
-  held_out = held_out[: data.eval_limit]
-  for path, some in ((data.path, examples), (data.eval_path, held_out)):
-    if any(name == "odpo" for _, name, _ in loss.terms) and some and not some[0].grades:
-      raise UserError(
-        f"loss 'odpo' reads by how much the chosen answer is better, and the rows of {path} do not"
-        " say; give them a field margin, or chosen_score and rejected_score"
-      )
-  if data.row_length and data.layout != "padded":
-    layout.check_fits(examples + held_out, data.layout, data.row_length)
-  evaluate.check_positions(examples + held_out, model_config)
-  return examples, held_out, ledger
-
-
-def _load_prompts(config, tokenizer, model_config):
-  """Prompts to sample from, held-out ones as examples without answers, and the ledger."""
-  data = config.data
-  if not data.path:
-    raise UserError("data.path is empty; name a file of prompts, --config.data.path=FILE")
-  prompts, held_out = draws.read_prompts(data.path), []
-  if data.eval_path:
-    held_out = draws.read_prompts(data.eval_path)
-  elif data.eval_fraction:
-    order = np.random.default_rng(config.seed).permutation(len(prompts))
-    away = round(data.eval_fraction * len(prompts))
-    held_out = [prompts[i] for i in order[:away]]
-    prompts = [prompts[i] for i in order[away:]]
-  if len(prompts) < config.train.batch_size:
-    raise UserError(
-      f"train.batch_size is {config.train.batch_size} and {data.path} leaves {len(prompts)} prompts"
-      " to train on; lower it or give more prompts"
-    )
-  held_out = held_out[: data.eval_limit]
-  ids = draws.encode_prompts(tokenizer, prompts + held_out)
-  longest, room = max(map(len, ids)), config.on_policy.max_tokens
-  limit = data.max_length
-  if model_config.positions == "learned":
-    limit = min(limit, model_config.max_positions)
-  if longest + room > limit:
-    raise UserError(
-      f"the longest prompt has {longest} tokens; with on_policy.max_tokens {room} that exceeds the"
-      f" window of {limit}; raise data.max_length or shorten one of them"
-    )
-  tokens = {"prompt": sum(map(len, ids)), "answer": 0, "padding": 0, "shared": 0}
-  counts = {"rows": len(ids), "pairs": len(ids), "dropped": {}, "truncated": {}}
-  examples = [
-    layout.Example(np.asarray(prompt, np.int32), (), row=row)
-    for row, prompt in enumerate(ids[len(prompts) :])
-  ]
-  return prompts, examples, {"format": "prompts", **counts, "tokens": tokens}
-
-
-def _sampler(config, loss, model_config, tokenizer, prompts, batching):
-  """What makes batches on policy; None off policy."""
-  if not config.on_policy.reward:
-    return None
-  longest = max(map(len, draws.encode_prompts(tokenizer, prompts)))
-  settings = dict(config.on_policy)
-  return on_policy.Sampler(
-    model_config=model_config,
-    tokenizer=tokenizer,
-    prompts=prompts,
-    reward=rewards.resolve(settings.pop("reward")),
-    loss=loss,
-    batch_size=config.train.batch_size,
-    accumulate=config.train.accumulate,
-    seed=config.seed,
-    width=packing.round_up(longest, 8),
-    batching=batching,
-    **settings,
-  )
 
 
 def _load_params(config, model_config, needs_reference) -> tuple[PyTree, PyTree | None]:

@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dpo_jax import cli, draws, logprobs, metrics, parallel, probes, report, step, workdirs
+from dpo_jax import cli, draws, feeds, logprobs, metrics, parallel, probes, report, step, workdirs
 from dpo_jax.build import Run, build
 from dpo_jax.checkpoint import Checkpoints, latest_step
 from dpo_jax.data import pipeline
@@ -79,20 +79,20 @@ def train(run: Run, params: PyTree, reference: PyTree | None, claim: Callable[[]
   placed = None if reference is None else run.executor.place(reference)
   if not start:
     state = run.executor.compile_init(init)(run.executor.place(params))
-    prove(run, state.params, placed, _Feed(run, 0, params))
+    prove(run, state.params, placed, feeds.make_feed(run.config, run.material, 0, params))
     if follows:
       state = state._replace(reference=placed)
   if follows:
     placed = None
-  feed = _Feed(run, start, params)
+  feed = feeds.make_feed(run.config, run.material, start, params)
   del params, reference
   claim()
-  supervised = run.objective.loss.kind == "text"
+  ranks = run.objective.loss.kind in ("pairs", "ranked")
   checkpoints = Checkpoints(
     directory,
     keep=run.config.checkpoint.keep,
-    best="loss" if supervised else "rewards/accuracies",
-    higher=not supervised,
+    best="rewards/accuracies" if ranks else "loss",
+    higher=ranks,
     tidy=True,
   )
   try:
@@ -119,7 +119,7 @@ def _loop(run, state, reference, feed, start, checkpoints, log) -> step.TrainSta
     log.write_eval(0, judge(state))
   meter = _Meter(run, checkpoints, log)
   for index in range(start + 1, run.steps + 1):
-    batch, facts = feed(index, state.params)
+    batch, facts = feed(index, run.executor.single(state.params))
     state, means = take(state, reference, run.executor.place_batch(batch))
     meter.add(index, means | facts, batch)
     evaluating = judge.ready and (index == run.steps or _due(index, run.config.eval.every))
@@ -136,32 +136,6 @@ def _loop(run, state, reference, feed, start, checkpoints, log) -> step.TrainSta
   return state
 
 
-class _Feed:
-  """The batch of every step: read from the data, or on policy, sampled from the policy."""
-
-  def __init__(self, run: Run, start: int, params: PyTree):
-    """`params` are the initial ones, on host, also where a run goes on after `start`."""
-    self.run = run
-    if run.sampler is not None:
-      self.sizes = run.sampler.sizes(params)
-      return
-    settings = run.config.train
-    self.stream = pipeline.batches(
-      run.examples,
-      batch_size=settings.batch_size,
-      accumulate=settings.accumulate,
-      seed=run.config.seed,
-      start=start,
-      **run.batching,
-    )
-
-  def __call__(self, index: int, params: PyTree) -> tuple[TokenBatch, dict[str, float]]:
-    """Batch of step `index`, from start + 1 on in turn, and what else is known of it."""
-    if self.run.sampler is None:
-      return next(self.stream), {}
-    return self.run.sampler.batch(index - 1, self.run.executor.single(params), self.sizes)
-
-
 def _due(index: int, every: int) -> bool:
   return every > 0 and index % every == 0
 
@@ -170,14 +144,16 @@ class _Judge:
   """Held-out metrics, and facts of samples; a frozen reference's log-probs are computed once."""
 
   def __init__(self, run: Run, reference: PyTree | None):
-    settings = run.config
+    settings, material = run.config, run.material
     self.run, self.frozen = run, reference
     self.probe = _probe(run)
     self.forward = run.executor.compile_forward(run.objective.logps_fn)
     size = settings.eval.batch_size or settings.train.batch_size // settings.train.accumulate
     self.batches: list[TokenBatch] = []
-    if run.held_out and run.sampler is None:
-      self.batches = list(pipeline.eval_batches(run.held_out, batch_size=size, **run.batching))
+    if material.held_out and material.sampler is None:
+      self.batches = list(
+        pipeline.eval_batches(material.held_out, batch_size=size, **material.batching)
+      )
     self.reference = self._logps(reference)
     self.ready = bool(self.batches or self.probe)
 
@@ -215,10 +191,10 @@ def _probe(run: Run) -> probes.Probe | None:
   return probes.make_probe(
     run.model_config,
     run.objective.logps_fn,
-    run.held_out,
+    run.material.held_out,
     samples=run.config.eval.samples,
     eos_ids=draws.eos_ids(run.model_config, run.tokenizer),
-    max_tokens=run.config.on_policy.max_tokens if run.sampler else 0,
+    max_tokens=run.config.on_policy.max_tokens if run.material.sampler else 0,
     seed=run.config.seed,
   )
 
@@ -281,7 +257,7 @@ class _Meter:
 # -- the run proves itself -----------------------------------------------------------------------
 
 
-def prove(run: Run, params: PyTree, reference: PyTree | None, feed: _Feed) -> None:
+def prove(run: Run, params: PyTree, reference: PyTree | None, feed: feeds.Feed) -> None:
   """Checks on the first pairs that the policy is the reference and the loss what it must then be.
 
   With a reference of its own folder, or one rounded to a narrower type, the two differ: then the
@@ -290,7 +266,7 @@ def prove(run: Run, params: PyTree, reference: PyTree | None, feed: _Feed) -> No
   Raises:
     UserError: the parts do not belong together; nothing has been trained or written yet.
   """
-  batch, _ = feed(1, params)
+  batch, _ = feed(1, run.executor.single(params))
   first = jax.tree.map(lambda x: x[:1], batch)
   micro = jax.tree.map(lambda x: x[0], first)
   forward = run.executor.compile_forward(run.objective.logps_fn)
@@ -301,8 +277,8 @@ def prove(run: Run, params: PyTree, reference: PyTree | None, feed: _Feed) -> No
       f" {sorted(set(micro.row_NS[~np.isfinite(policy_NS)].tolist()))[:8]}; its weights or its"
       " configuration are broken"
     )
-  if run.sampler is None:
-    example, decode = run.examples[0], run.tokenizer.decode
+  if run.material.sampler is None:
+    example, decode = run.material.examples[0], run.tokenizer.decode
     print(f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.answers[0])[:60]!r}")
   if reference is None:
     return

@@ -35,7 +35,7 @@ FLOORS = {
     {"structs", "mathematics", "model", "data", "machinery"},
   ),
   "build": (
-    {"build"},
+    {"build", "feeds"},
     {"structs", "mathematics", "model", "data", "machinery", "measures"},
   ),
   "door": ({"cli", "defaults"}, {"structs", "mathematics"}),

@@ -1,0 +1,192 @@
+"""What a run learns from: rows read once, or samples of the policy, a batch at every step.
+
+Like `build`, whose part it is, this reads a `ConfigDict`; what it calls does not.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from dpo_jax import draws, evaluate, losses, on_policy, rewards
+from dpo_jax.data import layout, packing, pipeline
+from dpo_jax.data.chat import Tokenizer
+from dpo_jax.model.config import ModelConfig
+from dpo_jax.structs import PyTree, TokenBatch, UserError
+
+
+class Material(NamedTuple):
+  """Rows or prompts, and how batches are made of them.
+
+  Attributes:
+    examples: rows to train on; on policy, prompts (texts or messages).
+    held_out: rows to judge by; on policy, prompts as examples without answers.
+    answers: K, slots of a row of data.
+    batching: layout, row_length and groups of `pipeline.batches`.
+    sampler: makes batches of prompts; None where rows are trained on as they stand.
+  """
+
+  examples: list[Any]
+  held_out: list[layout.Example]
+  answers: int
+  batching: dict[str, Any]
+  sampler: on_policy.Sampler | None
+
+
+def check(config: ConfigDict, loss: losses.Loss) -> None:
+  """Settings of on-policy training, or that the loss can do without it."""
+  if config.on_policy.reward:
+    on_policy.check(loss, **config.on_policy)
+  elif loss.samples:
+    raise UserError(
+      f"loss {loss.name!r} learns from samples of the policy itself; name a reward for them,"
+      " --config.on_policy.reward=NAME, and prompts, --config.data.path=FILE"
+    )
+
+
+def load(
+  config: ConfigDict,
+  loss: losses.Loss,
+  tokenizer: Tokenizer,
+  model_config: ModelConfig,
+  groups: int,
+) -> tuple[Material, dict]:
+  """What the run learns from, and the ledger of what became of every row."""
+  if not config.data.path:
+    what = "prompts" if config.on_policy.reward else "rows"
+    raise UserError(f"data.path is empty; name a file of {what}, --config.data.path=FILE")
+  batching = {
+    "layout": config.data.layout,
+    "row_length": config.data.row_length,
+    "groups": groups,
+  }
+  if not config.on_policy.reward:
+    examples, held_out, ledger = _load_rows(config, loss, tokenizer, model_config)
+    batching["row_length"] = config.data.row_length or layout.fit_row_length(
+      examples + held_out, config.data.layout
+    )
+    return Material(examples, held_out, len(examples[0].answers), batching, None), ledger
+
+  prompts, held_out, longest, ledger = _load_prompts(config, tokenizer, model_config)
+  answers = 2 if loss.kind == "pairs" else config.on_policy.num
+  # Room for the longest prompt with answers that take all they may.
+  copies = 1 if config.data.layout == "padded" else answers
+  need = packing.round_up(longest + copies * config.on_policy.max_tokens, 64)
+  batching["row_length"] = config.data.row_length or need
+  settings = dict(config.on_policy)
+  sampler = on_policy.Sampler(
+    model_config=model_config,
+    tokenizer=tokenizer,
+    prompts=prompts,
+    reward=rewards.resolve(settings.pop("reward")),
+    loss=loss,
+    batch_size=config.train.batch_size,
+    accumulate=config.train.accumulate,
+    seed=config.seed,
+    width=packing.round_up(longest, 8),
+    batching=batching,
+    **settings,
+  )
+  return Material(prompts, held_out, answers, batching, sampler), ledger
+
+
+def _load_rows(config, loss, tokenizer, model_config):
+  """Training and held-out examples, and the ledger of both."""
+  data = config.data
+  read = functools.partial(
+    pipeline.load_examples,
+    tokenizer=tokenizer,
+    kind=loss.kind,
+    max_length=data.max_length,
+    prompt_floor=data.prompt_floor,
+    truncation=data.truncation,
+    fields={k: v for k, v in data.fields.items() if v},
+  )
+  examples, ledger, form = read(data.path)
+  ledger = {"format": form, **ledger.to_json()}
+  if data.eval_path:
+    held_out, more, form = read(data.eval_path)
+    ledger["eval"] = {"format": form, **more.to_json()}
+  else:
+    examples, held_out = pipeline.split(examples, data.eval_fraction, config.seed)
+  if loss.kind == "unpaired":
+    mismatch = functools.partial(
+      pipeline.with_mismatched, max_length=data.max_length, seed=config.seed
+    )
+    examples, held_out = mismatch(examples), mismatch(held_out)
+  if loss.kind == "ranked":
+    filled = layout.fill_up(examples + held_out)
+    examples, held_out = filled[: len(examples)], filled[len(examples) :]
+  held_out = held_out[: data.eval_limit]
+  for path, some in ((data.path, examples), (data.eval_path, held_out)):
+    if any(name == "odpo" for _, name, _ in loss.terms) and some and not some[0].grades:
+      raise UserError(
+        f"loss 'odpo' reads by how much the chosen answer is better, and the rows of {path} do not"
+        " say; give them a field margin, or chosen_score and rejected_score"
+      )
+  if data.row_length and data.layout != "padded":
+    layout.check_fits(examples + held_out, data.layout, data.row_length)
+  evaluate.check_positions(examples + held_out, model_config)
+  return examples, held_out, ledger
+
+
+def _load_prompts(config, tokenizer, model_config):
+  """Prompts, held-out ones as examples without answers, the longest's tokens, the ledger."""
+  data = config.data
+  prompts, held_out = draws.read_prompts(data.path), []
+  if data.eval_path:
+    held_out = draws.read_prompts(data.eval_path)
+  elif data.eval_fraction:
+    order = np.random.default_rng(config.seed).permutation(len(prompts))
+    away = round(data.eval_fraction * len(prompts))
+    held_out = [prompts[i] for i in order[:away]]
+    prompts = [prompts[i] for i in order[away:]]
+  if len(prompts) < config.train.batch_size:
+    raise UserError(
+      f"train.batch_size is {config.train.batch_size} and {data.path} leaves {len(prompts)} prompts"
+      " to train on; lower it or give more prompts"
+    )
+  held_out = held_out[: data.eval_limit]
+  ids = draws.encode_prompts(tokenizer, prompts + held_out)
+  longest, room = max(map(len, ids)), config.on_policy.max_tokens
+  limit = data.max_length
+  if model_config.positions == "learned":
+    limit = min(limit, model_config.max_positions)
+  if longest + room > limit:
+    raise UserError(
+      f"the longest prompt has {longest} tokens; with on_policy.max_tokens {room} that exceeds the"
+      f" window of {limit}; raise data.max_length or shorten one of them"
+    )
+  tokens = {"prompt": sum(map(len, ids)), "answer": 0, "padding": 0, "shared": 0}
+  counts = {"rows": len(ids), "pairs": len(ids), "dropped": {}, "truncated": {}}
+  examples = [
+    layout.Example(np.asarray(prompt, np.int32), (), row=row)
+    for row, prompt in enumerate(ids[len(prompts) :])
+  ]
+  return prompts, examples, longest, {"format": "prompts", **counts, "tokens": tokens}
+
+
+Feed = Callable[[int, PyTree], tuple[TokenBatch, dict[str, float]]]
+
+
+def make_feed(config: ConfigDict, material: Material, start: int, params: PyTree) -> Feed:
+  """(step, parameters) -> batch and what else is known of it, for the steps after `start` in turn.
+
+  `params` are the initial parameters, also where a run goes on: shapes are chosen by them.
+  """
+  if material.sampler is not None:
+    sizes = material.sampler.sizes(params)
+    return lambda step, params: material.sampler.batch(step - 1, params, sizes)
+  stream = pipeline.batches(
+    material.examples,
+    batch_size=config.train.batch_size,
+    accumulate=config.train.accumulate,
+    seed=config.seed,
+    start=start,
+    **material.batching,
+  )
+  return lambda step, params: (next(stream), {})
