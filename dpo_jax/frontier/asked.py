@@ -48,10 +48,12 @@ _PROMPTS = (
   "--config.train.steps={on_policy_steps}",
 )
 _BETA = "--config.loss.beta={beta}"
-_BETAS = (6.0, 4.0, 2.5, 1.5, 0.8)
+# A larger β asks for smaller log-ratios, past which steps of one size would carry them.
+_RATE = "--config.optimizer.learning_rate={rate}"
+_BETAS = (6.0, 3.0, 1.5, 0.8)
 
 METHODS: dict[str, Method] = {
-  "dpo": Method("DPO", plots.TRAIN, "controlled.py:dpo", (*_PAIRS, _BETA), _BETAS),
+  "dpo": Method("DPO", plots.TRAIN, "controlled.py:dpo", (*_PAIRS, _BETA, _RATE), _BETAS),
   "dpo_again": Method(
     "DPO, second round",
     "#8c6bd1",
@@ -59,8 +61,8 @@ METHODS: dict[str, Method] = {
     (
       *_PAIRS,
       _BETA,
+      _RATE,
       "--config.reference.path={reference}",
-      "--config.optimizer.learning_rate=3e-3",
     ),
     _BETAS,
     follows="dpo",
@@ -71,7 +73,7 @@ METHODS: dict[str, Method] = {
     plots.EVAL,
     "controlled.py:dpo",
     (*_PAIRS, _BETA, "--config.loss.name=ipo"),
-    (0.3, 0.2, 0.12, 0.07, 0.04),
+    (0.3, 0.12, 0.05),
   ),
   "on_policy": Method(
     "on-policy", plots.CHOSEN, "controlled.py:on_policy", (*_PROMPTS, _BETA), _BETAS
