@@ -156,7 +156,7 @@ def test_every_point_has_a_folder_of_its_own(tmp_path):
   found = asked.tasks(asked.read_betas([], list(asked.METHODS)), [0, 1])
   folders = {task.folder(tmp_path) for task in found}
   assert len(folders) == len(found)
-  assert tmp_path / "seed1" / "dpo-2.5" in folders
+  assert tmp_path / "seed1" / "dpo-1.5" in folders
   assert tmp_path / "seed0" / "sft" in folders
 
 
