@@ -224,7 +224,11 @@ def _no_such_field(written: str, part: str, node: Any, seen: str) -> str:
 
 
 def _refuse_none() -> None:
-  """None may be written only where the configuration itself has it: there it means `not given`."""
+  """None may be written only where it means `not given`.
+
+  That is where the configuration itself has it, and for every argument of a loss: a configuration
+  may set one that another loss does not read.
+  """
   library = _config_library()
   for name in _config_names():
     config = FLAGS[name].value
@@ -236,7 +240,8 @@ def _refuse_none() -> None:
       now, then = config, before
       for part in field.split("."):
         now, then = now[part], then[part]
-      if now is None and then is not None:
+      argument = field.startswith("loss.") and field != "loss.name"
+      if now is None and then is not None and not argument:
         kind = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
         fail(
           f"--{name}.{field}=None: {field} needs {kind.get(type(then), 'a value')};"

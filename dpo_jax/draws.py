@@ -64,12 +64,12 @@ class Drawn(NamedTuple):
     return [Example(array(prompt), tuple(map(array, ids))) for prompt, ids in texts]
 
 
-def read_prompts(path: str | pathlib.Path) -> list[Any]:
-  """The `prompt` of every row of a file: a text or a list of messages."""
+def read_prompts(path: str | pathlib.Path, field: str = "") -> list[Any]:
+  """The prompt of every row of a file, a text or a list of messages; of `field`, or `prompt`."""
   prompts = []
   for where, row in sources.read_rows(path):
     try:
-      prompts.append(sources.read_prompt(row))
+      prompts.append(sources.read_prompt({"prompt": row.get(field)} if field else row))
     except UserError as error:
       raise UserError(f"{where}: {error}") from None
   return prompts

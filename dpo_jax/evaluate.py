@@ -123,6 +123,25 @@ def read_pairs(
   return examples
 
 
+def losses_of(
+  ask: Loss, policy: PairLogps, reference: PairLogps, examples: Sequence[Example]
+) -> np.ndarray:
+  """The loss of every pair, with what the rows say of it.
+
+  Raises:
+    UserError: the loss reads by how much the chosen answer is better, and the rows do not say.
+  """
+  if ask.reads("margin_B") and not examples[0].grades:
+    raise UserError(
+      f"loss {ask.name!r} reads by how much the chosen answer is better, and the rows do not say;"
+      " give them a field margin, or chosen_score and rejected_score"
+    )
+  grades = [example.grades or (0.0, 0.0) for example in examples]
+  margin_B = np.array([chosen - rejected for chosen, rejected in grades])
+  weight_B = np.array([example.weight for example in examples])
+  return np.asarray(ask(policy, reference, margin_B=margin_B, weight_B=weight_B))
+
+
 def score_rows(
   policy: LanguageModel,
   reference: LanguageModel | None,
@@ -148,7 +167,7 @@ def score_rows(
       "ref_rejected_logp": theirs.rejected_B,
       "chosen_reward": ask.beta * (ours.chosen_B - theirs.chosen_B),
       "rejected_reward": ask.beta * (ours.rejected_B - theirs.rejected_B),
-      "loss": np.asarray(ask(ours, theirs)),
+      "loss": losses_of(ask, ours, theirs, examples),
     }
   values = zip(*(column.tolist() for column in columns.values()), strict=True)
   return [dict(zip(columns, row, strict=True)) for row in values]
@@ -162,7 +181,7 @@ def on_pairs(
   estimates = measures.preference_metrics(
     *scores,
     beta=ask.beta,
-    loss_B=np.asarray(ask(*scores)),
+    loss_B=losses_of(ask, *scores, examples),
     weight_B=np.array([example.weight for example in examples]),
   )
   return {"pairs": len(examples)} | _plain(

@@ -121,12 +121,12 @@ def _load_rows(config, loss, tokenizer, model_config):
   if loss.kind == "ranked":
     filled = layout.fill_up(examples + held_out)
     examples, held_out = filled[: len(examples)], filled[len(examples) :]
-  held_out = held_out[: data.eval_limit]
+  held_out = _limited(held_out, config)
   for path, some in ((data.path, examples), (data.eval_path, held_out)):
-    if any(name == "odpo" for _, name, _ in loss.terms) and some and not some[0].grades:
+    if loss.reads("margin_B") and some and not some[0].grades:
       raise UserError(
-        f"loss 'odpo' reads by how much the chosen answer is better, and the rows of {path} do not"
-        " say; give them a field margin, or chosen_score and rejected_score"
+        f"loss {loss.name!r} reads by how much the chosen answer is better, and the rows of {path}"
+        " do not say; give them a field margin, or chosen_score and rejected_score"
       )
   if data.row_length and data.layout != "padded":
     layout.check_fits(examples + held_out, data.layout, data.row_length)
@@ -134,12 +134,23 @@ def _load_rows(config, loss, tokenizer, model_config):
   return examples, held_out, ledger
 
 
+def _limited(held_out: list, config: ConfigDict) -> list:
+  """At most `data.eval_limit` of them, and some where samples are asked for."""
+  held_out = held_out[: config.data.eval_limit]
+  if config.eval.samples and not held_out:
+    raise UserError(
+      f"eval.samples is {config.eval.samples}, and no row is held out to take prompts from; set"
+      " data.eval_fraction above 0, name rows by data.eval_path, or leave eval.samples 0"
+    )
+  return held_out
+
+
 def _load_prompts(config, tokenizer, model_config):
   """Prompts, held-out ones as examples without answers, the longest's tokens, the ledger."""
   data = config.data
-  prompts, held_out = draws.read_prompts(data.path), []
+  prompts, held_out = draws.read_prompts(data.path, data.fields.prompt), []
   if data.eval_path:
-    held_out = draws.read_prompts(data.eval_path)
+    held_out = draws.read_prompts(data.eval_path, data.fields.prompt)
   elif data.eval_fraction:
     order = np.random.default_rng(config.seed).permutation(len(prompts))
     away = round(data.eval_fraction * len(prompts))
@@ -150,7 +161,7 @@ def _load_prompts(config, tokenizer, model_config):
       f"train.batch_size is {config.train.batch_size} and {data.path} leaves {len(prompts)} prompts"
       " to train on; lower it or give more prompts"
     )
-  held_out = held_out[: data.eval_limit]
+  held_out = _limited(held_out, config)
   ids = draws.encode_prompts(tokenizer, prompts + held_out)
   longest, room = max(map(len, ids)), config.on_policy.max_tokens
   limit = data.max_length

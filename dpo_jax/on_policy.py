@@ -111,24 +111,28 @@ class Sampler:
     if self.loss.kind == "pairs":
       rows = self._pairs(rows, np.random.default_rng([self.seed, index]))
     elif not self.loss.samples:
-      rows = [_pick(row, np.argsort(-np.array(row.grades), kind="stable")) for row in rows]
-    return rows, facts
-
-  def _pairs(self, rows: list[Example], rng: np.random.Generator) -> list[Example]:
-    if self.prefer == "rank":
-      pairs = [_pick(row, _extremes(row.grades)) for row in rows]
-    else:
-      pairs = [
-        _pick(row, [a, a + 1] if row.grades[a] - row.grades[a + 1] > rng.logistic() else [a + 1, a])
-        for row in rows
-        for a in range(0, self.num - 1, 2)
-      ]
-    if not any(pair.weight for pair in pairs):
+      rows = [_ranked(row) for row in rows]
+    if not any(row.weight for row in rows):
       raise UserError(
         "the policy gives the same answer, or answers of one reward, to every prompt of a batch:"
         " nothing is left to prefer; raise loss.beta or on_policy.temperature, or stop earlier"
       )
-    return pairs
+    return rows, facts
+
+  def _pairs(self, rows: list[Example], rng: np.random.Generator) -> list[Example]:
+    if self.prefer == "rank":
+      return [_pick(row, _extremes(row.grades)) for row in rows]
+    return [
+      _pick(row, [a, a + 1] if row.grades[a] - row.grades[a + 1] > rng.logistic() else [a + 1, a])
+      for row in rows
+      for a in range(0, self.num - 1, 2)
+    ]
+
+
+def _ranked(row: Example) -> Example:
+  """The answers by their rewards, best first; a row counts nothing if all have the same."""
+  ranked = _pick(row, np.argsort(-np.array(row.grades), kind="stable"))
+  return ranked._replace(weight=0.0) if len(set(row.grades)) == 1 else ranked
 
 
 def _extremes(grades: Sequence[float]) -> list[int]:

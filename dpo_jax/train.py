@@ -121,7 +121,7 @@ def _loop(run, state, reference, feed, start, checkpoints, log) -> step.TrainSta
   for index in range(start + 1, run.steps + 1):
     batch, facts = feed(index, run.executor.single(state.params))
     state, means = take(state, reference, run.executor.place_batch(batch))
-    meter.add(index, means | facts, batch)
+    meter.add(index, means, facts, batch)
     evaluating = judge.ready and (index == run.steps or _due(index, run.config.eval.every))
     saving = index == run.steps or _due(index, run.config.checkpoint.every)
     if not (evaluating or saving):
@@ -204,16 +204,17 @@ class _Meter:
 
   def __init__(self, run: Run, checkpoints: Checkpoints, log: Loggers):
     self.run, self.checkpoints, self.log = run, checkpoints, log
-    self.pending: tuple[int, dict, TokenBatch] | None = None
+    self.pending: tuple[int, dict, dict, TokenBatch] | None = None
     self.restart()
 
   def restart(self) -> None:
     """Leaves evaluation and saving out of the pairs a second."""
     self.since = time.perf_counter()
 
-  def add(self, index: int, means: dict, batch: TokenBatch) -> None:
+  def add(self, index: int, means: dict, facts: dict, batch: TokenBatch) -> None:
+    """`means` of the step are on device still, `facts` of its batch on host."""
     self.flush()
-    self.pending = index, means, batch
+    self.pending = index, means, facts, batch
 
   def flush(self) -> None:
     """Writes the pending step.
@@ -223,7 +224,7 @@ class _Meter:
     """
     if self.pending is None:
       return
-    (index, means, batch), self.pending = self.pending, None
+    (index, means, facts, batch), self.pending = self.pending, None
     means = self.run.executor.metrics_to_host(means)  # waits for the step
     bad_ANS = means.pop("nonfinite_ANS")
     now = time.perf_counter()
@@ -234,6 +235,7 @@ class _Meter:
     self.log.write(
       index,
       {k: float(v) for k, v in means.items()}
+      | facts
       | {
         "learning_rate": float(self.run.schedule(index - 1)),
         "pairs_per_second": (batch.row_NS >= 0).sum() / answers / elapsed,

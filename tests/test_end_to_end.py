@@ -196,11 +196,22 @@ def test_training_on_samples_resumes_to_the_bit(task, name, prefer):
   config = on_policy_config(task)
   config.loss.name = name
   config.on_policy.prefer = prefer
+  if prefer == "bradley_terry":
+    config.parallel.update(mode="pmap", devices=2)
   train.execute(config, task / f"on_{name}")
   lines = read_metrics(task / f"on_{name}" / "metrics.jsonl")
   assert all(np.isfinite(line["reward"]) for line in lines[1:])
   assert lines[0]["eval/sampled/kl"] == 0 and lines[-1]["eval/sampled/kl"] != 0
   resume_from_step_3(config, task / f"on_{name}")
+
+
+def test_samples_need_prompts_that_are_held_out(task):
+  config = dpo_config(task)
+  config.eval.samples = 8
+  config.data.eval_fraction = 0.0
+  with pytest.raises(UserError, match=r"eval\.samples is 8, .* data\.eval_fraction above 0"):
+    train.execute(config, task / "unheld")
+  assert not (task / "unheld").exists()
 
 
 @pytest.mark.parametrize("name", sorted(losses.LOSSES))

@@ -1,5 +1,6 @@
 """Training on samples: what is made of them, what is refused, and where it ends."""
 
+import dataclasses
 import itertools
 import json
 
@@ -51,8 +52,21 @@ def test_equal_answers_count_nothing_and_nothing_else_is_an_error():
   equal, other = row([1, 1], [7, 7]), row([1, 0])
   weights = [p.weight for p in sampler(num=2)._pairs([equal, other], np.random.default_rng(0))]
   assert weights == [0.0, 1.0]
+  assert on_policy._ranked(row([2, 2, 2])).weight == 0
+  ranked = on_policy._ranked(row([2, 5, 3]))
+  assert tokens(ranked) == [1, 2, 0] and ranked.grades == (5.0, 3.0, 2.0) and ranked.weight == 1
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "plackett_luce"])
+def test_a_batch_without_any_preference_is_an_error(loss, monkeypatch):
+  same = on_policy.draws.Drawn(
+    ["a", "b"], [[5], [6]], [["x", "y"]] * 2, [[[7], [7]]] * 2, np.ones((2, 2))
+  )
+  monkeypatch.setattr(on_policy.draws, "draw", lambda *_, **__: same)
+  fields = {"prompts": ["a", "b"], "batch_size": 2, "accumulate": 1, "seed": 0, "batching": {}}
+  made = dataclasses.replace(sampler(num=2, loss=loss), **fields)
   with pytest.raises(UserError, match=r"nothing is left to prefer; raise loss\.beta") as error:
-    sampler(num=2)._pairs([equal, equal], np.random.default_rng(0))
+    made.batch(0, None)
   assert "\n" not in str(error.value)
 
 

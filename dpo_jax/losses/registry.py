@@ -148,6 +148,10 @@ class Loss:
     assert total is not None
     return total
 
+  def reads(self, supplied: str) -> bool:
+    """Whether a term reads this of what comes with the batch or the state of training."""
+    return any(supplied in inspect.signature(fn).parameters for _, _, fn in self.terms)
+
   @property
   def samples(self) -> bool:
     """Whether the answers must be samples of the policy as it is, with their rewards."""
@@ -268,7 +272,10 @@ def _check_known(names: list[str], given: Mapping[str, Any]) -> None:
   for key, value in given.items():
     if key not in known and key not in modifiers():
       takes = f"takes {', '.join(sorted(known))}" if known else "takes no argument"
-      raise UserError(f"loss {'+'.join(names)!r} does not read {key} = {value!r}; it {takes}")
+      raise UserError(
+        f"loss {'+'.join(names)!r} does not read {key} = {value!r}; it {takes} (where the"
+        f" configuration gives it: --config.loss.{key}=None)"
+      )
 
 
 def _check_sum(names: list[str]) -> None:
