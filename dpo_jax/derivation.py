@@ -6,7 +6,14 @@
 X lists prompts, Y all answers to a prompt, F values of β, T steps of descent. Everything is in nats
 or reward units. A policy is its log-probabilities, `log_policy_XY`; an answer it never gives has
 -inf, and 0 log 0 is 0. Every logarithm stays one: r/β may be 10^6, where exp(r/β) has no
-floating-point number. `weight_X` holds probabilities of the prompts, uniform where None.
+floating-point number. `weight_X` holds probabilities of the prompts, an array or a list of numbers,
+uniform where None.
+
+β is above 0. A Python number that is not is a ValueError; an array, traced or not, is not looked
+at, and one that breaks the rule gives whatever the formula gives.
+
+Without `jax.config.update("jax_enable_x64", True)` jax computes in float32 whatever it is given;
+float64 below means with it, or within `jax.enable_x64(True)`.
 
 The functions are finite, with their gradients, in float32 and float64 for β from 1e-3 to 1e6 and
 rewards to ±1e3. A rounded KL times β is β times as wrong: at β = 1e6 float32 knows the objective at
@@ -17,7 +24,7 @@ Rafailov et al. 2023, section 4 and appendix A.1 to A.2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,6 +33,7 @@ import jax.numpy as jnp
 from dpo_jax.structs import Array
 
 Real = float | Array
+Weights = Array | Sequence[float]
 
 # --- 1. What is assumed to be minimised -----------------------------------------------------------
 
@@ -41,10 +49,11 @@ def sampled_terms(
   log_policy_XY: Array, log_reference_XY: Array, reward_XY: Array, *, beta: Real
 ) -> Terms:
   """Loss -r(x,y) and penalty β (log π(y|x) - log π_ref(y|x)), answer by answer."""
+  _check_beta(beta)
   return Terms(-reward_XY, beta * _difference(log_policy_XY, log_reference_XY))
 
 
-def loss_part(log_policy_XY: Array, reward_XY: Array, *, weight_X: Array | None = None) -> Array:
+def loss_part(log_policy_XY: Array, reward_XY: Array, *, weight_X: Weights | None = None) -> Array:
   """E_x E_{y~π} [-r(x,y)]: a number."""
   return -_mean(_expected(log_policy_XY, reward_XY), weight_X)
 
@@ -54,9 +63,10 @@ def penalty_part(
   log_reference_XY: Array,
   *,
   beta: Real,
-  weight_X: Array | None = None,
+  weight_X: Weights | None = None,
 ) -> Array:
   """E_x E_{y~π} [β (log π(y|x) - log π_ref(y|x))] = β E_x KL(π ‖ π_ref): a number."""
+  _check_beta(beta)
   return beta * _mean(kl_divergence(log_policy_XY, log_reference_XY), weight_X)
 
 
@@ -66,7 +76,7 @@ def assumed_objective(
   reward_XY: Array,
   *,
   beta: Real,
-  weight_X: Array | None = None,
+  weight_X: Weights | None = None,
 ) -> Array:
   """E_x E_{y~π} [-r(x,y) + β (log π(y|x) - log π_ref(y|x))]: a number, in reward units.
 
@@ -86,6 +96,7 @@ def assumed_objective(
 
 def unnormalized_target(log_reference_XY: Array, reward_XY: Array, *, beta: Real) -> Array:
   """The logarithm of π_ref(y|x) exp(r(x,y)/β): [X, Y]. No policy is in it."""
+  _check_beta(beta)
   return log_reference_XY + reward_XY / beta
 
 
@@ -95,7 +106,7 @@ def rearranged_objective(
   reward_XY: Array,
   *,
   beta: Real,
-  weight_X: Array | None = None,
+  weight_X: Weights | None = None,
 ) -> Array:
   """E_x E_{y~π} [log π(y|x) - log(π_ref(y|x) exp(r(x,y)/β))], the assumed objective over β."""
   log_target_XY = unnormalized_target(log_reference_XY, reward_XY, beta=beta)
@@ -133,7 +144,7 @@ def kl_form(
   reward_XY: Array,
   *,
   beta: Real,
-  weight_X: Array | None = None,
+  weight_X: Weights | None = None,
 ) -> Array:
   """E_x [β (KL(π ‖ π*) - log Z(x))]: the assumed objective once more.
 
@@ -152,16 +163,22 @@ class Frontier(NamedTuple):
 
 
 def frontier(
-  log_reference_XY: Array, reward_XY: Array, beta_F: Array, *, weight_X: Array | None = None
+  log_reference_XY: Array,
+  reward_XY: Array,
+  beta_F: Real | Sequence[float],
+  *,
+  weight_X: Weights | None = None,
 ) -> Frontier:
-  """(E[r], KL(π* ‖ π_ref)) as β runs; β = inf is the reference itself."""
+  """(E[r], KL(π* ‖ π_ref)) as β runs; β = inf is the reference itself, one number is F = 1."""
+  for beta in beta_F if isinstance(beta_F, (list, tuple)) else [beta_F]:
+    _check_beta(beta)
 
   def point(beta: Array) -> Frontier:
     log_optimal_XY = optimal_policy(log_reference_XY, reward_XY, beta=beta)
     kl_X = kl_divergence(log_optimal_XY, log_reference_XY)
     return Frontier(-loss_part(log_optimal_XY, reward_XY, weight_X=weight_X), _mean(kl_X, weight_X))
 
-  return jax.vmap(point)(jnp.asarray(beta_F))
+  return jax.vmap(point)(jnp.atleast_1d(jnp.asarray(beta_F)))
 
 
 # --- 4. Solved for the reward, and the reward removed ---------------------------------------------
@@ -173,6 +190,7 @@ def implicit_reward(log_policy_XY: Array, log_reference_XY: Array, *, beta: Real
   Solving π* for the reward, r(x,y) = β log(π*(y|x)/π_ref(y|x)) + β log Z(x). Of an answer that
   neither policy nor reference ever gives, nothing is known; it has 0.
   """
+  _check_beta(beta)
   return beta * _difference(log_policy_XY, log_reference_XY)
 
 
@@ -188,7 +206,7 @@ def expected_dpo_loss(
   *,
   beta: Real,
   pair_XYY: Array | None = None,
-  weight_X: Array | None = None,
+  weight_X: Weights | None = None,
 ) -> Array:
   """E_x E_{y,y'} [-Pr(y ≻ y'|x) log σ(z) - Pr(y' ≻ y|x) log σ(-z)], nats: a number.
 
@@ -242,6 +260,12 @@ def descend(
 # --- Parts ----------------------------------------------------------------------------------------
 
 
+def _check_beta(beta: object) -> None:
+  """Of a Python number, for an array may be traced."""
+  if isinstance(beta, (int, float)) and not beta > 0:
+    raise ValueError(f"beta is {beta}; it must be above 0, such as 0.1")
+
+
 def _times(prob: Array, value: Array) -> Array:
   """prob * value, where what never happens counts nothing, be it infinite; so in the gradient."""
   happens = prob > 0
@@ -265,6 +289,6 @@ def _expected(log_policy_XY: Array, value_XY: Array) -> Array:
   return _times(jnp.exp(log_policy_XY), value_XY).sum(-1)
 
 
-def _mean(value_X: Array, weight_X: Array | None) -> Array:
+def _mean(value_X: Array, weight_X: Weights | None) -> Array:
   """E_x [value]."""
-  return value_X.mean() if weight_X is None else (weight_X * value_X).sum()
+  return value_X.mean() if weight_X is None else (jnp.asarray(weight_X) * value_X).sum()

@@ -27,15 +27,21 @@ def main(_):
 
   import numpy as np
 
-  from dpo_jax import worlds
+  from dpo_jax import draws, worlds
   from dpo_jax.structs import UserError
 
+  path = pathlib.Path(OUT.value)
+  draws.check_out(path)
+  _check_format(path)
   try:
-    betas = [float(beta) for beta in BETAS.value]
+    betas = list(dict.fromkeys(float(beta) for beta in BETAS.value))
   except ValueError:
     betas = []
-  if not betas or min(betas) <= 0:
-    raise UserError(f"--betas is {','.join(BETAS.value)!r}; give numbers above 0, such as 1,0.5")
+  # Below 0.01 the exp(r/β) of the world's rewards, of size 5 at most, is near what float64 holds.
+  if not betas or not all(0.01 <= beta <= 1e6 for beta in betas):
+    raise UserError(
+      f"--betas={','.join(BETAS.value)}: give numbers from 0.01 to 1e6, such as --betas=1,0.5"
+    )
   sizes = tuple(sorted(LARGEST.value // 2**i for i in range(SIZES.value)))
   if sizes[0] < 500:
     raise UserError(
@@ -54,12 +60,28 @@ def main(_):
     )
     for size, gap, spread in zip(sizes, mean, gaps.gap_NS.std(axis=1), strict=True):
       print(f"  n {size:7d}   KL {gap:.3e} ± {spread:.1e}   n KL {size * gap:6.1f}")
-  _draw(found, pathlib.Path(OUT.value))
-  print(OUT.value)
+  _draw(found, path)
+  print(path)
+
+
+def _check_format(path):
+  """The name's ending is one of a picture that can be written."""
+  from matplotlib.figure import Figure
+
+  from dpo_jax.structs import UserError
+
+  known = Figure().canvas.get_supported_filetypes().keys() - {"pgf"}  # which needs LaTeX
+  if path.suffix[1:].lower() not in known:
+    raise UserError(
+      f"--out={path}: {path.suffix or 'a name without ending'!r} is no kind of picture; end it in"
+      f" one of {', '.join(sorted(known))}"
+    )
 
 
 def _draw(found, path):
   """A point for every set of pairs, a line for the prediction."""
+  import itertools
+
   import numpy as np
   from matplotlib.figure import Figure
 
@@ -74,7 +96,7 @@ def _draw(found, path):
   ax.grid(color=plots.GRID)
   ax.set_axisbelow(True)
   ax.spines[:].set_visible(False)
-  colors = (plots.TRAIN, plots.EVAL, plots.CHOSEN, plots.REJECTED)
+  colors = itertools.cycle((plots.TRAIN, plots.EVAL, plots.CHOSEN, plots.REJECTED))
   for color, (beta, gaps) in zip(colors, found.items(), strict=False):
     sizes = np.array(gaps.sizes)
     each = np.repeat(sizes, gaps.gap_NS.shape[1])

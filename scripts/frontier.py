@@ -23,7 +23,9 @@ METHODS = flags.DEFINE_string(
   "methods", "", "of dpo, dpo_again, ipo, on_policy, sft, best_of_n; all by default"
 )
 BETAS = flags.DEFINE_multi_string("betas", [], "METHOD:1,2,4; may be given for several methods")
-SEEDS = flags.DEFINE_string("seeds", "0,1,2", "of pairs, training and samples")
+SEEDS = flags.DEFINE_string(
+  "seeds", None, "of pairs, training and samples; 0,1,2 by default, 0 with --quick"
+)
 PAIRS = flags.DEFINE_integer("pairs", None, "training pairs of a seed, one a prompt")
 EPOCHS = flags.DEFINE_float("epochs", None, "passes over them; half as many in dpo_again")
 ON_POLICY_STEPS = flags.DEFINE_integer("on_policy_steps", None, "updates of on_policy")
@@ -36,7 +38,11 @@ FRONTIER_PROMPTS = flags.DEFINE_integer(
 FRONTIER_SAMPLES = flags.DEFINE_integer(
   "frontier_samples", None, "answers of the reference to each of those"
 )
-QUICK = flags.DEFINE_boolean("quick", False, "a study of a minute or two that shows nothing else")
+QUICK = flags.DEFINE_boolean(
+  "quick",
+  False,
+  "about two minutes that show nothing else: small sizes, one seed and β unless given",
+)
 
 
 def main(_):
@@ -64,8 +70,8 @@ def main(_):
   summary = frontier.study(
     out,
     settings,
-    frontier.read_betas(BETAS.value, methods),
-    frontier.read_seeds(SEEDS.value),
+    frontier.read_betas(BETAS.value, methods, quick=QUICK.value),
+    frontier.read_seeds(SEEDS.value, quick=QUICK.value),
     with_best_of_n=frontier.BEST_OF_N in methods,
   )
   frontier.show(summary)

@@ -460,3 +460,40 @@ def test_a_policy_with_answers_the_reference_lacks_is_infinitely_far(holes):
   _, reference, reward = holes
   policy = jnp.log(jnp.full((1, 4), 0.25))
   assert chain.assumed_objective(policy, reference, reward, beta=0.5) == np.inf
+
+
+# --- What may be given ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.asarray])
+def test_weights_are_any_sequence_of_numbers(world, kind):
+  reference, reward, weight, policy = world
+  of = lambda weight: derivation.assumed_objective(
+    policy, reference, reward, beta=0.5, weight_X=weight
+  )
+  np.testing.assert_allclose(of(kind(weight.tolist())), of(weight))
+
+
+def test_one_beta_is_a_frontier_of_one_point(world):
+  reference, reward, *_ = world
+  found = derivation.frontier(reference, reward, 0.5)
+  assert found.reward_F.shape == found.kl_F.shape == (1,)
+  np.testing.assert_allclose(found, derivation.frontier(reference, reward, jnp.array([0.5])))
+
+
+@pytest.mark.parametrize("beta", [0, -0.5, float("nan")])
+def test_a_beta_that_is_not_above_0_is_refused(world, beta):
+  reference, reward, _, policy = world
+  preference = derivation.bradley_terry(reward)
+  for call in (
+    lambda: derivation.sampled_terms(policy, reference, reward, beta=beta),
+    lambda: derivation.assumed_objective(policy, reference, reward, beta=beta),
+    lambda: derivation.rearranged_objective(policy, reference, reward, beta=beta),
+    lambda: derivation.optimal_policy(reference, reward, beta=beta),
+    lambda: derivation.kl_form(policy, reference, reward, beta=beta),
+    lambda: derivation.frontier(reference, reward, [1.0, beta]),
+    lambda: derivation.implicit_reward(policy, reference, beta=beta),
+    lambda: derivation.expected_dpo_loss(policy, reference, preference, beta=beta),
+  ):
+    with pytest.raises(ValueError, match="it must be above 0"):
+      call()

@@ -4,10 +4,12 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -283,10 +285,15 @@ def test_rewards_by_name_and_by_path():
 @pytest.mark.parametrize(
   ("name", "message"),
   [
-    ("controled", "did you mean 'controlled'"),
-    ("", "there is controlled"),
-    ("no_such_module:f", "no module named 'no_such_module'"),
-    ("math:no_such", "'math' holds no 'no_such'"),
+    ("controled", r"did you mean 'controlled'\? Give your own as module:function"),
+    ("", r"there is controlled\. Give your own as module:function"),
+    (":f", "':f' names no module; write it as module:function"),
+    ("math:", "'math:' names no function"),
+    (
+      "no_such_module:f",
+      "no module named 'no_such_module' is in the current folder, on",
+    ),
+    ("math:no_such", "'math'.* holds no 'no_such'"),
     ("math:pi", "no function but float"),
     ("os:getcwd", r"'os:getcwd' takes \(\); it must take \(prompt, answer\)"),
     ("json:dumps", r"'json:dumps' takes \(obj, .* it must take"),
@@ -298,15 +305,54 @@ def test_a_reward_that_does_not_exist(name, message):
     rewards.resolve(name)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "good", [1.0, 2.0]])
+@pytest.mark.parametrize(
+  "value", [float("nan"), None, "good", "0.5", b"1", [1.0, 2.0], 1e300, -(10**400)]
+)
 def test_a_reward_that_is_no_number(value):
-  with pytest.raises(UserError, match="one finite number"):
+  says = re.escape(f"gave {value!r} for prompt 'p' and answer 'a'; it must give one finite number")
+  with pytest.raises(UserError, match=says):
     rewards.values(lambda prompt, answer: value, ["p"], ["a"])
+
+
+def test_rewards_of_every_kind_of_number():
+  given = [True, 2, np.float32(0.5), np.array(3.0), jnp.array(4.0), 3e38]
+  found = rewards.values(lambda prompt, answer: given[int(answer)], "pppppp", "012345")
+  np.testing.assert_array_equal(found, [1, 2, 0.5, 3, 4, 3e38])
 
 
 def test_a_reward_that_fails_is_named():
   with pytest.raises(UserError, match=r"the reward sub fails with TypeError: .* for prompt 'p'"):
     rewards.values(rewards.resolve("operator:sub"), ["p"], ["a"])
+  leaves = lambda prompt, answer: sys.exit(3)
+  with pytest.raises(UserError, match=r"fails with SystemExit: 3, for prompt 'p' and answer 'a'"):
+    rewards.values(leaves, ["p"], ["a"])
+
+
+def test_a_reward_of_the_current_folder(tmp_path, monkeypatch):
+  # As in a command of scripts/, which has the project on its path and not the current folder.
+  away = {"", str(pathlib.Path.cwd()), str(tmp_path)}
+  monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in away])
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "reward_of_this_folder.py").write_text("def f(prompt, answer):\n  return 7.0\n")
+  found = rewards.resolve("reward_of_this_folder:f")
+  np.testing.assert_array_equal(rewards.values(found, ["p"], ["a"]), [7.0])
+
+
+@pytest.mark.parametrize(
+  ("body", "says"),
+  [
+    ("import sys; sys.exit(3)", "SystemExit: 3"),
+    ("raise ValueError('of its own')", "ValueError: of its own"),
+    ("import no_such_library", "ModuleNotFoundError: No module named 'no_such_library'"),
+  ],
+)
+def test_a_module_that_fails_is_told_from_one_that_is_missing(body, says, tmp_path, monkeypatch):
+  monkeypatch.setattr(sys, "path", [*sys.path])
+  monkeypatch.chdir(tmp_path)
+  name = f"reward_that_fails_{len(body)}"
+  (tmp_path / f"{name}.py").write_text(body)
+  with pytest.raises(UserError, match=f"importing '{name}' fails with {says}"):
+    rewards.resolve(f"{name}:f")
 
 
 # --- The commands ---------------------------------------------------------------------------------
@@ -404,6 +450,15 @@ def test_prompts_that_no_model_can_read(models, tmp_path):
   path.write_text('{"prompt": "\\ud800"}\n')
   with pytest.raises(UserError, match=r"jsonl:1: field 'prompt': text is not valid Unicode"):
     draws.read_prompts(path)
+  for row, says in (
+    ('{"prompt": ""}', "field 'prompt' is an empty text"),
+    ('{"prompt": []}', "field 'prompt' is an empty list"),
+    ('{"prompt": 3}', "field 'prompt' is 3; it must be a text or a list of messages"),
+    ('{"question": "a"}', "field 'prompt' is missing; the row has question"),
+  ):
+    path.write_text(row)
+    with pytest.raises(UserError, match=f"prompts.jsonl:1: {says}"):
+      draws.read_prompts(path)
   path.write_text('{"prompt": [{"role": "user"}]}\n')
   with pytest.raises(UserError, match=r"prompts.jsonl:1: .* a message is a role and a text"):
     draws.read_prompts(path)

@@ -88,18 +88,61 @@ def test_betas_of_one_method_leave_the_others():
   assert betas["ipo"] == list(asked.METHODS["ipo"].betas)
 
 
+def test_a_quick_study_is_one_seed_and_one_beta_a_method_unless_given(tmp_path):
+  # Through the command, with the study itself left out.
+  code = (
+    "import runpy, sys; from dpo_jax import frontier;"
+    "frontier.study = lambda out, settings, betas, seeds, **_: sys.exit(f'{betas} {seeds}');"
+    "sys.argv = sys.argv[1:]; sys.path.insert(0, 'scripts');"
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+  )
+  words = ["scripts/frontier.py", f"--out={tmp_path}", "--quick", "--betas=ipo:2,1"]
+  done = subprocess.run(
+    [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  betas = {name: list(method.betas[:1]) for name, method in asked.METHODS.items()}
+  assert done.stderr.strip() == f"{betas | {'ipo': [2.0, 1.0]}} [0]"
+  assert asked.read_seeds(None) == [0, 1, 2]
+  assert asked.read_seeds("3,4", quick=True) == [3, 4]
+
+
+@pytest.mark.parametrize(
+  ("flags", "says"),
+  [
+    (["--out=a.txt"], "--out=a.txt: '.txt' is no kind of picture; end it in one of"),
+    (["--out=file/a.png"], "is no folder; name a file in a folder"),
+    (["--out=a.png", "--betas=1,nan"], "--betas=1,nan: give numbers from 0.01 to 1e6"),
+  ],
+)
+def test_finite_samples_refuses_before_anything_is_drawn(flags, says, tmp_path):
+  (tmp_path / "file").touch()
+  done = subprocess.run(
+    [sys.executable, ROOT / "scripts/finite_samples.py", *flags, "--samples=1", "--sizes=2"],
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 1 and done.stdout == ""
+  assert says in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
   ("read", "says"),
   [
     (lambda: asked.read_methods("dpo,ppo"), "there is no 'ppo', only dpo, dpo_again"),
+    (
+      lambda: asked.read_methods(","),
+      "--methods=,: a name is missing beside a comma",
+    ),
     (lambda: asked.read_betas(["2.5"], ["dpo"]), "write METHOD:1,2,4 with METHOD one of dpo"),
     (lambda: asked.read_betas(["ipo:1"], ["dpo"]), "names no method with a β"),
     (lambda: asked.read_betas(["sft:1"], ["sft"]), "none: there is none"),
-    (lambda: asked.read_betas(["dpo:1,x"], ["dpo"]), "'x' is not a number"),
+    (lambda: asked.read_betas(["dpo:1,x"], ["dpo"]), "--betas=dpo:1,x: 'x' is not a number"),
     (lambda: asked.read_betas(["on_policy:"], ["on_policy"]), "'' is not a number"),
     (lambda: asked.read_betas(["dpo:0"], ["dpo"]), "must be above 0"),
     (lambda: asked.read_betas(["dpo:nan"], ["dpo"]), "must be above 0"),
-    (lambda: asked.read_seeds("0,1.5"), "'1.5' is not an integer"),
+    (lambda: asked.read_seeds("0,1.5"), "--seeds=0,1.5: '1.5' is not an integer"),
     (lambda: asked.read_seeds("-1"), "-1 does not lie between"),
     (lambda: asked.check(asked.Settings(pairs=0)), "--pairs=0; it must be above 0"),
     (lambda: asked.check(asked.Settings(epochs=math.nan)), "--epochs=nan"),

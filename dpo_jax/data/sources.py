@@ -227,11 +227,18 @@ def read_prompt(row: Row) -> str | Messages:
   """The `prompt` of a row to sample from.
 
   Raises:
-    UserError: it is neither text nor messages, is empty, or is no Unicode.
+    UserError: it is missing, neither text nor messages, empty, or no Unicode.
   """
   prompt = row.get("prompt")
-  if not prompt or not isinstance(prompt, (str, list)):
-    raise UserError("field 'prompt' must be a text or a list of messages")
+  if "prompt" not in row:
+    raise UserError(f"field 'prompt' is missing; the row has {_names(row)}")
+  if not isinstance(prompt, (str, list)):
+    raise UserError(
+      f"field 'prompt' is {forms.show(prompt)}; it must be a text or a list of messages"
+    )
+  if not prompt:
+    what = "text" if isinstance(prompt, str) else "list"
+    raise UserError(f"field 'prompt' is an empty {what}; fill it, or leave the row out")
   try:
     if isinstance(prompt, str):
       return forms.valid(prompt)

@@ -126,6 +126,7 @@ class Settings(NamedTuple):
 
 
 QUICK = Settings(1_280, 1.0, 10, 1_280, 20, 64, 8, 256)
+SEEDS = (0, 1, 2)
 
 
 class Task(NamedTuple):
@@ -154,17 +155,21 @@ class Task(NamedTuple):
 # --- Reading and checking -------------------------------------------------------------------------
 
 
-def numbers(text: str, flag: str, kind: type = float) -> list[Any]:
-  """The numbers of a flag, separated by commas, each once and in order of appearance."""
+def numbers(text: str, written: str, kind: type = float) -> list[Any]:
+  """The numbers of a flag, separated by commas, each once and in order of appearance.
+
+  Args:
+    text: the numbers.
+    written: the whole flag as the user wrote it, for the error.
+    kind: int or float.
+  """
   found = []
   for part in text.split(","):
     try:
       found.append(kind(part))
     except ValueError:
       what = "an integer" if kind is int else "a number"
-      raise UserError(
-        f"{flag}={text}: {part!r} is not {what}; separate several by commas"
-      ) from None
+      raise UserError(f"{written}: {part!r} is not {what}; separate several by commas") from None
   return list(dict.fromkeys(found))
 
 
@@ -172,14 +177,24 @@ def read_methods(text: str) -> list[str]:
   """The names of a --methods flag; everything there is for an empty one."""
   names = list(dict.fromkeys(text.split(","))) if text else [*METHODS, BEST_OF_N]
   for name in names:
+    if not name:
+      raise UserError(
+        f"--methods={text}: a name is missing beside a comma; give some of {', '.join(LABELS)}"
+      )
     if name not in LABELS:
       raise UserError(f"--methods={text}: there is no {name!r}, only {', '.join(LABELS)}")
   return names
 
 
-def read_betas(texts: Sequence[str], methods: Sequence[str]) -> dict[str, list[float]]:
-  """β of every trained method from --betas flags, `METHOD:1,2,4`, and the defaults of the rest."""
-  betas = {name: list(METHODS[name].betas) for name in methods if name in METHODS}
+def read_betas(
+  texts: Sequence[str], methods: Sequence[str], *, quick: bool = False
+) -> dict[str, list[float]]:
+  """β of every trained method from --betas flags, `METHOD:1,2,4`, and the defaults of the rest.
+
+  A quick study has the first of the defaults alone.
+  """
+  some = slice(1 if quick else None)
+  betas = {name: list(METHODS[name].betas[some]) for name in methods if name in METHODS}
   for text in texts:
     name, colon, values = text.partition(":")
     if not colon or not betas.get(name):
@@ -188,16 +203,18 @@ def read_betas(texts: Sequence[str], methods: Sequence[str]) -> dict[str, list[f
         f"--betas={text} names no method with a β among those asked for;"
         f" write METHOD:1,2,4 with METHOD one of {', '.join(able) or 'none: there is none'}"
       )
-    betas[name] = numbers(values, f"--betas={name}")
+    betas[name] = numbers(values, f"--betas={text}")
     for beta in betas[name]:
       if not 0 < beta < math.inf:
         raise UserError(f"--betas={text}: β is {beta:g}; it must be above 0 and finite")
   return betas
 
 
-def read_seeds(text: str) -> list[int]:
-  """The seeds of a --seeds flag."""
-  seeds = numbers(text, "--seeds", int)
+def read_seeds(text: str | None, *, quick: bool = False) -> list[int]:
+  """The seeds of a --seeds flag, or of None the defaults, of which a quick study has the first."""
+  if text is None:
+    return list(SEEDS[:1] if quick else SEEDS)
+  seeds = numbers(text, f"--seeds={text}", int)
   for seed in seeds:
     if not 0 <= seed < 2**31:
       raise UserError(f"--seeds={text}: {seed} does not lie between 0 and 2^31 - 1")

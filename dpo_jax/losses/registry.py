@@ -240,6 +240,11 @@ def _parse(name: str) -> list[tuple[float, str]]:
         f"loss.name is {name!r}: {weight.strip()!r} is no weight above 0; a sum is written as in"
         " '0.8*sigmoid + 0.2*bco_pair'"
       )
+    if not loss.strip() and loss != name:
+      raise UserError(
+        f"loss.name is {name!r}: a term of the sum names no loss; a sum is written as in"
+        " '0.8*sigmoid + 0.2*bco_pair'"
+      )
     parts.append((number, loss.strip()))
   return parts
 
