@@ -134,7 +134,7 @@ class Batch(NamedTuple):
 
 
 def _batches(
-  prompts: Sequence[Sequence[int]], num: int, batch_size: int, fixed: int
+  prompts: Sequence[Sequence[int]], num: int, batch_size: int, fixed: int = 0
 ) -> Iterator[Batch]:
   """Prompts of like length together, in few shapes; shapes do not depend on the other prompts."""
   widths = np.array([fixed or _round_up(len(prompt)) for prompt in prompts])

@@ -187,6 +187,7 @@ def on_policy_config(folder: pathlib.Path) -> ConfigDict:
   return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "prefer"), [("policy_gradient", "rank"), ("sigmoid", "bradley_terry")]
 )

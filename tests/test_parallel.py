@@ -53,16 +53,21 @@ def one_device(name):
 @pytest.mark.parametrize(
   ("mode", "devices", "accumulate", "name"),
   [
-    ("pmap", 1, 1, "sigmoid"),
     ("mesh", 8, 1, "sigmoid"),
     ("pmap", 8, 1, "sigmoid"),
-    ("mesh", 4, 2, "sigmoid"),
     ("pmap", 4, 2, "sigmoid"),
     # Sorted or pooled over the global batch.
-    ("mesh", 4, 2, "aot"),
     ("pmap", 4, 2, "aot"),
-    ("pmap", 4, 1, "kto"),
     ("mesh", 4, 2, "kto"),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        ("pmap", 1, 1, "sigmoid"),
+        ("mesh", 4, 2, "sigmoid"),
+        ("mesh", 4, 2, "aot"),
+        ("pmap", 4, 1, "kto"),
+      )
+    ),
   ],
 )
 def test_every_topology_takes_the_steps_of_one_device(mode, devices, accumulate, name):

@@ -29,7 +29,7 @@ def run(command: Sequence[str], log: pathlib.Path) -> float:
   started = time.monotonic()
   with log.open("a", encoding="utf-8") as out:
     done = subprocess.run(
-      [sys.executable, *command], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, check=False
+      [sys.executable, "-u", *command], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, check=False
     )
   if done.returncode:
     words = log.read_text(encoding="utf-8").split("\n")
