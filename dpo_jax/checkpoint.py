@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -38,6 +40,22 @@ def _reason(error: BaseException) -> str:
 def _not_orbax(record: logging.LogRecord) -> bool:
   """Keeps Orbax from printing a traceback of every failure that it also raises."""
   return "orbax" not in record.pathname
+
+
+@functools.cache
+def _hush_late_writers() -> None:
+  """Keeps a failed save to its one line, for the process.
+
+  The first part that cannot be written ends Orbax's event loop; the parts still being written
+  then report to a closed one, from threads that can only print what they meet.
+  """
+  shown = sys.unraisablehook
+
+  def hook(met: Any) -> None:
+    if not (isinstance(met.exc_value, RuntimeError) and "loop is closed" in str(met.exc_value)):
+      shown(met)
+
+  sys.unraisablehook = hook
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -93,6 +111,7 @@ class Checkpoints:
     self._pending: tuple[int, Any] | None = None
     self._failed = False
     logging.getLogger("absl").addFilter(_not_orbax)
+    _hush_late_writers()
     self._orbax = ocp.training.Checkpointer(
       str(self.directory),
       preservation_policy=policies.AnyPreservationPolicy(kept),

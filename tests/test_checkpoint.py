@@ -75,7 +75,8 @@ from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.structs import UserError
 
 weights = np.random.default_rng(0).normal(size=200_000).astype(np.float32)
-state = {"params": {"w": weights}, "step": np.asarray(1, np.int32)}
+more = {str(i): weights for i in range(8)}  # parts that are still being written when one fails
+state = {"params": {"w": weights, **more}, "step": np.asarray(1, np.int32)}
 checkpoints = Checkpoints(sys.argv[1], keep=1)
 checkpoints.save(1, state)
 checkpoints.wait()
