@@ -7,4 +7,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
 
 use_venv requirements-dev.txt
-exec python -m pytest "$@"
+exec python -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"
