@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from dpo_jax import feeds, logprobs, losses, optim, parallel, step
 from dpo_jax.data import chat, packing, pipeline
 from dpo_jax.model import config as model_configs
-from dpo_jax.model import hf, transformer
+from dpo_jax.model import families, hf, transformer
 from dpo_jax.structs import Model, PyTree, UserError
 
 DTYPES = ("float32", "bfloat16")
@@ -171,7 +171,7 @@ def describe_model(
   else:
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     fields = {"vocab_size": tokenizer.vocab_size} | special | section.scratch.to_dict()
-    model_config = model_configs.from_hf(fields)
+    model_config = families.from_hf(fields)
   pipeline.check_vocabulary(tokenizer, model_config.vocab)
   return model_config, tokenizer
 

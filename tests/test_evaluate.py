@@ -17,8 +17,7 @@ import tiny
 from dpo_jax import draws, evaluate, logprobs, measures, rewards
 from dpo_jax.data import chat, word_level
 from dpo_jax.data.layout import Example, collate
-from dpo_jax.model import config as model_configs
-from dpo_jax.model import hf, transformer
+from dpo_jax.model import families, hf, transformer
 from dpo_jax.structs import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -50,7 +49,7 @@ def folders(tmp_path_factory):
     "bos_token_id": 1,
     "eos_token_id": END,
   }
-  config = model_configs.from_hf(fields)
+  config = families.from_hf(fields)
   for seed in (0, 1):
     params = transformer.init_params(config, seed)
     hf.save(root / str(seed), config, jax.tree.map(np.asarray, params), source=root / "tokenizer")

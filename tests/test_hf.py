@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dpo_jax.model import config as configs
-from dpo_jax.model import hf, transformer
+from dpo_jax.model import families, hf, transformer
 from dpo_jax.structs import UserError
 
-LLAMA = configs.from_hf(
+LLAMA = families.from_hf(
   {
     "model_type": "llama",
     "vocab_size": 11,
@@ -26,7 +26,7 @@ LLAMA = configs.from_hf(
     "eos_token_id": 2,
   }
 )
-GPT2 = configs.from_hf(
+GPT2 = families.from_hf(
   {
     "model_type": "gpt2",
     "vocab_size": 11,
@@ -210,7 +210,7 @@ def test_an_export_replaces_the_older_model_whole(folder):
 
 
 def test_older_and_newer_spellings_of_rotary_settings_agree():
-  fields = configs.to_hf(LLAMA)
+  fields = families.to_hf(LLAMA)
   scaling = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -220,13 +220,13 @@ def test_older_and_newer_spellings_of_rotary_settings_agree():
   older = fields | {"rope_theta": 5e5, "rope_scaling": scaling | {"rope_type": "llama3"}}
   newer = {name: value for name, value in fields.items() if not name.startswith("rope")}
   newer["rope_parameters"] = scaling | {"rope_type": "llama3", "rope_theta": 5e5}
-  assert configs.from_hf(older) == configs.from_hf(newer)
-  assert configs.from_hf(older).rope_theta == 5e5
-  assert configs.from_hf(older).rope_scaling == configs.RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+  assert families.from_hf(older) == families.from_hf(newer)
+  assert families.from_hf(older).rope_theta == 5e5
+  assert families.from_hf(older).rope_scaling == configs.RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
 
 
 def test_left_out_fields_have_the_values_of_the_family():
-  llama = configs.from_hf(
+  llama = families.from_hf(
     {
       "model_type": "llama",
       "vocab_size": 10,

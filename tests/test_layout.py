@@ -368,9 +368,9 @@ def test_truncation_always_fits_and_keeps_ends_of_prompts_and_starts_of_answers(
 
 
 def test_layouts_agree_on_every_log_prob():
-  from dpo_jax.model import config, transformer
+  from dpo_jax.model import families, transformer
 
-  model_config = config.from_hf(
+  model_config = families.from_hf(
     {
       "model_type": "llama",
       "vocab_size": 100,

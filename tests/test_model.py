@@ -12,11 +12,11 @@ import pytest
 from dpo_jax.data import layout
 from dpo_jax.logprobs import logits, naive_slot_logps
 from dpo_jax.model import config as configs
-from dpo_jax.model import hf, transformer
+from dpo_jax.model import families, hf, transformer
 from dpo_jax.structs import TokenBatch, UserError
 from tests import tiny
 
-LLAMA = configs.from_hf(
+LLAMA = families.from_hf(
   {
     "model_type": "llama",
     "vocab_size": tiny.VOCAB,

@@ -12,12 +12,11 @@ import pytest
 from dpo_jax import logprobs, parallel, probes
 from dpo_jax.data import layout
 from dpo_jax.data.layout import Example
-from dpo_jax.model import config as configs
-from dpo_jax.model import transformer
+from dpo_jax.model import families, transformer
 from dpo_jax.structs import UserError
 
 VOCAB, END, LONGEST = 5, 2, 3
-CONFIG = configs.from_hf(
+CONFIG = families.from_hf(
   {
     "model_type": "llama",
     "vocab_size": VOCAB,

@@ -13,11 +13,10 @@ import pytest
 from dpo_jax import sampling
 from dpo_jax.logprobs import logits
 from dpo_jax.model import cache as caches
-from dpo_jax.model import config as configs
-from dpo_jax.model import hf, transformer
+from dpo_jax.model import families, hf, transformer
 from dpo_jax.structs import TokenBatch, UserError
 
-LLAMA = configs.from_hf(
+LLAMA = families.from_hf(
   {
     "model_type": "llama",
     "vocab_size": 5,
@@ -30,7 +29,7 @@ LLAMA = configs.from_hf(
     "tie_word_embeddings": True,
   }
 )
-GPT2 = configs.from_hf(
+GPT2 = families.from_hf(
   {
     "model_type": "gpt2",
     "vocab_size": 5,

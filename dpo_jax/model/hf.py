@@ -21,8 +21,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dpo_jax.model import config as config_lib
+from dpo_jax.model import families
 from dpo_jax.model.config import ModelConfig
+from dpo_jax.model.families import Tensor
 from dpo_jax.model.transformer import param_shapes
 from dpo_jax.structs import PyTree, UserError
 
@@ -43,78 +44,6 @@ COMPANIONS = (
 )
 
 
-class Tensor(NamedTuple):
-  """A tensor on disk.
-
-  Attributes:
-    name: its name; `{}` stands for the layer where there is one.
-    leaves: dotted paths in `params["params"]`, joined along their last axis.
-    transposed: lies as [out, in] on disk, while kernels here are [in, out].
-  """
-
-  name: str
-  leaves: tuple[str, ...]
-  transposed: bool = False
-
-
-def tensors(config: ModelConfig) -> list[Tensor]:
-  """Every tensor of the model's folder."""
-  return {"llama": _llama, "gpt2": _gpt2}[config.family](config)
-
-
-def _llama(config: ModelConfig) -> list[Tensor]:
-  linear = {
-    "self_attn.q_proj": ("query", config.qkv_bias),
-    "self_attn.k_proj": ("key", config.qkv_bias),
-    "self_attn.v_proj": ("value", config.qkv_bias),
-    "self_attn.o_proj": ("out", config.out_bias),
-    "mlp.gate_proj": ("gate", config.mlp_bias),
-    "mlp.up_proj": ("up", config.mlp_bias),
-    "mlp.down_proj": ("down", config.mlp_bias),
-  }
-  found = [Tensor("model.embed_tokens.weight", ("embed.embedding",))]
-  for name, (leaf, bias) in linear.items():
-    found.append(Tensor(f"model.layers.{{}}.{name}.weight", (f"layers.{leaf}.kernel",), True))
-    if bias:
-      found.append(Tensor(f"model.layers.{{}}.{name}.bias", (f"layers.{leaf}.bias",)))
-  norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
-  for name, leaf in norms.items():
-    found.append(Tensor(f"model.layers.{{}}.{name}.weight", (f"layers.{leaf}.scale",)))
-  found.append(Tensor("model.norm.weight", ("final_norm.scale",)))
-  return found + _head(config)
-
-
-def _gpt2(config: ModelConfig) -> list[Tensor]:
-  # GPT-2's own linear maps are stored [in, out], with query, key and value side by side.
-  linear = {
-    "attn.c_attn": ("query", "key", "value"),
-    "attn.c_proj": ("out",),
-    "mlp.c_fc": ("up",),
-    "mlp.c_proj": ("down",),
-  }
-  found = [
-    Tensor("transformer.wte.weight", ("embed.embedding",)),
-    Tensor("transformer.wpe.weight", ("positions.embedding",)),
-  ]
-  for name, leaves in linear.items():
-    for on_disk, here in (("weight", "kernel"), ("bias", "bias")):
-      paths = tuple(f"layers.{leaf}.{here}" for leaf in leaves)
-      found.append(Tensor(f"transformer.h.{{}}.{name}.{on_disk}", paths))
-  norms = {
-    "h.{}.ln_1": "layers.attention_norm",
-    "h.{}.ln_2": "layers.mlp_norm",
-    "ln_f": "final_norm",
-  }
-  for name, leaf in norms.items():
-    for on_disk, here in (("weight", "scale"), ("bias", "bias")):
-      found.append(Tensor(f"transformer.{name}.{on_disk}", (f"{leaf}.{here}",)))
-  return found + _head(config)
-
-
-def _head(config: ModelConfig) -> list[Tensor]:
-  return [] if config.tied else [Tensor("lm_head.weight", ("head.embedding",))]
-
-
 def read_config(path: str | pathlib.Path) -> ModelConfig:
   """The configuration of the model in a folder.
 
@@ -129,7 +58,7 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
     raise UserError(f"{path} has no config.json; name a Hugging Face model folder")
   fields = _read_json(file)
   try:
-    return config_lib.from_hf(fields)
+    return families.from_hf(fields)
   except UserError as error:
     raise UserError(f"{path}: {error}") from error
 
@@ -204,7 +133,7 @@ def _read_params(
   config: ModelConfig, weights: Weights, path: pathlib.Path, dtype: np.dtype
 ) -> PyTree:
   """Fills the parameter tree, a tensor at a time."""
-  wanted = tensors(config)
+  wanted = families.tensors(config)
   names = {name for tensor in wanted for name in _layer_names(tensor, config)}
   # Bare models are saved without the prefix of their language model ("transformer." or "model.").
   prefix = wanted[0].name.split(".")[0] + "."
@@ -284,7 +213,7 @@ def save(
   try:
     new.mkdir()
     arrays = _write_params(config, params)
-    fields = config_lib.to_hf(config) | {"torch_dtype": str(next(iter(arrays.values())).dtype)}
+    fields = families.to_hf(config) | {"torch_dtype": str(next(iter(arrays.values())).dtype)}
     (new / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     for name in COMPANIONS:
       if source is not None and (pathlib.Path(source) / name).is_file():
@@ -301,7 +230,7 @@ def _write_params(config: ModelConfig, params: PyTree) -> dict[str, np.ndarray]:
   """The tensors of a model folder by name."""
   leaves = _flatten(jax.device_get(params["params"]))
   arrays = {}
-  for tensor in tensors(config):
+  for tensor in families.tensors(config):
     joined = np.concatenate([np.asarray(leaves[leaf]) for leaf in tensor.leaves], axis=-1)
     layers = joined if "{}" in tensor.name else joined[None]
     for name, array in zip(_layer_names(tensor, config), layers, strict=True):
