@@ -111,7 +111,7 @@ def test_on_policy_training_ends_at_the_optimum(tmp_path, name):
 
   At π* the return r - β log π/π_ref of every answer is β log Z, and the baseline the same: the
   gradient of the assumed objective has no noise left there. Of preferences by Bradley-Terry the
-  optimum is the same, but the noise of the labels stays.
+  optimum is the same, but the noise of the labels stays: from 0.2 to 0.3 nats away it comes near.
   """
   word_level.write(tmp_path / "tokenizer", (*WORDS, *(f" {word}" for word in WORDS)))
   prompts = "\n".join(json.dumps({"prompt": word}) for word in WORDS)
@@ -132,15 +132,14 @@ def test_on_policy_training_ends_at_the_optimum(tmp_path, name):
     log_p, log_ref = (scorer(m.config)(m.params, [example]).logp_BK[0] for m in (policy, reference))
     np.testing.assert_allclose(np.exp(log_p).sum(), 1, rtol=1e-4)
     reward = [weather(word, policy.tokenizer.decode(list(a))) for a in answers]
-    log_best = log_ref + np.array(reward) / BETA[name]
+    log_best = log_ref + np.array(reward) / BETA
     log_best -= jax.nn.logsumexp(log_best)
     kl = lambda log_q, log_p=log_p: float((np.exp(log_p) * (log_p - log_q)).sum())
     assert kl(log_ref) > 0.1  # there was some way to go
-    assert kl(log_best) < (5e-3 if name == "policy_gradient" else 3e-2)
+    assert kl(log_best) < (5e-3 if name == "policy_gradient" else 6e-2)
 
 
-# The labels' noise moves a policy by a distance that falls with β².
-BETA = {"policy_gradient": 0.5, "sigmoid": 0.75}
+BETA = 0.5
 
 
 def _supervised(folder) -> ConfigDict:
@@ -170,7 +169,7 @@ def _supervised(folder) -> ConfigDict:
 
 def _on_policy(folder, name) -> ConfigDict:
   config = defaults.get_config()
-  config.loss = defaults.loss(name, beta=BETA[name])
+  config.loss = defaults.loss(name, beta=BETA)
   config.model.path = str(folder / "sft" / "export")
   config.data.update(path=str(folder / "prompts.jsonl"), eval_fraction=0.0, max_length=8)
   config.on_policy.update(
@@ -178,6 +177,7 @@ def _on_policy(folder, name) -> ConfigDict:
   )
   config.train.update(steps=1000, batch_size=3)
   config.parallel.devices = 1
-  rate = 5e-3 if name == "policy_gradient" else 2e-3
-  config.optimizer.update(learning_rate=rate, schedule="linear", b2=0.98)
+  config.optimizer.update(learning_rate=5e-3, schedule="linear", b2=0.98)
+  if name == "sigmoid":  # the labels' noise leaves a distance that the rate sets
+    config.optimizer.learning_rate = 2e-3
   return config
