@@ -1,4 +1,4 @@
-"""Times the training step of a run, built and fed as `train` builds and feeds it."""
+"""Times the training step of a run, built and fed as `train` does it, and generation."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import step
+from dpo_jax import sampling, step
 from dpo_jax.build import Run
 from dpo_jax.data import pipeline, word_level
 from dpo_jax.data.layout import Example
-from dpo_jax.structs import PyTree, TokenBatch
+from dpo_jax.model.config import ModelConfig
+from dpo_jax.structs import PyTree, TokenBatch, UserError
 
 FIRST_WORD, END = 3, 2  # ids below 3 are special; an answer ends in 2
 _COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -140,6 +141,61 @@ def measure(
     "steps": blocks * block_steps,
     "devices": len(run.executor.devices),
     "device": run.executor.devices[0].device_kind,
+    "jax": jax.__version__,
+  }
+
+
+def measure_generation(
+  config: ModelConfig,
+  params: PyTree,
+  *,
+  rows: int,
+  prompt_tokens: int,
+  new_tokens: int,
+  blocks: int,
+  dtype: str = "float32",
+  seed: int = 0,
+) -> dict[str, Any]:
+  """Rates of reading prompts and of writing answers, none of which ends before its last token.
+
+  Answers of one token take reading alone, and are taken off what longer ones take.
+
+  Args:
+    config, params: the model, its parameters placed where rows are to be generated.
+    rows: prompts, each answered once, all in one batch.
+    prompt_tokens, new_tokens: of every row.
+    blocks: repetitions; rates are medians over them.
+    dtype: of activations and cache.
+    seed: of prompts and samples.
+  """
+  if new_tokens < 2:
+    raise UserError(f"new_tokens is {new_tokens}; the first is read off the prompt: give 2 or more")
+  rng = np.random.default_rng(seed)
+  prompts = rng.integers(0, config.vocab, (rows, prompt_tokens)).tolist()
+  settings = {"seed": seed, "batch_size": rows, "width": prompt_tokens, "dtype": dtype}
+
+  def seconds(tokens: int) -> float:
+    before = time.perf_counter()
+    sampling.generate(config, params, prompts, max_tokens=tokens, **settings)
+    return time.perf_counter() - before
+
+  seconds(1), seconds(new_tokens)  # compiles
+  times = [(seconds(1), seconds(new_tokens)) for _ in range(blocks)]
+  median = lambda rates: round(statistics.median(rates), 1)
+  # Of a small model, a hiccup while reading can outlast the writing.
+  writing = [max(whole - reading, 1e-9) for reading, whole in times]
+  return {
+    "prefill_tokens_per_second": median(rows * prompt_tokens / reading for reading, _ in times),
+    "decode_tokens_per_second": median(rows * (new_tokens - 1) / each for each in writing),
+    "tokens_per_second": median(rows * new_tokens / whole for _, whole in times),
+    "batch_size": rows,
+    "prompt_tokens": prompt_tokens,
+    "new_tokens": new_tokens,
+    "peak_memory_mb": round(peak_memory_mb()),
+    "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+    "compute_dtype": dtype,
+    "devices": len(jax.tree.leaves(params)[0].devices()),
+    "device": jax.local_devices()[0].device_kind,
     "jax": jax.__version__,
   }
 

@@ -17,8 +17,9 @@ from ml_collections import ConfigDict
 
 from dpo_jax import feeds, logprobs, losses, optim, parallel, step
 from dpo_jax.data import chat, packing, pipeline
-from dpo_jax.model import config as model_configs
-from dpo_jax.model import families, hf, transformer
+from dpo_jax.model import adapters, families, hf, lora, transformer
+from dpo_jax.model.config import ModelConfig
+from dpo_jax.model.lora import LoRA
 from dpo_jax.structs import Model, PyTree, UserError
 
 DTYPES = ("float32", "bfloat16")
@@ -32,32 +33,39 @@ class Run(NamedTuple):
   executor: parallel.Executor
   objective: step.Objective
   model: Model
-  model_config: model_configs.ModelConfig
+  model_config: ModelConfig
   tokenizer: chat.Tokenizer
   material: feeds.Material
   steps: int
   schedule: optax.Schedule
   tx: optax.GradientTransformation
+  adapter: adapters.Adapter | None
 
 
 def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTree | None, dict]:
   """Everything a run needs, cheap checks first.
 
   Returns:
-    The run, the policy's initial parameters and the reference's (None if the loss reads none),
-    both on host, and the ledger of the data.
+    The run, what is trained as it starts (the policy's parameters, or its adapters), what stays
+    frozen (the reference's; None if the loss reads none and nothing is adapted), both on host, and
+    the ledger of the data.
   """
   given = {k: v for k, v in config.loss.items() if k != "name" and v is not None}
   loss = losses.resolve(config.loss.name, **given)
   sync = _sync(config.reference, loss)
+  settings = _lora(config, loss)
   feeds.check(config, loss)
   executor = parallel.Executor(**config.parallel)
   _check_numbers(config)
   _check_divides(config.train.batch_size, config.train.accumulate, executor.groups)
 
   model_config, tokenizer = describe_model(config.model)
+  start = None if settings is None else _start(config, model_config, settings)
   model = transformer.build(
-    model_config, dtype=config.model.compute_dtype, remat=config.model.remat
+    model_config,
+    dtype=config.model.compute_dtype,
+    remat=config.model.remat,
+    dropout=config.lora.dropout if settings else 0.0,
   )
   material, ledger = feeds.load(config, loss, tokenizer, model_config, executor.groups)
   passes = config.train.epochs * len(material.examples) / config.train.batch_size
@@ -70,9 +78,18 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     logps_fn=logprobs.make_logps_fn(model, beyond_shorter=loss.ld_alpha),
     loss=loss,
     answers=material.answers,
-    aligned_fn=logprobs.make_aligned_fn(model, beyond_shorter=loss.ld_alpha),
+    scored_fn=logprobs.make_scored_fn(model, beyond_shorter=loss.ld_alpha, aligned=loss.wpo),
+    balance=_balance(config.train.router_balance, model_config),
     sync=sync,
   )
+  trained, frozen = _load_params(config, model_config, loss.needs_reference)
+  adapter = None
+  if settings:
+    objective = objective._replace(
+      policy=lambda trained, frozen: lora.attach(frozen, trained, settings.scale),
+      dropout_seed=config.seed if settings.dropout else None,
+    )
+    trained, frozen, adapter = _adapted(config, settings, start, trained)
   run = Run(
     workdir=workdir,
     config=config,
@@ -85,8 +102,9 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     steps=steps,
     schedule=schedule,
     tx=optim.make_optimizer(schedule, **rest),
+    adapter=adapter,
   )
-  return run, *_load_params(config, model_config, loss.needs_reference), ledger
+  return run, trained, frozen, ledger
 
 
 def _sync(section: ConfigDict, loss: losses.Loss) -> step.Sync | None:
@@ -101,6 +119,89 @@ def _sync(section: ConfigDict, loss: losses.Loss) -> step.Sync | None:
       f"reference.sync_every is {every}, but loss {loss.name!r} reads no reference; leave it 0"
     )
   return step.Sync(every, alpha) if every else None
+
+
+def _lora(config: ConfigDict, loss: losses.Loss) -> LoRA | None:
+  """What adapters are made of, None where the model itself is trained."""
+  section = config.lora
+  given = dict(section)
+  path = given.pop("path")
+  set_ = [name for name, usual in LoRA._field_defaults.items() if given[name] != usual]
+  if path and (section.rank or set(set_) - {"dropout"}):
+    name = "rank" if section.rank else min(set(set_) - {"dropout"})
+    raise UserError(
+      f"lora.{name} is {section[name]!r}, but the adapter {path} brings its own; leave it as it is"
+    )
+  if not path and not section.rank:
+    if set_:
+      raise UserError(
+        f"lora.{set_[0]} is {given[set_[0]]!r}, but lora.rank is 0, so nothing would be adapted;"
+        " set lora.rank, such as 16"
+      )
+    return None
+  settings = LoRA(**given)
+  if path:
+    settings = adapters.read_settings(path)[0]._replace(dropout=section.dropout)
+  lora.check(settings)
+  _check_base(config, loss)
+  return settings
+
+
+def _check_base(config: ConfigDict, loss: losses.Loss) -> None:
+  """What adapters ask of the other sections: the reference is their base."""
+  reference = config.reference
+  if not config.model.path:
+    raise UserError("lora adapts a model that exists; name it, --config.model.path=DIR")
+  if reference.path:
+    raise UserError(
+      f"reference.path is {reference.path!r}, but with lora the reference is the base, and the"
+      " adapter of lora.path; leave it empty"
+    )
+  if reference.sync_every:
+    raise UserError(
+      f"reference.sync_every is {reference.sync_every}, but with lora the reference is the base,"
+      " which stays as it is; leave it 0"
+    )
+  if loss.needs_reference and reference.param_dtype != config.model.param_dtype:
+    raise UserError(
+      f"reference.param_dtype is {reference.param_dtype!r} and model.param_dtype"
+      f" {config.model.param_dtype!r}; with lora both are the same arrays: set them alike"
+    )
+
+
+def _start(config: ConfigDict, model_config: ModelConfig, settings: LoRA) -> PyTree:
+  """The adapters that training starts from."""
+  if config.lora.path:
+    return adapters.load(config.lora.path, model_config)[1]
+  return lora.init(model_config, settings, config.seed)
+
+
+def _adapted(
+  config: ConfigDict, settings: LoRA, start: PyTree, base: PyTree
+) -> tuple[PyTree, PyTree, adapters.Adapter]:
+  """What is trained, what stays frozen, and what is known of the adapters."""
+  folder = pathlib.Path(config.model.path)
+  about = adapters.Adapter(
+    settings, str(folder.resolve() if folder.is_dir() else folder), adapters.mark_of(base)
+  )
+  if not config.lora.path:
+    return start, base, about
+  adapters.check_base(config.lora.path, about.mark)
+  # The adapter one starts from stays in the reference: without it the policy would not start there.
+  return start, lora.attach(base, start, settings.scale), about
+
+
+def _balance(weight: float | None, model_config: ModelConfig) -> float:
+  """Of the term that spreads tokens over experts: as given, or as the model's folder has it."""
+  if weight is None:
+    return model_config.experts.balance if model_config.experts else 0.0
+  if not model_config.experts:
+    raise UserError(
+      f"train.router_balance is {weight}, but {model_config.family} has no experts; leave it None"
+    )
+  if not 0 <= weight < float("inf"):
+    raise UserError(f"train.router_balance is {weight}; it must be 0 or above")
+  return weight
 
 
 def _split(section: ConfigDict, names: tuple[str, ...]) -> tuple[dict, dict]:
@@ -157,7 +258,7 @@ def _check_divides(batch_size: int, accumulate: int, devices: int) -> None:
 
 def describe_model(
   section: ConfigDict,
-) -> tuple[model_configs.ModelConfig, chat.Tokenizer]:
+) -> tuple[ModelConfig, chat.Tokenizer]:
   """The shape of the model and its tokenizer, no weights loaded."""
   if not section.path and not section.scratch:
     raise UserError("model.path is empty; name a Hugging Face folder, --config.model.path=DIR")

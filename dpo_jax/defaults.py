@@ -77,6 +77,14 @@ def get_config() -> ConfigDict:
         sync_every=0,  # steps after which the reference follows the policy (TR-DPO); 0 is never
         sync_alpha=0.6,  # how far it goes: 1 makes it the policy, 0.6 so much of the way
       ),
+      "lora": section(
+        rank=0,  # of adapters that are trained in place of the model; 0 trains the model itself
+        alpha=16.0,  # their update counts alpha / rank
+        rs=False,  # or alpha / sqrt(rank), which keeps its size at high ranks
+        dropout=0.0,  # probability that an adapter does not see an input, in training
+        target="all-linear",  # maps that get one, such as q_proj,v_proj, or query, or mlp.c_proj
+        path="",  # adapter folder to go on from, with its own rank, alpha, rs and target
+      ),
       "data": section(
         path="",  # preferences (or texts, for loss sft) to train on
         eval_path="",  # held-out rows; "" sets eval_fraction of data.path aside, by prompt
@@ -113,6 +121,8 @@ def get_config() -> ConfigDict:
         epochs=1.0,
         batch_size=32,  # pairs of one update, over all devices and micro-batches
         accumulate=1,  # micro-batches an update is added up from
+        # weight of the term that spreads tokens over experts; None is what the model's folder says
+        router_balance=config_dict.placeholder(float),
       ),
       "eval": section(
         every=100,  # steps; 0 only at the end

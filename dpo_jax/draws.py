@@ -5,12 +5,13 @@ X lists prompts, S samples of a prompt.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 
 from dpo_jax import rewards, sampling
 from dpo_jax.data import chat, pipeline, sources
+from dpo_jax.data.forms import Conversation
 from dpo_jax.data.layout import Example
 from dpo_jax.model import hf
 from dpo_jax.model.config import ModelConfig
@@ -32,11 +34,20 @@ class LanguageModel(NamedTuple):
   tokenizer: chat.Tokenizer
 
 
+def describe(
+  path: str | pathlib.Path, *, template_arguments: Mapping[str, Any] | None = None
+) -> tuple[ModelConfig, chat.Tokenizer]:
+  """Model and tokenizer of a folder without its weights, as `load` takes them."""
+  tokenizer = chat.load_tokenizer(path, template_arguments=template_arguments)
+  config = hf.read_config(path)
+  pipeline.check_vocabulary(tokenizer, config.vocab)
+  return config, tokenizer
+
+
 def load(path: str | pathlib.Path) -> LanguageModel:
   """Model and tokenizer of a folder, in float32."""
-  tokenizer = chat.load_tokenizer(path)
+  _, tokenizer = describe(path)
   config, params = hf.load(path)
-  pipeline.check_vocabulary(tokenizer, config.vocab)
   return LanguageModel(config, jax.device_put(params), tokenizer)
 
 
@@ -65,20 +76,107 @@ class Drawn(NamedTuple):
 
 
 def read_prompts(path: str | pathlib.Path, field: str = "") -> list[Any]:
-  """The prompt of every row of a file, a text or a list of messages; of `field`, or `prompt`."""
+  """The prompt of every row of a file, a text or a list of messages; of `field`, or `prompt`.
+
+  Of a file named .txt, every line is a prompt, but for those that are blank.
+  """
+  path = pathlib.Path(path)
+  if path.suffix == ".txt" and path.is_file():
+    return _read_lines(path)
   prompts = []
   for where, row in sources.read_rows(path):
     try:
-      prompts.append(sources.read_prompt({"prompt": row.get(field)} if field else row))
+      prompts.append(sources.read_prompt(row | {"prompt": row.get(field)} if field else row))
     except UserError as error:
       raise UserError(f"{where}: {error}") from None
   return prompts
 
 
+def _read_lines(path: pathlib.Path) -> list[str]:
+  lines = []
+  for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    try:
+      lines.append(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+      raise UserError(f"{path}:{number}: not UTF-8; save the file as UTF-8") from None
+  lines = [line for line in lines if line.strip()]
+  if not lines:
+    raise UserError(f"{path} holds no prompts; write one a line")
+  return lines
+
+
 def eos_ids(config: ModelConfig, tokenizer: chat.Tokenizer) -> tuple[int, ...]:
-  """What ends an answer: the tokenizer's end token and those of the model's configuration."""
-  own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-  return tuple(dict.fromkeys((*own, *config.eos_ids)))
+  """What ends an answer: the tokenizer's end tokens and those of the model's configuration."""
+  return tuple(dict.fromkeys((*tokenizer.end_ids, *config.eos_ids)))
+
+
+class Stops:
+  """What ends answers, and which of it did.
+
+  Attributes:
+    tokenizer: to read the answers with.
+    end_ids: tokens that end a text.
+    ids: other tokens that shall end an answer.
+    texts: what shall end an answer wherever it begins, within tokens too.
+  """
+
+  def __init__(
+    self,
+    tokenizer: chat.Tokenizer,
+    end_ids: Sequence[int],
+    ids: Sequence[int] = (),
+    texts: Sequence[str] = (),
+  ):
+    if not all(texts):
+      raise UserError("a text to stop at is empty; name what an answer shall end with")
+    self.tokenizer, self.end_ids = tokenizer, tuple(end_ids)
+    self.ids, self.texts = tuple(ids), tuple(texts)
+
+  def ends(self, ids: Sequence[int]) -> int | None:
+    """Tokens up to the one that completes the first of the texts: for `sampling.generate`."""
+
+    def holds(length: int) -> bool:
+      text = self.tokenizer.decode(ids[:length], special=True)
+      return any(stop in text for stop in self.texts)
+
+    if not holds(len(ids)):
+      return None
+    return bisect.bisect_left(range(len(ids) + 1), True, key=holds)
+
+  def finish(self, ids: Sequence[int]) -> str:
+    """What ended an answer: "end" a token of `end_ids`, "stop" what was asked for, or "length"."""
+    if ids[-1] in self.end_ids:
+      return "end"
+    return "stop" if ids[-1] in self.ids or self.ends(ids) else "length"
+
+  def cut(self, text: str) -> str:
+    """The text up to the first of the texts."""
+    found = [at for stop in self.texts if (at := text.find(stop)) >= 0]
+    return text[: min(found, default=len(text))]
+
+
+def rows_of(
+  stops: Stops,
+  prompts: Sequence[Any],
+  prompt_ids: Sequence[Sequence[int]],
+  answers: Sequence[Sequence[Sequence[int]]],
+) -> Iterator[dict[str, Any]]:
+  """A row an answer, as `scripts/sample.py` writes them."""
+  decode = stops.tokenizer.decode
+  for index, (prompt, ids, samples) in enumerate(zip(prompts, prompt_ids, answers, strict=True)):
+    given = decode(ids) if isinstance(prompt, str) else ""
+    asked = {"prompt": prompt}
+    if isinstance(prompt, Conversation):
+      asked = {"prompt": prompt.messages, "tools": prompt.tools}
+    for sample, answer in enumerate(samples):
+      # Behind the prompt: some tokenizers drop the space before a text's first word.
+      whole = decode([*ids, *answer]) if given else ""
+      text = whole[len(given) :] if whole.startswith(given) and given else decode(answer)
+      yield {"index": index, **asked, "sample": sample} | {
+        "text": stops.cut(text),
+        "tokens": len(answer),
+        "finish": stops.finish(answer),
+      }
 
 
 def encode_prompts(tokenizer: chat.Tokenizer, prompts: Sequence[Any]) -> list[list[int]]:

@@ -21,6 +21,7 @@ from dpo_jax.structs import (
   PairLogps,
   PyTree,
   RankedLogps,
+  Routing,
   TokenBatch,
   UnpairedLogps,
 )
@@ -161,34 +162,61 @@ def shorter_answer_weights(batch: TokenBatch, beyond: float) -> TokenBatch:
   return batch._replace(weight_NL=batch.weight_NL * jnp.where(inside_NL, 1.0, beyond))
 
 
-LogpsFn = Callable[[PyTree, TokenBatch], Array]
+LogpsFn = Callable[..., Array]
 
 
 def make_logps_fn(
   model: Model, *, head_elements: int = HEAD_ELEMENTS, beyond_shorter: float = 1.0
 ) -> LogpsFn:
-  """The production path as one function: (params, batch) -> logps_NS, nats.
+  """The production path as one function: (params, batch, key=None) -> logps_NS, nats.
+
+  The key is for dropout, of a model that has any.
 
   Args:
     model: the language model.
     head_elements: logits alive at once in one group of rows.
     beyond_shorter: weight of answer tokens beyond the length of the pair's shorter answer.
   """
-  both = make_aligned_fn(model, head_elements=head_elements, beyond_shorter=beyond_shorter)
-  return lambda params, batch: both(params, batch, False)[0]
+  scored_fn = make_scored_fn(model, head_elements=head_elements, beyond_shorter=beyond_shorter)
+  return lambda params, batch, key=None: scored_fn(params, batch, key).logps_NS
 
 
-def make_aligned_fn(
-  model: Model, *, head_elements: int = HEAD_ELEMENTS, beyond_shorter: float = 1.0
-) -> Callable[..., tuple[Array, Array | None]]:
-  """(params, batch) -> logps_NS and the mean alignment of the tokens of every slot, nats: [N, S].
+class Scored(NamedTuple):
+  """What one forward pass says of a batch.
 
-  The alignment carries no gradient. Arguments as in `make_logps_fn`.
+  Attributes:
+    logps_NS: summed log-prob of every slot, nats.
+    alignment_NS: mean alignment of the tokens of every slot, nats, without a gradient; None where
+      nobody asks.
+    routing: of a mixture of experts; None for other models.
   """
 
-  def aligned_fn(params: PyTree, batch: TokenBatch, aligned: bool = True):
-    hidden_NLD, head = model.hidden(params, batch), model.head(params)
-    sums = functools.partial(slot_logps, head=head, head_elements=head_elements)
+  logps_NS: Array
+  alignment_NS: Array | None = None
+  routing: Routing | None = None
+
+
+def make_scored_fn(
+  model: Model,
+  *,
+  head_elements: int = HEAD_ELEMENTS,
+  beyond_shorter: float = 1.0,
+  aligned: bool = False,
+) -> Callable[..., Scored]:
+  """(params, batch, key=None) -> `Scored`. Arguments as in `make_logps_fn`, and
+
+  aligned: whether alignments are wanted, which takes another pass through the head.
+  """
+
+  def scored_fn(params: PyTree, batch: TokenBatch, key: jax.Array | None = None) -> Scored:
+    # A model without dropout need not know of keys.
+    keys = () if key is None else (key,)
+    hidden_NLD, routing = (
+      (model.hidden(params, batch, *keys), None)
+      if model.routed is None
+      else model.routed(params, batch, *keys)
+    )
+    sums = functools.partial(slot_logps, head=model.head(params), head_elements=head_elements)
     alignment_NS = None
     if aligned:
       fixed_NLD = jax.lax.stop_gradient(hidden_NLD)
@@ -196,9 +224,9 @@ def make_aligned_fn(
       alignment_NS = jax.lax.stop_gradient(sum_NS / jnp.maximum(slot_tokens(batch), 1.0))
     if beyond_shorter != 1:
       batch = shorter_answer_weights(batch, beyond_shorter)
-    return sums(hidden_NLD, batch=batch), alignment_NS
+    return Scored(sums(hidden_NLD, batch=batch), alignment_NS, routing)
 
-  return aligned_fn
+  return scored_fn
 
 
 # --- slots to what a loss reads -------------------------------------------------------------------

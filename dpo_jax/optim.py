@@ -43,11 +43,11 @@ def make_schedule(
 
 
 def decays(params: PyTree) -> PyTree:
-  """True for matrices that weight decay applies to; never norms, biases or embeddings."""
+  """True for matrices that weight decay applies to, adapters too; never norms, biases, tables."""
 
   def one(path, _):
     names = [str(getattr(key, "key", key)) for key in path]
-    return names[-1] == "kernel"
+    return names[-1] in ("kernel", "lora_a", "lora_b")
 
   return jax.tree_util.tree_map_with_path(one, params)
 

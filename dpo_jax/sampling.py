@@ -1,39 +1,31 @@
-"""Generation: token ids sampled from a model, a jitted loop over a cache of keys.
+"""Generation: token ids sampled from a model, batch by batch.
 
 The random numbers of a sample are a function of (seed, prompt index, sample index) alone, so what
-is sampled beside it, and in which order, changes nothing.
+is sampled beside it, in which order and on which device, changes nothing.
+
+Rows are divided over the devices that hold the parameters. The cache grows as answers do, so that
+short ones never pay for the longest that was allowed.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from dpo_jax.logprobs import logits
-from dpo_jax.model import cache as caches
-from dpo_jax.model import transformer
+from dpo_jax import decoding
+from dpo_jax.decoding import Batch, Knobs, Plan
 from dpo_jax.model.config import ModelConfig
-from dpo_jax.structs import Array, PyTree, UserError
+from dpo_jax.structs import PyTree, UserError
 
 Ids = list[int]
 
-
-class Knobs(NamedTuple):
-  """Numbers that shape the distribution; traced, so that no value of them compiles anew.
-
-  The seed is two words of 32 bits, the upper first.
-  """
-
-  seed: Array
-  temperature: Array
-  top_k: Array
-  top_p: Array
+FIRST_TOKENS = 64  # of the answers that the first cache has room for; each later one has twice that
 
 
 def generate(
@@ -45,8 +37,10 @@ def generate(
   temperature: float = 1.0,
   top_k: int = 0,
   top_p: float = 1.0,
+  min_p: float = 0.0,
   seed: int = 0,
   eos_ids: Sequence[int] = (),
+  ends: Callable[[Ids], int | None] | None = None,
   num: int = 1,
   batch_size: int = 256,
   width: int = 0,
@@ -54,17 +48,25 @@ def generate(
 ) -> list[list[Ids]]:
   """Samples `num` answers to every prompt.
 
+  Of the distribution at the temperature, what top_k keeps is cut by top_p, and that by min_p.
+
   Args:
-    config, params: the model.
+    config, params: the model. Where several devices hold copies of the parameters, each generates
+      its share of every batch; of parameters that are themselves divided, every device holds its
+      part and they compute together.
     prompts: token ids, at least one a prompt.
     max_tokens: most tokens of an answer.
     temperature: divides the logits; 0 takes the likeliest token.
     top_k: keep the k likeliest tokens; 0 keeps all.
     top_p: keep the likeliest tokens up to this probability; 1 keeps all.
+    min_p: keep the tokens at least this times as likely as the likeliest; 0 keeps all.
+      Nguyen et al. 2024.
     seed: of the random numbers, below 2**64.
     eos_ids: an answer ends with the first of these.
+    ends: of the ids of an answer so far, how many of them are the whole answer, or None if it goes
+      on; the same whatever follows them. Asked now and then, not at every token.
     num: answers a prompt.
-    batch_size: rows generated at once.
+    batch_size: rows generated at once, rounded up to as many prompts as there are devices.
     width: at least the longest prompt's tokens: every batch is filled up to it and to its full
       size, so that all calls share one compiled shape; 0 chooses few shapes that suit the prompts.
     dtype: of activations and cache.
@@ -72,37 +74,43 @@ def generate(
   Returns:
     ids[prompt][sample], the end token included where it was produced.
   """
-  _check(config, prompts, max_tokens, temperature, top_k, top_p, num, batch_size)
+  check_knobs(
+    max_tokens=max_tokens,
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
+    min_p=min_p,
+    seed=seed,
+    num=num,
+    batch_size=batch_size,
+  )
+  check_prompts(config, prompts, max_tokens)
   if width and width < max(map(len, prompts), default=0):
     raise ValueError(f"width is {width} and the longest prompt has {max(map(len, prompts))} tokens")
-  if not 0 <= seed < 2**64:
-    raise UserError(f"seed is {seed}; it must be 0 or more and below 2**64")
   params = jax.tree.map(jnp.asarray, params)
   knobs = Knobs(
     jnp.asarray(np.array([seed >> 32, seed % 2**32], np.uint32)),
     jnp.asarray(temperature or 1.0),
     jnp.asarray(top_k),
     jnp.asarray(top_p),
+    jnp.asarray(min_p),
   )
+  plan = Plan(
+    config,
+    tuple(eos_ids),
+    greedy=temperature == 0,
+    ranked=top_k > 0 or top_p < 1,
+    near=min_p > 0,
+    dtype=dtype,
+  )
+  mesh = _mesh_of(params)
+  batches = _batches(prompts, num, batch_size, width, 1 if mesh is None else mesh.size)
   answers: list[list[Ids]] = [[[] for _ in range(num)] for _ in prompts]
-
-  def run(batch: Batch) -> tuple[Batch, np.ndarray]:
-    out_RT = _sample(
-      config,
-      params,
-      batch,
-      knobs,
-      columns=batch.ids_NL.shape[1] + max_tokens,
-      eos_ids=tuple(eos_ids),
-      greedy=temperature == 0,
-      filtered=top_k > 0 or top_p < 1,
-      dtype=dtype,
-    )
-    return batch, np.asarray(out_RT)
-
-  # A step of the loop is too small for two cores; two batches at a time are not.
-  with futures.ThreadPoolExecutor(max_workers=2) as pool:
-    for batch, out_RT in pool.map(run, _batches(prompts, num, batch_size, width)):
+  answer = functools.partial(_answer, plan, mesh, params, knobs, max_tokens, ends)
+  # A step of the loop is too small for two cores; two batches at a time are not. Two programs that
+  # each wait for all devices could wait for each other.
+  with futures.ThreadPoolExecutor(max_workers=2 if mesh is None else 1) as pool:
+    for batch, out_RT in pool.map(answer, batches):
       _collect(answers, batch, out_RT)
   return answers
 
@@ -117,34 +125,22 @@ def _collect(answers: list[list[Ids]], batch: Batch, out_RT: np.ndarray) -> None
         answers[prompt][sample] = out_T[out_T >= 0].tolist()
 
 
-class Batch(NamedTuple):
-  """N prompts, each to be answered S times.
-
-  Attributes:
-    ids_NL: prompts at the right end of their rows.
-    lengths_N: tokens of each.
-    prompt_N: index of each prompt; -1 fills the batch.
-    sample_S: indices of the samples.
-  """
-
-  ids_NL: Array
-  lengths_N: Array
-  prompt_N: Array
-  sample_S: Array
+# --- batches --------------------------------------------------------------------------------------
 
 
 def _batches(
-  prompts: Sequence[Sequence[int]], num: int, batch_size: int, fixed: int = 0
+  prompts: Sequence[Sequence[int]], num: int, batch_size: int, fixed: int = 0, devices: int = 1
 ) -> Iterator[Batch]:
   """Prompts of like length together, in few shapes; shapes do not depend on the other prompts."""
+  share = lambda rows: -(-rows // devices) * devices
   widths = np.array([fixed or _round_up(len(prompt)) for prompt in prompts])
   samples = min(num, batch_size)
-  rows = max(1, batch_size // samples)
+  rows = share(max(1, batch_size // samples))
   for width in np.unique(widths):
     (members,) = np.nonzero(widths == width)
     for start in range(0, len(members), rows):
       chosen = members[start : start + rows]
-      size = rows if fixed else min(rows, _power_of_two(len(chosen)))
+      size = rows if fixed else min(rows, share(_power_of_two(len(chosen))))
       ids_NL = np.zeros((size, width), np.int32)
       lengths_N = np.ones(size, np.int32)
       prompt_N = np.full(size, -1, np.int32)
@@ -167,106 +163,86 @@ def _power_of_two(n: int) -> int:
   return 1 << (n - 1).bit_length()
 
 
-@functools.partial(
-  jax.jit, static_argnames=("config", "columns", "eos_ids", "greedy", "filtered", "dtype")
-)
-def _sample(
-  config: ModelConfig,
+# --- one batch ------------------------------------------------------------------------------------
+
+
+def _answer(
+  plan: Plan,
+  mesh: Mesh | None,
   params: PyTree,
-  batch: Batch,
   knobs: Knobs,
-  *,
-  columns: int,
-  eos_ids: tuple[int, ...],
-  greedy: bool,
-  filtered: bool,
-  dtype: str,
-) -> Array:
-  """Answers of R = N * S rows, -1 beyond the end of each: [R, max_tokens]."""
-  samples, max_tokens = len(batch.sample_S), columns - batch.ids_NL.shape[1]
-  head = transformer.head(config, params)
-  keys_R = _keys(knobs.seed, batch)
-  eos = jnp.array(eos_ids, jnp.int32)
-
-  def pick(hidden_RD: Array, step: Array) -> Array:
-    logits_RV = logits(hidden_RD, head)
-    if greedy:
-      return logits_RV.argmax(axis=-1)
-    logits_RV = logits_RV / knobs.temperature
-    if filtered:
-      logits_RV = _filter(logits_RV, knobs.top_k, knobs.top_p)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys_R, step)
-    return jax.vmap(jax.random.categorical)(keys, logits_RV)
-
-  def note(out_RT: Array, done_R: Array, token_R: Array, step: Array) -> tuple[Array, Array]:
-    kept_R = jnp.where(done_R, -1, token_R).astype(jnp.int32)
-    out_RT = jax.lax.dynamic_update_slice_in_dim(out_RT, kept_R[:, None], step, axis=1)
-    return out_RT, done_R | jnp.isin(token_R, eos)
-
-  def going_on(state) -> Array:
-    step, _, _, done_R, _ = state
-    return (step < max_tokens) & ~done_R.all()
-
-  def advance(state):
-    step, cache, token_R, done_R, out_RT = state
-    position_R = lengths_R + step - 1
-    hidden_RD, cache = caches.decode(config, params, cache, token_R, position_R, dtype=dtype)
-    token_R = pick(hidden_RD, step)
-    out_RT, done_R = note(out_RT, done_R, token_R, step)
-    return step + 1, cache, token_R, done_R, out_RT
-
-  hidden_ND, cache = caches.prefill(
-    config, params, batch.ids_NL, batch.lengths_N, columns=columns, dtype=dtype
-  )
-  # A prompt is read once, whatever the number of its samples.
-  each = lambda x, axis=0: jnp.repeat(x, samples, axis=axis)
-  cache = caches.Cache(
-    transformer.Keys(*(each(x, 1) for x in cache.keys)),
-    transformer.Tokens(*(each(x) for x in cache.tokens)),
-    cache.filled,
-  )
-  lengths_R, done_R = each(batch.lengths_N), each(batch.prompt_N < 0)
-  token_R = pick(each(hidden_ND), jnp.asarray(0))
-  out_RT = jnp.full((len(done_R), max_tokens), -1, jnp.int32)
-  out_RT, done_R = note(out_RT, done_R, token_R, jnp.asarray(0))
-  state = (jnp.asarray(1), cache, token_R, done_R, out_RT)
-  return jax.lax.while_loop(going_on, advance, state)[-1]
-
-
-def _keys(seed: Array, batch: Batch) -> Array:
-  """A random key a row, of (seed, prompt index, sample index): [R]."""
-  fold = jax.random.fold_in
-  key = jax.random.wrap_key_data(jnp.asarray(seed), impl="threefry2x32")
-  of_prompt = jax.vmap(fold, (None, 0))(key, batch.prompt_N)
-  of_sample = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(of_prompt, batch.sample_S)
-  return of_sample.reshape(-1)
-
-
-def _filter(logits_RV: Array, top_k: Array, top_p: Array) -> Array:
-  """Leaves the k likeliest tokens, and of them the likeliest that reach probability p together."""
-  vocab = logits_RV.shape[-1]
-  sorted_RV = -jnp.sort(-logits_RV, axis=-1)
-  kept_k = jnp.arange(vocab) < jnp.where(top_k > 0, top_k, vocab)
-  sorted_RV = jnp.where(kept_k, sorted_RV, -jnp.inf)
-  probs_RV = jax.nn.softmax(sorted_RV, axis=-1)
-  # A token stays while those before it fall short of p: the first always does.
-  before_RV = jnp.cumsum(probs_RV, axis=-1) - probs_RV
-  kept_RV = kept_k & ((before_RV < top_p) | (top_p >= 1))
-  floor_R1 = jnp.where(kept_RV, sorted_RV, jnp.inf).min(axis=-1, keepdims=True)
-  return jnp.where(logits_RV >= floor_R1, logits_RV, -jnp.inf)
-
-
-def _check(
-  config: ModelConfig,
-  prompts: Sequence[Sequence[int]],
   max_tokens: int,
-  temperature: float,
-  top_k: int,
-  top_p: float,
-  num: int,
-  batch_size: int,
+  ends: Callable[[Ids], int | None] | None,
+  batch: Batch,
+) -> tuple[Batch, np.ndarray]:
+  """The batch and its answers, -1 beyond the end of each: [R, T], T at most `max_tokens`."""
+  # Where every device has all parameters, none need wait for another.
+  whole = all(x.sharding.is_fully_replicated for x in jax.tree.leaves(params))
+  setting = {"plan": plan, "mesh": mesh if whole else None}
+  placed = batch
+  if mesh is not None:
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+    placed = Batch(*map(put, batch, decoding.specs(mesh)[0]))
+  state, out_RT = decoding.read(params, knobs, placed, **setting)
+  out_RT = np.asarray(out_RT)
+  for tokens in _growth(max_tokens):
+    state, more_RT = decoding.write(params, knobs, state, tokens=tokens, **setting)
+    out_RT = np.concatenate([out_RT, more_RT], axis=1)
+    done_R = np.array(state.done_R)
+    if ends is not None:
+      _cut(out_RT, done_R, ends)
+      state = state._replace(done_R=jax.device_put(done_R, state.done_R.sharding))
+    if done_R.all():
+      break
+  return batch, out_RT
+
+
+def _growth(max_tokens: int) -> Iterator[int]:
+  """Tokens by which answers and cache grow, from the first token on: 63, 64, 128, 256, ..."""
+  so_far, room = 1, FIRST_TOKENS
+  while so_far < max_tokens:
+    yield min(room, max_tokens) - so_far
+    so_far, room = min(room, max_tokens), 2 * room
+
+
+def _cut(out_RT: np.ndarray, done_R: np.ndarray, ends: Callable[[Ids], int | None]) -> None:
+  """Ends the answers that `ends` says are whole, in place."""
+  for row, out_T in enumerate(out_RT):
+    ids = out_T[out_T >= 0].tolist()
+    length = ends(ids) if ids else None
+    if length is not None:
+      out_T[length:] = -1
+      done_R[row] = True
+
+
+def _mesh_of(params: PyTree) -> Mesh | None:
+  """The devices that hold the parameters; None for a single one."""
+  sharding = jax.tree.leaves(params)[0].sharding
+  several = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
+  return sharding.mesh if several else None
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def check_knobs(
+  *,
+  max_tokens: int,
+  temperature: float = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
+  min_p: float = 0.0,
+  seed: int = 0,
+  num: int = 1,
+  batch_size: int = 1,
 ) -> None:
-  for name, value in (("max_tokens", max_tokens), ("num", num), ("batch_size", batch_size)):
+  """What can be said against the arguments of `generate` without a model.
+
+  Raises:
+    UserError: one is out of range.
+  """
+  counts = {"max_tokens": max_tokens, "num": num, "batch_size": batch_size}
+  for name, value in counts.items():
     if value < 1:
       raise UserError(f"{name} is {value}; it must be at least 1")
   if not 0 <= temperature < float("inf"):
@@ -275,6 +251,18 @@ def _check(
     raise UserError(f"top_k is {top_k}; it must be 0 (all tokens) or more")
   if not 0 < top_p <= 1:
     raise UserError(f"top_p is {top_p}; it must lie in (0, 1]")
+  if not 0 <= min_p <= 1:
+    raise UserError(f"min_p is {min_p}; it must lie between 0 (all tokens) and 1")
+  if not 0 <= seed < 2**64:
+    raise UserError(f"seed is {seed}; it must be 0 or more and below 2**64")
+
+
+def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+  """What can be said against prompts without the weights of the model.
+
+  Raises:
+    UserError: one is empty, holds an id that the model does not know, or leaves no room.
+  """
   for index, prompt in enumerate(prompts):
     if not len(prompt):
       raise UserError(f"prompt {index} has no tokens; an answer needs one to be predicted from")

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import optax
 
 from dpo_jax import logprobs, metrics
-from dpo_jax.logprobs import Slots
+from dpo_jax.logprobs import Scored, Slots
 from dpo_jax.losses import Loss
-from dpo_jax.structs import Array, PyTree, TokenBatch
+from dpo_jax.structs import Array, PyTree, Routing, TokenBatch
 
 
 class TrainState(NamedTuple):
@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
 
   Attributes:
     step: updates made.
-    params: the policy.
+    params: what is trained: the policy, or the adapters of one whose base is frozen.
     opt_state: of the optimiser.
     memory: running means that the loss reads (bco_pair's δ, kto's KL); empty for most.
     reference: the reference, if it follows the policy (TR-DPO); otherwise None, and never here.
@@ -53,18 +53,25 @@ class Objective(NamedTuple):
   """What is minimised, as static arguments of the step.
 
   Attributes:
-    logps_fn: (params, batch) -> logps_NS, nats.
+    logps_fn: (params, batch, key=None) -> logps_NS, nats; the key is for dropout.
     loss: from `losses.resolve`.
     answers: K, slots of a row of data: 1 for text, 2 for pairs and unpaired rows.
-    aligned_fn: (params, batch) -> logps_NS and alignment_NS; for a loss weighted by WPO.
+    scored_fn: as logps_fn -> `Scored`, with all that the policy's pass is asked for beside its
+      log-probs; None where they are all.
     sync: how the reference follows the policy; None if it does not.
+    policy: (trained, frozen) -> the policy's parameters; what is trained, unless given.
+    dropout_seed: of the keys of dropout, which go by it and the step; None for no dropout.
+    balance: weight of the term that spreads tokens over the experts of a mixture.
   """
 
   logps_fn: logprobs.LogpsFn
   loss: Loss
   answers: int = 2
-  aligned_fn: Callable[..., tuple[Array, Array]] | None = None
+  scored_fn: Callable[..., Scored] | None = None
   sync: Sync | None = None
+  policy: Callable[[PyTree, PyTree | None], PyTree] = lambda trained, frozen: trained
+  dropout_seed: int | None = None
+  balance: float = 0.0
 
 
 def init_state(
@@ -149,7 +156,8 @@ def train_step(
 
   Args:
     state: the policy, its optimiser, the step number and what else evolves.
-    ref_params: the frozen reference; None where the loss reads none or the state holds it.
+    ref_params: the frozen reference, which adapters also take their base from; None where the
+      loss reads none or the state holds it.
     batch: every array with a leading axis of micro-batches, whose gradients are added exactly.
     objective: what is minimised.
     tx: the optimiser.
@@ -172,10 +180,14 @@ def train_step(
       return _globally(_slope, axis_name)(objective, count, state.memory, *parts)
     return _slope(objective, count, state.memory, *parts)
 
-  def policy_fn(params, micro):
-    if objective.loss.wpo:
-      return objective.aligned_fn(params, micro)
-    return objective.logps_fn(params, micro), None
+  # The same key on every device: what is dropped goes by the data row of a token.
+  keys = () if objective.dropout_seed is None else (_key(objective.dropout_seed, state.step),)
+
+  def policy_fn(trained, micro):
+    params = objective.policy(trained, fixed)
+    if objective.scored_fn is None:
+      return Scored(objective.logps_fn(params, micro, *keys))
+    return objective.scored_fn(params, micro, *keys)
 
   reference_ANS = None
   if objective.loss.needs_reference:
@@ -184,17 +196,25 @@ def train_step(
   ready_A = None
   if objective.loss.batch_wide and len(batch.ids_NL) > 1:
     # Every micro-batch is seen before any of them is differentiated: one more forward pass.
-    logps_ANS = jax.lax.map(lambda micro: objective.logps_fn(state.params, micro), batch)
+    logps_ANS = jax.lax.map(lambda micro: policy_fn(state.params, micro).logps_NS, batch)
     ready_A = _joined(slope)(logps_ANS, reference_ANS, slots_A)
 
   def accumulate(grads, parts):
     micro, reference_NS, slots, ready = parts
-    logps_NS, pull, alignment_NS = jax.vjp(
-      lambda params: policy_fn(params, micro), state.params, has_aux=True
-    )
-    found = slope(logps_NS, reference_NS, slots, alignment_NS) if ready is None else ready
-    (more,) = pull(found[0])
-    return jax.tree.map(jnp.add, grads, more), found[1:]
+
+    def scored_fn(trained):
+      scored = policy_fn(trained, micro)
+      return (scored.logps_NS, scored.routing and scored.routing.probs_E), scored
+
+    (logps_NS, _), pull, scored = jax.vjp(scored_fn, state.params, has_aux=True)
+    found = slope(logps_NS, reference_NS, slots, scored.alignment_NS) if ready is None else ready
+    slope_NS, sums, bad_NS = found
+    slope_E, more_sums = None, {}
+    if scored.routing is not None:
+      weight = objective.balance / len(batch.ids_NL)
+      slope_E, more_sums = _balance(total(scored.routing), weight)
+    (more,) = pull((slope_NS, slope_E))
+    return jax.tree.map(jnp.add, grads, more), (sums | more_sums, bad_NS)
 
   zeros = jax.tree.map(jnp.zeros_like, state.params)
   parts = (batch, reference_ANS, slots_A, ready_A)
@@ -212,6 +232,24 @@ def train_step(
     reference=_followed(state, params, objective.sync),
   )
   return following, means | {"grad_norm": optax.tree.norm(grads), "nonfinite_ANS": bad_ANS}
+
+
+def _balance(routing: Routing, weight: float) -> tuple[Array, metrics.Sums]:
+  """d(weight · balance) / d probs_E of one micro-batch over all devices, and the balance.
+
+    balance = E Σ_e f_e P_e,   f_e = chosen_e / tokens,   P_e = probs_e / tokens
+
+  The number of chosen experts where all are alike, more where a few are favoured. It is of a whole
+  micro-batch, so it is no sum over micro-batches. Fedus et al. 2021, eq. 4 to 6.
+  """
+  experts = len(routing.chosen_E)
+  slope_E = experts * routing.chosen_E / jnp.square(routing.tokens.astype(jnp.float32))
+  balance = (slope_E * routing.probs_E).sum()
+  return weight * slope_E, {"router/balance": (balance, jnp.ones(()))}
+
+
+def _key(seed: int, step: Array) -> jax.Array:
+  return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def _slope(objective, count, memory, logps_NS, reference_NS, slots, alignment_NS=None):

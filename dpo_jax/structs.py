@@ -106,18 +106,35 @@ class Head(NamedTuple):
   soft_cap: float | None = None
 
 
+class Routing(NamedTuple):
+  """How tokens were spread over the experts of a mixture, as sums over tokens and layers.
+
+  Attributes:
+    chosen_E: how often each expert was chosen; no gradient.
+    probs_E: what the router gave each.
+    tokens: how many tokens the sums are over, once a layer.
+  """
+
+  chosen_E: Array
+  probs_E: Array
+  tokens: Array
+
+
 class Model(NamedTuple):
   """Any language model: pure functions of a parameter tree.
 
   Attributes:
-    hidden: (params, batch: TokenBatch) -> hidden_NLD, the input of the head at every position.
+    hidden: (params, batch: TokenBatch) -> hidden_NLD, the input of the head at every position. A
+      model with dropout takes a random key as third argument, and drops nothing without.
     head: (params) -> Head.
     vocab: number of token ids the head can score.
+    routed: as `hidden`, with the `Routing` beside it; None but for a mixture of experts.
   """
 
-  hidden: Callable[[PyTree, TokenBatch], Array]
+  hidden: Callable[..., Array]
   head: Callable[[PyTree], Head]
   vocab: int
+  routed: Callable[..., tuple[Array, Routing]] | None = None
 
 
 class UserError(Exception):

@@ -23,7 +23,7 @@ from dpo_jax.build import Run, build
 from dpo_jax.checkpoint import Checkpoints, latest_step
 from dpo_jax.data import pipeline
 from dpo_jax.loggers import Loggers
-from dpo_jax.model import hf
+from dpo_jax.model import adapters, hf
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py or configs/NAME.py:ARG")
@@ -43,49 +43,50 @@ def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
     UserError: bad input; nothing that was in `workdir` has been touched.
   """
   workdirs.check(workdir, config.to_json_best_effort())
-  run, params, reference, ledger = build(config, workdir)
+  run, trained, frozen, ledger = build(config, workdir)
   claim = lambda: workdirs.claim(workdir, config.to_json_best_effort(indent=2), ledger)
-  final = train(run, params, reference, claim)
-  print(f"exporting to {workdir / 'export'}", flush=True)
-  hf.save(
-    workdir / "export",
-    run.model_config,
-    final,
-    source=config.model.path or config.model.tokenizer,
-  )
+  final = train(run, trained, frozen, claim)
+  out, source = workdir / "export", config.model.path or config.model.tokenizer
+  print(f"exporting to {out}", flush=True)
+  if run.adapter:
+    adapters.save(out, run.model_config, final, run.adapter, source=source)
+  else:
+    hf.save(out, run.model_config, final, source=source)
   report.write(workdir)
-  print(f"done: {workdir / 'export'} (the model), {workdir / 'report.html'} (what happened)")
+  what = "the adapter" if run.adapter else "the model"
+  print(f"done: {out} ({what}), {workdir / 'report.html'} (what happened)")
 
 
 # -- training ------------------------------------------------------------------------------------
 
 
-def train(run: Run, params: PyTree, reference: PyTree | None, claim: Callable[[], None]) -> PyTree:
+def train(run: Run, trained: PyTree, frozen: PyTree | None, claim: Callable[[], None]) -> PyTree:
   """From the initial parameters, or the latest checkpoint, to the last step.
 
   Args:
-    run: what is trained.
-    params, reference: initial parameters of both, on host; no reference if supervised.
+    run: the run.
+    trained, frozen: as `build` returns them, on host.
     claim: makes the workdir this run's own; called when nothing but training is left to fail.
 
   Returns:
-    The policy's final parameters, on host.
+    What was trained as it ends, on host.
   """
   directory = run.workdir / "checkpoints"
   start = latest_step(directory) or 0
   init = functools.partial(step.init_state, tx=run.tx, loss=run.objective.loss)
   follows = run.objective.sync is not None  # then it is part of what evolves
-  like = jax.eval_shape(init, params)._replace(reference=reference if follows else None)
-  placed = None if reference is None else run.executor.place(reference)
+  like = jax.eval_shape(init, trained)._replace(reference=frozen if follows else None)
+  placed = None if frozen is None else run.executor.place(frozen)
+  policy = run.objective.policy(trained, frozen)
   if not start:
-    state = run.executor.compile_init(init)(run.executor.place(params))
-    prove(run, state.params, placed, feeds.make_feed(run.config, run.material, 0, params))
+    state = run.executor.compile_init(init)(run.executor.place(trained))
+    prove(run, state, placed, feeds.make_feed(run.config, run.material, 0, policy))
     if follows:
       state = state._replace(reference=placed)
   if follows:
     placed = None
-  feed = feeds.make_feed(run.config, run.material, start, params)
-  del params, reference
+  feed = feeds.make_feed(run.config, run.material, start, policy)
+  del trained, frozen, policy
   claim()
   ranks = run.objective.loss.kind in ("pairs", "ranked")
   checkpoints = Checkpoints(
@@ -109,18 +110,18 @@ def train(run: Run, params: PyTree, reference: PyTree | None, claim: Callable[[]
   return run.executor.fetch(state.params)
 
 
-def _loop(run, state, reference, feed, start, checkpoints, log) -> step.TrainState:
+def _loop(run, state, frozen, feed, start, checkpoints, log) -> step.TrainState:
   """Steps start + 1 to the last, with evaluation and checkpoints where they fall due."""
   take = run.executor.compile_step(
     functools.partial(step.train_step, objective=run.objective, tx=run.tx)
   )
-  judge = _Judge(run, reference)
+  judge = _Judge(run, frozen)
   if start == 0 and judge.ready:
     log.write_eval(0, judge(state))
   meter = _Meter(run, checkpoints, log)
   for index in range(start + 1, run.steps + 1):
-    batch, facts = feed(index, run.executor.single(state.params))
-    state, means = take(state, reference, run.executor.place_batch(batch))
+    batch, facts = feed(index, _policy(run, state, frozen) if run.material.sampler else None)
+    state, means = take(state, frozen, run.executor.place_batch(batch))
     meter.add(index, means, facts, batch)
     evaluating = judge.ready and (index == run.steps or _due(index, run.config.eval.every))
     saving = index == run.steps or _due(index, run.config.checkpoint.every)
@@ -136,6 +137,12 @@ def _loop(run, state, reference, feed, start, checkpoints, log) -> step.TrainSta
   return state
 
 
+def _policy(run: Run, state: step.TrainState, frozen: PyTree | None) -> PyTree:
+  """The policy's parameters, one copy of them, on device."""
+  single = run.executor.single
+  return run.objective.policy(single(state.params), None if frozen is None else single(frozen))
+
+
 def _due(index: int, every: int) -> bool:
   return every > 0 and index % every == 0
 
@@ -143,9 +150,9 @@ def _due(index: int, every: int) -> bool:
 class _Judge:
   """Held-out metrics, and facts of samples; a frozen reference's log-probs are computed once."""
 
-  def __init__(self, run: Run, reference: PyTree | None):
+  def __init__(self, run: Run, frozen: PyTree | None):
     settings, material = run.config, run.material
-    self.run, self.frozen = run, reference
+    self.run, self.frozen = run, frozen
     self.probe = _probe(run)
     self.forward = run.executor.compile_forward(run.objective.logps_fn)
     size = settings.eval.batch_size or settings.train.batch_size // settings.train.accumulate
@@ -154,7 +161,7 @@ class _Judge:
       self.batches = list(
         pipeline.eval_batches(material.held_out, batch_size=size, **material.batching)
       )
-    self.reference = self._logps(reference)
+    self.reference = self._logps(frozen if run.objective.loss.needs_reference else None)
     self.ready = bool(self.batches or self.probe)
 
   def _logps(self, params: PyTree | None) -> np.ndarray | None:
@@ -168,19 +175,24 @@ class _Judge:
     """Means over every held-out row, all of them before the loss at once; and of samples."""
     found = {}
     if self.probe:
-      fixed = self.frozen if state.reference is None else state.reference
-      single = self.run.executor.single
-      found = self.probe(single(state.params), None if fixed is None else single(fixed))
+      found = self.probe(*self._both(state))
     return found | (self._means(state) if self.batches else {})
+
+  def _both(self, state: step.TrainState) -> tuple[PyTree, PyTree | None]:
+    """One copy of the policy and of the reference, which share the base of adapters."""
+    single = self.run.executor.single
+    fixed = self.frozen if state.reference is None else state.reference
+    fixed = None if fixed is None else single(fixed)
+    policy = self.run.objective.policy(single(state.params), fixed)
+    return policy, fixed if self.run.objective.loss.needs_reference else None
 
   def _means(self, state: step.TrainState) -> dict[str, float]:
     slots = jax.tree.map(lambda *x: np.concatenate(x), *map(logprobs.slots_of, self.batches))
     followed = self._logps(state.reference)
     reference = self.reference if followed is None else followed
     memory = self.run.executor.fetch(state.memory)
-    sums, _ = step.batch_sums(
-      self.run.objective, self._logps(state.params), reference, slots, memory
-    )
+    policy = self._logps(self.run.objective.policy(state.params, self.frozen))
+    sums, _ = step.batch_sums(self.run.objective, policy, reference, slots, memory)
     return {k: float(v) for k, v in metrics.divide(sums).items()}
 
 
@@ -259,7 +271,7 @@ class _Meter:
 # -- the run proves itself -----------------------------------------------------------------------
 
 
-def prove(run: Run, params: PyTree, reference: PyTree | None, feed: feeds.Feed) -> None:
+def prove(run: Run, state: step.TrainState, frozen: PyTree | None, feed: feeds.Feed) -> None:
   """Checks on the first pairs that the policy is the reference and the loss what it must then be.
 
   With a reference of its own folder, or one rounded to a narrower type, the two differ: then the
@@ -268,11 +280,11 @@ def prove(run: Run, params: PyTree, reference: PyTree | None, feed: feeds.Feed) 
   Raises:
     UserError: the parts do not belong together; nothing has been trained or written yet.
   """
-  batch, _ = feed(1, run.executor.single(params))
+  batch, _ = feed(1, _policy(run, state, frozen) if run.material.sampler else None)
   first = jax.tree.map(lambda x: x[:1], batch)
   micro = jax.tree.map(lambda x: x[0], first)
   forward = run.executor.compile_forward(run.objective.logps_fn)
-  policy_NS = forward(params, first)
+  policy_NS = forward(run.objective.policy(state.params, frozen), first)
   if not np.isfinite(policy_NS).all():
     raise UserError(
       f"the model gives log-probs that are not finite before any training, on rows"
@@ -282,9 +294,9 @@ def prove(run: Run, params: PyTree, reference: PyTree | None, feed: feeds.Feed) 
   if run.material.sampler is None:
     example, decode = run.material.examples[0], run.tokenizer.decode
     print(f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.answers[0])[:60]!r}")
-  if reference is None:
+  if not run.objective.loss.needs_reference:
     return
-  reference_NS = forward(reference, first)
+  reference_NS = forward(frozen, first)
   sums = lambda x_NS: step.batch_sums(
     run.objective, x_NS, reference_NS, logprobs.slots_of(micro), run.objective.loss.memory
   )[0]

@@ -1,13 +1,18 @@
-"""Measures the training step of a configuration, through the same code as training.
+"""Measures the training step of a configuration, or its model's generation, through their own code.
 
   python scripts/benchmark.py                                    a 25M Llama on synthetic pairs
   python scripts/benchmark.py --config=configs/benchmark.py:controlled
   python scripts/benchmark.py --config=configs/preferences.py:model=DIR,data=FILE
+  python scripts/benchmark.py --generate --rows=64 --new_tokens=256
 
 Prints one JSON line. Rates are medians over blocks of steps. A token is counted once: the prompt
 of a pair is shared by its answers, whatever the layout. FLOPs are those of the matrix products that
 the objective needs (6 a parameter and token for the policy, 2 for the reference, the head at scored
 tokens only); their share of this machine's own product rate is the model FLOP utilisation.
+
+With --generate, answers to random prompts are sampled from the initial model, none of them ending
+early: tokens of prompts read a second, tokens of answers written a second, and answers' tokens a
+second of both together.
 """
 
 import sys
@@ -24,6 +29,10 @@ if not any(x.split("=")[0].lstrip("-") == "config" for x in sys.argv[1:]):
   sys.argv.insert(1, "--config=configs/benchmark.py:b")
 BLOCKS = flags.DEFINE_integer("blocks", 4, "blocks that are timed", lower_bound=1)
 STEPS = flags.DEFINE_integer("block_steps", 4, "steps of a block", lower_bound=1)
+GENERATE = flags.DEFINE_bool("generate", False, "measure generation instead of training")
+ROWS = flags.DEFINE_integer("rows", 64, "prompts that are answered at once", lower_bound=1)
+PROMPT = flags.DEFINE_integer("prompt_tokens", 64, "tokens of a prompt", lower_bound=1)
+NEW = flags.DEFINE_integer("new_tokens", 128, "tokens of an answer", lower_bound=2)
 
 
 def main(_):
@@ -52,9 +61,21 @@ def main(_):
         **config.synthetic,
       )
     run, params, reference, _ = build(config, pathlib.Path(folder))
-  result = benchmark.measure(
-    run, params, reference, blocks=BLOCKS.value, block_steps=STEPS.value, started=started
-  )
+  if GENERATE.value:
+    result = benchmark.measure_generation(
+      run.model_config,
+      run.executor.single(run.executor.place(params)),
+      rows=ROWS.value,
+      prompt_tokens=PROMPT.value,
+      new_tokens=NEW.value,
+      blocks=BLOCKS.value,
+      dtype=config.model.compute_dtype,
+      seed=config.seed,
+    )
+  else:
+    result = benchmark.measure(
+      run, params, reference, blocks=BLOCKS.value, block_steps=STEPS.value, started=started
+    )
   print(json.dumps(result))
 
 

@@ -2,8 +2,11 @@
 
   python scripts/convert_hf.py --workdir runs/dpo --out runs/dpo-best
   python scripts/convert_hf.py --workdir runs/dpo --out runs/dpo-100 --step 100
+  python scripts/convert_hf.py --workdir runs/lora --out runs/merged --merge_lora
 
-The folder holds `config.json`, `model.safetensors` and, untouched, the tokenizer of the run.
+The folder holds `config.json`, the weights (in shards above --max_shard_gb) and, untouched, the
+tokenizer of the run. Of a run that trained adapters it holds those, in PEFT's format, or with
+--merge_lora the whole model with the adapters added to its weights.
 """
 
 import _root  # noqa: F401 (puts the package on the path)
@@ -14,6 +17,8 @@ from dpo_jax import cli
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 OUT = flags.DEFINE_string("out", None, "model folder to write; it must not exist", required=True)
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; the latest if left out")
+MERGE = flags.DEFINE_boolean("merge_lora", False, "write the model with its adapters added to it")
+SHARD = flags.DEFINE_float("max_shard_gb", 5.0, "size of a weights file, in 1e9 bytes", 1e-9)
 
 
 def main(_):
@@ -24,7 +29,7 @@ def main(_):
 
   from dpo_jax import build
   from dpo_jax.checkpoint import Checkpoints
-  from dpo_jax.model import hf
+  from dpo_jax.model import adapters, hf, lora
   from dpo_jax.structs import UserError
 
   workdir, out = pathlib.Path(WORKDIR.value), pathlib.Path(OUT.value)
@@ -32,16 +37,37 @@ def main(_):
     raise UserError(f"--out={out} exists; name a new folder")
   if not (workdir / "config.json").is_file() or not (workdir / "checkpoints").is_dir():
     raise UserError(f"--workdir={workdir} holds no run; name the folder that was trained into")
-  section = ConfigDict(json.loads((workdir / "config.json").read_text(encoding="utf-8"))).model
-  model_config, _ = build.describe_model(section)
+  fields = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+  model = ConfigDict(fields["model"])
+  given = {"path": "", "rank": 0} | fields.get("lora", {})
+  start = given.pop("path")
+  settings = adapters.read_settings(start)[0] if start else lora.LoRA(**given)
+  if MERGE.value and not settings.rank:
+    raise UserError(f"--merge_lora: {workdir} trained the model itself; leave the flag out")
+  model_config, _ = build.describe_model(model)
   checkpoints = Checkpoints(workdir / "checkpoints")
   try:
     step = checkpoints.latest() if STEP.value is None else STEP.value
-    params = checkpoints.restore_params(step)
+    trained = checkpoints.restore_params(step)
   finally:
     checkpoints.close()
-  hf.save(out, model_config, params, source=section.path or section.tokenizer)
-  print(f"{out}: the model of step {step}")
+
+  source, shard = model.path or model.tokenizer, int(SHARD.value * 1e9)
+  if not settings.rank:
+    hf.save(out, model_config, trained, source=source, max_shard_size=shard)
+    print(f"{out}: the model of step {step}")
+    return
+  _, base = hf.load(source, dtype=model.param_dtype)
+  if MERGE.value:
+    merged = lora.merge(lora.attach(base, trained, settings.scale))
+    hf.save(out, model_config, merged, source=source, max_shard_size=shard)
+    print(f"{out}: the model of step {step}, its adapters merged")
+  else:
+    folder = pathlib.Path(source)
+    name = str(folder.resolve() if folder.is_dir() else folder)
+    about = adapters.Adapter(settings, name, adapters.mark_of(base))
+    adapters.save(out, model_config, trained, about, source=source)
+    print(f"{out}: the adapters of step {step}")
 
 
 if __name__ == "__main__":

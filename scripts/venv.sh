@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh and test.sh: `use_venv FILE` makes .venv hold the packages of a
+# Sourced by the other scripts: `use_venv FILE [DIR]` makes .venv (or DIR) hold the packages of a
 # requirements file, installing only when that file has changed since, and puts it on the PATH;
 # `run COMMAND` shows a command and runs it.
 
@@ -37,23 +37,23 @@ digest_of() {
 }
 
 use_venv() {
-  local requirements=$1 python digest stamp
-  if ! .venv/bin/python -c 'import pip' >/dev/null 2>&1; then
+  local requirements=$1 venv=${2:-.venv} python digest stamp
+  if ! "$venv/bin/python" -c 'import pip' >/dev/null 2>&1; then
     python=$(find_python) || fail "no Python >= 3.11 with venv found; install one" \
       "(Debian and Ubuntu: apt-get install python3 python3-venv), or name it: PYTHON=/path/to/python3"
-    say "Making .venv with $("$python" --version)"
-    "$python" -m venv --clear .venv || fail "could not make .venv; is this folder writable?"
+    say "Making $venv with $("$python" --version)"
+    "$python" -m venv --clear "$venv" || fail "could not make $venv; is this folder writable?"
   fi
-  .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    fail ".venv holds $(.venv/bin/python --version), and 3.11 is needed; remove .venv and try again"
+  "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail "$venv holds $("$venv/bin/python" --version), and 3.11 is needed; remove it and try again"
 
   digest=$(digest_of "$requirements")
-  stamp=.venv/installed-$requirements
+  stamp=$venv/installed-$requirements
   if [ "$(cat "$stamp" 2>/dev/null)" != "$digest" ]; then
-    say "Installing $requirements into .venv (minutes, the first time)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" ||
+    say "Installing $requirements into $venv (minutes, the first time)"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements" ||
       fail "pip could not install $requirements; is there a network, and room on the disk?"
     echo "$digest" >"$stamp"
   fi
-  PATH=$PWD/.venv/bin:$PATH
+  PATH=$PWD/$venv/bin:$PATH
 }

@@ -36,15 +36,15 @@ SYSTEM_LAST = (
 )
 
 
-def byte_level(folder: pathlib.Path, **settings) -> pathlib.Path:
-  """GPT-2's kind: bytes, spaces before words, no BOS."""
+def byte_level(folder: pathlib.Path, *, special: tuple[str, ...] = (), **settings) -> pathlib.Path:
+  """GPT-2's kind: bytes, spaces before words, no BOS; with these special tokens, if others."""
   tokenizer = Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
   tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
   trainer = trainers.BpeTrainer(
     vocab_size=400,
-    special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    special_tokens=[*(special or ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))],
     initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     show_progress=False,
   )

@@ -10,6 +10,7 @@ import pytest
 
 from dpo_jax import benchmark
 from dpo_jax.build import build
+from dpo_jax.model import families, transformer
 from dpo_jax.structs import UserError
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
@@ -80,3 +81,16 @@ def test_the_step_is_measured(tmp_path):
   assert result["compiled_shapes"] == 1
   assert result["peak_memory_mb"] > 100
   assert 0 < result["model_flop_utilisation"] < 1
+
+
+def test_generation_is_measured():
+  fields = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1}
+  config = families.from_hf(fields | {"num_attention_heads": 2, "intermediate_size": 8})
+  params = transformer.init_params(config, 0)
+  asked = {"rows": 3, "prompt_tokens": 5, "new_tokens": 4}
+  result = benchmark.measure_generation(config, params, blocks=2, **asked)
+  assert {"rows": result["batch_size"]} | {k: result[k] for k in list(asked)[1:]} == asked
+  rates = [value for name, value in result.items() if name.endswith("per_second")]
+  assert len(rates) == 3 and all(rate > 0 for rate in rates)
+  with pytest.raises(UserError, match="new_tokens is 1; the first is read off the prompt"):
+    benchmark.measure_generation(config, params, blocks=1, **(asked | {"new_tokens": 1}))

@@ -52,7 +52,7 @@ def test_every_field_is_read_by_the_training_loop():
   readers = ("build.py", "feeds.py", "train.py")
   source = "".join((ROOT / "dpo_jax" / name).read_text() for name in readers)
   # Passed on as they are.
-  whole = ("parallel.", "optimizer.", "loss.", "on_policy.", "data.fields.")
+  whole = ("parallel.", "optimizer.", "loss.", "lora.", "on_policy.", "data.fields.")
   for name in fields(defaults.get_config()):
     if not name.startswith(whole):
       assert name in source or f".{name.split('.')[-1]}" in source, name

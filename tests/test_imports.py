@@ -18,6 +18,7 @@ FLOORS = {
   "machinery": (
     {
       "step",
+      "decoding",
       "sampling",
       "optim",
       "parallel",

@@ -11,8 +11,8 @@ import pytest
 
 from dpo_jax.data import layout
 from dpo_jax.logprobs import logits, naive_slot_logps
+from dpo_jax.model import attention, families, hf, transformer
 from dpo_jax.model import config as configs
-from dpo_jax.model import families, hf, transformer
 from dpo_jax.structs import TokenBatch, UserError
 from tests import tiny
 
@@ -68,14 +68,14 @@ def random_rows(rows, length, seed=0):
 
 
 @functools.cache
-def forward(config, block=transformer.QUERY_BLOCK, **how):
+def forward(config, block=attention.QUERY_BLOCK, **how):
   """(params, batch) -> logits of every position, compiled once a shape."""
   model = transformer.build(config, **how)
   return jax.jit(lambda params, batch: logits(model.hidden(params, batch), model.head(params)))
 
 
 def all_logits(config, params, batch, **how):
-  how["block"] = transformer.QUERY_BLOCK
+  how["block"] = attention.QUERY_BLOCK
   return np.asarray(forward(config, **how)(params, batch))
 
 
@@ -142,7 +142,7 @@ def test_every_stored_activation_of_gpt_nano_sort(shared_data):
   stored = np.load(folder / "reference_activations.npz")
   config, params = hf.load(folder)
   batch = whole_rows(stored["idx"])
-  tokens = transformer.Tokens(batch.position_NL, batch.pair_NL, batch.branch_NL)
+  tokens = attention.Tokens(batch.position_NL, batch.pair_NL, batch.branch_NL)
   (hidden, _), seen = transformer.Decoder(config).apply(
     params, batch.ids_NL, tokens, capture_intermediates=True, mutable=["intermediates"]
   )
@@ -151,10 +151,10 @@ def test_every_stored_activation_of_gpt_nano_sort(shared_data):
   streams = seen["layers"]["__call__"][0][0]
   heads = lambda x: x.reshape(*x.shape[:2], config.heads, -1).transpose(0, 2, 1, 3)
   q, k, v = (heads(layers[name]) for name in ("query", "key", "value"))
-  seen_mask = transformer.visible(tokens, tokens)
-  attended = transformer.attend(
-    q.transpose(0, 2, 1, 3), [(transformer.Keys(k, v), seen_mask)]
-  ).reshape(3, 11, -1)
+  seen_mask = attention.visible(tokens, tokens)
+  attended = attention.attend(q.transpose(0, 2, 1, 3), [(attention.Keys(k, v), seen_mask)]).reshape(
+    3, 11, -1
+  )
   scores = np.where(seen_mask[:, None], q @ k.transpose(0, 1, 3, 2) / np.sqrt(16), -np.inf)
   x = seen["embed"]["__call__"][0] + seen["positions"]["__call__"][0]
   logits_NLV = logits(hidden, transformer.head(config, params))
@@ -227,7 +227,7 @@ def test_shared_prompts_equal_separate_rows(config):
 def test_attention_in_blocks_equals_attention_at_once(config, monkeypatch):
   params, batch = random_params(config), random_rows(2, 11)
   whole = all_logits(config, params, batch)
-  monkeypatch.setattr(transformer, "QUERY_BLOCK", 4)
+  monkeypatch.setattr(attention, "QUERY_BLOCK", 4)
   np.testing.assert_allclose(all_logits(config, params, batch), whole, atol=2e-5)
 
 
@@ -291,8 +291,8 @@ def test_only_distances_between_rotary_positions_matter():
 
 def test_rotary_frequencies_by_hand():
   plain = dataclasses.replace(LLAMA, head_width=4, rope_theta=100.0)
-  np.testing.assert_allclose(transformer.rotary_frequencies(plain), [1.0, 0.1])
-  scaled = lambda kind, **more: transformer.rotary_frequencies(
+  np.testing.assert_allclose(attention.rotary_frequencies(plain), [1.0, 0.1])
+  scaled = lambda kind, **more: attention.rotary_frequencies(
     dataclasses.replace(plain, rope_scaling=configs.RopeScaling(kind, 8.0, **more))
   )
   np.testing.assert_allclose(scaled("linear"), [0.125, 0.0125])
@@ -362,7 +362,7 @@ def test_an_unknown_remat_is_refused():
   [
     ({"heads": 5}, "5 heads and 2 key/value heads"),
     ({"layers": 0}, "model layers is 0; it must be a positive whole number"),
-    ({"head_width": 3}, "head width 3 is odd"),
+    ({"head_width": 3}, "head width 3 turns 3 dimensions"),
   ],
 )
 def test_sizes_that_cannot_be_are_refused(change, message):

@@ -55,7 +55,7 @@ def program(model, name, given, answers, steps, rounds=1, peak=0.1):
     logprobs.make_logps_fn(model, beyond_shorter=loss.ld_alpha),
     loss,
     answers=answers,
-    aligned_fn=logprobs.make_aligned_fn(model, beyond_shorter=loss.ld_alpha),
+    scored_fn=logprobs.make_scored_fn(model, beyond_shorter=loss.ld_alpha, aligned=loss.wpo),
     sync=step.Sync(every=steps, alpha=1.0) if rounds > 1 else None,
   )
   return objective, worlds.optimizer(steps, rounds=rounds, peak=peak)

@@ -15,7 +15,7 @@ import tiny
 
 from dpo_jax import step
 from dpo_jax.data.layout import collate
-from dpo_jax.logprobs import make_aligned_fn, make_logps_fn
+from dpo_jax.logprobs import make_logps_fn, make_scored_fn
 from dpo_jax.losses import LOSSES, resolve
 from dpo_jax.structs import Head, Model, PairLogps, RankedLogps, UnpairedLogps
 
@@ -444,12 +444,12 @@ def test_alignment(layout):
   batch = collate(examples, layout=layout, row_length=48)
   expected = [[oracle.alignment(*text) for text in texts] for texts in _answers(params, examples)]
   # A weight of tokens beyond the shorter answer does not enter: alignment is a mean over all.
-  aligned_fn = make_aligned_fn(BIGRAM, beyond_shorter=0.3)
+  scored_fn = make_scored_fn(BIGRAM, beyond_shorter=0.3, aligned=True)
 
   @jax.jit
   @functools.partial(jax.grad, has_aux=True)
   def slope_and_alignment(params):
-    _, alignment_NS = aligned_fn(params, batch)
+    alignment_NS = scored_fn(params, batch).alignment_NS
     return alignment_NS.sum(), alignment_NS
 
   grads, alignment_NS = slope_and_alignment(params)
@@ -471,7 +471,7 @@ def test_one_step_with_modifiers_of_tokens(wpo, alpha):
   objective = step.Objective(
     make_logps_fn(BIGRAM, beyond_shorter=loss.ld_alpha),
     loss,
-    aligned_fn=make_aligned_fn(BIGRAM, beyond_shorter=loss.ld_alpha) if wpo else None,
+    scored_fn=make_scored_fn(BIGRAM, beyond_shorter=loss.ld_alpha, aligned=True) if wpo else None,
   )
   micro = collate(examples, layout="shared", row_length=48)
   batch = jax.tree.map(lambda x: x[None], micro)

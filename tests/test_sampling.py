@@ -9,26 +9,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dpo_jax import sampling
+from dpo_jax import decoding, sampling
 from dpo_jax.logprobs import logits
 from dpo_jax.model import cache as caches
 from dpo_jax.model import families, hf, transformer
 from dpo_jax.structs import TokenBatch, UserError
 
-LLAMA = families.from_hf(
-  {
-    "model_type": "llama",
-    "vocab_size": 5,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 24,
-    "initializer_range": 0.25,
-    "tie_word_embeddings": True,
-  }
-)
+SHAPE = {
+  "model_type": "llama",
+  "vocab_size": 5,
+  "hidden_size": 16,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "intermediate_size": 24,
+  "initializer_range": 0.25,
+  "tie_word_embeddings": True,
+}
+LLAMA = families.from_hf(SHAPE)
+# A text longer than what its layers see.
+WINDOWED = families.from_hf(SHAPE | {"model_type": "mistral", "sliding_window": 3})
 GPT2 = families.from_hf(
   {
     "model_type": "gpt2",
@@ -40,7 +42,6 @@ GPT2 = families.from_hf(
     "initializer_range": 0.25,
   }
 )
-FAMILIES = pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 PROMPTS = [[1], [2, 3, 4], [0] * 7, [4, 4], [1, 2, 3, 4, 0, 1, 2, 3], [3, 1, 2]]
 
 
@@ -72,7 +73,7 @@ def softmax(x):
   return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
 
 
-@FAMILIES
+@pytest.mark.parametrize("config", [LLAMA, GPT2, WINDOWED], ids=["llama", "gpt2", "windowed"])
 def test_a_token_at_a_time_gives_the_logits_of_the_whole_text(config):
   params, texts, columns = params_of(config), [[1, 2, 3, 4, 0, 2], [4, 1, 0]], 9
   lengths_N, longest = np.array([4, 1]), 5  # of the prompts within these texts
@@ -133,8 +134,8 @@ def test_every_bit_of_a_large_seed_counts():
   )
   small, large, other = draw(7), draw(7 + 2**40), draw(7 + 2**63)
   assert small != large != other != small
-  batch = sampling.Batch(None, None, np.arange(2), np.arange(3))
-  keys = sampling._keys(np.array([0, 7], np.uint32), batch)
+  batch = decoding.Batch(None, None, np.arange(2), np.arange(3))
+  keys = decoding._keys(np.array([0, 7], np.uint32), batch)
   by_hand = jax.random.fold_in(jax.random.fold_in(jax.random.key(7), 1), 2)
   assert (jax.random.key_data(keys[5]) == jax.random.key_data(by_hand)).all()
 
@@ -162,6 +163,7 @@ def test_an_answer_ends_with_its_end_token():
     ({"temperature": 0.6}, 5),
     ({"temperature": 1.5, "top_k": 3}, 3),
     ({"top_k": 4, "top_p": 0.9}, None),
+    ({"temperature": 0.7, "min_p": 0.3, "top_p": 0.95}, None),
   ],
 )
 def test_samples_follow_the_distribution(knobs, kept):
@@ -173,6 +175,7 @@ def test_samples_follow_the_distribution(knobs, kept):
     order = np.argsort(-probs_V)[: knobs.get("top_k") or 5]
     inside = probs_V[order] / probs_V[order].sum()
     order = order[np.cumsum(inside) - inside < knobs.get("top_p", 1.0)]
+    order = order[probs_V[order] >= knobs.get("min_p", 0.0) * probs_V.max()]
     assert kept is None or len(order) == kept
     left_V = np.zeros(5)
     left_V[order] = probs_V[order]
@@ -194,7 +197,7 @@ def test_samples_follow_the_distribution(knobs, kept):
 def test_what_is_kept_by_hand():
   probs_V = np.array([0.1, 0.4, 0.2, 0.3])
   kept = lambda k, p: np.isfinite(
-    np.asarray(sampling._filter(np.log(probs_V)[None], np.array(k), np.array(p)))[0]
+    np.asarray(decoding._keep_ranks(np.log(probs_V)[None], np.array(k), np.array(p)))[0]
   )
   assert kept(0, 1.0).tolist() == [True] * 4
   assert kept(2, 1.0).tolist() == [False, True, False, True]
@@ -205,6 +208,64 @@ def test_what_is_kept_by_hand():
   assert kept(2, 0.6).tolist() == [False, True, False, True]
   assert kept(2, 0.5).tolist() == [False, True, False, False]
   assert kept(9, 1.0).tolist() == [True] * 4
+
+
+def test_what_is_near_the_likeliest_by_hand():
+  probs_V = np.array([0.1, 0.4, 0.2, 0.3])
+  near = lambda p, logits_V: np.isfinite(
+    np.asarray(decoding._keep_near(logits_V[None], np.array(p)))[0]
+  )
+  kept = lambda p: near(p, np.log(probs_V))
+  assert kept(0.0).tolist() == [True] * 4
+  assert kept(0.2).tolist() == [True] * 4  # 0.2 times 0.4 is 0.08
+  assert kept(0.4).tolist() == [False, True, True, True]  # 0.16
+  assert kept(0.7).tolist() == [False, True, False, True]  # 0.28
+  assert kept(1.0).tolist() == [False, True, False, False]
+  # What ranks have left out stays out, and shares among the rest are what they were.
+  left_V = np.where(probs_V > 0.15, np.log(probs_V), -np.inf)
+  assert near(0.0, left_V).tolist() == [False, True, True, True]
+  assert near(0.7, left_V).tolist() == [False, True, False, True]
+
+
+def test_a_cache_that_grows_changes_nothing(monkeypatch):
+  draw = lambda: sampling.generate(
+    GPT2, params_of(GPT2), [[1], [2, 3]], max_tokens=10, eos_ids=(0,), num=9, seed=2
+  )
+  at_once = draw()
+  assert list(sampling._growth(21)) == [20] and list(sampling._growth(1)) == []
+  monkeypatch.setattr(sampling, "FIRST_TOKENS", 3)
+  assert list(sampling._growth(10)) == [2, 3, 4]
+  assert draw() == at_once
+  lengths = {len(answer) for answers in at_once for answer in answers}
+  assert min(lengths) < 3 and max(lengths) == 10
+
+
+def test_an_answer_ends_where_it_is_said_to(monkeypatch):
+  monkeypatch.setattr(sampling, "FIRST_TOKENS", 4)
+  settings = {"max_tokens": 8, "seed": 1, "num": 8, "eos_ids": (0,), "width": 8}
+
+  def ends(ids):  # at two equal tokens in a row
+    return next((i + 2 for i in range(len(ids) - 1) if ids[i] == ids[i + 1]), None)
+
+  whole = sampling.generate(LLAMA, params_of(LLAMA), PROMPTS, **settings)
+  found = sampling.generate(LLAMA, params_of(LLAMA), PROMPTS, ends=ends, **settings)
+  assert found == [[answer[: ends(answer)] for answer in answers] for answers in whole]
+  assert found != whole
+
+
+@pytest.mark.parametrize("divided", [False, True], ids=["copies", "divided"])
+def test_devices_share_the_rows(divided):
+  mesh = jax.make_mesh((4, 2), ("data", "other"), (AxisType.Auto,) * 2)
+
+  def place(x):
+    spec = PartitionSpec(None, "other") if divided and x.ndim == 3 else PartitionSpec()
+    return jax.device_put(x, NamedSharding(mesh, spec))
+
+  settings = {"max_tokens": 6, "eos_ids": (0,), "num": 2, "seed": 3, "width": 8}
+  prompts = PROMPTS + [[i % 5, 2] for i in range(5)]  # 11, which 8 does not divide
+  alone = sampling.generate(LLAMA, params_of(LLAMA), prompts, **settings)
+  placed = jax.tree.map(place, params_of(LLAMA))
+  assert sampling.generate(LLAMA, placed, prompts, batch_size=20, **settings) == alone
 
 
 def test_temperature_near_zero_is_greedy():
@@ -248,6 +309,8 @@ def test_few_shapes_and_every_sample_once():
     ([[1]], {"seed": 2**64}, "seed is 18446744073709551616; it must be 0 or more and below"),
     ([[1]], {"top_k": -1}, "top_k is -1"),
     ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
+    ([[1]], {"min_p": 1.1}, "min_p is 1.1; it must lie between 0"),
+    ([[1]], {"min_p": float("nan")}, "min_p is nan"),
   ],
 )
 def test_what_cannot_be_sampled_is_refused(prompts, change, message):

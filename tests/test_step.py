@@ -19,7 +19,7 @@ def objective(name="sigmoid", sync=None, **given):
     logps_fn=logprobs.make_logps_fn(tiny.MODEL, beyond_shorter=loss.ld_alpha),
     loss=loss,
     answers={"text": 1, "ranked": 3}.get(loss.kind, 2),
-    aligned_fn=logprobs.make_aligned_fn(tiny.MODEL, beyond_shorter=loss.ld_alpha),
+    scored_fn=logprobs.make_scored_fn(tiny.MODEL, beyond_shorter=loss.ld_alpha, aligned=loss.wpo),
     sync=sync,
   )
 
@@ -243,7 +243,7 @@ def test_wpo_weighs_pairs_by_what_the_policy_would_say():
   _, (plain,) = run([batch])
   _, (weighed,) = run([batch], wpo=True)
   one = jax.tree.map(lambda x: x[0], batch)
-  _, align_NS = logprobs.make_aligned_fn(tiny.MODEL)(tiny.init(), one)
+  align_NS = logprobs.make_scored_fn(tiny.MODEL, aligned=True)(tiny.init(), one).alignment_NS
   pairs = np.asarray(align_NS).reshape(-1, 2)[one.weight_NS.reshape(-1, 2)[:, 0] > 0]
   weights = np.exp(np.minimum(pairs.sum(1), 0))
   assert (weights < 1).all()

@@ -5,7 +5,8 @@ answer belongs to the answer. With `"answer "` + `"good"` and a usual BPE the to
 and ` good`, so the prompt is `answer` alone. The prompt is then what all answers of a row share.
 
 A BOS stands once at the start if the tokenizer has the habit; an EOS ends every answer unless a
-chat template ended the turn already.
+chat template ended the turn already. What a template writes behind the end of a turn belongs to the
+next one, which nobody predicts.
 """
 
 from __future__ import annotations
@@ -14,23 +15,33 @@ import functools
 import hashlib
 import itertools
 import json
-import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from dpo_jax.data.forms import Messages, Preference, RowError
+from dpo_jax.data.forms import Conversation, Messages, Preference, RowError, conversation
+from dpo_jax.data.templates import Template
 from dpo_jax.structs import UserError
 
 Ids = np.ndarray  # int32
 Encoded = tuple[Ids, tuple[Ids, ...]]  # prompt and answers
 
 
-def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
-  """The tokenizer of a Hugging Face folder: its `tokenizer.json`, exactly as it is."""
+def load_tokenizer(
+  path: str | pathlib.Path, *, template_arguments: Mapping[str, Any] | None = None
+) -> Tokenizer:
+  """The tokenizer of a Hugging Face folder: its `tokenizer.json`, exactly as it is.
+
+  Args:
+    path: the folder.
+    template_arguments: values that its chat template reads, such as `enable_thinking`.
+
+  Raises:
+    UserError: there is none, it is broken, or the template reads no such argument.
+  """
   folder = pathlib.Path(path)
   if not folder.is_dir():
     raise UserError(f"no tokenizer folder {folder}; name a folder that holds tokenizer.json")
@@ -45,7 +56,8 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     backend = tokenizers.Tokenizer.from_str(text)
   except Exception as error:  # the library raises bare Exception
     raise UserError(f"{file} is not a tokenizer: {error}") from None
-  return Tokenizer(folder, backend, hashlib.sha256(text.encode()).hexdigest())
+  digest = hashlib.sha256(text.encode()).hexdigest()
+  return Tokenizer(folder, backend, digest, template_arguments or {})
 
 
 class Tokenizer:
@@ -55,13 +67,21 @@ class Tokenizer:
     bos_id, eos_id: ids of the special tokens, None where there are none.
     adds_bos: whether every text begins with BOS.
     vocab_size: one more than the largest id.
+    template: how conversations are written.
   """
 
-  def __init__(self, folder: pathlib.Path, backend: tokenizers.Tokenizer, digest: str):
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    backend: tokenizers.Tokenizer,
+    digest: str,
+    template_arguments: Mapping[str, Any],
+  ):
     self._folder = folder
     self._backend = backend
     self._digest = digest
     self._settings = _read_settings(folder)
+    self.template = Template(folder, self._settings, template_arguments)
     self.bos_id = self._special("bos")
     self.eos_id = self._special("eos")
     self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -110,9 +130,9 @@ class Tokenizer:
         out[i] = error
     return out
 
-  def encode_prompt(self, prompt: str | Messages) -> list[int]:
+  def encode_prompt(self, prompt: str | Messages | Conversation) -> list[int]:
     """Ids that generation starts from; raises `RowError` where the prompt cannot be rendered."""
-    text = prompt if isinstance(prompt, str) else self._render_prompt(prompt)
+    text = prompt if isinstance(prompt, str) else self.template.start(conversation(prompt))
     try:
       text.encode("utf-8")
     except UnicodeEncodeError:  # half a surrogate pair
@@ -129,7 +149,8 @@ class Tokenizer:
 
   def digest(self) -> str:
     """Changes whenever the ids of some text or conversation may."""
-    settings = json.dumps([self.adds_bos, self.eos_id, self._template], sort_keys=True)
+    about = [self.adds_bos, self.eos_id, self._stated_ends, self.template.source]
+    settings = json.dumps([*about, self.template.arguments], sort_keys=True)
     return hashlib.sha256((self._digest + settings).encode()).hexdigest()
 
   def _split(self, encodings: list, starts: list[int], is_chat: bool) -> Encoded:
@@ -151,79 +172,62 @@ class Tokenizer:
       raise RowError("empty answer")
     if any(one == other for one, other in itertools.combinations(answers, 2)):
       raise RowError("equal answers")
-    return _array(prompt), tuple(_array(self._with_eos(ids, is_chat)) for ids in answers)
+    return _array(prompt), tuple(_array(self._with_end(ids, is_chat)) for ids in answers)
 
   def _with_bos(self, ids: list[int]) -> list[int]:
     # A template, or the text itself, may have written it already.
     return [self.bos_id, *ids] if self.adds_bos and ids[:1] != [self.bos_id] else ids
 
-  def _with_eos(self, ids: list[int], is_chat: bool) -> list[int]:
-    if self.eos_id is None or ids[-1] == self.eos_id or (is_chat and self._ends_turn(ids)):
+  def _with_end(self, ids: list[int], is_chat: bool) -> list[int]:
+    """An answer with its end token, once, and nothing behind it."""
+    if self.eos_id is not None and ids[-1] == self.eos_id and not is_chat:
       return ids
-    return [*ids, self.eos_id]
+    closing = self._closing(ids) if is_chat else []
+    for at in closing:
+      if ids[at] in self.end_ids:  # the first: a template, or the row itself, may write several
+        return ids[: at + 1]
+    if closing:
+      return ids[: closing[-1] + 1]
+    return ids if self.eos_id is None else [*ids, self.eos_id]
 
-  def _ends_turn(self, ids: list[int]) -> bool:
-    """Whether a special token closes the answer, whatever white space follows it."""
-    for id in reversed(ids):
-      if id in self._special_ids or id == self.eos_id:
-        return True
-      if self.decode([id]).strip():
-        return False
-    return False
+  def _closing(self, ids: list[int]) -> list[int]:
+    """Where special tokens stand that close a turn, with only white space among and behind them."""
+    found = []
+    for at in range(len(ids) - 1, -1, -1):
+      if ids[at] in self._special_ids or ids[at] == self.eos_id:
+        found.insert(0, at)
+      elif self.decode([ids[at]]).strip():
+        break
+    return found
+
+  @functools.cached_property
+  def end_ids(self) -> tuple[int, ...]:
+    """What ends an answer: EOS, what the folder names as such, and what ends a template's turn."""
+    own = () if self.eos_id is None else (self.eos_id,)
+    closing = self._backend.encode(self.template.turn_end, add_special_tokens=False).ids
+    turn = [id for id in closing if id in self._special_ids][:1]
+    return tuple(dict.fromkeys((*own, *self._stated_ends, *turn)))
+
+  @functools.cached_property
+  def _stated_ends(self) -> list[int]:
+    """End tokens of the model's configuration and of its generation's."""
+    found = []
+    for name in ("config.json", "generation_config.json"):
+      value = _read_object(self._folder / name).get("eos_token_id")
+      ids = value if isinstance(value, list) else [] if value is None else [value]
+      if not all(type(id) is int and id >= 0 for id in ids):
+        raise UserError(f"{self._folder / name}: eos_token_id is {value!r}, not ids; copy it again")
+      found += ids
+    return found
 
   # --- conversations ------------------------------------------------------------------------------
 
-  def _render(self, prompt: str | Messages, answers: Sequence) -> tuple[list[str], list[int]]:
+  def _render(self, prompt: Any, answers: Sequence) -> tuple[list[str], list[int]]:
     """Whole texts, one an answer, and the character each answer begins at."""
     if isinstance(prompt, str):
       return [prompt + answer for answer in answers], [len(prompt)] * len(answers)
-    start = self._render_prompt(prompt)
-    texts = []
-    for answer in answers:
-      whole = self._apply([*prompt, *answer])
-      if not whole.startswith(start):
-        # The template writes an answered prompt otherwise than one that waits for its answer.
-        # Generation will see the latter, so the answer, as the template writes it, goes there.
-        whole = start + self._written(prompt, answer, whole, start)
-      texts.append(whole)
-    return texts, [len(start)] * len(texts)
-
-  def _written(self, prompt: Messages, answer: Messages, whole: str, start: str) -> str:
-    """An answer with the end of its turn as the template writes them, to go behind `start`."""
-    # Up to the answer, the text is the same for another answer that begins with another letter.
-    other = "1" if answer[0]["content"].lstrip()[:1] != "1" else "2"
-    with_other = self._apply([*prompt, {**answer[0], "content": other}])
-    at = next(i for i, (one, two) in enumerate(zip(whole, with_other, strict=False)) if one != two)
-    space = whole[len(whole[:at].rstrip()) : at]
-    return ("" if start.endswith(space) else space) + whole[at:]
-
-  def _render_prompt(self, messages: Messages) -> str:
-    return self._apply(messages, add_generation_prompt=True)
-
-  def _apply(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
-    if not self._template:
-      return _plain_chat(messages, add_generation_prompt)
-    import jinja2  # here for its errors; transformers renders with it
-
-    try:
-      return self._chat.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-      )
-    except (jinja2.TemplateError, TypeError) as error:
-      raise RowError(f"chat template: {error}") from None
-
-  @functools.cached_property
-  def _chat(self):
-    """transformers' own class, for its templates; its ids are not used."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import PreTrainedTokenizerFast  # slow to import
-
-    return PreTrainedTokenizerFast.from_pretrained(self._folder, local_files_only=True)
-
-  @functools.cached_property
-  def _template(self) -> Any:
-    file = self._folder / "chat_template.jinja"
-    return file.read_text("utf-8") if file.is_file() else self._settings.get("chat_template")
+    start, written = self.template.texts(conversation(prompt), answers)
+    return [start + text for text in written], [len(start)] * len(written)
 
   def _special(self, name: str) -> int | None:
     """Id of a special token: by its text, or by its id in the model's configuration."""
@@ -238,30 +242,25 @@ class Tokenizer:
     return ids[0] if isinstance(ids, list) and ids else ids if isinstance(ids, int) else None
 
 
-def _plain_chat(messages: Messages, add_generation_prompt: bool) -> str:
-  """A conversation for tokenizers without a template: `User: …`, a blank line, `Assistant: …`.
-
-  The prompt ends in `Assistant:` and an answer begins with a space.
-  """
-  turns = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
-  return "\n\n".join([*turns, "Assistant:"] if add_generation_prompt else turns)
-
-
 def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
   """What is said about the tokenizer beside it; files named later win."""
   settings: dict[str, Any] = {}
   for name in ("config.json", "special_tokens_map.json", "tokenizer_config.json"):
-    file = folder / name
-    if not file.is_file():
-      continue
-    try:
-      found = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-      raise UserError(f"{file} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-      raise UserError(f"{file} holds a {type(found).__name__}, not an object; copy it again")
-    settings |= {k: v for k, v in found.items() if v is not None}
+    settings |= {k: v for k, v in _read_object(folder / name).items() if v is not None}
   return settings
+
+
+def _read_object(file: pathlib.Path) -> dict[str, Any]:
+  """The JSON object in a file; nothing where there is none."""
+  if not file.is_file():
+    return {}
+  try:
+    found = json.loads(file.read_text("utf-8"))
+  except ValueError as error:
+    raise UserError(f"{file} is not JSON: {error}") from None
+  if not isinstance(found, dict):
+    raise UserError(f"{file} holds a {type(found).__name__}, not an object; copy it again")
+  return found
 
 
 def _as_they_stand(prompt: list[int], answers: Sequence[list[int]]) -> Encoded | RowError:

@@ -15,14 +15,23 @@ from dpo_jax.structs import UserError
 
 Row = dict[str, Any]
 Messages = list[dict[str, Any]]  # of {"role": "system" | "user" | "assistant" | …, "content": …}
-Content = str | Messages | list[int]  # plain text, a conversation, or token ids
+
+
+class Conversation(NamedTuple):
+  """Messages, and the JSON schemas of the tools that may be called in them."""
+
+  messages: Messages
+  tools: tuple[dict[str, Any], ...] = ()
+
+
+Content = str | Messages | Conversation | list[int]  # plain text, a conversation, or token ids
 
 
 class Preference(NamedTuple):
   """A prompt and its answers, best first; all of one type.
 
-  Text goes on where the prompt ends; an answer to messages is a list of one message; token ids
-  stand as they are.
+  Text goes on where the prompt ends; an answer to messages, with tools or without, is a list of one
+  message; token ids stand as they are.
 
   Attributes:
     prompt, answers: see above.
@@ -142,6 +151,10 @@ def pair_grades(row: Row) -> tuple[float, ...]:
   return ()
 
 
+# Under which names a message may hold what was thought before it was said.
+REASONING = ("reasoning_content", "reasoning", "thinking")
+# What templates read of a message besides its role and content.
+_MORE = ("tool_calls", "tool_call_id", "name", *REASONING)
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "bot": "assistant"}
 
 
@@ -159,6 +172,9 @@ def messages(value: Any, field: str, *, role: str) -> Messages:
 def _message(message: dict[str, Any], field: str) -> dict[str, Any]:
   role = message.get("role", message.get("from"))
   content = message.get("content", message.get("value"))
+  more = {name: message[name] for name in _MORE if message.get(name) is not None}
+  if content is None and more.get("tool_calls"):
+    content = ""
   if isinstance(content, list):  # parts: {"type": "text", "text": …}
     parts = [part.get("text", part.get("value")) for part in content if isinstance(part, dict)]
     whole = len(parts) == len(content) and all(isinstance(part, str) for part in parts)
@@ -168,7 +184,44 @@ def _message(message: dict[str, Any], field: str) -> dict[str, Any]:
       f"field {field} has the message {show(message)}; a message is a role and a text, as in"
       ' {"role": "user", "content": "…"}'
     )
-  return {"role": ROLES.get(role, role), "content": valid(content)}
+  _check_more(more, field)
+  return {"role": ROLES.get(role, role), "content": valid(content), **more}
+
+
+def _check_more(more: dict[str, Any], field: str) -> None:
+  calls = more.get("tool_calls", [])
+  if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+    raise UserError(f"field {field} has tool_calls {show(calls)}, not a list of calls")
+  for name, value in more.items():
+    if name != "tool_calls" and not isinstance(value, str):
+      raise UserError(f"field {field} has a message whose {name} is {show(value)}, not text")
+    valid(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def conversation(prompt: Messages | Conversation) -> Conversation:
+  """Messages as a conversation, with tools or without."""
+  return prompt if isinstance(prompt, Conversation) else Conversation(prompt)
+
+
+def with_tools(prompt: Content, row: Row) -> Content:
+  """The prompt with the row's `tools`, a list of JSON schemas or the text of one, if it has any."""
+  tools = row.get("tools")
+  if isinstance(tools, str) and tools.strip():
+    try:
+      tools = json.loads(tools)
+    except ValueError:
+      raise UserError(f"field tools is {show(tools)}, not JSON") from None
+  if not tools:
+    return prompt
+  if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    raise UserError(f"field tools is {show(tools)}, not a list of JSON schemas")
+  if isinstance(prompt, str):
+    raise UserError(
+      "field tools is given and the prompt is text; a chat template writes tools: give the prompt"
+      " as messages, or leave the field out"
+    )
+  talks = prompt and isinstance(prompt[0], dict)  # token ids hold their tools already
+  return Conversation(prompt, tuple(tools)) if talks else prompt
 
 
 def show(value: Any) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpo_jax.data import forms
-from dpo_jax.data.forms import Form, Messages, Preference, Row, RowError
+from dpo_jax.data.forms import Conversation, Form, Messages, Preference, Row, RowError
 from dpo_jax.structs import UserError
 
 # --- reading --------------------------------------------------------------------------------------
@@ -200,6 +200,7 @@ def _convert(form: Form, of: str, fields: dict[str, str], kind: str, row: Row) -
   """What the table of `detect` says, if there is something to learn from it."""
   row = _rename(row, fields)
   preference = form.convert(row)
+  preference = preference._replace(prompt=forms.with_tools(preference.prompt, row))
   if of == "pairs" and kind == "text":
     preference = preference._replace(answers=preference.answers[:1])
   elif of == "pairs":
@@ -216,15 +217,15 @@ def _has_text(answer: forms.Content) -> bool:
   if isinstance(answer, str):
     return bool(answer.strip())
   if answer and isinstance(answer[0], dict):
-    return any(_has_text(message["content"]) for message in answer)
+    return any(message.get("tool_calls") or _has_text(message["content"]) for message in answer)
   return bool(answer)
 
 
 # --- prompts alone -------------------------------------------------------------------------------
 
 
-def read_prompt(row: Row) -> str | Messages:
-  """The `prompt` of a row to sample from.
+def read_prompt(row: Row) -> str | Messages | Conversation:
+  """The `prompt` of a row to sample from, with its `tools` if it has any.
 
   Raises:
     UserError: it is missing, neither text nor messages, empty, or no Unicode.
@@ -241,7 +242,7 @@ def read_prompt(row: Row) -> str | Messages:
     raise UserError(f"field 'prompt' is an empty {what}; fill it, or leave the row out")
   try:
     if isinstance(prompt, str):
-      return forms.valid(prompt)
-    return forms.messages(prompt, "prompt", role="user")
+      return forms.with_tools(forms.valid(prompt), row)
+    return forms.with_tools(forms.messages(prompt, "prompt", role="user"), row)
   except RowError as error:
     raise UserError(f"field 'prompt': {error}") from None

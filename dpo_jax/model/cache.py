@@ -56,11 +56,17 @@ def prefill(
   decoder = Decoder(config, jnp.dtype(dtype), return_keys=True)
   hidden_NLD, keys = decoder.apply(params, ids_NL, tokens)
 
-  room = columns - length
-  widen = lambda x, value: jnp.pad(x, [(0, 0), (0, room)], constant_values=value)
-  keys = Keys(*(jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, room), (0, 0)]) for x in keys))
-  held = Tokens(widen(tokens.position_NL, 0), widen(pair_NL, -1), widen(tokens.branch_NL, 0))
-  return hidden_NLD[:, -1], Cache(keys, held, jnp.asarray(length))
+  cache = Cache(keys, Tokens(tokens.position_NL, pair_NL, tokens.branch_NL), jnp.asarray(length))
+  return hidden_NLD[:, -1], widen(cache, columns)
+
+
+def widen(cache: Cache, columns: int) -> Cache:
+  """The same cache with room for so many columns."""
+  room = columns - cache.tokens.pair_NL.shape[1]
+  more = lambda x, value: jnp.pad(x, [(0, 0), (0, room)], constant_values=value)
+  keys = Keys(*(jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, room), (0, 0)]) for x in cache.keys))
+  position, pair, branch = cache.tokens
+  return Cache(keys, Tokens(more(position, 0), more(pair, -1), more(branch, 0)), cache.filled)
 
 
 def decode(

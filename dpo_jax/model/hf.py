@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out, by safetensors alone: nothing that is read can be executed.
+"""Hugging Face folders in and out, a tensor at a time.
 
 Every tensor on disk is described once, by a `Tensor`: its name, the leaves of the parameter tree
 it holds and whether it lies transposed. Reading and writing follow the same list, so what is
@@ -8,39 +8,50 @@ written reads back bit for bit.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax.sharding import Sharding
 
 from dpo_jax.model import families
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.families import Tensor
+from dpo_jax.model.leaves import Lead, Leaf, distribute
 from dpo_jax.model.transformer import param_shapes
+from dpo_jax.model.weight_files import (
+  DTYPES,
+  Entry,
+  Weights,
+  open_weights,
+  read_json,
+  write_weights,
+)
 from dpo_jax.structs import PyTree, UserError
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 # Copied untouched from the folder the model came from.
 COMPANIONS = (
-  "generation_config.json",
+  GENERATION,
   "tokenizer.json",
   "tokenizer_config.json",
   "tokenizer.model",
   "special_tokens_map.json",
   "added_tokens.json",
   "vocab.json",
+  "vocab.txt",
   "merges.txt",
+  "tekken.json",
   "chat_template.jinja",
   "chat_template.json",
+  "additional_chat_templates",
 )
 
 
@@ -56,87 +67,85 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
   file = path / "config.json"
   if not file.is_file():
     raise UserError(f"{path} has no config.json; name a Hugging Face model folder")
-  fields = _read_json(file)
+  fields = read_json(file)
   try:
     return families.from_hf(fields)
   except UserError as error:
     raise UserError(f"{path}: {error}") from error
 
 
-def load(path: str | pathlib.Path, *, dtype: str = "float32") -> tuple[ModelConfig, PyTree]:
-  """Reads a model folder.
+# -- in --------------------------------------------------------------------------------------------
 
-  Args:
-    path: folder with `config.json` and `model.safetensors` or its shards and index.
-    dtype: of the parameters returned.
 
-  Returns:
-    The configuration and {"params": ...}, NumPy arrays in host memory.
+def check(path: str | pathlib.Path) -> ModelConfig:
+  """The configuration of a folder whose weights are all there and fit it, by their headers alone.
 
   Raises:
     UserError: names what is missing, unexpected, broken or of another shape.
   """
   path = pathlib.Path(path)
   config = read_config(path)
-  with _open_weights(path) as weights:
-    return config, _read_params(config, weights, path, np.dtype(jnp.dtype(dtype)))
+  with open_weights(path) as weights:
+    _find(config, _flatten(param_shapes(config)["params"]), weights, path)
+  return config
 
 
-class Weights(NamedTuple):
-  """Tensors of a folder by name, whichever shard they lie in."""
+def load(
+  path: str | pathlib.Path, *, dtype: str = "float32", shardings: PyTree | Sharding | None = None
+) -> tuple[ModelConfig, PyTree]:
+  """Reads a model folder, a tensor at a time.
 
-  names: set[str]
-  get: Callable[[str], np.ndarray]
+  A tensor is read once, by every process that holds a part of it. Beside the parameters themselves,
+  host memory holds the largest tensor, and this process's part of one leaf until it is placed.
+
+  Args:
+    path: folder with `config.json` and `model.safetensors` or its shards and index.
+    dtype: of the parameters returned.
+    shardings: where they go: one for all, or a tree as of `param_shapes`; None keeps them on host.
+
+  Returns:
+    The configuration and {"params": ...}: placed arrays in buffers that nothing else holds, or
+    NumPy arrays in host memory.
+
+  Raises:
+    UserError: names what is missing, unexpected, broken or of another shape, before any tensor is
+      read, or the first tensor that holds numbers which are not finite.
+  """
+  path = pathlib.Path(path)
+  config = read_config(path)
+  shapes = _flatten(param_shapes(config)["params"])
+  if shardings is None or isinstance(shardings, Sharding):
+    places = dict.fromkeys(shapes, shardings)
+  else:
+    places = _flatten(shardings["params"])
+  leaves: dict[str, Any] = dict.fromkeys(shapes)
+  with open_weights(path) as weights:
+    found = _find(config, shapes, weights, path)
+    # The largest first: a leaf is held twice while it is placed, on host and on a device that may
+    # be host memory too, and so that stays below what is still to come.
+    size = lambda tensor: sum(shapes[leaf].size for leaf in tensor.leaves)
+    for tensor in sorted(found, key=size, reverse=True):
+      filling = [
+        Leaf(shapes[leaf].shape, places[leaf], np.dtype(jnp.dtype(dtype))) for leaf in tensor.leaves
+      ]
+      for lead, name in found[tensor].items():
+        if any(leaf.holds(lead) for leaf in filling):
+          # Never bound to a name: it would be held beside the next one.
+          distribute(weights.read(name), lead, filling, tensor.transposed, f"{path}: tensor {name}")
+      leaves |= {name: leaf.place() for name, leaf in zip(tensor.leaves, filling, strict=True)}
+  return config, {"params": _unflatten(leaves)}
 
 
-@contextlib.contextmanager
-def _open_weights(path: pathlib.Path) -> Iterator[Weights]:
-  with contextlib.ExitStack() as stack:
-    handle_of: dict[str, Any] = {}
-    for file in _weight_files(path):
-      try:
-        handle = stack.enter_context(safe_open(file, framework="np"))
-      except SafetensorError as error:
-        raise UserError(
-          f"{file} is broken or cut short ({error}); copy or download it again"
-        ) from error
-      handle_of |= dict.fromkeys(handle.keys(), handle)
-    yield Weights(set(handle_of), lambda name: handle_of[name].get_tensor(name))
-
-
-def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
-  if (path / WEIGHTS).is_file():
-    return [path / WEIGHTS]
-  if (path / INDEX).is_file():
-    shard_of = _read_json(path / INDEX).get("weight_map")
-    if not isinstance(shard_of, dict) or not all(isinstance(x, str) for x in shard_of.values()):
-      raise UserError(f"{path / INDEX} maps no tensors to files (weight_map); copy it again")
-    shards = sorted(set(shard_of.values()))
-    for shard in shards:
-      if pathlib.PurePath(shard).name != shard:
-        raise UserError(f"{path / INDEX} names {shard!r}, which is not a file of the folder")
-      if not (path / shard).is_file():
-        raise UserError(f"{path} lacks {shard}, which its index names; copy the missing shard")
-    return [path / shard for shard in shards]
-  pickled = sorted(file.name for file in path.glob("*.bin")) + sorted(
-    file.name for file in path.glob("*.pt*")
-  )
-  if any(name.startswith(("pytorch_model", "model", "consolidated")) for name in pickled):
-    raise UserError(
-      f"{path} holds pickled weights only ({pickled[0]}), which can run code when read; save the "
-      "model again with transformers: model.save_pretrained(folder, safe_serialization=True)"
-    )
-  raise UserError(f"{path} has no {WEIGHTS}; name a folder that holds the weights")
-
-
-def _read_params(
-  config: ModelConfig, weights: Weights, path: pathlib.Path, dtype: np.dtype
-) -> PyTree:
-  """Fills the parameter tree, a tensor at a time."""
-  wanted = families.tensors(config)
-  names = {name for tensor in wanted for name in _layer_names(tensor, config)}
+def _find(
+  config: ModelConfig, shapes: dict[str, Any], weights: Weights, path: pathlib.Path
+) -> dict[Tensor, dict[Lead, str]]:
+  """The name on disk of every tensor's every layer, all of them there and of the right shape."""
+  wanted = {
+    tensor: _names(tensor, shapes[tensor.leaves[0]].shape) for tensor in families.tensors(config)
+  }
+  names = {name for by_lead in wanted.values() for name in by_lead.values()}
   # Bare models are saved without the prefix of their language model ("transformer." or "model.").
-  prefix = wanted[0].name.split(".")[0] + "."
+  prefix = next(iter(wanted)).name.split(".")[0] + "."
   bare = not any(name.startswith(prefix) for name in weights.names)
   on_disk = {name: name.removeprefix(prefix) if bare else name for name in names}
 
@@ -150,42 +159,29 @@ def _read_params(
       f"{path} holds tensor {rest[0]}{_more(rest)}, which config.json does not account for; "
       "check that both are of one model"
     )
-
-  shapes = _flatten(param_shapes(config)["params"])
-  leaves = {name: np.empty(leaf.shape, dtype) for name, leaf in shapes.items()}
-  for tensor in wanted:
-    for layer, name in enumerate(_layer_names(tensor, config)):
-      views = [leaves[leaf] for leaf in tensor.leaves]
-      if "{}" in tensor.name:
-        views = [view[layer] for view in views]
-      _fill(views, weights.get(on_disk[name]), tensor, name, path)
-  return {"params": _unflatten(leaves)}
+  found = {}
+  for tensor, by_lead in wanted.items():
+    found[tensor] = {lead: on_disk[name] for lead, name in by_lead.items()}
+    shape = _stored_shape(tensor, [shapes[leaf].shape for leaf in tensor.leaves])
+    for name in found[tensor].values():
+      _check_header(weights, name, shape, path)
+  return found
 
 
-def _fill(
-  views: list[np.ndarray], array: np.ndarray, tensor: Tensor, name: str, path: pathlib.Path
-) -> None:
-  widths = [view.shape[-1] for view in views]
-  shape = (*views[0].shape[:-1], sum(widths))
-  stored = shape[::-1] if tensor.transposed else shape
-  if array.shape != stored:
+def _check_header(weights: Weights, name: str, shape: tuple[int, ...], path: pathlib.Path) -> None:
+  if weights.dtype(name) not in DTYPES:
     raise UserError(
-      f"{path}: tensor {name} has shape {list(array.shape)}, but config.json asks for "
-      f"{list(stored)}; check that both are of one model"
+      f"{path}: tensor {name} is {weights.dtype(name)}; quantised weights are not supported, use"
+      f" the model's floating-point weights ({', '.join(DTYPES)})"
     )
-  if not jnp.issubdtype(array.dtype, jnp.floating):
+  if weights.shape(name) != shape:
     raise UserError(
-      f"{path}: tensor {name} is {array.dtype}; quantised weights are not supported, use the "
-      "model's floating-point weights"
+      f"{path}: tensor {name} has shape {list(weights.shape(name))}, but config.json asks for "
+      f"{list(shape)}; check that both are of one model"
     )
-  if not np.isfinite(array).all():
-    raise UserError(
-      f"{path}: tensor {name} holds numbers that are not finite; a model that diverged cannot be "
-      "used, take an earlier one"
-    )
-  array = array.T if tensor.transposed else array
-  for view, part in zip(views, np.split(array, np.cumsum(widths)[:-1], axis=-1), strict=True):
-    view[...] = part
+
+
+# -- out -------------------------------------------------------------------------------------------
 
 
 def save(
@@ -194,54 +190,134 @@ def save(
   params: PyTree,
   *,
   source: str | pathlib.Path | None = None,
+  max_shard_size: int = 5 * 10**9,
 ) -> None:
   """Writes a model folder; an older one at the same place is replaced when the new one is whole.
 
-  Everything is written into a hidden sibling that is then renamed, so an interrupted export never
-  looks like a model.
+  An interrupted export never looks like a model. Beside the parameters, memory holds a tensor or
+  two.
 
   Args:
     path: the folder to write.
     config: the model.
-    params: {"params": ...}; written in its own dtype.
-    source: folder whose tokenizer and generation settings are copied untouched.
+    params: {"params": ...}, on host or on devices of this process; written in its own dtype.
+    source: folder the model came from: its tokenizer and generation settings are copied untouched,
+      and its `config.json` is kept where it describes this very model.
+    max_shard_size: bytes above which the weights are divided into shards with an index.
+  """
+  source = None if source is None else pathlib.Path(source)
+  with replacing(path) as new:
+    entries = _entries(config, _flatten(params["params"]))
+    fields = _config_fields(config, source, str(entries[0].dtype))
+    _write_json(new / "config.json", fields)
+    copy_companions(source, new)
+    if not (new / GENERATION).exists():
+      ids = {name: fields.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+      _write_json(new / GENERATION, {k: v for k, v in ids.items() if v is not None})
+    write_weights(new, entries, max_shard_size)
+
+
+@contextlib.contextmanager
+def replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+  """A new folder to be filled, which takes the place of `path` when it is whole.
+
+  It is a hidden sibling until then, and nothing remains of it if it cannot be filled.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-  new = scratch / "new"
+  new, old = scratch / "new", scratch / "old"
   try:
     new.mkdir()
-    arrays = _write_params(config, params)
-    fields = families.to_hf(config) | {"torch_dtype": str(next(iter(arrays.values())).dtype)}
-    (new / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    for name in COMPANIONS:
-      if source is not None and (pathlib.Path(source) / name).is_file():
-        shutil.copyfile(pathlib.Path(source) / name, new / name)
-    save_file(arrays, new / WEIGHTS, metadata={"format": "pt"})
-    if path.exists():
-      path.rename(scratch / "old")
-    new.rename(path)
+    yield new
+    try:
+      if path.exists():
+        path.rename(old)
+      new.rename(path)
+    except BaseException:
+      if old.exists() and not path.exists():
+        old.rename(path)
+      raise
   finally:
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _write_params(config: ModelConfig, params: PyTree) -> dict[str, np.ndarray]:
-  """The tensors of a model folder by name."""
-  leaves = _flatten(jax.device_get(params["params"]))
-  arrays = {}
+def _entries(config: ModelConfig, leaves: dict[str, Any]) -> list[Entry]:
+  """Every tensor of the folder, none of them fetched."""
+  entries = []
   for tensor in families.tensors(config):
-    joined = np.concatenate([np.asarray(leaves[leaf]) for leaf in tensor.leaves], axis=-1)
-    layers = joined if "{}" in tensor.name else joined[None]
-    for name, array in zip(_layer_names(tensor, config), layers, strict=True):
-      arrays[name] = np.ascontiguousarray(array.T if tensor.transposed else array)
-  return arrays
+    held = [leaves[leaf] for leaf in tensor.leaves]
+    shape = _stored_shape(tensor, [leaf.shape for leaf in held])
+    for lead, name in _names(tensor, held[0].shape).items():
+      fetch = functools.partial(_fetch, held, lead, tensor.transposed)
+      entries.append(Entry(name, shape, np.dtype(held[0].dtype), fetch))
+  return entries
 
 
-def _layer_names(tensor: Tensor, config: ModelConfig) -> list[str]:
-  if "{}" not in tensor.name:
-    return [tensor.name]
-  return [tensor.name.format(layer) for layer in range(config.layers)]
+def _fetch(leaves: list[Any], lead: Lead, transposed: bool) -> np.ndarray:
+  """One tensor as it lies on disk."""
+  parts = [_on_host(leaf, lead) for leaf in leaves]
+  joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+  return joined.T if transposed else joined
+
+
+def _on_host(leaf: Any, lead: Lead) -> np.ndarray:
+  if not isinstance(leaf, jax.Array):
+    return np.asarray(leaf)[lead]
+  if lead:
+    return np.asarray(_take(leaf, lead))
+  # A second array over the same buffers: the first would keep what np.asarray copies to host.
+  shards = [shard.data for shard in leaf.addressable_shards]
+  return np.asarray(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards))
+
+
+@jax.jit
+def _take(leaf: jax.Array, lead: Lead) -> jax.Array:
+  """leaf[lead], compiled once for all layers."""
+  return leaf[lead]
+
+
+def _config_fields(config: ModelConfig, source: pathlib.Path | None, dtype: str) -> dict[str, Any]:
+  """The contents of `config.json`: the source's own where they describe this model, else ours."""
+  fields = families.to_hf(config)
+  if source is not None and (source / "config.json").is_file():
+    with contextlib.suppress(UserError):  # not a model that we understand, so not this one
+      given = read_json(source / "config.json")
+      if given.get("model_type") == fields["model_type"] and families.from_hf(given) == config:
+        fields = given | {"architectures": fields["architectures"]}
+  # Transformers reads the first name since 4.56, other programs still the second.
+  return fields | {"dtype": dtype, "torch_dtype": dtype}
+
+
+def copy_companions(source: pathlib.Path | None, folder: pathlib.Path) -> None:
+  """Copies tokenizer, chat templates and generation settings, as far as the source has them."""
+  if source is None:
+    return
+  for name in COMPANIONS:
+    if (source / name).is_dir():
+      shutil.copytree(source / name, folder / name)
+    elif (source / name).is_file():
+      shutil.copyfile(source / name, folder / name)
+
+
+def _write_json(file: pathlib.Path, fields: dict[str, Any]) -> None:
+  file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+# -- both ways -------------------------------------------------------------------------------------
+
+
+def _names(tensor: Tensor, shape: tuple[int, ...]) -> dict[Lead, str]:
+  """Names on disk by layer and expert: as many leading axes of a leaf as the name has `{}`."""
+  stacked = shape[: tensor.name.count("{}")]
+  return {lead: tensor.name.format(*lead) for lead in np.ndindex(*stacked)}
+
+
+def _stored_shape(tensor: Tensor, leaves: list[tuple[int, ...]]) -> tuple[int, ...]:
+  """Shape on disk, from the shapes of the leaves that are joined along their last axis."""
+  rest = leaves[0][tensor.name.count("{}") : -1]
+  shape = (*rest, sum(leaf[-1] for leaf in leaves))
+  return shape[::-1] if tensor.transposed else shape
 
 
 def _without_effect(name: str, config: ModelConfig) -> bool:
@@ -252,16 +328,6 @@ def _without_effect(name: str, config: ModelConfig) -> bool:
 
 def _more(names: list[str]) -> str:
   return f" and {len(names) - 1} more" if len(names) > 1 else ""
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-  try:
-    fields = json.loads(file.read_text(encoding="utf-8"))
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise UserError(f"{file} is not JSON ({error}); copy or download it again") from error
-  if not isinstance(fields, dict):
-    raise UserError(f"{file} holds a {type(fields).__name__}, not an object; copy it again")
-  return fields
 
 
 def _flatten(tree: PyTree, prefix: str = "") -> dict[str, Any]:

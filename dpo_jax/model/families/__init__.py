@@ -1,15 +1,55 @@
-"""The families of decoders: what each writes in `config.json` and how it names its tensors."""
+"""The families of decoders: what each writes in `config.json` and how it names its tensors.
+
+A field of `config.json` that is neither read nor known to be without effect on the forward pass is
+refused by name, because honouring half a configuration gives wrong log-probs and no error.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from dpo_jax.model.config import ModelConfig, RopeScaling
-from dpo_jax.model.families import gpt2, llama
-from dpo_jax.model.families.fields import ACTIVATIONS, Fields, Tensor
+from dpo_jax.model.config import ModelConfig
+from dpo_jax.model.families import common, gemma, gpt2, llama, moe
+from dpo_jax.model.families.fields import Fields, Tensor
 from dpo_jax.structs import UserError
 
-FAMILIES = {"llama": llama._llama_from, "gpt2": gpt2._gpt2_from}
+__all__ = ["FAMILIES", "Tensor", "from_hf", "tensors", "to_hf"]
+
+
+class Family(NamedTuple):
+  """One `model_type`.
+
+  Attributes:
+    architecture: the class that transformers loads it as.
+    read: what its `config.json` means.
+    write: the fields that `read` reads, but for those that all families share.
+    tensors: of its folder.
+  """
+
+  architecture: str
+  read: Callable[[Fields], ModelConfig]
+  write: Callable[[ModelConfig], dict[str, Any]]
+  tensors: Callable[[ModelConfig], list[Tensor]] = common.tensors
+
+
+FAMILIES = {
+  "gpt2": Family("GPT2LMHeadModel", gpt2.read_gpt2, gpt2.write_gpt2, gpt2.gpt2_tensors),
+  "llama": Family("LlamaForCausalLM", llama.read_llama, llama.write_llama),
+  "mistral": Family("MistralForCausalLM", llama.read_mistral, llama.write_mistral),
+  "qwen2": Family("Qwen2ForCausalLM", llama.read_qwen2, llama.write_qwen2),
+  "qwen3": Family("Qwen3ForCausalLM", llama.read_qwen3, llama.write_qwen3),
+  "phi3": Family("Phi3ForCausalLM", llama.read_phi3, llama.write_mistral, llama.phi3_tensors),
+  "olmo2": Family("Olmo2ForCausalLM", llama.read_olmo2, llama.write_olmo2),
+  "smollm3": Family("SmolLM3ForCausalLM", llama.read_smollm3, llama.write_smollm3),
+  "gemma": Family("GemmaForCausalLM", gemma.read_gemma, gemma.write_gemma),
+  "gemma2": Family("Gemma2ForCausalLM", gemma.read_gemma2, gemma.write_gemma2),
+  "gemma3_text": Family("Gemma3ForCausalLM", gemma.read_gemma3, gemma.write_gemma3),
+  "mixtral": Family("MixtralForCausalLM", moe.read_mixtral, moe.write_mixtral, moe.mixtral_tensors),
+  "qwen3_moe": Family(
+    "Qwen3MoeForCausalLM", moe.read_qwen3_moe, moe.write_qwen3_moe, moe.qwen3_moe_tensors
+  ),
+}
 
 
 def from_hf(fields: dict[str, Any]) -> ModelConfig:
@@ -23,67 +63,29 @@ def from_hf(fields: dict[str, Any]) -> ModelConfig:
     raise UserError(
       f"config.json: model_type {family!r} is not known; known are {', '.join(sorted(FAMILIES))}"
     )
-  read = Fields(fields)
-  config = FAMILIES[family](read)
+  read = Fields(dict(fields))
+  config = FAMILIES[family].read(read)
   read.refuse_rest()
   return config
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
   """The contents of a `config.json`; `from_hf` of it is `config` again."""
-  activation = next(name for name, ours in ACTIVATIONS.items() if ours == config.activation)
   eos = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None
-  common = {
+  family = FAMILIES[config.family]
+  return {
     "model_type": config.family,
+    "architectures": [family.architecture],
     "vocab_size": config.vocab,
     "tie_word_embeddings": config.tied,
     "initializer_range": config.init_std,
     "bos_token_id": config.bos_id,
     "eos_token_id": eos,
     "pad_token_id": config.pad_id,
+    **family.write(config),
   }
-  if config.family == "gpt2":
-    return common | {
-      "architectures": ["GPT2LMHeadModel"],
-      "n_embd": config.width,
-      "n_layer": config.layers,
-      "n_head": config.heads,
-      "n_inner": config.mlp_width,
-      "n_positions": config.max_positions,
-      "layer_norm_epsilon": config.norm_eps,
-      "activation_function": activation,
-    }
-  return common | {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": config.width,
-    "num_hidden_layers": config.layers,
-    "num_attention_heads": config.heads,
-    "num_key_value_heads": config.kv_heads,
-    "head_dim": config.head_width,
-    "intermediate_size": config.mlp_width,
-    "max_position_embeddings": config.max_positions,
-    "rms_norm_eps": config.norm_eps,
-    "hidden_act": activation,
-    "attention_bias": config.qkv_bias,
-    "mlp_bias": config.mlp_bias,
-    "rope_theta": config.rope_theta,
-    "rope_scaling": _rope_scaling_to_hf(config.rope_scaling),
-  }
-
-
-def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
-  if scaling is None:
-    return None
-  fields = {"rope_type": scaling.kind, "factor": scaling.factor}
-  if scaling.kind == "llama3":
-    fields |= {
-      "low_freq_factor": scaling.low_factor,
-      "high_freq_factor": scaling.high_factor,
-      "original_max_position_embeddings": scaling.original_positions,
-    }
-  return fields
 
 
 def tensors(config: ModelConfig) -> list[Tensor]:
   """Every tensor of the model's folder."""
-  return {"llama": llama._llama, "gpt2": gpt2._gpt2}[config.family](config)
+  return FAMILIES[config.family].tensors(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from dpo_jax.model.config import ModelConfig, RopeScaling, is_number
+from dpo_jax.model.config import ModelConfig, is_number
 from dpo_jax.structs import UserError
 
 
@@ -12,7 +12,7 @@ class Tensor(NamedTuple):
   """A tensor on disk.
 
   Attributes:
-    name: its name; `{}` stands for the layer where there is one.
+    name: its name; `{}` stands for the layer where there is one, a second `{}` for the expert.
     leaves: dotted paths in `params["params"]`, joined along their last axis.
     transposed: lies as [out, in] on disk, while kernels here are [in, out].
   """
@@ -23,6 +23,7 @@ class Tensor(NamedTuple):
 
 
 def head(config: ModelConfig) -> list[Tensor]:
+  """The unembedding, where it is not the embedding."""
   return [] if config.tied else [Tensor("lm_head.weight", ("head.embedding",))]
 
 
@@ -93,6 +94,9 @@ _HARMLESS = frozenset(
     "keys_to_ignore_at_inference",
     "base_model_tp_plan",
     "base_model_pp_plan",
+    "embedding_dropout",
+    "cache_implementation",
+    "output_router_logits",
   ]
 )
 
@@ -104,8 +108,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
   "add_cross_attention": (False,),
   "is_decoder": (False, True),
   "is_encoder_decoder": (False,),
-  "partial_rotary_factor": (1, 1.0),
-  "use_sliding_window": (False,),
+  "router_jitter_noise": (0.0,),
 }
 
 
@@ -159,39 +162,11 @@ class Fields:
         )
 
 
-def rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-  """Base and stretch of rotary positions, from the older fields or from `rope_parameters`."""
-  scaling: dict[str, Any] = {}
-  for name in ("rope_scaling", "rope_parameters"):
-    given = fields.get(name, {})
-    if not isinstance(given, dict):
-      raise UserError(f"config.json: {name} is {given!r}; it must be an object or null")
-    scaling |= given
-  theta = fields.number("rope_theta", 10000.0)
-  inner = scaling.pop("rope_theta", None)
-  theta = theta if inner is None else inner
-  kind = scaling.pop("rope_type", None) or scaling.get("type") or "default"
-  scaling.pop("type", None)
-  known = {
-    "default": {},
-    "linear": {"factor": "factor"},
-    "llama3": {
-      "factor": "factor",
-      "low_freq_factor": "low_factor",
-      "high_freq_factor": "high_factor",
-      "original_max_position_embeddings": "original_positions",
-    },
-  }
-  if kind not in known:
-    raise UserError(f"config.json: rope type {kind!r} is not known; known are {', '.join(known)}")
-  names = known[kind]
-  if set(scaling) != set(names):
-    raise UserError(
-      f"config.json: rope type {kind!r} takes {sorted(names)}, but {sorted(scaling)} are given"
-    )
-  if kind == "default":
-    return theta, None
-  return theta, RopeScaling(kind, **{names[name]: value for name, value in scaling.items()})
+def activation_name(config: ModelConfig) -> str:
+  """Of the model's activation in a `config.json`."""
+  names = [name for name, ours in ACTIVATIONS.items() if ours == config.activation]
+  # The newer families know the approximate form by its newer name.
+  return names[-1] if config.activation == "gelu_tanh" and config.family != "gpt2" else names[0]
 
 
 def special_ids(fields: dict[str, Any]) -> dict[str, Any]:

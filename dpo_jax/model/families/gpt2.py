@@ -1,12 +1,14 @@
-"""GPT-2."""
+"""GPT-2: learned positions, layer norms, linear maps that lie as here."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from dpo_jax.model.config import ModelConfig
-from dpo_jax.model.families.fields import Fields, Tensor, head, special_ids
+from dpo_jax.model.families.fields import Fields, Tensor, activation_name, head, special_ids
 
 
-def _gpt2_from(fields: Fields) -> ModelConfig:
+def read_gpt2(fields: Fields) -> ModelConfig:
   width, heads = fields.size("n_embd", 768), fields.size("n_head", 12)
   return ModelConfig(
     family="gpt2",
@@ -32,7 +34,19 @@ def _gpt2_from(fields: Fields) -> ModelConfig:
   )
 
 
-def _gpt2(config: ModelConfig) -> list[Tensor]:
+def write_gpt2(config: ModelConfig) -> dict[str, Any]:
+  return {
+    "n_embd": config.width,
+    "n_layer": config.layers,
+    "n_head": config.heads,
+    "n_inner": config.mlp_width,
+    "n_positions": config.max_positions,
+    "layer_norm_epsilon": config.norm_eps,
+    "activation_function": activation_name(config),
+  }
+
+
+def gpt2_tensors(config: ModelConfig) -> list[Tensor]:
   # GPT-2's own linear maps are stored [in, out], with query, key and value side by side.
   linear = {
     "attn.c_attn": ("query", "key", "value"),

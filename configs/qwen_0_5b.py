@@ -1,0 +1,32 @@
+"""A Qwen2.5 of 0.5B, all of it trained, on any number of devices of 16 GB or more.
+
+  python -m dpo_jax.train --config=configs/qwen_0_5b.py --workdir=runs/qwen \\
+    --config.model.path=QWEN_DIR --config.data.path=PREFERENCES.jsonl
+
+Memory of every device (each holds all of it), for P = 494,032,768 parameters, V D for the tied
+embedding and the rest in 24 layers:
+
+  policy     float32                       4 P   1.976 GB
+  reference  float32                       4 P   1.976 GB
+  AdamW      two float32 moments           8 P   3.952 GB
+  gradients  their sum and a micro-batch's 8 P   3.952 GB
+  in all                                  24 P  11.857 GB
+
+Activations come on top: they go by train.accumulate (micro-batches), data.max_length and
+model.remat. Worked out from shapes; not a measurement. Where it is too much,
+--config.reference.param_dtype=bfloat16 halves the reference, at the price of the step-0 check.
+"""
+
+from dpo_jax import defaults
+
+
+def get_config():
+  """The configuration; model.path and data.path are given on the command line."""
+  config = defaults.get_config()
+  config.model.compute_dtype = "bfloat16"
+  config.data.max_length = 1024
+  config.optimizer.learning_rate = 1e-6
+  config.optimizer.warmup_steps = 10
+  config.train.batch_size = 64
+  config.train.accumulate = 8
+  return config.lock()

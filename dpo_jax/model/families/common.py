@@ -1,0 +1,148 @@
+"""What the families have in common that descend from Llama: fields, layers and names of tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpo_jax.model.config import ModelConfig
+from dpo_jax.model.families.fields import Fields, Tensor, activation_name, head, special_ids
+from dpo_jax.model.families.rope import read_rope, write_rope
+from dpo_jax.structs import UserError
+
+KINDS = ("full_attention", "sliding_attention")
+
+
+def read_common(fields: Fields, **defaults: Any) -> dict[str, Any]:
+  """Arguments of `ModelConfig` that all these families name alike.
+
+  Args:
+    fields: of the `config.json`.
+    defaults: what the family means by a field that is absent.
+  """
+  width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+  head_width = fields.size("head_dim", defaults.get("head_dim", width // heads))
+  rope = read_rope(fields, head_width, defaults.get("rope_theta", 10000.0))
+  return {
+    "family": fields.fields["model_type"],
+    "vocab": fields.size("vocab_size"),
+    "width": width,
+    "layers": fields.size("num_hidden_layers"),
+    "heads": heads,
+    "kv_heads": fields.size("num_key_value_heads", heads),
+    "head_width": head_width,
+    "mlp_width": fields.size("intermediate_size"),
+    "max_positions": fields.size("max_position_embeddings", 2048),
+    "norm": "rms",
+    "norm_eps": fields.number("rms_norm_eps", defaults.get("rms_norm_eps", 1e-6)),
+    "positions": "rotary",
+    "activation": fields.activation("hidden_act", "silu"),
+    "gated": True,
+    "qkv_bias": False,
+    "out_bias": False,
+    "mlp_bias": False,
+    "tied": bool(fields.get("tie_word_embeddings", defaults.get("tie_word_embeddings", False))),
+    "init_std": fields.number("initializer_range", 0.02),
+    **rope,
+    **special_ids(fields.fields),
+  }
+
+
+def read_windows(fields: Fields, *, sliding: list[bool] | None = None) -> tuple[int, ...]:
+  """Of every layer: the same for all, or by `layer_types`.
+
+  Args:
+    fields: of the `config.json`.
+    sliding: which layers have the window where `layer_types` is absent; None for all.
+  """
+  layers = fields.size("num_hidden_layers")
+  kinds = fields.get("layer_types")
+  if kinds is not None and (
+    not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= set(KINDS)
+  ):
+    raise UserError(
+      f"config.json: layer_types must name {layers} layers, each {' or '.join(KINDS)}; it is"
+      f" {str(kinds)[:80]}"
+    )
+  window = fields.get("sliding_window")
+  if window is None:
+    if kinds and KINDS[1] in kinds:
+      raise UserError("config.json: layer_types has sliding_attention, but sliding_window is null")
+    return ()
+  window = fields.size("sliding_window")
+  if window < 1:
+    raise UserError(f"config.json: sliding_window is {window}; it must be 1 or more, or null")
+  if kinds is not None:
+    sliding = [kind == KINDS[1] for kind in kinds]
+  windows = tuple(window if here else 0 for here in sliding or [True] * layers)
+  return windows if any(windows) else ()
+
+
+def write_common(config: ModelConfig) -> dict[str, Any]:
+  """The fields that `read_common` reads."""
+  return {
+    "hidden_size": config.width,
+    "num_hidden_layers": config.layers,
+    "num_attention_heads": config.heads,
+    "num_key_value_heads": config.kv_heads,
+    "head_dim": config.head_width,
+    "intermediate_size": config.mlp_width,
+    "max_position_embeddings": config.max_positions,
+    "rms_norm_eps": config.norm_eps,
+    "hidden_act": activation_name(config),
+    **write_rope(config),
+  }
+
+
+def write_windows(config: ModelConfig, *, typed: bool) -> dict[str, Any]:
+  """`sliding_window` and, where a family knows them, `layer_types`."""
+  window = max(config.windows, default=0) or None
+  kinds = [KINDS[w > 0] for w in config.windows or [0] * config.layers]
+  return {"sliding_window": window} | ({"layer_types": kinds} if typed else {})
+
+
+def norms(config: ModelConfig) -> dict[str, str]:
+  """Names on disk and here of the norms of a layer's stream."""
+  if not config.post_norms:
+    return {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+  after = {
+    "post_attention_layernorm": "attention_post_norm",
+    "post_feedforward_layernorm": "mlp_post_norm",
+  }
+  if not config.pre_norms:
+    return after
+  return {"input_layernorm": "attention_norm", "pre_feedforward_layernorm": "mlp_norm"} | after
+
+
+ATTENTION = {
+  "self_attn.q_proj": ("query",),
+  "self_attn.k_proj": ("key",),
+  "self_attn.v_proj": ("value",),
+  "self_attn.o_proj": ("out",),
+}
+MLP = {"mlp.gate_proj": ("gate",), "mlp.up_proj": ("up",), "mlp.down_proj": ("down",)}
+
+
+def tensors(config: ModelConfig, linear: dict[str, tuple[str, ...]] | None = None) -> list[Tensor]:
+  """Every tensor on disk.
+
+  Args:
+    config: of the model.
+    linear: names on disk of a layer's linear maps, each with those that it joins here; without,
+      those of Llama.
+  """
+  biased = {"query": config.qkv_bias, "key": config.qkv_bias, "value": config.qkv_bias}
+  biased |= {"out": config.out_bias}
+  found = [Tensor("model.embed_tokens.weight", ("embed.embedding",))]
+  for name, leaves in (linear or ATTENTION | MLP).items():
+    kernels = tuple(f"layers.{leaf}.kernel" for leaf in leaves)
+    found.append(Tensor(f"model.layers.{{}}.{name}.weight", kernels, True))
+    if biased.get(leaves[0], config.mlp_bias):
+      biases = tuple(f"layers.{leaf}.bias" for leaf in leaves)
+      found.append(Tensor(f"model.layers.{{}}.{name}.bias", biases))
+  scales = norms(config)
+  if config.qk_norm:
+    scales |= {"self_attn.q_norm": "query_norm", "self_attn.k_norm": "key_norm"}
+  for name, leaf in scales.items():
+    found.append(Tensor(f"model.layers.{{}}.{name}.weight", (f"layers.{leaf}.scale",)))
+  found.append(Tensor("model.norm.weight", ("final_norm.scale",)))
+  return found + head(config)

@@ -1,0 +1,133 @@
+"""Gemma 1, 2 and 3 (text): scaled embeddings, norms of scale 1 + w, caps, alternating windows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from dpo_jax.model.config import ModelConfig
+from dpo_jax.model.families.common import (
+  KINDS,
+  read_common,
+  read_windows,
+  write_common,
+  write_windows,
+)
+from dpo_jax.model.families.fields import Fields, activation_name
+from dpo_jax.model.families.rope import read_table
+from dpo_jax.structs import UserError
+
+
+def _read(fields: Fields, **defaults: Any) -> dict[str, Any]:
+  """What the three have in common."""
+  bias = bool(fields.get("attention_bias", False))
+  found = read_common(fields, head_dim=256, tie_word_embeddings=True, **defaults)
+  # One name in Gemma 1, the other since; "gelu" was written where the approximate form was meant.
+  act = fields.get("hidden_activation") or fields.get("hidden_act", "gelu_pytorch_tanh")
+  if act == "gelu":
+    raise UserError(
+      "config.json: activation 'gelu' is ambiguous for Gemma; write gelu_pytorch_tanh, which the"
+      " released models were trained with, as hidden_activation"
+    )
+  if fields.get("use_bidirectional_attention", False):
+    raise UserError(
+      "config.json: use_bidirectional_attention = True is not supported; use a causal model"
+    )
+  return found | {
+    "activation": fields.activation("hidden_activation", act),
+    "qkv_bias": bias,
+    "out_bias": bias,
+    "norm_offset": 1.0,
+    "embed_scale": math.sqrt(found["width"]),
+  }
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+  return write_common(config) | {"attention_bias": config.qkv_bias}
+
+
+def read_gemma(fields: Fields) -> ModelConfig:
+  return ModelConfig(**_read(fields))
+
+
+def write_gemma(config: ModelConfig) -> dict[str, Any]:
+  return _write(config)
+
+
+def _capped(fields: Fields) -> dict[str, Any]:
+  """What Gemma 2 and 3 have in common besides."""
+  return {
+    "attention_scale": fields.number("query_pre_attn_scalar", 256) ** -0.5,
+    "attention_cap": fields.number("attn_logit_softcapping", 0.0),
+    "logit_cap": fields.number("final_logit_softcapping", 0.0),
+    "post_norms": True,
+  }
+
+
+def _write_capped(config: ModelConfig) -> dict[str, Any]:
+  fields = _write(config) | {
+    # A whole number in every released model.
+    "query_pre_attn_scalar": _whole(config.attention_scale**-2),
+    "attn_logit_softcapping": config.attention_cap or None,
+    "final_logit_softcapping": config.logit_cap or None,
+    "hidden_activation": activation_name(config),
+  }
+  del fields["hidden_act"]
+  return fields | write_windows(config, typed=True)
+
+
+def _whole(x: float) -> float | int:
+  return round(x) if math.isclose(x, round(x), rel_tol=1e-9) else x
+
+
+def read_gemma2(fields: Fields) -> ModelConfig:
+  # Released models cap both; a file that says nothing means so too.
+  fields.fields.setdefault("attn_logit_softcapping", 50.0)
+  fields.fields.setdefault("final_logit_softcapping", 30.0)
+  fields.fields.setdefault("sliding_window", 4096)
+  sliding = [layer % 2 == 0 for layer in range(fields.size("num_hidden_layers"))]
+  own = _capped(fields) | {"windows": read_windows(fields, sliding=sliding)}
+  return ModelConfig(**_read(fields) | own)
+
+
+def write_gemma2(config: ModelConfig) -> dict[str, Any]:
+  return _write_capped(config)
+
+
+def read_gemma3(fields: Fields) -> ModelConfig:
+  every = fields.size("sliding_window_pattern", fields.size("_sliding_window_pattern", 6))
+  fields.fields.setdefault("sliding_window", 4096)
+  sliding = [(layer + 1) % every != 0 for layer in range(fields.size("num_hidden_layers"))]
+  windows = read_windows(fields, sliding=sliding)
+  names = tuple("local" if window else "main" for window in windows)
+  local = fields.number("rope_local_base_freq", 10000.0)
+  own = _capped(fields) | {
+    "windows": windows,
+    "qk_norm": "head",
+    "local_theta": local,
+    "rotary_layers": names if "local" in names else (),
+  }
+  tables = fields.get("rope_parameters", {})
+  if not set(tables) & set(KINDS):
+    return ModelConfig(**_read(fields, rope_theta=1e6) | own)
+  return ModelConfig(**_by_kind(fields, tables) | own)
+
+
+def _by_kind(fields: Fields, tables: dict[str, Any]) -> dict[str, Any]:
+  """`rope_parameters` as newer releases write them, an object for either kind of layer."""
+  plain = Fields({k: v for k, v in fields.fields.items() if k != "rope_parameters"})
+  found = _read(plain, rope_theta=1e6)
+  fields.read |= plain.read
+  full, sliding = (tables.get(kind) or {} for kind in KINDS)
+  found |= read_table(dict(full), fields, found["head_width"], found["rope_theta"])
+  local = read_table(dict(sliding), fields, found["head_width"], 10000.0)
+  if local["rope_scaling"] is not None:
+    raise UserError(
+      "config.json: rope_parameters stretch sliding_attention, which is not supported; use a model"
+      " that stretches full_attention alone"
+    )
+  return found | {"local_theta": local["rope_theta"]}
+
+
+def write_gemma3(config: ModelConfig) -> dict[str, Any]:
+  return _write_capped(config) | {"rope_local_base_freq": config.local_theta}
