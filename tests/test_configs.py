@@ -6,7 +6,7 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
-from configs import controlled, preferences
+from configs import controlled, llama_1b, llama_8b, preferences, qwen_0_5b
 from dpo_jax import defaults, losses
 from dpo_jax.structs import UserError
 
@@ -15,6 +15,9 @@ ALL = {
   "controlled:sft": controlled.get_config("sft"),
   "controlled:dpo": controlled.get_config("dpo"),
   "preferences": preferences.get_config(),
+  "qwen_0_5b": qwen_0_5b.get_config(),
+  "llama_1b": llama_1b.get_config(),
+  "llama_8b:lora": llama_8b.get_config("lora"),
 }
 
 

@@ -201,12 +201,11 @@ def trajectory(mode, devices, accumulate=1, dropout=0.3):
   parallel.assert_separate(state, frozen)
   fn = functools.partial(step.train_step, objective=objective(dropout=dropout), tx=TX)
   take, losses_ = executor.compile_step(fn), []
-  for index in range(3):
-    pairs = tiny.pairs(8, seed=index)
-    size = len(pairs) // accumulate
-    batch = layout.collate_many(
-      [pairs[i : i + size] for i in range(0, 8, size)], row_length=24, groups=executor.groups
-    )
+  pairs, size = tiny.pairs(8), 8 // accumulate
+  batch = layout.collate_many(
+    [pairs[i : i + size] for i in range(0, 8, size)], row_length=24, groups=executor.groups
+  )
+  for _ in range(3):
     state, means = take(state, frozen, executor.place_batch(batch))
     losses_.append(executor.metrics_to_host(means)["loss"])
   same(executor.fetch(frozen)["params"], base()["params"])
@@ -215,7 +214,7 @@ def trajectory(mode, devices, accumulate=1, dropout=0.3):
 
 def test_topology_changes_nothing_dropout_included():
   state, losses_ = trajectory("mesh", 1)
-  for mode, devices, accumulate in (("pmap", 4, 1), ("mesh", 2, 2)):
+  for mode, devices, accumulate in (("pmap", 2, 1), ("mesh", 2, 2)):
     other, found = trajectory(mode, devices, accumulate)
     near(other.params, state.params)
     np.testing.assert_allclose(found, losses_, rtol=1e-4)
