@@ -267,6 +267,10 @@ def describe_model(
   if section.scratch and not section.tokenizer:
     raise UserError("model.tokenizer is empty; a model trained from scratch needs its folder")
   tokenizer = chat.load_tokenizer(section.tokenizer or section.path)
+  if section.path and adapters.holds_one(section.path):
+    raise UserError(
+      f"model.path={section.path} is an adapter; name its base by model.path, itself by lora.path"
+    )
   if section.path:
     model_config = hf.read_config(section.path)
   else:

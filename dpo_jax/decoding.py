@@ -70,7 +70,7 @@ class State(NamedTuple):
   """R = N * S answers under way.
 
   Attributes:
-    cache: of all tokens but the last, and full.
+    cache: of all tokens but the last.
     token_R: the last token of each.
     position_R: its position.
     keys_R: of the random numbers.
@@ -110,12 +110,26 @@ def read(
   return _each(mesh, rows, specs(mesh)[0] if mesh else None)(params, knobs, batch)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "mesh", "tokens"))
+@functools.partial(jax.jit, static_argnames=("columns", "tokens", "plan", "mesh"))
 def write(
-  params: PyTree, knobs: Knobs, state: State, *, tokens: int, plan: Plan, mesh: Mesh | None = None
+  params: PyTree,
+  knobs: Knobs,
+  state: State,
+  *,
+  columns: int,
+  tokens: int,
+  plan: Plan,
+  mesh: Mesh | None = None,
 ) -> tuple[State, Array]:
-  """The state some tokens later, and the tokens, -1 beyond the end of an answer: [R, tokens]."""
-  rows = functools.partial(_write_rows, plan, tokens)
+  """The state some tokens later, and the tokens, -1 beyond the end of an answer: [R, tokens].
+
+  Args:
+    params, knobs, state: of the batch so far.
+    columns: of the cache from here on, with room for these tokens.
+    tokens: to write, of answers that do not end before.
+    plan, mesh: as in `read`.
+  """
+  rows = functools.partial(_write_rows, plan, columns, tokens)
   return _each(mesh, rows, specs(mesh)[1] if mesh else None)(params, knobs, state)
 
 
@@ -156,11 +170,10 @@ def _read_rows(plan: Plan, params: PyTree, knobs: Knobs, batch: Batch) -> tuple[
 
 
 def _write_rows(
-  plan: Plan, tokens: int, params: PyTree, knobs: Knobs, state: State
+  plan: Plan, columns: int, tokens: int, params: PyTree, knobs: Knobs, state: State
 ) -> tuple[State, Array]:
-  columns, first = state.cache.tokens.pair_NL.shape[1], state.step
-  full = state.cache._replace(filled=jnp.asarray(columns))
-  state = state._replace(cache=caches.widen(full, columns + tokens))
+  first, filled = state.step, state.cache.filled
+  state = state._replace(cache=caches.widen(state.cache, columns))
   out_RT = jnp.full((len(state.token_R), tokens), -1, jnp.int32)
 
   def going_on(carry) -> Array:
@@ -181,7 +194,7 @@ def _write_rows(
 
   state, out_RT = jax.lax.while_loop(going_on, advance, (state, out_RT))
   # Devices leave the loop apart; one that leaves early has no answer left that would read these.
-  cache = state.cache._replace(filled=jnp.asarray(columns + tokens))
+  cache = state.cache._replace(filled=filled + tokens)
   return state._replace(cache=cache, step=first + tokens), out_RT
 
 

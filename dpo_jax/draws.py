@@ -21,7 +21,7 @@ from dpo_jax import rewards, sampling
 from dpo_jax.data import chat, pipeline, sources
 from dpo_jax.data.forms import Conversation
 from dpo_jax.data.layout import Example
-from dpo_jax.model import hf
+from dpo_jax.model import adapters
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, UserError
 
@@ -37,17 +37,17 @@ class LanguageModel(NamedTuple):
 def describe(
   path: str | pathlib.Path, *, template_arguments: Mapping[str, Any] | None = None
 ) -> tuple[ModelConfig, chat.Tokenizer]:
-  """Model and tokenizer of a folder without its weights, as `load` takes them."""
+  """Model and tokenizer of a folder, or adapter, without its weights, as `load` takes them."""
   tokenizer = chat.load_tokenizer(path, template_arguments=template_arguments)
-  config = hf.read_config(path)
+  config = adapters.read_config(path)
   pipeline.check_vocabulary(tokenizer, config.vocab)
   return config, tokenizer
 
 
 def load(path: str | pathlib.Path) -> LanguageModel:
-  """Model and tokenizer of a folder, in float32."""
+  """Model and tokenizer of a folder, in float32; an adapter is merged into its base."""
   _, tokenizer = describe(path)
-  config, params = hf.load(path)
+  config, params = adapters.load_model(path)
   return LanguageModel(config, jax.device_put(params), tokenizer)
 
 

@@ -186,7 +186,8 @@ def _answer(
   state, out_RT = decoding.read(params, knobs, placed, **setting)
   out_RT = np.asarray(out_RT)
   for tokens in _growth(max_tokens):
-    state, more_RT = decoding.write(params, knobs, state, tokens=tokens, **setting)
+    columns = batch.ids_NL.shape[1] + out_RT.shape[1] + tokens
+    state, more_RT = decoding.write(params, knobs, state, columns=columns, tokens=tokens, **setting)
     out_RT = np.concatenate([out_RT, more_RT], axis=1)
     done_R = np.array(state.done_R)
     if ends is not None:

@@ -45,7 +45,7 @@ OUT = flags.DEFINE_string("out", "", "file to write the samples to, instead of p
 
 def main(_):
   from dpo_jax import draws, parallel, sampling
-  from dpo_jax.model import hf
+  from dpo_jax.model import adapters
   from dpo_jax.structs import UserError
 
   knobs = {
@@ -84,7 +84,7 @@ def main(_):
     tokenizer, draws.eos_ids(config, tokenizer), _stop_ids(config.vocab), STOP.value
   )
 
-  _, params = hf.load(MODEL.value)
+  _, params = adapters.load_model(MODEL.value)
   answers = sampling.generate(
     config,
     parallel.Executor().place(params),

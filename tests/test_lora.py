@@ -111,11 +111,10 @@ def test_merged_weights_compute_the_same(config):
   same(policy["params"], base(config)["params"])  # merging leaves its argument alone
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_gradients_are_those_of_the_merged_weights_by_the_chain_rule(remat):
+def test_gradients_are_those_of_the_merged_weights_by_the_chain_rule():
   """W' = W + s a b, so da = s dW' b^T and db = s a^T dW', in every layer of the scan."""
   s, params, own = SETTINGS.scale, base(), moved()
-  logps_fn = logprobs.make_logps_fn(transformer.build(LLAMA, remat=remat))
+  logps_fn = logprobs.make_logps_fn(transformer.build(LLAMA, remat="full"))
   total = lambda tree: (logps_fn(tree, batch_of()) * jnp.arange(1.0, 3.0)).sum()
   found = jax.grad(lambda own: total(lora.attach(params, own, s)))(own)
   slope = jax.grad(total)(lora.merge(lora.attach(params, own, s)))["params"]["layers"]
@@ -163,6 +162,27 @@ def test_dropout_goes_by_the_data_row_and_needs_a_key():
   plain, other = by_row(batch_of()), by_row(batch_of(), jax.random.key(6))
   near(plain, by_row(batch_of(name="padded")))
   assert all(abs(shared[k] - plain[k]) > 1e-4 and shared[k] != other[k] for k in shared)
+
+
+def test_codes_tell_tokens_apart_and_steps_have_masks_of_their_own():
+  batch = batch_of(8)
+  row_NL = np.take_along_axis(batch.row_NS, batch.slot_NL, axis=1)
+  places = set(zip(row_NL.flat, batch.branch_NL.flat, batch.position_NL.flat, strict=True))
+  codes_NL = np.asarray(transformer.token_codes(jax.random.key(0), batch))
+  assert len(np.unique(codes_NL)) == len(places) > 60
+
+  noise = lambda key: 0.0 if key is None else jax.random.normal(key)
+  logps_fn = lambda params, batch, key=None: (
+    params["x"] * noise(key) * jnp.arange(2.0) * batch.weight_NS
+  )
+  made = step.Objective(logps_fn, losses.resolve("sigmoid"), dropout_seed=0)
+  state = step.init_state({"x": jnp.ones(())}, TX)
+  stacked = layout.collate_many([tiny.pairs(1)], row_length=24)
+  loss = lambda state: step.train_step(state, {"x": jnp.ones(())}, stacked, objective=made, tx=TX)[
+    1
+  ]["loss"]
+  losses_ = [float(jax.jit(loss)(state._replace(step=jnp.int32(i)))) for i in (0, 0, 1)]
+  assert losses_[0] == losses_[1] != losses_[2]
 
 
 def test_without_dropout_the_program_is_the_same():
@@ -428,6 +448,22 @@ def test_a_run_leaves_an_adapter_and_checkpoints_of_adapters_only(task, straight
   assert adapters.read_settings(straight / "export")[1] == str((task / "base").resolve())
 
 
+def test_commands_take_an_adapter_where_they_take_a_model(task, straight):
+  """As its base with the adapter merged; training wants the two by name."""
+  config, params = adapters.load_model(straight / "export")
+  assert config == adapters.read_config(straight / "export") == hf.read_config(task / "base")
+  settings, own = adapters.load(straight / "export", config)
+  same(params, lora.merge(lora.attach({"params": base_of(task)}, own, settings.scale)))
+  same(adapters.load_model(task / "base")[1]["params"], base_of(task))
+  with pytest.raises(UserError, match=r"is an adapter; name its base by model\.path, itself"):
+    train.execute(configured(task, **{"model.path": str(straight / "export")}), task / "never")
+
+
+def test_an_adapter_whose_base_has_gone_says_where_to_write_it(tmp_path):
+  with pytest.raises(UserError, match="adapter of models/base, which is no model folder here"):
+    adapters.load_model(spoil(tmp_path / "a"))
+
+
 def test_resumed_is_straight_to_the_bit(task, straight):
   import shutil
 
@@ -440,7 +476,7 @@ def test_resumed_is_straight_to_the_bit(task, straight):
   assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-@pytest.mark.parametrize("mode", parallel.MODES)
+@pytest.mark.parametrize("mode", ["pmap", pytest.param("mesh", marks=pytest.mark.slow)])
 def test_going_on_from_an_adapter_keeps_it_in_the_reference(task, straight, mode, capsys):
   changes = {"parallel.mode": mode, "data.eval_fraction": 0.0}
   config = configured(task, **changes, **{"lora.rank": 0, "lora.target": "all-linear"})
@@ -462,7 +498,7 @@ def base_of(task):
   return hf.load(task / "base")[1]["params"]
 
 
-@pytest.mark.parametrize("mode", parallel.MODES)
+@pytest.mark.parametrize("mode", ["mesh", pytest.param("pmap", marks=pytest.mark.slow)])
 def test_the_reference_is_the_base_and_no_second_copy(task, tmp_path, mode, monkeypatch):
   """Bytes on device at every step: with adapters one model, without them policy and reference."""
   held = []

@@ -31,6 +31,21 @@ MODELS = {
       initializer_range=0.2,
     )
   ),
+  # Query, key and value in one tensor, gate and up in another.
+  "phi3": lambda: transformers.Phi3ForCausalLM(
+    transformers.Phi3Config(
+      vocab_size=VOCAB,
+      hidden_size=32,
+      num_hidden_layers=2,
+      num_attention_heads=4,
+      num_key_value_heads=2,
+      intermediate_size=48,
+      initializer_range=0.2,
+      bos_token_id=1,
+      eos_token_id=2,
+      pad_token_id=0,
+    )
+  ),
   "gpt2": lambda: transformers.GPT2LMHeadModel(
     transformers.GPT2Config(
       vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=32, initializer_range=0.2
@@ -105,7 +120,7 @@ def test_peft_loads_what_is_written_here(folder, tmp_path, target, rs):
 def test_what_peft_writes_is_read_here(folder, tmp_path, rs):
   torch.manual_seed(2)
   base = transformers.AutoModelForCausalLM.from_pretrained(folder)
-  last = "down_proj" if "llama" in folder.name else "c_fc"
+  last = "c_fc" if "gpt2" in folder.name else "down_proj"
   given = peft.LoraConfig(
     r=4,
     lora_alpha=6,

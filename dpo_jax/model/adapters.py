@@ -125,6 +125,7 @@ def _to_peft(
   settings, held = about.settings, lora.flat(jax.device_get(adapters))
   maps, known = lora.linear_maps(config), _modules(config)
   arrays, targets, ranks, alphas, split = {}, [], {}, {}, []
+  plain = lambda x: int(x) if x == int(x) else x  # some readers want whole numbers where they are
   for module in known:
     own = [path for path in module.paths if path in held]
     if not own:
@@ -135,7 +136,7 @@ def _to_peft(
     if rank != settings.rank:
       more = rank / settings.rank
       ranks[short] = rank
-      alphas[short] = settings.alpha * (math.sqrt(more) if settings.rs else more)
+      alphas[short] = plain(settings.alpha * (math.sqrt(more) if settings.rs else more))
     if len(module.paths) > 1:
       split += own
     a_layers = np.concatenate([held[path]["lora_a"] for path in own], axis=-1)
@@ -149,7 +150,7 @@ def _to_peft(
     "task_type": "CAUSAL_LM",
     "base_model_name_or_path": about.base,
     "r": settings.rank,
-    "lora_alpha": settings.alpha,
+    "lora_alpha": plain(settings.alpha),
     "use_rslora": settings.rs,
     "lora_dropout": settings.dropout,
     "target_modules": targets,
@@ -301,6 +302,35 @@ def load(path: str | pathlib.Path, config: ModelConfig) -> tuple[LoRA, PyTree]:
   if not tree:
     raise UserError(f"{path / WEIGHTS} holds no adapter; copy or train it again")
   return settings, tree
+
+
+def read_config(path: str | pathlib.Path) -> ModelConfig:
+  """Of the model in a folder, or of the base that an adapter's folder names."""
+  return hf.read_config(_base_of(path) if holds_one(path) else path)
+
+
+def load_model(path: str | pathlib.Path) -> tuple[ModelConfig, PyTree]:
+  """`hf.load` of a model's folder; of an adapter's, its base with the adapter merged.
+
+  Raises:
+    UserError: as `load` and `hf.load`, or the base is not where the adapter says.
+  """
+  if not holds_one(path):
+    return hf.load(path)
+  config, params = hf.load(_base_of(path))
+  check_base(path, mark_of(params))
+  settings, own = load(path, config)
+  return config, lora.merge(lora.attach(params, own, settings.scale))
+
+
+def _base_of(path: str | pathlib.Path) -> pathlib.Path:
+  base = pathlib.Path(read_settings(path)[1])
+  if not (base / "config.json").is_file():
+    raise UserError(
+      f"{path} is an adapter of {base}, which is no model folder here; set base_model_name_or_path"
+      f" in its {CONFIG} to where that model lies"
+    )
+  return base
 
 
 def _read_tensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
