@@ -60,6 +60,8 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
   _check_divides(config.train.batch_size, config.train.accumulate, executor.groups)
 
   model_config, tokenizer = describe_model(config.model)
+  for path in filter(None, (config.model.path, config.reference.path)):
+    hf.check(path)
   start = None if settings is None else _start(config, model_config, settings)
   model = transformer.build(
     model_config,

@@ -15,8 +15,6 @@ import json
 import math
 import pathlib
 import re
-import shutil
-import tempfile
 from typing import Any, NamedTuple
 
 import jax
@@ -98,24 +96,12 @@ def save(
     about: what else the folder says.
     source: folder whose tokenizer is copied untouched.
   """
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-  new = scratch / "new"
-  try:
-    new.mkdir()
-    arrays, fields, split = _to_peft(config, adapters, about)
+  arrays, fields, split = _to_peft(config, adapters, about)
+  with hf.replacing(path) as new:
     (new / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
-    for name in hf.COMPANIONS:
-      if source is not None and (pathlib.Path(source) / name).is_file():
-        shutil.copyfile(pathlib.Path(source) / name, new / name)
+    hf.copy_companions(None if source is None else pathlib.Path(source), new)
     entries = [Entry(name, x.shape, x.dtype, lambda x=x: x) for name, x in sorted(arrays.items())]
     write_file(new / WEIGHTS, entries, base=about.mark, split=",".join(split))
-    if path.exists():
-      path.rename(scratch / "old")
-    new.rename(path)
-  finally:
-    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _to_peft(
