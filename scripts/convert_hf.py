@@ -41,7 +41,9 @@ def main(_):
   model = ConfigDict(fields["model"])
   given = {"path": "", "rank": 0} | fields.get("lora", {})
   start = given.pop("path")
-  settings = adapters.read_settings(start)[0] if start else lora.LoRA(**given)
+  # A finished run's export says what its adapters are, wherever the one it started from has gone.
+  known = workdir / "export" if adapters.holds_one(workdir / "export") else start
+  settings = adapters.read_settings(known)[0] if start else lora.LoRA(**given)
   if MERGE.value and not settings.rank:
     raise UserError(f"--merge_lora: {workdir} trained the model itself; leave the flag out")
   model_config, _ = build.describe_model(model)

@@ -124,7 +124,7 @@ def _stop_ids(vocab: int) -> tuple[int, ...]:
   from dpo_jax.structs import UserError
 
   for text in STOP_IDS.value:
-    if not text.isdecimal() or int(text) >= vocab:
+    if not (text.isascii() and text.isdecimal()) or int(text) >= vocab:
       raise UserError(f"--stop_ids names {text!r}; the model's ids go from 0 to {vocab - 1}")
   return tuple(map(int, STOP_IDS.value))
 

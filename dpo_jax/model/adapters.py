@@ -197,6 +197,8 @@ def read_settings(path: str | pathlib.Path) -> tuple[LoRA, str]:
     UserError: no adapter folder, or one of a kind that would not be honoured.
   """
   path = pathlib.Path(path)
+  if not path.is_dir():
+    raise UserError(f"adapter folder {path} does not exist; name a folder that PEFT or a run wrote")
   if not holds_one(path):
     raise UserError(f"{path} has no {CONFIG}; name a folder that PEFT or a run has written")
   fields = read_json(path / CONFIG)
