@@ -107,6 +107,7 @@ def test_the_step_descends_the_loss_and_the_balance():
   assert CONFIG.experts.chosen < metrics["router/balance"] < CONFIG.experts.count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "devices"), [("mesh", 4), ("pmap", 4)])
 def test_every_topology_takes_the_same_step(mode, devices):
   expected, metrics = one_step(batch_of(2, 4), 0.5)

@@ -55,7 +55,6 @@ def one_device(name):
   [
     ("mesh", 8, 1, "sigmoid"),
     ("pmap", 8, 1, "sigmoid"),
-    ("pmap", 4, 2, "sigmoid"),
     # Sorted or pooled over the global batch.
     ("pmap", 4, 2, "aot"),
     ("mesh", 4, 2, "kto"),
@@ -64,6 +63,7 @@ def one_device(name):
       for case in (
         ("pmap", 1, 1, "sigmoid"),
         ("mesh", 4, 2, "sigmoid"),
+        ("pmap", 4, 2, "sigmoid"),
         ("mesh", 4, 2, "aot"),
         ("pmap", 4, 1, "kto"),
       )
