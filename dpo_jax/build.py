@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
 from dpo_jax import feeds, logprobs, losses, optim, parallel, step
@@ -46,9 +47,9 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
   """Everything a run needs, cheap checks first.
 
   Returns:
-    The run, what is trained as it starts (the policy's parameters, or its adapters), what stays
-    frozen (the reference's; None if the loss reads none and nothing is adapted), both on host, and
-    the ledger of the data.
+    The run; what is trained as it starts (the policy's parameters, or its adapters) and what stays
+    frozen (the reference's; None if the loss reads none and nothing is adapted), for
+    `Executor.place` to take, no array in both; and the ledger of the data.
   """
   given = {k: v for k, v in config.loss.items() if k != "name" and v is not None}
   loss = losses.resolve(config.loss.name, **given)
@@ -84,14 +85,16 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     balance=_balance(config.train.router_balance, model_config),
     sync=sync,
   )
-  trained, frozen = _load_params(config, model_config, loss.needs_reference)
-  adapter = None
+  trained = _load(config, model_config, executor.home)
+  frozen, adapter = None, None
   if settings:
     objective = objective._replace(
       policy=lambda trained, frozen: lora.attach(frozen, trained, settings.scale),
       dropout_seed=config.seed if settings.dropout else None,
     )
     trained, frozen, adapter = _adapted(config, settings, start, trained)
+  elif loss.needs_reference:
+    frozen = _reference(config, model_config, executor.home, trained)
   run = Run(
     workdir=workdir,
     config=config,
@@ -283,22 +286,24 @@ def describe_model(
   return model_config, tokenizer
 
 
-def _load_params(config, model_config, needs_reference) -> tuple[PyTree, PyTree | None]:
-  """Initial parameters of policy and reference, on host, each in its own dtype."""
+def _load(config: ConfigDict, model_config: ModelConfig, home: Sharding) -> PyTree:
+  """Initial parameters of the policy: on the devices as they are read, or on host if just made."""
+  dtype = config.model.param_dtype
   if config.model.path:
-    _, params = hf.load(config.model.path)
-  else:
-    params = transformer.init_params(model_config, config.seed)
-  # Rounded before the reference is taken from it: both start from the very same numbers.
-  params = _cast(params, config.model.param_dtype)
-  reference = None
-  if needs_reference:
-    reference = params
-    if config.reference.path:
-      other, reference = hf.load(config.reference.path)
-      _check_alike(other, model_config, config.reference.path)
-    reference = _cast(reference, config.reference.param_dtype)
-  return params, reference
+    return hf.load(config.model.path, dtype=dtype, shardings=home)[1]
+  return _copied(transformer.init_params(model_config, config.seed), dtype)
+
+
+def _reference(
+  config: ConfigDict, model_config: ModelConfig, home: Sharding, policy: PyTree
+) -> PyTree:
+  """Parameters of the reference, in their own type and in buffers of their own."""
+  path, dtype = config.reference.path, config.reference.param_dtype
+  if not path:
+    # Of the policy's numbers as it holds them: both start from the very same.
+    return _copied(policy, dtype)
+  _check_alike(hf.read_config(path), model_config, path)
+  return hf.load(path, dtype=dtype, shardings=home)[1]
 
 
 def _check_alike(reference, policy, path: str) -> None:
@@ -312,5 +317,8 @@ def _check_alike(reference, policy, path: str) -> None:
       )
 
 
-def _cast(params: PyTree, dtype: str) -> PyTree:
-  return jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), params)
+def _copied(params: PyTree, dtype: str) -> PyTree:
+  """In another type, where they are; arrays on devices never share a buffer with the old ones."""
+  on_device = jax.jit(lambda x: jnp.copy(x.astype(dtype)))
+  on_host = lambda x: np.asarray(x, jnp.dtype(dtype))
+  return jax.tree.map(lambda x: (on_device if isinstance(x, jax.Array) else on_host)(x), params)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from dpo_jax import rewards, sampling
 from dpo_jax.data import chat, pipeline, sources
@@ -47,8 +48,8 @@ def describe(
 def load(path: str | pathlib.Path) -> LanguageModel:
   """Model and tokenizer of a folder, in float32; an adapter is merged into its base."""
   _, tokenizer = describe(path)
-  config, params = adapters.load_model(path)
-  return LanguageModel(config, jax.device_put(params), tokenizer)
+  here = SingleDeviceSharding(jax.local_devices()[0])
+  return LanguageModel(*adapters.load_model(path, shardings=here), tokenizer)
 
 
 class Drawn(NamedTuple):

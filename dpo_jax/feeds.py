@@ -184,13 +184,15 @@ def _load_prompts(config, tokenizer, model_config):
 Feed = Callable[[int, PyTree], tuple[TokenBatch, dict[str, float]]]
 
 
-def make_feed(config: ConfigDict, material: Material, start: int, params: PyTree) -> Feed:
+def make_feed(
+  config: ConfigDict, material: Material, sizes: packing.Sizes | None, start: int
+) -> Feed:
   """(step, parameters) -> batch and what else is known of it, for the steps after `start` in turn.
 
-  `params` are the initial parameters, also where a run goes on: shapes are chosen by them.
+  `sizes` are those of the sampler for the initial parameters, also where a run goes on; None where
+  nothing is sampled.
   """
   if material.sampler is not None:
-    sizes = material.sampler.sizes(params)
     return lambda step, params: material.sampler.batch(step - 1, params, sizes)
   stream = pipeline.batches(
     material.examples,

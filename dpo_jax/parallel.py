@@ -66,6 +66,7 @@ class Executor:
 
   Attributes:
     groups: shards of a batch; rows, and groups of scored tokens, are divided among them.
+    home: where an array goes that every device holds whole.
   """
 
   def __init__(self, mode: str = "mesh", devices: int = 0):
@@ -76,17 +77,32 @@ class Executor:
     self.groups = len(self.devices)
     mesh = jax.make_mesh((self.groups,), (AXIS,), (AxisType.Auto,), devices=self.devices)
     self._shard = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
+    self.home = self._shard()
 
   # -- placing ---------------------------------------------------------------------------------
 
   def place(self, tree: PyTree) -> PyTree:
-    """A host tree on every device, in fresh buffers; under pmap with a leading device axis."""
-    put = self._put
-    if self.mode == "pmap":
-      put = lambda x: self._put(np.broadcast_to(x, (self.groups, *np.shape(x))), AXIS)
+    """A tree on every device; under pmap with a leading device axis.
+
+    Arrays on host are copied into fresh buffers. Those at `home` are taken over: under pmap, what
+    was given is gone.
+    """
+    return jax.tree.map(self._take_over if self.mode == "mesh" else self._stack, tree)
+
+  def _take_over(self, x: Any) -> jax.Array:
     # device_put may alias host memory, and two trees of one host tree would then share buffers: a
     # compiled copy never does. A leaf at a time, so that only one is held twice.
-    return jax.tree.map(lambda x: _copy(put(np.asarray(x))), tree)
+    return x if isinstance(x, jax.Array) else _copy(self._put(np.asarray(x)))
+
+  def _stack(self, x: Any) -> jax.Array:
+    shape = (self.groups, *np.shape(x))
+    if not isinstance(x, jax.Array):
+      return _copy(self._put(np.broadcast_to(x, shape), AXIS))
+    rows = [jnp.expand_dims(shard.data, 0) for shard in x.addressable_shards]
+    stacked = jax.make_array_from_single_device_arrays(shape, self._shard(AXIS), rows)
+    stacked.block_until_ready()
+    x.delete()
+    return stacked
 
   def _put(self, x: Any, *spec: str | None) -> jax.Array:
     return jax.device_put(x, self._shard(*spec))
@@ -117,7 +133,7 @@ class Executor:
     """fn(params) -> state, both placed; the parameters are donated."""
     if self.mode == "pmap":
       return jax.pmap(fn, AXIS, devices=self.devices, donate_argnums=0)
-    return jax.jit(fn, donate_argnums=0, out_shardings=self._shard())
+    return jax.jit(fn, donate_argnums=0, out_shardings=self.home)
 
   def compile_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
     """step(state, ref_params, batch, axis_name=…) -> (state, metrics), the state donated.
@@ -130,7 +146,7 @@ class Executor:
     return jax.jit(
       functools.partial(step, axis_name=None),
       donate_argnums=0,
-      out_shardings=(self._shard(), self._shard()),
+      out_shardings=(self.home, self.home),
     )
 
   def metrics_to_host(self, metrics: dict[str, jax.Array]) -> dict[str, np.ndarray]:

@@ -65,28 +65,32 @@ def train(run: Run, trained: PyTree, frozen: PyTree | None, claim: Callable[[], 
 
   Args:
     run: the run.
-    trained, frozen: as `build` returns them, on host.
+    trained, frozen: as `build` returns them; taken over, and gone afterwards.
     claim: makes the workdir this run's own; called when nothing but training is left to fail.
 
   Returns:
-    What was trained as it ends, on host.
+    What was trained as it ends: one copy of it, on device.
   """
   directory = run.workdir / "checkpoints"
   start = latest_step(directory) or 0
   init = functools.partial(step.init_state, tx=run.tx, loss=run.objective.loss)
   follows = run.objective.sync is not None  # then it is part of what evolves
   like = jax.eval_shape(init, trained)._replace(reference=frozen if follows else None)
+  sampler = run.material.sampler
+  sizes = sampler and sampler.sizes(run.objective.policy(trained, frozen))
+  feed_after = functools.partial(feeds.make_feed, run.config, run.material, sizes)
   placed = None if frozen is None else run.executor.place(frozen)
-  policy = run.objective.policy(trained, frozen)
-  if not start:
+  if start:
+    # The checkpoint's take their place.
+    jax.tree.map(lambda x: x.delete() if isinstance(x, jax.Array) else None, trained)
+  else:
     state = run.executor.compile_init(init)(run.executor.place(trained))
-    prove(run, state, placed, feeds.make_feed(run.config, run.material, 0, policy))
+    prove(run, state, placed, feed_after(0))
     if follows:
       state = state._replace(reference=placed)
   if follows:
     placed = None
-  feed = feeds.make_feed(run.config, run.material, start, policy)
-  del trained, frozen, policy
+  del trained, frozen
   claim()
   ranks = run.objective.loss.kind in ("pairs", "ranked")
   checkpoints = Checkpoints(
@@ -104,10 +108,10 @@ def train(run: Run, trained: PyTree, frozen: PyTree | None, claim: Callable[[], 
     with Loggers(run.workdir, start_step=start, total_steps=run.steps) as log:
       if start:
         log.say(f"resuming after step {start} of {run.steps}")
-      state = _loop(run, state, placed, feed, start, checkpoints, log)
+      state = _loop(run, state, placed, feed_after(start), start, checkpoints, log)
   finally:
     checkpoints.close()
-  return run.executor.fetch(state.params)
+  return run.executor.single(state.params)
 
 
 def _loop(run, state, frozen, feed, start, checkpoints, log) -> step.TrainState:

@@ -84,10 +84,10 @@ def main(_):
     tokenizer, draws.eos_ids(config, tokenizer), _stop_ids(config.vocab), STOP.value
   )
 
-  _, params = adapters.load_model(MODEL.value)
+  _, params = adapters.load_model(MODEL.value, shardings=parallel.Executor().home)
   answers = sampling.generate(
     config,
-    parallel.Executor().place(params),
+    params,
     prompt_ids,
     eos_ids=(*stops.end_ids, *stops.ids),
     ends=stops.ends if stops.texts else None,

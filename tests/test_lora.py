@@ -534,9 +534,10 @@ def test_the_reference_is_the_base_and_no_second_copy(task, tmp_path, mode, monk
 
 
 def on_device() -> int:
-  """Bytes of all live arrays, on all devices; a buffer that several arrays share counts once."""
-  shards = [shard.data for x in jax.live_arrays() for shard in x.addressable_shards]
-  return sum({x.unsafe_buffer_pointer(): x.nbytes for x in shards if x.size}.values())
+  """Bytes of all live arrays; a buffer that several arrays of a device share counts once."""
+  shards = [shard for x in jax.live_arrays() for shard in x.addressable_shards if shard.data.size]
+  held = {(x.device, x.data.unsafe_buffer_pointer()): x.data.nbytes for x in shards}
+  return sum(held.values())
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 
 from dpo_jax.model import families, hf, lora
@@ -297,18 +298,21 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
   return hf.read_config(_base_of(path) if holds_one(path) else path)
 
 
-def load_model(path: str | pathlib.Path) -> tuple[ModelConfig, PyTree]:
-  """`hf.load` of a model's folder; of an adapter's, its base with the adapter merged.
+def load_model(
+  path: str | pathlib.Path, *, shardings: PyTree | Sharding | None = None
+) -> tuple[ModelConfig, PyTree]:
+  """`hf.load` of a model's folder; of an adapter's, its base with the adapter merged on host.
 
   Raises:
     UserError: as `load` and `hf.load`, or the base is not where the adapter says.
   """
   if not holds_one(path):
-    return hf.load(path)
+    return hf.load(path, shardings=shardings)
   config, params = hf.load(_base_of(path))
   check_base(path, mark_of(params))
   settings, own = load(path, config)
-  return config, lora.merge(lora.attach(params, own, settings.scale))
+  merged = lora.merge(lora.attach(params, own, settings.scale))
+  return config, merged if shardings is None else jax.device_put(merged, shardings)
 
 
 def _base_of(path: str | pathlib.Path) -> pathlib.Path:
