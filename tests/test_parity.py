@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 torch = pytest.importorskip("torch", reason="torch is not installed; see CONTRIBUTING")
 
-from dpo_jax import losses  # noqa: E402
+from dpo_jax import losses, step  # noqa: E402
 from dpo_jax.data import layout  # noqa: E402
 from dpo_jax.logprobs import logits, make_logps_fn  # noqa: E402
 from dpo_jax.model import hf, transformer  # noqa: E402
@@ -105,9 +105,23 @@ def test_the_loss_after_one_step(case, folder_of):
   their_before = their_loss()
   their_before.backward()
   optimizer.step()
+  their_after = their_loss().item()
+  print(f"\n{case}: loss {before:.4f} to {after:.4f}, error {abs(after - their_after):.1e}")
   assert abs(before - after) > 1e-3  # the step did something
   np.testing.assert_allclose(before, their_before.item(), atol=1e-5)
-  np.testing.assert_allclose(after, their_loss().item(), atol=1e-4)
+  np.testing.assert_allclose(after, their_after, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", [case for case in cases.CASES if "moe" in case or "mix" in case])
+def test_the_balance_over_experts(case, folder_of):
+  """The term that spreads tokens is transformers' `aux_loss`, over all layers together."""
+  model, _ = theirs.load(folder_of(case))
+  config, params = hf.load(folder_of(case))
+  _, routing = transformer.build(config).routed(params, whole_rows(cases.IDS_NL))
+  _, sums = step._balance(routing, weight=1.0)
+  with torch.no_grad():
+    expected = model(torch.tensor(cases.IDS_NL), output_router_logits=True).aux_loss
+  np.testing.assert_allclose(sums["router/balance"][0], expected.item(), rtol=1e-5)
 
 
 @CASES
