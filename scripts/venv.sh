@@ -29,11 +29,10 @@ find_python() {
   return 1
 }
 
-# A word that changes when the requirements of FILE do, those it includes by -r too.
-digest_of() {
-  local included
-  included=$(sed -n 's/^-r *//p' "$1")
-  cat "$1" ${included:+"$included"} | cksum | tr ' ' -
+# A requirements file and those that it includes by -r, one after the other.
+whole() {
+  cat "$1"
+  sed -n 's/^-r *//p' "$1" | while read -r included; do whole "$included"; done
 }
 
 use_venv() {
@@ -47,7 +46,7 @@ use_venv() {
   "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "$venv holds $("$venv/bin/python" --version), and 3.11 is needed; remove it and try again"
 
-  digest=$(digest_of "$requirements")
+  digest=$(whole "$requirements" | cksum | tr ' ' -) # changes when any of them does
   stamp=$venv/installed-$requirements
   if [ "$(cat "$stamp" 2>/dev/null)" != "$digest" ]; then
     say "Installing $requirements into $venv (minutes, the first time)"
