@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from dpo_jax.logprobs import logits
@@ -32,6 +33,13 @@ class Knobs(NamedTuple):
   top_k: Array
   top_p: Array
   min_p: Array
+
+
+def knobs(seed: int, temperature: float, top_k: int, top_p: float, min_p: float) -> Knobs:
+  """Those of `sampling.generate`, as arrays; greedy decoding reads no temperature."""
+  words = np.array([seed >> 32, seed % 2**32], np.uint32)
+  numbers = map(jnp.asarray, (temperature or 1.0, top_k, top_p, min_p))
+  return Knobs(jnp.asarray(words), *numbers)
 
 
 class Plan(NamedTuple):

@@ -5,7 +5,9 @@ Pairs show how likely the policy finds given answers; only its own samples show 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -74,41 +76,44 @@ def make_probe(
     "row_length": max(map(len, prompts)) + max_tokens,
     "sizes": layout.Sizes(rows=size, rows_step=size, scored=max_tokens, slots=1),
   }
-  forward = jax.jit(logps_fn)
-
-  def score(params: PyTree, drawn: Sequence[Example]) -> np.ndarray:
-    parts = [drawn[i : i + size] for i in range(0, len(drawn), size)]
-    found = [forward(params, layout.collate(part, **rows))[: len(part), 0] for part in parts]
-    return np.concatenate(found).astype(np.float64)
+  score = functools.partial(_score, jax.jit(logps_fn), rows)
+  answer = functools.partial(
+    sampling.generate,
+    config,
+    prompts=prompts,
+    max_tokens=max_tokens,
+    seed=seed,
+    eos_ids=eos_ids,
+    batch_size=batch_size,
+    dtype=dtype,
+  )
 
   def probe(params: PyTree, reference: PyTree | None) -> dict[str, float]:
     # One device is enough, and a tree that several hold would make all of them do the same.
     here = jax.local_devices()[0]
     params, reference = jax.device_put((params, reference), here)
-    answers = [
-      ids
-      for (ids,) in sampling.generate(
-        config,
-        params,
-        prompts,
-        max_tokens=max_tokens,
-        seed=seed,
-        eos_ids=eos_ids,
-        batch_size=batch_size,
-        dtype=dtype,
-      )
-    ]
+    answers = [ids for (ids,) in answer(params)]
     array = lambda ids: np.asarray(ids, np.int32)
     drawn = [Example(array(x), (array(y),)) for x, y in zip(prompts, answers, strict=True)]
-    policy_B = score(params, drawn)
+    policy_B, tokens = score(params, drawn), sum(map(len, answers))
     found = {}
     if reference is not None:
       ratio_B = policy_B - score(reference, drawn)
-      found = {"kl": ratio_B.mean(), "kl_per_token": ratio_B.sum() / sum(map(len, answers))}
-    found |= text_facts(answers, eos_ids) | {"entropy": -policy_B.sum() / sum(map(len, answers))}
+      found = {"kl": ratio_B.mean(), "kl_per_token": ratio_B.sum() / tokens}
+    found |= text_facts(answers, eos_ids) | {"entropy": -policy_B.sum() / tokens}
     return {f"sampled/{name}": float(value) for name, value in found.items()}
 
   return probe
+
+
+def _score(
+  forward: logprobs.LogpsFn, rows: dict[str, Any], params: PyTree, drawn: Sequence[Example]
+) -> np.ndarray:
+  """Log-probs of whole answers, nats, so many rows at a time as `rows` has."""
+  size = rows["sizes"].rows
+  parts = [drawn[i : i + size] for i in range(0, len(drawn), size)]
+  found = [forward(params, layout.collate(part, **rows))[: len(part), 0] for part in parts]
+  return np.concatenate(found).astype(np.float64)
 
 
 def _prompts(

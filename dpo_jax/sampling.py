@@ -88,13 +88,7 @@ def generate(
   if width and width < max(map(len, prompts), default=0):
     raise ValueError(f"width is {width} and the longest prompt has {max(map(len, prompts))} tokens")
   params = jax.tree.map(jnp.asarray, params)
-  knobs = Knobs(
-    jnp.asarray(np.array([seed >> 32, seed % 2**32], np.uint32)),
-    jnp.asarray(temperature or 1.0),
-    jnp.asarray(top_k),
-    jnp.asarray(top_p),
-    jnp.asarray(min_p),
-  )
+  knobs = decoding.knobs(seed, temperature, top_k, top_p, min_p)
   plan = Plan(
     config,
     tuple(eos_ids),
@@ -104,9 +98,9 @@ def generate(
     dtype=dtype,
   )
   mesh = _mesh_of(params)
+  answer = functools.partial(_answer, plan, mesh, params, knobs, max_tokens, ends)
   batches = _batches(prompts, num, batch_size, width, 1 if mesh is None else mesh.size)
   answers: list[list[Ids]] = [[[] for _ in range(num)] for _ in prompts]
-  answer = functools.partial(_answer, plan, mesh, params, knobs, max_tokens, ends)
   # A step of the loop is too small for two cores; two batches at a time are not. Two programs that
   # each wait for all devices could wait for each other.
   with futures.ThreadPoolExecutor(max_workers=2 if mesh is None else 1) as pool:

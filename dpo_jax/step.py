@@ -8,6 +8,7 @@ are divided by counts of the global batch, so micro-batches, shards and ragged r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -167,27 +168,38 @@ def train_step(
     The next state and its metrics: means over the global batch; `grad_norm` before clipping;
     `nonfinite_ANS`, the slots whose loss is not finite.
   """
+  fixed = ref_params if state.reference is None else state.reference
+  grads, sums, bad_ANS = _gradient(objective, state, fixed, batch, axis_name)
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  means = metrics.divide(sums)
+  following = state._replace(
+    step=state.step + 1,
+    params=params,
+    opt_state=opt_state,
+    memory=objective.loss.remember(state.memory, means),
+    reference=_followed(state, params, objective.sync),
+  )
+  return following, means | {"grad_norm": optax.tree.norm(grads), "nonfinite_ANS": bad_ANS}
+
+
+def _gradient(
+  objective: Objective,
+  state: TrainState,
+  fixed: PyTree | None,
+  batch: TokenBatch,
+  axis_name: str | None,
+) -> tuple[PyTree, metrics.Sums, Array]:
+  """Gradient and metric sums of a global batch, and which slots have a loss not finite."""
   # psum stays outside the differentiated function: inside, pmap's gradients are device-count times
   # too large.
   total = lambda x: x if axis_name is None else jax.lax.psum(x, axis_name)
-  fixed = ref_params if state.reference is None else state.reference
   slots_A = logprobs.slots_of(batch)
   count = total(loss_count(objective, slots_A))
-
-  def slope(*parts):
-    """d loss / d logps of some slots, their sums, and which are not finite."""
-    if objective.loss.batch_wide:
-      return _globally(_slope, axis_name)(objective, count, state.memory, *parts)
-    return _slope(objective, count, state.memory, *parts)
-
-  # The same key on every device: what is dropped goes by the data row of a token.
-  keys = () if objective.dropout_seed is None else (_key(objective.dropout_seed, state.step),)
-
-  def policy_fn(trained, micro):
-    params = objective.policy(trained, fixed)
-    if objective.scored_fn is None:
-      return Scored(objective.logps_fn(params, micro, *keys))
-    return objective.scored_fn(params, micro, *keys)
+  # d loss / d logps of some slots, their sums, and which are not finite.
+  slope_fn = _globally(_slope, axis_name) if objective.loss.batch_wide else _slope
+  slope = functools.partial(slope_fn, objective, count, state.memory)
+  policy_fn = _policy_fn(objective, state.step, fixed)
 
   reference_ANS = None
   if objective.loss.needs_reference:
@@ -219,19 +231,25 @@ def train_step(
   zeros = jax.tree.map(jnp.zeros_like, state.params)
   parts = (batch, reference_ANS, slots_A, ready_A)
   grads, (sums_A, bad_ANS) = jax.lax.scan(accumulate, zeros, parts)
-  grads, sums = total((grads, jax.tree.map(lambda x_A: x_A.sum(0), sums_A)))
+  return *total((grads, jax.tree.map(lambda x_A: x_A.sum(0), sums_A))), bad_ANS
 
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  means = metrics.divide(sums)
-  following = state._replace(
-    step=state.step + 1,
-    params=params,
-    opt_state=opt_state,
-    memory=objective.loss.remember(state.memory, means),
-    reference=_followed(state, params, objective.sync),
-  )
-  return following, means | {"grad_norm": optax.tree.norm(grads), "nonfinite_ANS": bad_ANS}
+
+def _policy_fn(
+  objective: Objective, index: Array, fixed: PyTree | None
+) -> Callable[[PyTree, TokenBatch], Scored]:
+  """(trained, micro-batch) -> `Scored` of the policy at a step."""
+  keys: tuple[jax.Array, ...] = ()
+  if objective.dropout_seed is not None:
+    # The same key on every device: what is dropped goes by the data row of a token.
+    keys = (jax.random.fold_in(jax.random.key(objective.dropout_seed), index),)
+
+  def policy_fn(trained: PyTree, micro: TokenBatch) -> Scored:
+    params = objective.policy(trained, fixed)
+    if objective.scored_fn is None:
+      return Scored(objective.logps_fn(params, micro, *keys))
+    return objective.scored_fn(params, micro, *keys)
+
+  return policy_fn
 
 
 def _balance(routing: Routing, weight: float) -> tuple[Array, metrics.Sums]:
@@ -246,10 +264,6 @@ def _balance(routing: Routing, weight: float) -> tuple[Array, metrics.Sums]:
   slope_E = experts * routing.chosen_E / jnp.square(routing.tokens.astype(jnp.float32))
   balance = (slope_E * routing.probs_E).sum()
   return weight * slope_E, {"router/balance": (balance, jnp.ones(()))}
-
-
-def _key(seed: int, step: Array) -> jax.Array:
-  return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def _slope(objective, count, memory, logps_NS, reference_NS, slots, alignment_NS=None):

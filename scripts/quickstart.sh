@@ -49,12 +49,16 @@ main() {
 
 # pairs OUT FLAGS: two answers to every prompt, compared by Bradley-Terry under the true reward.
 pairs() {
-  run python scripts/make_pairs.py --out="$@" --reward=controlled --seed="$seed"
+  local out=$1
+  shift
+  run python scripts/make_pairs.py --out="$out" "$@" --reward=controlled --seed="$seed"
 }
 
 # dpo WORKDIR FLAGS: one training by preferences.
 dpo() {
-  run python -m dpo_jax.train --config=configs/controlled.py:dpo --workdir="$@" \
+  local workdir=$1
+  shift
+  run python -m dpo_jax.train --config=configs/controlled.py:dpo --workdir="$workdir" "$@" \
     --config.data.eval_path="$dir/eval_pairs.jsonl" --config.seed="$seed"
 }
 

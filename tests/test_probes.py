@@ -126,8 +126,6 @@ def test_one_compilation_for_policy_reference_and_every_call():
 def test_trees_placed_for_training_are_taken_one_copy_of(mode, monkeypatch):
   executor = parallel.Executor(mode)
   placed = [executor.single(executor.place(params(seed))) for seed in (1, 0)]
-  probe = make()
-  expected = probe(params(1), params(0))
   held_by = []
   generate = probes.sampling.generate
 
@@ -136,6 +134,9 @@ def test_trees_placed_for_training_are_taken_one_copy_of(mode, monkeypatch):
     return generate(config, tree, *args, **options)
 
   monkeypatch.setattr(probes.sampling, "generate", spy)
+  probe = make()
+  expected = probe(params(1), params(0))
+  held_by.clear()
   assert probe(*placed) == expected
   assert set(held_by) == {1}  # several devices would all do the same
   assert all(not leaf.is_deleted() for leaf in jax.tree.leaves(placed))
