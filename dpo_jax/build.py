@@ -17,7 +17,7 @@ from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
 from dpo_jax import feeds, logprobs, losses, optim, parallel, step
-from dpo_jax.data import chat, packing, pipeline
+from dpo_jax.data import chat, packing, pipeline, templates
 from dpo_jax.model import adapters, families, hf, lora, transformer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.lora import LoRA
@@ -60,7 +60,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
   _check_numbers(config)
   _check_divides(config.train.batch_size, config.train.accumulate, executor.groups)
 
-  model_config, tokenizer = describe_model(config.model)
+  model_config, tokenizer = describe_model(config.model, config.data.template)
   for path in filter(None, (config.model.path, config.reference.path)):
     hf.check(path)
   start = None if settings is None else _start(config, model_config, settings)
@@ -261,17 +261,18 @@ def _check_divides(batch_size: int, accumulate: int, devices: int) -> None:
     )
 
 
-def describe_model(
-  section: ConfigDict,
-) -> tuple[ModelConfig, chat.Tokenizer]:
-  """The shape of the model and its tokenizer, no weights loaded."""
+def describe_model(section: ConfigDict, template: str = "") -> tuple[ModelConfig, chat.Tokenizer]:
+  """The shape of the model and its tokenizer, no weights loaded; `template` as `data.template`."""
   if not section.path and not section.scratch:
     raise UserError("model.path is empty; name a Hugging Face folder, --config.model.path=DIR")
   if section.path and section.scratch:
     raise UserError("model.path and model.scratch are both given; keep one")
   if section.scratch and not section.tokenizer:
     raise UserError("model.tokenizer is empty; a model trained from scratch needs its folder")
-  tokenizer = chat.load_tokenizer(section.tokenizer or section.path)
+  tokenizer = chat.load_tokenizer(
+    section.tokenizer or section.path,
+    template_arguments=templates.read_arguments(template, "data.template"),
+  )
   if section.path and adapters.holds_one(section.path):
     raise UserError(
       f"model.path={section.path} is an adapter; name its base by model.path, itself by lora.path"

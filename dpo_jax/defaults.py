@@ -91,6 +91,7 @@ def get_config() -> ConfigDict:
         eval_fraction=0.1,
         eval_limit=512,  # at most so many held-out rows
         fields=section(**dict.fromkeys(FIELDS, "")),  # their names, in rows of another form
+        template="",  # values that the chat template reads, as JSON: {"enable_thinking": false}
         max_length=512,  # tokens of a prompt and one answer together
         prompt_floor=64,  # tokens of a prompt that are never cut; cutting starts at its left
         truncation="drop",  # pairs whose answers do not fit: drop, or cut

@@ -38,13 +38,14 @@ PROMPT_FLOOR = flags.DEFINE_integer(
 TRUNCATION = flags.DEFINE_enum(
   "truncation", "drop", ["drop", "cut"], "what to do with answers that do not fit"
 )
+TEMPLATE = flags.DEFINE_string("template", "", "values that the chat template reads, as JSON")
 FIELDS = flags.DEFINE_list("fields", [], "names of fields, as prompt=question,chosen=better")
 
 
 def main(_):
   import json
 
-  from dpo_jax.data import chat, pipeline
+  from dpo_jax.data import chat, pipeline, templates
   from dpo_jax.structs import UserError
 
   wrong = [pair for pair in FIELDS.value if "=" not in pair]
@@ -53,7 +54,8 @@ def main(_):
   paths = [path for path in DATA.value if path]
   if not paths:
     raise UserError("--data names no file; give one, or several separated by commas")
-  tokenizer = chat.load_tokenizer(MODEL.value)
+  arguments = templates.read_arguments(TEMPLATE.value, "--template")
+  tokenizer = chat.load_tokenizer(MODEL.value, template_arguments=arguments)
   fields = dict(pair.split("=", 1) for pair in FIELDS.value)
   kind = KIND.value or pipeline.detect_kind(paths[0], fields)
   examples, ledger, _ = pipeline.load_examples(

@@ -45,6 +45,7 @@ OUT = flags.DEFINE_string("out", "", "file to write the samples to, instead of p
 
 def main(_):
   from dpo_jax import draws, parallel, sampling
+  from dpo_jax.data import templates
   from dpo_jax.model import adapters
   from dpo_jax.structs import UserError
 
@@ -72,7 +73,8 @@ def main(_):
     turn = lambda text: [{"role": "user", "content": text}]
     prompts = [turn(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
-  config, tokenizer = draws.describe(MODEL.value, template_arguments=_arguments())
+  arguments = templates.read_arguments(TEMPLATE.value, "--template")
+  config, tokenizer = draws.describe(MODEL.value, template_arguments=arguments)
   if not tokenizer.template.source and not all(isinstance(prompt, str) for prompt in prompts):
     raise UserError(
       f"{MODEL.value} has no chat template to write messages with; give the text as the model has"
@@ -103,21 +105,6 @@ def main(_):
       print(f"--- prompt {row['index']}, sample {row['sample']}")
     text = isinstance(row["prompt"], str)
     print(tokenizer.decode(prompt_ids[row["index"]]) * text + row["text"])
-
-
-def _arguments() -> dict:
-  """Those of the chat template."""
-  import json
-
-  from dpo_jax.structs import UserError
-
-  try:
-    found = json.loads(TEMPLATE.value or "{}")
-  except ValueError as error:
-    raise UserError(f"--template={TEMPLATE.value} is not JSON ({error})") from None
-  if not isinstance(found, dict):
-    raise UserError(f'--template={TEMPLATE.value} is not a JSON object, {{"name": value}}')
-  return found
 
 
 def _stop_ids(vocab: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import chat_templates
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 import small_tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 
+from dpo_jax import build
 from dpo_jax.data import chat, sources
 from dpo_jax.data.forms import Conversation, Preference, RowError
 from dpo_jax.structs import UserError
@@ -432,6 +435,24 @@ def test_arguments_of_a_template_are_those_it_reads(kinds):
   for name in ("enable_thoughts", "messages"):
     with pytest.raises(UserError, match=f"template argument '{name}' is none that .* reads"):
       kinds("qwen3", **{name: True})
+
+
+def test_a_run_gives_its_template_values(tmp_path):
+  """By `data.template`, as JSON."""
+  folder = small_tokenizers.byte_level(
+    tmp_path, chat_template="{{ mood }} {{ messages[0].content }}"
+  )
+  shape = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1}
+  model = ConfigDict({"path": "", "scratch": shape, "tokenizer": str(folder)})
+  read = lambda template: build.describe_model(model, template)[1].template.arguments
+  assert read("") == {}
+  assert read('{"mood": "calm"}') == {"mood": "calm"}
+  for template, said in {
+    "{x": "is not JSON",
+    "[1]": 'is not a JSON object, {"name": value}',
+  }.items():
+    with pytest.raises(UserError, match=re.escape(f"data.template={template} {said}")):
+      read(template)
 
 
 def test_what_ends_an_answer(kinds, made, tmp_path):

@@ -25,6 +25,17 @@ _LAST, _ANSWER = "QlastmessageofthepromptQ", "QanswertothepromptQ"
 _OWN = ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize")
 
 
+def read_arguments(text: str, name: str) -> dict[str, Any]:
+  """Values that a chat template reads, from a JSON object; "" is none. `name` is for errors."""
+  try:
+    found = json.loads(text or "{}")
+  except ValueError as error:
+    raise UserError(f"{name}={text} is not JSON ({error})") from None
+  if not isinstance(found, dict):
+    raise UserError(f'{name}={text} is not a JSON object, {{"name": value}}')
+  return found
+
+
 class Template:
   """How the model of a folder writes conversations.
 
