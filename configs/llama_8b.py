@@ -34,7 +34,6 @@ def get_config(arg: str = "lora"):
   config.lora.alpha = 32.0
   config.data.max_length = 1024
   config.optimizer.learning_rate = 2e-5
-  config.optimizer.warmup_steps = 10
   config.train.batch_size = 64
   config.train.accumulate = 8
   return config.lock()

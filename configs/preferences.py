@@ -24,5 +24,4 @@ def get_config(arg: str = ""):
   config.loss = defaults.loss(given.get("loss", "sigmoid"))
   if "beta" in given:
     config.loss.beta = defaults.number(given, "beta", 0.1)
-  config.optimizer.warmup_steps = 10
   return config.lock()

@@ -26,7 +26,6 @@ def get_config():
   config.model.compute_dtype = "bfloat16"
   config.data.max_length = 1024
   config.optimizer.learning_rate = 1e-6
-  config.optimizer.warmup_steps = 10
   config.train.batch_size = 64
   config.train.accumulate = 8
   return config.lock()

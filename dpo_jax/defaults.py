@@ -109,7 +109,7 @@ def get_config() -> ConfigDict:
       "optimizer": section(
         learning_rate=1e-5,
         schedule="linear",  # constant, linear or cosine, after the warm-up
-        warmup_steps=0,
+        warmup_steps=config_dict.placeholder(int),  # None is 10, at most a tenth of the steps
         final_fraction=0.0,  # of the peak learning rate, at the last step
         b1=0.9,
         b2=0.999,

@@ -112,7 +112,9 @@ def _load_rows(config, loss, tokenizer, model_config):
     held_out, more, form = read(data.eval_path)
     ledger["eval"] = {"format": form, **more.to_json()}
   else:
-    examples, held_out = pipeline.split(examples, data.eval_fraction, config.seed)
+    examples, held_out = pipeline.split(
+      examples, data.eval_fraction, config.seed, ledger["dropped"]
+    )
   if loss.kind == "unpaired":
     mismatch = functools.partial(
       pipeline.with_mismatched, max_length=data.max_length, seed=config.seed

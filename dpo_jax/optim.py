@@ -11,12 +11,20 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 
 def make_schedule(
-  *, learning_rate: float, schedule: str, warmup_steps: int, total_steps: int, final_fraction: float
+  *,
+  learning_rate: float,
+  schedule: str,
+  warmup_steps: int | None,
+  total_steps: int,
+  final_fraction: float,
 ) -> optax.Schedule:
   """Learning rate by step: linear warm-up from 0, then constant, linear or cosine.
 
-  The decaying ones end at `final_fraction * learning_rate` on step `total_steps`.
+  The decaying ones end at `final_fraction * learning_rate` on step `total_steps`. Without a number
+  the warm-up has 10 steps, at most a tenth of all.
   """
+  if warmup_steps is None:
+    warmup_steps = min(10, total_steps // 10)
   if schedule not in SCHEDULES:
     raise UserError(f"optimizer.schedule is {schedule!r}; known: {', '.join(SCHEDULES)}")
   if not 0 <= learning_rate < float("inf"):

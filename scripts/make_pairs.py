@@ -17,7 +17,10 @@ from dpo_jax import cli
 MODEL = flags.DEFINE_string("model", None, "model folder", required=True)
 PROMPTS = flags.DEFINE_string("prompts", None, "rows with a `prompt`", required=True)
 REWARD = flags.DEFINE_string(
-  "reward", None, "name, or module:function of (prompt, answer)", required=True
+  "reward",
+  None,
+  "controlled, or module:function of (prompt, answer), in the current folder or on PYTHONPATH",
+  required=True,
 )
 OUT = flags.DEFINE_string("out", None, "JSONL file to write", required=True)
 NUM = flags.DEFINE_integer("num", 2, "answers a prompt, paired two by two", lower_bound=2)

@@ -27,6 +27,14 @@ def test_warm_up_is_linear_and_the_first_step_already_moves(name):
   np.testing.assert_allclose(rates, [0.2, 0.4, 0.6, 0.8, 1.0], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("steps", "warm"), [(3, 0), (45, 4), (100, 10), (9000, 10)])
+def test_without_a_number_the_warm_up_is_a_tenth_and_10_at_most(steps, warm):
+  rate = schedule("constant", warmup_steps=None, total_steps=steps)
+  rates = [float(rate(i)) for i in range(12)]
+  expected = [min((i + 1) / (warm + 1), 1) for i in range(12)]
+  np.testing.assert_allclose(rates, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
   ("name", "middle", "end"), [("constant", 1, 1), ("linear", 0.5, 0), ("cosine", 0.5, 0)]
 )

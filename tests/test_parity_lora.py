@@ -6,77 +6,36 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax.logprobs import logits
-from dpo_jax.model import adapters, hf, lora, transformer
-from dpo_jax.model.lora import LoRA
-from dpo_jax.structs import TokenBatch
-
-# Their libraries warn of each other.
-pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 torch = pytest.importorskip("torch", reason="torch is not installed; see CONTRIBUTING")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft", reason="peft is not installed; see CONTRIBUTING")
 
-VOCAB = 61
-IDS_NL = np.random.default_rng(0).integers(0, VOCAB, (3, 11))
-MODELS = {
-  "llama": lambda: transformers.LlamaForCausalLM(
-    transformers.LlamaConfig(
-      vocab_size=VOCAB,
-      hidden_size=32,
-      num_hidden_layers=3,
-      num_attention_heads=4,
-      num_key_value_heads=2,
-      intermediate_size=48,
-      initializer_range=0.2,
-    )
-  ),
-  # Query, key and value in one tensor, gate and up in another.
-  "phi3": lambda: transformers.Phi3ForCausalLM(
-    transformers.Phi3Config(
-      vocab_size=VOCAB,
-      hidden_size=32,
-      num_hidden_layers=2,
-      num_attention_heads=4,
-      num_key_value_heads=2,
-      intermediate_size=48,
-      initializer_range=0.2,
-      bos_token_id=1,
-      eos_token_id=2,
-      pad_token_id=0,
-    )
-  ),
-  "gpt2": lambda: transformers.GPT2LMHeadModel(
-    transformers.GPT2Config(
-      vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4, n_positions=32, initializer_range=0.2
-    )
-  ),
-}
+from dpo_jax.logprobs import logits  # noqa: E402
+from dpo_jax.model import adapters, hf, lora, transformer  # noqa: E402
+from dpo_jax.model.lora import LoRA  # noqa: E402
+from tests.golden import cases, theirs  # noqa: E402
+from tests.test_families import whole_rows  # noqa: E402
+
+# Their libraries warn of each other.
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
+# Phi-3 has query, key and value in one tensor, gate and up in another.
+@pytest.fixture(scope="module", params=["gpt2", "llama", "phi3"])
 def folder(request, tmp_path_factory):
   """A small random model as transformers saves it."""
-  torch.manual_seed(0)
-  path = tmp_path_factory.mktemp(request.param)
-  MODELS[request.param]().save_pretrained(path)
-  return path
+  return theirs.write(request.param, tmp_path_factory.mktemp("models") / request.param)
 
 
 def plain_logits(config, params) -> np.ndarray:
   """Ours, of whole rows."""
-  rows, length = IDS_NL.shape
-  zeros_NL = np.zeros((rows, length), np.int32)
-  batch = TokenBatch(*[zeros_NL] * len(TokenBatch._fields))._replace(
-    ids_NL=IDS_NL, position_NL=np.broadcast_to(np.arange(length), (rows, length))
-  )
   model = transformer.build(config)
-  return np.asarray(logits(model.hidden(params, batch), model.head(params)))
+  return np.asarray(logits(model.hidden(params, whole_rows(cases.IDS_NL)), model.head(params)))
 
 
 def their_logits(model) -> np.ndarray:
   with torch.no_grad():
-    return model.eval()(torch.tensor(IDS_NL)).logits.numpy()
+    return theirs.logits(model.eval(), cases.IDS_NL).numpy()
 
 
 def loaded(folder, path):
@@ -89,7 +48,9 @@ def loaded(folder, path):
 
 
 def near(found, expected):
-  assert np.abs(found - expected).max() < 1e-4
+  error = np.abs(found - expected).max()
+  print(f"\nlogits differ by {error:.1e}")
+  assert error < 1e-4
 
 
 @pytest.mark.parametrize("rs", [False, True], ids=["alpha/r", "alpha/sqrt(r)"])

@@ -368,8 +368,8 @@ def test_texts_of_one_prompt_are_split_one_by_one():
   some = [e._replace(prompt=np.array([1], np.int32)) for e in examples(20)]
   train, held_out = pipeline.split(some, 0.2)
   assert len(held_out) == 4 and sorted(e.row for e in train + held_out) == list(range(20))
-  with pytest.raises(UserError, match=r"0.01 of 20 rows leaves one side"):
-    pipeline.split(some, 0.01)
+  with pytest.raises(UserError, match=r"0.01 of 20 rows \(7 dropped: too long\) leaves one side"):
+    pipeline.split(some, 0.01, dropped={"too long": 7})
 
 
 # --- batches --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -371,11 +371,15 @@ def _usual_sizes(examples: Sequence[Example], size: int, accumulate: int, rows: 
 
 
 def split(
-  examples: Sequence[Example], eval_fraction: float, seed: int = 0
+  examples: Sequence[Example],
+  eval_fraction: float,
+  seed: int = 0,
+  dropped: Mapping[str, int] | None = None,
 ) -> tuple[list[Example], list[Example]]:
   """Training and held-out examples; all examples of one prompt fall on the same side.
 
-  Where all have the same prompt (texts that follow BOS alone) they are split one by one.
+  Where all have the same prompt (texts that follow BOS alone) they are split one by one. Of rows
+  `dropped` before, by reason, an error tells.
   """
   keys: list[bytes | int] = [example.prompt.tobytes() for example in examples]
   what = "distinct prompts"
@@ -384,9 +388,10 @@ def split(
   units = list(dict.fromkeys(keys))
   held = round(eval_fraction * len(units))
   if eval_fraction > 0 and not 0 < held < len(units):
+    lost = ", ".join(f"{rows} dropped: {reason}" for reason, rows in (dropped or {}).items())
     raise UserError(
-      f"eval fraction {eval_fraction} of {len(units)} {what} leaves one side empty; set"
-      " data.eval_fraction=0 to hold nothing out, or name held-out rows by data.eval_path"
+      f"eval fraction {eval_fraction} of {len(units)} {what}{lost and f' ({lost})'} leaves one side"
+      " empty; set data.eval_fraction=0 to hold nothing out, or name other rows by data.eval_path"
     )
   order = np.random.default_rng(seed).permutation(len(units))
   away = {units[i] for i in order[:held]}
