@@ -77,19 +77,20 @@ class Drawn(NamedTuple):
 
 
 def read_prompts(path: str | pathlib.Path, field: str = "") -> list[Any]:
-  """The prompt of every row of a file, a text or a list of messages; of `field`, or `prompt`.
+  """The prompt of every row of files, a text or a list of messages; of `field`, or `prompt`.
 
   Of a file named .txt, every line is a prompt, but for those that are blank.
   """
-  path = pathlib.Path(path)
-  if path.suffix == ".txt" and path.is_file():
-    return _read_lines(path)
   prompts = []
-  for where, row in sources.read_rows(path):
-    try:
-      prompts.append(sources.read_prompt(row | {"prompt": row.get(field)} if field else row))
-    except UserError as error:
-      raise UserError(f"{where}: {error}") from None
+  for file in sources.files(path):
+    if file.suffix == ".txt":
+      prompts += _read_lines(file)
+      continue
+    for where, row in sources.read_rows(file):
+      try:
+        prompts.append(sources.read_prompt(row | {"prompt": row.get(field)} if field else row))
+      except UserError as error:
+        raise UserError(f"{where}: {error}") from None
   return prompts
 
 

@@ -17,8 +17,8 @@ from absl import flags
 
 from dpo_jax import cli
 
-DATA = flags.DEFINE_list(
-  "data", None, "file of rows, or several separated by commas", required=True
+DATA = flags.DEFINE_string(
+  "data", None, "file of rows, several separated by commas, or a pattern", required=True
 )
 MODEL = flags.DEFINE_string("model", None, "folder of the model or its tokenizer", required=True)
 ROWS = flags.DEFINE_integer("rows", 3, "rows to show", lower_bound=0)
@@ -51,15 +51,12 @@ def main(_):
   wrong = [pair for pair in FIELDS.value if "=" not in pair]
   if wrong:
     raise UserError(f"--fields {wrong[0]} is no name=name; as in --fields prompt=question")
-  paths = [path for path in DATA.value if path]
-  if not paths:
-    raise UserError("--data names no file; give one, or several separated by commas")
   arguments = templates.read_arguments(TEMPLATE.value, "--template")
   tokenizer = chat.load_tokenizer(MODEL.value, template_arguments=arguments)
   fields = dict(pair.split("=", 1) for pair in FIELDS.value)
-  kind = KIND.value or pipeline.detect_kind(paths[0], fields)
+  kind = KIND.value or pipeline.detect_kind(DATA.value, fields)
   examples, ledger, _ = pipeline.load_examples(
-    paths,
+    DATA.value,
     tokenizer,
     kind=kind,
     max_length=MAX_LENGTH.value,

@@ -1,11 +1,14 @@
 """What each form of row means, which rows hold no preference, and which files are wrong."""
 
 import gzip
+import io
 import json
 
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from dpo_jax.data import sources
 from dpo_jax.data.forms import Preference, RowError
@@ -19,6 +22,12 @@ assistant = lambda text: {"role": "assistant", "content": text}
 def convert(row, **kwargs):
   form = detect(row, **kwargs)
   return form.name, form.convert(row)
+
+
+def parquet_bytes(rows):
+  file = io.BytesIO()
+  parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+  return file.getvalue()
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -58,7 +67,9 @@ def test_lines_and_arrays_gzipped_or_not(tmp_path, content, wheres, zipped):
     (b'{"a": 1}\n{"a": "\xff"}', r"rows:2: byte 7 is not UTF-8"),
     (b'{\n  "a": 1\n}', r"rows:1: not JSON"),
     (b"[" * 100_000, r"rows:1: "),
-    (b"PAR1....", r"rows is Parquet, which is not read"),
+    (b"PAR1....", r"rows: broken Parquet \(.+\); fetch the file again"),
+    (parquet_bytes([{"a": "long " * 99}])[:200], r"rows: broken Parquet"),
+    (parquet_bytes([]), r"rows holds no rows"),
     (gzip.compress(b'{"a": 1}' * 999, mtime=0)[:40], r"rows: broken gzip"),
     (gzip.compress(b"", mtime=0)[:10] + b"\xff" * 40, r"rows: broken gzip"),
   ],
@@ -71,11 +82,48 @@ def test_a_broken_file_is_one_line_with_file_and_line(tmp_path, data, line):
   assert "\n" not in str(raised.value)
 
 
-def test_missing_files_and_folders(tmp_path):
-  with pytest.raises(UserError, match="no data file"):
-    list(read_rows(tmp_path / "gone.jsonl"))
-  with pytest.raises(UserError, match="is a folder; name a file"):
-    list(read_rows(tmp_path))
+def test_parquet_a_batch_at_a_time(tmp_path):
+  """Messages of a column have the same fields there; those that are null are absent here."""
+  called = {"role": "assistant", "tool_calls": [{"name": "add"}]}
+  rows = [{"chosen": [user(f"{i}"), called], "score": i if i % 2 else None} for i in range(1500)]
+  path = tmp_path / "rows.anything"
+  path.write_bytes(parquet_bytes(rows))
+  expected = [{name: value for name, value in row.items() if value is not None} for row in rows]
+  assert [row for _, row in read_rows(path)] == expected
+  assert [where for where, _ in read_rows(path)][-1] == f"{path}:row 1500"
+
+
+def test_several_files_and_patterns(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name in ("b.jsonl", "a.jsonl", "a,b.jsonl", "c[1].jsonl", "sub/a.jsonl"):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+  found = lambda given: [str(path) for path in sources.files(given)]
+  assert found("b.jsonl, a.jsonl") == ["b.jsonl", "a.jsonl"]
+  assert found("a,b.jsonl") == ["a,b.jsonl"] and found("c[1].jsonl") == ["c[1].jsonl"]
+  assert found("[ab].jsonl") == ["a.jsonl", "b.jsonl"]
+  assert found("**/a.jsonl,b.jsonl") == ["a.jsonl", "sub/a.jsonl", "b.jsonl"]
+  assert found(["b.jsonl", tmp_path / "a.jsonl"]) == ["b.jsonl", str(tmp_path / "a.jsonl")]
+
+
+@pytest.mark.parametrize(
+  ("given", "line"),
+  [
+    ("gone.jsonl", "no data file gone.jsonl$"),
+    ("rows.jsonl,gone.jsonl", "no data file gone.jsonl$"),
+    ("gone-*.jsonl", r"no data file fits the pattern gone-\*.jsonl$"),
+    (" , ", "no data file is named"),
+    ("", "no data file is named"),
+    (".", "[.] is a folder; name a file of rows"),
+    ("s*", "sub is a folder; name a file of rows .*, or sub/[*]$"),
+  ],
+)
+def test_files_that_are_none(tmp_path, monkeypatch, given, line):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "sub").mkdir()
+  (tmp_path / "rows.jsonl").write_text("{}")
+  with pytest.raises(UserError, match=line):
+    sources.files(given)
 
 
 # --- forms ----------------------------------------------------------------------------------------

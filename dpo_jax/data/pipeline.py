@@ -78,7 +78,7 @@ def load_examples(
   """Reads, recognises, tokenises and cuts the rows of some files.
 
   Args:
-    paths: one file or several, each of one form.
+    paths: one file or several, as `sources.files` has them, each of one form.
     tokenizer: of the model.
     kind: what is learned from them, "pairs", "text", "unpaired" or "ranked": see `sources.detect`.
     max_length: tokens of a prompt and one answer together, or None for no limit.
@@ -91,7 +91,7 @@ def load_examples(
     joined by commas. Unpaired examples have one answer, to which `with_mismatched` adds another;
     ranked ones are filled up to the most answers that any has.
   """
-  paths = [paths] if isinstance(paths, (str, pathlib.Path)) else list(paths)
+  paths = sources.files(paths)
   ledger = Ledger()
   cut = {
     "max_length": max_length,
@@ -167,9 +167,9 @@ def _chunks(
       yield form, chunk
 
 
-def detect_kind(path: str | pathlib.Path, fields: dict[str, str] | None = None) -> str:
-  """What the rows of a file are, from its first: see `sources.detect_kind`."""
-  with _at(next(sources.read_rows(path))) as row:
+def detect_kind(paths: str | Sequence[str], fields: dict[str, str] | None = None) -> str:
+  """What the rows of some files are, from the first: see `sources.detect_kind`."""
+  with _at(next(sources.read_rows(sources.files(paths)[0]))) as row:
     return sources.detect_kind(row, fields)
 
 

@@ -7,12 +7,13 @@ each form means stands in `forms`.
 from __future__ import annotations
 
 import functools
+import glob
 import gzip
 import itertools
 import json
 import pathlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dpo_jax.data import forms
@@ -22,36 +23,95 @@ from dpo_jax.structs import UserError
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read_rows(path: str | pathlib.Path) -> Iterator[tuple[str, Row]]:
-  """Rows of a JSONL or JSON array file, or of either gzipped, each with where it stands.
+KNOWN = "JSONL, JSON array, gzip of either, Parquet"
 
-  Yields:
-    ("file:line", row); rows of an array count from 1.
+
+def files(given: str | pathlib.Path | Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
+  """The files that are meant: a path; several, or patterns such as `part-*.parquet`, with commas.
+
+  A name that exists is itself, whatever is in it. Those of a pattern are sorted.
+
+  Raises:
+    UserError: one names no file.
   """
-  path = pathlib.Path(path)
+  if not isinstance(given, (str, pathlib.Path)):
+    return [path for one in given for path in files(one)]
+  if str(given) and pathlib.Path(given).exists():
+    return [_file(pathlib.Path(given))]
+  names = list(filter(None, (part.strip() for part in str(given).split(","))))
+  if not names:
+    raise UserError(f"no data file is named; name a file of rows ({KNOWN})")
+  found = []
+  for name in names:
+    matching = sorted(map(pathlib.Path, glob.glob(name, recursive=True)))
+    if not matching and glob.has_magic(name):
+      raise UserError(f"no data file fits the pattern {name}")
+    found += [_file(path) for path in matching or [pathlib.Path(name)]]
+  return found
+
+
+def _file(path: pathlib.Path) -> pathlib.Path:
   if path.is_dir():
-    raise UserError(f"{path} is a folder; name a file of rows (JSONL, JSON array, gzip of either)")
+    raise UserError(f"{path} is a folder; name a file of rows ({KNOWN}), or {path}/*")
   if not path.is_file():
     raise UserError(f"no data file {path}")
+  return path
+
+
+def read_rows(path: str | pathlib.Path) -> Iterator[tuple[str, Row]]:
+  """Rows of a JSONL or JSON array file, of either gzipped, or of Parquet, with where they stand.
+
+  A null in Parquet is a field that a row does not have.
+
+  Yields:
+    ("file:line", row); rows of an array and of Parquet count from 1.
+  """
+  path = _file(pathlib.Path(path))
   with path.open("rb") as file:
     magic = file.read(4)
-  if magic == b"PAR1":
-    raise UserError(f"{path} is Parquet, which is not read; write its rows as JSON, one a line")
-  zipped = magic[:2] == b"\x1f\x8b"
+  reader = _read_parquet if magic == b"PAR1" else _read_json
   empty = True
-  try:
-    with gzip.open(path) if zipped else path.open("rb") as file:
-      for where, row in _parse(file, path):
-        if not isinstance(row, dict):
-          raise UserError(
-            f"{where}: a row is a JSON object with named fields, not {forms.show(row)}"
-          )
-        empty = False
-        yield where, row
-  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-    raise UserError(f"{path}: broken gzip ({error}); fetch the file again") from None
+  for where, row in reader(path):
+    if not isinstance(row, dict):
+      raise UserError(f"{where}: a row is a JSON object with named fields, not {forms.show(row)}")
+    empty = False
+    yield where, row
   if empty:
     raise UserError(f"{path} holds no rows")
+
+
+def _read_parquet(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+  """A batch of rows at a time: a file may be larger than memory."""
+  import pyarrow  # takes a moment to load
+  from pyarrow import parquet
+
+  number = 0
+  try:
+    with parquet.ParquetFile(path) as file:
+      for batch in file.iter_batches(batch_size=1024):
+        for row in batch.to_pylist():
+          number += 1
+          yield f"{path}:row {number}", _without_nulls(row)
+  except (pyarrow.ArrowException, OSError) as error:
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    raise UserError(f"{path}: broken Parquet ({line}); fetch the file again") from None
+
+
+def _without_nulls(value: Any) -> Any:
+  """Parquet gives all messages of a column the same fields, null where one has none."""
+  if isinstance(value, dict):
+    return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+  return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+def _read_json(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+  with path.open("rb") as file:
+    zipped = file.read(2) == b"\x1f\x8b"
+  try:
+    with gzip.open(path) if zipped else path.open("rb") as file:
+      yield from _parse(file, path)
+  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    raise UserError(f"{path}: broken gzip ({error}); fetch the file again") from None
 
 
 def _parse(file, path: pathlib.Path) -> Iterator[tuple[str, Any]]:
