@@ -17,7 +17,7 @@ from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
 from dpo_jax import feeds, logprobs, losses, optim, parallel, step
-from dpo_jax.data import chat, packing, pipeline, templates
+from dpo_jax.data import chat, intake, packing, templates
 from dpo_jax.model import adapters, families, hf, lora, transformer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.lora import LoRA
@@ -283,7 +283,7 @@ def describe_model(section: ConfigDict, template: str = "") -> tuple[ModelConfig
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     fields = {"vocab_size": tokenizer.vocab_size} | special | section.scratch.to_dict()
     model_config = families.from_hf(fields)
-  pipeline.check_vocabulary(tokenizer, model_config.vocab)
+  intake.check_vocabulary(tokenizer, model_config.vocab)
   return model_config, tokenizer
 
 

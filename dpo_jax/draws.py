@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from dpo_jax import rewards, sampling
-from dpo_jax.data import chat, pipeline, sources
+from dpo_jax.data import chat, intake, sources
 from dpo_jax.data.forms import Conversation
 from dpo_jax.data.layout import Example
 from dpo_jax.model import adapters
@@ -41,7 +41,7 @@ def describe(
   """Model and tokenizer of a folder, or adapter, without its weights, as `load` takes them."""
   tokenizer = chat.load_tokenizer(path, template_arguments=template_arguments)
   config = adapters.read_config(path)
-  pipeline.check_vocabulary(tokenizer, config.vocab)
+  intake.check_vocabulary(tokenizer, config.vocab)
   return config, tokenizer
 
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from dpo_jax import logprobs, losses, measures
-from dpo_jax.data import pipeline
+from dpo_jax.data import intake, pipeline
 from dpo_jax.data.layout import Example
 from dpo_jax.draws import Drawn, LanguageModel, draw
 from dpo_jax.losses import Loss
@@ -113,7 +113,7 @@ def read_pairs(
       f"model and reference score {vocabs[0]} and {vocabs[1]} tokens;"
       " models that are compared must share one tokenizer"
     )
-  examples, ledger, _ = pipeline.load_examples(path, policy.tokenizer, max_length=max_length)
+  examples, ledger, _ = intake.load_examples(path, policy.tokenizer, max_length=max_length)
   for model in models:
     check_positions(examples, model.config)
   if ledger.dropped or ledger.truncated:

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax import draws, evaluate, losses, on_policy, rewards
-from dpo_jax.data import layout, packing, pipeline
+from dpo_jax.data import intake, layout, packing, pipeline
 from dpo_jax.data.chat import Tokenizer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, TokenBatch, UserError
@@ -98,7 +98,7 @@ def _load_rows(config, loss, tokenizer, model_config):
   """Training and held-out examples, and the ledger of both."""
   data = config.data
   read = functools.partial(
-    pipeline.load_examples,
+    intake.load_examples,
     tokenizer=tokenizer,
     kind=loss.kind,
     max_length=data.max_length,
@@ -112,12 +112,10 @@ def _load_rows(config, loss, tokenizer, model_config):
     held_out, more, form = read(data.eval_path)
     ledger["eval"] = {"format": form, **more.to_json()}
   else:
-    examples, held_out = pipeline.split(
-      examples, data.eval_fraction, config.seed, ledger["dropped"]
-    )
+    examples, held_out = intake.split(examples, data.eval_fraction, config.seed, ledger["dropped"])
   if loss.kind == "unpaired":
     mismatch = functools.partial(
-      pipeline.with_mismatched, max_length=data.max_length, seed=config.seed
+      intake.with_mismatched, max_length=data.max_length, seed=config.seed
     )
     examples, held_out = mismatch(examples), mismatch(held_out)
   if loss.kind == "ranked":

@@ -45,7 +45,7 @@ FIELDS = flags.DEFINE_list("fields", [], "names of fields, as prompt=question,ch
 def main(_):
   import json
 
-  from dpo_jax.data import chat, pipeline, templates
+  from dpo_jax.data import chat, intake, templates
   from dpo_jax.structs import UserError
 
   wrong = [pair for pair in FIELDS.value if "=" not in pair]
@@ -54,8 +54,8 @@ def main(_):
   arguments = templates.read_arguments(TEMPLATE.value, "--template")
   tokenizer = chat.load_tokenizer(MODEL.value, template_arguments=arguments)
   fields = dict(pair.split("=", 1) for pair in FIELDS.value)
-  kind = KIND.value or pipeline.detect_kind(DATA.value, fields)
-  examples, ledger, _ = pipeline.load_examples(
+  kind = KIND.value or intake.detect_kind(DATA.value, fields)
+  examples, ledger, _ = intake.load_examples(
     DATA.value,
     tokenizer,
     kind=kind,

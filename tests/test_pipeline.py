@@ -10,7 +10,7 @@ import small_tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_jax.data import chat, layout, packing, pipeline
+from dpo_jax.data import chat, intake, layout, packing, pipeline
 from dpo_jax.data.layout import Example
 from dpo_jax.structs import TokenBatch, UserError
 
@@ -66,7 +66,7 @@ def test_every_row_is_accounted_for(rows_file, tokenizer):
       pair(chosen=" is"),
     ]
   )
-  found, ledger, form = pipeline.load_examples(path, tokenizer, max_length=40, prompt_floor=8)
+  found, ledger, form = intake.load_examples(path, tokenizer, max_length=40, prompt_floor=8)
   assert form == "strings"
   assert [example.row for example in found] == [0, 4, 5]
   assert all(example.prompt[0] == tokenizer.bos_id for example in found)
@@ -92,7 +92,7 @@ def test_every_row_is_accounted_for(rows_file, tokenizer):
 
 def test_a_cut_answer_has_no_end(rows_file, tokenizer):
   path = rows_file([pair(chosen=" good" * 40), pair(chosen=" is" * 40, rejected=" is" * 41)])
-  found, ledger, _ = pipeline.load_examples(
+  found, ledger, _ = intake.load_examples(
     path, tokenizer, max_length=24, prompt_floor=4, truncation="cut"
   )
   (example,) = found
@@ -103,33 +103,33 @@ def test_a_cut_answer_has_no_end(rows_file, tokenizer):
 
 
 def test_texts_to_learn_from_have_one_answer(rows_file, tokenizer):
-  found, ledger, form = pipeline.load_examples(rows_file([pair()]), tokenizer, kind="text")
+  found, ledger, form = intake.load_examples(rows_file([pair()]), tokenizer, kind="text")
   assert len(found[0].answers) == 1 and ledger.tokens["shared"] == 0
   assert tokenizer.decode(found[0].answers[0]) == "good"
   path = rows_file([{"text": "the answer"}])
-  found, _, form = pipeline.load_examples(path, tokenizer, kind="text")
+  found, _, form = intake.load_examples(path, tokenizer, kind="text")
   assert form == "text" and found[0].prompt.tolist() == [tokenizer.bos_id]
 
 
 def test_ids_are_scored_as_they_stand(rows_file, tokenizer):
   path = rows_file([{"prompt_ids": [1, 5], "chosen_ids": [6, 2], "rejected_ids": [7]}])
-  ((prompt, answers, *_),), ledger, form = pipeline.load_examples(path, tokenizer, max_length=8)
+  ((prompt, answers, *_),), ledger, form = intake.load_examples(path, tokenizer, max_length=8)
   assert (prompt.tolist(), [a.tolist() for a in answers]) == ([1, 5], [[6, 2], [7]])
   assert form == ledger.format == "ids"
 
 
 def test_several_files_are_one_data_set(rows_file, tokenizer):
   paths = [rows_file([pair(), pair(" so")], "a"), rows_file([pair("and")], "b")]
-  found, ledger, _ = pipeline.load_examples(paths, tokenizer)
+  found, ledger, _ = intake.load_examples(paths, tokenizer)
   assert [example.row for example in found] == [0, 1, 2] and ledger.rows == 3
-  found, ledger, _ = pipeline.load_examples(paths, tokenizer, limit=2)
+  found, ledger, _ = intake.load_examples(paths, tokenizer, limit=2)
   assert ledger.rows == 2
 
 
 def test_each_file_has_a_form_of_its_own(rows_file, tokenizer):
   dialogue = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
   paths = [rows_file([pair()], "a"), rows_file([dialogue], "b")]
-  found, ledger, form = pipeline.load_examples(paths, tokenizer)
+  found, ledger, form = intake.load_examples(paths, tokenizer)
   assert [example.row for example in found] == [0, 1] and not ledger.dropped
   assert form == ledger.format == "strings, transcripts"
 
@@ -150,7 +150,7 @@ def test_judged_answers_and_pairs_taken_apart(rows_file, tokenizer):
     rows_file([judged(), judged(0, completion=" bad"), judged(completion="  ")], "judged"),
     rows_file([pair("so", margin=3), pair(rejected=" good")], "pairs"),
   ]
-  found, ledger, form = pipeline.load_examples(paths, tokenizer, kind="unpaired")
+  found, ledger, form = intake.load_examples(paths, tokenizer, kind="unpaired")
   assert form == "completion with label, strings"
   assert [(e.row, e.grades) for e in found] == [(0, (1,)), (1, (0,)), (3, (1,)), (3, (0,))]
   texts = [tokenizer.decode(e.answers[0]) for e in found]
@@ -172,7 +172,7 @@ def test_ranked_answers_are_filled_up_to_the_most(rows_file, tokenizer):
     ranked(" good", " is", " good"),
   ]
   path = rows_file(rows)
-  found, ledger, form = pipeline.load_examples(path, tokenizer, kind="ranked")
+  found, ledger, form = intake.load_examples(path, tokenizer, kind="ranked")
   texts = lambda e: [tokenizer.decode(answer) for answer in e.answers]
   assert form == "ranked" and "labels" not in ledger.to_json()
   assert [texts(e) for e in found] == [["good", "bad", "", ""], ["is", "good", "bad", "so"]]
@@ -182,7 +182,7 @@ def test_ranked_answers_are_filled_up_to_the_most(rows_file, tokenizer):
   assert ledger.tokens["shared"] == (1 + 3) * (len(found[0].prompt) - 1)
 
   both = [path, rows_file([pair(chosen_score=2, rejected_score=1)], "pairs")]
-  found, ledger, form = pipeline.load_examples(both, tokenizer, kind="ranked")
+  found, ledger, form = intake.load_examples(both, tokenizer, kind="ranked")
   assert form == "ranked, strings" and texts(found[-1]) == ["good", "bad", "", ""]
   assert found[-1].grades == (2, 1, 0, 0)
   (batch,) = pipeline.eval_batches(found, batch_size=8)
@@ -191,7 +191,7 @@ def test_ranked_answers_are_filled_up_to_the_most(rows_file, tokenizer):
 
 def test_ranked_answers_may_become_equal_by_cutting(rows_file, tokenizer):
   path = rows_file([ranked(" so", " is" * 40, " is" * 41), ranked(" so", " is" * 40, " good")])
-  found, ledger, _ = pipeline.load_examples(
+  found, ledger, _ = intake.load_examples(
     path, tokenizer, kind="ranked", max_length=24, prompt_floor=4, truncation="cut"
   )
   assert [e.row for e in found] == [1]
@@ -199,12 +199,12 @@ def test_ranked_answers_may_become_equal_by_cutting(rows_file, tokenizer):
 
 
 def test_margins_and_scores_are_grades(rows_file, tokenizer):
-  grades = lambda *rows: [e.grades for e in pipeline.load_examples(rows_file(rows), tokenizer)[0]]
+  grades = lambda *rows: [e.grades for e in intake.load_examples(rows_file(rows), tokenizer)[0]]
   assert grades(pair()) == [()]
   assert grades(pair(margin=2), pair(margin=0)) == [(2, 0), (0, 0)]
   assert grades(pair(chosen_score=1, rejected_score=3)) == [(1, 3)]
   rewarded = rows_file([pair(chosen_reward=1.5, rejected_reward=-1)])
-  some, _, _ = pipeline.load_examples(rewarded, tokenizer)
+  some, _, _ = intake.load_examples(rewarded, tokenizer)
   (batch,) = pipeline.eval_batches(some, batch_size=1)
   assert batch.grade_NS.tolist() == [[1.5, -1]]
 
@@ -236,7 +236,7 @@ def test_margins_and_scores_are_grades(rows_file, tokenizer):
 )
 def test_bad_grades_and_labels_are_one_line(rows_file, tokenizer, rows, kind, line):
   with pytest.raises(UserError, match=line) as raised:
-    pipeline.load_examples(rows_file(rows), tokenizer, kind=kind)
+    intake.load_examples(rows_file(rows), tokenizer, kind=kind)
   assert "\n" not in str(raised.value)
 
 
@@ -250,9 +250,9 @@ def test_bad_grades_and_labels_are_one_line(rows_file, tokenizer, rows, kind, li
   ],
 )
 def test_what_rows_are_is_told_from_the_first(rows_file, row, kind):
-  assert pipeline.detect_kind(rows_file([row, {"a": 1}])) == kind
+  assert intake.detect_kind(rows_file([row, {"a": 1}])) == kind
   with pytest.raises(UserError, match=r"rows\.jsonl:1: a row with a is of no known form"):
-    pipeline.detect_kind(rows_file([{"a": 1}, row]))
+    intake.detect_kind(rows_file([{"a": 1}, row]))
 
 
 def judged_examples(prompts):
@@ -269,8 +269,8 @@ def judged_examples(prompts):
 )
 def test_a_mismatched_answer_is_to_another_prompt(prompts, seed):
   some = judged_examples(prompts)
-  found = pipeline.with_mismatched(some, max_length=4, seed=seed)
-  whole = pipeline.with_mismatched(some, seed=seed)
+  found = intake.with_mismatched(some, max_length=4, seed=seed)
+  whole = intake.with_mismatched(some, seed=seed)
   assert len(found) == len(whole) == len(some)
   for before, cut, after in zip(some, found, whole, strict=True):
     assert (after.weight, after.row, after.prompt) == (before.weight, before.row, before.prompt)
@@ -286,25 +286,25 @@ def test_a_mismatched_answer_is_to_another_prompt(prompts, seed):
 def test_mismatched_answers_are_a_function_of_examples_and_seed():
   some = judged_examples(range(40))
   sources = lambda some, seed: [
-    int(e.answers[1][0]) for e in pipeline.with_mismatched(some, seed=seed)
+    int(e.answers[1][0]) for e in intake.with_mismatched(some, seed=seed)
   ]
   first = sources(some, 1)
   assert sources(some, 1) == first != sources(some, 2)
   assert sorted(first) == list(range(40)), "where prompts differ every answer serves once"
-  assert sources(pipeline.with_mismatched(some, seed=2), 1) == first
-  assert pipeline.with_mismatched([], seed=1) == []
+  assert sources(intake.with_mismatched(some, seed=2), 1) == first
+  assert intake.with_mismatched([], seed=1) == []
 
 
 def test_answers_to_one_prompt_alone_cannot_be_mismatched():
   with pytest.raises(UserError, match="all 3 judged answers are to one prompt, and kto needs"):
-    pipeline.with_mismatched(judged_examples([7, 7, 7]))
+    intake.with_mismatched(judged_examples([7, 7, 7]))
 
 
 @pytest.mark.parametrize("name", packing.LAYOUTS)
 def test_judged_answers_make_batches(rows_file, tokenizer, name):
   rows = [judged(i % 2 == 1, f"{'a' * i} question", " good" * (i + 1)) for i in range(8)]
-  some, _, _ = pipeline.load_examples(rows_file(rows), tokenizer, kind="unpaired")
-  some = pipeline.with_mismatched(some, max_length=40)
+  some, _, _ = intake.load_examples(rows_file(rows), tokenizer, kind="unpaired")
+  some = intake.with_mismatched(some, max_length=40)
   (batch,) = pipeline.eval_batches(some, batch_size=8, layout=name)
   row_B2, grade_B2 = batch.row_NS.reshape(-1, 2), batch.grade_NS.reshape(-1, 2)
   there_B = row_B2[:, 0] >= 0
@@ -340,36 +340,36 @@ def test_judged_answers_make_batches(rows_file, tokenizer, name):
 )
 def test_bad_data_is_one_line(rows_file, tokenizer, rows, kwargs, line):
   with pytest.raises(UserError, match=line):
-    pipeline.load_examples(rows_file(rows), tokenizer, **kwargs)
+    intake.load_examples(rows_file(rows), tokenizer, **kwargs)
 
 
 def test_a_tokenizer_must_fit_the_model(tokenizer):
-  pipeline.check_vocabulary(tokenizer, tokenizer.vocab_size)
+  intake.check_vocabulary(tokenizer, tokenizer.vocab_size)
   with pytest.raises(UserError, match=r"ids go to \d+ and the model's vocabulary is 100; name"):
-    pipeline.check_vocabulary(tokenizer, 100)
+    intake.check_vocabulary(tokenizer, 100)
 
 
 def test_split_keeps_a_prompt_on_one_side():
   some = [e._replace(prompt=np.array([e.row // 3], np.int32)) for e in examples(60)]
-  train, held_out = pipeline.split(some, 0.2, seed=3)
+  train, held_out = intake.split(some, 0.2, seed=3)
   sides = [{int(e.prompt[0]) for e in side} for side in (train, held_out)]
   assert len(train) + len(held_out) == 60 and len(sides[1]) == 4
   assert not sides[0] & sides[1]
-  again = pipeline.split(some, 0.2, seed=3)[1]
+  again = intake.split(some, 0.2, seed=3)[1]
   assert [e.row for e in again] == [e.row for e in held_out]
-  assert {e.row for e in pipeline.split(some, 0.2, seed=4)[1]} != {e.row for e in held_out}
-  assert pipeline.split(some, 0.0) == (some, [])
+  assert {e.row for e in intake.split(some, 0.2, seed=4)[1]} != {e.row for e in held_out}
+  assert intake.split(some, 0.0) == (some, [])
   line = "0.01 of 20 distinct prompts leaves one side.*data.eval_fraction=0 .*data.eval_path"
   with pytest.raises(UserError, match=line):
-    pipeline.split(some, 0.01)
+    intake.split(some, 0.01)
 
 
 def test_texts_of_one_prompt_are_split_one_by_one():
   some = [e._replace(prompt=np.array([1], np.int32)) for e in examples(20)]
-  train, held_out = pipeline.split(some, 0.2)
+  train, held_out = intake.split(some, 0.2)
   assert len(held_out) == 4 and sorted(e.row for e in train + held_out) == list(range(20))
   with pytest.raises(UserError, match=r"0.01 of 20 rows \(7 dropped: too long\) leaves one side"):
-    pipeline.split(some, 0.01, dropped={"too long": 7})
+    intake.split(some, 0.01, dropped={"too long": 7})
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -452,7 +452,7 @@ def test_padding_is_counted_for_each_layout():
   # P - 1 + n + n: 5 tokens shared, 7 packed; two rows of 4 when padded.
   ids = lambda n: np.ones(n, np.int32)
   some = [Example(ids(3), (ids(1), ids(2)), row=i) for i in range(4)]
-  count = lambda name, length: pipeline.count_padding(
+  count = lambda name, length: layout.count_padding(
     some, batch_size=2, layout=name, row_length=length
   )
   assert count("shared", 10) == 0
@@ -467,12 +467,12 @@ def test_padding_is_counted_for_each_layout():
 def test_real_judged_answers_make_batches(shared_data):
   real = chat.load_tokenizer(shared_data / "tokenizers" / "stories260k")
   path = shared_data / "preferences" / "lf_kto_en.open.json"
-  some, ledger, form = pipeline.load_examples(path, real, kind="unpaired", max_length=1024)
+  some, ledger, form = intake.load_examples(path, real, kind="unpaired", max_length=1024)
   assert form == "chat with label" and ledger.rows == 236
   assert ledger.pairs == len(some) == sum(ledger.labels.values())
   assert ledger.rows == ledger.pairs + ledger.dropped.total()
   train, held_out = (
-    pipeline.with_mismatched(side, max_length=1024) for side in pipeline.split(some, 0.2)
+    intake.with_mismatched(side, max_length=1024) for side in intake.split(some, 0.2)
   )
   prompt_B, tokens_BK = layout.lengths(train + held_out)
   assert (prompt_B + tokens_BK.max(1)).max() <= 1024
@@ -489,7 +489,7 @@ def test_real_judged_answers_make_batches(shared_data):
 )
 def test_real_preferences_make_batches(shared_data, file, dropped):
   real = chat.load_tokenizer(shared_data / "tokenizers" / "stories260k")
-  some, ledger, _ = pipeline.load_examples(shared_data / "preferences" / file, real, max_length=512)
+  some, ledger, _ = intake.load_examples(shared_data / "preferences" / file, real, max_length=512)
   assert ledger.dropped == dropped
   assert ledger.pairs == len(some) == ledger.rows - sum(dropped.values())
   assert ledger.tokens["padding"] < 0.15 * (ledger.tokens["prompt"] + ledger.tokens["answer"])

@@ -10,7 +10,7 @@ import pytest
 import small_tokenizers
 from rich.console import Console
 
-from dpo_jax.data import chat, pipeline, view
+from dpo_jax.data import chat, intake, view
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROW = {"prompt": "the answer is", "chosen": " good 🙂é!", "rejected": " bad"}
@@ -32,7 +32,7 @@ def test_a_row_shows_texts_ids_and_ends(tmp_path):
   tokenizer = chat.load_tokenizer(small_tokenizers.byte_level(tmp_path / "model"))
   path = tmp_path / "rows.jsonl"
   path.write_text(json.dumps(ROW))
-  (example,), ledger, _ = pipeline.load_examples(path, tokenizer)
+  (example,), ledger, _ = intake.load_examples(path, tokenizer)
   console = Console(width=100, record=True, file=io.StringIO())
   console.print(view.show_example(example, tokenizer))
   console.print(view.show_ledger(ledger, [example]))
@@ -47,9 +47,9 @@ def show(folder, kind, *rows):
   tokenizer = chat.load_tokenizer(small_tokenizers.byte_level(folder / "model"))
   path = folder / "rows.jsonl"
   path.write_text("\n".join(map(json.dumps, rows)))
-  examples, ledger, _ = pipeline.load_examples(path, tokenizer, kind=kind)
+  examples, ledger, _ = intake.load_examples(path, tokenizer, kind=kind)
   if kind == "unpaired":
-    examples = pipeline.with_mismatched(examples)
+    examples = intake.with_mismatched(examples)
   console = Console(width=100, record=True, file=io.StringIO())
   for example in examples:
     console.print(view.show_example(example, tokenizer, kind=kind))

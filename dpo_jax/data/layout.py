@@ -50,6 +50,22 @@ class Example(NamedTuple):
   grades: tuple[float, ...] = ()
 
 
+class Measured(NamedTuple):
+  """Stands for examples where their lengths are all that is asked of them: see `lengths`."""
+
+  lengths: tuple[np.ndarray, np.ndarray]
+
+  @classmethod
+  def of(cls, *sets: Sequence[Example]) -> Measured:
+    """Of several sets of K answers, as one."""
+    both = [lengths(examples) for examples in sets if len(examples)]
+    return cls(tuple(map(np.concatenate, zip(*both, strict=True))))
+
+  def some(self, index: np.ndarray) -> Measured:
+    """Those of some of them."""
+    return Measured(tuple(array[index] for array in self.lengths))
+
+
 # --- cutting --------------------------------------------------------------------------------------
 
 
@@ -133,7 +149,9 @@ def fill_up(examples: Sequence[Example], answers: int | None = None) -> list[Exa
 # --- laying out -----
 
 
-def fit_row_length(examples: Sequence[Example], layout: str, *, multiple: int = 64) -> int:
+def fit_row_length(
+  examples: Sequence[Example] | Measured, layout: str, *, multiple: int = 64
+) -> int:
   """A row length for these examples: the longest fits, and packed rows hold a few of the usual."""
   cost_B = packing.costs(*lengths(examples), layout)
   want = int(cost_B.max())
@@ -155,8 +173,24 @@ def check_fits(examples: Sequence[Example], layout: str, row_length: int) -> Non
     )
 
 
+def count_padding(
+  examples: Sequence[Example] | Measured,
+  *,
+  batch_size: int,
+  layout: str = "shared",
+  row_length: int | None = None,
+) -> int:
+  """Tokens of padding in the rows taken by one pass over the examples, in order."""
+  prompt_B, tokens_BK = lengths(examples)
+  length = row_length or fit_row_length(examples, layout)
+  parts = [slice(i, i + batch_size) for i in range(0, len(prompt_B), batch_size)]
+  rows = sum(packing.place(prompt_B[i], tokens_BK[i], layout, length).rows for i in parts)
+  real = packing.costs(prompt_B, tokens_BK, "shared" if layout == "shared" else "packed").sum()
+  return rows * length - int(real)
+
+
 def fit_sizes(
-  batches: Sequence[Sequence[Example]],
+  batches: Sequence[Sequence[Example] | Measured],
   *,
   layout: str = "shared",
   row_length: int,
@@ -165,7 +199,7 @@ def fit_sizes(
 ) -> Sizes:
   """Sizes that these batches share, but for those above `quantile` in rows."""
   places = [packing.place(*lengths(batch), layout, row_length) for batch in batches]
-  answers = len(batches[0][0].answers)
+  answers = lengths(batches[0])[1].shape[1]
   return packing.fit(places, answers, layout, groups, quantile)
 
 
@@ -218,8 +252,11 @@ def collate_many(
   return TokenBatch(*(np.stack(arrays) for arrays in zip(*filled, strict=True)))
 
 
-def lengths(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
-  """Prompt lengths [B] and answer lengths [B, K]."""
+def lengths(examples: Sequence[Example] | Measured) -> tuple[np.ndarray, np.ndarray]:
+  """Prompt lengths [B] and answer lengths [B, K]; those that know their `lengths` are not read."""
+  known = getattr(examples, "lengths", None)
+  if known is not None:
+    return known
   prompt_B = np.array([len(example.prompt) for example in examples])
   return prompt_B, np.array([[len(ids) for ids in example.answers] for example in examples])
 

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_jax.data.chat import Tokenizer
+from dpo_jax.data.intake import Ledger
 from dpo_jax.data.layout import Example, lengths
-from dpo_jax.data.pipeline import Ledger
 
 # Two shades of each, so that neighbouring tokens are told apart.
 GIVEN = ("grey70", "grey54")

@@ -1,0 +1,409 @@
+"""Rows to examples: tokenised, cut to the window, and every row of them accounted for.
+
+What a row becomes is a function of the row and the encoder alone, so that any number of processes
+gives the same examples in the same order.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import multiprocessing
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_jax.data import layout, packing, sources
+from dpo_jax.data.chat import Tokenizer
+from dpo_jax.data.layout import Example, Measured
+from dpo_jax.structs import UserError
+
+# Of what is done here and below to make ids of a row; another number is another set.
+RULES = 1
+CHUNK = 1024  # rows tokenised at a time
+
+
+@dataclasses.dataclass
+class Ledger:
+  """What became of the rows of a data set.
+
+  Attributes:
+    format: the form of the rows.
+    rows: rows read.
+    pairs: rows kept, be they pairs, texts, judged or ranked answers.
+    dropped: reason to number of rows.
+    truncated: "prompt" and "answer" to the number of kept rows so cut.
+    tokens: of the kept rows: "prompt" (counted once an example), "answer", "shared" (copies of
+      prompt tokens that the shared layout saves) and "padding" (of the rows that hold them), all
+      without the mismatched answers that unpaired examples get later.
+    labels: "desirable" and "undesirable" to the number of answers judged so.
+  """
+
+  format: str = ""
+  rows: int = 0
+  pairs: int = 0
+  dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  truncated: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  tokens: dict[str, int] = dataclasses.field(
+    default_factory=lambda: {"prompt": 0, "answer": 0, "padding": 0, "shared": 0}
+  )
+  labels: dict[str, int] = dataclasses.field(default_factory=dict)
+
+  def to_json(self) -> dict[str, Any]:
+    """One object of plain values; labels only where there are any."""
+    found = dataclasses.asdict(self) | {
+      "dropped": dict(self.dropped),
+      "truncated": dict(self.truncated),
+    }
+    return {name: value for name, value in found.items() if name != "labels" or value}
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+  """How rows become ids.
+
+  Attributes:
+    tokenizer: of the model.
+    kind: what is learned from the rows, "pairs", "text", "unpaired" or "ranked": see
+      `sources.detect`.
+    max_length: tokens of a prompt and one answer together, or None for no limit.
+    prompt_floor, truncation: see `layout.truncate`.
+    fields: field map of `sources.detect`.
+  """
+
+  tokenizer: Tokenizer
+  kind: str = "pairs"
+  max_length: int | None = None
+  prompt_floor: int = 64
+  truncation: str = "drop"
+  fields: dict[str, str] | None = None
+
+  def __call__(self, chunk: _Chunk) -> list[_Encoded | _Dropped]:
+    """What each row of a chunk becomes."""
+    with _at(chunk.first) as row:
+      form = sources.detect(row, self.fields, kind=self.kind)
+    out: list[_Encoded | _Dropped] = []
+    preferences, places = [], []
+    for where, row in chunk.rows:
+      try:
+        with _at((where, row)):
+          preferences.append(form.convert(row))
+        places.append(len(out))
+        out.append(_Encoded(where))
+      except sources.RowError as error:
+        out.append(_Dropped(str(error)))
+    encoded = self.tokenizer.encode_preferences(preferences)
+    for at, preference, result in zip(places, preferences, encoded, strict=True):
+      if isinstance(result, sources.RowError):
+        out[at] = _Dropped(str(result))
+      else:
+        out[at] = self._cut(out[at].where, *result, preference.grades)
+    return out
+
+  def form_of(self, first: tuple[str, sources.Row]) -> str:
+    """The name of the form that a file's first row has."""
+    with _at(first) as row:
+      return sources.detect(row, self.fields, kind=self.kind).name
+
+  def _cut(self, where, prompt, answers, grades) -> _Encoded | _Dropped:
+    largest = max(int(ids.max()) for ids in (prompt, *answers))
+    if largest >= self.tokenizer.vocab_size:
+      raise UserError(
+        f"{where}: token id {largest} is not in the tokenizer, whose ids go to"
+        f" {self.tokenizer.vocab_size - 1}; the rows were made with another"
+      )
+    kept = layout.truncate(
+      prompt,
+      answers,
+      max_length=self.max_length,
+      prompt_floor=self.prompt_floor,
+      mode=self.truncation,
+      bos_id=self.tokenizer.bos_id if self.tokenizer.adds_bos else None,
+    )
+    if kept is None:
+      return _Dropped("too long", max(map(len, answers)))
+    prompt, answers, cuts = kept
+    if any(np.array_equal(one, other) for one, other in itertools.combinations(answers, 2)):
+      return _Dropped("equal answers after cutting")
+    return _Encoded(where, prompt, answers, grades, cuts)
+
+
+class _Chunk(NamedTuple):
+  """Rows with where they stand, and the first of their file, which says what form they have."""
+
+  first: tuple[str, sources.Row]
+  rows: list[tuple[str, sources.Row]]
+
+
+class _Encoded(NamedTuple):
+  """A row as token ids, and what was cut."""
+
+  where: str
+  prompt: Any = None
+  answers: tuple[np.ndarray, ...] = ()
+  grades: tuple[float, ...] = ()
+  cuts: tuple[str, ...] = ()
+
+
+class _Dropped(NamedTuple):
+  """Why a row is left out, and the tokens of its longest answer if that is for length."""
+
+  reason: str
+  tokens: int = 0
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def load_examples(
+  paths: str | pathlib.Path | Sequence[str | pathlib.Path],
+  tokenizer: Tokenizer,
+  *,
+  limit: int | None = None,
+  **how: Any,
+) -> tuple[list[Example], Ledger, str]:
+  """Reads, recognises, tokenises and cuts the rows of some files.
+
+  Args:
+    paths: one file or several, as `sources.files` has them, each of one form.
+    tokenizer: of the model.
+    limit: rows to read at most.
+    how: the rest of `Encoder`.
+
+  Returns:
+    The examples, whose `row` counts the rows read from 0; the ledger; the forms of the rows,
+    joined by commas. Unpaired examples have one answer, to which `with_mismatched` adds another;
+    ranked ones are filled up to the most answers that any has.
+  """
+  encoder, ledger = Encoder(tokenizer, **how), Ledger()
+  examples = list(stream_examples(paths, encoder, ledger, limit=limit))
+  if encoder.kind == "ranked":
+    examples = layout.fill_up(examples)
+  ledger.tokens = count_tokens(examples)
+  return examples, ledger, ledger.format
+
+
+def stream_examples(
+  paths: str | pathlib.Path | Sequence[str | pathlib.Path],
+  encoder: Encoder,
+  ledger: Ledger,
+  *,
+  limit: int | None = None,
+  workers: int = 0,
+) -> Iterator[Example]:
+  """Examples as they are read, in order, few of them in memory at a time.
+
+  Args:
+    paths, limit: as in `load_examples`.
+    encoder: how rows become ids.
+    ledger: is filled on the way, all but its tokens.
+    workers: processes that tokenise; 0 for this one.
+  """
+  files = sources.files(paths)
+  if encoder.kind == "unpaired":
+    ledger.labels = {"desirable": 0, "undesirable": 0}
+  shortest = None  # tokens of the longest answer, least over the pairs that are too long
+  graded = None
+  for form, outcomes in _outcomes(files, encoder, limit, workers):
+    known = ledger.format.split(", ") if ledger.format else []
+    ledger.format = ", ".join(dict.fromkeys([*known, form]))
+    for found in outcomes:
+      row, ledger.rows = ledger.rows, ledger.rows + 1
+      if isinstance(found, _Dropped):
+        ledger.dropped[found.reason] += 1
+        if found.tokens:
+          shortest = min(found.tokens, shortest or found.tokens)
+        continue
+      graded = bool(found.grades) if graded is None else graded
+      if bool(found.grades) != graded:
+        had, has = ("a", "none") if graded else ("no", "one")
+        raise UserError(
+          f"{found.where}: the rows before have {had} score or margin and this one has {has}; give"
+          " one to every row or to none"
+        )
+      ledger.truncated.update(found.cuts)
+      ledger.pairs += 1
+      if encoder.kind != "unpaired":
+        yield Example(found.prompt, found.answers, row=row, grades=found.grades)
+        continue
+      # Of a pair, either answer is judged by itself.
+      for text, grade in zip(found.answers, found.grades, strict=True):
+        ledger.labels["desirable" if grade == 1 else "undesirable"] += 1
+        yield Example(found.prompt, (text,), row=row, grades=(grade,))
+  if not ledger.pairs:
+    raise UserError(_nothing_left(ledger, files, encoder.max_length, shortest))
+
+
+def _outcomes(
+  files: Sequence[pathlib.Path], encoder: Encoder, limit: int | None, workers: int
+) -> Iterator[tuple[str, list[_Encoded | _Dropped]]]:
+  """The form and the outcomes of every chunk, in order."""
+  chunks = _chunks(files, limit)
+  if not workers:
+    yield from ((encoder.form_of(chunk.first), encoder(chunk)) for chunk in chunks)
+    return
+  context = multiprocessing.get_context("spawn")
+  with futures.ProcessPoolExecutor(workers, context, _start, (encoder,)) as pool:
+    # A few more than are being worked at: what is read ahead is held in memory.
+    waiting: collections.deque = collections.deque()
+    for chunk in chunks:
+      waiting.append((encoder.form_of(chunk.first), pool.submit(_encode, chunk)))
+      if len(waiting) > 2 * workers:
+        form, outcome = waiting.popleft()
+        yield form, outcome.result()
+    yield from ((form, outcome.result()) for form, outcome in waiting)
+
+
+_encoder: Encoder  # of a worker
+
+
+def _start(encoder: Encoder) -> None:
+  global _encoder
+  _encoder = encoder
+
+
+def _encode(chunk: _Chunk) -> list[_Encoded | _Dropped]:
+  return _encoder(chunk)
+
+
+def _chunks(files: Sequence[pathlib.Path], limit: int | None) -> Iterator[_Chunk]:
+  """At most `limit` rows of some files, many at a time."""
+  left = limit
+  for path in files:
+    rows = itertools.islice(sources.read_rows(path), left)
+    first = None
+    while chunk := list(itertools.islice(rows, CHUNK)):
+      first = first or chunk[0]
+      left = None if left is None else left - len(chunk)
+      yield _Chunk(first, chunk)
+
+
+def detect_kind(paths: str | Sequence[str], fields: dict[str, str] | None = None) -> str:
+  """What the rows of some files are, from the first: see `sources.detect_kind`."""
+  with _at(next(sources.read_rows(sources.files(paths)[0]))) as row:
+    return sources.detect_kind(row, fields)
+
+
+@contextlib.contextmanager
+def _at(row: tuple[str, sources.Row]) -> Iterator[sources.Row]:
+  """Says where a row stands in what is raised about it."""
+  try:
+    yield row[1]
+  except UserError as error:
+    raise UserError(f"{row[0]}: {error}") from None
+
+
+def count_tokens(examples: Sequence[Example] | Measured) -> dict[str, int]:
+  """`Ledger.tokens` of some examples, of which their lengths suffice."""
+  prompt_B, tokens_BK = layout.lengths(examples)
+  cost = lambda layout: int(packing.costs(prompt_B, tokens_BK, layout).sum())
+  return {
+    "prompt": int(prompt_B.sum()),
+    "answer": int(tokens_BK.sum()),
+    "padding": layout.count_padding(examples, batch_size=32),
+    "shared": cost("packed") - cost("shared"),
+  }
+
+
+def _nothing_left(ledger: Ledger, paths, max_length: int | None, shortest: int | None) -> str:
+  why = ", ".join(f"{reason}: {count}" for reason, count in ledger.dropped.most_common())
+  line = f"no row is of use in {', '.join(map(str, paths))}: {ledger.rows} rows, dropped {why}"
+  if shortest is not None:
+    line += (
+      f"; max_length is {max_length} and the shortest answers take {shortest} tokens, raise"
+      " max_length or let answers be cut"
+    )
+  return line
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab: int) -> None:
+  """Every id of the tokenizer is one the model can score."""
+  if tokenizer.vocab_size > vocab:
+    raise UserError(
+      f"the tokenizer's ids go to {tokenizer.vocab_size - 1} and the model's vocabulary is {vocab};"
+      " name the tokenizer that belongs to the model"
+    )
+
+
+# --- sides ----------------------------------------------------------------------------------------
+
+
+def split(
+  examples: Sequence[Example],
+  eval_fraction: float,
+  seed: int = 0,
+  dropped: Mapping[str, int] | None = None,
+) -> tuple[list[Example], list[Example]]:
+  """Training and held-out examples; all examples of one prompt fall on the same side.
+
+  Where all have the same prompt (texts that follow BOS alone) they are split one by one. Of rows
+  `dropped` before, by reason, an error tells.
+  """
+  keys: list[bytes | int] = [example.prompt.tobytes() for example in examples]
+  what = "distinct prompts"
+  if len(set(keys)) < 2:
+    keys, what = [*range(len(examples))], "rows"
+  units = list(dict.fromkeys(keys))
+  held = round(eval_fraction * len(units))
+  if eval_fraction > 0 and not 0 < held < len(units):
+    lost = ", ".join(f"{rows} dropped: {reason}" for reason, rows in (dropped or {}).items())
+    raise UserError(
+      f"eval fraction {eval_fraction} of {len(units)} {what}{lost and f' ({lost})'} leaves one side"
+      " empty; set data.eval_fraction=0 to hold nothing out, or name other rows by data.eval_path"
+    )
+  order = np.random.default_rng(seed).permutation(len(units))
+  away = {units[i] for i in order[:held]}
+  pairs = list(zip(keys, examples, strict=True))
+  train = [example for key, example in pairs if key not in away]
+  return train, [example for key, example in pairs if key in away]
+
+
+def with_mismatched(
+  examples: Sequence[Example], *, max_length: int | None = None, seed: int = 0
+) -> list[Example]:
+  """Judged answers, each with an answer to another prompt behind its own prompt.
+
+  What `kto` estimates the distance between policy and reference from. The other answer is that of
+  the next example, in an order drawn once, whose prompt is another. It depends on nothing but the
+  examples and the seed, so its log-probability under the reference is the same in every epoch; and
+  where no two examples share a prompt every answer serves once. Held-out examples are to be split
+  off before, so that no answer gets from one side to the other.
+
+  Args:
+    examples: each with one answer and its label.
+    max_length: the window; an answer that goes beyond it is cut at its end.
+    seed: of the order.
+
+  Returns:
+    The examples in their order, with answers (judged, mismatched) and the label as both grades.
+  """
+  if not examples:
+    return []
+  size = len(examples)
+  order = np.random.default_rng(seed).permutation(size).tolist()
+  keys = [examples[i].prompt.tobytes() for i in order]
+  if len(set(keys)) < 2:
+    raise UserError(
+      f"all {size} judged answers are to one prompt, and kto needs answers to others; give rows of"
+      " two prompts or more, both to train on and to hold out (data.eval_fraction=0 holds none out)"
+    )
+  # Backwards round the circle, from an example whose next one has another prompt.
+  start = next(at for at in range(size) if keys[at] != keys[(at + 1) % size])
+  partner = list(range(size))
+  for at in range(start, start - size, -1):
+    at, after = at % size, (at + 1) % size
+    partner[at] = after if keys[at] != keys[after] else partner[after]
+  found = list(examples)
+  for at, other in enumerate(partner):
+    example, (answer, *_) = examples[order[at]], examples[order[other]].answers
+    if max_length is not None:
+      answer = answer[: max_length - len(example.prompt)]
+    found[order[at]] = example._replace(
+      answers=(example.answers[0], answer), grades=example.grades[:1] * 2
+    )
+  return found
