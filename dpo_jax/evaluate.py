@@ -18,7 +18,7 @@ import numpy as np
 
 from dpo_jax import logprobs, losses, measures
 from dpo_jax.data import intake, pipeline
-from dpo_jax.data.layout import Example
+from dpo_jax.data.layout import Example, lengths
 from dpo_jax.draws import Drawn, LanguageModel, draw
 from dpo_jax.losses import Loss
 from dpo_jax.model import transformer
@@ -76,12 +76,13 @@ def check_positions(examples: Sequence[Example], config: ModelConfig) -> None:
   """Every text has positions in the model; rotary ones have no end."""
   if config.positions != "learned":
     return
-  longest = max(examples, key=lambda e: len(e.prompt) + max(map(len, e.answers)))
-  tokens = len(longest.prompt) + max(map(len, longest.answers))
-  if tokens > config.max_positions:
+  prompt_B, tokens_BK = lengths(examples)
+  tokens_B = prompt_B + tokens_BK.max(axis=1)
+  longest = int(tokens_B.argmax())
+  if tokens_B[longest] > config.max_positions:
     raise UserError(
-      f"data row {longest.row} has {tokens} tokens and the model {config.max_positions} positions;"
-      f" lower max_length to {config.max_positions}"
+      f"data row {examples[longest].row} has {tokens_B[longest]} tokens and the model"
+      f" {config.max_positions} positions; lower max_length to {config.max_positions}"
     )
 
 

@@ -6,14 +6,14 @@ Like `build`, whose part it is, this reads a `ConfigDict`; what it calls does no
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax import draws, evaluate, losses, on_policy, rewards
-from dpo_jax.data import intake, layout, packing, pipeline
+from dpo_jax.data import intake, layout, packing, pipeline, tfds_pairs
 from dpo_jax.data.chat import Tokenizer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, TokenBatch, UserError
@@ -23,14 +23,15 @@ class Material(NamedTuple):
   """Rows or prompts, and how batches are made of them.
 
   Attributes:
-    examples: rows to train on; on policy, prompts (texts or messages).
+    examples: rows to train on, in memory or read as they are needed; on policy, prompts (texts or
+      messages).
     held_out: rows to judge by; on policy, prompts as examples without answers.
     answers: K, slots of a row of data.
     batching: layout, row_length and groups of `pipeline.batches`.
     sampler: makes batches of prompts; None where rows are trained on as they stand.
   """
 
-  examples: list[Any]
+  examples: Sequence[Any]
   held_out: list[layout.Example]
   answers: int
   batching: dict[str, Any]
@@ -67,7 +68,7 @@ def load(
   if not config.on_policy.reward:
     examples, held_out, ledger = _load_rows(config, loss, tokenizer, model_config)
     batching["row_length"] = config.data.row_length or layout.fit_row_length(
-      examples + held_out, config.data.layout
+      layout.Measured.of(examples, held_out), config.data.layout
     )
     return Material(examples, held_out, len(examples[0].answers), batching, None), ledger
 
@@ -97,21 +98,18 @@ def load(
 def _load_rows(config, loss, tokenizer, model_config):
   """Training and held-out examples, and the ledger of both."""
   data = config.data
-  read = functools.partial(
-    intake.load_examples,
-    tokenizer=tokenizer,
-    kind=loss.kind,
-    max_length=data.max_length,
-    prompt_floor=data.prompt_floor,
-    truncation=data.truncation,
-    fields={k: v for k, v in data.fields.items() if v},
-  )
-  examples, ledger, form = read(data.path)
-  ledger = {"format": form, **ledger.to_json()}
-  if data.eval_path:
-    held_out, more, form = read(data.eval_path)
-    ledger["eval"] = {"format": form, **more.to_json()}
+  how = {"kind": loss.kind, "fields": {k: v for k, v in data.fields.items() if v}}
+  how |= {name: data[name] for name in ("max_length", "prompt_floor", "truncation")}
+  prepared = tfds_pairs.holds_one(data.path)
+  if prepared:
+    examples, held_out, ledger = _read_prepared(config, intake.Encoder(tokenizer, **how))
   else:
+    examples, ledger, form = intake.load_examples(data.path, tokenizer, **how)
+    ledger = {"format": form, **ledger.to_json()}
+  if data.eval_path:
+    held_out, more, form = intake.load_examples(data.eval_path, tokenizer, **how)
+    ledger["eval"] = {"format": form, **more.to_json()}
+  elif not prepared:
     examples, held_out = intake.split(examples, data.eval_fraction, config.seed, ledger["dropped"])
   if loss.kind == "unpaired":
     mismatch = functools.partial(
@@ -119,8 +117,9 @@ def _load_rows(config, loss, tokenizer, model_config):
     )
     examples, held_out = mismatch(examples), mismatch(held_out)
   if loss.kind == "ranked":
-    filled = layout.fill_up(examples + held_out)
-    examples, held_out = filled[: len(examples)], filled[len(examples) :]
+    most = layout.Measured.of(examples, held_out).lengths[1].shape[1]
+    held_out = layout.fill_up(held_out, most)
+    examples = examples.widened(most) if prepared else layout.fill_up(examples, most)
   held_out = _limited(held_out, config)
   for path, some in ((data.path, examples), (data.eval_path, held_out)):
     if loss.reads("margin_B") and some and not some[0].grades:
@@ -128,10 +127,26 @@ def _load_rows(config, loss, tokenizer, model_config):
         f"loss {loss.name!r} reads by how much the chosen answer is better, and the rows of {path}"
         " do not say; give them a field margin, or chosen_score and rejected_score"
       )
-  if data.row_length and data.layout != "padded":
-    layout.check_fits(examples + held_out, data.layout, data.row_length)
-  evaluate.check_positions(examples + held_out, model_config)
+  for some in filter(len, (examples, held_out)):
+    if data.row_length and data.layout != "padded":
+      layout.check_fits(some, data.layout, data.row_length)
+    evaluate.check_positions(some, model_config)
   return examples, held_out, ledger
+
+
+def _read_prepared(config: ConfigDict, encoder: intake.Encoder):
+  """Both splits of a prepared set and its ledger; the examples to train on stay on disk."""
+  data = config.data
+  if encoder.fields:
+    raise UserError(
+      f"data.fields names {', '.join(encoder.fields)}, but {data.path} is a prepared set, whose"
+      " fields were read when it was made; leave it out"
+    )
+  fraction = None if data.eval_path else data.eval_fraction
+  examples, held_out, ledger = tfds_pairs.read(data.path, encoder, eval_fraction=fraction)
+  # What kto judges is drawn from all answers.
+  examples = list(examples) if encoder.kind == "unpaired" else examples
+  return examples, held_out[: data.eval_limit] if held_out else [], ledger
 
 
 def _limited(held_out: list, config: ConfigDict) -> list:

@@ -15,4 +15,7 @@ def _report(kind, error, trace):
 sys.excepthook = _report
 
 # In place of scripts/, which the interpreter puts there and where `evaluate` would shadow others.
-sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
+# Last it may stand: processes that a script starts import the script anew, and with it this.
+_scripts = pathlib.Path(__file__).resolve().parent
+sys.path[0] = str(_scripts.parent)
+sys.path.append(str(_scripts))

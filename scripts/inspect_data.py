@@ -46,14 +46,10 @@ def main(_):
   import json
 
   from dpo_jax.data import chat, intake, templates
-  from dpo_jax.structs import UserError
 
-  wrong = [pair for pair in FIELDS.value if "=" not in pair]
-  if wrong:
-    raise UserError(f"--fields {wrong[0]} is no name=name; as in --fields prompt=question")
   arguments = templates.read_arguments(TEMPLATE.value, "--template")
   tokenizer = chat.load_tokenizer(MODEL.value, template_arguments=arguments)
-  fields = dict(pair.split("=", 1) for pair in FIELDS.value)
+  fields = intake.read_fields(FIELDS.value)
   kind = KIND.value or intake.detect_kind(DATA.value, fields)
   examples, ledger, _ = intake.load_examples(
     DATA.value,

@@ -283,6 +283,14 @@ def _chunks(files: Sequence[pathlib.Path], limit: int | None) -> Iterator[_Chunk
       yield _Chunk(first, chunk)
 
 
+def read_fields(given: Sequence[str]) -> dict[str, str]:
+  """A field map from `prompt=question` and the like."""
+  wrong = [pair for pair in given if "=" not in pair]
+  if wrong:
+    raise UserError(f"--fields {wrong[0]} is no name=name; as in --fields prompt=question")
+  return dict(pair.split("=", 1) for pair in given)
+
+
 def detect_kind(paths: str | Sequence[str], fields: dict[str, str] | None = None) -> str:
   """What the rows of some files are, from the first: see `sources.detect_kind`."""
   with _at(next(sources.read_rows(sources.files(paths)[0]))) as row:

@@ -57,13 +57,16 @@ class Measured(NamedTuple):
 
   @classmethod
   def of(cls, *sets: Sequence[Example]) -> Measured:
-    """Of several sets of K answers, as one."""
-    both = [lengths(examples) for examples in sets if len(examples)]
-    return cls(tuple(map(np.concatenate, zip(*both, strict=True))))
+    """Of several sets, as one; K is the most answers of any."""
+    prompts, answers = zip(*(lengths(some) for some in sets if len(some)), strict=True)
+    most = max(tokens_BK.shape[1] for tokens_BK in answers)
+    wide = [np.pad(x_BK, ((0, 0), (0, most - x_BK.shape[1]))) for x_BK in answers]
+    return cls((np.concatenate(prompts), np.concatenate(wide)))
 
   def some(self, index: np.ndarray) -> Measured:
     """Those of some of them."""
-    return Measured(tuple(array[index] for array in self.lengths))
+    prompt_B, tokens_BK = self.lengths
+    return Measured((prompt_B[index], tokens_BK[index]))
 
 
 # --- cutting --------------------------------------------------------------------------------------

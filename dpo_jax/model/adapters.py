@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 
+from dpo_jax.folders import replacing
 from dpo_jax.model import families, hf, lora
 from dpo_jax.model.config import ModelConfig, is_number
 from dpo_jax.model.lora import LoRA
@@ -98,7 +99,7 @@ def save(
     source: folder whose tokenizer is copied untouched.
   """
   arrays, fields, split = _to_peft(config, adapters, about)
-  with hf.replacing(path) as new:
+  with replacing(path) as new:
     (new / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
     hf.copy_companions(None if source is None else pathlib.Path(source), new)
     entries = [Entry(name, x.shape, x.dtype, lambda x=x: x) for name, x in sorted(arrays.items())]

@@ -12,8 +12,6 @@ import functools
 import json
 import pathlib
 import shutil
-import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
+from dpo_jax.folders import replacing
 from dpo_jax.model import families
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.families import Tensor
@@ -215,31 +214,6 @@ def save(
       ids = {name: fields.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
       _write_json(new / GENERATION, {k: v for k, v in ids.items() if v is not None})
     write_weights(new, entries, max_shard_size)
-
-
-@contextlib.contextmanager
-def replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-  """A new folder to be filled, which takes the place of `path` when it is whole.
-
-  It is a hidden sibling until then, and nothing remains of it if it cannot be filled.
-  """
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  scratch = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-  new, old = scratch / "new", scratch / "old"
-  try:
-    new.mkdir()
-    yield new
-    try:
-      if path.exists():
-        path.rename(old)
-      new.rename(path)
-    except BaseException:
-      if old.exists() and not path.exists():
-        old.rename(path)
-      raise
-  finally:
-    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _entries(config: ModelConfig, leaves: dict[str, Any]) -> list[Entry]:
