@@ -98,8 +98,13 @@ def load(
 def _load_rows(config, loss, tokenizer, model_config):
   """Training and held-out examples, and the ledger of both."""
   data = config.data
-  how = {"kind": loss.kind, "fields": {k: v for k, v in data.fields.items() if v}}
-  how |= {name: data[name] for name in ("max_length", "prompt_floor", "truncation")}
+  how = {
+    "kind": loss.kind,
+    "max_length": data.max_length,
+    "prompt_floor": data.prompt_floor,
+    "truncation": data.truncation,
+    "fields": {k: v for k, v in data.fields.items() if v},
+  }
   prepared = tfds_pairs.holds_one(data.path)
   if prepared:
     examples, held_out, ledger = _read_prepared(config, intake.Encoder(tokenizer, **how))
