@@ -16,8 +16,8 @@ import optax
 from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
-from dpo_jax import feeds, logprobs, losses, optim, parallel, step
-from dpo_jax.data import chat, intake, packing, templates
+from dpo_jax import feeds, logprobs, losses, optim, parallel, reference, step
+from dpo_jax.data import chat, intake, layout, packing, templates
 from dpo_jax.model import adapters, families, hf, lora, transformer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.lora import LoRA
@@ -41,6 +41,8 @@ class Run(NamedTuple):
   schedule: optax.Schedule
   tx: optax.GradientTransformation
   adapter: adapters.Adapter | None
+  store: reference.Store | None = None
+  lacking: tuple[layout.Lazy, ...] = ()  # examples whose reference log-probs it does not have yet
 
 
 def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTree | None, dict]:
@@ -71,6 +73,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     dropout=config.lora.dropout if settings else 0.0,
   )
   material, ledger = feeds.load(config, loss, tokenizer, model_config, executor.groups)
+  store, lacking, material = feeds.stored(config, model_config, executor.devices[0], material)
   passes = config.train.epochs * len(material.examples) / config.train.batch_size
   steps = config.train.steps or max(1, round(passes))
   schedule_args, rest = _split(
@@ -84,6 +87,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     scored_fn=logprobs.make_scored_fn(model, beyond_shorter=loss.ld_alpha, aligned=loss.wpo),
     balance=_balance(config.train.router_balance, model_config),
     sync=sync,
+    stored_fn=logprobs.make_stored_fn(beyond_shorter=loss.ld_alpha) if store else None,
   )
   trained = _load(config, model_config, executor.home)
   frozen, adapter = None, None
@@ -93,7 +97,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
       dropout_seed=config.seed if settings.dropout else None,
     )
     trained, frozen, adapter = _adapted(config, settings, start, trained)
-  elif loss.needs_reference:
+  elif loss.needs_reference and (lacking or not store):
     frozen = _reference(config, model_config, executor.home, trained)
   run = Run(
     workdir=workdir,
@@ -108,6 +112,8 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     schedule=schedule,
     tx=optim.make_optimizer(schedule, **rest),
     adapter=adapter,
+    store=store,
+    lacking=lacking,
   )
   return run, trained, frozen, ledger
 

@@ -75,6 +75,7 @@ def get_config() -> ConfigDict:
         path="",  # Hugging Face folder of the reference; "" is the policy as it starts
         param_dtype="float32",
         sync_every=0,  # steps after which the reference follows the policy (TR-DPO); 0 is never
+        store="",  # folder where its log-probs are kept for this run and others; "" for none
         sync_alpha=0.6,  # how far it goes: 1 makes it the policy, 0.6 so much of the way
       ),
       "lora": section(

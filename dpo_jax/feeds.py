@@ -5,16 +5,20 @@ Like `build`, whose part it is, this reads a `ConfigDict`; what it calls does no
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax import draws, evaluate, losses, on_policy, rewards
+from dpo_jax import draws, evaluate, losses, on_policy, reference, rewards
 from dpo_jax.data import intake, layout, packing, pipeline, tfds_pairs
 from dpo_jax.data.chat import Tokenizer
+from dpo_jax.model import adapters, weight_files
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 
@@ -32,14 +36,14 @@ class Material(NamedTuple):
   """
 
   examples: Sequence[Any]
-  held_out: list[layout.Example]
+  held_out: Sequence[layout.Example]
   answers: int
   batching: dict[str, Any]
   sampler: on_policy.Sampler | None
 
 
 def check(config: ConfigDict, loss: losses.Loss) -> None:
-  """Settings of on-policy training, or that the loss can do without it."""
+  """Settings of on-policy training, or that the loss can do without it; and of the store."""
   if config.on_policy.reward:
     on_policy.check(loss, **config.on_policy)
   elif loss.samples:
@@ -47,6 +51,24 @@ def check(config: ConfigDict, loss: losses.Loss) -> None:
       f"loss {loss.name!r} learns from samples of the policy itself; name a reward for them,"
       " --config.on_policy.reward=NAME, and prompts, --config.data.path=FILE"
     )
+  _check_store(config, loss)
+
+
+def _check_store(config: ConfigDict, loss: losses.Loss) -> None:
+  """Whether log-probs of the reference could be stored; nothing is made yet."""
+  path, sync_every = config.reference.store, config.reference.sync_every
+  if not path:
+    return
+  why = None
+  if not loss.needs_reference:
+    why = f"loss {loss.name!r} reads no reference"
+  elif sync_every:
+    why = f"the reference follows the policy (reference.sync_every={sync_every})"
+  elif config.on_policy.reward:
+    why = "the answers are sampled anew at every step (on_policy.reward)"
+  if why:
+    raise UserError(f"reference.store is {path!r}, but {why}; leave it empty")
+  reference.check(pathlib.Path(path))
 
 
 def load(
@@ -199,6 +221,44 @@ def _load_prompts(config, tokenizer, model_config):
     for row, prompt in enumerate(ids[len(prompts) :])
   ]
   return prompts, examples, longest, {"format": "prompts", **counts, "tokens": tokens}
+
+
+def stored(
+  config: ConfigDict, model_config: ModelConfig, device: jax.Device, material: Material
+) -> tuple[reference.Store | None, tuple[layout.Lazy, ...], Material]:
+  """The store of the reference's log-probs, what it lacks, and the rows with what it has."""
+  path = config.reference.store
+  if not path:
+    return None, (), material
+  store = reference.Store(path, _reference_key(config, model_config, device))
+  sides = (material.examples, material.held_out)
+  lacking = tuple(filter(len, (reference.lacking(side, store) for side in sides)))
+  rows, missing = sum(map(len, sides)), sum(map(len, lacking))
+  print(
+    f"reference store {store.folder}: {rows - missing:,} of {rows:,} examples found", flush=True
+  )
+  examples, held_out = (reference.stored(side, store) for side in sides)
+  return store, lacking, material._replace(examples=examples, held_out=held_out)
+
+
+def _reference_key(
+  config: ConfigDict, model_config: ModelConfig, device: jax.Device
+) -> dict[str, Any]:
+  """All that the reference's log-probs depend on beside prompt and answer."""
+  path, types = config.reference.path, [config.reference.param_dtype]
+  if not path:  # it has the policy's numbers, as the policy holds them
+    path, types = config.model.path, [config.model.param_dtype, *types]
+  weights: Any = {"scratch": config.model.scratch.to_dict(), "seed": config.seed}
+  return {
+    "weights": weight_files.digest(pathlib.Path(path)) if path else weights,
+    "adapter": adapters.digest(config.lora.path) if config.lora.path else None,
+    "model": dataclasses.asdict(model_config),
+    "param_dtypes": types,
+    "compute_dtype": config.model.compute_dtype,
+    "layout": config.data.layout,
+    "device": device.device_kind,
+    "jax": jax.__version__,
+  }
 
 
 Feed = Callable[[int, PyTree], tuple[TokenBatch, dict[str, float]]]

@@ -66,9 +66,8 @@ TokenFn = Callable[[Array, Array], Array]
 
 def naive_slot_logps(hidden_NLD: Array, head: Head, batch: TokenBatch) -> Array:
   """Summed log-prob of every slot through the full [N, L, V] logits: [N, S], nats."""
-  logps_NL = token_logps(logits(hidden_NLD, head), batch.target_NL) * batch.weight_NL
-  slots = batch.weight_NS.shape[1]
-  return jax.vmap(lambda x, slot: jax.ops.segment_sum(x, slot, slots))(logps_NL, batch.slot_NL)
+  logps_NL = token_logps(logits(hidden_NLD, head), batch.target_NL)
+  return _by_slot(jax.ops.segment_sum, logps_NL * batch.weight_NL, batch)
 
 
 def slot_logps(
@@ -94,25 +93,40 @@ def slot_logps(
   Returns:
     logps_NS: float32 or wider, zero in empty slots.
   """
-  groups, scored = batch.scored_GM.shape
+  logps_GM = scored_logps(hidden_NLD, head, batch, head_elements=head_elements, token_fn=token_fn)
+  groups = len(batch.scored_GM)
   rows, slots = batch.weight_NS.shape
-  flat = lambda x_NL: x_NL.reshape(groups, -1, *x_NL.shape[2:])
-  pick = lambda x_NL: jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=0))(
-    flat(x_NL), batch.scored_GM
-  )
-  hidden_GMD, target_GM, weight_GM = pick(hidden_NLD), pick(batch.target_NL), pick(batch.weight_NL)
-
-  vocab = head.kernel_VD.shape[0]
-  chunks = -(-scored * vocab // head_elements)
-  if chunks <= 1:
-    logps_GM = token_fn(logits(hidden_GMD, head), target_GM)
-  else:
-    logps_GM = _chunked(hidden_GMD, head, target_GM, min(chunks, scored), token_fn)
-
+  pick = _picker(batch)
   row_NL = jnp.broadcast_to(jnp.arange(rows)[:, None] % (rows // groups), batch.slot_NL.shape)
   owner_GM = pick(row_NL * slots + batch.slot_NL)
   sums = lambda x, owner: jax.ops.segment_sum(x, owner, (rows // groups) * slots)
-  return jax.vmap(sums)(logps_GM * weight_GM, owner_GM).reshape(rows, slots)
+  return jax.vmap(sums)(logps_GM * pick(batch.weight_NL), owner_GM).reshape(rows, slots)
+
+
+def scored_logps(
+  hidden_NLD: Array,
+  head: Head,
+  batch: TokenBatch,
+  *,
+  head_elements: int = HEAD_ELEMENTS,
+  token_fn: TokenFn = token_logps,
+) -> Array:
+  """Log-prob of every scored token, where `scored_GM` has it: [G, M], nats; arguments as above."""
+  scored = batch.scored_GM.shape[1]
+  pick = _picker(batch)
+  hidden_GMD, target_GM = pick(hidden_NLD), pick(batch.target_NL)
+  chunks = -(-scored * head.kernel_VD.shape[0] // head_elements)
+  if chunks <= 1:
+    return token_fn(logits(hidden_GMD, head), target_GM)
+  return _chunked(hidden_GMD, head, target_GM, min(chunks, scored), token_fn)
+
+
+def _picker(batch: TokenBatch) -> Callable[[Array], Array]:
+  """[N, L, …] -> [G, M, …], what stands at the scored tokens; 0 where there is none."""
+  groups = len(batch.scored_GM)
+  flat = lambda x_NL: x_NL.reshape(groups, -1, *x_NL.shape[2:])
+  take = jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=0))
+  return lambda x_NL: take(flat(x_NL), batch.scored_GM)
 
 
 def _chunked(
@@ -139,10 +153,13 @@ def _chunked(
 
 def slot_tokens(batch: TokenBatch) -> Array:
   """Weight of the scored tokens of every slot (their number, unless reweighted): [N, S]."""
+  return _by_slot(jax.ops.segment_sum, batch.weight_NL, batch)
+
+
+def _by_slot(fn: Callable[..., Array], x_NL: Array, batch: TokenBatch) -> Array:
+  """A sum (or the like) of the values of every slot: [N, S]."""
   slots = batch.weight_NS.shape[1]
-  return jax.vmap(lambda x, slot: jax.ops.segment_sum(x, slot, slots))(
-    batch.weight_NL, batch.slot_NL
-  )
+  return jax.vmap(lambda x, slot: fn(x, slot, slots))(x_NL, batch.slot_NL)
 
 
 def shorter_answer_weights(batch: TokenBatch, beyond: float) -> TokenBatch:
@@ -152,10 +169,9 @@ def shorter_answer_weights(batch: TokenBatch, beyond: float) -> TokenBatch:
   """
   rows, slots = batch.weight_NS.shape
   scored_NL = batch.weight_NL > 0
-  per_slot = lambda fn, x_NL: jax.vmap(lambda x, slot: fn(x, slot, slots))(x_NL, batch.slot_NL)
-  tokens_NS = per_slot(jax.ops.segment_sum, scored_NL.astype(jnp.int32))
+  tokens_NS = _by_slot(jax.ops.segment_sum, scored_NL.astype(jnp.int32), batch)
   far = jnp.iinfo(jnp.int32).max
-  first_NS = per_slot(jax.ops.segment_min, jnp.where(scored_NL, batch.position_NL, far))
+  first_NS = _by_slot(jax.ops.segment_min, jnp.where(scored_NL, batch.position_NL, far), batch)
   shorter_NS = jnp.repeat(tokens_NS.reshape(-1, 2).min(axis=1), 2).reshape(rows, slots)
   of_slot = lambda x_NS: jnp.take_along_axis(x_NS, batch.slot_NL, axis=1)
   inside_NL = batch.position_NL - of_slot(first_NS) < of_slot(shorter_NS)
@@ -179,6 +195,27 @@ def make_logps_fn(
   """
   scored_fn = make_scored_fn(model, head_elements=head_elements, beyond_shorter=beyond_shorter)
   return lambda params, batch, key=None: scored_fn(params, batch, key).logps_NS
+
+
+def make_stored_fn(*, beyond_shorter: float = 1.0) -> Callable[[TokenBatch], Array]:
+  """batch -> logps_NS, nats, of log-probs that the batch itself brings along."""
+
+  def stored_fn(batch: TokenBatch) -> Array:
+    if beyond_shorter != 1:
+      batch = shorter_answer_weights(batch, beyond_shorter)
+    return _by_slot(jax.ops.segment_sum, batch.reference_NL * batch.weight_NL, batch)
+
+  return stored_fn
+
+
+def make_token_fn(model: Model, *, head_elements: int = HEAD_ELEMENTS) -> LogpsFn:
+  """(params, batch) -> log-probs of the scored tokens one by one, [G, M], nats: `scored_logps`."""
+
+  def token_fn(params: PyTree, batch: TokenBatch) -> Array:
+    hidden_NLD = model.hidden(params, batch)
+    return scored_logps(hidden_NLD, model.head(params), batch, head_elements=head_elements)
+
+  return token_fn
 
 
 class Scored(NamedTuple):

@@ -63,6 +63,8 @@ class Objective(NamedTuple):
     policy: (trained, frozen) -> the policy's parameters; what is trained, unless given.
     dropout_seed: of the keys of dropout, which go by it and the step; None for no dropout.
     balance: weight of the term that spreads tokens over the experts of a mixture.
+    stored_fn: batch -> logps_NS of a reference whose log-probs the batches bring along; None where
+      they are computed.
   """
 
   logps_fn: logprobs.LogpsFn
@@ -73,6 +75,7 @@ class Objective(NamedTuple):
   policy: Callable[[PyTree, PyTree | None], PyTree] = lambda trained, frozen: trained
   dropout_seed: int | None = None
   balance: float = 0.0
+  stored_fn: Callable[[TokenBatch], Array] | None = None
 
 
 def init_state(
@@ -158,7 +161,7 @@ def train_step(
   Args:
     state: the policy, its optimiser, the step number and what else evolves.
     ref_params: the frozen reference, which adapters also take their base from; None where the
-      loss reads none or the state holds it.
+      loss reads none, the state holds it or its log-probs are stored.
     batch: every array with a leading axis of micro-batches, whose gradients are added exactly.
     objective: what is minimised.
     tx: the optimiser.
@@ -203,7 +206,7 @@ def _gradient(
 
   reference_ANS = None
   if objective.loss.needs_reference:
-    forward = lambda micro: objective.logps_fn(fixed, micro)
+    forward = objective.stored_fn or (lambda micro: objective.logps_fn(fixed, micro))
     reference_ANS = jax.lax.stop_gradient(jax.lax.map(forward, batch))
   ready_A = None
   if objective.loss.batch_wide and len(batch.ids_NL) > 1:

@@ -83,6 +83,8 @@ class TokenBatch(NamedTuple):
     grade_NS: float32 what is known of the answer in the slot besides its order: its reward, or for
       an answer judged by itself 1 if it is desirable and 0 if not; 0 where nothing is known.
     row_NS: int32 row of the data set that the slot came from; -1 is an empty or absent one.
+    reference_NL: float32 log-prob of the target under the reference, nats, where that is stored; 0
+      where nothing is scored. None where the reference is computed along.
   """
 
   ids_NL: Array
@@ -96,6 +98,7 @@ class TokenBatch(NamedTuple):
   weight_NS: Array
   grade_NS: Array
   row_NS: Array
+  reference_NL: Array | None = None
 
 
 class Head(NamedTuple):

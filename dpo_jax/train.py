@@ -18,7 +18,19 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dpo_jax import cli, draws, feeds, logprobs, metrics, parallel, probes, report, step, workdirs
+from dpo_jax import (
+  cli,
+  draws,
+  feeds,
+  logprobs,
+  metrics,
+  parallel,
+  probes,
+  reference,
+  report,
+  step,
+  workdirs,
+)
 from dpo_jax.build import Run, build
 from dpo_jax.checkpoint import Checkpoints, latest_step
 from dpo_jax.data import pipeline
@@ -80,6 +92,11 @@ def train(run: Run, trained: PyTree, frozen: PyTree | None, claim: Callable[[], 
   sizes = sampler and sampler.sizes(run.objective.policy(trained, frozen))
   feed_after = functools.partial(feeds.make_feed, run.config, run.material, sizes)
   placed = None if frozen is None else run.executor.place(frozen)
+  if run.store:
+    fill_store(run, placed)
+    if not run.adapter:  # adapters take their base from it still
+      jax.tree.map(lambda x: x.delete(), placed)
+      placed = None
   if start:
     # The checkpoint's take their place.
     jax.tree.map(lambda x: x.delete() if isinstance(x, jax.Array) else None, trained)
@@ -141,6 +158,24 @@ def _loop(run, state, frozen, feed, start, checkpoints, log) -> step.TrainState:
   return state
 
 
+def fill_store(run: Run, frozen: PyTree | None) -> None:
+  """Computes what the store lacks, of a placed reference; says how far it is."""
+  forward = run.executor.compile_forward(logprobs.make_token_fn(run.model))
+  token_fn = lambda batch: forward(frozen, jax.tree.map(lambda x: x[None], batch))
+  settings = run.config.train
+  size = settings.batch_size // settings.accumulate
+  started = said = time.perf_counter()
+  for examples in run.lacking:
+    batching = run.material.batching | {"batch_size": size}
+    for done in reference.fill(run.store, examples, token_fn, **batching):
+      now = time.perf_counter()
+      if now - said >= 5 or done == len(examples):
+        said = now
+        print(f"reference store: {done:,} of {len(examples):,} examples computed", flush=True)
+  if run.lacking:
+    print(f"reference store: filled in {time.perf_counter() - started:.1f} s", flush=True)
+
+
 def _policy(run: Run, state: step.TrainState, frozen: PyTree | None) -> PyTree:
   """The policy's parameters, one copy of them, on device."""
   single = run.executor.single
@@ -165,7 +200,9 @@ class _Judge:
       self.batches = list(
         pipeline.eval_batches(material.held_out, batch_size=size, **material.batching)
       )
-    self.reference = self._logps(frozen if run.objective.loss.needs_reference else None)
+    self.reference = self._stored()
+    if self.reference is None:
+      self.reference = self._logps(frozen if run.objective.loss.needs_reference else None)
     self.ready = bool(self.batches or self.probe)
 
   def _logps(self, params: PyTree | None) -> np.ndarray | None:
@@ -174,6 +211,12 @@ class _Judge:
       return None
     parts = [self.forward(params, jax.tree.map(lambda x: x[None], b)) for b in self.batches]
     return np.concatenate(parts)
+
+  def _stored(self) -> np.ndarray | None:
+    """As `_logps` of the reference, where the batches bring them along."""
+    if self.run.objective.stored_fn is None or not self.batches:
+      return None
+    return np.concatenate([self.run.objective.stored_fn(batch) for batch in self.batches])
 
   def __call__(self, state: step.TrainState) -> dict[str, float]:
     """Means over every held-out row, all of them before the loss at once; and of samples."""
@@ -300,7 +343,8 @@ def prove(run: Run, state: step.TrainState, frozen: PyTree | None, feed: feeds.F
     print(f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.answers[0])[:60]!r}")
   if not run.objective.loss.needs_reference:
     return
-  reference_NS = forward(frozen, first)
+  stored_fn = run.objective.stored_fn
+  reference_NS = forward(frozen, first) if stored_fn is None else np.asarray(stored_fn(micro))
   sums = lambda x_NS: step.batch_sums(
     run.objective, x_NS, reference_NS, logprobs.slots_of(micro), run.objective.loss.memory
   )[0]

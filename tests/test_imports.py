@@ -32,7 +32,17 @@ FLOORS = {
     {"structs", "mathematics", "model", "data"},
   ),
   "measures": (
-    {"rewards", "draws", "measures", "evaluate", "on_policy", "probes", "frontier", "worlds"},
+    {
+      "rewards",
+      "draws",
+      "measures",
+      "evaluate",
+      "on_policy",
+      "probes",
+      "reference",
+      "frontier",
+      "worlds",
+    },
     {"structs", "mathematics", "model", "data", "machinery"},
   ),
   "build": (

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small_task
 import tiny
 
-from configs import preferences
 from dpo_jax import logprobs, losses, optim, parallel, step, train
 from dpo_jax.build import build
 from dpo_jax.checkpoint import Checkpoints
-from dpo_jax.data import controlled, layout, word_level
+from dpo_jax.data import layout
 from dpo_jax.loggers import read_metrics
 from dpo_jax.model import adapters, families, hf, layers, lora, transformer
 from dpo_jax.model.lora import LoRA
@@ -398,32 +398,12 @@ def test_a_target_names_maps_as_here_or_as_on_disk(config, target, paths):
 @pytest.fixture(scope="module")
 def task(tmp_path_factory) -> pathlib.Path:
   """A random model with a tokenizer, and preferences."""
-  folder = tmp_path_factory.mktemp("lora")
-  word_level.write(folder / "tokenizer", controlled.vocabulary())
-  vocab = len(controlled.vocabulary()) + 8  # room for the special ids
-  config = dataclasses.replace(LLAMA, vocab=vocab, width=64, head_width=32, mlp_width=96)
-  hf.save(folder / "base", config, base(config), source=folder / "tokenizer")
-  texts = controlled.distinct(64, seed=0)
-  rows = [
-    {"prompt": p, "chosen": a, "rejected": other}
-    for (p, a), (_, other) in zip(texts[::2], texts[1::2], strict=True)
-  ]
-  (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-  return folder
+  return small_task.write(tmp_path_factory.mktemp("lora"))
 
 
 def configured(task, **changes):
-  config = preferences.get_config()
-  config.model.path, config.data.path = str(task / "base"), str(task / "pairs.jsonl")
-  config.lora.update(rank=2, dropout=0.2, target="q_proj,v_proj")
-  config.data.row_length = 128
-  config.train.update(steps=4, batch_size=8)
-  config.checkpoint.every = 2
-  config.eval.every = 2
-  config.parallel.devices = 2
-  config.optimizer.update(learning_rate=1e-2, warmup_steps=0)
-  config.update_from_flattened_dict(changes)
-  return config
+  lora = {"lora.rank": 2, "lora.dropout": 0.2, "lora.target": "q_proj,v_proj"}
+  return small_task.configured(task, **{**lora, **changes})
 
 
 @pytest.fixture(scope="module")

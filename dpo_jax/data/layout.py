@@ -19,8 +19,8 @@ answer has no tokens, and its slot is an empty one: weight 0, grade 0, data row 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,6 +41,8 @@ class Example(NamedTuple):
     row: row of the data set that it came from.
     grades: what is known of each answer besides its order, as `TokenBatch.grade_NS` has it; or
       nothing.
+    reference: float32 [n_k] for each answer, log-probs of its tokens under the reference, nats; or
+      nothing.
   """
 
   prompt: np.ndarray
@@ -48,6 +50,7 @@ class Example(NamedTuple):
   weight: float = 1.0
   row: int = 0
   grades: tuple[float, ...] = ()
+  reference: tuple[np.ndarray, ...] = ()
 
 
 class Measured(NamedTuple):
@@ -63,10 +66,32 @@ class Measured(NamedTuple):
     wide = [np.pad(x_BK, ((0, 0), (0, most - x_BK.shape[1]))) for x_BK in answers]
     return cls((np.concatenate(prompts), np.concatenate(wide)))
 
-  def some(self, index: np.ndarray) -> Measured:
+  def some(self, index: np.ndarray | slice) -> Measured:
     """Those of some of them."""
     prompt_B, tokens_BK = self.lengths
     return Measured((prompt_B[index], tokens_BK[index]))
+
+
+class Lazy(Sequence[Example]):
+  """Examples that are read as they are asked for.
+
+  Attributes:
+    read: number -> example.
+    lengths: of all of them, as `layout.lengths` gives them.
+  """
+
+  def __init__(
+    self, read: Callable[[int], Example], lengths: tuple[np.ndarray, np.ndarray]
+  ) -> None:
+    self.read, self.lengths = read, lengths
+
+  def __len__(self) -> int:
+    return len(self.lengths[0])
+
+  def __getitem__(self, index: Any) -> Any:
+    if isinstance(index, slice):
+      return [self.read(i) for i in range(*index.indices(len(self)))]
+    return self.read(range(len(self))[index])
 
 
 # --- cutting --------------------------------------------------------------------------------------
@@ -228,7 +253,7 @@ def collate(
     The batch, numpy arrays.
   """
   batch = collate_many([examples], layout=layout, row_length=row_length, groups=groups, sizes=sizes)
-  return TokenBatch(*(array[0] for array in batch))
+  return TokenBatch(*(array if array is None else array[0] for array in batch))
 
 
 def collate_many(
@@ -252,7 +277,8 @@ def collate_many(
   filled = [
     _fill(batch, place, layout, shape) for batch, place in zip(micro_batches, places, strict=True)
   ]
-  return TokenBatch(*(np.stack(arrays) for arrays in zip(*filled, strict=True)))
+  stack = lambda arrays: None if arrays[0] is None else np.stack(arrays)
+  return TokenBatch(*map(stack, zip(*filled, strict=True)))
 
 
 def lengths(examples: Sequence[Example] | Measured) -> tuple[np.ndarray, np.ndarray]:
@@ -320,6 +346,12 @@ def _fill(examples: Sequence[Example], places: Places, layout: str, shape: Shape
     return out_X.reshape(shape.rows, shape.length)
 
   target_T = np.where(scored_T, flat[source_T + 1], 0)
+  reference_NL = None
+  if examples[0].reference:
+    stored = np.concatenate(
+      [x for one in examples for x in (np.zeros(len(one.prompt)), *one.reference)]
+    )
+    reference_NL = rows_of(np.where(scored_T, stored[source_T + 1], 0), np.float32)
   return TokenBatch(
     ids_NL=rows_of(ids_T),
     position_NL=rows_of(spread(position_BP) + along_T),
@@ -329,6 +361,7 @@ def _fill(examples: Sequence[Example], places: Places, layout: str, shape: Shape
     target_NL=rows_of(target_T),
     weight_NL=rows_of(scored_T, np.float32),
     scored_GM=_scored(at_T[scored_T], shape),
+    reference_NL=reference_NL,
     **_slot_arrays(examples, places, layout, shape),
   )
 

@@ -99,13 +99,14 @@ def eval_batches(
 
   What the last batch lacks has weight 0; `row_NS` says which data row each slot came from.
   """
-  if not examples:
+  if not len(examples):
     return
   rows = _rows(examples, layout, row_length, groups)
-  parts = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-  sizes = fit_sizes(parts, **rows)
+  parts = [slice(i, i + batch_size) for i in range(0, len(examples), batch_size)]
+  all_of_them = Measured(lengths(examples))
+  sizes = fit_sizes([all_of_them.some(part) for part in parts], **rows)
   for part in parts:
-    yield collate(part, sizes=sizes, **rows)
+    yield collate(examples[part], sizes=sizes, **rows)
 
 
 def _rows(examples: Sequence[Example], layout: str, row_length: int | None, groups: int) -> dict:

@@ -22,7 +22,7 @@ import numpy as np
 
 from dpo_jax.data import intake, layout
 from dpo_jax.data.intake import Encoder, Ledger
-from dpo_jax.data.layout import Example, Measured
+from dpo_jax.data.layout import Example, Lazy, Measured
 from dpo_jax.folders import replacing
 from dpo_jax.structs import UserError
 
@@ -204,23 +204,15 @@ def _build(folder: pathlib.Path, spools: dict[str, _Spool], about: dict[str, Any
 # --- in -------------------------------------------------------------------------------------------
 
 
-class PairSet(Sequence[Example]):
-  """One split of a prepared set: examples read as they are asked for, all with K answers.
-
-  Attributes:
-    lengths: as `layout.lengths` gives them.
-  """
+class PairSet(Lazy):
+  """One split of a prepared set: examples read as they are asked for, all with K answers."""
 
   def __init__(self, source: Any, lengths: tuple[np.ndarray, np.ndarray]):
-    self._source, self.lengths = source, lengths
+    self.source = source
+    super().__init__(self._read, lengths)
 
-  def __len__(self) -> int:
-    return len(self._source)
-
-  def __getitem__(self, index: Any) -> Any:
-    if isinstance(index, slice):
-      return [self[i] for i in range(*index.indices(len(self)))]
-    record = self._source[range(len(self))[index]]
+  def _read(self, number: int) -> Example:
+    record = self.source[number]
     prompt, *answers = np.split(record["ids"], np.cumsum(record["lengths"])[:-1])
     example = Example(prompt, tuple(answers), row=int(record["row"]))
     example = example._replace(grades=tuple(record["grades"].tolist()))
@@ -231,7 +223,7 @@ class PairSet(Sequence[Example]):
     """The same with K answers, those that are not there absent."""
     prompt_B, tokens_BK = self.lengths
     wide = np.pad(tokens_BK, ((0, 0), (0, answers - tokens_BK.shape[1])))
-    return PairSet(self._source, (prompt_B, wide))
+    return PairSet(self.source, (prompt_B, wide))
 
 
 def holds_one(path: str | pathlib.Path) -> bool:
@@ -276,7 +268,7 @@ def read(
     line = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(f"{path} is a broken prepared set ({line}); prepare it again") from None
   for one in sets:
-    if len(one) != len(one.lengths[0]):
+    if len(one) != len(one.source):
       raise UserError(f"{path} is a broken prepared set: a file is missing; prepare it again")
   return sets[0], sets[1] if len(sets) > 1 else None, about["ledger"]
 

@@ -24,7 +24,7 @@ from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 
 from dpo_jax.folders import replacing
-from dpo_jax.model import families, hf, lora
+from dpo_jax.model import families, hf, lora, weight_files
 from dpo_jax.model.config import ModelConfig, is_number
 from dpo_jax.model.lora import LoRA
 from dpo_jax.model.weight_files import Entry, read_json, write_file
@@ -190,6 +190,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 def holds_one(path: str | pathlib.Path) -> bool:
   """Whether a folder is an adapter's, not a whole model's."""
   return (pathlib.Path(path) / CONFIG).is_file()
+
+
+def digest(path: str | pathlib.Path) -> str:
+  """Of the bytes of its two files."""
+  files = [pathlib.Path(path) / name for name in (CONFIG, WEIGHTS)]
+  return b"".join(map(weight_files.file_digest, files)).hex()
 
 
 def read_settings(path: str | pathlib.Path) -> tuple[LoRA, str]:

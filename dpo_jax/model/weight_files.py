@@ -7,6 +7,7 @@ memory holds one at a time.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -73,6 +74,21 @@ def open_weights(path: pathlib.Path) -> Iterator[Weights]:
     if shard_of is not None:
       _check_index(path, shard_of, {name: shard for name, (shard, _) in files.items()})
     yield Weights({name: handle for name, (_, handle) in files.items()})
+
+
+def digest(path: pathlib.Path) -> str:
+  """Of the bytes of a folder's weight files: every one of them is read."""
+  shard_of = _shard_of(path)
+  found = hashlib.blake2b(digest_size=16)
+  for shard in [WEIGHTS] if shard_of is None else sorted(set(shard_of.values())):
+    found.update(file_digest(path / shard))
+  return found.hexdigest()
+
+
+def file_digest(path: pathlib.Path) -> bytes:
+  """Of the bytes of one file."""
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
 
 
 def _shard_of(path: pathlib.Path) -> dict[str, str] | None:
