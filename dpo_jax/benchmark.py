@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import sampling, step
-from dpo_jax.build import Run
+from dpo_jax.build import Run, fill_store
 from dpo_jax.data import pipeline, word_level
 from dpo_jax.data.layout import Example
 from dpo_jax.model.config import ModelConfig
@@ -107,7 +107,8 @@ def measure(
     started: `time.perf_counter()` when the command began.
   """
   compiled = _listen_to_compiler()
-  flops = _flops_counter(params, run.model.vocab, reference is not None)
+  live = reference is not None and not run.store
+  flops = _flops_counter(params, run.model.vocab, live and run.objective.loss.needs_reference)
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   take = _stepper(run, params, reference)
   del params, reference
@@ -138,6 +139,7 @@ def measure(
     "layout": run.config.data.layout,
     "compute_dtype": run.config.model.compute_dtype,
     "compiled_shapes": len(shapes),
+    "reference": "computed" if live else "stored" if run.store else "none",
     "steps": blocks * block_steps,
     "devices": len(run.executor.devices),
     "device": run.executor.devices[0].device_kind,
@@ -217,6 +219,7 @@ def _stepper(
   init = functools.partial(step.init_state, tx=run.tx, loss=run.objective.loss)
   state = executor.compile_init(init)(executor.place(params))
   placed = None if reference is None else executor.place(reference)
+  placed = fill_store(run, placed)
   compiled = executor.compile_step(
     functools.partial(step.train_step, objective=run.objective, tx=run.tx)
   )

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import sys
+import time
 from typing import NamedTuple
 
 import jax
@@ -116,6 +118,34 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     lacking=lacking,
   )
   return run, trained, frozen, ledger
+
+
+def fill_store(run: Run, frozen: PyTree | None) -> PyTree | None:
+  """Computes what the store lacks, of a placed reference; says how far it is.
+
+  Returns:
+    What is needed of the reference from then on: with a store, only the base of adapters.
+  """
+  if not run.store:
+    return frozen
+  forward = run.executor.compile_forward(logprobs.make_token_fn(run.model))
+  token_fn = lambda batch: forward(frozen, jax.tree.map(lambda x: x[None], batch))
+  settings = run.config.train
+  size = settings.batch_size // settings.accumulate
+  started = said = time.perf_counter()
+  for examples in run.lacking:
+    batching = run.material.batching | {"batch_size": size}
+    for done in reference.fill(run.store, examples, token_fn, **batching):
+      now = time.perf_counter()
+      if now - said >= 5 or done == len(examples):
+        said = now
+        print(f"reference store: {done:,} of {len(examples):,} examples computed", file=sys.stderr)
+  if run.lacking:
+    print(f"reference store: filled in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+  if run.adapter:
+    return frozen
+  jax.tree.map(lambda x: x.delete(), frozen)
+  return None
 
 
 def _sync(section: ConfigDict, loss: losses.Loss) -> step.Sync | None:

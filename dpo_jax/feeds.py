@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -235,7 +236,8 @@ def stored(
   lacking = tuple(filter(len, (reference.lacking(side, store) for side in sides)))
   rows, missing = sum(map(len, sides)), sum(map(len, lacking))
   print(
-    f"reference store {store.folder}: {rows - missing:,} of {rows:,} examples found", flush=True
+    f"reference store {store.folder}: {rows - missing:,} of {rows:,} examples found",
+    file=sys.stderr,
   )
   examples, held_out = (reference.stored(side, store) for side in sides)
   return store, lacking, material._replace(examples=examples, held_out=held_out)

@@ -26,12 +26,11 @@ from dpo_jax import (
   metrics,
   parallel,
   probes,
-  reference,
   report,
   step,
   workdirs,
 )
-from dpo_jax.build import Run, build
+from dpo_jax.build import Run, build, fill_store
 from dpo_jax.checkpoint import Checkpoints, latest_step
 from dpo_jax.data import pipeline
 from dpo_jax.loggers import Loggers
@@ -92,11 +91,7 @@ def train(run: Run, trained: PyTree, frozen: PyTree | None, claim: Callable[[], 
   sizes = sampler and sampler.sizes(run.objective.policy(trained, frozen))
   feed_after = functools.partial(feeds.make_feed, run.config, run.material, sizes)
   placed = None if frozen is None else run.executor.place(frozen)
-  if run.store:
-    fill_store(run, placed)
-    if not run.adapter:  # adapters take their base from it still
-      jax.tree.map(lambda x: x.delete(), placed)
-      placed = None
+  placed = fill_store(run, placed)
   if start:
     # The checkpoint's take their place.
     jax.tree.map(lambda x: x.delete() if isinstance(x, jax.Array) else None, trained)
@@ -156,24 +151,6 @@ def _loop(run, state, frozen, feed, start, checkpoints, log) -> step.TrainState:
       checkpoints.save(index, run.executor.single(state), scores)
     meter.restart()
   return state
-
-
-def fill_store(run: Run, frozen: PyTree | None) -> None:
-  """Computes what the store lacks, of a placed reference; says how far it is."""
-  forward = run.executor.compile_forward(logprobs.make_token_fn(run.model))
-  token_fn = lambda batch: forward(frozen, jax.tree.map(lambda x: x[None], batch))
-  settings = run.config.train
-  size = settings.batch_size // settings.accumulate
-  started = said = time.perf_counter()
-  for examples in run.lacking:
-    batching = run.material.batching | {"batch_size": size}
-    for done in reference.fill(run.store, examples, token_fn, **batching):
-      now = time.perf_counter()
-      if now - said >= 5 or done == len(examples):
-        said = now
-        print(f"reference store: {done:,} of {len(examples):,} examples computed", flush=True)
-  if run.lacking:
-    print(f"reference store: filled in {time.perf_counter() - started:.1f} s", flush=True)
 
 
 def _policy(run: Run, state: step.TrainState, frozen: PyTree | None) -> PyTree:

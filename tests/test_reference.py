@@ -242,9 +242,9 @@ def test_a_run_with_a_store_is_the_run_without(task, tmp_path, changes, capsys):
   with_store = {**changes, "reference.store": str(tmp_path / "store")}
   capsys.readouterr()
   alike(run_of(task, tmp_path / "first", **with_store), expected)
-  assert re.search(r": 0 of (32|64) examples found", capsys.readouterr().out)
+  assert re.search(r": 0 of (32|64) examples found", capsys.readouterr().err)
   alike(run_of(task, tmp_path / "second", **with_store), expected)
-  said = capsys.readouterr().out
+  said = capsys.readouterr().err
   assert re.search(r": (\d+) of \1 examples found", said) and "computed" not in said
 
 
