@@ -16,6 +16,12 @@ FIELDS = (
   "margin",
   "chosen_score",
   "rejected_score",
+  "instruction",
+  "input",
+  "answer_a",
+  "answer_b",
+  "preference",
+  "weight",
 )
 
 

@@ -20,8 +20,8 @@ from jax.sharding import SingleDeviceSharding
 
 from dpo_jax import rewards, sampling
 from dpo_jax.data import chat, intake, sources
-from dpo_jax.data.forms import Conversation
 from dpo_jax.data.layout import Example
+from dpo_jax.data.values import Conversation
 from dpo_jax.model import adapters
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, UserError

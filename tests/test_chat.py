@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import build
 from dpo_jax.data import chat, sources
-from dpo_jax.data.forms import Conversation, Preference, RowError
+from dpo_jax.data.values import Conversation, Preference, RowError
 from dpo_jax.structs import UserError
 
 SHARED = ("gpt2", "qwen3", "mistral-7b-instruct-v0.3", "minimind", "stories260k")

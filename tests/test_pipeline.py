@@ -4,6 +4,7 @@ import collections
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 import small_tokenizers
@@ -49,7 +50,7 @@ def data_rows(batch: TokenBatch, answers=2) -> list[int]:
 
 
 def shapes(batch: TokenBatch):
-  return tuple(x.shape for x in batch)
+  return tuple(x.shape for x in jax.tree.leaves(batch))
 
 
 # --- loading --------------------------------------------------------------------------------------
@@ -328,7 +329,7 @@ def test_judged_answers_make_batches(rows_file, tokenizer, name):
       {"max_length": 8},
       r"max_length is 8 and the shortest answers take 21 tokens, raise max_length",
     ),
-    ([pair(), pair(chosen=True)], {}, r"rows\.jsonl:2: field chosen is true, not text"),
+    ([pair(), pair(chosen=3)], {}, r"rows\.jsonl:2: field chosen is 3, not text"),
     ([pair(), {"prompt": "a"}], {}, r"rows\.jsonl:2: field chosen is missing; the row has prompt"),
     ([{"a": 1}], {}, r"rows\.jsonl:1: a row with a is of no known form"),
     (
@@ -408,7 +409,7 @@ def test_order_does_not_know_layout_micro_batches_or_devices():
   for kwargs in ({"accumulate": 3}, {"groups": 4}, {"layout": "padded"}, {"layout": "packed"}):
     batches = take(5, some, batch_size=12, seed=2, **kwargs)
     assert [data_rows(batch) for batch in batches] == plain
-    assert all(len(x) == kwargs.get("accumulate", 1) for batch in batches for x in batch)
+    assert all(len(x) == kwargs.get("accumulate", 1) for x in jax.tree.leaves(batches))
 
 
 @pytest.mark.parametrize("name", packing.LAYOUTS)

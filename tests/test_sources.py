@@ -1,18 +1,17 @@
-"""What each form of row means, which rows hold no preference, and which files are wrong."""
+"""Which files are read and which are wrong; what a field map names; what real files hold."""
 
+import collections
 import gzip
 import io
 import json
 
 import pyarrow
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pyarrow import parquet
 
 from dpo_jax.data import sources
-from dpo_jax.data.forms import Preference, RowError
 from dpo_jax.data.sources import detect, read_rows
+from dpo_jax.data.values import Preference, RowError
 from dpo_jax.structs import UserError
 
 user = lambda text: {"role": "user", "content": text}
@@ -126,319 +125,7 @@ def test_files_that_are_none(tmp_path, monkeypatch, given, line):
     sources.files(given)
 
 
-# --- forms ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-  ("row", "name", "meaning"),
-  [
-    (
-      {"prompt": "a ", "chosen": "b", "rejected": "c", "score": 3},
-      "strings",
-      Preference("a ", ("b", "c")),
-    ),
-    (
-      {"prompt": "x", "prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3, 4]}
-      | {"chosen": "text beside ids", "rejected": "is not read"},
-      "ids",
-      Preference([1], ([2], [3, 4])),
-    ),
-    (
-      {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]},
-      "messages",
-      Preference([user("a")], ([assistant("b")], [assistant("c")])),
-    ),
-    (
-      # The prompt as text, whole conversations as answers.
-      {
-        "prompt": "a",
-        "chosen": [user("a"), assistant("b")],
-        "rejected": [user("a"), assistant("c")],
-      },
-      "messages",
-      Preference([user("a")], ([assistant("b")], [assistant("c")])),
-    ),
-    (
-      {
-        "chosen": [user("a"), assistant("m"), user("n"), assistant("b")],
-        "rejected": [user("a"), assistant("m"), user("n"), assistant("c")],
-      },
-      "shared messages",
-      Preference([user("a"), assistant("m"), user("n")], ([assistant("b")], [assistant("c")])),
-    ),
-    (
-      {
-        "chosen": "\n\nHuman: a\n\nAssistant: m\n\nHuman: n\n\nAssistant: b",
-        "rejected": "\n\nHuman: a\n\nAssistant: m\n\nHuman: n\n\nAssistant: c\n\nHuman",
-      },
-      "transcripts",
-      Preference("\n\nHuman: a\n\nAssistant: m\n\nHuman: n\n\nAssistant:", (" b", " c\n\nHuman")),
-    ),
-    (
-      {
-        "conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}],
-        "chosen": {"from": "gpt", "value": "b"},
-        "rejected": {"from": "gpt", "value": "c"},
-      },
-      "conversations",
-      Preference(
-        [{"role": "system", "content": "s"}, user("a")], ([assistant("b")], [assistant("c")])
-      ),
-    ),
-    (
-      {"instruction": "Add", "input": "1 2", "output": "3", "chosen": "3", "rejected": "4"},
-      "instruction",
-      Preference("### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\n", ("3", "4")),
-    ),
-    (
-      {"instruction": "Add", "input": None, "chosen": "3", "rejected": "4"},
-      "instruction",
-      Preference("### Instruction:\nAdd\n\n### Response:\n", ("3", "4")),
-    ),
-    (
-      # Messages in parts.
-      {
-        "prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
-        "chosen": assistant("b"),
-        "rejected": "c",
-      },
-      "messages",
-      Preference([user("a")], ([assistant("b")], [assistant("c")])),
-    ),
-  ],
-)
-def test_what_rows_mean(row, name, meaning):
-  assert convert(row) == (name, meaning)
-  # Where one answer is learned from, it is the chosen one.
-  assert convert(row, kind="text") == (name, meaning._replace(answers=meaning.answers[:1]))
-  # Ranked they are two of two; judged by themselves, one is desirable and one is not.
-  assert convert(row, kind="ranked") == (name, meaning)
-  assert convert(row, kind="unpaired") == (name, meaning._replace(grades=(1.0, 0.0)))
-
-
-@pytest.mark.parametrize(
-  ("row", "name", "meaning"),
-  [
-    ({"prompt": "a", "completion": "b"}, "completion", Preference("a", ("b",))),
-    (
-      {"prompt": [user("a")], "completion": [assistant("b")]},
-      "completion",
-      Preference([user("a")], ([assistant("b")],)),
-    ),
-    ({"text": "a b", "label": 1}, "text", Preference("", ("a b",))),
-    (
-      {"messages": [user("a"), assistant("b"), user("c"), assistant("d")]},
-      "chat",
-      Preference([user("a"), assistant("b"), user("c")], ([assistant("d")],)),
-    ),
-    (
-      {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-      "chat",
-      Preference([user("a")], ([assistant("b")],)),
-    ),
-    (
-      {"instruction": "Add 1 and 2", "input": "", "output": "3"},
-      "instruction",
-      Preference("### Instruction:\nAdd 1 and 2\n\n### Response:\n", ("3",)),
-    ),
-  ],
-)
-def test_texts_to_learn_from(row, name, meaning):
-  assert convert(row, kind="text") == (name, meaning)
-  for kind in ("pairs", "ranked", "unpaired"):
-    with pytest.raises(UserError, match="rows of one answer without a label are for loss sft"):
-      detect(row, kind=kind)
-
-
-UNPAIRED = [
-  ({"prompt": "a ", "completion": "b"}, "completion", Preference("a ", ("b",))),
-  (
-    {"prompt": [user("a")], "completion": [assistant("b")]},
-    "completion",
-    Preference([user("a")], ([assistant("b")],)),
-  ),
-  (
-    {"prompt": "a", "completion": [assistant("b")]},
-    "completion",
-    Preference([user("a")], ([assistant("b")],)),
-  ),
-  ({"messages": [user("a"), assistant("b")]}, "chat", Preference([user("a")], ([assistant("b")],))),
-  (
-    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-    "chat",
-    Preference([user("a")], ([assistant("b")],)),
-  ),
-  (
-    {"instruction": "Add 1 and 2", "output": "3"},
-    "instruction",
-    Preference("### Instruction:\nAdd 1 and 2\n\n### Response:\n", ("3",)),
-  ),
-]
-
-
-@pytest.mark.parametrize("label", [True, False, 1, 0])
-@pytest.mark.parametrize(("row", "name", "meaning"), UNPAIRED)
-def test_answers_judged_by_themselves(row, name, meaning, label):
-  row = row | {"label": label}
-  assert sources.detect_kind(row) == "unpaired"
-  expected = (f"{name} with label", meaning._replace(grades=(float(label),)))
-  assert convert(row, kind="unpaired") == expected
-  for kind in ("pairs", "text", "ranked"):
-    with pytest.raises(
-      UserError, match=r"label.* does not serve: rows with a label are for loss kto"
-    ):
-      detect(row, kind=kind)
-
-
-@pytest.mark.parametrize("label", [None, "true", "", -1, 2, 1.0, 0.5, [True], float("nan")])
-def test_a_label_is_true_or_false(label):
-  row = {"prompt": "a", "completion": "b", "label": label}
-  with pytest.raises(UserError, match=r"field label is .*; it must be true or 1 for a desirable"):
-    convert(row, kind="unpaired")
-
-
-RANKED = [
-  ({"prompt": "a ", "answers": ["b", "c", "d"]}, "ranked", Preference("a ", ("b", "c", "d"))),
-  (
-    {"prompt": "a", "answers": [assistant("b"), [assistant("c")], "d"]},
-    "ranked",
-    Preference([user("a")], ([assistant("b")], [assistant("c")], [assistant("d")])),
-  ),
-  (
-    {"prompt": [user("a")], "answers": ["b", "c", "d"]},
-    "ranked",
-    Preference([user("a")], ([assistant("b")], [assistant("c")], [assistant("d")])),
-  ),
-  (
-    {"prompt": "a", "answers": [[user("a"), assistant(text)] for text in "bcd"]},
-    "ranked",
-    Preference([user("a")], ([assistant("b")], [assistant("c")], [assistant("d")])),
-  ),
-  (
-    {"prompt_ids": [1], "answers_ids": [[2], [3, 4], [5]]},
-    "ranked ids",
-    Preference([1], ([2], [3, 4], [5])),
-  ),
-]
-
-
-@pytest.mark.parametrize(("row", "name", "meaning"), RANKED)
-def test_ranked_answers(row, name, meaning):
-  assert sources.detect_kind(row) == "ranked"
-  assert convert(row, kind="ranked") == (name, meaning)
-  assert convert(row | {"scores": None}, kind="ranked") == (name, meaning)
-  # Scores put them in order; those of equal score stay as they stand.
-  b, c, d = meaning.answers
-  by_scores = Preference(meaning.prompt, (c, b, d), (2.5, -1.0, -1.0))
-  assert convert(row | {"scores": [-1, 2.5, -1]}, kind="ranked") == (name, by_scores)
-  for kind in ("pairs", "text", "unpaired"):
-    with pytest.raises(UserError, match="rows with a list of answers are for loss plackett_luce"):
-      detect(row, kind=kind)
-
-
-@given(scores=st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=6, unique=True))
-def test_the_highest_score_is_the_best(scores):
-  row = {"prompt": "a", "answers": [f"answer {score}" for score in scores], "scores": scores}
-  _, (_, answers, grades) = convert(row, kind="ranked")
-  assert list(grades) == sorted(scores, reverse=True)
-  assert list(answers) == [f"answer {score}" for score in grades]
-
-
-@pytest.mark.parametrize(
-  ("change", "reason"),
-  [
-    ({"answers": ["b"]}, "fewer than two answers"),
-    ({"answers": []}, "fewer than two answers"),
-    ({"answers": ["b", "c", " "]}, "empty answer"),
-    ({"answers": ["b", "c", "c"]}, "equal answers"),
-    ({"answers": ["b", "c", "half a \ud800 pair"]}, "text is not valid Unicode"),
-    ({"answers": ["b", [user("a"), assistant("c")]]}, "answer of several messages"),
-    ({"answers": [[user(p), assistant("c")] for p in "ax"]}, "prompts differ"),
-    ({"answers": [user("b"), assistant("c")]}, "last message is not the assistant's"),
-    ({"scores": [1, 1, 1.0]}, "equal scores"),
-  ],
-)
-def test_ranked_rows_without_a_preference_are_dropped(change, reason):
-  row = {"prompt": "a", "answers": ["b", "c", "d"]}
-  with pytest.raises(RowError) as raised:
-    convert(row | change, kind="ranked")
-  assert str(raised.value) == reason
-
-
-@pytest.mark.parametrize(
-  ("change", "line"),
-  [
-    ({"answers": "b"}, r'field answers is "b", not a list of answers, best first'),
-    ({"answers": None}, r"field answers is null, not a list of answers"),
-    ({"answers": ["b", 3]}, r"field answers is 3, not text or a list of messages"),
-    ({"answers": ["b", {"text": "c"}]}, r"field answers has the message .*; a message is a role"),
-    ({"prompt": 3}, r"field prompt is 3, not text or a list of messages"),
-    ({"scores": [1, 2]}, r"field scores is \[1, 2\], not a list of 3 numbers, one an answer"),
-    ({"scores": 3}, r"field scores is 3, not a list of 3 numbers"),
-    ({"scores": [1, 2, None]}, r"field scores is null, not a finite number"),
-    ({"scores": [1, 2, True]}, r"field scores is true, not a finite number"),
-    ({"scores": [1, 2, "3"]}, r'field scores is "3", not a finite number'),
-    ({"scores": [1, 2, float("nan")]}, r"field scores is NaN, not a finite number"),
-    ({"scores": [1, 2, 1e39]}, r"field scores is 1e\+39, not a finite number"),
-  ],
-)
-def test_broken_ranked_rows_are_named(change, line):
-  row = {"prompt": "a", "answers": ["b", "c", "d"]}
-  with pytest.raises(UserError, match=line):
-    convert(row | change, kind="ranked")
-  ids = {"prompt_ids": [1], "answers_ids": [[2], "3"]}
-  with pytest.raises(UserError, match=r'field answers_ids is "3", not a list of token ids'):
-    convert(ids, kind="ranked")
-
-
-@pytest.mark.parametrize(
-  ("fields", "grades"),
-  [
-    ({}, ()),
-    ({"margin": None, "chosen_score": None}, ()),
-    ({"margin": 2}, (2.0, 0.0)),
-    ({"margin": 0}, (0.0, 0.0)),
-    ({"chosen_score": 1.5, "rejected_score": -3}, (1.5, -3.0)),
-    ({"chosen_reward": -1.0, "rejected_reward": 2.0}, (-1.0, 2.0)),
-    ({"chosen_score": 1, "rejected_score": 0, "chosen_reward": 9, "rejected_reward": 9}, (1, 0)),
-    ({"margin": 3, "chosen_score": 1, "rejected_score": 0}, (3.0, 0.0)),
-  ],
-)
-@pytest.mark.parametrize(
-  "row",
-  [
-    {"prompt": "a", "chosen": "b", "rejected": "c"},
-    {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]},
-    {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
-  ],
-)
-def test_pairs_may_say_by_how_much(row, fields, grades):
-  row = row | fields
-  assert sources.detect_kind(row) == "pairs"
-  for kind in ("pairs", "ranked"):
-    assert convert(row, kind=kind)[1].grades == grades
-  # Where answers are judged by themselves, or one is learned from, nobody asks.
-  assert convert(row, kind="unpaired")[1].grades == (1.0, 0.0)
-  assert convert(row, kind="text")[1].grades == ()
-
-
-@pytest.mark.parametrize(
-  ("fields", "line"),
-  [
-    ({"margin": -0.5}, r"field margin is -0\.5; chosen is the better by 0 or more"),
-    ({"margin": "2"}, r'field margin is "2", not a finite number'),
-    ({"margin": float("nan")}, r"field margin is NaN, not a finite number"),
-    ({"margin": float("inf")}, r"field margin is Infinity, not a finite number"),
-    ({"margin": True}, r"field margin is true, not a finite number"),
-    ({"margin": 10**400}, r"field margin is 1000.*\.\.\., not a finite number"),
-    ({"chosen_score": 1}, r"field rejected_score is missing; the row has chosen, chosen_score"),
-    ({"chosen_score": 1, "rejected_score": None}, r"field rejected_score is null, not a finite"),
-    ({"chosen_reward": "high", "rejected_reward": 0}, r'field chosen_reward is "high", not a'),
-  ],
-)
-def test_broken_grades_are_named(fields, line):
-  with pytest.raises(UserError, match=line):
-    convert({"prompt": "a", "chosen": "b", "rejected": "c"} | fields)
+# --- recognising ----------------------------------------------------------------------------------
 
 
 def test_a_field_map_names_what_is_what():
@@ -456,6 +143,19 @@ def test_a_field_map_names_what_is_what():
   assert convert(row, fields={"prompt": "q", "margin": "gap"})[1].grades == (2.0, 0.0)
 
 
+def test_columns_joined_by_a_plus_are_a_list():
+  row = {"q": "p", "x": "one", "y": "two", "first": 2, "second": 2, "a+b": "best"}
+  fields = {"prompt": "q", "answer_a": "x", "answer_b": "y", "preference": "first+second"}
+  assert convert(row, fields=fields)[1].answers == ("two", "one")
+  ranked = {"prompt": "q", "answers": "y+x", "scores": "first+second"}
+  assert convert(row | {"first": 1}, fields=ranked, kind="ranked")[1].answers == ("one", "two")
+  # A name that is there is itself, whatever is in it.
+  pair = {"prompt": "q", "chosen": "a+b", "rejected": "x"}
+  assert convert(row, fields=pair)[1].answers == ("best", "one")
+  with pytest.raises(UserError, match=r"preference=first\+third is not in the row"):
+    convert(row, fields=fields | {"preference": "first+third"})
+
+
 def test_an_unknown_row_says_what_is_known():
   with pytest.raises(UserError, match=r"a row with a, b is of no known form; known are prompt_ids"):
     detect({"b": 1, "a": 2})
@@ -469,104 +169,62 @@ def test_good_and_bad_texts_are_not_learned_from_alike():
       detect({"messages": [user("a"), assistant("b")], "label": label}, kind="text")
 
 
-# --- rows that are dropped, rows that are wrong ---------------------------------------------------
-
-STRINGS = {"prompt": "a", "chosen": "b", "rejected": "c"}
-MESSAGES = {"prompt": [user("a")], "chosen": [assistant("b")], "rejected": [assistant("c")]}
-TRANSCRIPTS = {
-  "chosen": "\n\nHuman: a\n\nAssistant: b",
-  "rejected": "\n\nHuman: a\n\nAssistant: c",
-}
-IDS = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
-SHARED = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}
-
-
-@pytest.mark.parametrize(
-  ("row", "change", "reason"),
-  [
-    (STRINGS, {"rejected": "b"}, "equal answers"),
-    (STRINGS, {"rejected": " \n"}, "empty answer"),
-    (STRINGS, {"rejected": "half a \ud800 pair"}, "text is not valid Unicode"),
-    (MESSAGES, {"rejected": [assistant("b")]}, "equal answers"),
-    (MESSAGES, {"rejected": [assistant(" ")]}, "empty answer"),
-    (MESSAGES, {"rejected": [user("c")]}, "last message is not the assistant's"),
-    (MESSAGES, {"rejected": [assistant("c"), user("d")]}, "answer of several messages"),
-    (IDS, {"rejected_ids": [2]}, "equal answers"),
-    (IDS, {"rejected_ids": []}, "empty answer"),
-    (IDS, {"prompt_ids": []}, "empty prompt"),
-    (TRANSCRIPTS, {"rejected": "\n\nHuman: x\n\nAssistant: c"}, "prompts differ"),
-    (TRANSCRIPTS, {"rejected": "\n\nHuman: a"}, "no assistant turn"),
-    (TRANSCRIPTS, {"rejected": "\n\nHuman: a\n\nAssistant:"}, "empty answer"),
-    (SHARED, {"rejected": [user("x"), assistant("c")]}, "prompts differ"),
-    (SHARED, {"chosen": [assistant("b")], "rejected": [assistant("c")]}, "empty prompt"),
-  ],
-)
-def test_rows_without_a_preference_are_dropped(row, change, reason):
-  form = detect(row)
-  assert form.convert(row)
-  with pytest.raises(RowError) as raised:
-    form.convert(row | change)
-  assert str(raised.value) == reason
-
-
-@pytest.mark.parametrize(
-  ("row", "change", "line"),
-  [
-    (STRINGS, {"chosen": True}, r"field chosen is true, not text"),
-    (STRINGS, {"prompt": None}, r"field prompt is null, not text"),
-    (STRINGS, {"rejected": 3}, r"field rejected is 3, not text"),
-    (MESSAGES, {"chosen": [True]}, r"field chosen is \[true\], not text or a list of messages"),
-    (MESSAGES, {"prompt": [{"role": "user"}]}, r"field prompt has the message .*; a message is"),
-    (IDS, {"chosen_ids": [1, True]}, r"field chosen_ids is \[1, true\], not a list of token ids"),
-    (IDS, {"chosen_ids": [-1]}, r"not a list of token ids"),
-    (IDS, {"chosen_ids": [2**31]}, r"not a list of token ids"),
-    (IDS, {"prompt_ids": "1 2"}, r'field prompt_ids is "1 2", not a list'),
-  ],
-)
-def test_broken_fields_are_named(row, change, line):
-  with pytest.raises(UserError, match=line):
-    detect(row).convert(row | change)
-
-
-def test_a_missing_field_is_named():
-  form = detect({"prompt": "a", "completion": "b", "label": 1}, kind="unpaired")
-  for field in ("prompt", "completion", "label"):
-    row = {"prompt": "a", "completion": "b", "label": 1}
-    del row[field]
-    with pytest.raises(UserError, match=f"field {field} is missing"):
-      form.convert(row)
-  with pytest.raises(UserError, match="field rejected is missing; the row has chosen, prompt"):
-    detect(STRINGS).convert({"prompt": "a", "chosen": "b"})
-
-
 # --- real files -----------------------------------------------------------------------------------
 
 
+A_OR_B = {"answer_a": "completion_a", "answer_b": "completion_b"}
+LLMBAR = {"prompt": "input", "answer_a": "output_1", "answer_b": "output_2", "preference": "label"}
+PANDALM = {
+  "answer_a": "response1",
+  "answer_b": "response2",
+  "preference": "annotator1+annotator2+annotator3",
+}
+
+
 @pytest.mark.parametrize(
-  ("file", "name", "rows", "kept"),
+  ("file", "fields", "name", "rows", "kept", "dropped"),
   [
-    ("rasbt_instruction_pref.open.json", "instruction", 882, 877),
-    ("hh_helpful_base_test.open.jsonl", "transcripts", 1903, 1892),
-    ("lf_dpo_en.open.json", "conversations", 242, 242),
-    ("lf_dpo_zh.open.json", "conversations", 233, 233),
-    ("derived/derived_lf_dpo_en_conversational.open.jsonl", "messages", 242, 242),
-    ("derived/derived_llmbar_prompt_chosen_rejected.open.jsonl", "strings", 343, 343),
-    ("format_samples/maxtext_dpo_2col.json", "transcripts", 22, 22),
-    ("format_samples/maxtext_dpo_3col.json", "strings", 22, 22),
-    ("format_samples/torchtune_hh_rlhf_tiny.json", "shared messages", 1, 1),
+    ("rasbt_instruction_pref.open.json", {}, "instruction", 882, 877, {"equal answers": 5}),
+    (
+      "hh_helpful_base_test.open.jsonl",
+      {},
+      "transcripts",
+      1903,
+      1892,
+      {"prompts differ": 8, "empty answer": 3},
+    ),
+    ("lf_dpo_en.open.json", {}, "conversations", 242, 242, {}),
+    ("lf_dpo_zh.open.json", {}, "conversations", 233, 233, {}),
+    ("lf_kto_en.open.json", {}, "chat with label", 236, 236, {}),
+    ("llmbar.open.json", LLMBAR, "compared", 343, 343, {}),
+    (
+      "pandalm_human_test.open.json",
+      PANDALM,
+      "compared",
+      725,
+      637,
+      {"tie": 53, "true or false where text should be": 6, "empty answer": 29},
+    ),
+    ("tulu_human_eval.open.jsonl", A_OR_B, "compared", 900, 607, {"tie": 293}),
+    ("derived/derived_lf_dpo_en_conversational.open.jsonl", {}, "messages", 242, 242, {}),
+    ("derived/derived_lf_dpo_zh_conversational.open.jsonl", {}, "messages", 233, 233, {}),
+    ("derived/derived_llmbar_prompt_chosen_rejected.open.jsonl", {}, "strings", 343, 343, {}),
+    ("format_samples/maxtext_dpo_2col.json", {}, "transcripts", 22, 22, {}),
+    ("format_samples/maxtext_dpo_3col.json", {}, "strings", 22, 22, {}),
+    ("format_samples/torchtune_hh_rlhf_tiny.json", {}, "shared messages", 1, 1, {}),
   ],
 )
-def test_real_files_hold_what_they_hold(shared_data, file, name, rows, kept):
+def test_real_files_hold_what_they_hold(shared_data, file, fields, name, rows, kept, dropped):
   read = [row for _, row in read_rows(shared_data / "preferences" / file)]
-  form = detect(read[0])
-  held = 0
+  form = detect(read[0], fields, kind=sources.detect_kind(read[0], fields))
+  held, lost = 0, collections.Counter()
   for row in read:
     try:
       form.convert(row)
       held += 1
-    except RowError:
-      pass
-  assert (form.name, len(read), held) == (name, rows, kept)
+    except RowError as error:
+      lost[str(error)] += 1
+  assert (form.name, len(read), held, lost) == (name, rows, kept, dropped)
 
 
 def test_real_judged_answers(shared_data):

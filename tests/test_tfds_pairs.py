@@ -34,7 +34,8 @@ def rows_of(kind, count=90):
     elif kind == "unpaired":
       yield {"prompt": prompt, "completion": f" {text(rng)}", "label": bool(rng.integers(2))}
     else:
-      yield {"prompt": prompt, "chosen": f" {text(rng)} 1", "rejected": f" {text(rng)} 2"}
+      pair = {"prompt": prompt, "chosen": f" {text(rng)} 1", "rejected": f" {text(rng)} 2"}
+      yield pair | {"weight": 1 + i % 3}
   yield {"prompt": "a", "completion": "", "label": True, "answers": ["", ""]} | dict.fromkeys(
     ("chosen", "rejected"), ""
   )
@@ -147,7 +148,7 @@ def test_a_set_made_otherwise_is_refused(tmp_path, tokenizer):
   tfds_pairs.read(folder, made, eval_fraction=None)  # other rows are held out
   about = json.loads((folder / "metadata.json").read_text())
   (folder / "metadata.json").write_text(json.dumps(about | {"rules": 0}))
-  refused("by rules of version 0, and those of now are 1")
+  refused("by rules of version 0, and those of now are 2")
   (folder / "metadata.json").write_text("{")
   refused(r"is a broken prepared set \(.*\); prepare it again")
 

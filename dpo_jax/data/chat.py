@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from dpo_jax.data.forms import Conversation, Messages, Preference, RowError, conversation
 from dpo_jax.data.templates import Template
+from dpo_jax.data.values import Conversation, Messages, Preference, RowError, conversation
 from dpo_jax.structs import UserError
 
 Ids = np.ndarray  # int32
@@ -110,7 +110,7 @@ class Tokenizer:
     out: list[Encoded | RowError | None] = [None] * len(preferences)
     texts: list[str] = []
     jobs: list[tuple[int, list[int], bool]] = []  # row, where each answer begins, who ends the text
-    for i, (prompt, answers, _) in enumerate(preferences):
+    for i, (prompt, answers, *_) in enumerate(preferences):
       if not isinstance(prompt, str) and (not prompt or isinstance(prompt[0], int)):
         out[i] = _as_they_stand(prompt, answers)
         continue

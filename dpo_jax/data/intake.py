@@ -21,10 +21,11 @@ import numpy as np
 from dpo_jax.data import layout, packing, sources
 from dpo_jax.data.chat import Tokenizer
 from dpo_jax.data.layout import Example, Measured
+from dpo_jax.data.values import Preference
 from dpo_jax.structs import UserError
 
 # Of what is done here and below to make ids of a row; another number is another set.
-RULES = 1
+RULES = 2
 CHUNK = 1024  # rows tokenised at a time
 
 
@@ -102,7 +103,7 @@ class Encoder:
       if isinstance(result, sources.RowError):
         out[at] = _Dropped(str(result))
       else:
-        out[at] = self._cut(out[at].where, *result, preference.grades)
+        out[at] = self._cut(out[at].where, *result, preference)
     return out
 
   def form_of(self, first: tuple[str, sources.Row]) -> str:
@@ -110,7 +111,7 @@ class Encoder:
     with _at(first) as row:
       return sources.detect(row, self.fields, kind=self.kind).name
 
-  def _cut(self, where, prompt, answers, grades) -> _Encoded | _Dropped:
+  def _cut(self, where, prompt, answers, preference: Preference) -> _Encoded | _Dropped:
     largest = max(int(ids.max()) for ids in (prompt, *answers))
     if largest >= self.tokenizer.vocab_size:
       raise UserError(
@@ -130,7 +131,7 @@ class Encoder:
     prompt, answers, cuts = kept
     if any(np.array_equal(one, other) for one, other in itertools.combinations(answers, 2)):
       return _Dropped("equal answers after cutting")
-    return _Encoded(where, prompt, answers, grades, cuts)
+    return _Encoded(where, prompt, answers, preference.grades, preference.weight, cuts)
 
 
 class _Chunk(NamedTuple):
@@ -147,6 +148,7 @@ class _Encoded(NamedTuple):
   prompt: Any = None
   answers: tuple[np.ndarray, ...] = ()
   grades: tuple[float, ...] = ()
+  weight: float = 1.0
   cuts: tuple[str, ...] = ()
 
 
@@ -229,12 +231,12 @@ def stream_examples(
       ledger.truncated.update(found.cuts)
       ledger.pairs += 1
       if encoder.kind != "unpaired":
-        yield Example(found.prompt, found.answers, row=row, grades=found.grades)
+        yield Example(found.prompt, found.answers, found.weight, row, found.grades)
         continue
       # Of a pair, either answer is judged by itself.
       for text, grade in zip(found.answers, found.grades, strict=True):
         ledger.labels["desirable" if grade == 1 else "undesirable"] += 1
-        yield Example(found.prompt, (text,), row=row, grades=(grade,))
+        yield Example(found.prompt, (text,), found.weight, row, (grade,))
   if not ledger.pairs:
     raise UserError(_nothing_left(ledger, files, encoder.max_length, shortest))
 

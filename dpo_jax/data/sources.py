@@ -16,8 +16,9 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dpo_jax.data import forms
-from dpo_jax.data.forms import Conversation, Form, Messages, Preference, Row, RowError
+from dpo_jax.data import forms, values
+from dpo_jax.data.forms import Form
+from dpo_jax.data.values import Conversation, Messages, Preference, Row, RowError
 from dpo_jax.structs import UserError
 
 # --- reading --------------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ def read_rows(path: str | pathlib.Path) -> Iterator[tuple[str, Row]]:
   empty = True
   for where, row in reader(path):
     if not isinstance(row, dict):
-      raise UserError(f"{where}: a row is a JSON object with named fields, not {forms.show(row)}")
+      raise UserError(f"{where}: a row is a JSON object with named fields, not {values.show(row)}")
     empty = False
     yield where, row
   if empty:
@@ -182,7 +183,7 @@ def detect(row: Row, fields: dict[str, str] | None = None, *, kind: str = "pairs
                 chosen and rejected                both
 
   Ranked rows do not serve pairs: best against worst would be a guess at what was meant. Grades of
-  pairs and ranked answers are their scores or margins: see `forms.pair_grades`.
+  pairs and ranked answers are their scores or margins: see `values.pair_grades`.
 
   Args:
     row: usually the first.
@@ -223,11 +224,7 @@ def _given(fields: dict[str, str] | None) -> dict[str, str]:
 
 
 def _find(row: Row, of: str) -> Form | None:
-  fitting = (
-    form
-    for form in forms.FORMS[of]
-    if all(field in row for field in form.fields) and form.fits(row)
-  )
+  fitting = (form for form in forms.FORMS[of] if form.serves(row))
   return next(fitting, None)
 
 
@@ -248,24 +245,33 @@ def _names(row: Row) -> str:
 
 
 def _rename(row: Row, fields: dict[str, str]) -> Row:
+  """The row under our names; several of theirs, joined by +, are a list of their values."""
+  found, used = {}, set(fields)
   for ours, theirs in fields.items():
-    if theirs not in row:
-      raise UserError(f"the field map's {ours}={theirs} is not in the row, which has {_names(row)}")
-  theirs = set(fields.values())
-  kept = {name: value for name, value in row.items() if name not in theirs and name not in fields}
-  return kept | {ours: row[name] for ours, name in fields.items()}
+    names = [theirs] if theirs in row else theirs.split("+")
+    for name in names:
+      if name not in row:
+        raise UserError(
+          f"the field map's {ours}={theirs} is not in the row, which has {_names(row)}"
+        )
+    found[ours] = [row[name] for name in names] if len(names) > 1 else row[names[0]]
+    used |= set(names)
+  return {name: value for name, value in row.items() if name not in used} | found
 
 
 def _convert(form: Form, of: str, fields: dict[str, str], kind: str, row: Row) -> Preference:
   """What the table of `detect` says, if there is something to learn from it."""
   row = _rename(row, fields)
   preference = form.convert(row)
-  preference = preference._replace(prompt=forms.with_tools(preference.prompt, row))
+  preference = preference._replace(
+    prompt=values.with_tools(preference.prompt, row),
+    weight=preference.weight * values.weight_of(row),
+  )
   if of == "pairs" and kind == "text":
     preference = preference._replace(answers=preference.answers[:1])
   elif of == "pairs":
-    grades = (1.0, 0.0) if kind == "unpaired" else forms.pair_grades(row)
-    preference = preference._replace(grades=grades)
+    known = preference.grades or values.pair_grades(row)
+    preference = preference._replace(grades=(1.0, 0.0) if kind == "unpaired" else known)
   if not all(_has_text(answer) for answer in preference.answers):
     raise RowError("empty answer")
   if any(one == other for one, other in itertools.combinations(preference.answers, 2)):
@@ -273,7 +279,7 @@ def _convert(form: Form, of: str, fields: dict[str, str], kind: str, row: Row) -
   return preference
 
 
-def _has_text(answer: forms.Content) -> bool:
+def _has_text(answer: values.Content) -> bool:
   if isinstance(answer, str):
     return bool(answer.strip())
   if answer and isinstance(answer[0], dict):
@@ -295,14 +301,14 @@ def read_prompt(row: Row) -> str | Messages | Conversation:
     raise UserError(f"field 'prompt' is missing; the row has {_names(row)}")
   if not isinstance(prompt, (str, list)):
     raise UserError(
-      f"field 'prompt' is {forms.show(prompt)}; it must be a text or a list of messages"
+      f"field 'prompt' is {values.show(prompt)}; it must be a text or a list of messages"
     )
   if not prompt:
     what = "text" if isinstance(prompt, str) else "list"
     raise UserError(f"field 'prompt' is an empty {what}; fill it, or leave the row out")
   try:
     if isinstance(prompt, str):
-      return forms.with_tools(forms.valid(prompt), row)
-    return forms.with_tools(forms.messages(prompt, "prompt", role="user"), row)
+      return values.with_tools(values.valid(prompt), row)
+    return values.with_tools(values.messages(prompt, "prompt", role="user"), row)
   except RowError as error:
     raise UserError(f"field 'prompt': {error}") from None

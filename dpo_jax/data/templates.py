@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_jax.data.forms import REASONING, Conversation, Messages, RowError
+from dpo_jax.data.values import REASONING, Conversation, Messages, RowError
 from dpo_jax.structs import UserError
 
 # Stand for the last message of a prompt and for an answer: letters, which no template alters.

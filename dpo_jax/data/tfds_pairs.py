@@ -107,6 +107,7 @@ class _Spool:
     self.counts = array.array("q")  # tokens of the prompt, and of every answer
     self.widths = array.array("q")  # how many counts an example has
     self.grades = array.array("d")
+    self.weights = array.array("f")
     self.answers = 0
 
   def add(self, example: Example) -> None:
@@ -117,6 +118,7 @@ class _Spool:
     self.counts.extend(map(len, texts))
     self.widths.append(len(texts))
     self.grades.extend(example.grades)
+    self.weights.append(example.weight)
     self.answers = max(self.answers, len(example.answers))
 
   def measure(self, answers: int) -> Measured:
@@ -131,13 +133,14 @@ class _Spool:
     graded = len(self.grades) > 0
     at = graded_at = 0
     self.file.seek(0)
-    for key, (row, width) in enumerate(zip(self.rows, self.widths, strict=True)):
+    each = zip(self.rows, self.widths, self.weights, strict=True)
+    for key, (row, width, weight) in enumerate(each):
       lengths = np.array(self.counts[at : at + width], np.int32)
       ids = np.frombuffer(self.file.read(4 * int(lengths.sum())), np.int32)
       grades = self.grades[graded_at : graded_at + (width - 1) * graded]
       at, graded_at = at + width, graded_at + len(grades)
       features = {"ids": ids, "lengths": lengths, "grades": np.array(grades, np.float32)}
-      yield key, features | {"row": row}
+      yield key, features | {"row": row, "weight": weight}
 
 
 @functools.cache
@@ -148,7 +151,8 @@ def _builder_class() -> type:
   class TfdsPairs(tfds.core.GeneratorBasedBuilder):
     """Prompts and their answers as token ids: `ids` are the prompt's and every answer's in turn.
 
-    `lengths` divides them; `grades` are those of `Example`, or none; `row` is the row they were in.
+    `lengths` divides them; `grades` and `weight` are those of `Example`, the former perhaps none;
+    `row` is the row they were in.
     """
 
     name = NAME
@@ -170,6 +174,7 @@ def _builder_class() -> type:
             "lengths": many(np.int32),
             "grades": many(np.float32),
             "row": np.int64,
+            "weight": np.float32,
           }
         ),
         metadata=tfds.core.MetadataDict(self._about),
@@ -214,7 +219,7 @@ class PairSet(Lazy):
   def _read(self, number: int) -> Example:
     record = self.source[number]
     prompt, *answers = np.split(record["ids"], np.cumsum(record["lengths"])[:-1])
-    example = Example(prompt, tuple(answers), row=int(record["row"]))
+    example = Example(prompt, tuple(answers), float(record["weight"]), int(record["row"]))
     example = example._replace(grades=tuple(record["grades"].tolist()))
     (filled,) = layout.fill_up([example], self.lengths[1].shape[1])
     return filled
