@@ -83,8 +83,8 @@ def read_prompts(path: str | pathlib.Path, field: str = "") -> list[Any]:
   """
   prompts = []
   for file in sources.files(path):
-    if file.suffix == ".txt":
-      prompts += _read_lines(file)
+    if pathlib.Path(file).suffix == ".txt":
+      prompts += _read_lines(pathlib.Path(file))
       continue
     for where, row in sources.read_rows(file):
       try:

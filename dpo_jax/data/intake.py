@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import itertools
 import multiprocessing
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import numpy as np
 from dpo_jax.data import layout, packing, sources
 from dpo_jax.data.chat import Tokenizer
 from dpo_jax.data.layout import Example, Measured
+from dpo_jax.data.sources import Source
 from dpo_jax.data.values import Preference
 from dpo_jax.structs import UserError
 
@@ -163,7 +163,7 @@ class _Dropped(NamedTuple):
 
 
 def load_examples(
-  paths: str | pathlib.Path | Sequence[str | pathlib.Path],
+  paths: Source | Sequence[Source],
   tokenizer: Tokenizer,
   *,
   limit: int | None = None,
@@ -191,7 +191,7 @@ def load_examples(
 
 
 def stream_examples(
-  paths: str | pathlib.Path | Sequence[str | pathlib.Path],
+  paths: Source | Sequence[Source],
   encoder: Encoder,
   ledger: Ledger,
   *,
@@ -242,7 +242,7 @@ def stream_examples(
 
 
 def _outcomes(
-  files: Sequence[pathlib.Path], encoder: Encoder, limit: int | None, workers: int
+  files: Sequence[Source], encoder: Encoder, limit: int | None, workers: int
 ) -> Iterator[tuple[str, list[_Encoded | _Dropped]]]:
   """The form and the outcomes of every chunk, in order."""
   chunks = _chunks(files, limit)
@@ -273,7 +273,7 @@ def _encode(chunk: _Chunk) -> list[_Encoded | _Dropped]:
   return _encoder(chunk)
 
 
-def _chunks(files: Sequence[pathlib.Path], limit: int | None) -> Iterator[_Chunk]:
+def _chunks(files: Sequence[Source], limit: int | None) -> Iterator[_Chunk]:
   """At most `limit` rows of some files, many at a time."""
   left = limit
   for path in files:

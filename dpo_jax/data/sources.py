@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dpo_jax.data import forms, values
+from dpo_jax.data import forms, libraries, values
 from dpo_jax.data.forms import Form
 from dpo_jax.data.values import Conversation, Messages, Preference, Row, RowError
 from dpo_jax.structs import UserError
@@ -25,12 +25,15 @@ from dpo_jax.structs import UserError
 
 
 KNOWN = "JSONL, JSON array, gzip of either, Parquet"
+# A file, or a data set of `libraries`.
+Source = str | pathlib.Path
 
 
-def files(given: str | pathlib.Path | Sequence[str | pathlib.Path]) -> list[pathlib.Path]:
+def files(given: Source | Sequence[Source]) -> list[Source]:
   """The files that are meant: a path; several, or patterns such as `part-*.parquet`, with commas.
 
-  A name that exists is itself, whatever is in it. Those of a pattern are sorted.
+  A name that exists is itself, whatever is in it. Those of a pattern are sorted. Data sets of
+  `libraries` stay as they are named.
 
   Raises:
     UserError: one names no file.
@@ -42,8 +45,11 @@ def files(given: str | pathlib.Path | Sequence[str | pathlib.Path]) -> list[path
   names = list(filter(None, (part.strip() for part in str(given).split(","))))
   if not names:
     raise UserError(f"no data file is named; name a file of rows ({KNOWN})")
-  found = []
+  found: list[Source] = []
   for name in names:
+    if libraries.holds_one(name):
+      found.append(name)
+      continue
     matching = sorted(map(pathlib.Path, glob.glob(name, recursive=True)))
     if not matching and glob.has_magic(name):
       raise UserError(f"no data file fits the pattern {name}")
@@ -52,6 +58,8 @@ def files(given: str | pathlib.Path | Sequence[str | pathlib.Path]) -> list[path
 
 
 def _file(path: pathlib.Path) -> pathlib.Path:
+  if libraries.holds_one(path):
+    return path
   if path.is_dir():
     raise UserError(f"{path} is a folder; name a file of rows ({KNOWN}), or {path}/*")
   if not path.is_file():
@@ -59,18 +67,20 @@ def _file(path: pathlib.Path) -> pathlib.Path:
   return path
 
 
-def read_rows(path: str | pathlib.Path) -> Iterator[tuple[str, Row]]:
-  """Rows of a JSONL or JSON array file, of either gzipped, or of Parquet, with where they stand.
+def read_rows(path: Source) -> Iterator[tuple[str, Row]]:
+  """Rows of a JSONL or JSON array file, of either gzipped, of Parquet, or of a library's data set.
 
   A null in Parquet is a field that a row does not have.
 
   Yields:
-    ("file:line", row); rows of an array and of Parquet count from 1.
+    ("file:line", row) as they stand there; rows of all but lines count from 1.
   """
-  path = _file(pathlib.Path(path))
-  with path.open("rb") as file:
-    magic = file.read(4)
-  reader = _read_parquet if magic == b"PAR1" else _read_json
+  reader = libraries.read_rows
+  if not libraries.holds_one(path):
+    path = _file(pathlib.Path(path))
+    with path.open("rb") as file:
+      magic = file.read(4)
+    reader = _read_parquet if magic == b"PAR1" else _read_json
   empty = True
   for where, row in reader(path):
     if not isinstance(row, dict):
@@ -92,17 +102,10 @@ def _read_parquet(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
       for batch in file.iter_batches(batch_size=1024):
         for row in batch.to_pylist():
           number += 1
-          yield f"{path}:row {number}", _without_nulls(row)
+          yield f"{path}:row {number}", values.without_nulls(row)
   except (pyarrow.ArrowException, OSError) as error:
     line = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(f"{path}: broken Parquet ({line}); fetch the file again") from None
-
-
-def _without_nulls(value: Any) -> Any:
-  """Parquet gives all messages of a column the same fields, null where one has none."""
-  if isinstance(value, dict):
-    return {name: _without_nulls(one) for name, one in value.items() if one is not None}
-  return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _read_json(path: pathlib.Path) -> Iterator[tuple[str, Any]]:

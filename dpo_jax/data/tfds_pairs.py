@@ -20,14 +20,14 @@ from typing import IO, Any
 
 import numpy as np
 
-from dpo_jax.data import intake, layout
+from dpo_jax.data import intake, layout, libraries
 from dpo_jax.data.intake import Encoder, Ledger
 from dpo_jax.data.layout import Example, Lazy, Measured
 from dpo_jax.folders import replacing
 from dpo_jax.structs import UserError
 
 NAME = "tfds_pairs"
-LENGTHS = "lengths.npz"
+LENGTHS = libraries.PREPARED
 SPLITS = ("train", "validation")
 # What a set is asked for beside its rules and its tokenizer: flags of `prepare_data` by name.
 ASKED = ("kind", "max_length", "prompt_floor", "truncation", "eval_fraction")

@@ -254,3 +254,10 @@ def show(value: Any) -> str:
   """A value for an error message, cut to 60 characters."""
   text = json.dumps(value, ensure_ascii=True, default=str)
   return text if len(text) <= 60 else text[:57] + "..."
+
+
+def without_nulls(value: Any) -> Any:
+  """Tables give all messages of a column the same fields, null where one has none."""
+  if isinstance(value, dict):
+    return {name: without_nulls(one) for name, one in value.items() if one is not None}
+  return [without_nulls(one) for one in value] if isinstance(value, list) else value

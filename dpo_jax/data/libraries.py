@@ -1,0 +1,130 @@
+"""Rows from data sets of other libraries: TensorFlow Datasets and Hugging Face `datasets`.
+
+  FOLDER[:SPLIT]      a TFDS data set (ArrayRecord), or one that `datasets` saved to disk
+  tfds:NAME[:SPLIT]   by its name; made first if it is not there
+  hf:NAME[:SPLIT]     of the Hugging Face hub, streamed; needs `pip install datasets`
+
+The split is train unless named. A row is read when its turn comes.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from dpo_jax.data import values
+from dpo_jax.structs import UserError
+
+Rows = Iterator[dict[str, Any]]
+PREPARED = "lengths.npz"  # what tells a set of `tfds_pairs` from those of others
+
+
+def holds_one(given: str | pathlib.Path) -> bool:
+  """Whether a name or a folder, perhaps with a split, is a data set of a library."""
+  return _reader(str(given)) is not None
+
+
+def read_rows(given: str | pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Its rows with where they stand; all of them values that JSON has.
+
+  Raises:
+    UserError: no such data set or split, or a library that is not installed.
+  """
+  reader, name, split = _reader(str(given))
+  try:
+    for number, row in enumerate(reader(name, split), 1):
+      yield f"{given}:row {number}", row
+  except (UserError, MemoryError):
+    raise
+  except Exception as error:  # both raise what they like
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    raise UserError(f"{given}: {line[:200]}") from None
+
+
+def _reader(given: str) -> tuple[Callable[[str, str], Rows], str, str] | None:
+  """Who reads it, and the name and split he reads; None if it is no such data set."""
+  for prefix, reader in (("tfds:", _tfds_by_name), ("hf:", _hub)):
+    if given.startswith(prefix):
+      name, _, split = given.removeprefix(prefix).partition(":")
+      return reader, name, split or "train"
+  folder, _, split = (given, "", "") if pathlib.Path(given).is_dir() else given.rpartition(":")
+  if folder and (pathlib.Path(folder) / PREPARED).is_file():
+    raise UserError(
+      f"{folder} is a prepared set, which training alone reads (data.path); name the rows that it"
+      " was made of"
+    )
+  for file, reader in (
+    ("features.json", _tfds_folder),
+    ("state.json", _saved),
+    ("dataset_dict.json", _saved),
+  ):
+    if folder and (pathlib.Path(folder) / file).is_file():
+      return reader, folder, split or "train"
+  return None
+
+
+# --- TFDS -----------------------------------------------------------------------------------------
+
+
+def _tfds_folder(folder: str, split: str) -> Rows:
+  import tensorflow_datasets as tfds  # takes a moment to load
+
+  return _records(tfds.builder_from_directory(folder), split)
+
+
+def _tfds_by_name(name: str, split: str) -> Rows:
+  import tensorflow_datasets as tfds
+
+  builder = tfds.builder(name, file_format="array_record")
+  builder.download_and_prepare()
+  return _records(builder, split)
+
+
+def _records(builder: Any, split: str) -> Rows:
+  source = builder.as_data_source(split=split)
+  return (_plain(source[i], builder.info.features) for i in range(len(source)))
+
+
+def _plain(value: Any, feature: Any) -> Any:
+  """Bytes as text, and as a list of objects what TFDS keeps as an object of lists."""
+  if isinstance(value, bytes):
+    return value.decode("utf-8")
+  if isinstance(value, dict):
+    inner = getattr(feature, "feature", None)  # of a sequence
+    fields = {name: _plain(one, (inner or feature)[name]) for name, one in value.items()}
+    if inner is None:
+      return fields
+    return [dict(zip(fields, each, strict=True)) for each in zip(*fields.values(), strict=True)]
+  if isinstance(value, (str, bool, int, float)):
+    return value
+  if hasattr(value, "tolist") and not hasattr(value, "__len__"):
+    return value.tolist()
+  return [_plain(one, getattr(feature, "feature", None)) for one in value]
+
+
+# --- datasets -------------------------------------------------------------------------------------
+
+
+def _library() -> Any:
+  try:
+    import datasets
+  except ImportError:
+    raise UserError(
+      "data sets of Hugging Face are read by `datasets`, which is not installed; pip install"
+      " datasets, or name a file of rows"
+    ) from None
+  return datasets
+
+
+def _hub(name: str, split: str) -> Rows:
+  return map(values.without_nulls, _library().load_dataset(name, split=split, streaming=True))
+
+
+def _saved(folder: str, split: str) -> Rows:
+  found = _library().load_from_disk(folder)
+  if isinstance(found, dict):
+    if split not in found:
+      raise UserError(f"{folder} has no split {split}; it has {', '.join(found)}")
+    found = found[split]
+  return map(values.without_nulls, found)
