@@ -204,8 +204,7 @@ def stored(examples: Sequence[Example], store: Store) -> Lazy:
 def lacking(examples: Sequence[Example], store: Store) -> Lazy:
   """Those whose log-probs the store does not have."""
   index = [i for i, example in enumerate(examples) if store.find(example) is None]
-  prompt_B, tokens_BK = layout.lengths(examples) if len(examples) else (np.zeros(0), np.zeros(0))
-  return Lazy(lambda i: examples[index[i]], (prompt_B[index], tokens_BK[index]))
+  return Lazy.of(examples, np.array(index, np.int64))
 
 
 def fill(

@@ -403,6 +403,38 @@ def test_an_epoch_is_every_example_once_and_in_another_order_than_the_last():
   assert [data_rows(batch) for batch in ordered] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
+@pytest.mark.parametrize("name", packing.LAYOUTS)
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_divide_every_batch_among_them(name, hosts):
+  """Shares put together are the batch of one host, also where some have only padding."""
+  some = examples(23)
+  for size, accumulate in ((8, 2), (2, 1)):
+    how = {"batch_size": size, "accumulate": accumulate, "groups": 4, "layout": name, "seed": 1}
+    whole = take(4, some, start=3, **how)
+    shares = [take(4, some, start=3, share=(i, hosts), **how) for i in range(hosts)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+      together = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *parts)
+      jax.tree.map(np.testing.assert_array_equal, together, batch)
+  evaluated = {"batch_size": 5, "groups": 4, "layout": name}
+  parts = [pipeline.eval_batches(some, share=(i, hosts), **evaluated) for i in range(hosts)]
+  for batch, *shares in zip(pipeline.eval_batches(some, **evaluated), *parts, strict=True):
+    together = jax.tree.map(lambda *x: np.concatenate(x), *shares)
+    jax.tree.map(np.testing.assert_array_equal, together, batch)
+
+
+def test_a_host_reads_its_own_examples_alone():
+  some, seen = examples(16), []
+  lazy = layout.Lazy(lambda i: seen.append(i) or some[i], layout.lengths(some))
+  layout.collate(lazy, row_length=128, groups=2, share=(1, 2))
+  assert 4 <= len(set(seen)) <= 12  # half of them, and the first
+
+
+def test_hosts_that_cannot_share_are_refused():
+  for share in ((0, 3), (2, 2), (-1, 2)):
+    with pytest.raises(UserError, match=r"host -?\d of \d cannot have its share of 4 groups"):
+      pipeline.batches(examples(8), batch_size=4, groups=4, share=share)
+
+
 def test_order_does_not_know_layout_micro_batches_or_devices():
   some = examples(50)
   plain = [data_rows(batch) for batch in take(5, some, batch_size=12, seed=2)]

@@ -85,6 +85,11 @@ class Lazy(Sequence[Example]):
   ) -> None:
     self.read, self.lengths = read, lengths
 
+  @classmethod
+  def of(cls, examples: Sequence[Example], index: Sequence[int]) -> Lazy:
+    """Some of them."""
+    return cls(lambda i: examples[int(index[i])], Measured(lengths(examples)).some(index).lengths)
+
   def __len__(self) -> int:
     return len(self.lengths[0])
 
@@ -238,6 +243,7 @@ def collate(
   row_length: int,
   groups: int = 1,
   sizes: Sizes | None = None,
+  share: tuple[int, int] = (0, 1),
 ) -> TokenBatch:
   """Lays examples out as rows.
 
@@ -248,11 +254,14 @@ def collate(
     groups: runs of rows that devices hold; scored tokens are spread evenly over them, and the K
       answers of a pair never part.
     sizes: what shapes are rounded up to, from `fit_sizes`; by default what this batch needs.
+    share: (i, H) gives the rows of the i-th of H hosts, whose groups they are: put together they
+      are the batch, whatever H is. Of examples that know their `lengths`, only those are read.
 
   Returns:
     The batch, numpy arrays.
   """
-  batch = collate_many([examples], layout=layout, row_length=row_length, groups=groups, sizes=sizes)
+  how = {"row_length": row_length, "groups": groups, "sizes": sizes, "share": share}
+  batch = collate_many([examples], layout=layout, **how)
   return TokenBatch(*(array if array is None else array[0] for array in batch))
 
 
@@ -263,22 +272,45 @@ def collate_many(
   row_length: int,
   groups: int = 1,
   sizes: Sizes | None = None,
+  share: tuple[int, int] = (0, 1),
 ) -> TokenBatch:
   """`collate` of A micro-batches into arrays of one shape, with A as their leading axis."""
   for batch in micro_batches:
     check_fits(batch, layout, row_length)
-  answers = len(micro_batches[0][0].answers)
+  answers = lengths(micro_batches[0])[1].shape[1]
   most_pairs = sizes.slots // answers if sizes else None
   places = [
     packing.place(*lengths(batch), layout, row_length, most_pairs) for batch in micro_batches
   ]
   sizes = sizes or packing.fit(places, answers, layout, groups)
   places, shape = packing.shape_of(places, sizes, layout, groups, row_length)
+  stored = bool(micro_batches[0][0].reference)
   filled = [
-    _fill(batch, place, layout, shape) for batch, place in zip(micro_batches, places, strict=True)
+    _fill(*_own(batch, place, shape, share), layout, stored)
+    for batch, place in zip(micro_batches, places, strict=True)
   ]
   stack = lambda arrays: None if arrays[0] is None else np.stack(arrays)
   return TokenBatch(*map(stack, zip(*filled, strict=True)))
+
+
+def _own(
+  examples: Sequence[Example], places: Places, shape: Shape, share: tuple[int, int]
+) -> tuple[list[Example], Measured, Places, Shape]:
+  """The examples of one host, their lengths, where they stand among its rows, the rows' shape."""
+  host, hosts = share
+  rows = shape.rows // hosts
+  (mine,) = np.nonzero(places.row_B // rows == host)
+  moved = Places(
+    row_B=places.row_B[mine] - host * rows,
+    column_B=places.column_B[mine],
+    order_B=places.order_B[mine],
+    scored_B=places.scored_B[mine],
+    rows=rows,
+    movable=places.movable,
+  )
+  measured = Measured(lengths(examples)).some(mine)
+  shape = shape._replace(rows=rows, groups=shape.groups // hosts)
+  return [examples[i] for i in mine.tolist()], measured, moved, shape
 
 
 def lengths(examples: Sequence[Example] | Measured) -> tuple[np.ndarray, np.ndarray]:
@@ -293,11 +325,23 @@ def lengths(examples: Sequence[Example] | Measured) -> tuple[np.ndarray, np.ndar
 # --- filling --------------------------------------------------------------------------------------
 
 
-def _fill(examples: Sequence[Example], places: Places, layout: str, shape: Shape) -> TokenBatch:
-  """Writes the arrays: every run of consecutive tokens of one branch is a piece, copied at once."""
-  prompt_B, tokens_BK = lengths(examples)
+def _fill(
+  examples: Sequence[Example],
+  measured: Measured,
+  places: Places,
+  shape: Shape,
+  layout: str,
+  stored: bool,
+) -> TokenBatch:
+  """Writes the arrays: every run of consecutive tokens of one branch is a piece, copied at once.
+
+  There may be no example at all, on a host that has only padding; `stored` says whether there are
+  log-probs of the reference.
+  """
+  prompt_B, tokens_BK = measured.lengths
   answers = tokens_BK.shape[1]
-  flat = np.concatenate([ids for example in examples for ids in (example.prompt, *example.answers)])
+  texts = [ids for example in examples for ids in (example.prompt, *example.answers)]
+  flat = np.concatenate([*texts, np.zeros(1, np.int32)])
   start_B = np.cumsum(prompt_B + tokens_BK.sum(1)) - prompt_B - tokens_BK.sum(1)
 
   # The pieces of an example, P in number: which branch each is, and which text of the example.
@@ -329,7 +373,7 @@ def _fill(examples: Sequence[Example], places: Places, layout: str, shape: Shape
   # From pieces to tokens, T in number.
   length_X = length_BP.reshape(-1)
   end_X = np.cumsum(length_X)
-  along_T = np.arange(end_X[-1]) - np.repeat(end_X - length_X, length_X)
+  along_T = np.arange(length_X.sum()) - np.repeat(end_X - length_X, length_X)
   spread = lambda x_BP: np.repeat(x_BP.reshape(-1), length_X)
   at_T = spread(row_BP * shape.length + column_BP) + along_T
   source_T = spread(source_BP) + along_T
@@ -347,11 +391,10 @@ def _fill(examples: Sequence[Example], places: Places, layout: str, shape: Shape
 
   target_T = np.where(scored_T, flat[source_T + 1], 0)
   reference_NL = None
-  if examples[0].reference:
-    stored = np.concatenate(
-      [x for one in examples for x in (np.zeros(len(one.prompt)), *one.reference)]
-    )
-    reference_NL = rows_of(np.where(scored_T, stored[source_T + 1], 0), np.float32)
+  if stored:
+    known = [x for one in examples for x in (np.zeros(len(one.prompt)), *one.reference)]
+    known_T = np.concatenate([*known, np.zeros(1)])[source_T + 1]
+    reference_NL = rows_of(np.where(scored_T, known_T, 0), np.float32)
   return TokenBatch(
     ids_NL=rows_of(ids_T),
     position_NL=rows_of(spread(position_BP) + along_T),
@@ -362,7 +405,7 @@ def _fill(examples: Sequence[Example], places: Places, layout: str, shape: Shape
     weight_NL=rows_of(scored_T, np.float32),
     scored_GM=_scored(at_T[scored_T], shape),
     reference_NL=reference_NL,
-    **_slot_arrays(examples, places, layout, shape),
+    **_slot_arrays(examples, tokens_BK, places, layout, shape),
   )
 
 
@@ -380,13 +423,17 @@ def _scored(at_T: np.ndarray, shape: Shape) -> np.ndarray:
 
 
 def _slot_arrays(
-  examples: Sequence[Example], places: Places, layout: str, shape: Shape
+  examples: Sequence[Example],
+  tokens_BK: np.ndarray,
+  places: Places,
+  layout: str,
+  shape: Shape,
 ) -> dict[str, np.ndarray]:
   """Weights, grades and data rows of the slots."""
-  answers = len(examples[0].answers)
+  answers = tokens_BK.shape[1]
   first_B = places.row_B * shape.slots + (0 if layout == "padded" else places.order_B * answers)
   at_BK = first_B[:, None] + np.arange(answers)
-  present_BK = lengths(examples)[1] > 0
+  present_BK = tokens_BK > 0
   weight_X = np.zeros(shape.rows * shape.slots, np.float32)
   weight_B = np.array([example.weight for example in examples], np.float32)
   weight_X[at_BK] = np.where(present_BK, weight_B[:, None], 0)
@@ -394,7 +441,7 @@ def _slot_arrays(
   row_B = np.array([example.row for example in examples], np.int32)
   row_X[at_BK] = np.where(present_BK, row_B[:, None], -1)
   grade_X = np.zeros(shape.rows * shape.slots, np.float32)
-  if examples[0].grades:
+  if examples and examples[0].grades:
     grade_X[at_BK] = np.array([example.grades for example in examples], np.float32)
   return {
     "weight_NS": weight_X.reshape(shape.rows, shape.slots),

@@ -9,6 +9,7 @@ import numpy as np
 
 from dpo_jax.data.layout import (
   Example,
+  Lazy,
   Measured,
   check_fits,
   collate,
@@ -45,6 +46,7 @@ def batches(
   groups: int = 1,
   shuffle: bool = True,
   start: int = 0,
+  share: tuple[int, int] = (0, 1),
 ) -> Iterator[TokenBatch]:
   """Batches without end, reshuffled every epoch; batch k is a pure function of (data, seed, k).
 
@@ -56,9 +58,11 @@ def batches(
     layout: "shared", "packed" or "padded".
     row_length: L of packed and shared rows; None or 0 for one that suits the examples. Padded rows
       are as long as the longest text.
-    groups: runs of rows that devices hold.
+    groups: runs of rows that devices hold, on all hosts together.
     shuffle: False keeps the order of the data.
     start: the step of the first batch; steps before it are skipped, not replayed.
+    share: (i, H) for the i-th of H hosts, among whom every batch is divided; no example is on two,
+      and what they have together does not depend on H.
 
   Returns:
     An iterator of `TokenBatch` of numpy arrays with A as the leading axis of every one.
@@ -71,20 +75,28 @@ def batches(
       f" try {batch_size // accumulate * accumulate or accumulate}"
     )
   micro = batch_size // accumulate
+  check_share(share, groups)
   rows = _rows(examples, layout, row_length, groups)
   sizes = _usual_sizes(examples, micro, accumulate, rows)
 
+  measured = Lazy(examples.__getitem__, lengths(examples))
+
   def lay_out(picked: Sequence[int]) -> TokenBatch:
-    chosen = [examples[i] for i in picked]
-    return collate_many(
-      [chosen[i : i + micro] for i in range(0, batch_size, micro)], sizes=sizes, **rows
-    )
+    parts = [Lazy.of(measured, picked[i : i + micro]) for i in range(0, batch_size, micro)]
+    return collate_many(parts, sizes=sizes, share=share, **rows)
 
   steps = order(len(examples), batch_size, seed=seed, shuffle=shuffle).map(lay_out)
   # One thread keeps ahead of a training step; more only contend with it for cores.
   return iter(
     steps[start:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
   )
+
+
+def check_share(share: tuple[int, int], groups: int) -> None:
+  """A host has as many groups as every other."""
+  host, hosts = share
+  if not 0 <= host < hosts or groups % hosts:
+    raise UserError(f"host {host} of {hosts} cannot have its share of {groups} groups of rows")
 
 
 def eval_batches(
@@ -94,19 +106,23 @@ def eval_batches(
   layout: str = "shared",
   row_length: int | None = None,
   groups: int = 1,
+  share: tuple[int, int] = (0, 1),
 ) -> Iterator[TokenBatch]:
   """Every example once, in order, all batches of one shape and without a micro-batch axis.
 
-  What the last batch lacks has weight 0; `row_NS` says which data row each slot came from.
+  What the last batch lacks has weight 0; `row_NS` says which data row each slot came from. `share`
+  as in `batches`.
   """
   if not len(examples):
     return
   rows = _rows(examples, layout, row_length, groups)
-  parts = [slice(i, i + batch_size) for i in range(0, len(examples), batch_size)]
+  every = np.arange(len(examples))
+  parts = np.split(every, every[batch_size::batch_size])
+  check_share(share, groups)
   all_of_them = Measured(lengths(examples))
   sizes = fit_sizes([all_of_them.some(part) for part in parts], **rows)
   for part in parts:
-    yield collate(examples[part], sizes=sizes, **rows)
+    yield collate(Lazy.of(examples, part), sizes=sizes, share=share, **rows)
 
 
 def _rows(examples: Sequence[Example], layout: str, row_length: int | None, groups: int) -> dict:
