@@ -3,7 +3,8 @@
   python scripts/inspect_data.py --data pairs.jsonl --model DIR
   python scripts/inspect_data.py --data pairs.jsonl --model DIR --json
 
-Prompt tokens are given, answer tokens scored; neighbouring tokens have different shades. With
+Prompt tokens are given, answer tokens scored; neighbouring tokens have different shades; ✂ is where
+text was cut. Then come lengths, tokens that each layout computes, and what became of all rows. With
 --json one object is printed: format, rows, pairs, dropped, truncated, tokens; of judged answers
 also labels.
 
@@ -21,7 +22,7 @@ DATA = flags.DEFINE_string(
   "data", None, "file of rows, several separated by commas, or a pattern", required=True
 )
 MODEL = flags.DEFINE_string("model", None, "folder of the model or its tokenizer", required=True)
-ROWS = flags.DEFINE_integer("rows", 3, "rows to show", lower_bound=0)
+ROWS = flags.DEFINE_integer("rows", 3, "first rows to show", lower_bound=0)
 JSON = flags.DEFINE_bool("json", False, "print the ledger alone, as one JSON object")
 KIND = flags.DEFINE_enum(
   "kind",
@@ -51,15 +52,14 @@ def main(_):
   tokenizer = chat.load_tokenizer(MODEL.value, template_arguments=arguments)
   fields = intake.read_fields(FIELDS.value)
   kind = KIND.value or intake.detect_kind(DATA.value, fields)
-  examples, ledger, _ = intake.load_examples(
-    DATA.value,
-    tokenizer,
-    kind=kind,
-    max_length=MAX_LENGTH.value,
-    prompt_floor=PROMPT_FLOOR.value,
-    truncation=TRUNCATION.value,
-    fields=fields,
-  )
+  how = {
+    "kind": kind,
+    "max_length": MAX_LENGTH.value,
+    "prompt_floor": PROMPT_FLOOR.value,
+    "truncation": TRUNCATION.value,
+    "fields": fields,
+  }
+  examples, ledger, _ = intake.load_examples(DATA.value, tokenizer, **how)
   if JSON.value:
     print(json.dumps(ledger.to_json()))
     return
@@ -68,8 +68,10 @@ def main(_):
   from dpo_jax.data import view
 
   console = Console()
-  for example in examples[: ROWS.value]:
-    console.print(view.show_example(example, tokenizer, kind=kind))
+  encoder = intake.Encoder(tokenizer, **how)
+  for row, outcome in enumerate(intake.first_rows(DATA.value, encoder, ROWS.value)):
+    console.print(view.show_row(row, outcome, tokenizer, kind=kind))
+  console.print(view.show_lengths(examples), view.show_layouts(examples))
   console.print(view.show_ledger(ledger, examples))
 
 

@@ -155,6 +155,7 @@ def test_resumed_is_straight_to_the_bit(task, straight):
   resume_from_step_3(dpo_config(task), straight)
 
 
+@pytest.mark.slow
 def test_what_evolves_beside_the_policy_resumes_too(task):
   """A reference that follows the policy (TR-DPO) and the running δ of bco_pair, under pmap."""
   config = dpo_config(task)
@@ -335,6 +336,7 @@ def test_bad_input_is_one_line_and_leaves_no_trace(task, tmp_path, changes, word
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_bfloat16_policy_starts_as_its_reference(task, capsys):
   """The reference is taken from the rounded weights, not from those before rounding."""
   config = dpo_config(task)

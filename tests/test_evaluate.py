@@ -105,6 +105,7 @@ def test_probabilities_of_all_answers_add_up_to_one(models):
 # --- Samples --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sampled_measures_agree_with_the_listed_language(models):
   policy, reference = models
   found = evaluate.on_samples(

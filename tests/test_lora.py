@@ -232,6 +232,7 @@ def trajectory(mode, devices, accumulate=1, dropout=0.3):
   return executor.fetch(state), losses_
 
 
+@pytest.mark.slow
 def test_topology_changes_nothing_dropout_included():
   state, losses_ = trajectory("mesh", 1)
   for mode, devices, accumulate in (("pmap", 2, 1), ("mesh", 2, 2)):
@@ -479,7 +480,8 @@ def base_of(task):
   return hf.load(task / "base")[1]["params"]
 
 
-@pytest.mark.parametrize("mode", ["mesh", pytest.param("pmap", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["mesh", "pmap"])
 def test_the_reference_is_the_base_and_no_second_copy(task, tmp_path, mode, monkeypatch):
   """Bytes on device at every step: with adapters one model, without them policy and reference."""
   held = []

@@ -60,6 +60,7 @@ def log_probs(seed, prompt):
   return out
 
 
+@pytest.mark.slow
 def test_samples_agree_with_the_listed_language():
   length_Y = np.array([len(answer) for answer in every_answer()])
   ended_Y = np.array([answer[-1] == END for answer in every_answer()])

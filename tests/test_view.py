@@ -6,11 +6,13 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import small_tokenizers
 from rich.console import Console
 
-from dpo_jax.data import chat, intake, view
+from dpo_jax.data import chat, intake, packing, view
+from dpo_jax.data.layout import Example
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROW = {"prompt": "the answer is", "chosen": " good 🙂é!", "rejected": " bad"}
@@ -101,3 +103,46 @@ def test_inspect_data_prints_one_object_or_one_line(tmp_path):
   missing = run("--data", tmp_path / "gone")
   assert missing.returncode == 1 and missing.stdout == ""
   assert missing.stderr == f"error: no data file {tmp_path / 'gone'}\n"
+
+
+def test_cuts_are_marked_and_dropped_rows_say_why(tmp_path):
+  tokenizer = chat.load_tokenizer(small_tokenizers.byte_level(tmp_path / "model"))
+  long = {"prompt": "the answer is " * 20, "chosen": " good" * 40, "rejected": " bad"}
+  path = tmp_path / "rows.jsonl"
+  path.write_text("\n".join(json.dumps(row) for row in (long, ROW | {"chosen": " bad"}, ROW)))
+  whole = intake.load_examples(path, tokenizer)[0][0]
+  how = {"max_length": 40, "prompt_floor": 4, "truncation": "cut"}
+  encoder = intake.Encoder(tokenizer, **how)
+  console = Console(width=100, record=True, file=io.StringIO())
+  for row, outcome in enumerate(intake.first_rows(path, encoder, 3)):
+    console.print(view.show_row(row, outcome, tokenizer))
+  cut, rest = console.export_text().split("row 1: dropped, equal answers")
+  assert "row 0, cut" in cut and "─ row 2 ─" in rest and view.CUT not in rest
+  assert f"4 tokens, given, ✂ {len(whole.prompt) - 4} cut before" in cut and "│ ✂" in cut
+  lost = len(whole.answers[0]) - 36
+  assert f"chosen · 36 tokens, scored, no end token, ✂ {lost} cut behind" in cut
+  assert cut.count("cut behind") == 1 and "rejected · 2 tokens, scored, ended" in cut
+
+
+def test_histograms_count_every_text(tmp_path):
+  ids = lambda *lengths: [np.zeros(length, np.int32) for length in lengths]
+  examples = [
+    Example(*ids(1), tuple(ids(2, 3))),
+    Example(*ids(4), tuple(ids(5, 8))),
+    Example(*ids(9), tuple(ids(9, 0))),
+  ]
+  console = Console(width=100, record=True, file=io.StringIO())
+  console.print(view.show_lengths(examples), view.show_layouts(examples))
+  rows = [line.replace("█", " ").split() for line in console.export_text().splitlines()]
+  counts = {row[0]: row[1:] for row in rows if row and row[0][0].isdigit()}
+  assert counts == {
+    "1": ["1", "0"],
+    "2": ["0", "1"],
+    "3-4": ["1", "1"],
+    "5-8": ["0", "2"],
+    "9-16": ["1", "1"],
+  }
+  # Six texts in rows of 24; at 64 tokens a row, everything fits one.
+  taken = {row[0]: row[1:] for row in rows if row and row[0] in packing.LAYOUTS}
+  assert taken["padded"] == ["144", "100.0%", "24"]
+  assert taken["shared"] == ["64", "44.4%", "64"] == taken["packed"]

@@ -84,24 +84,24 @@ class Encoder:
   truncation: str = "drop"
   fields: dict[str, str] | None = None
 
-  def __call__(self, chunk: _Chunk) -> list[_Encoded | _Dropped]:
+  def __call__(self, chunk: _Chunk) -> list[Encoded | Dropped]:
     """What each row of a chunk becomes."""
     with _at(chunk.first) as row:
       form = sources.detect(row, self.fields, kind=self.kind)
-    out: list[_Encoded | _Dropped] = []
+    out: list[Encoded | Dropped] = []
     preferences, places = [], []
     for where, row in chunk.rows:
       try:
         with _at((where, row)):
           preferences.append(form.convert(row))
         places.append(len(out))
-        out.append(_Encoded(where))
+        out.append(Encoded(where))
       except sources.RowError as error:
-        out.append(_Dropped(str(error)))
+        out.append(Dropped(where, str(error)))
     encoded = self.tokenizer.encode_preferences(preferences)
     for at, preference, result in zip(places, preferences, encoded, strict=True):
       if isinstance(result, sources.RowError):
-        out[at] = _Dropped(str(result))
+        out[at] = Dropped(out[at].where, str(result))
       else:
         out[at] = self._cut(out[at].where, *result, preference)
     return out
@@ -111,13 +111,14 @@ class Encoder:
     with _at(first) as row:
       return sources.detect(row, self.fields, kind=self.kind).name
 
-  def _cut(self, where, prompt, answers, preference: Preference) -> _Encoded | _Dropped:
+  def _cut(self, where, prompt, answers, preference: Preference) -> Encoded | Dropped:
     largest = max(int(ids.max()) for ids in (prompt, *answers))
     if largest >= self.tokenizer.vocab_size:
       raise UserError(
         f"{where}: token id {largest} is not in the tokenizer, whose ids go to"
         f" {self.tokenizer.vocab_size - 1}; the rows were made with another"
       )
+    before = (prompt, *answers)
     kept = layout.truncate(
       prompt,
       answers,
@@ -127,11 +128,12 @@ class Encoder:
       bos_id=self.tokenizer.bos_id if self.tokenizer.adds_bos else None,
     )
     if kept is None:
-      return _Dropped("too long", max(map(len, answers)))
+      return Dropped(where, "too long", max(map(len, answers)))
     prompt, answers, cuts = kept
     if any(np.array_equal(one, other) for one, other in itertools.combinations(answers, 2)):
-      return _Dropped("equal answers after cutting")
-    return _Encoded(where, prompt, answers, preference.grades, preference.weight, cuts)
+      return Dropped(where, "equal answers after cutting")
+    lost = tuple(len(a) - len(b) for a, b in zip(before, (prompt, *answers), strict=True))
+    return Encoded(where, prompt, answers, preference.grades, preference.weight, cuts, lost)
 
 
 class _Chunk(NamedTuple):
@@ -141,8 +143,8 @@ class _Chunk(NamedTuple):
   rows: list[tuple[str, sources.Row]]
 
 
-class _Encoded(NamedTuple):
-  """A row as token ids, and what was cut."""
+class Encoded(NamedTuple):
+  """A row as token ids, what was cut, and how many tokens the prompt and every answer lost."""
 
   where: str
   prompt: Any = None
@@ -150,11 +152,22 @@ class _Encoded(NamedTuple):
   grades: tuple[float, ...] = ()
   weight: float = 1.0
   cuts: tuple[str, ...] = ()
+  lost: tuple[int, ...] = ()
+
+  def examples(self, row: int, kind: str) -> list[Example]:
+    """What the row gives: of unpaired rows, every answer by itself."""
+    if kind != "unpaired":
+      return [Example(self.prompt, self.answers, self.weight, row, self.grades)]
+    return [
+      Example(self.prompt, (ids,), self.weight, row, (grade,))
+      for ids, grade in zip(self.answers, self.grades, strict=True)
+    ]
 
 
-class _Dropped(NamedTuple):
+class Dropped(NamedTuple):
   """Why a row is left out, and the tokens of its longest answer if that is for length."""
 
+  where: str
   reason: str
   tokens: int = 0
 
@@ -216,7 +229,7 @@ def stream_examples(
     ledger.format = ", ".join(dict.fromkeys([*known, form]))
     for found in outcomes:
       row, ledger.rows = ledger.rows, ledger.rows + 1
-      if isinstance(found, _Dropped):
+      if isinstance(found, Dropped):
         ledger.dropped[found.reason] += 1
         if found.tokens:
           shortest = min(found.tokens, shortest or found.tokens)
@@ -230,20 +243,25 @@ def stream_examples(
         )
       ledger.truncated.update(found.cuts)
       ledger.pairs += 1
-      if encoder.kind != "unpaired":
-        yield Example(found.prompt, found.answers, found.weight, row, found.grades)
-        continue
-      # Of a pair, either answer is judged by itself.
-      for text, grade in zip(found.answers, found.grades, strict=True):
-        ledger.labels["desirable" if grade == 1 else "undesirable"] += 1
-        yield Example(found.prompt, (text,), found.weight, row, (grade,))
+      for example in found.examples(row, encoder.kind):
+        if encoder.kind == "unpaired":
+          ledger.labels["desirable" if example.grades[0] == 1 else "undesirable"] += 1
+        yield example
   if not ledger.pairs:
     raise UserError(_nothing_left(ledger, files, encoder.max_length, shortest))
 
 
+def first_rows(
+  paths: Source | Sequence[Source], encoder: Encoder, count: int
+) -> Iterator[Encoded | Dropped]:
+  """What becomes of each of the first rows."""
+  for _, outcomes in _outcomes(sources.files(paths), encoder, count, workers=0):
+    yield from outcomes
+
+
 def _outcomes(
   files: Sequence[Source], encoder: Encoder, limit: int | None, workers: int
-) -> Iterator[tuple[str, list[_Encoded | _Dropped]]]:
+) -> Iterator[tuple[str, list[Encoded | Dropped]]]:
   """The form and the outcomes of every chunk, in order."""
   chunks = _chunks(files, limit)
   if not workers:
@@ -269,7 +287,7 @@ def _start(encoder: Encoder) -> None:
   _encoder = encoder
 
 
-def _encode(chunk: _Chunk) -> list[_Encoded | _Dropped]:
+def _encode(chunk: _Chunk) -> list[Encoded | Dropped]:
   return _encoder(chunk)
 
 

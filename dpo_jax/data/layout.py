@@ -215,11 +215,23 @@ def count_padding(
 ) -> int:
   """Tokens of padding in the rows taken by one pass over the examples, in order."""
   prompt_B, tokens_BK = lengths(examples)
+  real = packing.costs(prompt_B, tokens_BK, "shared" if layout == "shared" else "packed").sum()
+  taken = count_taken(examples, batch_size=batch_size, layout=layout, row_length=row_length)
+  return taken - int(real)
+
+
+def count_taken(
+  examples: Sequence[Example] | Measured,
+  *,
+  batch_size: int,
+  layout: str = "shared",
+  row_length: int | None = None,
+) -> int:
+  """Tokens of all rows taken by one pass over the examples, in order, padding included."""
+  prompt_B, tokens_BK = lengths(examples)
   length = row_length or fit_row_length(examples, layout)
   parts = [slice(i, i + batch_size) for i in range(0, len(prompt_B), batch_size)]
-  rows = sum(packing.place(prompt_B[i], tokens_BK[i], layout, length).rows for i in parts)
-  real = packing.costs(prompt_B, tokens_BK, "shared" if layout == "shared" else "packed").sum()
-  return rows * length - int(real)
+  return length * sum(packing.place(prompt_B[i], tokens_BK[i], layout, length).rows for i in parts)
 
 
 def fit_sizes(
