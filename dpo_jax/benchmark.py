@@ -132,6 +132,8 @@ def measure(
     "peak_memory_mb": round(peak_memory_mb()),
     "compile_seconds": round(compile_seconds, 2),
     "seconds_to_first_step": round(first_step, 2),
+    "data_wait_share": round(rate("waited"), 5),
+    "padding_share": round(statistics.median(block["padding"] for block in results), 4),
     "model_flop_utilisation": round(rate("flops") / ceiling, 4),
     "product_gflops": round(ceiling / 1e9, 1),
     "parameters": count,
@@ -249,10 +251,15 @@ def _time_blocks(run: Run, take, blocks: int, block_steps: int, flops) -> list[d
   stream, results = _stream(run, blocks * block_steps), []
   for _ in range(blocks):
     seen: list[int] = []
+    waited, real, room = 0.0, 0, 0
     before = time.perf_counter()
-    for batch in itertools.islice(stream, block_steps):
+    for _ in range(block_steps):
+      asked = time.perf_counter()
+      batch = next(stream)
+      waited += time.perf_counter() - asked
       take(batch)
       seen += batch.row_NS[batch.row_NS >= 0].tolist()
+      real, room = real + (batch.pair_NL >= 0).sum(), room + batch.pair_NL.size
     seconds = time.perf_counter() - before
     answers = len(run.material.examples[0].answers)
     # Every answer of a row is a slot of its own: each row is seen once an answer.
@@ -264,6 +271,8 @@ def _time_blocks(run: Run, take, blocks: int, block_steps: int, flops) -> list[d
         "pairs": len(seen) / answers,
         "tokens": distinct,
         "flops": flops(distinct, scored),
+        "waited": waited,
+        "padding": 1 - real / room,
       }
     )
   return results

@@ -134,9 +134,13 @@ def _loop(run, state, frozen, feed, start, checkpoints, log) -> step.TrainState:
   judge = _Judge(run, frozen)
   if start == 0 and judge.ready:
     log.write_eval(0, judge(state))
-  meter = _Meter(run, checkpoints, log)
+  meter, shapes = _Meter(run, checkpoints, log), set()
   for index in range(start + 1, run.steps + 1):
     batch, facts = feed(index, _policy(run, state, frozen) if run.material.sampler else None)
+    shape = (*batch.ids_NL.shape, batch.scored_GM.shape[-1], batch.weight_NS.shape[-1])
+    if shapes and shape not in shapes:
+      log.say(f"step {index}: compiles for batches of another shape, number {len(shapes) + 1}")
+    shapes.add(shape)
     state, means = take(state, frozen, run.executor.place_batch(batch))
     meter.add(index, means, facts, batch)
     evaluating = judge.ready and (index == run.steps or _due(index, run.config.eval.every))

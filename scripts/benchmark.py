@@ -8,7 +8,8 @@
 Prints one JSON line. Rates are medians over blocks of steps. A token is counted once: the prompt
 of a pair is shared by its answers, whatever the layout. FLOPs are those of the matrix products that
 the objective needs (6 a parameter and token for the policy, 2 for the reference, the head at scored
-tokens only); their share of this machine's own product rate is the model FLOP utilisation.
+tokens only); their share of this machine's own product rate is the model FLOP utilisation. Told too
+are the share of time in which a step waits for its batch, and that of padding in the rows.
 
 With --generate, answers to random prompts are sampled from the initial model, none of them ending
 early: tokens of prompts read a second, tokens of answers written a second, and answers' tokens a
