@@ -22,6 +22,7 @@ def get_config(arg: str = "dpo"):
   config = defaults.get_config()
   config.data.max_length = 64
   config.data.row_length = 128
+  config.data.balance = False  # its texts are of much the same length
   if arg == "sft":
     _supervised(config)
   elif arg == "dpo":

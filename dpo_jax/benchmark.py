@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import pathlib
 import resource
@@ -17,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import sampling, step
+from dpo_jax import feeds, sampling, step
 from dpo_jax.build import Run, fill_store
-from dpo_jax.data import pipeline, word_level
+from dpo_jax.data import word_level
 from dpo_jax.data.layout import Example
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, TokenBatch, UserError
@@ -235,15 +234,8 @@ def _stepper(
 
 
 def _stream(run: Run, steps: int) -> Iterator[TokenBatch]:
-  settings = run.config.train
-  stream = pipeline.batches(
-    run.material.examples,
-    batch_size=settings.batch_size,
-    accumulate=settings.accumulate,
-    seed=run.config.seed,
-    **run.material.batching,
-  )
-  return itertools.islice(stream, steps)
+  feed = feeds.make_feed(run.config, run.material, None, 0)
+  return (feed(k, None)[0] for k in range(1, steps + 1))
 
 
 def _time_blocks(run: Run, take, blocks: int, block_steps: int, flops) -> list[dict[str, float]]:

@@ -103,6 +103,7 @@ def get_config() -> ConfigDict:
         prompt_floor=64,  # tokens of a prompt that are never cut; cutting starts at its left
         truncation="drop",  # pairs whose answers do not fit: drop, or cut
         layout="shared",  # shared (prompt once, packed), packed, or padded
+        balance=True,  # batches of about as many tokens each: rows are exchanged with neighbours
         row_length=0,  # tokens of a row; 0 is a length that suits the data
       ),
       "loss": loss("sigmoid"),

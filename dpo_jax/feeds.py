@@ -90,8 +90,13 @@ def load(
   }
   if not config.on_policy.reward:
     examples, held_out, ledger = _load_rows(config, loss, tokenizer, model_config)
-    batching["row_length"] = config.data.row_length or layout.fit_row_length(
-      layout.Measured.of(examples, held_out), config.data.layout
+    batching["row_length"] = config.data.row_length or pipeline.suit_row_length(
+      layout.Measured.of(examples, held_out),
+      config.data.layout,
+      batch_size=config.train.batch_size,
+      accumulate=config.train.accumulate,
+      groups=groups,
+      balance=config.data.balance,
     )
     return Material(examples, held_out, len(examples[0].answers), batching, None), ledger
 
@@ -282,6 +287,7 @@ def make_feed(
     accumulate=config.train.accumulate,
     seed=config.seed,
     start=start,
+    balance=config.data.balance,
     **material.batching,
   )
   return lambda step, params: (next(stream), {})

@@ -403,6 +403,74 @@ def test_an_epoch_is_every_example_once_and_in_another_order_than_the_last():
   assert [data_rows(batch) for batch in ordered] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
+def varied(count, seed=0):
+  """Pairs with the lengths of helpful dialogues: log-normal, a factor of two and more."""
+  rng = np.random.default_rng(seed)
+  tokens = lambda mean: int(np.clip(mean * np.exp(0.9 * rng.standard_normal() - 0.4), 2, 600))
+  zeros = np.zeros(600, np.int32)
+  return [
+    Example(zeros[: tokens(120)], (zeros[: tokens(50)], zeros[: tokens(50)]), 1.0, row)
+    for row in range(count)
+  ]
+
+
+@pytest.mark.parametrize(("count", "size"), [(50, 8), (48, 8), (7, 3), (5, 5), (4, 9), (9000, 512)])
+def test_balanced_batches_are_the_same_rows_in_another_order(count, size):
+  """Every epoch has every row once, and where batches straddle two nothing is exchanged."""
+  cost_B = np.random.default_rng(0).integers(1, 1000, count)
+  plain = pipeline.order(count, size, seed=1)
+  balanced = pipeline.order(count, size, seed=1, cost_B=cost_B)
+  batches = [balanced[k] for k in range(3 * count // size + 2)]
+  assert all(len(batch) == size for batch in batches)
+  for epoch in range(2):
+    whole = range(-(-epoch * count // size), (epoch + 1) * count // size)
+    rows = lambda steps, whole=whole: sorted(row for k in whole for row in steps[k])
+    assert rows(balanced) == rows(plain)
+    straddling = (epoch + 1) * count // size
+    if (epoch + 1) * count % size:
+      assert sorted(balanced[straddling]) == sorted(plain[straddling])
+  # Batch k is what it is whichever was asked for before.
+  again = pipeline.order(count, size, seed=1, cost_B=cost_B)
+  for k in (len(batches) - 1, 0, len(batches) // 2):
+    assert again[k] == batches[k]
+
+
+def test_balanced_batches_have_as_many_tokens_each():
+  some = varied(3000)
+  cost_B = packing.costs(*layout.lengths(some), "shared")
+  tokens = lambda steps: np.array([cost_B[steps[k]].sum() for k in range(40)])
+  plain = tokens(pipeline.order(3000, 32, seed=0))
+  balanced = tokens(pipeline.order(3000, 32, seed=0, cost_B=cost_B))
+  assert plain.std() / plain.mean() > 0.1
+  assert balanced.std() / balanced.mean() < 0.01
+
+
+@pytest.mark.parametrize("size", [8, 16, 32, 64, 128])
+def test_little_of_balanced_rows_is_padding(size):
+  some = varied(3000)
+  real, room, seen = 0, 0, set()
+  for batch in take(20, some, batch_size=size, balance=True):
+    real, room = real + (batch.pair_NL >= 0).sum(), room + batch.pair_NL.size
+    seen.add(shapes(batch))
+  assert real / room > 0.95 and len(seen) <= 3
+
+
+def test_balance_knows_no_layout_micro_batches_devices_or_hosts():
+  some = varied(200)
+  how = {"batch_size": 12, "seed": 2, "row_length": 2048, "balance": True}
+  plain = [data_rows(batch) for batch in take(5, some, **how)]
+  for kwargs in ({"accumulate": 3}, {"groups": 4}, {"layout": "padded"}, {"layout": "packed"}):
+    assert [data_rows(batch) for batch in take(5, some, **how, **kwargs)] == plain
+  assert [data_rows(batch) for batch in take(2, some, start=3, **how)] == plain[3:]
+  shares = [take(5, some, share=(i, 2), groups=2, **how) for i in range(2)]
+  for rows, *parts in zip(plain, *shares, strict=True):
+    assert sorted(itertools.chain(*map(data_rows, parts))) == rows
+  # Micro-batches have as many tokens each, too.
+  (batch,) = take(1, some, accumulate=4, **how | {"batch_size": 48})
+  tokens_A = (batch.pair_NL >= 0).sum((1, 2))
+  assert tokens_A.max() / tokens_A.min() < 1.1
+
+
 @pytest.mark.parametrize("name", packing.LAYOUTS)
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_divide_every_batch_among_them(name, hosts):

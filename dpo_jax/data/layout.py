@@ -241,11 +241,12 @@ def fit_sizes(
   row_length: int,
   groups: int = 1,
   quantile: float = 1.0,
+  steps: int = 8,
 ) -> Sizes:
-  """Sizes that these batches share, but for those above `quantile` in rows."""
+  """Sizes that these batches share, but for those above `quantile` in rows: see `packing.fit`."""
   places = [packing.place(*lengths(batch), layout, row_length) for batch in batches]
   answers = lengths(batches[0])[1].shape[1]
-  return packing.fit(places, answers, layout, groups, quantile)
+  return packing.fit(places, answers, layout, groups, quantile, steps)
 
 
 def collate(

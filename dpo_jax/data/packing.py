@@ -117,8 +117,29 @@ def place(
   return Places(row_B, column_B, order_B, scored_B, len(used), movable=True)
 
 
+def deal(cost_B: np.ndarray, parts: int) -> list[np.ndarray]:
+  """Divides examples into parts of one number whose costs are about equal: their indices.
+
+  The largest first, each to the part that has least so far and is not full; ties by order.
+  """
+  size = len(cost_B) // parts
+  dealt: list[list[int]] = [[] for _ in range(parts)]
+  lightest = [(0, part) for part in range(parts)]  # (load, part)
+  for i in np.argsort(-cost_B, kind="stable").tolist():
+    load, part = heapq.heappop(lightest)
+    dealt[part].append(i)
+    if len(dealt[part]) < size:
+      heapq.heappush(lightest, (load + int(cost_B[i]), part))
+  return [np.array(part, np.int64) for part in dealt]
+
+
 def fit(
-  places: Sequence[Places], answers: int, layout: str, groups: int, quantile: float = 1.0
+  places: Sequence[Places],
+  answers: int,
+  layout: str,
+  groups: int,
+  quantile: float = 1.0,
+  steps: int = 8,
 ) -> Sizes:
   """Sizes for batches like these.
 
@@ -129,12 +150,13 @@ def fit(
     groups: G.
     quantile: how many of the batches the rows suffice for; larger ones take further steps. Scored
       tokens and slots suffice for all.
+    steps: of about such a share of the rows.
   """
   taken = [place.rows for place in places]
   if layout == "padded":  # rows do not vary: whole groups of whole pairs
     step = groups * answers
-  else:  # steps of about an eighth of the rows
-    step = groups * power_of_two(int(np.median(taken)) // groups // 8)
+  else:
+    step = groups * power_of_two(int(np.median(taken)) // groups // steps)
   rows = round_up(int(np.quantile(taken, quantile, method="higher")), step)
   scored = 0.0
   for place in places:
