@@ -301,13 +301,15 @@ def _by_heart(facts: _Facts) -> tuple[float, str]:
 
 def _loss_rises(facts: _Facts) -> tuple[float, str]:
   loss = facts["objective"] if facts.ready("objective") else facts["loss"]
+  # The average is young at first: what blows up at once is measured by where it began.
+  lowest = min(loss.lowest, loss.first)
   limit = max(
-    LOSS_LOST * (loss.first - loss.lowest),
-    TRAINING_RISE * abs(loss.lowest),
+    LOSS_LOST * (loss.first - lowest),
+    TRAINING_RISE * abs(lowest),
     LOSS_NOISE * math.hypot(loss.error, loss.lowest_error),
   )
-  return (loss.now - loss.lowest) / limit if limit > 0 else 0.0, (
-    f"the training loss rose from {loss.lowest:.4g} to {loss.now:.4g}, averaged over steps: take a"
+  return (loss.now - lowest) / limit if limit > 0 else 0.0, (
+    f"the training loss rose from {lowest:.4g} to {loss.now:.4g}, averaged over steps: take a"
     " lower --config.optimizer.learning_rate, more --config.optimizer.warmup_steps or a larger"
     " --config.train.batch_size"
   )

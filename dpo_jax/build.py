@@ -67,6 +67,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
   model_config, tokenizer = describe_model(config.model, config.data.template)
   for path in filter(None, (config.model.path, config.reference.path)):
     hf.check(path)
+  _check_tokenizer(config.reference.path, tokenizer)
   start = None if settings is None else _start(config, model_config, settings)
   model = transformer.build(
     model_config,
@@ -305,6 +306,10 @@ def describe_model(section: ConfigDict, template: str = "") -> tuple[ModelConfig
     raise UserError("model.path and model.scratch are both given; keep one")
   if section.scratch and not section.tokenizer:
     raise UserError("model.tokenizer is empty; a model trained from scratch needs its folder")
+  if section.path and not pathlib.Path(section.path).is_dir():
+    raise UserError(
+      f"model.path={section.path} is no folder that is there; name a Hugging Face model folder"
+    )
   tokenizer = chat.load_tokenizer(
     section.tokenizer or section.path,
     template_arguments=templates.read_arguments(template, "data.template"),
@@ -341,6 +346,16 @@ def _reference(
     return _copied(policy, dtype)
   _check_alike(hf.read_config(path), model_config, path)
   return hf.load(path, dtype=dtype, shardings=home)[1]
+
+
+def _check_tokenizer(path: str, tokenizer: chat.Tokenizer) -> None:
+  """The reference reads ids as the policy does, as far as its folder says."""
+  if not path or not (pathlib.Path(path) / "tokenizer.json").is_file():
+    return
+  if not tokenizer.same_ids(chat.load_tokenizer(path)):
+    raise UserError(
+      f"the reference {path} has another tokenizer than the policy; the two must share one"
+    )
 
 
 def _check_alike(reference, policy, path: str) -> None:

@@ -165,37 +165,42 @@ class Checkpoints:
     Raises:
       UserError: there is no such checkpoint, or it does not fit `like`.
     """
-    self._known(step)
+    step = self._known(step)
     return self._load(step, jax.tree.map(_abstract, like))
 
   def restore_params(self, step: int | None = None) -> PyTree:
     """The policy's parameters alone, on host, whatever else the checkpoint holds."""
-    self._known(step)
+    step = self._known(step)
     try:
       kept = self._orbax.metadata(step).metadata
+      if kept is None:
+        raise ValueError("it has no list of what it holds")
     except Exception as error:
-      raise self._unreadable(error) from error
+      raise self._unreadable(step, error) from error
     wanted = {
       name: jax.tree.map(_abstract if name == "params" else lambda _: ocp.PLACEHOLDER, tree)
       for name, tree in kept.items()
     }
     return self._load(step, wanted)["params"]
 
-  def _load(self, step: int | None, wanted: PyTree) -> PyTree:
+  def _load(self, step: int, wanted: PyTree) -> PyTree:
     try:
       loaded = self._orbax.load(step, wanted)
     except Exception as error:
-      raise self._unreadable(error) from error
+      raise self._unreadable(step, error) from error
     keep = lambda leaf: leaf if leaf is ocp.PLACEHOLDER else np.asarray(leaf)
     return jax.tree.map(keep, loaded)
 
-  def _unreadable(self, error: Exception) -> UserError:
+  def _unreadable(self, step: int, error: Exception) -> UserError:
+    earlier = [other for other in self.steps() if other < step]
+    way = f"to go on from step {earlier[-1]}" if earlier else "to start anew: it is the only one"
     return UserError(
-      f"the checkpoint in {self.directory} cannot be read: {_reason(error)}; delete the step's"
-      " folder to fall back to an earlier one, or start with a new --workdir"
+      f"the checkpoint of step {step} cannot be read ({type(error).__name__}: {_reason(error)});"
+      f" delete {self.directory / str(step)} {way}"
     )
 
-  def _known(self, step: int | None) -> None:
+  def _known(self, step: int | None) -> int:
+    """The step that is meant, of which there is a checkpoint."""
     steps = self.steps()
     if not steps:
       raise UserError(f"{self.directory} holds no checkpoint; train there first")
@@ -203,6 +208,7 @@ class Checkpoints:
       raise UserError(
         f"{self.directory} holds no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
       )
+    return steps[-1] if step is None else step
 
   def close(self) -> None:
     """Waits for what is being written, then lets go of the folder."""

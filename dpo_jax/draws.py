@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from dpo_jax import rewards, sampling
+from dpo_jax import folders, rewards, sampling
 from dpo_jax.data import chat, intake, sources
 from dpo_jax.data.layout import Example
 from dpo_jax.data.values import Conversation
@@ -39,8 +39,8 @@ def describe(
   path: str | pathlib.Path, *, template_arguments: Mapping[str, Any] | None = None
 ) -> tuple[ModelConfig, chat.Tokenizer]:
   """Model and tokenizer of a folder, or adapter, without its weights, as `load` takes them."""
-  tokenizer = chat.load_tokenizer(path, template_arguments=template_arguments)
   config = adapters.read_config(path)
+  tokenizer = chat.load_tokenizer(path, template_arguments=template_arguments)
   intake.check_vocabulary(tokenizer, config.vocab)
   return config, tokenizer
 
@@ -270,11 +270,7 @@ def check_out(path: str | pathlib.Path) -> None:
   path = pathlib.Path(path)
   if path.exists() and not path.is_file():
     raise UserError(f"--out={path} is {'a folder' if path.is_dir() else 'no file'}; name a file")
-  folder = next(parent for parent in path.absolute().parents if parent.exists())
-  if not folder.is_dir():
-    raise UserError(f"--out={path}: {folder} is no folder; name a file in a folder")
-  if not os.access(folder, os.W_OK | os.X_OK):
-    raise UserError(f"--out={path}: {folder} may not be written to; name another folder")
+  folders.check_writable(path, f"--out={path}")
 
 
 def write_rows(path: str | pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:

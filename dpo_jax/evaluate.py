@@ -89,14 +89,16 @@ def check_positions(examples: Sequence[Example], config: ModelConfig) -> None:
 # --- Pairs ----------------------------------------------------------------------------------------
 
 
-def objective(name: str, beta: float) -> Loss:
-  """A loss of pairs by name; β is handed to those that take it, and rewards are told in it."""
+def objective(name: str, beta: float | None = None) -> Loss:
+  """A loss of pairs by name; rewards are told in β, which is the loss's own unless given."""
   names = [part.rpartition("*")[2].strip() for part in name.split("+")]
-  takes = any("beta" in losses.arguments(part) for part in names if part in losses.LOSSES)
+  takes = beta is not None and any(
+    "beta" in losses.arguments(part) for part in names if part in losses.LOSSES
+  )
   loss = losses.resolve(name, **({"beta": beta} if takes else {}))
   if loss.kind != "pairs":
     raise UserError(f"loss {name!r} is not computed from pairs; name a loss of pairs")
-  return dataclasses.replace(loss, beta=beta)
+  return loss if beta is None else dataclasses.replace(loss, beta=beta)
 
 
 def read_pairs(
@@ -108,6 +110,10 @@ def read_pairs(
 ) -> list[Example]:
   """The pairs of a file in the policy's tokens, known to fit both; says what was left out."""
   models = [policy] if reference is None else [policy, reference]
+  if reference is not None and not policy.tokenizer.same_ids(reference.tokenizer):
+    raise UserError(
+      "model and reference have different tokenizers; models that are compared must share one"
+    )
   vocabs = [model.config.vocab for model in models]
   if len(set(vocabs)) > 1:
     raise UserError(
@@ -118,9 +124,7 @@ def read_pairs(
   for model in models:
     check_positions(examples, model.config)
   if ledger.dropped or ledger.truncated:
-    counts = [f"{count} dropped: {reason}" for reason, count in ledger.dropped.items()]
-    counts += [f"{count} cut: {what}" for what, count in ledger.truncated.items()]
-    print(f"{path}: {ledger.rows} rows, " + ", ".join(counts), file=sys.stderr)
+    print(intake.tell(path, ledger.to_json()), file=sys.stderr)
   return examples
 
 

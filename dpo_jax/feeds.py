@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax import draws, evaluate, losses, on_policy, reference, rewards
-from dpo_jax.data import intake, layout, packing, pipeline, tfds_pairs
+from dpo_jax.data import intake, layout, packing, pipeline, sources, tfds_pairs
 from dpo_jax.data.chat import Tokenizer
 from dpo_jax.model import adapters, weight_files
 from dpo_jax.model.config import ModelConfig
@@ -80,6 +80,8 @@ def load(
   groups: int,
 ) -> tuple[Material, dict]:
   """What the run learns from, and the ledger of what became of every row."""
+  for name in ("path", "eval_path"):
+    _check_named(f"data.{name}", config.data[name])
   if not config.data.path:
     what = "prompts" if config.on_policy.reward else "rows"
     raise UserError(f"data.path is empty; name a file of {what}, --config.data.path=FILE")
@@ -123,6 +125,15 @@ def load(
   return Material(prompts, held_out, answers, batching, sampler), ledger
 
 
+def _check_named(field: str, path: str) -> None:
+  """A field names files that are there, if it names any."""
+  try:
+    if path and not tfds_pairs.holds_one(path):
+      sources.files(path)
+  except UserError as error:
+    raise UserError(f"{field}: {error}") from None
+
+
 def _load_rows(config, loss, tokenizer, model_config):
   """Training and held-out examples, and the ledger of both."""
   data = config.data
@@ -139,9 +150,11 @@ def _load_rows(config, loss, tokenizer, model_config):
   else:
     examples, ledger, form = intake.load_examples(data.path, tokenizer, **how)
     ledger = {"format": form, **ledger.to_json()}
+  print(intake.tell(data.path, ledger), flush=True)
   if data.eval_path:
     held_out, more, form = intake.load_examples(data.eval_path, tokenizer, **how)
     ledger["eval"] = {"format": form, **more.to_json()}
+    print(intake.tell(data.eval_path, ledger["eval"]), flush=True)
   elif not prepared:
     examples, held_out = intake.split(examples, data.eval_fraction, config.seed, ledger["dropped"])
   if loss.kind == "unpaired":

@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+
+from dpo_jax.structs import UserError
+
+
+def check_writable(path: str | pathlib.Path, name: str) -> None:
+  """Something can be made at a path, as far as can be told before it is.
+
+  Args:
+    path: what is to be made.
+    name: how the error calls it.
+
+  Raises:
+    UserError: it would lie in what is no folder, or may not be written to.
+  """
+  folder = next(parent for parent in pathlib.Path(path).absolute().parents if parent.exists())
+  if not folder.is_dir():
+    raise UserError(f"{name}: {folder} is no folder; name a file in a folder")
+  if not os.access(folder, os.W_OK | os.X_OK):
+    raise UserError(f"{name}: {folder} may not be written to; name another folder")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ Flags and the loop; `build` makes of a configuration what the loop needs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
 import time
@@ -54,8 +55,22 @@ def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
     UserError: bad input; nothing that was in `workdir` has been touched.
   """
   workdirs.check(workdir, config.to_json_best_effort())
+  with contextlib.ExitStack() as stack:
+    if workdir.exists():
+      stack.enter_context(workdirs.alone(workdir))
+    _execute(config, workdir, stack)
+
+
+def _execute(config: ConfigDict, workdir: pathlib.Path, stack: contextlib.ExitStack) -> None:
+  new = not workdir.exists()
   run, trained, frozen, ledger = build(config, workdir)
-  claim = lambda: workdirs.claim(workdir, config.to_json_best_effort(indent=2), ledger)
+
+  def claim() -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    if new:
+      stack.enter_context(workdirs.alone(workdir))
+    workdirs.claim(workdir, config.to_json_best_effort(indent=2), ledger)
+
   final = train(run, trained, frozen, claim)
   out, source = workdir / "export", config.model.path or config.model.tokenizer
   print(f"exporting to {out}", flush=True)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
+import socket
+from collections.abc import Iterator
 
+from dpo_jax import folders
 from dpo_jax.structs import UserError
 
 # What a run writes; a folder that has one of these without a config.json is not ours to fill.
@@ -31,6 +36,7 @@ def check(workdir: pathlib.Path, config: str) -> None:
   """
   if workdir.exists() and not workdir.is_dir():
     raise UserError(f"--workdir={workdir} is a file; name a folder")
+  folders.check_writable(workdir / "config.json", f"--workdir={workdir}")
   held = workdir / "config.json"
   if not held.is_file():
     for name in _OURS:
@@ -51,6 +57,33 @@ def check(workdir: pathlib.Path, config: str) -> None:
       f"{workdir} holds a run with another configuration: {'; '.join(changed[:3])}{more}."
       " Choose a new --workdir, or the same values to resume"
     )
+
+
+@contextlib.contextmanager
+def alone(workdir: pathlib.Path) -> Iterator[None]:
+  """Keeps other processes from training into an existing folder meanwhile.
+
+  Raises:
+    UserError: one is at it.
+  """
+  lock = workdir / ".lock"
+  with lock.open("a+", encoding="utf-8") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      who = file.read().strip()
+      raise UserError(
+        f"{workdir} is being trained into by another process{who and f' ({who})'}; wait for it, or"
+        " choose another --workdir"
+      ) from None
+    except OSError:  # a file system that knows no locks
+      yield
+      return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    yield
 
 
 def claim(workdir: pathlib.Path, config: str, ledger: dict) -> None:

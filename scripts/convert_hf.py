@@ -27,7 +27,7 @@ def main(_):
 
   from ml_collections import ConfigDict
 
-  from dpo_jax import build
+  from dpo_jax import build, folders
   from dpo_jax.checkpoint import Checkpoints
   from dpo_jax.model import adapters, hf, lora
   from dpo_jax.structs import UserError
@@ -35,6 +35,7 @@ def main(_):
   workdir, out = pathlib.Path(WORKDIR.value), pathlib.Path(OUT.value)
   if out.exists():
     raise UserError(f"--out={out} exists; name a new folder")
+  folders.check_writable(out, f"--out={out}")
   if not (workdir / "config.json").is_file() or not (workdir / "checkpoints").is_dir():
     raise UserError(f"--workdir={workdir} holds no run; name the folder that was trained into")
   fields = json.loads((workdir / "config.json").read_text(encoding="utf-8"))

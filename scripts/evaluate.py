@@ -25,7 +25,9 @@ REFERENCE = flags.DEFINE_string("reference", None, "folder of the reference", re
 DATA = flags.DEFINE_string("data", None, "file of held-out preference rows", required=True)
 OUT = flags.DEFINE_string("out", None, "JSON file to write")
 LOSS = flags.DEFINE_string("loss", "sigmoid", "name of the loss")
-BETA = flags.DEFINE_float("beta", 0.1, "reward units per nat, of margins and loss")
+BETA = flags.DEFINE_float(
+  "beta", None, "reward units per nat, of margins and loss; by default the loss's own"
+)
 MAX_LENGTH = flags.DEFINE_integer(
   "max_length", None, "window in tokens: prompts are cut on the left to fit", lower_bound=2
 )

@@ -13,7 +13,7 @@ source scripts/venv.sh
 
 main() {
   local dir=${1:-runs/quickstart} seed=${SEED:-0} started
-  case $dir in -*) fail "usage: bash scripts/quickstart.sh [DIR]" ;; esac
+  case $dir in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"; return ;; -*) fail "usage: bash scripts/quickstart.sh [DIR]" ;; esac
   use_venv requirements.txt
   started=$(date +%s)
 

@@ -19,8 +19,8 @@ MODEL = flags.DEFINE_string("model", None, "model folder", required=True)
 DATA = flags.DEFINE_string("data", None, "file of preference rows", required=True)
 OUT = flags.DEFINE_string("out", None, "JSONL file to write", required=True)
 REFERENCE = flags.DEFINE_string("reference", None, "model folder to compare with")
-LOSS = flags.DEFINE_string("loss", "sigmoid", "name of the loss")
-BETA = flags.DEFINE_float("beta", 0.1, "reward units per nat")
+LOSS = flags.DEFINE_string("loss", None, "name of the loss; sigmoid by default")
+BETA = flags.DEFINE_float("beta", None, "reward units per nat; by default the loss's own")
 MAX_LENGTH = flags.DEFINE_integer(
   "max_length", None, "window in tokens: prompts are cut on the left to fit", lower_bound=2
 )
@@ -28,9 +28,12 @@ MAX_LENGTH = flags.DEFINE_integer(
 
 def main(_):
   from dpo_jax import draws, evaluate
+  from dpo_jax.structs import UserError
 
   draws.check_out(OUT.value)
-  ask = evaluate.objective(LOSS.value, BETA.value)
+  if not REFERENCE.value and (LOSS.value or BETA.value):
+    raise UserError("--loss and --beta are for losses and rewards, which need a --reference")
+  ask = evaluate.objective(LOSS.value or "sigmoid", BETA.value)
   policy = draws.load(MODEL.value)
   reference = draws.load(REFERENCE.value) if REFERENCE.value else None
   examples = evaluate.read_pairs(DATA.value, policy, reference, max_length=MAX_LENGTH.value)

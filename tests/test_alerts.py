@@ -144,6 +144,11 @@ def test_a_loss_that_rises_everywhere_is_not_overfitting():
   assert names(run({"loss": falls_and_rises, "eval/loss": falls_and_rises})) == ["loss rises"]
 
 
+def test_a_loss_that_blows_up_at_once_rises_too():
+  blown = lambda t: 0.69 if t < 0.01 else 18 + 100 * t
+  assert "loss rises" in names(run({"loss": blown}))
+
+
 def test_there_is_a_case_for_every_rule():
   assert set(WRONG) == {rule.name for rule in alerts.RULES}
 

@@ -68,6 +68,27 @@ def test_an_absent_checkpoint_is_said_in_one_line(tmp_path):
   checkpoints.close()
 
 
+def test_a_spoilt_checkpoint_is_named_with_the_one_before(tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep=2)
+  for index in (3, 5):
+    checkpoints.save(index, state_at(index))
+  checkpoints.wait()
+  spoil = lambda index: [
+    file.write_bytes(file.read_bytes()[:100])
+    for file in (tmp_path / str(index)).rglob("*")
+    if file.is_file()
+  ]
+  spoil(5)
+  said = r"step 5 cannot be read .*; delete .*/5 to go on from step 3"
+  for read in (checkpoints.restore_params, lambda: checkpoints.restore(state_at(0))):
+    with pytest.raises(UserError, match=said):
+      read()
+  spoil(3)
+  with pytest.raises(UserError, match=r"step 3 cannot be read .*; delete .*/3 to start anew"):
+    checkpoints.restore_params(3)
+  checkpoints.close()
+
+
 FULL = """
 import resource, sys
 import numpy as np

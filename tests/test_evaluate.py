@@ -232,9 +232,13 @@ def test_pairs_are_read_with_and_without_a_reference(models, tmp_path, capsys):
   ]
   draws.write_rows(tmp_path / "rows.jsonl", rows)
   (example,) = evaluate.read_pairs(tmp_path / "rows.jsonl", policy, None)
-  assert "2 rows, 1 dropped: equal answers" in capsys.readouterr().err
+  assert "2 rows (strings), 1 kept, 1 dropped: equal answers" in capsys.readouterr().err
   assert [x.tolist() for x in (example.prompt, *example.answers)] == [[1, 4], [4, END], [5, END]]
   assert len(evaluate.read_pairs(tmp_path / "rows.jsonl", policy, reference)) == 1
+  word_level.write(tmp_path / "swapped", [" b", " a"])
+  other = reference._replace(tokenizer=chat.load_tokenizer(tmp_path / "swapped"))
+  with pytest.raises(UserError, match="have different tokenizers"):
+    evaluate.read_pairs(tmp_path / "rows.jsonl", policy, other)
   other = reference._replace(config=dataclasses.replace(reference.config, vocab=7))
   with pytest.raises(UserError, match="6 and 7 tokens"):
     evaluate.read_pairs(tmp_path / "rows.jsonl", policy, other)
@@ -409,7 +413,7 @@ def test_pairs_scores_and_summary_by_command(folders, tmp_path):
   [
     ("make_pairs", {"num": 3}, "--num=3 answers do not pair up; give an even number"),
     ("make_pairs", {"prompts": "missing.jsonl"}, "no data file missing.jsonl"),
-    ("make_pairs", {"model": "missing"}, "no tokenizer folder missing"),
+    ("make_pairs", {"model": "missing"}, "model folder missing does not exist"),
     ("make_pairs", {"temperature": 0}, "every pair of answers is equal"),
   ],
 )

@@ -70,6 +70,8 @@ def test_a_folder_of_tfds_gives_the_rows_it_was_made_of(folder):
 def test_what_is_not_there_is_one_line(folder, tmp_path):
   with pytest.raises(UserError, match=r"tfds:no_such_set: Dataset no_such_set not found\."):
     list(sources.read_rows("tfds:no_such_set"))
+  with pytest.raises(UserError, match=r"tfds:mnist is not prepared in .*; make it there with TFDS"):
+    list(sources.read_rows("tfds:mnist"))
   with pytest.raises(UserError, match=r":dev: Unknown split 'dev'"):
     list(sources.read_rows(f"{folder}:dev"))
   (tmp_path / "features.json").write_text("{")

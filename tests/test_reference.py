@@ -13,7 +13,7 @@ import tiny
 
 from dpo_jax import logprobs, losses, parallel, reference, step, train
 from dpo_jax.build import build
-from dpo_jax.data import layout, packing, pipeline
+from dpo_jax.data import controlled, layout, packing, pipeline, word_level
 from dpo_jax.loggers import read_metrics
 from dpo_jax.model import hf, weight_files
 from dpo_jax.structs import UserError
@@ -282,6 +282,16 @@ def test_a_changed_model_misses(task, tmp_path):
       hf.save(tmp_path / "base", model_config, params, source=task / "tokenizer")
       assert weight_files.digest(tmp_path / "base") != before
   assert folders[0] != folders[1]
+
+
+def test_a_reference_with_another_tokenizer_is_refused(task, tmp_path):
+  shutil.copytree(task / "base", tmp_path / "other")
+  words = [" a", *controlled.vocabulary()[:-1]]
+  word_level.write(tmp_path / "words", words)
+  shutil.copy(tmp_path / "words" / "tokenizer.json", tmp_path / "other")
+  config = small_task.configured(task, **{"reference.path": str(tmp_path / "other")})
+  with pytest.raises(UserError, match="other has another tokenizer than the policy"):
+    build(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from dpo_jax.data import sources
+from dpo_jax import defaults
+from dpo_jax.data import forms, intake, sources
 from dpo_jax.data.sources import detect, read_rows
 from dpo_jax.data.values import Preference, RowError
 from dpo_jax.structs import UserError
@@ -79,6 +80,12 @@ def test_a_broken_file_is_one_line_with_file_and_line(tmp_path, data, line):
   with pytest.raises(UserError, match=line) as raised:
     list(read_rows(path))
   assert "\n" not in str(raised.value)
+
+
+def test_what_is_named_gz_is_gzip(tmp_path):
+  (tmp_path / "rows.jsonl.gz").write_bytes(b'{"a": 1}')
+  with pytest.raises(UserError, match=r"rows\.jsonl\.gz is named \.gz and is no gzip"):
+    list(read_rows(tmp_path / "rows.jsonl.gz"))
 
 
 def test_parquet_a_batch_at_a_time(tmp_path):
@@ -154,6 +161,17 @@ def test_columns_joined_by_a_plus_are_a_list():
   assert convert(row, fields=pair)[1].answers == ("best", "one")
   with pytest.raises(UserError, match=r"preference=first\+third is not in the row"):
     convert(row, fields=fields | {"preference": "first+third"})
+
+
+def test_names_of_a_map_are_known_ones():
+  assert set(defaults.FIELDS) <= set(forms.KNOWN)
+  assert intake.read_fields(["weight=w", "prompt=a"]) == {"weight": "w", "prompt": "a"}
+  with pytest.raises(
+    UserError, match=r"no form of row has a field 'weigth'; did you mean 'weight'\?"
+  ):
+    intake.read_fields(["weigth=w"])
+  with pytest.raises(UserError, match="field 'x'; known: prompt_ids, chosen_ids"):
+    intake.read_fields(["x=prompt"])
 
 
 def test_an_unknown_row_says_what_is_known():

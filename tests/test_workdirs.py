@@ -1,6 +1,7 @@
 """A folder is claimed by one configuration and its data, and by no other."""
 
 import json
+import os
 
 import pytest
 
@@ -25,6 +26,23 @@ def test_another_configuration_is_refused_and_nothing_is_overwritten(tmp_path):
   with pytest.raises(UserError, match=r"loss\.beta was 0\.1, now 0\.5"):
     workdirs.check(tmp_path, other)
   assert json.loads((tmp_path / "config.json").read_text())["loss"]["beta"] == 0.1
+
+
+def test_one_process_at_a_time(tmp_path):
+  said = r"is being trained into by another process \(process \d+ on"
+  with workdirs.alone(tmp_path), pytest.raises(UserError, match=said), workdirs.alone(tmp_path):
+    pass
+  with workdirs.alone(tmp_path):
+    pass
+
+
+def test_a_folder_that_may_not_be_written_is_refused_before_anything(tmp_path, monkeypatch):
+  monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))
+  with pytest.raises(UserError, match=rf"--workdir=.*: {tmp_path} may not be written to"):
+    workdirs.check(tmp_path / "run", CONFIG)
+  (tmp_path / "file").touch()
+  with pytest.raises(UserError, match="file is no folder"):
+    workdirs.check(tmp_path / "file" / "run", CONFIG)
 
 
 def test_changed_data_are_refused(tmp_path):

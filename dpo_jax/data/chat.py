@@ -147,6 +147,10 @@ class Tokenizer:
     """One entry of the vocabulary as it is written there."""
     return self._backend.id_to_token(int(id)) or f"<{id}>"
 
+  def same_ids(self, other: Tokenizer) -> bool:
+    """Whether every id is the same token to both."""
+    return self._backend.get_vocab() == other._backend.get_vocab()
+
   def digest(self) -> str:
     """Changes whenever the ids of some text or conversation may."""
     about = [self.adds_bos, self.eos_id, self._stated_ends, self.template.source]

@@ -280,3 +280,15 @@ RANKED = (
 
 # By kind of rows; within a kind the first that fits, so more particular ones stand first.
 FORMS = {"pairs": PAIRS, "text": TEXTS, "unpaired": UNPAIRED, "ranked": RANKED}
+
+# Fields that rows of some form may have besides.
+_OPTIONAL = (
+  *("input", "tools", "weight", "scores", "margin"),
+  *("chosen_score", "rejected_score", "chosen_reward", "rejected_reward"),
+)
+# All names that rows may be given by a field map.
+KNOWN = tuple(
+  dict.fromkeys(
+    name for forms in FORMS.values() for form in forms for name in (*form.fields, *_OPTIONAL)
+  )
+)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import difflib
 import itertools
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data import layout, packing, sources
+from dpo_jax.data import forms, layout, packing, sources
 from dpo_jax.data.chat import Tokenizer
 from dpo_jax.data.layout import Example, Measured
 from dpo_jax.data.sources import Source
@@ -62,6 +63,14 @@ class Ledger:
       "truncated": dict(self.truncated),
     }
     return {name: value for name, value in found.items() if name != "labels" or value}
+
+
+def tell(name: object, ledger: Mapping[str, Any]) -> str:
+  """One line on what became of the rows, from `Ledger.to_json`."""
+  parts = [f"{ledger['rows']:,} rows ({ledger['format']}), {ledger['pairs']:,} kept"]
+  parts += [f"{count:,} dropped: {reason}" for reason, count in ledger["dropped"].items()]
+  parts += [f"{count:,} cut: {what}" for what, count in ledger["truncated"].items()]
+  return f"{name}: " + ", ".join(parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +317,13 @@ def read_fields(given: Sequence[str]) -> dict[str, str]:
   wrong = [pair for pair in given if "=" not in pair]
   if wrong:
     raise UserError(f"--fields {wrong[0]} is no name=name; as in --fields prompt=question")
-  return dict(pair.split("=", 1) for pair in given)
+  fields = dict(pair.split("=", 1) for pair in given)
+  for name in fields:
+    if name not in forms.KNOWN:
+      near = difflib.get_close_matches(name, forms.KNOWN, 1)
+      hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(forms.KNOWN)}"
+      raise UserError(f"--fields {name}=…: no form of row has a field {name!r}; {hint}")
+  return fields
 
 
 def detect_kind(paths: str | Sequence[str], fields: dict[str, str] | None = None) -> str:

@@ -1,7 +1,7 @@
 """Rows from data sets of other libraries: TensorFlow Datasets and Hugging Face `datasets`.
 
   FOLDER[:SPLIT]      a TFDS data set (ArrayRecord), or one that `datasets` saved to disk
-  tfds:NAME[:SPLIT]   by its name; made first if it is not there
+  tfds:NAME[:SPLIT]   by its name, where TFDS has prepared it
   hf:NAME[:SPLIT]     of the Hugging Face hub, streamed; needs `pip install datasets`
 
 The split is train unless named. A row is read when its turn comes.
@@ -77,7 +77,11 @@ def _tfds_by_name(name: str, split: str) -> Rows:
   import tensorflow_datasets as tfds
 
   builder = tfds.builder(name, file_format="array_record")
-  builder.download_and_prepare()
+  if not pathlib.Path(builder.data_dir).is_dir():
+    raise UserError(
+      f"tfds:{name} is not prepared in {builder.data_dir}; make it there with TFDS, such as tfds"
+      f" build {name} --file_format=array_record"
+    )
   return _records(builder, split)
 
 

@@ -111,6 +111,8 @@ def _read_parquet(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
 def _read_json(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
   with path.open("rb") as file:
     zipped = file.read(2) == b"\x1f\x8b"
+  if path.suffix == ".gz" and not zipped:
+    raise UserError(f"{path} is named .gz and is no gzip; fetch it again, or name it otherwise")
   try:
     with gzip.open(path) if zipped else path.open("rb") as file:
       yield from _parse(file, path)

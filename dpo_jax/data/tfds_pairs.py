@@ -23,7 +23,7 @@ import numpy as np
 from dpo_jax.data import intake, layout, libraries
 from dpo_jax.data.intake import Encoder, Ledger
 from dpo_jax.data.layout import Example, Lazy, Measured
-from dpo_jax.folders import replacing
+from dpo_jax.folders import check_writable, replacing
 from dpo_jax.structs import UserError
 
 NAME = "tfds_pairs"
@@ -63,6 +63,7 @@ def prepare(
   """
   if pathlib.Path(out).exists():
     raise UserError(f"{out} exists; remove it, or name another folder")
+  check_writable(out, str(out))
   ledger = Ledger()
   with contextlib.ExitStack() as stack:
     new = stack.enter_context(replacing(out))
