@@ -150,11 +150,11 @@ def _load_rows(config, loss, tokenizer, model_config):
   else:
     examples, ledger, form = intake.load_examples(data.path, tokenizer, **how)
     ledger = {"format": form, **ledger.to_json()}
-  print(intake.tell(data.path, ledger), flush=True)
+  print(intake.tell(data.path, ledger), file=sys.stderr)
   if data.eval_path:
     held_out, more, form = intake.load_examples(data.eval_path, tokenizer, **how)
     ledger["eval"] = {"format": form, **more.to_json()}
-    print(intake.tell(data.eval_path, ledger["eval"]), flush=True)
+    print(intake.tell(data.eval_path, ledger["eval"]), file=sys.stderr)
   elif not prepared:
     examples, held_out = intake.split(examples, data.eval_fraction, config.seed, ledger["dropped"])
   if loss.kind == "unpaired":
