@@ -233,6 +233,7 @@ def test_every_loss_is_reached_from_the_configuration(task, name):
   assert run.objective.answers == {"sft": 1, "policy_gradient": 4}.get(name, 2)
 
 
+@pytest.mark.slow
 def test_layouts_and_modes_take_the_same_steps(task, straight):
   """Padded rows under pmap on four devices, in micro-batches, against the run above."""
   config = dpo_config(task)

@@ -369,6 +369,7 @@ def _run(script, **options):
   )
 
 
+@pytest.mark.slow
 def test_pairs_scores_and_summary_by_command(folders, tmp_path):
   prompts, pairs = tmp_path / "prompts.jsonl", tmp_path / "pairs.jsonl"
   draws.write_rows(prompts, [{"prompt": prompt} for prompt in PROMPTS * 4])

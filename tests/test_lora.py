@@ -445,6 +445,7 @@ def test_an_adapter_whose_base_has_gone_says_where_to_write_it(tmp_path):
     adapters.load_model(spoil(tmp_path / "a"))
 
 
+@pytest.mark.slow
 def test_resumed_is_straight_to_the_bit(task, straight):
   import shutil
 

@@ -81,6 +81,7 @@ def test_padding_is_routed_nowhere():
   assert tokens % layers == 0
 
 
+@pytest.mark.slow
 def test_the_step_descends_the_loss_and_the_balance():
   """The two-part gradient of the step is that of loss + weight x balance, formed at once."""
   batch = batch_of(1)

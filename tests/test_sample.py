@@ -41,6 +41,7 @@ def start(folder, *flags):
   return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_samples_in_a_file_are_those_of_the_package(folder, tmp_path):
   asked = [
     {"prompt": "the answer"},

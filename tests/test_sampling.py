@@ -96,6 +96,7 @@ def test_a_token_at_a_time_gives_the_logits_of_the_whole_text(config):
   assert int(cache.filled) == longest + 2
 
 
+@pytest.mark.slow
 def test_greedy_text_of_stories260k(shared_data):
   folder = shared_data / "models" / "stories260k"
   config, params = hf.load(folder)
@@ -107,6 +108,7 @@ def test_greedy_text_of_stories260k(shared_data):
   assert found == [[item["greedy24_ids"]] for item in items]
 
 
+@pytest.mark.slow
 def test_a_sample_is_a_function_of_seed_prompt_index_and_sample_index():
   params = params_of(LLAMA)
   draw = lambda prompts, **more: sampling.generate(
