@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
 from dpo_jax import feeds, logprobs, losses, optim, parallel, reference, step
@@ -92,7 +91,8 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     sync=sync,
     stored_fn=logprobs.make_stored_fn(beyond_shorter=loss.ld_alpha) if store else None,
   )
-  trained = _load(config, model_config, executor.home)
+  places = executor.shardings(transformer.param_shapes(model_config))
+  trained = _load(config, model_config, places)
   frozen, adapter = None, None
   if settings:
     objective = objective._replace(
@@ -101,7 +101,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     )
     trained, frozen, adapter = _adapted(config, settings, start, trained)
   elif loss.needs_reference and (lacking or not store):
-    frozen = _reference(config, model_config, executor.home, trained)
+    frozen = _reference(config, model_config, places, trained)
   run = Run(
     workdir=workdir,
     config=config,
@@ -328,16 +328,16 @@ def describe_model(section: ConfigDict, template: str = "") -> tuple[ModelConfig
   return model_config, tokenizer
 
 
-def _load(config: ConfigDict, model_config: ModelConfig, home: Sharding) -> PyTree:
+def _load(config: ConfigDict, model_config: ModelConfig, places: PyTree) -> PyTree:
   """Initial parameters of the policy: on the devices as they are read, or on host if just made."""
   dtype = config.model.param_dtype
   if config.model.path:
-    return hf.load(config.model.path, dtype=dtype, shardings=home)[1]
+    return hf.load(config.model.path, dtype=dtype, shardings=places)[1]
   return _copied(transformer.init_params(model_config, config.seed), dtype)
 
 
 def _reference(
-  config: ConfigDict, model_config: ModelConfig, home: Sharding, policy: PyTree
+  config: ConfigDict, model_config: ModelConfig, places: PyTree, policy: PyTree
 ) -> PyTree:
   """Parameters of the reference, in their own type and in buffers of their own."""
   path, dtype = config.reference.path, config.reference.param_dtype
@@ -345,7 +345,7 @@ def _reference(
     # Of the policy's numbers as it holds them: both start from the very same.
     return _copied(policy, dtype)
   _check_alike(hf.read_config(path), model_config, path)
-  return hf.load(path, dtype=dtype, shardings=home)[1]
+  return hf.load(path, dtype=dtype, shardings=places)[1]
 
 
 def _check_tokenizer(path: str, tokenizer: chat.Tokenizer) -> None:

@@ -59,9 +59,10 @@ def _hush_late_writers() -> None:
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-  """What to read a leaf as: its shape and type, on one device."""
-  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+  """What to read a leaf as: its shape and type, where it says or on one device."""
+  place = getattr(leaf, "sharding", None)
+  place = place or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def _steps(directory: pathlib.Path) -> list[int]:
@@ -160,13 +161,18 @@ class Checkpoints:
     )
 
   def restore(self, like: PyTree, step: int | None = None) -> PyTree:
-    """The state saved at `step` (the latest by default), with the structure of `like`, on host.
+    """The state saved at `step` (the latest by default), with the structure of `like`.
+
+    Leaves of `like` that name a sharding are read straight to it, whatever they were saved from;
+    the others come back on host.
 
     Raises:
       UserError: there is no such checkpoint, or it does not fit `like`.
     """
     step = self._known(step)
-    return self._load(step, jax.tree.map(_abstract, like))
+    loaded = self._load(step, jax.tree.map(_abstract, like))
+    placed = lambda leaf, wanted: leaf if getattr(wanted, "sharding", None) else np.asarray(leaf)
+    return jax.tree.map(placed, loaded, like)
 
   def restore_params(self, step: int | None = None) -> PyTree:
     """The policy's parameters alone, on host, whatever else the checkpoint holds."""
@@ -181,15 +187,13 @@ class Checkpoints:
       name: jax.tree.map(_abstract if name == "params" else lambda _: ocp.PLACEHOLDER, tree)
       for name, tree in kept.items()
     }
-    return self._load(step, wanted)["params"]
+    return jax.tree.map(np.asarray, self._load(step, wanted)["params"])
 
   def _load(self, step: int, wanted: PyTree) -> PyTree:
     try:
-      loaded = self._orbax.load(step, wanted)
+      return self._orbax.load(step, wanted)
     except Exception as error:
       raise self._unreadable(step, error) from error
-    keep = lambda leaf: leaf if leaf is ocp.PLACEHOLDER else np.asarray(leaf)
-    return jax.tree.map(keep, loaded)
 
   def _unreadable(self, step: int, error: Exception) -> UserError:
     earlier = [other for other in self.steps() if other < step]

@@ -139,6 +139,11 @@ def get_config() -> ConfigDict:
         samples=0,  # answers sampled to held-out prompts, for KL, entropy, repetition; 0 for none
       ),
       "checkpoint": section(every=500, keep=2),  # steps (0 only at the end); how many of the latest
-      "parallel": section(mode="mesh", devices=0),  # mesh or pmap; 0 takes all devices
+      "parallel": section(
+        mode="mesh",  # mesh, or pmap (copies of everything, rows divided)
+        devices=0,  # of this process; 0 takes all, and those that the next two leave hold copies
+        fsdp=1,  # devices among which parameters and rows are divided
+        tensor=1,  # devices among which parameters are divided, and the products with them
+      ),
     }
   )

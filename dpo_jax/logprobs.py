@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.partition import by_rows, by_vocabulary, for_each_group
 from dpo_jax.structs import (
   Array,
   Head,
@@ -114,7 +115,8 @@ def scored_logps(
   """Log-prob of every scored token, where `scored_GM` has it: [G, M], nats; arguments as above."""
   scored = batch.scored_GM.shape[1]
   pick = _picker(batch)
-  hidden_GMD, target_GM = pick(hidden_NLD), pick(batch.target_NL)
+  hidden_GMD, target_GM = by_rows(pick(hidden_NLD)), pick(batch.target_NL)
+  head = head._replace(kernel_VD=by_vocabulary(head.kernel_VD))
   chunks = -(-scored * head.kernel_VD.shape[0] // head_elements)
   if chunks <= 1:
     return token_fn(logits(hidden_GMD, head), target_GM)
@@ -134,6 +136,7 @@ def _chunked(
 ) -> Array:
   """Token log-probs [G, M], `chunks` pieces in turn, each recomputed in the backward pass."""
   groups, scored = target_GM.shape
+  kernel_GVD = for_each_group(head.kernel_VD, groups)
   size = -(-scored // chunks)
   cut = lambda x: jnp.moveaxis(
     jnp.pad(x, [(0, 0), (0, size * chunks - scored)] + [(0, 0)] * (x.ndim - 2)).reshape(
@@ -145,7 +148,10 @@ def _chunked(
 
   @jax.checkpoint
   def one(hidden_GmD, target_Gm):
-    return token_fn(logits(hidden_GmD, head), target_Gm)
+    if groups == 1:
+      return token_fn(logits(hidden_GmD, head), target_Gm)
+    each = lambda x_mD, kernel: logits(x_mD, head._replace(kernel_VD=kernel))
+    return token_fn(jax.vmap(each)(hidden_GmD, kernel_GVD), target_Gm)
 
   logps_cGm = jax.lax.map(lambda x: one(*x), (cut(hidden_GMD), cut(target_GM)))
   return jnp.moveaxis(logps_cGm, 0, 1).reshape(groups, -1)[:, :scored]

@@ -1,8 +1,8 @@
 """Who compiles the step, and where its arguments live.
 
-The same pure functions run under `jax.jit` over a named mesh ("mesh") and under `jax.pmap`
-("pmap"): replicated data parallelism both. The reference is placed in buffers of its own and never
-donated; the state is donated to its successor.
+The same pure functions run under `jax.jit` over a mesh of the axes data, fsdp and tensor ("mesh",
+divided by the rules of `partition`) and under `jax.pmap` ("pmap", replicated data parallelism). The
+reference is placed in buffers of its own and never donated; the state is donated to its successor.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from dpo_jax import partition
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 
 MODES = ("mesh", "pmap")
@@ -58,6 +59,23 @@ def assert_separate(state: PyTree, reference: PyTree) -> None:
       )
 
 
+def _mesh_shape(mode: str, devices: int, fsdp: int, tensor: int) -> tuple[int, int, int]:
+  """Devices along data, fsdp and tensor."""
+  for name, size in (("fsdp", fsdp), ("tensor", tensor)):
+    if size < 1:
+      raise UserError(f"parallel.{name} is {size}; it must be 1 or more")
+    if mode == "pmap" and size > 1:
+      raise UserError(
+        f"parallel.{name} is {size}, but under pmap every device holds everything; take"
+        " parallel.mode=mesh"
+      )
+  if devices % (fsdp * tensor):
+    raise UserError(
+      f"parallel.fsdp {fsdp} x parallel.tensor {tensor} does not divide the {devices} devices"
+    )
+  return devices // (fsdp * tensor), fsdp, tensor
+
+
 _copy = jax.jit(jnp.copy)
 
 
@@ -69,30 +87,59 @@ class Executor:
     home: where an array goes that every device holds whole.
   """
 
-  def __init__(self, mode: str = "mesh", devices: int = 0):
+  def __init__(self, mode: str = "mesh", devices: int = 0, fsdp: int = 1, tensor: int = 1):
+    """`devices` are all of this process for 0; those that fsdp and tensor leave are for data."""
     if mode not in MODES:
       raise UserError(f"parallel.mode is {mode!r}; known: {', '.join(MODES)}")
     self.mode = mode
     self.devices = pick_devices(devices)
-    self.groups = len(self.devices)
-    mesh = jax.make_mesh((self.groups,), (AXIS,), (AxisType.Auto,), devices=self.devices)
-    self._shard = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))
+    shape = _mesh_shape(mode, len(self.devices), fsdp, tensor)
+    self.groups = shape[0] * shape[1]
+    axes = partition.AXES
+    if mode == "pmap":
+      shape, axes = shape[:1], (AXIS,)
+    self.mesh = jax.make_mesh(shape, axes, (AxisType.Auto,) * len(shape), devices=self.devices)
     self.home = self._shard()
+
+  def _shard(self, *spec: Any) -> NamedSharding:
+    return NamedSharding(self.mesh, PartitionSpec(*spec))
 
   # -- placing ---------------------------------------------------------------------------------
 
-  def place(self, tree: PyTree) -> PyTree:
-    """A tree on every device; under pmap with a leading device axis.
+  def shardings(self, tree: PyTree) -> PyTree:
+    """Where every leaf of a tree of parameters, or of a state made of them, is read to.
 
-    Arrays on host are copied into fresh buffers. Those at `home` are taken over: under pmap, what
-    was given is gone.
+    Under pmap each device takes it whole, for `place` to stack.
     """
-    return jax.tree.map(self._take_over if self.mode == "mesh" else self._stack, tree)
+    if self.mode == "pmap":
+      return jax.tree.map(lambda _: self.home, tree)
+    sizes = dict(self.mesh.shape)
+    return jax.tree_util.tree_map_with_path(
+      lambda path, x: self._shard(*partition.spec(path, x.shape, sizes)), tree
+    )
 
-  def _take_over(self, x: Any) -> jax.Array:
+  def abstract(self, tree: PyTree) -> PyTree:
+    """Shapes and types of a tree, and where `shardings` has it."""
+    shaped = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    return jax.tree.map(shaped, tree, self.shardings(tree))
+
+  def place(self, tree: PyTree) -> PyTree:
+    """A tree on the devices, divided as `shardings` has it; under pmap with a leading device axis.
+
+    Arrays on host are copied into fresh buffers. Those on devices are taken over, and lie where
+    `shardings` has them: under pmap, what was given is gone.
+    """
+    if self.mode == "pmap":
+      return jax.tree.map(self._stack, tree)
+    return jax.tree.map(self._take_over, tree, self.shardings(tree))
+
+  @staticmethod
+  def _take_over(x: Any, sharding: NamedSharding) -> jax.Array:
     # device_put may alias host memory, and two trees of one host tree would then share buffers: a
     # compiled copy never does. A leaf at a time, so that only one is held twice.
-    return x if isinstance(x, jax.Array) else _copy(self._put(np.asarray(x)))
+    if isinstance(x, jax.Array):
+      return x
+    return _copy(jax.device_put(np.asarray(x), sharding))
 
   def _stack(self, x: Any) -> jax.Array:
     shape = (self.groups, *np.shape(x))
@@ -104,14 +151,14 @@ class Executor:
     x.delete()
     return stacked
 
-  def _put(self, x: Any, *spec: str | None) -> jax.Array:
+  def _put(self, x: Any, *spec: Any) -> jax.Array:
     return jax.device_put(x, self._shard(*spec))
 
   def place_batch(self, batch: TokenBatch) -> TokenBatch:
     """A host batch, rows divided among the devices. Axes of every array: [A, rows or groups, …]."""
     if self.mode == "pmap":
       return jax.tree.map(lambda x: self._put(self._split(x), AXIS), batch)
-    return jax.tree.map(lambda x: self._put(x, None, AXIS), batch)
+    return jax.tree.map(lambda x: self._put(x, None, partition.ROWS), batch)
 
   def _split(self, x: np.ndarray) -> np.ndarray:
     """[A, N, …] to [devices, A, N / devices, …]."""
@@ -133,7 +180,12 @@ class Executor:
     """fn(params) -> state, both placed; the parameters are donated."""
     if self.mode == "pmap":
       return jax.pmap(fn, AXIS, devices=self.devices, donate_argnums=0)
-    return jax.jit(fn, donate_argnums=0, out_shardings=self.home)
+
+    def init(params: PyTree) -> PyTree:
+      places = self.shardings(jax.eval_shape(fn, params))
+      return jax.jit(fn, donate_argnums=0, out_shardings=places)(params)
+
+    return init
 
   def compile_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
     """step(state, ref_params, batch, axis_name=…) -> (state, metrics), the state donated.
@@ -143,11 +195,19 @@ class Executor:
     if self.mode == "pmap":
       mapped = functools.partial(step, axis_name=AXIS)
       return jax.pmap(mapped, AXIS, devices=self.devices, donate_argnums=0)
-    return jax.jit(
-      functools.partial(step, axis_name=None),
-      donate_argnums=0,
-      out_shardings=(self.home, self.home),
-    )
+    alone = functools.partial(step, axis_name=None)
+
+    @functools.cache
+    def compiled(places: Any, structure: Any) -> Callable[..., Any]:
+      state = jax.tree.unflatten(structure, places)
+      return jax.jit(alone, donate_argnums=0, out_shardings=(state, self.home))
+
+    def take(state: PyTree, *rest: Any) -> Any:
+      leaves, structure = jax.tree.flatten(self.shardings(state))
+      with jax.set_mesh(self.mesh):
+        return compiled(tuple(leaves), structure)(state, *rest)
+
+    return take
 
   def metrics_to_host(self, metrics: dict[str, jax.Array]) -> dict[str, np.ndarray]:
     """Step metrics on host: means are equal on every device, arrays by slot joined [A, N, S]."""
@@ -173,5 +233,11 @@ class Executor:
       return lambda params, batch: self._join(np.asarray(mapped(params, self.place_batch(batch))))[
         0
       ]
-    compiled = jax.jit(first, out_shardings=self._shard(None, AXIS))
-    return lambda params, batch: np.asarray(compiled(params, self.place_batch(batch)))[0]
+    compiled = jax.jit(first, out_shardings=self._shard(None, partition.ROWS))
+
+    def forward(params: PyTree, batch: TokenBatch) -> np.ndarray:
+      placed = self.place_batch(batch)
+      with jax.set_mesh(self.mesh):
+        return np.asarray(compiled(params, placed))[0]
+
+    return forward

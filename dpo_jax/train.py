@@ -102,6 +102,7 @@ def train(run: Run, trained: PyTree, frozen: PyTree | None, claim: Callable[[], 
   init = functools.partial(step.init_state, tx=run.tx, loss=run.objective.loss)
   follows = run.objective.sync is not None  # then it is part of what evolves
   like = jax.eval_shape(init, trained)._replace(reference=frozen if follows else None)
+  like = run.executor.abstract(like)
   sampler = run.material.sampler
   sizes = sampler and sampler.sizes(run.objective.policy(trained, frozen))
   feed_after = functools.partial(feeds.make_feed, run.config, run.material, sizes)

@@ -27,6 +27,8 @@ def write(path: pathlib.Path, text: str) -> None:
 def check(workdir: pathlib.Path, config: str) -> None:
   """Refuses a folder that holds something other than this very run.
 
+  On which devices it runs may change: a run goes on on others than it began on.
+
   Args:
     workdir: the folder; it need not exist.
     config: the resolved configuration, JSON.
@@ -50,7 +52,7 @@ def check(workdir: pathlib.Path, config: str) -> None:
     before = json.loads(held.read_text(encoding="utf-8"))
   except ValueError:
     raise UserError(f"{held} is not JSON; choose another --workdir") from None
-  changed = _differences(before, json.loads(config))
+  changed = _differences(_wherever(before), _wherever(json.loads(config)))
   if changed:
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     raise UserError(
@@ -101,6 +103,10 @@ def claim(workdir: pathlib.Path, config: str, ledger: dict) -> None:
     return
   write(data, text)
   write(workdir / "config.json", config + "\n")
+
+
+def _wherever(config: dict) -> dict:
+  return {name: section for name, section in config.items() if name != "parallel"}
 
 
 def _differences(before: object, now: object, name: str = "") -> list[str]:

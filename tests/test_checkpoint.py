@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from dpo_jax import step
+from dpo_jax import parallel
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.structs import UserError
 
@@ -92,6 +93,7 @@ def test_a_spoilt_checkpoint_is_named_with_the_one_before(tmp_path):
 FULL = """
 import resource, sys
 import numpy as np
+from dpo_jax import parallel
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.structs import UserError
 
@@ -127,3 +129,28 @@ def test_a_save_that_fails_leaves_the_previous_checkpoint_whole(tmp_path):
   assert again.steps() == [1]
   weights = np.random.default_rng(0).normal(size=200_000).astype(np.float32)
   np.testing.assert_array_equal(again.restore_params()["w"], weights)
+
+
+def test_a_state_is_read_onto_another_mesh_to_the_bit(tmp_path):
+  """Divided by eight, by two ways of four, whole under pmap, on one device: the same numbers."""
+  host = {
+    "query": {"kernel": np.random.default_rng(0).normal(size=(2, 16, 8)).astype(np.float32)},
+    "step": np.int32(3) + np.zeros((), np.int32),
+  }
+  places = [
+    parallel.Executor("mesh", 8, fsdp=8),
+    parallel.Executor("mesh", 4, fsdp=2, tensor=2),
+    parallel.Executor("pmap", 4),
+    parallel.Executor("mesh", 1),
+    parallel.Executor("mesh", 8, fsdp=2, tensor=2),
+  ]
+  state = places[0].place(host)
+  for index, (here, there) in enumerate(zip(places, places[1:], strict=False)):
+    checkpoints = Checkpoints(tmp_path / str(index))
+    checkpoints.save(1, here.single(state))
+    checkpoints.wait()
+    state = there.place(checkpoints.restore(there.abstract(host), 1))
+    checkpoints.close()
+    found = there.fetch(state)
+    jax.tree.map(np.testing.assert_array_equal, found, host)
+  assert state["query"]["kernel"].sharding.shard_shape((2, 16, 8)) == (2, 8, 4)

@@ -18,6 +18,7 @@ ALL = {
   "qwen_0_5b": qwen_0_5b.get_config(),
   "llama_1b": llama_1b.get_config(),
   "llama_8b:lora": llama_8b.get_config("lora"),
+  "llama_8b:fsdp": llama_8b.get_config("fsdp"),
 }
 
 

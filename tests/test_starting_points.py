@@ -1,6 +1,7 @@
 """Configurations of well-known models: what their docstrings say of memory follows from shapes."""
 
 import functools
+import math
 import re
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import llama_1b, llama_8b, qwen_0_5b
-from dpo_jax import losses, optim, step
+from dpo_jax import losses, optim, parallel, step
 from dpo_jax.model import families, lora, transformer
 from dpo_jax.structs import UserError
 
@@ -50,14 +51,17 @@ SHAPES = {
   },
 }
 MODULES = {"qwen_0_5b": qwen_0_5b, "llama_1b": llama_1b, "llama_8b": llama_8b}
+WAYS = [("qwen_0_5b", ""), ("llama_1b", ""), ("llama_8b", "lora"), ("llama_8b", "fsdp")]
 
 
 def size(tree):
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def gigabytes(tree):
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / 1e9
+def gigabytes(tree, shardings):
+  """What one device holds of it."""
+  held = lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+  return sum(jax.tree.leaves(jax.tree.map(held, tree, shardings))) / 1e9
 
 
 def model_of(shape):
@@ -77,9 +81,13 @@ def adapters_of(settings, shape):
   return tree
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_memory_is_what_the_docstring_says(name):
-  config, text = MODULES[name].get_config(), MODULES[name].__doc__
+@pytest.mark.parametrize(("name", "arg"), WAYS)
+def test_memory_is_what_the_docstring_says(name, arg):
+  """Of one device, as `parallel` would divide it."""
+  config = MODULES[name].get_config(*filter(None, [arg]))
+  # The table of fsdp is the second one.
+  tables = MODULES[name].__doc__.split("With `configs/")
+  text = tables[1] if arg == "fsdp" else tables[0]
   shape = families.from_hf(SHAPES[name])
   model = model_of(shape)
   reference = model(config.reference.param_dtype)
@@ -98,34 +106,29 @@ def test_memory_is_what_the_docstring_says(name):
   loss = losses.resolve(config.loss.name, **given)
   state = jax.eval_shape(functools.partial(step.init_state, tx=tx, loss=loss), trained)
 
+  executor = parallel.Executor(**config.parallel)
+  held = lambda tree: gigabytes(tree, executor.shardings(tree))
   parts = {
-    "policy": gigabytes(state.params),
-    "reference": gigabytes(reference),
-    "AdamW": gigabytes(state.opt_state),
-    "gradients": 2 * gigabytes(state.params),
+    "policy": held(state.params),
+    "reference": held(reference),
+    "AdamW": held(state.opt_state),
+    "gradients": 2 * held(state.params),
   }
   parts["in all"] = sum(parts.values())
   said = dict(
     re.findall(r"^  (policy|reference|AdamW|gradients|in all) .* ([\d.]+) GB$", text, re.M)
   )
   assert said == {part: f"{value:.3f}" for part, value in parts.items()}
-  assert f"P = {size(reference):,}" in text
+  assert f"P = {size(reference):,}" in tables[0]
 
 
-def test_the_whole_of_the_8b_is_said_to_take_24_bytes_a_parameter():
-  params = transformer.param_shapes(families.from_hf(SHAPES["llama_8b"]))
-  assert f"{24 * size(params) / 1e9:.3f} GB" in llama_8b.__doc__
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_batches_divide_among_the_devices_named(name):
-  config = MODULES[name].get_config()
+@pytest.mark.parametrize(("name", "arg"), WAYS)
+def test_batches_divide_among_the_devices_named(name, arg):
+  config = MODULES[name].get_config(*filter(None, [arg]))
   for devices in (1, 2, 4, 8):
     assert config.train.batch_size % (config.train.accumulate * devices) == 0
 
 
 def test_a_way_of_training_that_there_is_not_is_refused():
-  with pytest.raises(
-    UserError, match=r"llama_8b.py:fsdp is not known; the model is trained by lora"
-  ):
-    llama_8b.get_config("fsdp")
+  with pytest.raises(UserError, match=r"llama_8b.py:zero is not known; known are lora and fsdp"):
+    llama_8b.get_config("zero")

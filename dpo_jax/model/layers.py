@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.partition import by_rows, by_vocabulary
 from dpo_jax.structs import Array
 
 
@@ -58,7 +59,7 @@ class Linear(nn.Module):
       y = y + self.adapter(x, codes_NL)
     if self.bias:
       y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-    return y.astype(self.dtype)
+    return by_rows(y.astype(self.dtype))
 
   def adapter(self, x: Array, codes_NL: Array | None) -> Array:
     """drop(x) @ a @ b, float32; nothing is dropped without codes."""
@@ -107,4 +108,5 @@ class Table(nn.Module):
     init = nn.initializers.normal(self.std)
     table_VD = self.param("embedding", init, (self.entries, self.width), self.param_dtype)
     # Ids outside the table give NaN, which no loss survives in silence.
-    return jnp.take(table_VD, ids_NL, axis=0, mode="fill")
+    table_VD = by_vocabulary(table_VD)
+    return by_rows(jnp.take(table_VD, ids_NL, axis=0, mode="fill"))

@@ -28,6 +28,7 @@ from dpo_jax.model.attention import (
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.layers import Linear, Norm, Table, scramble
 from dpo_jax.model.mixture import Mixture
+from dpo_jax.partition import by_heads
 from dpo_jax.structs import Array, Head, Model, PyTree, Routing, TokenBatch, UserError
 
 ACTIVATIONS = {
@@ -153,7 +154,7 @@ class Block(nn.Module):
     def one(name: str, heads: int, *, placed: bool = True) -> Array:
       x = self.linear(name, heads * c.head_width, c.qkv_bias)(y_NLD, codes_NL)
       x = self.norm(f"{name}_norm", x, placed and c.qk_norm == "all")
-      x = x.reshape(*x.shape[:2], heads, c.head_width)
+      x = by_heads(x.reshape(*x.shape[:2], heads, c.head_width))
       x = self.norm(f"{name}_norm", x, placed and c.qk_norm == "head")
       return rotate(x, table) if placed else x
 

@@ -1,0 +1,101 @@
+"""Which part of what a device holds, on a mesh of three axes.
+
+  data    copies of everything; rows of a batch are divided
+  fsdp    rows of a batch are divided, and parameters too: each is gathered where it is used
+  tensor  parameters are divided, and the products with them: rows are not
+
+Parameters, reference, gradients and optimiser state follow the same rules, by the end of their path
+in the tree. Where a dimension does not divide by its axis, it stays whole.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from dpo_jax.structs import Array
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+
+# The first that matches the end of a path; its axes are those of the last dimensions, those before
+# (layers, experts) stay whole. What matches none is held whole.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+  (r"(embed|head)/embedding", ("tensor", "fsdp")),  # the vocabulary is divided
+  (r"positions/embedding", (None, "fsdp")),
+  (r"router/kernel", ("fsdp", None)),
+  (r"(out|down)/kernel", ("tensor", "fsdp")),  # its input is what the maps before it divided
+  (r"(out|down)/lora_a", ("tensor", None)),
+  (r"(out|down)/lora_b", (None, "fsdp")),
+  (r"kernel", ("fsdp", "tensor")),
+  (r"lora_a", ("fsdp", None)),
+  (r"lora_b", (None, "tensor")),
+  (r"(query|key|value|gate|up)/bias", ("tensor",)),
+)
+
+
+def spec(path: tuple[Any, ...], shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
+  """How one leaf is divided.
+
+  Args:
+    path: of the leaf, as `jax.tree_util.tree_map_with_path` gives it.
+    shape: of the leaf.
+    sizes: devices along every axis of the mesh.
+  """
+  name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+  for pattern, axes in RULES:
+    if re.search(rf"(^|/){pattern}$", name) and len(shape) >= len(axes):
+      break
+  else:
+    return PartitionSpec()
+  axes = (None,) * (len(shape) - len(axes)) + axes
+  fits = lambda axis, size: axis if axis and sizes[axis] > 1 and size % sizes[axis] == 0 else None
+  return PartitionSpec(*map(fits, axes, shape))
+
+
+_FREE = PartitionSpec.UNCONSTRAINED
+
+
+def by_rows(x: Array) -> Array:
+  """Says that the first axis is divided as rows of a batch are, and leaves the others as they are.
+
+  Without it the compiler may divide activations as it finds the parameters, and send those instead.
+  Like its neighbours it changes nothing outside a mesh of these axes.
+  """
+  return _constrain(x, ROWS, *(_FREE,) * (x.ndim - 1))
+
+
+def by_heads(x_NLHK: Array) -> Array:
+  """Rows divided, and heads over tensor if they divide by it: never a head in itself."""
+  return _constrain(x_NLHK, ROWS, _FREE, ("tensor",), None)
+
+
+def by_vocabulary(table_VD: Array) -> Array:
+  """A table as it is used: gathered over fsdp once, its entries divided over tensor."""
+  return _constrain(table_VD, ("tensor",), None)
+
+
+def for_each_group(table_VD: Array, groups: int) -> Array:
+  """A table once for every group of rows, [G, V, D], so that each sums its own gradient.
+
+  Devices hold one of them, as of `by_vocabulary`; what they sum up is added once, at the end.
+  """
+  table_GVD = jax.numpy.broadcast_to(table_VD, (groups, *table_VD.shape))
+  return _constrain(table_GVD, ROWS, ("tensor",), None)
+
+
+def _constrain(x: Array, *axes: Any) -> Array:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or not set(AXES) <= set(mesh.axis_names):
+    return x
+
+  def fits(names: Any, size: int) -> Any:
+    if not isinstance(names, tuple):
+      return names
+    return None if size % math.prod(mesh.shape[name] for name in names) else names
+
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(fits, axes, x.shape)))

@@ -1,0 +1,203 @@
+"""Divided parameters change nothing but where they lie and what is sent."""
+
+import functools
+import math
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+from jax.sharding import PartitionSpec
+from test_families import cases
+
+from dpo_jax import logprobs, losses, parallel, partition, step
+from dpo_jax.data import layout
+from dpo_jax.model import families, transformer
+
+VOCAB, WIDTH = 48, 32
+CONFIG = families.from_hf(
+  {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "tie_word_embeddings": False,
+  }
+)
+MODEL = transformer.build(CONFIG)
+TX = optax.adamw(1e-2, eps=1e-4)
+CHUNKS = 2**9  # logits alive at once: several chunks a group
+
+
+@functools.cache
+def params():
+  return jax.tree.map(np.asarray, transformer.init_params(CONFIG, 0))
+
+
+def objective(name):
+  logps_fn = logprobs.make_logps_fn(MODEL, head_elements=CHUNKS)
+  return step.Objective(logps_fn, losses.resolve(name, beta=0.5))
+
+
+def start(executor, name="sigmoid"):
+  """State, reference and the step, uncompiled."""
+  loss = losses.resolve(name, beta=0.5)
+  init = executor.compile_init(functools.partial(step.init_state, tx=TX, loss=loss))
+  fn = functools.partial(step.train_step, objective=objective(name), tx=TX)
+  return init(executor.place(params())), executor.place(params()), fn
+
+
+def batch_of(executor, seed, accumulate=1):
+  """16 ragged, weighted pairs; labels for kto."""
+  pairs = enumerate(tiny.pairs(16, seed=seed))
+  examples = [pair._replace(grades=(float(i % 2),) * 2) for i, pair in pairs]
+  size = len(examples) // accumulate
+  parts = [examples[i : i + size] for i in range(0, len(examples), size)]
+  host = layout.collate_many(parts, row_length=48, groups=executor.groups)
+  return executor.place_batch(host)
+
+
+def trajectory(devices, fsdp, tensor, *, name="sigmoid", accumulate=1, steps=3):
+  executor = parallel.Executor("mesh", devices, fsdp=fsdp, tensor=tensor)
+  state, reference, fn = start(executor, name)
+  take, found = executor.compile_step(fn), []
+  for index in range(steps):
+    state, means = take(state, reference, batch_of(executor, index, accumulate))
+    found.append(float(means["loss"]))
+  wanted = jax.tree.map(lambda x: x.sharding, executor.abstract(state))
+  jax.tree.map(lambda x, place: x.sharding == place or pytest.fail(), state, wanted)
+  return executor.fetch(state), found
+
+
+@functools.cache
+def alone(name, accumulate, steps):
+  return trajectory(1, 1, 1, name=name, accumulate=accumulate, steps=steps)
+
+
+@pytest.mark.parametrize(
+  ("mesh", "name", "accumulate", "steps"),
+  [
+    ((8, 2, 2), "sigmoid", 1, 3),
+    *(
+      pytest.param(mesh, name, accumulate, 20, marks=pytest.mark.slow)
+      for mesh in ((2, 2, 1), (4, 1, 4), (8, 8, 1), (8, 1, 2), (8, 2, 2))
+      for name, accumulate in (("sigmoid", 1), ("sigmoid", 2), ("aot", 2), ("kto", 1))
+    ),
+  ],
+)
+def test_every_mesh_takes_the_steps_of_one_device(mesh, name, accumulate, steps):
+  state, found = trajectory(*mesh, name=name, accumulate=accumulate, steps=steps)
+  expected, wanted = alone(name, accumulate, steps)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+  def close(path, x, y):
+    bound = 1e-5 * max(np.abs(y).max(), 1e-30)
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=bound, err_msg=jax.tree_util.keystr(path))
+
+  jax.tree_util.tree_map_with_path(close, state.params, expected.params)
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_every_matrix_of_every_family_is_divided(case):
+  """Layers stay whole, and no two axes divide one dimension."""
+  shapes = transformer.param_shapes(families.from_hf(cases.CASES[case]))
+  sizes = {"data": 1, "fsdp": 2, "tensor": 2}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+    spec = partition.spec(path, leaf.shape, sizes)
+    named = {axis for axis in spec if axis}
+    last = path[-1].key
+    if last in ("kernel", "embedding"):
+      assert "fsdp" in named, jax.tree_util.keystr(path)
+    if last == "scale":
+      assert not named
+    if last == "kernel":
+      assert spec[0] is None, "layers are scanned over"
+
+
+def test_what_does_not_divide_stays_whole():
+  path = (jax.tree_util.DictKey("embed"), jax.tree_util.DictKey("embedding"))
+  sizes = {"data": 1, "fsdp": 2, "tensor": 4}
+  assert partition.spec(path, (50, 32), sizes) == PartitionSpec(None, "fsdp")
+  assert partition.spec(path, (52, 33), sizes) == PartitionSpec("tensor", None)
+
+
+def test_a_device_holds_its_share_of_parameters_and_moments():
+  executor = parallel.Executor("mesh", 8, fsdp=8)
+  state, _, _ = start(executor)
+  whole = lambda path: path[-1].key == "scale"
+  for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state[0].mu)):
+    (held,) = {shard.data.size for shard in leaf.addressable_shards}
+    assert held * (1 if whole(path) else 8) == leaf.size, jax.tree_util.keystr(path)
+
+
+# --- what is sent -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def collectives(devices, fsdp, tensor):
+  """(operation, shapes of what comes out, where it was asked for) of the compiled step."""
+  executor = parallel.Executor("mesh", devices, fsdp=fsdp, tensor=tensor)
+  state, reference, fn = start(executor)
+  places = (executor.shardings(state), executor.home)
+  with jax.set_mesh(executor.mesh):
+    compiled = jax.jit(fn, out_shardings=places)
+    text = compiled.lower(state, reference, batch_of(executor, 0)).compile().as_text()
+  found = []
+  for line in text.splitlines():
+    call = re.search(
+      r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(", line
+    )
+    if call:
+      asked = re.search(r'op_name="([^"]*)"', line)
+      shapes = [
+        tuple(map(int, filter(None, dims.split(","))))
+        for dims in re.findall(r"f32\[([\d,]*)\]", call[1])
+      ]
+      found.append((call[2], shapes, asked[1] if asked else ""))
+  return found
+
+
+def of_kind(found, kind):
+  return [(shapes, asked) for operation, shapes, asked in found if operation == kind]
+
+
+def test_copies_of_everything_only_add_up():
+  found = collectives(8, 1, 1)
+  assert {operation for operation, shapes, _ in found if any(shapes)} == {"all-reduce"}
+
+
+def test_fsdp_gathers_one_layer_at_a_time_and_no_activation():
+  found = collectives(8, 8, 1)
+  kernels = {
+    leaf.shape[-2:]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params())
+    if path[-1].key in ("kernel", "embedding")
+  }
+  gathered = [shape for shapes, _ in of_kind(found, "all-gather") for shape in shapes]
+  assert gathered
+  assert set(gathered) == kernels
+  assert {operation for operation, _, _ in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
+
+
+@pytest.mark.parametrize("mesh", [(8, 8, 1), (8, 2, 2)])
+def test_the_gradient_of_the_head_is_added_up_once_and_not_in_every_chunk(mesh):
+  table = {(VOCAB, WIDTH), (VOCAB // mesh[2], WIDTH), (VOCAB, WIDTH // mesh[1])}
+  table |= {(VOCAB // mesh[2], WIDTH // mesh[1])}
+  for shapes, asked in of_kind(collectives(*mesh), "all-reduce"):
+    in_a_chunk = "vd->...v" in asked  # the head's product, which only chunks have
+    assert not (in_a_chunk and table & set(shapes)), asked
+
+
+def test_tensor_never_gathers_the_head_its_logits_or_a_layer():
+  """Heads of keys that do not divide are gathered: [rows, positions, heads, head size]."""
+  found = collectives(8, 1, 4)
+  gathered = [shape for shapes, _ in of_kind(found, "all-gather") for shape in shapes]
+  assert {len(shape) for shape in gathered} <= {4}
+  assert all(math.prod(shape[2:]) <= CONFIG.kv_heads * CONFIG.head_width for shape in gathered)
+  assert not of_kind(found, "all-to-all")
+  assert not of_kind(found, "collective-permute")
