@@ -13,7 +13,7 @@ reference is the base itself:
   gradients  their sum and a micro-batch's 8 R   0.336 GB
   in all                                        16.899 GB
 
-With `configs/llama_8b.py:fsdp`, on 8 chips of 40 GB or more (each holds an eighth, and norms whole):
+With `configs/llama_8b.py:fsdp`, on 8 chips of 40 GB or more (each holds an eighth, norms whole):
 
   policy     float32                       4 P   4.016 GB
   reference  bfloat16                      2 P   2.008 GB

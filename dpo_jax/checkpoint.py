@@ -183,8 +183,10 @@ class Checkpoints:
         raise ValueError("it has no list of what it holds")
     except Exception as error:
       raise self._unreadable(step, error) from error
+    # On this machine's first device, wherever they were saved from.
+    here = lambda leaf: _abstract(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
     wanted = {
-      name: jax.tree.map(_abstract if name == "params" else lambda _: ocp.PLACEHOLDER, tree)
+      name: jax.tree.map(here if name == "params" else lambda _: ocp.PLACEHOLDER, tree)
       for name, tree in kept.items()
     }
     return jax.tree.map(np.asarray, self._load(step, wanted)["params"])

@@ -1,5 +1,6 @@
 """Checkpoints come back to the bit, keep the latest and the best, and fail in one line."""
 
+import itertools
 import pathlib
 import re
 import subprocess
@@ -11,8 +12,7 @@ import optax
 import pytest
 import tiny
 
-from dpo_jax import step
-from dpo_jax import parallel
+from dpo_jax import parallel, step
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.structs import UserError
 
@@ -145,7 +145,7 @@ def test_a_state_is_read_onto_another_mesh_to_the_bit(tmp_path):
     parallel.Executor("mesh", 8, fsdp=2, tensor=2),
   ]
   state = places[0].place(host)
-  for index, (here, there) in enumerate(zip(places, places[1:], strict=False)):
+  for index, (here, there) in enumerate(itertools.pairwise(places)):
     checkpoints = Checkpoints(tmp_path / str(index))
     checkpoints.save(1, here.single(state))
     checkpoints.wait()

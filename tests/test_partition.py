@@ -135,7 +135,7 @@ def test_a_device_holds_its_share_of_parameters_and_moments():
     assert held * (1 if whole(path) else 8) == leaf.size, jax.tree_util.keystr(path)
 
 
-# --- what is sent -----------------------------------------------------------------------------------
+# --- what is sent ---------------------------------------------------------------------------------
 
 
 @functools.cache

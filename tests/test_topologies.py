@@ -1,4 +1,4 @@
-"""Whole runs on other devices: the same metrics, the same model, and a run that moves between them."""
+"""Whole runs on other devices: the same metrics, the same model, and a run that moves."""
 
 import shutil
 
@@ -72,7 +72,7 @@ def test_a_divided_run_is_the_run_of_one_device(task, changes):
 
 @pytest.mark.slow
 def test_a_run_goes_on_on_other_devices(task):
-  """Step 1 on eight, step 2 on four under pmap, step 3 on one, step 4 on eight otherwise divided."""
+  """Step 1 on eight, 2 on four under pmap, 3 on one, 4 on eight otherwise divided."""
   every = {"checkpoint.every": 1, "checkpoint.keep": 4}
   straight = run(task, "straight", **ONE, **every)
   places = (
