@@ -19,7 +19,7 @@ import numpy as np
 from dpo_jax import feeds, sampling, step
 from dpo_jax.build import Run, fill_store
 from dpo_jax.data import word_level
-from dpo_jax.data.layout import Example
+from dpo_jax.data.tokenized import Example
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 

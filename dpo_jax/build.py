@@ -18,7 +18,7 @@ import optax
 from ml_collections import ConfigDict
 
 from dpo_jax import feeds, logprobs, losses, optim, parallel, reference, step
-from dpo_jax.data import chat, intake, layout, packing, templates
+from dpo_jax.data import chat, intake, packing, templates, tokenized
 from dpo_jax.model import adapters, families, hf, lora, transformer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.lora import LoRA
@@ -43,7 +43,7 @@ class Run(NamedTuple):
   tx: optax.GradientTransformation
   adapter: adapters.Adapter | None
   store: reference.Store | None = None
-  lacking: tuple[layout.Lazy, ...] = ()  # examples whose reference log-probs it does not have yet
+  lacking: tuple[tokenized.Lazy, ...] = ()  # whose reference log-probs it lacks
 
 
 def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTree | None, dict]:

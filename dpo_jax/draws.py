@@ -20,7 +20,7 @@ from jax.sharding import SingleDeviceSharding
 
 from dpo_jax import folders, rewards, sampling
 from dpo_jax.data import chat, intake, sources
-from dpo_jax.data.layout import Example
+from dpo_jax.data.tokenized import Example
 from dpo_jax.data.values import Conversation
 from dpo_jax.model import adapters
 from dpo_jax.model.config import ModelConfig

@@ -18,7 +18,7 @@ import numpy as np
 
 from dpo_jax import logprobs, losses, measures
 from dpo_jax.data import intake, pipeline
-from dpo_jax.data.layout import Example, lengths
+from dpo_jax.data.tokenized import Example, lengths
 from dpo_jax.draws import Drawn, LanguageModel, draw
 from dpo_jax.losses import Loss
 from dpo_jax.model import transformer

@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax import draws, evaluate, losses, on_policy, reference, rewards
-from dpo_jax.data import intake, layout, packing, pipeline, sources, tfds_pairs
+from dpo_jax.data import intake, layout, packing, pipeline, sources, tfds_pairs, tokenized
 from dpo_jax.data.chat import Tokenizer
 from dpo_jax.model import adapters, weight_files
 from dpo_jax.model.config import ModelConfig
@@ -37,7 +37,7 @@ class Material(NamedTuple):
   """
 
   examples: Sequence[Any]
-  held_out: Sequence[layout.Example]
+  held_out: Sequence[tokenized.Example]
   answers: int
   batching: dict[str, Any]
   sampler: on_policy.Sampler | None
@@ -93,7 +93,7 @@ def load(
   if not config.on_policy.reward:
     examples, held_out, ledger = _load_rows(config, loss, tokenizer, model_config)
     batching["row_length"] = config.data.row_length or pipeline.suit_row_length(
-      layout.Measured.of(examples, held_out),
+      tokenized.Measured.of(examples, held_out),
       config.data.layout,
       batch_size=config.train.batch_size,
       accumulate=config.train.accumulate,
@@ -156,16 +156,18 @@ def _load_rows(config, loss, tokenizer, model_config):
     ledger["eval"] = {"format": form, **more.to_json()}
     print(intake.tell(data.eval_path, ledger["eval"]), file=sys.stderr)
   elif not prepared:
-    examples, held_out = intake.split(examples, data.eval_fraction, config.seed, ledger["dropped"])
+    examples, held_out = tokenized.split(
+      examples, data.eval_fraction, config.seed, ledger["dropped"]
+    )
   if loss.kind == "unpaired":
     mismatch = functools.partial(
-      intake.with_mismatched, max_length=data.max_length, seed=config.seed
+      tokenized.with_mismatched, max_length=data.max_length, seed=config.seed
     )
     examples, held_out = mismatch(examples), mismatch(held_out)
   if loss.kind == "ranked":
-    most = layout.Measured.of(examples, held_out).lengths[1].shape[1]
-    held_out = layout.fill_up(held_out, most)
-    examples = examples.widened(most) if prepared else layout.fill_up(examples, most)
+    most = tokenized.Measured.of(examples, held_out).lengths[1].shape[1]
+    held_out = tokenized.fill_up(held_out, most)
+    examples = examples.widened(most) if prepared else tokenized.fill_up(examples, most)
   held_out = _limited(held_out, config)
   for path, some in ((data.path, examples), (data.eval_path, held_out)):
     if loss.reads("margin_B") and some and not some[0].grades:
@@ -236,7 +238,7 @@ def _load_prompts(config, tokenizer, model_config):
   tokens = {"prompt": sum(map(len, ids)), "answer": 0, "padding": 0, "shared": 0}
   counts = {"rows": len(ids), "pairs": len(ids), "dropped": {}, "truncated": {}}
   examples = [
-    layout.Example(np.asarray(prompt, np.int32), (), row=row)
+    tokenized.Example(np.asarray(prompt, np.int32), (), row=row)
     for row, prompt in enumerate(ids[len(prompts) :])
   ]
   return prompts, examples, longest, {"format": "prompts", **counts, "tokens": tokens}
@@ -244,7 +246,7 @@ def _load_prompts(config, tokenizer, model_config):
 
 def stored(
   config: ConfigDict, model_config: ModelConfig, device: jax.Device, material: Material
-) -> tuple[reference.Store | None, tuple[layout.Lazy, ...], Material]:
+) -> tuple[reference.Store | None, tuple[tokenized.Lazy, ...], Material]:
   """The store of the reference's log-probs, what it lacks, and the rows with what it has."""
   path = config.reference.store
   if not path:

@@ -15,7 +15,7 @@ import numpy as np
 
 from dpo_jax import draws, rewards
 from dpo_jax.data import chat, layout, packing, pipeline
-from dpo_jax.data.layout import Example
+from dpo_jax.data.tokenized import Example
 from dpo_jax.losses import Loss
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, TokenBatch, UserError

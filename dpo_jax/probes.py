@@ -14,7 +14,7 @@ import numpy as np
 
 from dpo_jax import logprobs, sampling
 from dpo_jax.data import layout
-from dpo_jax.data.layout import Example
+from dpo_jax.data.tokenized import Example
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, UserError
 

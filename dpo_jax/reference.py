@@ -24,8 +24,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dpo_jax.data import layout, pipeline
-from dpo_jax.data.layout import Example, Lazy
+from dpo_jax.data import pipeline, tokenized
+from dpo_jax.data.tokenized import Example, Lazy
 from dpo_jax.structs import TokenBatch, UserError
 
 VERSION = 1
@@ -198,7 +198,7 @@ def _digest(ids: np.ndarray) -> np.ndarray:
 def stored(examples: Sequence[Example], store: Store) -> Lazy:
   """The same examples with their `reference`, looked up whenever one is asked for."""
   read = lambda i: examples[i]._replace(reference=store.find(examples[i]))
-  return Lazy(read, layout.lengths(examples))
+  return Lazy(read, tokenized.lengths(examples))
 
 
 def lacking(examples: Sequence[Example], store: Store) -> Lazy:
@@ -224,7 +224,7 @@ def fill(
   Raises:
     UserError: a log-prob is not finite, or the disk is full; the parts before are kept.
   """
-  numbered = Lazy(lambda i: examples[i]._replace(row=i), layout.lengths(examples))
+  numbered = Lazy(lambda i: examples[i]._replace(row=i), tokenized.lengths(examples))
   answers = numbered.lengths[1].shape[1]
   waiting: list[Example] = []
   tokens, done, since = 0, 0, time.perf_counter()

@@ -21,7 +21,7 @@ import optax
 
 from dpo_jax import logprobs, losses, optim, step
 from dpo_jax.data import layout
-from dpo_jax.data.layout import Example
+from dpo_jax.data.tokenized import Example
 from dpo_jax.structs import Array, Head, Model, PyTree, TokenBatch
 
 END = 0

@@ -16,7 +16,8 @@ import tiny
 
 from dpo_jax import draws, evaluate, logprobs, measures, rewards
 from dpo_jax.data import chat, word_level
-from dpo_jax.data.layout import Example, collate
+from dpo_jax.data.layout import collate
+from dpo_jax.data.tokenized import Example
 from dpo_jax.model import families, hf, transformer
 from dpo_jax.structs import UserError
 

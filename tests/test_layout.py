@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_jax import logprobs
-from dpo_jax.data import layout, packing
-from dpo_jax.data.layout import Example, collate, truncate
+from dpo_jax.data import layout, packing, tokenized
+from dpo_jax.data.layout import collate
+from dpo_jax.data.tokenized import Example, truncate
 from dpo_jax.structs import TokenBatch, UserError
 
 tiny_logps = jax.jit(logprobs.make_logps_fn(tiny.MODEL))
@@ -141,12 +142,12 @@ def ragged(size, seed=0, *, most=4):
 
 def test_absent_answers_by_hand():
   one = Example(ids(5, 6, 7), (ids(8, 9),), 2.0, 41, (0.5,))
-  (filled,) = layout.fill_up([one], 3)
+  (filled,) = tokenized.fill_up([one], 3)
   assert [len(answer) for answer in filled.answers] == [2, 0, 0] and filled.grades == (0.5, 0, 0)
-  assert layout.fill_up([one]) == [one] and layout.fill_up([]) == []
-  assert layout.fill_up([one._replace(grades=())], 2)[0].grades == ()
+  assert tokenized.fill_up([one]) == [one] and tokenized.fill_up([]) == []
+  assert tokenized.fill_up([one._replace(grades=())], 2)[0].grades == ()
   with pytest.raises(ValueError, match="an example has 1 answers, 0 are wanted"):
-    layout.fill_up([one], 0)
+    tokenized.fill_up([one], 0)
   for name in ("shared", "packed"):  # one answer is laid out alike in both
     batch = collate([filled], layout=name, row_length=6)
     assert batch.ids_NL.tolist() == [[5, 6, 7, 8, 0, 0]]
@@ -164,8 +165,8 @@ def test_absent_answers_by_hand():
 
 
 def test_absent_answers_cost_nothing():
-  (filled,) = layout.fill_up([Example(ids(*range(1, 11)), (ids(1, 2), ids(3)))], 5)
-  cost = lambda name: packing.costs(*layout.lengths([filled]), name).tolist()
+  (filled,) = tokenized.fill_up([Example(ids(*range(1, 11)), (ids(1, 2), ids(3)))], 5)
+  cost = lambda name: packing.costs(*tokenized.lengths([filled]), name).tolist()
   assert (cost("shared"), cost("packed"), cost("padded")) == ([9 + 3], [2 * 9 + 3], [9 + 2])
 
 
@@ -180,7 +181,7 @@ def test_absent_answers_cost_nothing():
 def test_a_batch_of_ragged_answers_holds_exactly_those_there_are(name, seed, size, spare, groups):
   some = ragged(size, seed)
   answers = max(len(e.answers) for e in some) + spare
-  filled = layout.fill_up(some, answers)
+  filled = tokenized.fill_up(some, answers)
   length = layout.fit_row_length(filled, name)
   batch = collate(filled, layout=name, row_length=length, groups=groups)
   assert read_back(batch) == expected(some)
@@ -205,7 +206,7 @@ def test_log_probs_of_ragged_answers_are_those_of_each_prompt_alone(name, groups
   params = tiny.init()
   some = tiny.pairs(13, seed=3, answers=4)
   some = [e._replace(answers=e.answers[: 1 + e.row % 4]) for e in some]
-  batch = collate(layout.fill_up(some), layout=name, row_length=48, groups=groups)
+  batch = collate(tokenized.fill_up(some), layout=name, row_length=48, groups=groups)
   logps_BK = np.asarray(tiny_logps(params, batch)).reshape(-1, 4)
   row_BK = batch.row_NS.reshape(-1, 4)
   assert (logps_BK[row_BK < 0] == 0).all()
@@ -252,8 +253,8 @@ def test_groups_score_about_as_many_tokens():
 
 def test_packing_is_tight_and_loses_nothing():
   some = examples(200, longest=30)
-  cost = packing.costs(*layout.lengths(some), "shared")
-  places = packing.place(*layout.lengths(some), "shared", 256)
+  cost = packing.costs(*tokenized.lengths(some), "shared")
+  places = packing.place(*tokenized.lengths(some), "shared", 256)
   assert places.rows <= np.ceil(cost.sum() / 256) + 1
   for row in range(places.rows):
     here = np.flatnonzero(places.row_B == row)
@@ -266,9 +267,9 @@ def test_packing_is_tight_and_loses_nothing():
 def test_shared_rows_cost_the_prompt_once():
   # P - 1 + n_a + n_b against 2 (P - 1) + n_a + n_b
   some = [Example(ids(*range(1, 101)), (ids(1, 2), ids(3, 4, 5)))]
-  assert packing.costs(*layout.lengths(some), "shared").tolist() == [99 + 5]
-  assert packing.costs(*layout.lengths(some), "packed").tolist() == [2 * 99 + 5]
-  assert packing.costs(*layout.lengths(some), "padded").tolist() == [99 + 3]
+  assert packing.costs(*tokenized.lengths(some), "shared").tolist() == [99 + 5]
+  assert packing.costs(*tokenized.lengths(some), "packed").tolist() == [2 * 99 + 5]
+  assert packing.costs(*tokenized.lengths(some), "padded").tolist() == [99 + 3]
 
 
 def test_no_row_takes_more_pairs_than_slots():

@@ -7,7 +7,8 @@ import pytest
 import tiny
 
 from dpo_jax import logprobs
-from dpo_jax.data.layout import Example, collate
+from dpo_jax.data.layout import collate
+from dpo_jax.data.tokenized import Example
 from dpo_jax.structs import Head
 
 

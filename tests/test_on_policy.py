@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import defaults, losses, on_policy, train
 from dpo_jax.data import word_level
-from dpo_jax.data.layout import Example
+from dpo_jax.data.tokenized import Example
 from dpo_jax.draws import load
 from dpo_jax.evaluate import scorer
 from dpo_jax.structs import UserError

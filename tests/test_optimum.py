@@ -19,7 +19,7 @@ import pytest
 
 from dpo_jax import derivation, logprobs, losses, step, worlds
 from dpo_jax.data import layout
-from dpo_jax.data.layout import Example
+from dpo_jax.data.tokenized import Example
 from dpo_jax.model import transformer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import Model

@@ -11,8 +11,8 @@ import small_tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_jax.data import chat, intake, layout, packing, pipeline
-from dpo_jax.data.layout import Example
+from dpo_jax.data import chat, intake, layout, packing, pipeline, tokenized
+from dpo_jax.data.tokenized import Example
 from dpo_jax.structs import TokenBatch, UserError
 
 
@@ -71,7 +71,7 @@ def test_every_row_is_accounted_for(rows_file, tokenizer):
   assert form == "strings"
   assert [example.row for example in found] == [0, 4, 5]
   assert all(example.prompt[0] == tokenizer.bos_id for example in found)
-  lengths, answers = layout.lengths(found)
+  lengths, answers = tokenized.lengths(found)
   assert (lengths + answers.max(1)).max() == 40
   taken = packing.costs(lengths, answers, "shared").sum()
   assert ledger.to_json() == {
@@ -270,8 +270,8 @@ def judged_examples(prompts):
 )
 def test_a_mismatched_answer_is_to_another_prompt(prompts, seed):
   some = judged_examples(prompts)
-  found = intake.with_mismatched(some, max_length=4, seed=seed)
-  whole = intake.with_mismatched(some, seed=seed)
+  found = tokenized.with_mismatched(some, max_length=4, seed=seed)
+  whole = tokenized.with_mismatched(some, seed=seed)
   assert len(found) == len(whole) == len(some)
   for before, cut, after in zip(some, found, whole, strict=True):
     assert (after.weight, after.row, after.prompt) == (before.weight, before.row, before.prompt)
@@ -287,25 +287,25 @@ def test_a_mismatched_answer_is_to_another_prompt(prompts, seed):
 def test_mismatched_answers_are_a_function_of_examples_and_seed():
   some = judged_examples(range(40))
   sources = lambda some, seed: [
-    int(e.answers[1][0]) for e in intake.with_mismatched(some, seed=seed)
+    int(e.answers[1][0]) for e in tokenized.with_mismatched(some, seed=seed)
   ]
   first = sources(some, 1)
   assert sources(some, 1) == first != sources(some, 2)
   assert sorted(first) == list(range(40)), "where prompts differ every answer serves once"
-  assert sources(intake.with_mismatched(some, seed=2), 1) == first
-  assert intake.with_mismatched([], seed=1) == []
+  assert sources(tokenized.with_mismatched(some, seed=2), 1) == first
+  assert tokenized.with_mismatched([], seed=1) == []
 
 
 def test_answers_to_one_prompt_alone_cannot_be_mismatched():
   with pytest.raises(UserError, match="all 3 judged answers are to one prompt, and kto needs"):
-    intake.with_mismatched(judged_examples([7, 7, 7]))
+    tokenized.with_mismatched(judged_examples([7, 7, 7]))
 
 
 @pytest.mark.parametrize("name", packing.LAYOUTS)
 def test_judged_answers_make_batches(rows_file, tokenizer, name):
   rows = [judged(i % 2 == 1, f"{'a' * i} question", " good" * (i + 1)) for i in range(8)]
   some, _, _ = intake.load_examples(rows_file(rows), tokenizer, kind="unpaired")
-  some = intake.with_mismatched(some, max_length=40)
+  some = tokenized.with_mismatched(some, max_length=40)
   (batch,) = pipeline.eval_batches(some, batch_size=8, layout=name)
   row_B2, grade_B2 = batch.row_NS.reshape(-1, 2), batch.grade_NS.reshape(-1, 2)
   there_B = row_B2[:, 0] >= 0
@@ -352,25 +352,25 @@ def test_a_tokenizer_must_fit_the_model(tokenizer):
 
 def test_split_keeps_a_prompt_on_one_side():
   some = [e._replace(prompt=np.array([e.row // 3], np.int32)) for e in examples(60)]
-  train, held_out = intake.split(some, 0.2, seed=3)
+  train, held_out = tokenized.split(some, 0.2, seed=3)
   sides = [{int(e.prompt[0]) for e in side} for side in (train, held_out)]
   assert len(train) + len(held_out) == 60 and len(sides[1]) == 4
   assert not sides[0] & sides[1]
-  again = intake.split(some, 0.2, seed=3)[1]
+  again = tokenized.split(some, 0.2, seed=3)[1]
   assert [e.row for e in again] == [e.row for e in held_out]
-  assert {e.row for e in intake.split(some, 0.2, seed=4)[1]} != {e.row for e in held_out}
-  assert intake.split(some, 0.0) == (some, [])
+  assert {e.row for e in tokenized.split(some, 0.2, seed=4)[1]} != {e.row for e in held_out}
+  assert tokenized.split(some, 0.0) == (some, [])
   line = "0.01 of 20 distinct prompts leaves one side.*data.eval_fraction=0 .*data.eval_path"
   with pytest.raises(UserError, match=line):
-    intake.split(some, 0.01)
+    tokenized.split(some, 0.01)
 
 
 def test_texts_of_one_prompt_are_split_one_by_one():
   some = [e._replace(prompt=np.array([1], np.int32)) for e in examples(20)]
-  train, held_out = intake.split(some, 0.2)
+  train, held_out = tokenized.split(some, 0.2)
   assert len(held_out) == 4 and sorted(e.row for e in train + held_out) == list(range(20))
   with pytest.raises(UserError, match=r"0.01 of 20 rows \(7 dropped: too long\) leaves one side"):
-    intake.split(some, 0.01, dropped={"too long": 7})
+    tokenized.split(some, 0.01, dropped={"too long": 7})
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -437,7 +437,7 @@ def test_balanced_batches_are_the_same_rows_in_another_order(count, size):
 
 def test_balanced_batches_have_as_many_tokens_each():
   some = varied(3000)
-  cost_B = packing.costs(*layout.lengths(some), "shared")
+  cost_B = packing.costs(*tokenized.lengths(some), "shared")
   tokens = lambda steps: np.array([cost_B[steps[k]].sum() for k in range(40)])
   plain = tokens(pipeline.order(3000, 32, seed=0))
   balanced = tokens(pipeline.order(3000, 32, seed=0, cost_B=cost_B))
@@ -492,7 +492,7 @@ def test_hosts_divide_every_batch_among_them(name, hosts):
 
 def test_a_host_reads_its_own_examples_alone():
   some, seen = examples(16), []
-  lazy = layout.Lazy(lambda i: seen.append(i) or some[i], layout.lengths(some))
+  lazy = tokenized.Lazy(lambda i: seen.append(i) or some[i], tokenized.lengths(some))
   layout.collate(lazy, row_length=128, groups=2, share=(1, 2))
   assert 4 <= len(set(seen)) <= 12  # half of them, and the first
 
@@ -573,9 +573,9 @@ def test_real_judged_answers_make_batches(shared_data):
   assert ledger.pairs == len(some) == sum(ledger.labels.values())
   assert ledger.rows == ledger.pairs + ledger.dropped.total()
   train, held_out = (
-    intake.with_mismatched(side, max_length=1024) for side in intake.split(some, 0.2)
+    tokenized.with_mismatched(side, max_length=1024) for side in tokenized.split(some, 0.2)
   )
-  prompt_B, tokens_BK = layout.lengths(train + held_out)
+  prompt_B, tokens_BK = tokenized.lengths(train + held_out)
   assert (prompt_B + tokens_BK.max(1)).max() <= 1024
   batch = take(1, train, batch_size=16)[0]
   assert len(data_rows(batch)) == 16

@@ -11,7 +11,7 @@ import pytest
 
 from dpo_jax import logprobs, parallel, probes
 from dpo_jax.data import layout
-from dpo_jax.data.layout import Example
+from dpo_jax.data.tokenized import Example
 from dpo_jax.model import families, transformer
 from dpo_jax.structs import UserError
 

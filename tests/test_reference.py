@@ -13,7 +13,7 @@ import tiny
 
 from dpo_jax import logprobs, losses, parallel, reference, step, train
 from dpo_jax.build import build
-from dpo_jax.data import controlled, layout, packing, pipeline, word_level
+from dpo_jax.data import controlled, layout, packing, pipeline, tokenized, word_level
 from dpo_jax.loggers import read_metrics
 from dpo_jax.model import hf, weight_files
 from dpo_jax.structs import UserError
@@ -69,7 +69,7 @@ def test_answers_that_are_not_there_are_no_matter(tmp_path, name):
     example._replace(answers=example.answers[: 2 + i % 3])
     for i, example in enumerate(tiny.pairs(9, answers=4))
   ]
-  examples = layout.fill_up(ragged)
+  examples = tokenized.fill_up(ragged)
   store = filled(tmp_path, examples, layout=name)
   batch = layout.collate(reference.stored(examples, store), row_length=64, layout=name)
   live_NS = logprobs.make_logps_fn(tiny.MODEL)(tiny.init(), batch)
@@ -101,7 +101,7 @@ def test_a_step_needs_no_reference_then(tmp_path):
 
 
 def test_what_is_found_is_the_same_text_divided_alike(tmp_path):
-  known = layout.Example(ids(1, 2, 3), (ids(4, 5, 6, 7), ids(8, 9)))
+  known = tokenized.Example(ids(1, 2, 3), (ids(4, 5, 6, 7), ids(8, 9)))
   store = filled(tmp_path, [known])
   (whole, other) = store.find(known)
   assert len(whole) == 4 and len(other) == 2
@@ -126,7 +126,7 @@ def test_prompts_of_one_half_of_a_digest_are_kept_apart(tmp_path, monkeypatch):
   halves = lambda prompt: np.array([7, prompt.sum()], np.uint64)
   monkeypatch.setattr(reference, "_digest", halves)
   answers = tiny.pairs(1)[0].answers
-  pairs = [layout.Example(ids(1, n), answers, row=n) for n in range(6)]
+  pairs = [tokenized.Example(ids(1, n), answers, row=n) for n in range(6)]
   store = filled(tmp_path, pairs)
   for example in pairs:
     expected = filled(tmp_path / "alone" / str(example.row), [example]).find(example)

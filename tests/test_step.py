@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from dpo_jax import logprobs, losses, step
-from dpo_jax.data import layout
+from dpo_jax.data import layout, tokenized
 
 
 def objective(name="sigmoid", sync=None, **given):
@@ -284,8 +284,8 @@ def test_rankings_of_different_length_train_together():
   """Two answers in a set of three are Plackett-Luce of two: sigmoid."""
   three = [e._replace(weight=1.0) for e in tiny.pairs(4, answers=3)]
   two = [e._replace(answers=e.answers[:2]) for e in three]
-  _, (report,) = run([stack([layout.fill_up(two, 3)])], name="plackett_luce", beta=0.5)
+  _, (report,) = run([stack([tokenized.fill_up(two, 3)])], name="plackett_luce", beta=0.5)
   np.testing.assert_allclose(report["loss"], np.log(2), rtol=1e-6)
-  filled, _ = run([stack([layout.fill_up(two, 3)])] * 3, name="plackett_luce", beta=0.5)
+  filled, _ = run([stack([tokenized.fill_up(two, 3)])] * 3, name="plackett_luce", beta=0.5)
   pairs, _ = run([stack([two])] * 3, name="sigmoid", beta=0.5)
   close(filled, pairs)

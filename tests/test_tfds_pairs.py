@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import small_tokenizers
 
-from dpo_jax.data import chat, intake, layout, pipeline, tfds_pairs
+from dpo_jax.data import chat, intake, pipeline, tfds_pairs, tokenized
 from dpo_jax.data.intake import Encoder, Ledger
 from dpo_jax.structs import UserError
 
@@ -74,10 +74,10 @@ def test_what_is_read_is_what_is_in_the_files(tmp_path, tokenizer, kind):
   prompts = [{e.prompt.tobytes() for e in side} for side in (train, held_out)]
   assert not prompts[0] & prompts[1] and 4 <= len(prompts[1]) <= 14  # 9 of 30, in expectation
   for some in (train, held_out):
-    for known, counted in zip(some.lengths, layout.lengths(list(some)), strict=True):
+    for known, counted in zip(some.lengths, tokenized.lengths(list(some)), strict=True):
       np.testing.assert_array_equal(known, counted)
   same(train[3:9:2], [train[3], train[5], train[7]])
-  same(train.widened(6)[:4], layout.fill_up(train[:4], 6))
+  same(train.widened(6)[:4], tokenized.fill_up(train[:4], 6))
 
 
 def test_tokens_are_those_of_the_same_rows_in_memory(tmp_path, tokenizer):

@@ -11,8 +11,8 @@ import pytest
 import small_tokenizers
 from rich.console import Console
 
-from dpo_jax.data import chat, intake, packing, view
-from dpo_jax.data.layout import Example
+from dpo_jax.data import chat, intake, packing, tokenized, view
+from dpo_jax.data.tokenized import Example
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROW = {"prompt": "the answer is", "chosen": " good 🙂é!", "rejected": " bad"}
@@ -51,7 +51,7 @@ def show(folder, kind, *rows):
   path.write_text("\n".join(map(json.dumps, rows)))
   examples, ledger, _ = intake.load_examples(path, tokenizer, kind=kind)
   if kind == "unpaired":
-    examples = intake.with_mismatched(examples)
+    examples = tokenized.with_mismatched(examples)
   console = Console(width=100, record=True, file=io.StringIO())
   for example in examples:
     console.print(view.show_example(example, tokenizer, kind=kind))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.data.layout import Example
+from dpo_jax.data.tokenized import Example
 from dpo_jax.structs import Head, Model
 
 VOCAB, WIDTH = 37, 16

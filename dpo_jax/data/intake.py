@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data import forms, layout, packing, sources
+from dpo_jax.data import forms, layout, packing, sources, tokenized
 from dpo_jax.data.chat import Tokenizer
-from dpo_jax.data.layout import Example, Measured
 from dpo_jax.data.sources import Source
+from dpo_jax.data.tokenized import Example, Measured
 from dpo_jax.data.values import Preference
 from dpo_jax.structs import UserError
 
@@ -82,7 +82,7 @@ class Encoder:
     kind: what is learned from the rows, "pairs", "text", "unpaired" or "ranked": see
       `sources.detect`.
     max_length: tokens of a prompt and one answer together, or None for no limit.
-    prompt_floor, truncation: see `layout.truncate`.
+    prompt_floor, truncation: see `tokenized.truncate`.
     fields: field map of `sources.detect`.
   """
 
@@ -128,7 +128,7 @@ class Encoder:
         f" {self.tokenizer.vocab_size - 1}; the rows were made with another"
       )
     before = (prompt, *answers)
-    kept = layout.truncate(
+    kept = tokenized.truncate(
       prompt,
       answers,
       max_length=self.max_length,
@@ -207,7 +207,7 @@ def load_examples(
   encoder, ledger = Encoder(tokenizer, **how), Ledger()
   examples = list(stream_examples(paths, encoder, ledger, limit=limit))
   if encoder.kind == "ranked":
-    examples = layout.fill_up(examples)
+    examples = tokenized.fill_up(examples)
   ledger.tokens = count_tokens(examples)
   return examples, ledger, ledger.format
 
@@ -343,7 +343,7 @@ def _at(row: tuple[str, sources.Row]) -> Iterator[sources.Row]:
 
 def count_tokens(examples: Sequence[Example] | Measured) -> dict[str, int]:
   """`Ledger.tokens` of some examples, of which their lengths suffice."""
-  prompt_B, tokens_BK = layout.lengths(examples)
+  prompt_B, tokens_BK = tokenized.lengths(examples)
   cost = lambda layout: int(packing.costs(prompt_B, tokens_BK, layout).sum())
   return {
     "prompt": int(prompt_B.sum()),
@@ -371,82 +371,3 @@ def check_vocabulary(tokenizer: Tokenizer, vocab: int) -> None:
       f"the tokenizer's ids go to {tokenizer.vocab_size - 1} and the model's vocabulary is {vocab};"
       " name the tokenizer that belongs to the model"
     )
-
-
-# --- sides ----------------------------------------------------------------------------------------
-
-
-def split(
-  examples: Sequence[Example],
-  eval_fraction: float,
-  seed: int = 0,
-  dropped: Mapping[str, int] | None = None,
-) -> tuple[list[Example], list[Example]]:
-  """Training and held-out examples; all examples of one prompt fall on the same side.
-
-  Where all have the same prompt (texts that follow BOS alone) they are split one by one. Of rows
-  `dropped` before, by reason, an error tells.
-  """
-  keys: list[bytes | int] = [example.prompt.tobytes() for example in examples]
-  what = "distinct prompts"
-  if len(set(keys)) < 2:
-    keys, what = [*range(len(examples))], "rows"
-  units = list(dict.fromkeys(keys))
-  held = round(eval_fraction * len(units))
-  if eval_fraction > 0 and not 0 < held < len(units):
-    lost = ", ".join(f"{rows} dropped: {reason}" for reason, rows in (dropped or {}).items())
-    raise UserError(
-      f"eval fraction {eval_fraction} of {len(units)} {what}{lost and f' ({lost})'} leaves one side"
-      " empty; set data.eval_fraction=0 to hold nothing out, or name other rows by data.eval_path"
-    )
-  order = np.random.default_rng(seed).permutation(len(units))
-  away = {units[i] for i in order[:held]}
-  pairs = list(zip(keys, examples, strict=True))
-  train = [example for key, example in pairs if key not in away]
-  return train, [example for key, example in pairs if key in away]
-
-
-def with_mismatched(
-  examples: Sequence[Example], *, max_length: int | None = None, seed: int = 0
-) -> list[Example]:
-  """Judged answers, each with an answer to another prompt behind its own prompt.
-
-  What `kto` estimates the distance between policy and reference from. The other answer is that of
-  the next example, in an order drawn once, whose prompt is another. It depends on nothing but the
-  examples and the seed, so its log-probability under the reference is the same in every epoch; and
-  where no two examples share a prompt every answer serves once. Held-out examples are to be split
-  off before, so that no answer gets from one side to the other.
-
-  Args:
-    examples: each with one answer and its label.
-    max_length: the window; an answer that goes beyond it is cut at its end.
-    seed: of the order.
-
-  Returns:
-    The examples in their order, with answers (judged, mismatched) and the label as both grades.
-  """
-  if not examples:
-    return []
-  size = len(examples)
-  order = np.random.default_rng(seed).permutation(size).tolist()
-  keys = [examples[i].prompt.tobytes() for i in order]
-  if len(set(keys)) < 2:
-    raise UserError(
-      f"all {size} judged answers are to one prompt, and kto needs answers to others; give rows of"
-      " two prompts or more, both to train on and to hold out (data.eval_fraction=0 holds none out)"
-    )
-  # Backwards round the circle, from an example whose next one has another prompt.
-  start = next(at for at in range(size) if keys[at] != keys[(at + 1) % size])
-  partner = list(range(size))
-  for at in range(start, start - size, -1):
-    at, after = at % size, (at + 1) % size
-    partner[at] = after if keys[at] != keys[after] else partner[after]
-  found = list(examples)
-  for at, other in enumerate(partner):
-    example, (answer, *_) = examples[order[at]], examples[order[other]].answers
-    if max_length is not None:
-      answer = answer[: max_length - len(example.prompt)]
-    found[order[at]] = example._replace(
-      answers=(example.answers[0], answer), grades=example.grades[:1] * 2
-    )
-  return found

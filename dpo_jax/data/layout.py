@@ -13,171 +13,20 @@ pair therefore costs P - 1 plus the lengths of its answers.
 A batch holds exactly the pairs it is given, whatever the layout. Only the padding around them is
 rounded, so that few shapes are ever compiled: see `packing.Sizes`.
 
-Prompts with fewer answers than others are filled up to K with absent ones (`fill_up`). An absent
-answer has no tokens, and its slot is an empty one: weight 0, grade 0, data row -1.
+Prompts with fewer answers than others are filled up to K with absent ones (`tokenized.fill_up`). An
+absent answer has no tokens, and its slot is an empty one: weight 0, grade 0, data row -1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 
 from dpo_jax.data import packing
 from dpo_jax.data.packing import Places, Shape, Sizes
+from dpo_jax.data.tokenized import Example, Measured, lengths
 from dpo_jax.structs import TokenBatch, UserError
-
-
-class Example(NamedTuple):
-  """One prompt and its K answers as token ids.
-
-  Attributes:
-    prompt: int32 [P], P >= 1: the first answer token needs one to be predicted from.
-    answers: K arrays int32 [n_k], n_k >= 1, best first; they hold the end token where the text
-      really ends. The first is always there; others, behind those that are, may be absent: n_k = 0.
-      Of an answer judged by itself: that answer, and one to another prompt.
-    weight: weight of the pair in losses and metrics.
-    row: row of the data set that it came from.
-    grades: what is known of each answer besides its order, as `TokenBatch.grade_NS` has it; or
-      nothing.
-    reference: float32 [n_k] for each answer, log-probs of its tokens under the reference, nats; or
-      nothing.
-  """
-
-  prompt: np.ndarray
-  answers: tuple[np.ndarray, ...]
-  weight: float = 1.0
-  row: int = 0
-  grades: tuple[float, ...] = ()
-  reference: tuple[np.ndarray, ...] = ()
-
-
-class Measured(NamedTuple):
-  """Stands for examples where their lengths are all that is asked of them: see `lengths`."""
-
-  lengths: tuple[np.ndarray, np.ndarray]
-
-  @classmethod
-  def of(cls, *sets: Sequence[Example]) -> Measured:
-    """Of several sets, as one; K is the most answers of any."""
-    prompts, answers = zip(*(lengths(some) for some in sets if len(some)), strict=True)
-    most = max(tokens_BK.shape[1] for tokens_BK in answers)
-    wide = [np.pad(x_BK, ((0, 0), (0, most - x_BK.shape[1]))) for x_BK in answers]
-    return cls((np.concatenate(prompts), np.concatenate(wide)))
-
-  def some(self, index: np.ndarray | slice) -> Measured:
-    """Those of some of them."""
-    prompt_B, tokens_BK = self.lengths
-    return Measured((prompt_B[index], tokens_BK[index]))
-
-
-class Lazy(Sequence[Example]):
-  """Examples that are read as they are asked for.
-
-  Attributes:
-    read: number -> example.
-    lengths: of all of them, as `layout.lengths` gives them.
-  """
-
-  def __init__(
-    self, read: Callable[[int], Example], lengths: tuple[np.ndarray, np.ndarray]
-  ) -> None:
-    self.read, self.lengths = read, lengths
-
-  @classmethod
-  def of(cls, examples: Sequence[Example], index: Sequence[int]) -> Lazy:
-    """Some of them."""
-    return cls(lambda i: examples[int(index[i])], Measured(lengths(examples)).some(index).lengths)
-
-  def __len__(self) -> int:
-    return len(self.lengths[0])
-
-  def __getitem__(self, index: Any) -> Any:
-    if isinstance(index, slice):
-      return [self.read(i) for i in range(*index.indices(len(self)))]
-    return self.read(range(len(self))[index])
-
-
-# --- cutting --------------------------------------------------------------------------------------
-
-
-def truncate(
-  prompt: np.ndarray,
-  answers: Sequence[np.ndarray],
-  *,
-  max_length: int | None,
-  prompt_floor: int = 64,
-  mode: str = "drop",
-  bos_id: int | None = None,
-) -> tuple[np.ndarray, tuple[np.ndarray, ...], tuple[str, ...]] | None:
-  """Fits every prompt + answer into `max_length` tokens: the one place where text is cut.
-
-  The prompt is cut first and from the left, since the question stands at its end; a BOS at its
-  start stays. It keeps at least `prompt_floor` tokens, BOS included, or half the window where that
-  is less; a shorter prompt is kept whole. Where that is not enough,
-
-    mode "drop"  gives the pair up;
-    mode "cut"   cuts the answers too, at the same length for all, so that none is favoured. A cut
-                 answer loses its end token with its tail and is given no other.
-
-  Args:
-    prompt: int32 [P].
-    answers: K arrays int32.
-    max_length: the window in tokens, or None for no limit.
-    prompt_floor: tokens of the prompt that are never cut.
-    mode: "drop" or "cut".
-    bos_id: the token kept at the start of a cut prompt.
-
-  Returns:
-    The prompt, the answers and what was cut, a subset of ("prompt", "answer"); None if dropped.
-  """
-  if mode not in ("drop", "cut"):
-    raise UserError(f"unknown truncation {mode!r}; choose 'drop' or 'cut'")
-  answers = tuple(answers)
-  if max_length is None:
-    return prompt, answers, ()
-  longest = max(len(answer) for answer in answers)
-  if len(prompt) + longest <= max_length:
-    return prompt, answers, ()
-
-  floor = max(1, min(prompt_floor, max_length // 2, len(prompt)))
-  keep = min(len(prompt), max(floor, max_length - longest))
-  room = max_length - keep
-  if room < longest and (mode == "drop" or room < 1):
-    return None
-  cuts = ()
-  if keep < len(prompt):
-    # keep = 1 leaves no room for both BOS and text: the last token is what predicts the answer.
-    bos = int(keep > 1 and bos_id is not None and prompt[0] == bos_id)
-    prompt = np.concatenate([prompt[:bos], prompt[len(prompt) - keep + bos :]])
-    cuts += ("prompt",)
-  if room < longest:
-    answers = tuple(answer[:room] for answer in answers)
-    cuts += ("answer",)
-  return prompt, answers, cuts
-
-
-def fill_up(examples: Sequence[Example], answers: int | None = None) -> list[Example]:
-  """The same examples, all with K answers: absent ones stand behind those there are.
-
-  Args:
-    examples: each with K answers or fewer.
-    answers: K; by default the most that any has.
-  """
-  most = max((len(example.answers) for example in examples), default=0)
-  answers = most if answers is None else answers
-  if most > answers:
-    raise ValueError(f"an example has {most} answers, {answers} are wanted")
-  absent = np.zeros(0, np.int32)
-
-  def filled(example: Example) -> Example:
-    missing = answers - len(example.answers)
-    grades = example.grades + (0.0,) * missing if example.grades else ()
-    return example._replace(answers=example.answers + (absent,) * missing, grades=grades)
-
-  return [filled(example) for example in examples]
-
 
 # --- laying out -----
 
@@ -324,18 +173,6 @@ def _own(
   measured = Measured(lengths(examples)).some(mine)
   shape = shape._replace(rows=rows, groups=shape.groups // hosts)
   return [examples[i] for i in mine.tolist()], measured, moved, shape
-
-
-def lengths(examples: Sequence[Example] | Measured) -> tuple[np.ndarray, np.ndarray]:
-  """Prompt lengths [B] and answer lengths [B, K]; those that know their `lengths` are not read."""
-  known = getattr(examples, "lengths", None)
-  if known is not None:
-    return known
-  prompt_B = np.array([len(example.prompt) for example in examples])
-  return prompt_B, np.array([[len(ids) for ids in example.answers] for example in examples])
-
-
-# --- filling --------------------------------------------------------------------------------------
 
 
 def _fill(

@@ -8,18 +8,9 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.data import packing
-from dpo_jax.data.layout import (
-  Example,
-  Lazy,
-  Measured,
-  check_fits,
-  collate,
-  collate_many,
-  fit_row_length,
-  fit_sizes,
-  lengths,
-)
+from dpo_jax.data.layout import check_fits, collate, collate_many, fit_row_length, fit_sizes
 from dpo_jax.data.packing import Sizes
+from dpo_jax.data.tokenized import Example, Lazy, Measured, lengths
 from dpo_jax.structs import TokenBatch, UserError
 
 WINDOW = 4096  # examples that are dealt out among batches

@@ -98,7 +98,8 @@ def _read_parquet(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
 
   number = 0
   try:
-    with parquet.ParquetFile(path) as file:
+    # Read ahead, all that was read would be held until the end.
+    with parquet.ParquetFile(path, pre_buffer=False) as file:
       for batch in file.iter_batches(batch_size=1024):
         for row in batch.to_pylist():
           number += 1

@@ -20,9 +20,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from dpo_jax.data import intake, layout, libraries
+from dpo_jax.data import intake, libraries, tokenized
 from dpo_jax.data.intake import Encoder, Ledger
-from dpo_jax.data.layout import Example, Lazy, Measured
+from dpo_jax.data.tokenized import Example, Lazy, Measured
 from dpo_jax.folders import check_writable, replacing
 from dpo_jax.structs import UserError
 
@@ -222,7 +222,7 @@ class PairSet(Lazy):
     prompt, *answers = np.split(record["ids"], np.cumsum(record["lengths"])[:-1])
     example = Example(prompt, tuple(answers), float(record["weight"]), int(record["row"]))
     example = example._replace(grades=tuple(record["grades"].tolist()))
-    (filled,) = layout.fill_up([example], self.lengths[1].shape[1])
+    (filled,) = tokenized.fill_up([example], self.lengths[1].shape[1])
     return filled
 
   def widened(self, answers: int) -> PairSet:

@@ -15,7 +15,8 @@ from rich.text import Text
 from dpo_jax.data import packing
 from dpo_jax.data.chat import Tokenizer
 from dpo_jax.data.intake import Dropped, Encoded, Ledger
-from dpo_jax.data.layout import Example, count_taken, fit_row_length, lengths
+from dpo_jax.data.layout import count_taken, fit_row_length
+from dpo_jax.data.tokenized import Example, lengths
 
 # Two shades of each, so that neighbouring tokens are told apart.
 GIVEN = ("grey70", "grey54")
