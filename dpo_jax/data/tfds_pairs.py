@@ -12,6 +12,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import pathlib
 import tempfile
@@ -29,6 +30,7 @@ from dpo_jax.structs import UserError
 NAME = "tfds_pairs"
 LENGTHS = libraries.PREPARED
 SPLITS = ("train", "validation")
+SHARD = 100_000  # examples of one file
 # What a set is asked for beside its rules and its tokenizer: flags of `prepare_data` by name.
 ASKED = ("kind", "max_length", "prompt_floor", "truncation", "eval_fraction")
 
@@ -148,6 +150,7 @@ class _Spool:
 def _builder_class() -> type:
   """The builder; its library takes a moment to load."""
   import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import sequential_writer
 
   class TfdsPairs(tfds.core.GeneratorBasedBuilder):
     """Prompts and their answers as token ids: `ids` are the prompt's and every answer's in turn.
@@ -188,6 +191,23 @@ def _builder_class() -> type:
 
     def _generate_examples(self):
       raise NotImplementedError  # every split brings its own
+
+    def _download_and_prepare(self, dl_manager, download_config) -> None:
+      # In order and as they come: what TFDS would do holds a split in memory to put it in order,
+      # and beyond a gigabyte asks for TensorFlow.
+      del download_config
+      splits = self._split_generators(dl_manager)
+      info = self._info()  # of the folder that is being filled; `self.info` is of the one to come
+      writer = sequential_writer.SequentialWriter(
+        info, max_examples_per_shard=SHARD, file_format="array_record"
+      )
+      writer.initialize_splits(list(splits))
+      for name, records in splits.items():
+        examples = (features for _, features in records)
+        while some := list(itertools.islice(examples, intake.CHUNK)):
+          writer.add_examples({name: some})
+      writer.close_all()
+      self.info.set_splits(info.splits)
 
   return TfdsPairs
 
