@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from dpo_jax import logprobs, losses, step
-from dpo_jax.data import layout, tokenized
+from dpo_jax.data import layout, packing, tokenized
 
 
 def objective(name="sigmoid", sync=None, **given):
@@ -97,6 +97,48 @@ def test_layout_and_padding_change_nothing():
     close(run([stack([examples], layout=name)] * 2)[0], expected, rtol=2e-5)
   roomy = layout.Sizes(rows=9, rows_step=1, scored=40, slots=16)
   close(run([stack([examples], sizes=roomy)] * 2)[0], expected)
+
+
+def ragged(answers, size=6):
+  """Rows of so many answers, with weights and grades that every objective can read."""
+  rng = np.random.default_rng(answers)
+  text = lambda most: rng.integers(1, tiny.VOCAB, rng.integers(1, most)).astype(np.int32)
+  return [
+    tokenized.Example(
+      text(9),
+      tuple(text(7) for _ in range(answers)),
+      row=i,
+      weight=0.5 + i % 3,
+      # Alike in judged answers, which are two: the answer and a mismatched one.
+      grades=(float(i % 2),) * 2 if answers == 2 else tuple(rng.normal(size=answers)),
+    )
+    for i in range(size)
+  ]
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=() if name in ("ipo", "kto", "plackett_luce") else pytest.mark.slow)
+    for name in losses.LOSSES
+  ],
+)
+def test_loss_and_gradient_of_every_objective_know_no_layout(name):
+  made, tx = objective(name), optax.trace(decay=0.0)  # its state is the gradient
+
+  @jax.jit
+  def take(policy, reference, batch):
+    state = step.init_state(policy, tx, made.loss)
+    following, report = step.train_step(state, reference, batch, objective=made, tx=tx)
+    return following.opt_state.trace, report["loss"]
+
+  batch = lambda way: stack([ragged(made.answers)], layout=way)
+  found = {way: take(tiny.init(1), tiny.init(0), batch(way)) for way in packing.LAYOUTS}
+  expected, loss = found.pop("padded")
+  assert max(np.abs(x).max() for x in expected.values()) > 1e-3
+  for gradient, other in found.values():
+    np.testing.assert_allclose(other, loss, rtol=1e-5)
+    close(gradient, expected)
 
 
 def test_pair_weights_weigh():
