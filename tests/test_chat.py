@@ -540,6 +540,56 @@ def real(request, shared_data):
   return chat.load_tokenizer(shared_data / "tokenizers" / request.param)
 
 
+WRITTEN = st.text(" \n\tgodb🙂é한", min_size=1, max_size=8)
+ANYTHING = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+BY_MANY = settings(
+  max_examples=60,
+  deadline=None,
+  suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+
+
+@BY_MANY
+@given(prompt=ANYTHING | WRITTEN, first=ANYTHING, second=WRITTEN)
+def test_ids_of_real_tokenizers_decode_to_the_text(real, prompt, first, second):
+  """The text, where the tokenizer itself gives it back; the end once; the answer's tokens alone."""
+  try:
+    ids, answers = real.encode_preference(Preference(prompt, (first, second)))
+  except RowError as error:
+    assert str(error) in ("no prompt token before the answer", "equal answers")
+    return
+  for answer, text in zip(answers, (first, second), strict=True):
+    whole = [*ids, *answer.tolist()]
+    if real.decode(real.encode_prompt(prompt + text)) == prompt + text:
+      assert real.decode(whole) == prompt + text
+    assert whole.count(real.eos_id) == 1 and whole[-1] == real.eos_id
+    # What is given holds nothing of the answer.
+    if real.decode(real.encode_prompt(prompt)) == prompt:
+      assert prompt.startswith(real.decode(ids).rstrip("\ufffd"))
+
+
+@pytest.mark.parametrize("real", ["minimind", "mistral-7b-instruct-v0.3", "qwen3"], indirect=True)
+@BY_MANY
+@given(asked=WRITTEN, first=WRITTEN, second=WRITTEN, turns=st.integers(0, 2))
+def test_ids_of_real_templates_decode_to_what_they_write(real, asked, first, second, turns):
+  prompt = [*[user("why?"), *assistant("so")] * turns, user(asked)]
+  answers = assistant(first), assistant(second)
+  start, written = real.template.texts(Conversation(prompt), answers)
+  try:
+    ids, found = real.encode_preference(Preference(prompt, answers))
+  except RowError as error:
+    assert str(error) == "equal answers"
+    return
+  for answer, text in zip(found, written, strict=True):
+    whole = real.decode([*ids, *answer], special=True)
+    # Behind the token that ends the turn nothing is learned.
+    assert (start + text).startswith(whole) and not (start + text)[len(whole) :].strip()
+    assert answer[-1] in real.end_ids
+    assert sum(int(x) in real.end_ids for x in answer) == 1
+  given_text = real.decode(ids, special=True).rstrip("\ufffd")
+  assert start.startswith(given_text) and not start[len(given_text) :].strip()
+
+
 def test_ids_equal_those_of_others(shared_data):
   vectors = json.loads((shared_data / "tokenizers" / "reference_vectors.json").read_text("utf-8"))
   tokenizer = chat.load_tokenizer(shared_data / "tokenizers" / "gpt2")
