@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
 import logging
 import pathlib
 import sys
@@ -113,11 +114,13 @@ class Checkpoints:
     self._failed = False
     logging.getLogger("absl").addFilter(_not_orbax)
     _hush_late_writers()
-    self._orbax = ocp.training.Checkpointer(
+    self._open = functools.partial(
+      ocp.training.Checkpointer,
       str(self.directory),
       preservation_policy=policies.AnyPreservationPolicy(kept),
       cleanup_tmp_directories=tidy,
     )
+    self._orbax = self._open()
 
   def steps(self) -> list[int]:
     """Steps of the whole checkpoints, in order: a folder gets its number when it is complete."""
@@ -174,6 +177,36 @@ class Checkpoints:
     placed = lambda leaf, wanted: leaf if getattr(wanted, "sharding", None) else np.asarray(leaf)
     return jax.tree.map(placed, loaded, like)
 
+  def restore_latest(self, like: PyTree) -> tuple[int, PyTree]:
+    """The latest state that can be read, and its step; says so where later ones cannot.
+
+    Those are put beside the folder, as `unreadable-STEP`, once an earlier one was read.
+
+    Raises:
+      UserError: as `restore` of the latest, if none can be read.
+    """
+    errors: dict[int, UserError] = {}
+    for step in reversed(self.steps()):
+      try:
+        state = self.restore(like, step)
+      except UserError as error:
+        errors[step] = error
+        continue
+      for spoilt in errors:
+        names = (f"unreadable-{spoilt}" + "x" * more for more in itertools.count())
+        aside = next(p for p in map(self.directory.with_name, names) if not p.exists())
+        (self.directory / str(spoilt)).rename(aside)
+        print(
+          f"the checkpoint of step {spoilt} cannot be read and is now {aside}; going on from step"
+          f" {step}",
+          file=sys.stderr,
+        )
+      if errors:  # Orbax keeps a list of the steps there are
+        self._orbax.close()
+        self._orbax = self._open()
+      return step, state
+    raise next(iter(errors.values()), None) or self._none()
+
   def restore_params(self, step: int | None = None) -> PyTree:
     """The policy's parameters alone, on host, whatever else the checkpoint holds."""
     step = self._known(step)
@@ -209,12 +242,15 @@ class Checkpoints:
     """The step that is meant, of which there is a checkpoint."""
     steps = self.steps()
     if not steps:
-      raise UserError(f"{self.directory} holds no checkpoint; train there first")
+      raise self._none()
     if step is not None and step not in steps:
       raise UserError(
         f"{self.directory} holds no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
       )
     return steps[-1] if step is None else step
+
+  def _none(self) -> UserError:
+    return UserError(f"{self.directory} holds no checkpoint; train there first")
 
   def close(self) -> None:
     """Waits for what is being written, then lets go of the folder."""

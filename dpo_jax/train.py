@@ -1,5 +1,7 @@
 """Trains a policy: supervised, or from preferences. Run the same command again to resume.
 
+Sent SIGTERM, it saves after the step it is at and exits with status 75.
+
   python -m dpo_jax.train --config=configs/preferences.py --workdir=runs/mine \\
     --config.model.path=MODEL_DIR --config.data.path=PREFERENCES.jsonl
 
@@ -26,6 +28,7 @@ from dpo_jax import (
   logprobs,
   metrics,
   parallel,
+  preemption,
   probes,
   report,
   step,
@@ -130,20 +133,26 @@ def train(run: Run, trained: PyTree, frozen: PyTree | None, claim: Callable[[], 
   )
   try:
     if start:
-      state = run.executor.place(checkpoints.restore(like, start))
+      start, saved = checkpoints.restore_latest(like)
+      state = run.executor.place(saved)
+      del saved
     if placed is not None:
       parallel.assert_separate(state, placed)
-    with Loggers(run.workdir, start_step=start, total_steps=run.steps) as log:
+    logs = Loggers(run.workdir, start_step=start, total_steps=run.steps)
+    with preemption.Notice() as notice, logs as log:
       if start:
         log.say(f"resuming after step {start} of {run.steps}")
-      state = _loop(run, state, placed, feed_after(start), start, checkpoints, log)
+      state = _loop(run, state, placed, feed_after(start), start, checkpoints, log, notice)
   finally:
     checkpoints.close()
   return run.executor.single(state.params)
 
 
-def _loop(run, state, frozen, feed, start, checkpoints, log) -> step.TrainState:
-  """Steps start + 1 to the last, with evaluation and checkpoints where they fall due."""
+def _loop(run, state, frozen, feed, start, checkpoints, log, notice) -> step.TrainState:
+  """Steps start + 1 to the last, with evaluation and checkpoints where they fall due.
+
+  At a notice it saves and exits, after the step that it is at.
+  """
   take = run.executor.compile_step(
     functools.partial(step.train_step, objective=run.objective, tx=run.tx)
   )
@@ -160,7 +169,8 @@ def _loop(run, state, frozen, feed, start, checkpoints, log) -> step.TrainState:
     state, means = take(state, frozen, run.executor.place_batch(batch))
     meter.add(index, means, facts, batch)
     evaluating = judge.ready and (index == run.steps or _due(index, run.config.eval.every))
-    saving = index == run.steps or _due(index, run.config.checkpoint.every)
+    leaving = notice.given and index < run.steps
+    saving = leaving or index == run.steps or _due(index, run.config.checkpoint.every)
     if not (evaluating or saving):
       continue
     meter.flush()  # raises on a loss that is not finite, before anything is kept
@@ -169,6 +179,9 @@ def _loop(run, state, frozen, feed, start, checkpoints, log) -> step.TrainState:
       log.write_eval(index, scores)
     if saving:
       checkpoints.save(index, run.executor.single(state), scores)
+    if leaving:
+      checkpoints.wait()
+      preemption.leave(index)
     meter.restart()
   return state
 

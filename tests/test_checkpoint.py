@@ -131,6 +131,33 @@ def test_a_save_that_fails_leaves_the_previous_checkpoint_whole(tmp_path):
   np.testing.assert_array_equal(again.restore_params()["w"], weights)
 
 
+def test_a_run_falls_back_to_the_last_checkpoint_that_can_be_read(tmp_path, capfd):
+  folder = tmp_path / "checkpoints"
+  checkpoints = Checkpoints(folder, keep=3)
+  for index in (3, 5, 7):
+    checkpoints.save(index, state_at(index))
+  checkpoints.close()
+  for index in (5, 7):
+    for file in (folder / str(index)).rglob("*"):
+      if file.is_file():
+        file.write_bytes(file.read_bytes()[:100])
+
+  checkpoints = Checkpoints(folder, keep=3)
+  found, state = checkpoints.restore_latest(state_at(0))
+  assert found == 3
+  jax.tree.map(np.testing.assert_array_equal, state, state_at(3))
+  said = capfd.readouterr().err
+  assert all(f"step {step} cannot be read" in said for step in (5, 7)) and "from step 3" in said
+  assert checkpoints.steps() == [3] and (tmp_path / "unreadable-7").is_dir()
+  for index in (5, 7):  # the run comes there again
+    checkpoints.save(index, state_at(index))
+  checkpoints.close()
+  assert checkpoints.steps() == [3, 5, 7]
+  again = Checkpoints(folder, keep=3)
+  assert again.restore_latest(state_at(0))[0] == 7
+  again.close()
+
+
 def test_a_state_is_read_onto_another_mesh_to_the_bit(tmp_path):
   """Divided by eight, by two ways of four, whole under pmap, on one device: the same numbers."""
   host = {

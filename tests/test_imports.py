@@ -28,6 +28,7 @@ FLOORS = {
       "plots",
       "report",
       "workdirs",
+      "preemption",
     },
     {"structs", "mathematics", "model", "data"},
   ),

@@ -1,15 +1,22 @@
 """Whole runs on other devices: the same metrics, the same model, and a run that moves."""
 
+import pathlib
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import small_task
 
-from dpo_jax import train
+from dpo_jax import preemption, train
+from dpo_jax.checkpoint import latest_step
 from dpo_jax.loggers import read_metrics
 from dpo_jax.model import adapters
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 ONE = {"parallel.devices": 1}
 DIVIDED = {"parallel.devices": 8, "parallel.fsdp": 2, "parallel.tensor": 2}
 # A learning rate at which rounding does not grow beyond what is looked for in four steps.
@@ -68,6 +75,41 @@ def test_a_divided_run_is_the_run_of_one_device(task, changes):
   alike(
     run(task, f"divided{name}", **DIVIDED, **changes), run(task, f"one{name}", **ONE, **changes)
   )
+
+
+def command(task, name, steps):
+  """A run of its own process, saving at the end alone."""
+  given = {
+    "model.path": task / "base",
+    "data.path": task / "pairs.jsonl",
+    "train.steps": steps,
+    "train.batch_size": 8,
+    "eval.every": 0,
+    "checkpoint.every": 0,
+  }
+  flags = [f"--config.{key}={value}" for key, value in given.items()]
+  module = [sys.executable, "-m", "dpo_jax.train", "--config=configs/preferences.py"]
+  return [*module, f"--workdir={task / name}", *flags]
+
+
+@pytest.mark.slow
+def test_asked_to_stop_a_run_saves_and_goes_on_to_the_bit(task):
+  straight, told = command(task, "undisturbed", 60), command(task, "told", 60)
+  assert subprocess.run(straight, cwd=ROOT, capture_output=True).returncode == 0
+  lines = task / "told" / "metrics.jsonl"
+  with subprocess.Popen(told, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    while not (lines.is_file() and lines.read_text().count("\n") > 3):
+      time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said = process.stdout.read()
+  assert process.returncode == preemption.AGAIN
+  reached = read_metrics(lines)[-1]["step"]
+  assert f"saved after step {reached}" in said and reached < 60
+  assert latest_step(task / "told" / "checkpoints") == reached
+  assert subprocess.run(told, cwd=ROOT, capture_output=True).returncode == 0
+  weights = [task / name / "export" / "model.safetensors" for name in ("undisturbed", "told")]
+  assert weights[0].read_bytes() == weights[1].read_bytes()
+  assert [line["step"] for line in read_metrics(lines)] == list(range(61))
 
 
 @pytest.mark.slow
