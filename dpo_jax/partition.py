@@ -64,7 +64,7 @@ def by_rows(x: Array) -> Array:
   """Says that the first axis is divided as rows of a batch are, and leaves the others as they are.
 
   Without it the compiler may divide activations as it finds the parameters, and send those instead.
-  Like its neighbours it changes nothing outside a mesh of these axes.
+  Like its neighbours it changes nothing outside a mesh of these axes, or within a `shard_map`.
   """
   return _constrain(x, ROWS, *(_FREE,) * (x.ndim - 1))
 
@@ -90,7 +90,7 @@ def for_each_group(table_VD: Array, groups: int) -> Array:
 
 def _constrain(x: Array, *axes: Any) -> Array:
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or not set(AXES) <= set(mesh.axis_names):
+  if not set(AXES) <= set(mesh.axis_names) or mesh.manual_axes:
     return x
 
   def fits(names: Any, size: int) -> Any:
