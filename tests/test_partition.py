@@ -30,7 +30,7 @@ CONFIG = families.from_hf(
   }
 )
 MODEL = transformer.build(CONFIG)
-TX = optax.adamw(1e-2, eps=1e-4)
+TX = optax.adamw(1e-3, eps=1e-3)  # so gentle that rounding does not grow in twenty steps
 CHUNKS = 2**9  # logits alive at once: several chunks a group
 
 
