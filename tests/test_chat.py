@@ -540,7 +540,7 @@ def real(request, shared_data):
   return chat.load_tokenizer(shared_data / "tokenizers" / request.param)
 
 
-WRITTEN = st.text(" \n\tgodb🙂é한", min_size=1, max_size=8)
+SHORT = st.text(" \n\tgodb🙂é한", min_size=1, max_size=8)
 ANYTHING = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 BY_MANY = settings(
   max_examples=60,
@@ -550,7 +550,7 @@ BY_MANY = settings(
 
 
 @BY_MANY
-@given(prompt=ANYTHING | WRITTEN, first=ANYTHING, second=WRITTEN)
+@given(prompt=ANYTHING | SHORT, first=ANYTHING, second=SHORT)
 def test_ids_of_real_tokenizers_decode_to_the_text(real, prompt, first, second):
   """The text, where the tokenizer itself gives it back; the end once; the answer's tokens alone."""
   try:
@@ -570,7 +570,7 @@ def test_ids_of_real_tokenizers_decode_to_the_text(real, prompt, first, second):
 
 @pytest.mark.parametrize("real", ["minimind", "mistral-7b-instruct-v0.3", "qwen3"], indirect=True)
 @BY_MANY
-@given(asked=WRITTEN, first=WRITTEN, second=WRITTEN, turns=st.integers(0, 2))
+@given(asked=SHORT, first=SHORT, second=SHORT, turns=st.integers(0, 2))
 def test_ids_of_real_templates_decode_to_what_they_write(real, asked, first, second, turns):
   prompt = [*[user("why?"), *assistant("so")] * turns, user(asked)]
   answers = assistant(first), assistant(second)
