@@ -155,6 +155,8 @@ def _load_rows(config, loss, tokenizer, model_config):
     held_out, more, form = intake.load_examples(data.eval_path, tokenizer, **how)
     ledger["eval"] = {"format": form, **more.to_json()}
     print(intake.tell(data.eval_path, ledger["eval"]), file=sys.stderr)
+    if not prepared:
+      _remark_overlap(data.path, data.eval_path)
   elif not prepared:
     examples, held_out = tokenized.split(
       examples, data.eval_fraction, config.seed, ledger["dropped"]
@@ -182,6 +184,12 @@ def _load_rows(config, loss, tokenizer, model_config):
   return examples, held_out, ledger
 
 
+def _remark_overlap(path: str, eval_path: str) -> None:
+  """Says where rows that are held out are trained on too."""
+  for file in sorted(map(str, set(sources.files(path)) & set(sources.files(eval_path)))):
+    print(f"data.eval_path: {file} is trained on too; eval/* tells nothing new", file=sys.stderr)
+
+
 def _read_prepared(config: ConfigDict, encoder: intake.Encoder):
   """Both splits of a prepared set and its ledger; the examples to train on stay on disk."""
   data = config.data
@@ -192,8 +200,6 @@ def _read_prepared(config: ConfigDict, encoder: intake.Encoder):
     )
   fraction = None if data.eval_path else data.eval_fraction
   examples, held_out, ledger = tfds_pairs.read(data.path, encoder, eval_fraction=fraction)
-  # What kto judges is drawn from all answers.
-  examples = list(examples) if encoder.kind == "unpaired" else examples
   return examples, held_out[: data.eval_limit] if held_out else [], ledger
 
 

@@ -39,7 +39,7 @@ EVAL_FRACTION = flags.DEFINE_float(
 )
 SEED = flags.DEFINE_integer("seed", 0, "of what is held out", lower_bound=0)
 WORKERS = flags.DEFINE_integer(
-  "workers", None, "processes that tokenise; by default one a core", lower_bound=0
+  "workers", None, "processes that tokenise, 0 for this one; by default one a core", lower_bound=0
 )
 
 

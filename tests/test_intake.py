@@ -265,10 +265,12 @@ def test_a_mismatched_answer_is_to_another_prompt(prompts, seed):
     assert after.answers[0] is before.answers[0] and after.grades == before.grades * 2
     source = some[int(after.answers[1][0])]
     assert source.prompt.tolist() != before.prompt.tolist()
-    assert after.answers[1] is source.answers[0]
+    assert after.answers[1].tolist() == source.answers[0].tolist()
     # A window of 4 and a prompt of 1 token leave 3, for this one alone.
     assert cut.answers[1].tolist() == source.answers[0][:3].tolist()
     assert cut._replace(answers=after.answers) == after
+  for known, read in zip(tokenized.lengths(found), tokenized.lengths(list(found)), strict=True):
+    assert known.tolist() == read.tolist(), "lengths are known before anything is read"
 
 
 def test_mismatched_answers_are_a_function_of_examples_and_seed():

@@ -269,7 +269,7 @@ def test_real_judged_answers_make_batches(shared_data):
   train, held_out = (
     tokenized.with_mismatched(side, max_length=1024) for side in tokenized.split(some, 0.2)
   )
-  prompt_B, tokens_BK = tokenized.lengths(train + held_out)
+  prompt_B, tokens_BK = tokenized.Measured.of(train, held_out).lengths
   assert (prompt_B + tokens_BK.max(1)).max() <= 1024
   batch = take(1, train, batch_size=16)[0]
   assert len(data_rows(batch)) == 16

@@ -6,6 +6,7 @@ prompts. What stands in rows of a batch is decided in `layout`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -143,6 +144,9 @@ def truncate(
   return prompt, answers, cuts
 
 
+# --- all with as many answers, and their lengths --------------------------------------------------
+
+
 def fill_up(examples: Sequence[Example], answers: int | None = None) -> list[Example]:
   """The same examples, all with K answers: absent ones stand behind those there are.
 
@@ -171,9 +175,6 @@ def lengths(examples: Sequence[Example] | Measured) -> tuple[np.ndarray, np.ndar
     return known
   prompt_B = np.array([len(example.prompt) for example in examples])
   return prompt_B, np.array([[len(ids) for ids in example.answers] for example in examples])
-
-
-# --- filling --------------------------------------------------------------------------------------
 
 
 # --- sides ----------------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ def split(
 
 def with_mismatched(
   examples: Sequence[Example], *, max_length: int | None = None, seed: int = 0
-) -> list[Example]:
+) -> Sequence[Example]:
   """Judged answers, each with an answer to another prompt behind its own prompt.
 
   What `kto` estimates the distance between policy and reference from. The other answer is that of
@@ -221,7 +222,7 @@ def with_mismatched(
   off before, so that no answer gets from one side to the other.
 
   Args:
-    examples: each with one answer and its label.
+    examples: each with one answer and its label; read once, and again as they are asked for.
     max_length: the window; an answer that goes beyond it is cut at its end.
     seed: of the order.
 
@@ -230,9 +231,27 @@ def with_mismatched(
   """
   if not examples:
     return []
+  other_B = _others(examples, seed)
+  prompt_B, tokens_BK = lengths(examples)
+  tokens_B = tokens_BK[other_B, 0]
+  if max_length is not None:
+    tokens_B = np.minimum(tokens_B, max_length - prompt_B)
+
+  def read(number: int) -> Example:
+    example, other = examples[number], examples[int(other_B[number])]
+    answers = example.answers[0], other.answers[0][: tokens_B[number]]
+    return example._replace(answers=answers, grades=example.grades[:1] * 2)
+
+  return Lazy(read, (prompt_B, np.stack([tokens_BK[:, 0], tokens_B], axis=1)))
+
+
+def _others(examples: Sequence[Example], seed: int) -> np.ndarray:
+  """[B]: of each example, the next one in a drawn order whose prompt is another."""
   size = len(examples)
-  order = np.random.default_rng(seed).permutation(size).tolist()
-  keys = [examples[i].prompt.tobytes() for i in order]
+  # As digests: prompts themselves may be more than memory holds.
+  prompts = [hashlib.blake2b(e.prompt.tobytes(), digest_size=16).digest() for e in examples]
+  order_B = np.random.default_rng(seed).permutation(size)
+  keys = [prompts[i] for i in order_B]
   if len(set(keys)) < 2:
     raise UserError(
       f"all {size} judged answers are to one prompt, and kto needs answers to others; give rows of"
@@ -244,12 +263,6 @@ def with_mismatched(
   for at in range(start, start - size, -1):
     at, after = at % size, (at + 1) % size
     partner[at] = after if keys[at] != keys[after] else partner[after]
-  found = list(examples)
-  for at, other in enumerate(partner):
-    example, (answer, *_) = examples[order[at]], examples[order[other]].answers
-    if max_length is not None:
-      answer = answer[: max_length - len(example.prompt)]
-    found[order[at]] = example._replace(
-      answers=(example.answers[0], answer), grades=example.grades[:1] * 2
-    )
-  return found
+  other_B = np.empty(size, np.int64)
+  other_B[order_B] = order_B[partner]
+  return other_B
