@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from dpo_jax import feeds, logprobs, losses, optim, parallel, reference, step
+from dpo_jax import feeds, logprobs, losses, optim, parallel, processes, reference, step
 from dpo_jax.data import chat, intake, packing, templates, tokenized
 from dpo_jax.model import adapters, families, hf, lora, transformer
 from dpo_jax.model.config import ModelConfig
@@ -59,7 +59,9 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
   sync = _sync(config.reference, loss)
   settings = _lora(config, loss)
   feeds.check(config, loss)
-  executor = parallel.Executor(**config.parallel)
+  executor = parallel.Executor(
+    **{k: config.parallel[k] for k in ("mode", "devices", "fsdp", "tensor")}
+  )
   _check_numbers(config)
   _check_divides(config.train.batch_size, config.train.accumulate, executor.groups)
 
@@ -131,18 +133,22 @@ def fill_store(run: Run, frozen: PyTree | None) -> PyTree | None:
     return frozen
   forward = run.executor.compile_forward(logprobs.make_token_fn(run.model))
   token_fn = lambda batch: forward(frozen, jax.tree.map(lambda x: x[None], batch))
+  # All processes compute, the first one writes.
+  store = run.store if processes.first() else None
   settings = run.config.train
   size = settings.batch_size // settings.accumulate
   started = said = time.perf_counter()
   for examples in run.lacking:
     batching = run.material.batching | {"batch_size": size}
-    for done in reference.fill(run.store, examples, token_fn, **batching):
+    for done in reference.fill(store, examples, token_fn, **batching):
       now = time.perf_counter()
       if now - said >= 5 or done == len(examples):
         said = now
         print(f"reference store: {done:,} of {len(examples):,} examples computed", file=sys.stderr)
   if run.lacking:
     print(f"reference store: filled in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+  processes.wait("reference store")
+  run.store.refresh()
   if run.adapter:
     return frozen
   jax.tree.map(lambda x: x.delete(), frozen)

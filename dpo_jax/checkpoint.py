@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from dpo_jax import processes
 from dpo_jax.structs import PyTree, UserError
 
 
@@ -195,7 +196,7 @@ class Checkpoints:
       for spoilt in errors:
         names = (f"unreadable-{spoilt}" + "x" * more for more in itertools.count())
         aside = next(p for p in map(self.directory.with_name, names) if not p.exists())
-        (self.directory / str(spoilt)).rename(aside)
+        processes.on_first(functools.partial((self.directory / str(spoilt)).rename, aside), "aside")
         print(
           f"the checkpoint of step {spoilt} cannot be read and is now {aside}; going on from step"
           f" {step}",

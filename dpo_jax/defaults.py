@@ -141,9 +141,12 @@ def get_config() -> ConfigDict:
       "checkpoint": section(every=500, keep=2),  # steps (0 only at the end); how many of the latest
       "parallel": section(
         mode="mesh",  # mesh, or pmap (copies of everything, rows divided)
-        devices=0,  # of this process; 0 takes all, and those that the next two leave hold copies
+        devices=0,  # 0 takes all there are; those that the next two leave hold copies
         fsdp=1,  # devices among which parameters and rows are divided
         tensor=1,  # devices among which parameters are divided, and the products with them
+        coordinator="",  # of several processes: the first's HOST:PORT, or auto (TPU pod, SLURM)
+        processes=0,  # how many there are, with HOST:PORT
+        process=0,  # which of them this is, from 0
       ),
     }
   )

@@ -126,6 +126,25 @@ class Loggers:
         self._events.add_scalar(name, value, step)
 
 
+class Silent:
+  """In place of `Loggers` in a process that is not the one to speak."""
+
+  def __enter__(self) -> Silent:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    pass
+
+  def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Nothing."""
+
+  def write_eval(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Nothing."""
+
+  def say(self, text: str) -> None:
+    """Nothing."""
+
+
 # ---------------------------------------------------------------------------- metrics.jsonl
 
 

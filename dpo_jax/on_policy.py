@@ -62,9 +62,15 @@ class Sampler:
   batching: dict[str, Any]
 
   def batch(
-    self, index: int, params: PyTree, sizes: packing.Sizes | None = None
+    self,
+    index: int,
+    params: PyTree,
+    sizes: packing.Sizes | None = None,
+    share: tuple[int, int] = (0, 1),
   ) -> tuple[TokenBatch, dict[str, float]]:
     """Batch `index`, from 0, sampled from `params`; arrays as those of `pipeline.batches`.
+
+    Every host samples all of it, and lays out its `share`.
 
     Returns:
       The batch, and the mean of what was sampled: `reward`, reward units; `tokens`, of an answer.
@@ -74,7 +80,8 @@ class Sampler:
         can learn from.
     """
     examples, facts = self._examples(index, params)
-    return layout.collate_many(self._parts(examples), sizes=sizes, **self.batching), facts
+    parts = self._parts(examples)
+    return layout.collate_many(parts, sizes=sizes, share=share, **self.batching), facts
 
   def sizes(self, params: PyTree) -> packing.Sizes:
     """Sizes that suit the first batch, with some room: the same for a run and its resumption."""

@@ -1,5 +1,7 @@
 """Who compiles the step, and where its arguments live.
 
+Devices are those of all processes; each process places its part of what it has on host.
+
 The same pure functions run under `jax.jit` over a mesh of the axes data, fsdp and tensor ("mesh",
 divided by the rules of `partition`) and under `jax.pmap` ("pmap", replicated data parallelism). The
 reference is placed in buffers of its own and never donated; the state is donated to its successor.
@@ -7,6 +9,7 @@ reference is placed in buffers of its own and never donated; the state is donate
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dpo_jax import partition
+from dpo_jax.model.leaves import gathered
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 
 MODES = ("mesh", "pmap")
@@ -24,12 +28,13 @@ AXIS = "data"
 
 
 def pick_devices(count: int) -> list[jax.Device]:
-  """The first `count` devices of this process; all of them for 0."""
-  if jax.process_count() > 1:
+  """The first `count` devices; all of them, of all processes, for 0."""
+  devices, processes = jax.devices(), jax.process_count()
+  if processes > 1 and count not in (0, len(devices)):
     raise UserError(
-      f"{jax.process_count()} processes were started; this version trains in one process only"
+      f"parallel.devices is {count}; {processes} processes have {len(devices)} and use all of them:"
+      " leave it 0"
     )
-  devices = jax.local_devices()
   if not 0 <= count <= len(devices):
     raise UserError(
       f"parallel.devices is {count}; this machine has {len(devices)} ({devices[0].platform});"
@@ -84,11 +89,12 @@ class Executor:
 
   Attributes:
     groups: shards of a batch; rows, and groups of scored tokens, are divided among them.
+    share: (i, H), which part of the rows of a batch is to be made by this process: the i-th of H.
     home: where an array goes that every device holds whole.
   """
 
   def __init__(self, mode: str = "mesh", devices: int = 0, fsdp: int = 1, tensor: int = 1):
-    """`devices` are all of this process for 0; those that fsdp and tensor leave are for data."""
+    """`devices` are all there are for 0; those that fsdp and tensor leave are for data."""
     if mode not in MODES:
       raise UserError(f"parallel.mode is {mode!r}; known: {', '.join(MODES)}")
     self.mode = mode
@@ -100,6 +106,19 @@ class Executor:
       shape, axes = shape[:1], (AXIS,)
     self.mesh = jax.make_mesh(shape, axes, (AxisType.Auto,) * len(shape), devices=self.devices)
     self.home = self._shard()
+    self.share = self._own_share()
+
+  def _own_share(self) -> tuple[int, int]:
+    """Every process makes its rows alone, if each has a run of them as long as the others'."""
+    rows = self._shard(AXIS if self.mode == "pmap" else partition.ROWS)
+    held: dict[int, set[int]] = {}
+    for device, (piece,) in rows.devices_indices_map((self.groups,)).items():
+      held.setdefault(device.process_index, set()).add(piece.indices(self.groups)[0])
+    mine = held[jax.process_index()]
+    runs = [set(range(i, i + len(mine))) for i in range(0, self.groups, len(mine))]
+    if any(groups not in runs for groups in held.values()):
+      return 0, 1
+    return runs.index(mine), len(runs)
 
   def _shard(self, *spec: Any) -> NamedSharding:
     return NamedSharding(self.mesh, PartitionSpec(*spec))
@@ -139,40 +158,75 @@ class Executor:
     # compiled copy never does. A leaf at a time, so that only one is held twice.
     if isinstance(x, jax.Array):
       return x
-    return _copy(jax.device_put(np.asarray(x), sharding))
+    x = np.asarray(x)
+    return _copy(jax.make_array_from_callback(x.shape, sharding, x.__getitem__))
 
   def _stack(self, x: Any) -> jax.Array:
     shape = (self.groups, *np.shape(x))
     if not isinstance(x, jax.Array):
-      return _copy(self._put(np.broadcast_to(x, shape), AXIS))
+      return self._take_over(np.broadcast_to(x, shape), self._shard(AXIS))
     rows = [jnp.expand_dims(shard.data, 0) for shard in x.addressable_shards]
     stacked = jax.make_array_from_single_device_arrays(shape, self._shard(AXIS), rows)
     stacked.block_until_ready()
     x.delete()
     return stacked
 
-  def _put(self, x: Any, *spec: Any) -> jax.Array:
-    return jax.device_put(x, self._shard(*spec))
+  def place_batch(self, batch: TokenBatch, share: tuple[int, int] | None = None) -> TokenBatch:
+    """A host batch, rows divided among the devices. Axes of every array: [A, rows or groups, …].
 
-  def place_batch(self, batch: TokenBatch) -> TokenBatch:
-    """A host batch, rows divided among the devices. Axes of every array: [A, rows or groups, …]."""
+    `share` says which part of the rows it has, (0, 1) all of them; that of this process unless
+    given.
+    """
+    share = self.share if share is None else share
     if self.mode == "pmap":
-      return jax.tree.map(lambda x: self._put(self._split(x), AXIS), batch)
-    return jax.tree.map(lambda x: self._put(x, None, partition.ROWS), batch)
+      return jax.tree.map(lambda x: self._place_rows(self._split(x, share), 0, share), batch)
+    return jax.tree.map(lambda x: self._place_rows(x, 1, share), batch)
 
-  def _split(self, x: np.ndarray) -> np.ndarray:
-    """[A, N, …] to [devices, A, N / devices, …]."""
-    return np.moveaxis(x.reshape(len(x), self.groups, -1, *x.shape[2:]), 1, 0)
+  def _place_rows(self, x: np.ndarray, axis: int, share: tuple[int, int]) -> jax.Array:
+    """An array of which this process has the i-th of H parts along an axis."""
+    (part, parts), size = share, x.shape[axis]
+    shape = (*x.shape[:axis], size * parts, *x.shape[axis + 1 :])
+
+    def piece(index: tuple[slice, ...]) -> np.ndarray:
+      start, end, _ = index[axis].indices(shape[axis])
+      own = slice(start - part * size, end - part * size)
+      return x[(*index[:axis], own, *index[axis + 1 :])]
+
+    place = self._shard(AXIS) if self.mode == "pmap" else self._shard(None, partition.ROWS)
+    return jax.make_array_from_callback(shape, place, piece)
+
+  def _split(self, x: np.ndarray, share: tuple[int, int]) -> np.ndarray:
+    """[A, N, …] to [devices, A, N / devices, …], of the devices of a share."""
+    devices = self.groups // share[1]
+    return np.moveaxis(x.reshape(len(x), devices, -1, *x.shape[2:]), 1, 0)
 
   def fetch(self, tree: PyTree) -> PyTree:
-    """One copy of a placed tree, on host."""
-    return jax.tree.map(np.asarray, self.single(tree))
+    """One copy of a placed tree, on host. All processes call it together."""
+    return jax.tree.map(gathered, self.single(tree))
 
   def single(self, tree: PyTree) -> PyTree:
-    """One copy of a placed tree, still on device: what a checkpoint takes."""
-    if self.mode == "pmap":
+    """One copy of a placed tree, still on devices: what a checkpoint takes."""
+    if self.mode == "mesh":
+      return tree
+    if jax.process_count() == 1:
       return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
-    return tree
+
+    def joined(x: jax.Array) -> jax.Array:
+      rows = [shard.data[0] for shard in x.addressable_shards]
+      return jax.make_array_from_single_device_arrays(x.shape[1:], self.home, rows)
+
+    return jax.tree.map(joined, tree)
+
+  def here(self, tree: PyTree) -> PyTree:
+    """One copy of a placed tree that this process can use by itself, without the others.
+
+    All processes call it together. In a run of several it is on this one's first device, whole.
+    """
+    tree = self.single(tree)
+    if jax.process_count() == 1:
+      return tree
+    whole = jax.jit(lambda x: x, out_shardings=self.home)
+    return jax.tree.map(lambda x: whole(x).addressable_shards[0].data, tree)
 
   # -- compiling -------------------------------------------------------------------------------
 
@@ -210,34 +264,29 @@ class Executor:
     return take
 
   def metrics_to_host(self, metrics: dict[str, jax.Array]) -> dict[str, np.ndarray]:
-    """Step metrics on host: means are equal on every device, arrays by slot joined [A, N, S]."""
-    if self.mode == "mesh":
-      return {k: np.asarray(v) for k, v in metrics.items()}
-    host = {k: np.asarray(v) for k, v in metrics.items()}
-    return {k: v[0] if v.ndim == 1 else self._join(v) for k, v in host.items()}
+    """Step metrics on host; all devices have them alike."""
+    return {name: self._first_copy(x) for name, x in metrics.items()}
 
-  @staticmethod
-  def _join(x: np.ndarray) -> np.ndarray:
-    """[devices, A, n, …] to [A, devices * n, …]."""
-    x = np.moveaxis(x, 0, 1)
-    return x.reshape(len(x), -1, *x.shape[3:])
+  def _first_copy(self, x: jax.Array) -> np.ndarray:
+    """What all devices have alike, on host."""
+    mine = np.asarray(x.addressable_shards[0].data)
+    return mine if self.mode == "mesh" else mine[0]
 
   def compile_forward(self, fn: Callable[[PyTree, TokenBatch], jax.Array]) -> Callable[..., Any]:
     """fn(params, batch) -> [N, S], for placed params and a host batch with axes [1, …].
 
-    The result comes back on host as [N, S].
+    The batch is whole in every process, and so is the result, on host as [N, S].
     """
-    first = lambda params, batch: fn(params, jax.tree.map(lambda x: x[0], batch))[None]
+    first = lambda params, batch: fn(params, jax.tree.map(lambda x: x[0], batch))
     if self.mode == "pmap":
-      mapped = jax.pmap(first, AXIS, devices=self.devices)
-      return lambda params, batch: self._join(np.asarray(mapped(params, self.place_batch(batch))))[
-        0
-      ]
-    compiled = jax.jit(first, out_shardings=self._shard(None, partition.ROWS))
+      everywhere = lambda *args: jax.lax.all_gather(first(*args), AXIS, tiled=True)
+      mapped = jax.pmap(everywhere, AXIS, devices=self.devices)
+    else:
+      mapped = jax.jit(first, out_shardings=self.home)
 
     def forward(params: PyTree, batch: TokenBatch) -> np.ndarray:
-      placed = self.place_batch(batch)
-      with jax.set_mesh(self.mesh):
-        return np.asarray(compiled(params, placed))[0]
+      placed = self.place_batch(batch, share=(0, 1))
+      with jax.set_mesh(self.mesh) if self.mode == "mesh" else contextlib.nullcontext():
+        return self._first_copy(mapped(params, placed))
 
     return forward

@@ -71,10 +71,10 @@ class Store:
     _write(root / MARK, json.dumps({"version": VERSION}) + "\n")
     _write(self.folder / "key.json", text)
     self._parts: list[_Part] = []
-    self._index()
+    self.refresh()
 
-  def _index(self) -> None:
-    """Reads what was written since, by whoever it was."""
+  def refresh(self) -> None:
+    """Finds what was written since, by whoever it was."""
     known = {part.name for part in self._parts}
     for path in sorted(self.folder.glob("*.safetensors")):
       if path.name not in known:
@@ -135,7 +135,7 @@ class Store:
       ) from None
     finally:
       partial.unlink(missing_ok=True)
-    self._index()
+    self.refresh()
 
 
 def check(root: pathlib.Path) -> None:
@@ -208,7 +208,7 @@ def lacking(examples: Sequence[Example], store: Store) -> Lazy:
 
 
 def fill(
-  store: Store,
+  store: Store | None,
   examples: Sequence[Example],
   token_fn: Callable[[TokenBatch], np.ndarray],
   **batching: Any,
@@ -216,7 +216,7 @@ def fill(
   """Computes and keeps the log-probs of some examples; gives how many are done, now and then.
 
   Args:
-    store: where they are kept, a part at a time.
+    store: where they are kept, a part at a time; None where another process keeps them.
     examples: what is lacking.
     token_fn: batch -> log-probs of its scored tokens under the reference, [G, M], nats.
     batching: of `pipeline.eval_batches`.
@@ -226,6 +226,7 @@ def fill(
   """
   numbered = Lazy(lambda i: examples[i]._replace(row=i), tokenized.lengths(examples))
   answers = numbered.lengths[1].shape[1]
+  keep = store.add if store else lambda examples: None
   waiting: list[Example] = []
   tokens, done, since = 0, 0, time.perf_counter()
   for batch in pipeline.eval_batches(numbered, **batching):
@@ -240,11 +241,11 @@ def fill(
       tokens += sum(map(len, logps))
     now = time.perf_counter()
     if tokens >= PART_TOKENS or now - since >= PART_SECONDS:
-      store.add(waiting)
+      keep(waiting)
       done, tokens, since, waiting = done + len(waiting), 0, now, []
     yield done + len(waiting)
   if waiting:
-    store.add(waiting)
+    keep(waiting)
 
 
 def _by_example(

@@ -169,7 +169,8 @@ def train_step(
 
   Returns:
     The next state and its metrics: means over the global batch; `grad_norm` before clipping;
-    `nonfinite_ANS`, the slots whose loss is not finite.
+    `rows` and `tokens`, of data, that the batch held; `nonfinite_row_ANS`, of all slots of the
+    global batch, the data row of one whose loss is not finite, and -1 for the others.
   """
   fixed = ref_params if state.reference is None else state.reference
   grads, sums, bad_ANS = _gradient(objective, state, fixed, batch, axis_name)
@@ -183,7 +184,23 @@ def train_step(
     memory=objective.loss.remember(state.memory, means),
     reference=_followed(state, params, objective.sync),
   )
-  return following, means | {"grad_norm": optax.tree.norm(grads), "nonfinite_ANS": bad_ANS}
+  facts = _facts(objective, batch, bad_ANS, axis_name)
+  return following, means | {"grad_norm": optax.tree.norm(grads)} | facts
+
+
+def _facts(
+  objective: Objective, batch: TokenBatch, bad_ANS: Array, axis_name: str | None
+) -> dict[str, Array]:
+  """What is told of a global batch beside its metrics."""
+  bad_row_ANS = jnp.where(bad_ANS, batch.row_NS, -1)
+  counts = {
+    "rows": (batch.row_NS >= 0).sum() // objective.answers,
+    "tokens": (batch.pair_NL >= 0).sum(),
+  }
+  if axis_name is not None:
+    bad_row_ANS = jax.lax.all_gather(bad_row_ANS, axis_name, axis=1, tiled=True)
+    counts = jax.lax.psum(counts, axis_name)
+  return counts | {"nonfinite_row_ANS": bad_row_ANS}
 
 
 def _gradient(

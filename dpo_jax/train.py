@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import pathlib
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,6 +32,7 @@ from dpo_jax import (
   parallel,
   preemption,
   probes,
+  processes,
   report,
   step,
   workdirs,
@@ -37,8 +40,9 @@ from dpo_jax import (
 from dpo_jax.build import Run, build, fill_store
 from dpo_jax.checkpoint import Checkpoints, latest_step
 from dpo_jax.data import pipeline
-from dpo_jax.loggers import Loggers
-from dpo_jax.model import adapters, hf
+from dpo_jax.loggers import Loggers, Silent
+from dpo_jax.model import adapters, hf, weight_files
+from dpo_jax.model.leaves import gathered
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py or configs/NAME.py:ARG")
@@ -57,9 +61,11 @@ def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
   Raises:
     UserError: bad input; nothing that was in `workdir` has been touched.
   """
-  workdirs.check(workdir, config.to_json_best_effort())
-  with contextlib.ExitStack() as stack:
-    if workdir.exists():
+  section = config.parallel
+  processes.start(section.coordinator, section.processes, section.process)
+  with processes.Touch(), processes.quiet(), contextlib.ExitStack() as stack:
+    workdirs.check(workdir, config.to_json_best_effort())
+    if workdir.exists() and processes.first():
       stack.enter_context(workdirs.alone(workdir))
     _execute(config, workdir, stack)
 
@@ -74,14 +80,25 @@ def _execute(config: ConfigDict, workdir: pathlib.Path, stack: contextlib.ExitSt
       stack.enter_context(workdirs.alone(workdir))
     workdirs.claim(workdir, config.to_json_best_effort(indent=2), ledger)
 
-  final = train(run, trained, frozen, claim)
+  final = train(run, trained, frozen, lambda: processes.on_first(claim, "claim"))
+  _export(run, final)
+
+
+def _export(run: Run, final: PyTree) -> None:
+  """The trained model, or adapter, and the report; the first process writes them."""
+  workdir, config = run.workdir, run.config
   out, source = workdir / "export", config.model.path or config.model.tokenizer
   print(f"exporting to {out}", flush=True)
   if run.adapter:
-    adapters.save(out, run.model_config, final, run.adapter, source=source)
-  else:
-    hf.save(out, run.model_config, final, source=source)
-  report.write(workdir)
+    final = jax.tree.map(gathered, final)
+  if processes.first():
+    if run.adapter:
+      adapters.save(out, run.model_config, final, run.adapter, source=source)
+    else:
+      hf.save(out, run.model_config, final, source=source)
+    report.write(workdir)
+  elif not run.adapter:
+    hf.lend(run.model_config, final)
   what = "the adapter" if run.adapter else "the model"
   print(f"done: {out} ({what}), {workdir / 'report.html'} (what happened)")
 
@@ -109,6 +126,7 @@ def train(run: Run, trained: PyTree, frozen: PyTree | None, claim: Callable[[], 
   sampler = run.material.sampler
   sizes = sampler and sampler.sizes(run.objective.policy(trained, frozen))
   feed_after = functools.partial(feeds.make_feed, run.config, run.material, sizes)
+  processes.agree(_facts(run))
   placed = None if frozen is None else run.executor.place(frozen)
   placed = fill_store(run, placed)
   if start:
@@ -138,11 +156,14 @@ def train(run: Run, trained: PyTree, frozen: PyTree | None, claim: Callable[[], 
       del saved
     if placed is not None:
       parallel.assert_separate(state, placed)
-    logs = Loggers(run.workdir, start_step=start, total_steps=run.steps)
+    logs = Silent()
+    if processes.first():
+      logs = Loggers(run.workdir, start_step=start, total_steps=run.steps)
     with preemption.Notice() as notice, logs as log:
       if start:
         log.say(f"resuming after step {start} of {run.steps}")
-      state = _loop(run, state, placed, feed_after(start), start, checkpoints, log, notice)
+      feed = feed_after(start, share=run.executor.share)
+      state = _loop(run, state, placed, feed, start, checkpoints, log, notice)
   finally:
     checkpoints.close()
   return run.executor.single(state.params)
@@ -169,7 +190,7 @@ def _loop(run, state, frozen, feed, start, checkpoints, log, notice) -> step.Tra
     state, means = take(state, frozen, run.executor.place_batch(batch))
     meter.add(index, means, facts, batch)
     evaluating = judge.ready and (index == run.steps or _due(index, run.config.eval.every))
-    leaving = notice.given and index < run.steps
+    leaving = notice.leaving(index) and index < run.steps
     saving = leaving or index == run.steps or _due(index, run.config.checkpoint.every)
     if not (evaluating or saving):
       continue
@@ -188,8 +209,8 @@ def _loop(run, state, frozen, feed, start, checkpoints, log, notice) -> step.Tra
 
 def _policy(run: Run, state: step.TrainState, frozen: PyTree | None) -> PyTree:
   """The policy's parameters, one copy of them, on device."""
-  single = run.executor.single
-  return run.objective.policy(single(state.params), None if frozen is None else single(frozen))
+  here = run.executor.here
+  return run.objective.policy(here(state.params), None if frozen is None else here(frozen))
 
 
 def _due(index: int, every: int) -> bool:
@@ -237,10 +258,10 @@ class _Judge:
 
   def _both(self, state: step.TrainState) -> tuple[PyTree, PyTree | None]:
     """One copy of the policy and of the reference, which share the base of adapters."""
-    single = self.run.executor.single
+    here = self.run.executor.here
     fixed = self.frozen if state.reference is None else state.reference
-    fixed = None if fixed is None else single(fixed)
-    policy = self.run.objective.policy(single(state.params), fixed)
+    fixed = None if fixed is None else here(fixed)
+    policy = self.run.objective.policy(here(state.params), fixed)
     return policy, fixed if self.run.objective.loss.needs_reference else None
 
   def _means(self, state: step.TrainState) -> dict[str, float]:
@@ -295,25 +316,25 @@ class _Meter:
       return
     (index, means, facts, batch), self.pending = self.pending, None
     means = self.run.executor.metrics_to_host(means)  # waits for the step
-    bad_ANS = means.pop("nonfinite_ANS")
+    bad_row_ANS, rows, tokens = (means.pop(key) for key in ("nonfinite_row_ANS", "rows", "tokens"))
     now = time.perf_counter()
     elapsed, self.since = now - self.since, now
     if not (np.isfinite(means["loss"]) and np.isfinite(means["grad_norm"])):
-      self.fail(index, means, batch, bad_ANS)
-    answers = self.run.objective.answers
+      self.fail(index, means, batch, bad_row_ANS[bad_row_ANS >= 0])
     self.log.write(
       index,
       {k: float(v) for k, v in means.items()}
       | facts
       | {
         "learning_rate": float(self.run.schedule(index - 1)),
-        "pairs_per_second": (batch.row_NS >= 0).sum() / answers / elapsed,
-        "tokens_per_second": (batch.pair_NL >= 0).sum() / elapsed,
+        "pairs_per_second": rows / elapsed,
+        "tokens_per_second": tokens / elapsed,
       },
     )
 
-  def fail(self, index: int, means: dict, batch: TokenBatch, bad_ANS: np.ndarray) -> None:
-    rows = batch.row_NS[bad_ANS] if bad_ANS.any() else batch.row_NS[batch.row_NS >= 0]
+  def fail(self, index: int, means: dict, batch: TokenBatch, rows: np.ndarray) -> None:
+    if not len(rows):
+      rows = batch.row_NS[batch.row_NS >= 0]
     named = ", ".join(str(row) for row in sorted(set(rows.tolist()))[:8])
     self.checkpoints.wait()
     last = self.checkpoints.latest()
@@ -323,6 +344,21 @@ class _Meter:
       f" rows {named}{', …' if len(set(rows.tolist())) > 8 else ''} of {self.run.config.data.path};"
       f" {kept}. Try a lower optimizer.learning_rate in a new --workdir, or look at those rows"
     )
+
+
+def _facts(run: Run) -> dict[str, Any]:
+  """What all processes of a run must have alike."""
+  config = json.loads(run.config.to_json_best_effort())
+  config["parallel"].pop("process")
+  folders = filter(None, (run.config.model.path, run.config.reference.path))
+  return {
+    "the configuration": config,
+    "the code": processes.code_digest(),
+    "the data": feeds.digest(run.material),
+    "the model folder": [weight_files.sampled_digest(pathlib.Path(path)) for path in folders],
+    "what the reference store lacks": [len(some) for some in run.lacking],
+    "how far the run has come": latest_step(run.workdir / "checkpoints"),
+  }
 
 
 # -- the run proves itself -----------------------------------------------------------------------

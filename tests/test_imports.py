@@ -29,6 +29,7 @@ FLOORS = {
       "report",
       "workdirs",
       "preemption",
+      "processes",
     },
     {"structs", "mathematics", "model", "data"},
   ),

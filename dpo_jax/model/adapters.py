@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from dpo_jax.folders import replacing
 from dpo_jax.model import families, hf, lora, weight_files
 from dpo_jax.model.config import ModelConfig, is_number
+from dpo_jax.model.leaves import gathered
 from dpo_jax.model.lora import LoRA
 from dpo_jax.model.weight_files import Entry, read_json, write_file
 from dpo_jax.structs import PyTree, UserError
@@ -55,7 +56,7 @@ def mark_of(params: PyTree) -> str:
   for path, leaf in jax.tree_util.tree_leaves_with_path(params["params"]):
     digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}".encode())
     for end in (0, -1):
-      row = np.asarray(leaf[(end,) * (leaf.ndim - 1)], jnp.bfloat16)
+      row = gathered(leaf, (end,) * (leaf.ndim - 1)).astype(jnp.bfloat16)
       digest.update(row.tobytes())
   return digest.hexdigest()[:16]
 

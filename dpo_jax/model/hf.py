@@ -14,7 +14,6 @@ import pathlib
 import shutil
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
@@ -23,7 +22,7 @@ from dpo_jax.folders import replacing
 from dpo_jax.model import families
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.families import Tensor
-from dpo_jax.model.leaves import Lead, Leaf, distribute
+from dpo_jax.model.leaves import Lead, Leaf, distribute, gathered
 from dpo_jax.model.transformer import param_shapes
 from dpo_jax.model.weight_files import (
   DTYPES,
@@ -199,7 +198,8 @@ def save(
   Args:
     path: the folder to write.
     config: the model.
-    params: {"params": ...}, on host or on devices of this process; written in its own dtype.
+    params: {"params": ...}, on host or on devices; written in its own dtype. What other processes
+      hold of it, they `lend` meanwhile.
     source: folder the model came from: its tokenizer and generation settings are copied untouched,
       and its `config.json` is kept where it describes this very model.
     max_shard_size: bytes above which the weights are divided into shards with an index.
@@ -216,6 +216,12 @@ def save(
     write_weights(new, entries, max_shard_size)
 
 
+def lend(config: ModelConfig, params: PyTree) -> None:
+  """Takes part in `save` by another process, which needs what this one holds of every tensor."""
+  for entry in _entries(config, _flatten(params["params"])):
+    entry.fetch()
+
+
 def _entries(config: ModelConfig, leaves: dict[str, Any]) -> list[Entry]:
   """Every tensor of the folder, none of them fetched."""
   entries = []
@@ -230,25 +236,9 @@ def _entries(config: ModelConfig, leaves: dict[str, Any]) -> list[Entry]:
 
 def _fetch(leaves: list[Any], lead: Lead, transposed: bool) -> np.ndarray:
   """One tensor as it lies on disk."""
-  parts = [_on_host(leaf, lead) for leaf in leaves]
+  parts = [gathered(leaf, lead) for leaf in leaves]
   joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
   return joined.T if transposed else joined
-
-
-def _on_host(leaf: Any, lead: Lead) -> np.ndarray:
-  if not isinstance(leaf, jax.Array):
-    return np.asarray(leaf)[lead]
-  if lead:
-    return np.asarray(_take(leaf, lead))
-  # A second array over the same buffers: the first would keep what np.asarray copies to host.
-  shards = [shard.data for shard in leaf.addressable_shards]
-  return np.asarray(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards))
-
-
-@jax.jit
-def _take(leaf: jax.Array, lead: Lead) -> jax.Array:
-  """leaf[lead], compiled once for all layers."""
-  return leaf[lead]
 
 
 def _config_fields(config: ModelConfig, source: pathlib.Path | None, dtype: str) -> dict[str, Any]:

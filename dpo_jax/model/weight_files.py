@@ -91,6 +91,20 @@ def file_digest(path: pathlib.Path) -> bytes:
     return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
 
 
+def sampled_digest(path: pathlib.Path) -> str:
+  """Of the sizes of a folder's weight files and of 16 pieces of each; quick, and seldom fooled."""
+  shard_of = _shard_of(path)
+  found = hashlib.blake2b(digest_size=16)
+  for shard in [WEIGHTS] if shard_of is None else sorted(set(shard_of.values())):
+    with (path / shard).open("rb") as file:
+      size = os.fstat(file.fileno()).st_size
+      found.update(f"{shard} {size}".encode())
+      for at in np.linspace(0, max(0, size - 65536), 16, dtype=np.int64):
+        file.seek(int(at))
+        found.update(file.read(65536))
+  return found.hexdigest()
+
+
 def _shard_of(path: pathlib.Path) -> dict[str, str] | None:
   """The file that each tensor lies in, by the index; None for a single file."""
   if (path / WEIGHTS).is_file():
