@@ -218,15 +218,19 @@ class Executor:
     return jax.tree.map(joined, tree)
 
   def here(self, tree: PyTree) -> PyTree:
-    """One copy of a placed tree that this process can use by itself, without the others.
+    """One copy of a placed tree that this process can use by itself: see `alone`."""
+    return self.alone(self.single(tree))
+
+  def alone(self, tree: PyTree) -> PyTree:
+    """One copy of a tree, as `place` takes it, that this process can use without the others.
 
     All processes call it together. In a run of several it is on this one's first device, whole.
     """
-    tree = self.single(tree)
     if jax.process_count() == 1:
       return tree
     whole = jax.jit(lambda x: x, out_shardings=self.home)
-    return jax.tree.map(lambda x: whole(x).addressable_shards[0].data, tree)
+    own = lambda x: whole(x).addressable_shards[0].data if isinstance(x, jax.Array) else x
+    return jax.tree.map(own, tree)
 
   # -- compiling -------------------------------------------------------------------------------
 

@@ -177,8 +177,9 @@ class Touch:
       self._over.set()
       self._tell(_BYE)
       return
-    if not isinstance(error, UserError):
-      time.sleep(2.0)  # if another is lost, that is why; it is known by then, and this process over
+    # If another is lost, that is why; it is known by then, and `_end` says so.
+    if self._over.wait(0.5 if isinstance(error, UserError) else 2.0):
+      time.sleep(SILENCE)
     self._over.set()
     self._tell(f"1 {self._name()} stopped: {' '.join(str(error).split()) or kind.__name__}")
     # JAX would wait for the others when Python exits.

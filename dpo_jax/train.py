@@ -124,7 +124,9 @@ def train(run: Run, trained: PyTree, frozen: PyTree | None, claim: Callable[[], 
   like = jax.eval_shape(init, trained)._replace(reference=frozen if follows else None)
   like = run.executor.abstract(like)
   sampler = run.material.sampler
-  sizes = sampler and sampler.sizes(run.objective.policy(trained, frozen))
+  sizes = None
+  if sampler:
+    sizes = sampler.sizes(run.executor.alone(run.objective.policy(trained, frozen)))
   feed_after = functools.partial(feeds.make_feed, run.config, run.material, sizes)
   processes.agree(_facts(run))
   placed = None if frozen is None else run.executor.place(frozen)
@@ -352,7 +354,7 @@ def _facts(run: Run) -> dict[str, Any]:
   config["parallel"].pop("process")
   folders = filter(None, (run.config.model.path, run.config.reference.path))
   return {
-    "the configuration": config,
+    **{f"config.{name}": value for name, value in config.items()},
     "the code": processes.code_digest(),
     "the data": feeds.digest(run.material),
     "the model folder": [weight_files.sampled_digest(pathlib.Path(path)) for path in folders],

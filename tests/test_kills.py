@@ -1,0 +1,105 @@
+"""A run killed at any moment goes on as if nothing had happened: to the bit, each step once."""
+
+import json
+import random
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+import small_task
+
+from dpo_jax.checkpoint import Checkpoints, latest_step
+from dpo_jax.loggers import read_metrics
+
+CLOCK = {"pairs_per_second", "tokens_per_second"}
+MANY = {"train.steps": 24, "checkpoint.every": 3, "eval.every": 4}
+CASES = {
+  "follows": {"reference.sync_every": 5, "train.accumulate": 2, "data.layout": "packed"},
+  "samples": {"on_policy.reward": "controlled", "on_policy.max_tokens": 8, "data.row_length": 0},
+  "stored": {"loss.name": "ipo"},
+}
+# When a kill comes, in turn: what is waited for, and then up to a moment longer.
+MOMENTS = ("steps", "saving", "steps", "evaluation", "exporting", "building")
+
+
+def lines_of(folder):
+  file = folder / "metrics.jsonl"
+  return file.read_text().count("\n") if file.is_file() else 0
+
+
+def has_come(moment, folder, began):
+  """Whether what the kill waits for is there, in a run that had `began` so many lines."""
+  if moment == "building":
+    return True
+  if moment == "saving":
+    saving = folder / "checkpoints"
+    return saving.is_dir() and any(not path.name.isdigit() for path in saving.iterdir())
+  if moment == "exporting":
+    return any(path.name.startswith("export") for path in folder.glob("*export*"))
+  if moment == "evaluation":  # of the coming step
+    return lines_of(folder) > began and lines_of(folder) % MANY["eval.every"] == 0
+  return lines_of(folder) > began + 2
+
+
+def killed(command, folder, moment, rng):
+  """Starts a run and kills it; True if it was too late for that."""
+  began = lines_of(folder)
+  with subprocess.Popen(command, cwd=small_task.ROOT, stdout=subprocess.DEVNULL) as process:
+    while process.poll() is None and not has_come(moment, folder, began):
+      time.sleep(0.001)
+    time.sleep(rng.uniform(0, 4.0 if moment == "building" else 0.1))
+    process.kill()
+  return process.returncode == 0
+
+
+def outcome(folder):
+  """Metrics but for the clock, and all that the last checkpoint holds."""
+  lines = read_metrics(folder / "metrics.jsonl")
+  records = [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+  checkpoints = Checkpoints(folder / "checkpoints")
+  like = checkpoints._orbax.metadata(latest_step(folder / "checkpoints")).metadata
+  held = checkpoints.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like))
+  checkpoints.close()
+  return records, held
+
+
+def survives(folder, case, kills, seed):
+  """Compares a run killed so many times with one that was left alone."""
+  small_task.write(folder)
+  rows = map(json.loads, (folder / "pairs.jsonl").read_text().splitlines())
+  prompts = [json.dumps({"prompt": row["prompt"]}) for row in rows]
+  (folder / "prompts.jsonl").write_text("\n".join(prompts))
+  changes = MANY | CASES[case]
+  if case == "samples":
+    changes["data.path"] = folder / "prompts.jsonl"
+  commands = {}
+  for name in ("straight", "killed"):
+    store = {"reference.store": folder / f"store_{name}"} if case == "stored" else {}
+    commands[name] = small_task.command(folder, name, **changes, **store)
+  rng = random.Random(seed)
+  done = 0
+  while done < kills:
+    if killed(commands["killed"], folder / "killed", MOMENTS[done % len(MOMENTS)], rng):
+      continue  # it had ended before; another start finds nothing left to do but the export
+    done += 1
+  for command in commands.values():
+    ended = subprocess.run(command, cwd=small_task.ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+  (found, held), (expected, wanted) = (outcome(folder / name) for name in ("killed", "straight"))
+  assert [record["step"] for record in found] == list(range(MANY["train.steps"] + 1))
+  assert found == expected
+  jax.tree.map(np.testing.assert_array_equal, held, wanted)
+  exports = [folder / name / "export" / "model.safetensors" for name in commands]
+  assert exports[0].read_bytes() == exports[1].read_bytes()
+
+
+def test_a_run_killed_three_times_is_the_run_left_alone(tmp_path):
+  survives(tmp_path, "follows", 3, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "kills"), [("follows", 8), ("samples", 6), ("stored", 6)])
+def test_twenty_kills(tmp_path, case, kills):
+  survives(tmp_path, case, kills, seed=1)
