@@ -116,15 +116,15 @@ TWENTY = GENTLE | {
     (4, {"parallel.fsdp": 2, "parallel.tensor": 2}),
     (4, {"train.accumulate": 2, "loss.name": "aot", "data.layout": "packed"}),
     (2, {"parallel.fsdp": 4, "lora.rank": 4}),
-    (2, {"reference.sync_every": 3}),
+    (2, {"reference.sync_every": 3, "train.steps": 10}),
   ],
   ids=lambda x: ",".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else str(x),
 )
-def test_twenty_steps_of_several_processes_are_those_of_one_device(task, count, changes):
+def test_steps_of_several_processes_are_those_of_one_device(task, count, changes):
   name = f"{count}_{'_'.join(map(str, changes.values()))}"
-  found = together(task, name, count, **TWENTY, **changes)
+  found = together(task, name, count, **(TWENTY | changes))
   same = {key: value for key, value in changes.items() if not key.startswith("parallel")}
-  small_task.alike(found, alone(task, f"one_{name}", **TWENTY, **same))
+  small_task.alike(found, alone(task, f"one_{name}", **(TWENTY | same)))
 
 
 SAMPLED = {"on_policy.reward": "controlled", "on_policy.max_tokens": 12, "data.row_length": 0}

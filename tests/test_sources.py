@@ -82,10 +82,11 @@ def test_a_broken_file_is_one_line_with_file_and_line(tmp_path, data, line):
   assert "\n" not in str(raised.value)
 
 
-def test_what_is_named_gz_is_gzip(tmp_path):
-  (tmp_path / "rows.jsonl.gz").write_bytes(b'{"a": 1}')
-  with pytest.raises(UserError, match=r"rows\.jsonl\.gz is named \.gz and is no gzip"):
-    list(read_rows(tmp_path / "rows.jsonl.gz"))
+@pytest.mark.parametrize(("name", "kind"), [("rows.jsonl.gz", "gzip"), ("r.parquet", "Parquet")])
+def test_what_is_named_gz_or_parquet_is_that(tmp_path, name, kind):
+  (tmp_path / name).write_bytes(b'{"a": 1}')
+  with pytest.raises(UserError, match=rf"{name} is named \.[a-z]+ and is no {kind}"):
+    list(read_rows(tmp_path / name))
 
 
 def test_parquet_a_batch_at_a_time(tmp_path):

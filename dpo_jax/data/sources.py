@@ -80,6 +80,10 @@ def read_rows(path: Source) -> Iterator[tuple[str, Row]]:
     path = _file(pathlib.Path(path))
     with path.open("rb") as file:
       magic = file.read(4)
+    if path.suffix == ".parquet" and magic != b"PAR1":
+      raise UserError(
+        f"{path} is named .parquet and is no Parquet; fetch it again, or name it otherwise"
+      )
     reader = _read_parquet if magic == b"PAR1" else _read_json
   empty = True
   for where, row in reader(path):
