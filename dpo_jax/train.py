@@ -28,6 +28,7 @@ from dpo_jax import (
   draws,
   feeds,
   logprobs,
+  memory,
   metrics,
   parallel,
   preemption,
@@ -156,6 +157,7 @@ def train(run: Run, trained: PyTree, frozen: PyTree | None, claim: Callable[[], 
       start, saved = checkpoints.restore_latest(like)
       state = run.executor.place(saved)
       del saved
+    parts = {"policy": like.params, "optimiser": like.opt_state, "reference": placed}
     if placed is not None:
       parallel.assert_separate(state, placed)
     logs = Silent()
@@ -165,7 +167,8 @@ def train(run: Run, trained: PyTree, frozen: PyTree | None, claim: Callable[[], 
       if start:
         log.say(f"resuming after step {start} of {run.steps}")
       feed = feed_after(start, share=run.executor.share)
-      state = _loop(run, state, placed, feed, start, checkpoints, log, notice)
+      with memory.told(parts, memory.limit_of(run.executor.devices[0])):
+        state = _loop(run, state, placed, feed, start, checkpoints, log, notice)
   finally:
     checkpoints.close()
   return run.executor.single(state.params)

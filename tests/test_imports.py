@@ -28,6 +28,7 @@ FLOORS = {
       "plots",
       "report",
       "workdirs",
+      "memory",
       "preemption",
       "processes",
     },

@@ -68,8 +68,14 @@ def test_the_scripts_are_clean():
     ),
     (
       {"QUEUED": "1"},
-      "queued-resources create mine --node-id=mine --accelerator-type=v4-32"
-      " --runtime-version=tpu-ubuntu2204-base".split(),
+      [
+        "queued-resources",
+        "create",
+        "mine",
+        "--node-id=mine",
+        "--accelerator-type=v4-32",
+        "--runtime-version=tpu-ubuntu2204-base",
+      ],
     ),
   ],
 )

@@ -1,0 +1,70 @@
+"""What a run holds on a device, and what to do where that is too much."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import jax
+
+from dpo_jax.structs import PyTree, UserError
+
+GIB = 2**30
+
+
+def held(tree: PyTree) -> int:
+  """Bytes of a tree that lie on the fullest device.
+
+  Leaves are arrays, or shapes that know their sharding; one without is whole on a device.
+  """
+  return sum(map(_held, jax.tree.leaves(tree)))
+
+
+def _held(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
+  sharding = getattr(leaf, "sharding", None)
+  shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+  return math.prod(shape) * leaf.dtype.itemsize
+
+
+@contextlib.contextmanager
+def told(parts: dict[str, PyTree], limit: int | None = None) -> Iterator[None]:
+  """Makes one line of running out of memory: what is held, the largest buffers, the ways out.
+
+  Args:
+    parts: what it is called, and the tree.
+    limit: bytes of a device, where known.
+
+  Raises:
+    UserError: in place of the error of JAX.
+  """
+  try:
+    yield
+  except (jax.errors.JaxRuntimeError, MemoryError) as error:
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise UserError(_line(parts, limit)) from error
+
+
+def _line(parts: dict[str, PyTree], limit: int | None) -> str:
+  size = lambda count: f"{count / GIB:.2f} GiB"
+  sums = ", ".join(f"{name} {size(held(tree))}" for name, tree in parts.items())
+  leaves = [
+    (_held(leaf), f"{name}.{jax.tree_util.keystr(path, simple=True, separator='.')}")
+    for name, tree in parts.items()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  ]
+  largest = ", ".join(f"{name} {size(count)}" for count, name in sorted(leaves, reverse=True)[:3])
+  room = f" of {size(limit)}" if limit else ""
+  return (
+    f"out of memory{room} a device. Held on each: {sums}; the largest buffers: {largest}. The rest"
+    " is activations, which fall with a higher train.accumulate, model.remat=full and a lower"
+    " data.max_length; what is held falls with parallel.fsdp, lora.rank, model.param_dtype and"
+    " reference.param_dtype bfloat16, and a reference.store"
+  )
+
+
+def limit_of(device: jax.Device) -> int | None:
+  """Bytes that a device has for arrays, None where it does not say."""
+  stats = device.memory_stats() if hasattr(device, "memory_stats") else None
+  return (stats or {}).get("bytes_limit")
