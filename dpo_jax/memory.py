@@ -28,12 +28,12 @@ def _held(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
 
 
 @contextlib.contextmanager
-def told(parts: dict[str, PyTree], limit: int | None = None) -> Iterator[None]:
+def told(parts: dict[str, PyTree], room: int | None = None) -> Iterator[None]:
   """Makes one line of running out of memory: what is held, the largest buffers, the ways out.
 
   Args:
     parts: what it is called, and the tree.
-    limit: bytes of a device, where known.
+    room: bytes of a device, where known.
 
   Raises:
     UserError: in place of the error of JAX.
@@ -43,10 +43,10 @@ def told(parts: dict[str, PyTree], limit: int | None = None) -> Iterator[None]:
   except (jax.errors.JaxRuntimeError, MemoryError) as error:
     if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    raise UserError(_line(parts, limit)) from error
+    raise UserError(_line(parts, room)) from error
 
 
-def _line(parts: dict[str, PyTree], limit: int | None) -> str:
+def _line(parts: dict[str, PyTree], room: int | None) -> str:
   size = lambda count: f"{count / GIB:.2f} GiB"
   sums = ", ".join(f"{name} {size(held(tree))}" for name, tree in parts.items())
   leaves = [
@@ -55,16 +55,14 @@ def _line(parts: dict[str, PyTree], limit: int | None) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   ]
   largest = ", ".join(f"{name} {size(count)}" for count, name in sorted(leaves, reverse=True)[:3])
-  room = f" of {size(limit)}" if limit else ""
   return (
-    f"out of memory{room} a device. Held on each: {sums}; the largest buffers: {largest}. The rest"
+    f"out of memory{f' of {size(room)}' if room else ''} a device. Held on each: {sums}; the largest buffers: {largest}. The rest"
     " is activations, which fall with a higher train.accumulate, model.remat=full and a lower"
     " data.max_length; what is held falls with parallel.fsdp, lora.rank, model.param_dtype and"
     " reference.param_dtype bfloat16, and a reference.store"
   )
 
 
-def limit_of(device: jax.Device) -> int | None:
-  """Bytes that a device has for arrays, None where it does not say."""
-  stats = device.memory_stats() if hasattr(device, "memory_stats") else None
-  return (stats or {}).get("bytes_limit")
+def limit() -> int | None:
+  """Bytes that a device of this process has for arrays, None where it does not say."""
+  return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

@@ -167,7 +167,7 @@ def train(run: Run, trained: PyTree, frozen: PyTree | None, claim: Callable[[], 
       if start:
         log.say(f"resuming after step {start} of {run.steps}")
       feed = feed_after(start, share=run.executor.share)
-      with memory.told(parts, memory.limit_of(run.executor.devices[0])):
+      with memory.told(parts, memory.limit()):
         state = _loop(run, state, placed, feed, start, checkpoints, log, notice)
   finally:
     checkpoints.close()
