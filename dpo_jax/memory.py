@@ -55,8 +55,9 @@ def _line(parts: dict[str, PyTree], room: int | None) -> str:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   ]
   largest = ", ".join(f"{name} {size(count)}" for count, name in sorted(leaves, reverse=True)[:3])
+  whole = f" of {size(room)}" if room else ""
   return (
-    f"out of memory{f' of {size(room)}' if room else ''} a device. Held on each: {sums}; the largest buffers: {largest}. The rest"
+    f"out of memory{whole} a device. Held on each: {sums}; the largest buffers: {largest}. The rest"
     " is activations, which fall with a higher train.accumulate, model.remat=full and a lower"
     " data.max_length; what is held falls with parallel.fsdp, lora.rank, model.param_dtype and"
     " reference.param_dtype bfloat16, and a reference.store"

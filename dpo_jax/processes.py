@@ -32,6 +32,7 @@ from dpo_jax.preemption import AGAIN
 from dpo_jax.structs import UserError
 
 AUTO = "auto"
+WAIT = 300.0  # seconds for all to come
 BEAT, SILENCE = 5.0, 60.0  # seconds between signs of life, and without one until a process is lost
 _ALIVE, _BYE = "alive", "bye"
 
@@ -71,14 +72,30 @@ def start(coordinator: str, processes: int, process: int) -> None:
       "cluster_detection_method": "deactivate",
     }
   jax.config.update("jax_enable_preemption_service", True)
+  late = threading.Timer(WAIT, _give_up, [coordinator])
+  late.daemon = True
+  late.start()
   try:
-    jax.distributed.initialize(**given)
+    jax.distributed.initialize(**given, initialization_timeout=int(WAIT) + 30)
   except (RuntimeError, ValueError) as error:
     line = str(error).strip().splitlines()[0]
     raise UserError(
       f"parallel.coordinator={coordinator}: the processes of this run did not find each other"
       f" ({line}); all of them are started with the same command, and one address"
     ) from None
+  finally:
+    late.cancel()
+
+
+def _give_up(coordinator: str) -> None:
+  """Before JAX does, which ends the process with a trace of its own."""
+  os.write(
+    2,
+    f"error: parallel.coordinator={coordinator}: not all processes of this run came within"
+    f" {WAIT:.0f} seconds; start all of them, with one address that every one of them can"
+    " reach\n".encode(),
+  )
+  os._exit(1)
 
 
 def several() -> bool:

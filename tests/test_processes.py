@@ -3,6 +3,9 @@
 import json
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -92,6 +95,23 @@ def test_one_that_is_lost_ends_the_others_who_say_which(task, lost):
 def test_settings_that_name_no_run_are_refused(settings, words):
   with pytest.raises(UserError, match=words):
     processes.start(*settings)
+
+
+def test_one_that_is_waited_for_in_vain_is_said_to_be():
+  program = (
+    "from dpo_jax import processes; processes.WAIT = 1.0;"
+    " processes.start('127.0.0.1:{port}', 2, {index})"
+  )
+  for index in (0, 1):
+    with socket.socket() as probe:
+      probe.bind(("127.0.0.1", 0))
+      given = program.format(port=probe.getsockname()[1], index=index)
+    done = subprocess.run(
+      [sys.executable, "-c", given], cwd=small_task.ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "error: parallel.coordinator=127.0.0.1:" in done.stderr
+    assert "not all processes of this run came within 1 seconds" in done.stderr
 
 
 def test_one_process_makes_every_row():
