@@ -107,7 +107,7 @@ def measure(
   """
   compiled = _listen_to_compiler()
   live = reference is not None and not run.store
-  flops = _flops_counter(params, run.model.vocab, live and run.objective.loss.needs_reference)
+  flops = flops_counter(params, run.model.vocab, live and run.objective.loss.needs_reference)
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   take = _stepper(run, params, reference)
   del params, reference
@@ -276,7 +276,7 @@ def _tokens(example: Example) -> tuple[int, int]:
   return len(example.prompt) - 1 + scored, scored
 
 
-def _flops_counter(
+def flops_counter(
   params: PyTree, vocab: int, with_reference: bool
 ) -> Callable[[float, float], float]:
   """(tokens, scored tokens) -> FLOPs of the matrix products; attention scores are left out."""

@@ -54,53 +54,22 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     frozen (the reference's; None if the loss reads none and nothing is adapted), for
     `Executor.place` to take, no array in both; and the ledger of the data.
   """
-  given = {k: v for k, v in config.loss.items() if k != "name" and v is not None}
-  loss = losses.resolve(config.loss.name, **given)
-  sync = _sync(config.reference, loss)
-  settings = _lora(config, loss)
-  feeds.check(config, loss)
-  executor = parallel.Executor(
-    **{k: config.parallel[k] for k in ("mode", "devices", "fsdp", "tensor")}
-  )
-  _check_numbers(config)
-  _check_divides(config.train.batch_size, config.train.accumulate, executor.groups)
-
+  loss, settings, executor = check(config)
   model_config, tokenizer = describe_model(config.model, config.data.template)
   for path in filter(None, (config.model.path, config.reference.path)):
     hf.check(path)
   _check_tokenizer(config.reference.path, tokenizer)
   start = None if settings is None else _start(config, model_config, settings)
-  model = transformer.build(
-    model_config,
-    dtype=config.model.compute_dtype,
-    remat=config.model.remat,
-    dropout=config.lora.dropout if settings else 0.0,
-  )
+  model, objective = make_objective(config, model_config, loss, settings)
   material, ledger = feeds.load(config, loss, tokenizer, model_config, executor.groups)
   store, lacking, material = feeds.stored(config, model_config, executor.devices[0], material)
   passes = config.train.epochs * len(material.examples) / config.train.batch_size
   steps = config.train.steps or max(1, round(passes))
-  schedule_args, rest = _split(
-    config.optimizer, ("learning_rate", "schedule", "warmup_steps", "final_fraction")
-  )
-  schedule = optim.make_schedule(total_steps=steps, **schedule_args)
-  objective = step.Objective(
-    logps_fn=logprobs.make_logps_fn(model, beyond_shorter=loss.ld_alpha),
-    loss=loss,
-    answers=material.answers,
-    scored_fn=logprobs.make_scored_fn(model, beyond_shorter=loss.ld_alpha, aligned=loss.wpo),
-    balance=_balance(config.train.router_balance, model_config),
-    sync=sync,
-    stored_fn=logprobs.make_stored_fn(beyond_shorter=loss.ld_alpha) if store else None,
-  )
+  schedule, tx = make_optimizer(config, steps)
   places = executor.shardings(transformer.param_shapes(model_config))
   trained = _load(config, model_config, places)
   frozen, adapter = None, None
   if settings:
-    objective = objective._replace(
-      policy=lambda trained, frozen: lora.attach(frozen, trained, settings.scale),
-      dropout_seed=config.seed if settings.dropout else None,
-    )
     trained, frozen, adapter = _adapted(config, settings, start, trained)
   elif loss.needs_reference and (lacking or not store):
     frozen = _reference(config, model_config, places, trained)
@@ -108,19 +77,72 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     workdir=workdir,
     config=config,
     executor=executor,
-    objective=objective,
+    objective=objective._replace(answers=material.answers),
     model=model,
     model_config=model_config,
     tokenizer=tokenizer,
     material=material,
     steps=steps,
     schedule=schedule,
-    tx=optim.make_optimizer(schedule, **rest),
+    tx=tx,
     adapter=adapter,
     store=store,
     lacking=lacking,
   )
   return run, trained, frozen, ledger
+
+
+def check(config: ConfigDict) -> tuple[losses.Loss, LoRA | None, parallel.Executor]:
+  """What can be said against a configuration before anything is read; loss, adapters, devices."""
+  given = {k: v for k, v in config.loss.items() if k != "name" and v is not None}
+  loss = losses.resolve(config.loss.name, **given)
+  _sync(config.reference, loss)
+  settings = _lora(config, loss)
+  feeds.check(config, loss)
+  executor = parallel.Executor(
+    **{k: config.parallel[k] for k in ("mode", "devices", "fsdp", "tensor")}
+  )
+  _check_numbers(config)
+  _check_divides(config.train.batch_size, config.train.accumulate, executor.groups)
+  return loss, settings, executor
+
+
+def make_objective(
+  config: ConfigDict, model_config: ModelConfig, loss: losses.Loss, settings: LoRA | None
+) -> tuple[Model, step.Objective]:
+  """The model as it is computed, and what is minimised of rows with two answers."""
+  model = transformer.build(
+    model_config,
+    dtype=config.model.compute_dtype,
+    remat=config.model.remat,
+    dropout=config.lora.dropout if settings else 0.0,
+  )
+  stored = bool(config.reference.store)
+  objective = step.Objective(
+    logps_fn=logprobs.make_logps_fn(model, beyond_shorter=loss.ld_alpha),
+    loss=loss,
+    scored_fn=logprobs.make_scored_fn(model, beyond_shorter=loss.ld_alpha, aligned=loss.wpo),
+    balance=_balance(config.train.router_balance, model_config),
+    sync=_sync(config.reference, loss),
+    stored_fn=logprobs.make_stored_fn(beyond_shorter=loss.ld_alpha) if stored else None,
+  )
+  if settings:
+    objective = objective._replace(
+      policy=lambda trained, frozen: lora.attach(frozen, trained, settings.scale),
+      dropout_seed=config.seed if settings.dropout else None,
+    )
+  return model, objective
+
+
+def make_optimizer(
+  config: ConfigDict, steps: int
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+  """Of a run of so many steps."""
+  schedule_args, rest = _split(
+    config.optimizer, ("learning_rate", "schedule", "warmup_steps", "final_fraction")
+  )
+  schedule = optim.make_schedule(total_steps=steps, **schedule_args)
+  return schedule, optim.make_optimizer(schedule, **rest)
 
 
 def fill_store(run: Run, frozen: PyTree | None) -> PyTree | None:

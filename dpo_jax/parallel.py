@@ -253,19 +253,31 @@ class Executor:
     if self.mode == "pmap":
       mapped = functools.partial(step, axis_name=AXIS)
       return jax.pmap(mapped, AXIS, devices=self.devices, donate_argnums=0)
-    alone = functools.partial(step, axis_name=None)
-
-    @functools.cache
-    def compiled(places: Any, structure: Any) -> Callable[..., Any]:
-      state = jax.tree.unflatten(structure, places)
-      return jax.jit(alone, donate_argnums=0, out_shardings=(state, self.home))
+    known: dict[Any, Any] = {}
 
     def take(state: PyTree, *rest: Any) -> Any:
-      leaves, structure = jax.tree.flatten(self.shardings(state))
+      structure = jax.tree.structure(state)
+      if structure not in known:
+        known[structure] = self._jit_step(step, state)
       with jax.set_mesh(self.mesh):
-        return compiled(tuple(leaves), structure)(state, *rest)
+        return known[structure](state, *rest)
 
     return take
+
+  def _jit_step(self, step: Callable[..., Any], state: PyTree) -> Any:
+    alone = functools.partial(step, axis_name=None)
+    return jax.jit(alone, donate_argnums=0, out_shardings=(self.shardings(state), self.home))
+
+  def lower_step(self, step: Callable[..., Any], state: PyTree, *rest: Any) -> jax.stages.Lowered:
+    """What `compile_step` compiles on a mesh, of shapes in place of arrays."""
+    with jax.set_mesh(self.mesh):
+      return self._jit_step(step, state).lower(state, *rest)
+
+  def abstract_batch(self, batch: TokenBatch) -> TokenBatch:
+    """The shapes of `place_batch` on a mesh."""
+    place = self._shard(None, partition.ROWS)
+    shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    return jax.tree.map(shaped, batch)
 
   def metrics_to_host(self, metrics: dict[str, jax.Array]) -> dict[str, np.ndarray]:
     """Step metrics on host; all devices have them alike."""

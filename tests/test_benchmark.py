@@ -38,8 +38,8 @@ def test_flops_of_a_pair_by_hand():
   layers = {"kernel": np.zeros((2, 3, 4)), "norm": np.zeros((2, 3))}
   params = {"params": {"layers": layers, "embed": np.zeros((5, 3)), "norm": np.zeros(3)}}
   # 7 tokens, 4 of them scored; policy forward and backward (3 passes), and the reference's.
-  assert benchmark._flops_counter(params, 5, True)(7, 4) == 2 * 4 * (24 * 7 + 15 * 4)
-  assert benchmark._flops_counter(params, 5, False)(7, 4) == 2 * 3 * (24 * 7 + 15 * 4)
+  assert benchmark.flops_counter(params, 5, True)(7, 4) == 2 * 4 * (24 * 7 + 15 * 4)
+  assert benchmark.flops_counter(params, 5, False)(7, 4) == 2 * 3 * (24 * 7 + 15 * 4)
 
 
 def test_words_of_the_tokenizer_differ():

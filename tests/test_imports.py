@@ -54,7 +54,7 @@ FLOORS = {
   ),
   "door": ({"cli", "defaults"}, {"structs", "mathematics"}),
   "commands": (
-    {"train", "benchmark"},
+    {"train", "benchmark", "plan"},
     {"structs", "mathematics", "model", "data", "machinery", "measures", "build", "door"},
   ),
 }

@@ -58,7 +58,7 @@ def test_processes_that_differ_stop_before_the_first_step(task):
   ended = small_task.end(small_task.start(task, "unlike", 2, each=each))
   for status, said in ended:
     assert status == 1
-    assert "error: config.seed of process 1 differs from that of process 0" in said
+    assert "config.seed of process 1 differs from that of process 0" in said
   assert not (task / "unlike").exists()
 
 

@@ -106,7 +106,7 @@ def test_memory_is_what_the_docstring_says(name, arg):
   loss = losses.resolve(config.loss.name, **given)
   state = jax.eval_shape(functools.partial(step.init_state, tx=tx, loss=loss), trained)
 
-  executor = parallel.Executor(**config.parallel)
+  executor = parallel.Executor("mesh", fsdp=config.parallel.fsdp, tensor=config.parallel.tensor)
   held = lambda tree: gigabytes(tree, executor.shardings(tree))
   parts = {
     "policy": held(state.params),
