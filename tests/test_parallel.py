@@ -53,13 +53,13 @@ def one_device(name):
 @pytest.mark.parametrize(
   ("mode", "devices", "accumulate", "name"),
   [
-    ("mesh", 8, 1, "sigmoid"),
     ("pmap", 8, 1, "sigmoid"),
     ("pmap", 4, 2, "aot"),  # sorted over the global batch
     *(
       pytest.param(*case, marks=pytest.mark.slow)
       for case in (
         ("pmap", 1, 1, "sigmoid"),
+        ("mesh", 8, 1, "sigmoid"),
         ("mesh", 4, 2, "sigmoid"),
         ("pmap", 4, 2, "sigmoid"),
         ("mesh", 4, 2, "aot"),

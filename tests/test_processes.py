@@ -71,6 +71,7 @@ def test_one_that_fails_ends_the_others_and_says_why(task):
   assert "Traceback" not in first[1] + second[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 def test_one_that_is_lost_ends_the_others_who_say_which(task, lost):
   started = small_task.start(task, f"lost{lost}", 2, **{"train.steps": 4000, "eval.every": 0})
