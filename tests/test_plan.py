@@ -131,7 +131,6 @@ def test_the_command_prints_one_object():
   [
     ("configs/benchmark.py:b", 1, []),
     ("configs/benchmark.py:b", 2, ["parallel.fsdp=2"]),
-    ("configs/benchmark.py:b", 1, ["model.remat=full"]),
     ("configs/preferences.py:model={base}", 1, ["lora.rank=8", "data.max_length=1024"]),
   ],
 )
