@@ -100,7 +100,7 @@ def check(config: ConfigDict) -> tuple[losses.Loss, LoRA | None, parallel.Execut
   settings = _lora(config, loss)
   feeds.check(config, loss)
   executor = parallel.Executor(
-    **{k: config.parallel[k] for k in ("mode", "devices", "fsdp", "tensor")}
+    **{name: config.parallel[name] for name in parallel.Executor.SETTINGS}
   )
   _check_numbers(config)
   _check_divides(config.train.batch_size, config.train.accumulate, executor.groups)
@@ -142,7 +142,8 @@ def make_optimizer(
     config.optimizer, ("learning_rate", "schedule", "warmup_steps", "final_fraction")
   )
   schedule = optim.make_schedule(total_steps=steps, **schedule_args)
-  return schedule, optim.make_optimizer(schedule, **rest)
+  tx = optim.make_optimizer(schedule, **rest)
+  return schedule, optim.from_host(tx) if config.parallel.offload_optimizer else tx
 
 
 def fill_store(run: Run, frozen: PyTree | None) -> PyTree | None:

@@ -141,9 +141,11 @@ def get_config() -> ConfigDict:
       "checkpoint": section(every=500, keep=2),  # steps (0 only at the end); how many of the latest
       "parallel": section(
         mode="mesh",  # mesh, or pmap (copies of everything, rows divided)
-        devices=0,  # 0 takes all there are; those that the next two leave hold copies
+        devices=0,  # 0 takes all there are; those that the next three leave hold copies
         fsdp=1,  # devices among which parameters and rows are divided
+        sequence=1,  # devices among which the tokens of a row are divided
         tensor=1,  # devices among which parameters are divided, and the products with them
+        offload_optimizer=False,  # keeps its state in the host's memory between updates
         coordinator="",  # of several processes: the first's HOST:PORT, or auto (TPU pod, SLURM)
         processes=0,  # how many there are, with HOST:PORT
         process=0,  # which of them this is, from 0

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.partition import by_rows, by_vocabulary, for_each_group
+from dpo_jax.partition import by_rows, by_vocabulary, for_each_group, sequence_parts
 from dpo_jax.structs import (
   Array,
   Head,
@@ -29,6 +29,7 @@ from dpo_jax.structs import (
 
 # float32 logits alive at once in the production path: 16 MiB, whatever the vocabulary.
 HEAD_ELEMENTS = 2**22
+_NOWHERE = 2**31 - 1  # no place in any batch
 
 
 def logits(hidden_xD: Array, head: Head) -> Array:
@@ -113,14 +114,20 @@ def scored_logps(
   token_fn: TokenFn = token_logps,
 ) -> Array:
   """Log-prob of every scored token, where `scored_GM` has it: [G, M], nats; arguments as above."""
-  scored = batch.scored_GM.shape[1]
-  pick = _picker(batch)
-  hidden_GMD, target_GM = by_rows(pick(hidden_NLD)), pick(batch.target_NL)
+  parts = sequence_parts(batch.ids_NL.shape[1])
+  groups, scored = batch.scored_GM.shape
+  at_GM = jnp.pad(batch.scored_GM, ((0, 0), (0, -scored % parts)), constant_values=_NOWHERE)
+  pick = _picker(batch._replace(scored_GM=at_GM))
+  # Devices that divide the tokens of a row divide those that are scored, too.
+  divide = lambda x_GM: x_GM.reshape(groups * parts, -1, *x_GM.shape[2:])
+  hidden_GMD, target_GM = divide(by_rows(pick(hidden_NLD))), divide(pick(batch.target_NL))
   head = head._replace(kernel_VD=by_vocabulary(head.kernel_VD))
-  chunks = -(-scored * head.kernel_VD.shape[0] // head_elements)
+  chunks = -(-target_GM.shape[1] * head.kernel_VD.shape[0] // head_elements)
   if chunks <= 1:
-    return token_fn(logits(hidden_GMD, head), target_GM)
-  return _chunked(hidden_GMD, head, target_GM, min(chunks, scored), token_fn)
+    logps_GM = token_fn(logits(hidden_GMD, head), target_GM)
+  else:
+    logps_GM = _chunked(hidden_GMD, head, target_GM, min(chunks, target_GM.shape[1]), token_fn)
+  return logps_GM.reshape(groups, -1)[:, :scored]
 
 
 def _picker(batch: TokenBatch) -> Callable[[Array], Array]:

@@ -11,14 +11,24 @@ import jax
 from dpo_jax.structs import PyTree, UserError
 
 GIB = 2**30
+HOST = "pinned_host"  # JAX's name of the host's memory that devices read directly
 
 
 def held(tree: PyTree) -> int:
-  """Bytes of a tree that lie on the fullest device.
+  """Bytes of a tree that lie on the fullest device, without what is kept on the host.
 
   Leaves are arrays, or shapes that know their sharding; one without is whole on a device.
   """
-  return sum(map(_held, jax.tree.leaves(tree)))
+  return sum(_held(leaf) for leaf in jax.tree.leaves(tree) if not _is_kept(leaf))
+
+
+def kept(tree: PyTree) -> int:
+  """Bytes of a tree that lie in the host's memory for one device."""
+  return sum(_held(leaf) for leaf in jax.tree.leaves(tree) if _is_kept(leaf))
+
+
+def _is_kept(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
+  return getattr(getattr(leaf, "sharding", None), "memory_kind", None) == HOST
 
 
 def _held(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
@@ -53,6 +63,7 @@ def _line(parts: dict[str, PyTree], room: int | None) -> str:
     (_held(leaf), f"{name}.{jax.tree_util.keystr(path, simple=True, separator='.')}")
     for name, tree in parts.items()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    if not _is_kept(leaf)
   ]
   largest = ", ".join(f"{name} {size(count)}" for count, name in sorted(leaves, reverse=True)[:3])
   whole = f" of {size(room)}" if room else ""
@@ -60,7 +71,7 @@ def _line(parts: dict[str, PyTree], room: int | None) -> str:
     f"out of memory{whole} a device. Held on each: {sums}; the largest buffers: {largest}. The rest"
     " is activations, which fall with a higher train.accumulate, model.remat=full and a lower"
     " data.max_length; what is held falls with parallel.fsdp, lora.rank, model.param_dtype and"
-    " reference.param_dtype bfloat16, and a reference.store"
+    " reference.param_dtype bfloat16, parallel.offload_optimizer and a reference.store"
   )
 
 

@@ -60,6 +60,18 @@ def decays(params: PyTree) -> PyTree:
   return jax.tree_util.tree_map_with_path(one, params)
 
 
+def from_host(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """The same, with a state that lies in the host's memory: each update reads it from there.
+
+  Where the new state goes is for whoever compiles the update to say.
+  """
+
+  def update(grads: PyTree, state: PyTree, params: PyTree | None = None):
+    return tx.update(grads, jax.device_put(state, jax.memory.Space.Device), params)
+
+  return optax.GradientTransformation(tx.init, update)
+
+
 def make_optimizer(
   schedule: optax.Schedule,
   *,

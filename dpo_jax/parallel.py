@@ -2,8 +2,8 @@
 
 Devices are those of all processes; each process places its part of what it has on host.
 
-The same pure functions run under `jax.jit` over a mesh of the axes data, fsdp and tensor ("mesh",
-divided by the rules of `partition`) and under `jax.pmap` ("pmap", replicated data parallelism). The
+The same pure functions run under `jax.jit` over a mesh of the axes of `partition` ("mesh", divided
+by its rules) and under `jax.pmap` ("pmap", replicated data parallelism). The
 reference is placed in buffers of its own and never donated; the state is donated to its successor.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dpo_jax import partition
+from dpo_jax import memory, partition
 from dpo_jax.model.leaves import gathered
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 
@@ -64,9 +65,9 @@ def assert_separate(state: PyTree, reference: PyTree) -> None:
       )
 
 
-def _mesh_shape(mode: str, devices: int, fsdp: int, tensor: int) -> tuple[int, int, int]:
-  """Devices along data, fsdp and tensor."""
-  for name, size in (("fsdp", fsdp), ("tensor", tensor)):
+def _mesh_shape(mode: str, devices: int, **sizes: int) -> tuple[int, ...]:
+  """Devices along data, fsdp, sequence and tensor."""
+  for name, size in sizes.items():
     if size < 1:
       raise UserError(f"parallel.{name} is {size}; it must be 1 or more")
     if mode == "pmap" and size > 1:
@@ -74,11 +75,20 @@ def _mesh_shape(mode: str, devices: int, fsdp: int, tensor: int) -> tuple[int, i
         f"parallel.{name} is {size}, but under pmap every device holds everything; take"
         " parallel.mode=mesh"
       )
-  if devices % (fsdp * tensor):
+  if devices % math.prod(sizes.values()):
+    product = " x ".join(f"parallel.{name} {size}" for name, size in sizes.items() if size > 1)
+    raise UserError(f"{product} does not divide the {devices} devices")
+  return devices // math.prod(sizes.values()), *sizes.values()
+
+
+def _check_offload(mode: str, device: jax.Device) -> None:
+  if mode == "pmap":
+    raise UserError("parallel.offload_optimizer needs parallel.mode=mesh, and it is pmap")
+  if memory.HOST not in (kind.kind for kind in device.addressable_memories()):
     raise UserError(
-      f"parallel.fsdp {fsdp} x parallel.tensor {tensor} does not divide the {devices} devices"
+      f"parallel.offload_optimizer: JAX reaches no memory of the host from {device.platform}"
+      " devices; leave it off"
     )
-  return devices // (fsdp * tensor), fsdp, tensor
 
 
 _copy = jax.jit(jnp.copy)
@@ -93,15 +103,33 @@ class Executor:
     home: where an array goes that every device holds whole.
   """
 
-  def __init__(self, mode: str = "mesh", devices: int = 0, fsdp: int = 1, tensor: int = 1):
-    """`devices` are all there are for 0; those that fsdp and tensor leave are for data."""
+  SETTINGS = ("mode", "devices", "fsdp", "tensor", "sequence", "offload_optimizer")
+
+  def __init__(
+    self,
+    mode: str = "mesh",
+    devices: int = 0,
+    fsdp: int = 1,
+    tensor: int = 1,
+    sequence: int = 1,
+    offload_optimizer: bool = False,
+  ):
+    """`devices` are all there are for 0; those that the other axes leave are for data.
+
+    With `offload_optimizer` the optimiser's state of a `TrainState` is kept on the host.
+    """
     if mode not in MODES:
       raise UserError(f"parallel.mode is {mode!r}; known: {', '.join(MODES)}")
     self.mode = mode
     self.devices = pick_devices(devices)
-    shape = _mesh_shape(mode, len(self.devices), fsdp, tensor)
-    self.groups = shape[0] * shape[1]
+    self.offload = offload_optimizer
+    if offload_optimizer:
+      _check_offload(mode, self.devices[0])
     axes = partition.AXES
+    shape = _mesh_shape(
+      mode, len(self.devices), fsdp=fsdp, sequence=sequence, tensor=tensor
+    )
+    self.groups = shape[0] * shape[1]
     if mode == "pmap":
       shape, axes = shape[:1], (AXIS,)
     self.mesh = jax.make_mesh(shape, axes, (AxisType.Auto,) * len(shape), devices=self.devices)
@@ -133,9 +161,13 @@ class Executor:
     if self.mode == "pmap":
       return jax.tree.map(lambda _: self.home, tree)
     sizes = dict(self.mesh.shape)
-    return jax.tree_util.tree_map_with_path(
-      lambda path, x: self._shard(*partition.spec(path, x.shape, sizes)), tree
-    )
+
+    def one(path: tuple[Any, ...], x: Any) -> NamedSharding:
+      place = self._shard(*partition.spec(path, x.shape, sizes))
+      kept = self.offload and x.ndim and getattr(path[0], "name", None) == "opt_state"
+      return place.with_memory_kind(memory.HOST) if kept else place
+
+    return jax.tree_util.tree_map_with_path(one, tree)
 
   def abstract(self, tree: PyTree) -> PyTree:
     """Shapes and types of a tree, and where `shardings` has it."""
@@ -178,6 +210,12 @@ class Executor:
     given.
     """
     share = self.share if share is None else share
+    length, parts = batch.ids_NL.shape[-1], self.mesh.shape.get("sequence", 1)
+    if length % parts:
+      raise UserError(
+        f"rows of {length} tokens do not divide among parallel.sequence {parts} devices; set"
+        " data.row_length to a multiple of it (data.layout shared or packed)"
+      )
     if self.mode == "pmap":
       return jax.tree.map(lambda x: self._place_rows(self._split(x, share), 0, share), batch)
     return jax.tree.map(lambda x: self._place_rows(x, 1, share), batch)

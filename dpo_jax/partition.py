@@ -1,8 +1,9 @@
-"""Which part of what a device holds, on a mesh of three axes.
+"""Which part of what a device holds, on a mesh of four axes.
 
-  data    copies of everything; rows of a batch are divided
-  fsdp    rows of a batch are divided, and parameters too: each is gathered where it is used
-  tensor  parameters are divided, and the products with them: rows are not
+  data      copies of everything; rows of a batch are divided
+  fsdp      rows of a batch are divided, and parameters too: each is gathered where it is used
+  sequence  the tokens of a row are divided; keys and values are gathered, a layer at a time
+  tensor    parameters are divided, and the products with them: rows are not
 
 Parameters, reference, gradients and optimiser state follow the same rules, by the end of their path
 in the tree. Where a dimension does not divide by its axis, it stays whole.
@@ -19,8 +20,9 @@ from jax.sharding import PartitionSpec
 
 from dpo_jax.structs import Array
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 ROWS = ("data", "fsdp")
+_SEQUENCE = ("sequence",)
 
 # The first that matches the end of a path; its axes are those of the last dimensions, those before
 # (layers, experts) stay whole. What matches none is held whole.
@@ -60,18 +62,37 @@ def spec(path: tuple[Any, ...], shape: tuple[int, ...], sizes: dict[str, int]) -
 _FREE = PartitionSpec.UNCONSTRAINED
 
 
-def by_rows(x: Array) -> Array:
-  """Says that the first axis is divided as rows of a batch are, and leaves the others as they are.
+def by_rows(x_NLD: Array) -> Array:
+  """Says that rows and their tokens are divided, and leaves the last axis as it is.
 
   Without it the compiler may divide activations as it finds the parameters, and send those instead.
   Like its neighbours it changes nothing outside a mesh of these axes, or within a `shard_map`.
   """
-  return _constrain(x, ROWS, *(_FREE,) * (x.ndim - 1))
+  return _constrain(x_NLD, ROWS, _SEQUENCE, _FREE)
 
 
 def by_heads(x_NLHK: Array) -> Array:
-  """Rows divided, and heads over tensor if they divide by it: never a head in itself."""
-  return _constrain(x_NLHK, ROWS, _FREE, ("tensor",), None)
+  """Rows and tokens divided, and heads over tensor if they divide by it: never a head in itself."""
+  return _constrain(x_NLHK, ROWS, _SEQUENCE, ("tensor",), None)
+
+
+def whole_rows(x_NJLK: Array) -> Array:
+  """Keys or values of whole rows, on each of the devices that divide their tokens."""
+  return _constrain(x_NJLK, ROWS, ("tensor",), None, None)
+
+
+def sequence_parts(length: int) -> int:
+  """Among how many devices so many tokens of a row are divided: 1 outside a mesh of these axes."""
+  mesh = _mesh()
+  parts = mesh.shape["sequence"] if mesh else 1
+  return 1 if length % parts else parts
+
+
+def in_parts(x_NL: Array, parts: int) -> Array:
+  """[N, L, …] to [N, P, L / P, …], a part on each of the devices that divide the tokens."""
+  rows, length, *rest = x_NL.shape
+  x_NPl = x_NL.reshape(rows, parts, length // parts, *rest)
+  return _constrain(x_NPl, ROWS, _SEQUENCE, None, *(_FREE,) * len(rest))
 
 
 def by_vocabulary(table_VD: Array) -> Array:
@@ -80,17 +101,23 @@ def by_vocabulary(table_VD: Array) -> Array:
 
 
 def for_each_group(table_VD: Array, groups: int) -> Array:
-  """A table once for every group of rows, [G, V, D], so that each sums its own gradient.
+  """A table once for every group of tokens, [G, V, D], so that each sums its own gradient.
 
   Devices hold one of them, as of `by_vocabulary`; what they sum up is added once, at the end.
   """
   table_GVD = jax.numpy.broadcast_to(table_VD, (groups, *table_VD.shape))
-  return _constrain(table_GVD, ROWS, ("tensor",), None)
+  return _constrain(table_GVD, ROWS + _SEQUENCE, ("tensor",), None)
+
+
+def _mesh() -> Any:
+  """That of the devices at work, if it has the axes of this module."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if not set(AXES) <= set(mesh.axis_names) or mesh.manual_axes else mesh
 
 
 def _constrain(x: Array, *axes: Any) -> Array:
-  mesh = jax.sharding.get_abstract_mesh()
-  if not set(AXES) <= set(mesh.axis_names) or mesh.manual_axes:
+  mesh = _mesh()
+  if mesh is None:
     return x
 
   def fits(names: Any, size: int) -> Any:

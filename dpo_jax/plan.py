@@ -110,8 +110,9 @@ def plan(config: ConfigDict, lengths: Lengths) -> dict[str, Any]:
   Returns:
     `parameters`, and `trained` of them; `devices`; bytes on the fullest device: `params` (what is
     trained), `reference` (with adapters: their base), `optimiser`, `step` (gradients, activations
-    and all else that the compiled step needs beside its arguments) and their sum, `total`; `flops`
-    of a step, on all devices; `rows` and `row_length` of a micro-batch on all devices.
+    and all else that the compiled step needs beside its arguments) and their sum, `total`;
+    `kept_on_host`, bytes for every device; `flops_per_step`, on all devices; `rows` and
+    `row_length` of a micro-batch on all devices.
 
   Raises:
     UserError: what `build` says against the configuration.
@@ -133,6 +134,7 @@ def plan(config: ConfigDict, lengths: Lengths) -> dict[str, Any]:
     "trained": count(run.state.params),
     "devices": len(run.executor.devices),
     "bytes_per_device": held | {"total": sum(held.values())},
+    "kept_on_host": memory.kept(run.state),
     "flops_per_step": flops(int((batch.pair_NL >= 0).sum()), int((batch.weight_NL > 0).sum())),
     "rows": batch.ids_NL.shape[1],
     "row_length": batch.ids_NL.shape[2],
@@ -199,6 +201,7 @@ _CHANGES: tuple[dict[str, Any], ...] = (
   {"reference.param_dtype": "bfloat16"},
   {"reference.store": "DIR"},
   {"parallel.fsdp": 0},  # all devices
+  {"parallel.offload_optimizer": True},
   {"model.param_dtype": "bfloat16", "reference.param_dtype": "bfloat16"},
 )
 
@@ -244,3 +247,5 @@ def show(found: dict[str, Any]) -> Iterator[str]:
   yield f"on each of {found['devices']} devices:"
   for name, count in found["bytes_per_device"].items():
     yield f"  {name:<10} {count / memory.GIB:9.3f} GiB"
+  if found["kept_on_host"]:
+    yield f"  and {found['kept_on_host'] / memory.GIB:.3f} GiB in the memory of its host"

@@ -112,9 +112,24 @@ def test_a_single_copy_leaves_and_comes_back(mode):
 
 
 @pytest.mark.parametrize(
-  ("mode", "devices", "words"),
-  [("spmd", 0, "known: mesh, pmap"), ("mesh", 9, "has 8"), ("pmap", -1, "0 for all")],
+  ("mode", "devices", "more", "words"),
+  [
+    ("spmd", 0, {}, "known: mesh, pmap"),
+    ("mesh", 9, {}, "has 8"),
+    ("pmap", -1, {}, "0 for all"),
+    ("mesh", 8, {"sequence": 3, "fsdp": 2}, "fsdp 2 x parallel.sequence 3 does not divide the 8"),
+    ("mesh", 8, {"sequence": 0}, "parallel.sequence is 0; it must be 1 or more"),
+    ("pmap", 8, {"sequence": 2}, "under pmap every device holds everything"),
+    ("pmap", 8, {"offload_optimizer": True}, "needs parallel.mode=mesh"),
+  ],
 )
-def test_what_cannot_be_is_said_in_one_line(mode, devices, words):
+def test_what_cannot_be_is_said_in_one_line(mode, devices, more, words):
   with pytest.raises(UserError, match=words):
-    parallel.Executor(mode, devices)
+    parallel.Executor(mode, devices, **more)
+
+
+def test_rows_that_do_not_divide_are_refused():
+  executor = parallel.Executor("mesh", 8, sequence=8)
+  rows = layout.collate_many([tiny.pairs(4)], row_length=36)
+  with pytest.raises(UserError, match="rows of 36 tokens do not divide among parallel.sequence 8"):
+    executor.place_batch(rows)

@@ -12,9 +12,9 @@ import tiny
 from jax.sharding import PartitionSpec
 from test_families import cases
 
-from dpo_jax import logprobs, losses, parallel, partition, step
+from dpo_jax import logprobs, losses, optim, parallel, partition, step
 from dpo_jax.data import layout
-from dpo_jax.model import families, transformer
+from dpo_jax.model import attention, families, transformer
 
 VOCAB, WIDTH = 48, 32
 CONFIG = families.from_hf(
@@ -31,6 +31,7 @@ CONFIG = families.from_hf(
 )
 MODEL = transformer.build(CONFIG)
 TX = optax.adamw(1e-3, eps=1e-3)  # so gentle that rounding does not grow in twenty steps
+TOKENS = ("position", "pair", "branch")
 CHUNKS = 2**9  # logits alive at once: several chunks a group
 
 
@@ -44,11 +45,11 @@ def objective(name):
   return step.Objective(logps_fn, losses.resolve(name, beta=0.5))
 
 
-def start(executor, name="sigmoid"):
+def start(executor, name="sigmoid", tx=TX):
   """State, reference and the step, uncompiled."""
   loss = losses.resolve(name, beta=0.5)
-  init = executor.compile_init(functools.partial(step.init_state, tx=TX, loss=loss))
-  fn = functools.partial(step.train_step, objective=objective(name), tx=TX)
+  init = executor.compile_init(functools.partial(step.init_state, tx=tx, loss=loss))
+  fn = functools.partial(step.train_step, objective=objective(name), tx=tx)
   return init(executor.place(params())), executor.place(params()), fn
 
 
@@ -62,9 +63,10 @@ def batch_of(executor, seed, accumulate=1):
   return executor.place_batch(host)
 
 
-def trajectory(devices, fsdp, tensor, *, name="sigmoid", accumulate=1, steps=3):
-  executor = parallel.Executor("mesh", devices, fsdp=fsdp, tensor=tensor)
-  state, reference, fn = start(executor, name)
+def trajectory(*mesh, name="sigmoid", accumulate=1, steps=3, tx=TX, **settings):
+  """`mesh` is devices, fsdp, tensor and sequence."""
+  executor = parallel.Executor("mesh", *mesh, **settings)
+  state, reference, fn = start(executor, name, tx)
   take, found = executor.compile_step(fn), []
   for index in range(steps):
     state, means = take(state, reference, batch_of(executor, index, accumulate))
@@ -82,7 +84,7 @@ def alone(name, accumulate, steps):
 @pytest.mark.parametrize(
   ("mesh", "name", "accumulate", "steps"),
   [
-    ((8, 2, 2), "sigmoid", 1, 3),
+    ((8, 2, 2, 2), "sigmoid", 1, 3),
     *(
       pytest.param(mesh, name, accumulate, 20, marks=pytest.mark.slow)
       for mesh, name, accumulate in (
@@ -95,6 +97,8 @@ def alone(name, accumulate, steps):
         ((8, 8, 1), "sigmoid", 1),
         ((8, 8, 1), "sigmoid", 2),
         ((8, 2, 2), "sigmoid", 2),
+        ((4, 1, 1, 4), "kto", 1),
+        ((8, 1, 2, 2), "aot", 2),
       )
     ),
   ],
@@ -148,14 +152,11 @@ def test_a_device_holds_its_share_of_parameters_and_moments():
 
 
 @functools.cache
-def collectives(devices, fsdp, tensor):
+def collectives(*mesh):
   """(operation, shapes of what comes out, where it was asked for) of the compiled step."""
-  executor = parallel.Executor("mesh", devices, fsdp=fsdp, tensor=tensor)
+  executor = parallel.Executor("mesh", *mesh)
   state, reference, fn = start(executor)
-  places = (executor.shardings(state), executor.home)
-  with jax.set_mesh(executor.mesh):
-    compiled = jax.jit(fn, out_shardings=places)
-    text = compiled.lower(state, reference, batch_of(executor, 0)).compile().as_text()
+  text = executor.lower_step(fn, state, reference, batch_of(executor, 0)).compile().as_text()
   found = []
   for line in text.splitlines():
     call = re.search(
@@ -193,7 +194,7 @@ def test_fsdp_gathers_one_layer_at_a_time_and_no_activation():
   assert {operation for operation, _, _ in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
 
 
-@pytest.mark.parametrize("mesh", [(8, 8, 1), (8, 2, 2)])
+@pytest.mark.parametrize("mesh", [(8, 8, 1), (8, 2, 2), (8, 1, 1, 8)])
 def test_the_gradient_of_the_head_is_added_up_once_and_not_in_every_chunk(mesh):
   table = {(VOCAB, WIDTH), (VOCAB // mesh[2], WIDTH), (VOCAB, WIDTH // mesh[1])}
   table |= {(VOCAB // mesh[2], WIDTH // mesh[1])}
@@ -210,3 +211,52 @@ def test_tensor_never_gathers_the_head_its_logits_or_a_layer():
   assert all(math.prod(shape[2:]) <= CONFIG.kv_heads * CONFIG.head_width for shape in gathered)
   assert not of_kind(found, "all-to-all")
   assert not of_kind(found, "collective-permute")
+
+
+def test_sequence_gathers_keys_and_values_in_a_layer_and_once_what_the_head_reads():
+  found = collectives(8, 1, 1, 8)
+  keys, states = set(), 0
+  for shapes, asked in of_kind(found, "all-gather"):
+    for shape in shapes:
+      if "/layers/" in asked:
+        keys.add(shape[2:])
+      else:
+        states += shape[2:] == (WIDTH,)
+  assert keys == {(CONFIG.kv_heads, CONFIG.head_width)}
+  assert states == 2  # of the policy and of the reference
+  assert not of_kind(found, "all-to-all")
+  assert not of_kind(found, "collective-permute")
+
+
+# --- tokens of a row on several devices, optimiser state on none ----------------------------------
+
+
+def test_long_rows_in_parts_are_attended_to_as_whole_ones(monkeypatch):
+  """Value and gradient, several blocks of queries on each of four devices."""
+  monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
+  executor = parallel.Executor("mesh", 4, sequence=4)
+  rows = layout.collate(tiny.pairs(16, seed=3), row_length=192)
+  tokens = attention.Tokens(*(np.asarray(rows._asdict()[f"{name}_NL"]) for name in TOKENS))
+  rng = np.random.default_rng(0)
+  shape = (*rows.ids_NL.shape, 2, 8)
+  q, k, v, w = (rng.standard_normal(shape).astype(np.float32) for _ in range(4))
+
+  def total(q, k, v):
+    keys = attention.Keys(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+    return (attention.attend_blocks(q, keys, tokens, np.int32(40)) * w).sum()
+
+  fn = lambda: jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
+  whole = fn()(q, k, v)
+  with jax.set_mesh(executor.mesh):
+    parts = fn()(q, k, v)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(y).max()),
+    *(parts, whole),
+  )
+
+
+def test_an_optimiser_whose_state_is_kept_on_the_host_takes_the_same_steps():
+  kept = functools.partial(trajectory, 4, 2, 2, offload_optimizer=True)
+  (state, found), (expected, wanted) = kept(tx=optim.from_host(TX)), trajectory(4, 2, 2)
+  assert found == wanted
+  jax.tree.map(np.testing.assert_array_equal, state, expected)

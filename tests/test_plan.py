@@ -107,6 +107,7 @@ def test_what_may_be_changed_is_what_is_not_so_already():
     "--config.train.accumulate=2",
     "--config.reference.param_dtype=bfloat16",
     "--config.reference.store=DIR",
+    "--config.parallel.offload_optimizer=True",
     "--config.model.param_dtype=bfloat16 --config.reference.param_dtype=bfloat16",
   ]
   less = configured(**{"model.remat": "full", "reference.store": "x", "train.batch_size": 7})

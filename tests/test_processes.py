@@ -133,7 +133,7 @@ TWENTY = GENTLE | {
   ("count", "changes"),
   [
     (2, {"parallel.mode": "pmap"}),
-    (2, {"parallel.tensor": 4, "loss.name": "kto"}),
+    (2, {"parallel.sequence": 4, "loss.name": "kto"}),
     (4, {"parallel.fsdp": 2, "parallel.tensor": 2}),
     (4, {"train.accumulate": 2, "loss.name": "aot", "data.layout": "packed"}),
   ],

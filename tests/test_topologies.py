@@ -15,7 +15,13 @@ from dpo_jax.loggers import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ONE = {"parallel.devices": 1}
-DIVIDED = {"parallel.devices": 8, "parallel.fsdp": 2, "parallel.tensor": 2}
+DIVIDED = {
+  "parallel.devices": 8,
+  "parallel.fsdp": 2,
+  "parallel.sequence": 2,
+  "parallel.tensor": 2,
+  "parallel.offload_optimizer": True,
+}
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax import partition
 from dpo_jax.model.config import ROTARY, ModelConfig, RopeScaling
 from dpo_jax.structs import Array
 
@@ -94,19 +95,30 @@ def attend_blocks(
   q_NLHK: Array, keys: Keys, tokens: Tokens, window: Array | None = None, **shape: float
 ) -> Array:
   """`attend` over whole rows, a block of queries at a time, scores never kept: [N, L, H, K]."""
-  length = q_NLHK.shape[1]
 
   @functools.partial(jax.checkpoint, prevent_cse=False)
   def block(q_NQHK, keys, query, key):
     return attend(q_NQHK, [(keys, visible(query, key, window))], **shape)
 
-  out = []
-  for start in range(0, length, QUERY_BLOCK):
-    stop = min(start + QUERY_BLOCK, length)
-    earlier = Keys(*(x_NJLK[:, :, :stop] for x_NJLK in keys))
-    query, key = tokens.columns(start, stop), tokens.columns(0, stop)
-    out.append(block(q_NLHK[:, start:stop], earlier, query, key))
-  return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
+  def blocks(q_NLHK, queries, last):
+    """Of queries of which the one in column i sees keys up to column last + i at most."""
+    length, out = q_NLHK.shape[1], []
+    for start in range(0, length, QUERY_BLOCK):
+      stop = min(start + QUERY_BLOCK, length)
+      earlier = Keys(*(x_NJLK[:, :, : last + stop] for x_NJLK in keys))
+      query, key = queries.columns(start, stop), tokens.columns(0, last + stop)
+      out.append(block(q_NLHK[:, start:stop], earlier, query, key))
+    return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
+
+  length = q_NLHK.shape[1]
+  parts = partition.sequence_parts(length)
+  if parts == 1:
+    return blocks(q_NLHK, tokens, 0)
+  # Every device has a part of the queries and all keys, of which the last part sees all.
+  keys = Keys(*map(partition.whole_rows, keys))
+  own = jax.tree.map(lambda x: partition.in_parts(x, parts), (q_NLHK, tokens))
+  each = functools.partial(blocks, last=length - length // parts)
+  return jax.vmap(each, in_axes=1, out_axes=1)(*own).reshape(q_NLHK.shape)
 
 
 # --- positions ------------------------------------------------------------------------------------
