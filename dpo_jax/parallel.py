@@ -126,9 +126,7 @@ class Executor:
     if offload_optimizer:
       _check_offload(mode, self.devices[0])
     axes = partition.AXES
-    shape = _mesh_shape(
-      mode, len(self.devices), fsdp=fsdp, sequence=sequence, tensor=tensor
-    )
+    shape = _mesh_shape(mode, len(self.devices), fsdp=fsdp, sequence=sequence, tensor=tensor)
     self.groups = shape[0] * shape[1]
     if mode == "pmap":
       shape, axes = shape[:1], (AXIS,)

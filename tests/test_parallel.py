@@ -9,15 +9,15 @@ import pytest
 import tiny
 from test_step import close, objective
 
-from dpo_jax import parallel, step
+from dpo_jax import memory, optim, parallel, step
 from dpo_jax.data import layout
 from dpo_jax.structs import UserError
 
 
-def trajectory(mode, devices, *, accumulate=1, steps=4, name="sigmoid"):
+def trajectory(mode, devices, *, accumulate=1, steps=4, name="sigmoid", offload=False):
   """Parameters and losses after a few steps on ragged, weighted pairs."""
-  executor = parallel.Executor(mode, devices)
-  tx = optax.adamw(1e-2)
+  executor = parallel.Executor(mode, devices, offload_optimizer=offload)
+  tx = optim.from_host(optax.adamw(1e-2)) if offload else optax.adamw(1e-2)
   state = executor.compile_init(functools.partial(step.init_state, tx=tx))(
     executor.place(tiny.init())
   )
@@ -81,6 +81,23 @@ def test_every_topology_takes_the_steps_of_one_device(mode, devices, accumulate,
     assert (found["rows"], found["tokens"]) == (wanted["rows"], wanted["tokens"])
 
 
+def test_an_optimiser_whose_state_is_kept_on_the_host_takes_the_same_steps():
+  (params, reports), (expected, wanted) = trajectory("mesh", 1, offload=True), one_device("sigmoid")
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+  assert [report["loss"] for report in reports] == [report["loss"] for report in wanted]
+
+
+def test_only_the_moments_are_kept_on_the_host():
+  executor = parallel.Executor("mesh", 4, fsdp=4, offload_optimizer=True)
+  init = functools.partial(step.init_state, tx=optim.from_host(optax.adamw(1e-2)))
+  state = executor.compile_init(init)(executor.place(tiny.init()))
+  moments = (state.opt_state[0].mu, state.opt_state[0].nu)
+  assert {x.sharding.memory_kind for x in jax.tree.leaves(moments)} == {memory.HOST}
+  others = state._replace(opt_state=None)
+  assert memory.HOST not in {x.sharding.memory_kind for x in jax.tree.leaves(others)}
+  assert memory.held(moments) == 0 < memory.kept(state)
+
+
 @pytest.mark.parametrize("mode", parallel.MODES)
 def test_forward_gives_every_slot_in_the_order_of_the_batch(mode):
   executor = parallel.Executor(mode, 8)
@@ -131,5 +148,7 @@ def test_what_cannot_be_is_said_in_one_line(mode, devices, more, words):
 def test_rows_that_do_not_divide_are_refused():
   executor = parallel.Executor("mesh", 8, sequence=8)
   rows = layout.collate_many([tiny.pairs(4)], row_length=36)
-  with pytest.raises(UserError, match="rows of 36 tokens do not divide among parallel.sequence 8"):
+  with pytest.raises(
+    UserError, match=r"rows of 36 tokens do not divide among parallel\.sequence 8"
+  ):
     executor.place_batch(rows)

@@ -112,7 +112,8 @@ def test_what_may_be_changed_is_what_is_not_so_already():
   ]
   less = configured(**{"model.remat": "full", "reference.store": "x", "train.batch_size": 7})
   assert [name for name, _ in plan.changes(less, 1)] == [
-    "--config.model.param_dtype=bfloat16 --config.reference.param_dtype=bfloat16"
+    "--config.parallel.offload_optimizer=True",
+    "--config.model.param_dtype=bfloat16 --config.reference.param_dtype=bfloat16",
   ]
 
 
