@@ -5,9 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import feeds, sampling, step
+from dpo_jax import feeds, lockstep, sampling, step
 from dpo_jax.build import Run, fill_store
 from dpo_jax.data import word_level
 from dpo_jax.data.tokenized import Example
+from dpo_jax.lockstep import Pace
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 
@@ -40,6 +39,9 @@ def make_pairs(
 ) -> Iterator[dict[str, list[int]]]:
   """Preference rows of random token ids with log-normal lengths.
 
+  All lengths are drawn first, those of prompts before those of answers, then the ids row by row: a
+  program of another library that does so too trains on the very same rows.
+
   Args:
     vocab: number of ids.
     pairs: rows.
@@ -51,14 +53,17 @@ def make_pairs(
     seed: of lengths and ids.
   """
   rng = np.random.default_rng(seed)
-  draw = lambda mean: mean * np.exp(sigma * rng.standard_normal() - sigma**2 / 2)
+
+  def draw(mean: float, *shape: int) -> np.ndarray:
+    # The mean of a log-normal is that of its median times exp(sigma^2 / 2).
+    return np.exp(np.log(mean) - sigma**2 / 2 + sigma * rng.standard_normal(shape))
+
+  prompts = draw(mean_length * prompt_fraction, pairs)
+  answers = draw(mean_length * (1 - prompt_fraction), pairs, 2)
   words = lambda count: rng.integers(FIRST_WORD, vocab, count).tolist()
-  for _ in range(pairs):
-    prompt = int(np.clip(draw(mean_length * prompt_fraction), 4, max_length - shortest))
-    chosen, rejected = (
-      int(np.clip(draw(mean_length * (1 - prompt_fraction)), shortest, max_length - prompt))
-      for _ in range(2)
-    )
+  for drawn, both in zip(prompts, answers, strict=True):
+    prompt = int(np.clip(drawn, 4, max_length - shortest))
+    chosen, rejected = np.clip(both, shortest, max_length - prompt).astype(int).tolist()
     yield {
       "prompt_ids": words(prompt),
       "chosen_ids": [*words(chosen - 1), END],
@@ -89,20 +94,19 @@ def measure(
   params: PyTree,
   reference: PyTree | None,
   *,
-  blocks: int,
-  block_steps: int,
+  pace: Pace,
   started: float,
 ) -> dict[str, Any]:
   """Rates, memory, compile time and utilisation of the run's step.
 
   Every shape of batch that occurs is compiled before the clock starts; batches are made while it
-  runs, as in training.
+  runs, as in training. In lockstep each block is told as it ends; its `tokens` are counted as
+  trainers of padded rows do, the prompt once with every answer, while rates count it once.
 
   Args:
     run: what `build` made of a configuration.
     params, reference: the initial parameters, on host.
-    blocks: timed blocks; rates are medians over them.
-    block_steps: steps of a block.
+    pace: steps and blocks; rates are medians over blocks.
     started: `time.perf_counter()` when the command began.
   """
   compiled = _listen_to_compiler()
@@ -112,7 +116,7 @@ def measure(
   take = _stepper(run, params, reference)
   del params, reference
 
-  shapes = {b.ids_NL.shape + b.scored_GM.shape: b for b in _stream(run, blocks * block_steps)}
+  shapes = {b.ids_NL.shape + b.scored_GM.shape: b for b in _stream(run, pace.steps)}
   first, *others = shapes.values()
   take(first)
   first_step = time.perf_counter() - started
@@ -120,7 +124,9 @@ def measure(
     take(batch)
   compile_seconds = sum(compiled)
 
-  results = _time_blocks(run, take, blocks, block_steps, flops)
+  results = _time_blocks(run, take, pace, flops)
+  if not results:
+    return {"steps": 0}
   ceiling = product_rate(run.config.model.compute_dtype)
   rate = lambda unit: statistics.median(block[unit] / block["seconds"] for block in results)
   pairs = sorted(block["pairs"] / block["seconds"] for block in results)
@@ -141,7 +147,7 @@ def measure(
     "compute_dtype": run.config.model.compute_dtype,
     "compiled_shapes": len(shapes),
     "reference": "computed" if live else "stored" if run.store else "none",
-    "steps": blocks * block_steps,
+    "steps": len(results) * pace.block_steps,
     "devices": len(run.executor.devices),
     "device": run.executor.devices[0].device_kind,
     "jax": jax.__version__,
@@ -238,28 +244,30 @@ def _stream(run: Run, steps: int) -> Iterator[TokenBatch]:
   return (feed(k, None)[0] for k in range(1, steps + 1))
 
 
-def _time_blocks(run: Run, take, blocks: int, block_steps: int, flops) -> list[dict[str, float]]:
+def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
+  """What is known of every block, in the order in which they ran."""
+  stream, results = _stream(run, pace.steps), []
   by_row = {example.row: example for example in run.material.examples}
-  stream, results = _stream(run, blocks * block_steps), []
-  for _ in range(blocks):
+  for _ in range(pace.warmup):
+    take(next(stream))
+  for tell in lockstep.turns(pace):
     seen: list[int] = []
     waited, real, room = 0.0, 0, 0
-    before = time.perf_counter()
-    for _ in range(block_steps):
-      asked = time.perf_counter()
-      batch = next(stream)
-      waited += time.perf_counter() - asked
-      take(batch)
-      seen += batch.row_NS[batch.row_NS >= 0].tolist()
-      real, room = real + (batch.pair_NL >= 0).sum(), room + batch.pair_NL.size
-    seconds = time.perf_counter() - before
+    with lockstep.Meter() as meter:
+      for _ in range(pace.block_steps):
+        asked = time.perf_counter()
+        batch = next(stream)
+        waited += time.perf_counter() - asked
+        take(batch)
+        seen += batch.row_NS[batch.row_NS >= 0].tolist()
+        real, room = real + (batch.pair_NL >= 0).sum(), room + batch.pair_NL.size
     answers = len(run.material.examples[0].answers)
     # Every answer of a row is a slot of its own: each row is seen once an answer.
-    sizes = [_tokens(by_row[row]) for row in seen]
-    distinct, scored = (sum(column) / answers for column in zip(*sizes, strict=True))
+    counts = np.sum([_tokens(by_row[row]) for row in seen], axis=0) / answers
+    distinct, scored, repeated = counts.tolist()
     results.append(
       {
-        "seconds": seconds,
+        "seconds": meter.wall_s,
         "pairs": len(seen) / answers,
         "tokens": distinct,
         "flops": flops(distinct, scored),
@@ -267,13 +275,15 @@ def _time_blocks(run: Run, take, blocks: int, block_steps: int, flops) -> list[d
         "padding": 1 - real / room,
       }
     )
+    tell({"pairs": len(seen) / answers, "tokens": repeated} | meter.report())
   return results
 
 
-def _tokens(example: Example) -> tuple[int, int]:
-  """Distinct input tokens of a pair, and how many are scored."""
+def _tokens(example: Example) -> tuple[int, int, int]:
+  """Distinct input tokens of a pair, how many are scored, and all with the prompt in each text."""
   scored = sum(len(answer) for answer in example.answers)
-  return len(example.prompt) - 1 + scored, scored
+  prompt = len(example.prompt)
+  return prompt - 1 + scored, scored, len(example.answers) * prompt + scored
 
 
 def flops_counter(
@@ -306,5 +316,4 @@ def peak_memory_mb() -> float:
   stats = jax.local_devices()[0].memory_stats()
   if stats:
     return stats["peak_bytes_in_use"] / 2**20
-  unit = 1 if sys.platform == "darwin" else 1024
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+  return lockstep.most_held_mb()

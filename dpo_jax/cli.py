@@ -25,8 +25,10 @@ FLAGS = flags.FLAGS
 _HELP = ("--help", "-help", "-h", "--helpshort")
 
 
-def run(main: Callable[[list[str]], Any]) -> None:
+def run(main: Callable[[list[str]], Any], arguments: int = 0) -> None:
   """Parses the command line, calls `main(argv)` and exits.
+
+  Besides flags, `arguments` words may be given; they are in `argv`, behind the command's name.
 
   Bad input (`UserError`, a file that cannot be read or written, an unknown flag or config key)
   prints `error: …` on stderr, one line, and exits 1. A mistake of the program keeps its traceback.
@@ -37,7 +39,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
   keep_freed_memory()
   enable_compilation_cache()
   try:
-    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse)
+    app.run(lambda argv: _guarded(main, argv, arguments), flags_parser=_parse)
   except KeyboardInterrupt:  # also while a configuration is being imported
     print("\ninterrupted", file=sys.stderr)
     sys.exit(130)
@@ -107,10 +109,11 @@ def _processor() -> str:
 # ---------------------------------------------------------------------------- running
 
 
-def _guarded(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
+def _guarded(main: Callable[[list[str]], Any], argv: list[str], arguments: int) -> Any:
   """Calls `main`; what the user can mend becomes one line."""
-  if len(argv) > 1:
-    fail(f"unexpected argument {argv[1]!r}; every option is written --name=value (see --help)")
+  if len(argv) > 1 + arguments:
+    unknown = argv[1 + arguments]
+    fail(f"unexpected argument {unknown!r}; every option is written --name=value (see --help)")
   # The flag itself cannot tell: a library that is imported may have set it.
   if not any(x.lstrip("-").startswith("verbosity") for x in sys.argv[1:]):
     logging.set_verbosity(logging.WARNING)  # the libraries below narrate every file they open

@@ -14,6 +14,16 @@ are the share of time in which a step waits for its batch, and that of padding i
 With --generate, answers to random prompts are sampled from the initial model, none of them ending
 early: tokens of prompts read a second, tokens of answers written a second, and answers' tokens a
 second of both together.
+
+Beside programs of other libraries, on one machine and in turns, a driver adds one JSON object:
+
+  python scripts/benchmark.py --config=configs/benchmark.py:b \\
+    '{"lockstep": true, "blocks": 9, "block_steps": 2, "warmup": 2}'
+
+It says `@{"ready": true}` when everything is compiled and warm; each line `go` on its input then
+runs a block, told as `@{"block": {…}}`: wall_s, cpu_s, pairs, tokens, other_cores (that other
+programs used), rss_mb, peak_rss_mb. `tokens` are counted there as trainers that repeat the prompt
+do: twice the prompt, and both answers.
 """
 
 import sys
@@ -36,21 +46,22 @@ PROMPT = flags.DEFINE_integer("prompt_tokens", 64, "tokens of a prompt", lower_b
 NEW = flags.DEFINE_integer("new_tokens", 128, "tokens of an answer", lower_bound=2)
 
 
-def main(_):
+def main(argv):
   import json
   import pathlib
   import tempfile
   import time
 
   started = time.perf_counter()
-  config = CONFIG.value
-
   import jax
 
-  from dpo_jax import benchmark
+  from dpo_jax import benchmark, lockstep
   from dpo_jax.build import build
 
   jax.config.update("jax_enable_compilation_cache", False)  # compile time is one of the results
+  pace = lockstep.Pace(BLOCKS.value, STEPS.value)
+  if len(argv) > 1:
+    pace = lockstep.read(argv[1], pace)
   config = CONFIG.value
   with tempfile.TemporaryDirectory() as folder:
     if not config.data.path and "synthetic" in config:
@@ -74,11 +85,9 @@ def main(_):
       seed=config.seed,
     )
   else:
-    result = benchmark.measure(
-      run, params, reference, blocks=BLOCKS.value, block_steps=STEPS.value, started=started
-    )
+    result = benchmark.measure(run, params, reference, pace=pace, started=started)
   print(json.dumps(result))
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  cli.run(main, arguments=1)

@@ -10,6 +10,7 @@ import pytest
 
 from dpo_jax import benchmark
 from dpo_jax.build import build
+from dpo_jax.lockstep import Pace
 from dpo_jax.model import families, transformer
 from dpo_jax.structs import UserError
 
@@ -31,6 +32,19 @@ def test_pairs_have_the_lengths_asked_for():
     assert length(name).min() >= 8
     assert all(row[name][-1] == benchmark.END for row in rows)
     assert all(3 <= i < 50 for row in rows for i in row[name][:-1])
+
+
+def test_pairs_are_those_that_a_peer_trains_on(monkeypatch):
+  folder = CONFIGS.parent.parent / "shared" / "bench"
+  if not folder.is_dir():
+    pytest.skip("../shared/bench is not beside this checkout")
+  monkeypatch.syspath_prepend(folder)
+  import bench_common
+
+  lengths = {"pairs": 512, "mean_length": 250, "prompt_fraction": 0.6, "sigma": 0.6}
+  theirs = bench_common.make_pairs(bench_common.DataSpec(), 32000)
+  ours = list(benchmark.make_pairs(32000, max_length=512, **lengths))
+  assert [{k.removesuffix("_ids"): v for k, v in row.items()} for row in ours] == theirs
 
 
 def test_flops_of_a_pair_by_hand():
@@ -59,14 +73,11 @@ def test_the_step_is_measured(tmp_path):
   config.synthetic.pairs = 8
   config.train.batch_size = 8
   config.parallel.devices = 1
-  config.data.eval_fraction = 0.0
   config.data.path, config.model.tokenizer = benchmark.write_task(
     tmp_path, config.model.scratch.vocab_size, max_length=64, **config.synthetic
   )
   run, params, reference, _ = build(config, tmp_path)
-  result = benchmark.measure(
-    run, params, reference, blocks=2, block_steps=1, started=time.perf_counter()
-  )
+  result = benchmark.measure(run, params, reference, pace=Pace(2, 1), started=time.perf_counter())
   rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
   # Every batch is the whole set: its tokens are known, each prompt counted once. The first token of
   # a text is predicted by nobody, so a prompt of P tokens costs P - 1.

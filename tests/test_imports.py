@@ -31,6 +31,7 @@ FLOORS = {
       "memory",
       "preemption",
       "processes",
+      "lockstep",
     },
     {"structs", "mathematics", "model", "data"},
   ),
