@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import pathlib
 import statistics
 import time
@@ -11,14 +12,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import feeds, lockstep, sampling, step
+from dpo_jax import arithmetic, feeds, lockstep, sampling, step
 from dpo_jax.build import Run, fill_store
 from dpo_jax.data import word_level
 from dpo_jax.data.tokenized import Example
 from dpo_jax.lockstep import Pace
+from dpo_jax.model import transformer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 
@@ -110,9 +111,11 @@ def measure(
     started: `time.perf_counter()` when the command began.
   """
   compiled = _listen_to_compiler()
-  live = reference is not None and not run.store
-  flops = flops_counter(params, run.model.vocab, live and run.objective.loss.needs_reference)
-  count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  live = run.objective.loss.needs_reference and not run.store
+  trained = _count(params)
+  flops = arithmetic.step_flops(
+    run.model_config, reference=live, adapters=trained if run.adapter else 0
+  )
   take = _stepper(run, params, reference)
   del params, reference
 
@@ -127,8 +130,9 @@ def measure(
   results = _time_blocks(run, take, pace, flops)
   if not results:
     return {"steps": 0}
-  ceiling = product_rate(run.config.model.compute_dtype)
+  ceiling, product = arithmetic.product_rate(run.config.model.compute_dtype)
   rate = lambda unit: statistics.median(block[unit] / block["seconds"] for block in results)
+  per_pair = sum(block["flops"] for block in results) / sum(block["pairs"] for block in results)
   pairs = sorted(block["pairs"] / block["seconds"] for block in results)
   return {
     "pairs_per_second": round(rate("pairs"), 3),
@@ -139,9 +143,13 @@ def measure(
     "seconds_to_first_step": round(first_step, 2),
     "data_wait_share": round(rate("waited"), 5),
     "padding_share": round(statistics.median(block["padding"] for block in results), 4),
+    "gflops_per_pair": round(per_pair / 1e9, 4),
+    "bound_pairs_per_second": round(ceiling / per_pair, 3),
     "model_flop_utilisation": round(rate("flops") / ceiling, 4),
     "product_gflops": round(ceiling / 1e9, 1),
-    "parameters": count,
+    "product": product,
+    "parameters": _count(transformer.param_shapes(run.model_config)),
+    "trained": trained,
     "batch_size": run.config.train.batch_size,
     "layout": run.config.data.layout,
     "compute_dtype": run.config.model.compute_dtype,
@@ -201,12 +209,16 @@ def measure_generation(
     "prompt_tokens": prompt_tokens,
     "new_tokens": new_tokens,
     "peak_memory_mb": round(peak_memory_mb()),
-    "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+    "parameters": _count(params),
     "compute_dtype": dtype,
     "devices": len(jax.tree.leaves(params)[0].devices()),
     "device": jax.local_devices()[0].device_kind,
     "jax": jax.__version__,
   }
+
+
+def _count(params: PyTree) -> int:
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def _listen_to_compiler() -> list[float]:
@@ -284,31 +296,6 @@ def _tokens(example: Example) -> tuple[int, int, int]:
   scored = sum(len(answer) for answer in example.answers)
   prompt = len(example.prompt)
   return prompt - 1 + scored, scored, len(example.answers) * prompt + scored
-
-
-def flops_counter(
-  params: PyTree, vocab: int, with_reference: bool
-) -> Callable[[float, float], float]:
-  """(tokens, scored tokens) -> FLOPs of the matrix products; attention scores are left out."""
-  tree = params["params"]
-  body = sum(leaf.size for leaf in jax.tree.leaves(tree["layers"]) if leaf.ndim >= 3)
-  head = next(leaf.size for leaf in jax.tree.leaves(tree) if leaf.shape[:1] == (vocab,))
-  passes = 3 + with_reference  # a backward pass costs two forward ones
-  return lambda tokens, scored: 2 * passes * (body * tokens + head * scored)
-
-
-def product_rate(dtype: str) -> float:
-  """FLOPs a second of one large matrix product, the best of several: what this device can do."""
-  size = 2048 if jax.default_backend() == "cpu" else 8192
-  x = jnp.ones((size, size), dtype)
-  product = jax.jit(lambda a, b: a @ b)
-  product(x, x).block_until_ready()
-  times = []
-  for _ in range(8):
-    before = time.perf_counter()
-    product(x, x).block_until_ready()
-    times.append(time.perf_counter() - before)
-  return 2 * size**3 / min(times) * len(jax.local_devices())
 
 
 def peak_memory_mb() -> float:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax import benchmark, build, losses, memory, parallel, step
+from dpo_jax import arithmetic, benchmark, build, losses, memory, parallel, step
 from dpo_jax.data import pipeline
 from dpo_jax.data.tokenized import Example
 from dpo_jax.model import adapters, families, hf, lora, transformer
@@ -128,7 +128,10 @@ def plan(config: ConfigDict, lengths: Lengths) -> dict[str, Any]:
   }
   count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
   batch = run.batch
-  flops = benchmark.flops_counter(run.policy, _model_config(config).vocab, run.live)
+  adapted = bool(config.lora.rank or config.lora.path)
+  flops = arithmetic.step_flops(
+    _model_config(config), reference=run.live, adapters=count(run.state.params) if adapted else 0
+  )
   return {
     "parameters": count(run.policy),
     "trained": count(run.state.params),

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from dpo_jax import benchmark
+from dpo_jax import arithmetic, benchmark
 from dpo_jax.build import build
 from dpo_jax.lockstep import Pace
 from dpo_jax.model import families, transformer
@@ -47,13 +47,39 @@ def test_pairs_are_those_that_a_peer_trains_on(monkeypatch):
   assert [{k.removesuffix("_ids"): v for k, v in row.items()} for row in ours] == theirs
 
 
+def shaped(**more):
+  """A model of 2 layers of width 4, two heads of which one has keys, 3 wide inside, 5 words."""
+  fields = {"model_type": "llama", "vocab_size": 5, "hidden_size": 4, "num_hidden_layers": 2}
+  heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 3}
+  return families.from_hf(fields | heads | more)
+
+
 def test_flops_of_a_pair_by_hand():
-  # Body: one stacked kernel of 2 layers, 3 by 4. Head: 5 words of width 3. Norms cost nothing.
-  layers = {"kernel": np.zeros((2, 3, 4)), "norm": np.zeros((2, 3))}
-  params = {"params": {"layers": layers, "embed": np.zeros((5, 3)), "norm": np.zeros(3)}}
+  # A layer: query and output 4 by 4, key and value 4 by 2, gate, up and down 4 by 3. Norms and the
+  # table of the input cost nothing; the head is 5 by 4.
+  body, head = 2 * (2 * 4 * 4 + 2 * 4 * 2 + 3 * 4 * 3), 5 * 4
+  count = lambda **how: arithmetic.step_flops(shaped(), **how)(7, 4)
   # 7 tokens, 4 of them scored; policy forward and backward (3 passes), and the reference's.
-  assert benchmark.flops_counter(params, 5, True)(7, 4) == 2 * 4 * (24 * 7 + 15 * 4)
-  assert benchmark.flops_counter(params, 5, False)(7, 4) == 2 * 3 * (24 * 7 + 15 * 4)
+  assert count(reference=True) == 2 * 4 * (body * 7 + head * 4)
+  assert count(reference=False) == 2 * 3 * (body * 7 + head * 4)
+  # Beneath adapters of 11 numbers no gradient of parameters is taken, of the adapters' it is.
+  assert count(reference=True, adapters=11) == 2 * 3 * (body * 7 + head * 4) + 6 * 11 * 7
+  assert count(reference=False, adapters=11) == 2 * 2 * (body * 7 + head * 4) + 6 * 11 * 7
+
+
+def test_flops_of_experts_are_those_of_the_chosen():
+  sizes = {"num_local_experts": 8, "num_experts_per_tok": 2}
+  config = shaped(model_type="mixtral", **sizes)
+  body = 2 * (2 * 4 * 4 + 2 * 4 * 2 + 4 * 8 + 2 * 3 * 4 * 3)  # with the router
+  assert arithmetic.step_flops(config, reference=False)(7, 0) == 2 * 3 * body * 7
+
+
+def test_the_ceiling_is_the_best_product_tried(monkeypatch):
+  rates = {(1024, "bfloat16", "bfloat16"): 3.0, (2048, "float32", "float32"): 5.0}
+  monkeypatch.setattr(arithmetic, "_rate", lambda *tried: rates.get(tried, 1.0))
+  assert arithmetic.product_rate("bfloat16") == (5.0, "2048 float32 to float32")
+  del rates[2048, "float32", "float32"]
+  assert arithmetic.product_rate("bfloat16") == (3.0, "1024 bfloat16 to bfloat16")
 
 
 def test_words_of_the_tokenizer_differ():
@@ -92,6 +118,9 @@ def test_the_step_is_measured(tmp_path):
   assert result["compiled_shapes"] == 1
   assert result["peak_memory_mb"] > 100
   assert 0 < result["model_flop_utilisation"] < 1
+  # The bound is what the step would do at the rate of the product.
+  bound = result["model_flop_utilisation"] * result["bound_pairs_per_second"]
+  np.testing.assert_allclose(bound, result["pairs_per_second"], rtol=0.01)
 
 
 def test_generation_is_measured():

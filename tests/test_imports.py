@@ -32,6 +32,7 @@ FLOORS = {
       "preemption",
       "processes",
       "lockstep",
+      "arithmetic",
     },
     {"structs", "mathematics", "model", "data"},
   ),
