@@ -221,7 +221,7 @@ def _lora(config: ConfigDict, loss: losses.Loss) -> LoRA | None:
 def _check_base(config: ConfigDict, loss: losses.Loss) -> None:
   """What adapters ask of the other sections: the reference is their base."""
   reference = config.reference
-  if not config.model.path:
+  if not config.model.path and not config.model.scratch:
     raise UserError("lora adapts a model that exists; name it, --config.model.path=DIR")
   if reference.path:
     raise UserError(
@@ -251,10 +251,9 @@ def _adapted(
   config: ConfigDict, settings: LoRA, start: PyTree, base: PyTree
 ) -> tuple[PyTree, PyTree, adapters.Adapter]:
   """What is trained, what stays frozen, and what is known of the adapters."""
-  folder = pathlib.Path(config.model.path)
-  about = adapters.Adapter(
-    settings, str(folder.resolve() if folder.is_dir() else folder), adapters.mark_of(base)
-  )
+  path = config.model.path
+  base_name = str(pathlib.Path(path).resolve()) if path and pathlib.Path(path).is_dir() else path
+  about = adapters.Adapter(settings, base_name, adapters.mark_of(base))
   if not config.lora.path:
     return start, base, about
   adapters.check_base(config.lora.path, about.mark)
@@ -358,11 +357,12 @@ def describe_model(section: ConfigDict, template: str = "") -> tuple[ModelConfig
 
 
 def _load(config: ConfigDict, model_config: ModelConfig, places: PyTree) -> PyTree:
-  """Initial parameters of the policy: on the devices as they are read, or on host if just made."""
+  """Initial parameters of the policy, on the devices, in the type they are held in."""
   dtype = config.model.param_dtype
   if config.model.path:
     return hf.load(config.model.path, dtype=dtype, shardings=places)[1]
-  return _copied(transformer.init_params(model_config, config.seed), dtype)
+  make = lambda: transformer.init_params(model_config, config.seed, dtype=dtype)
+  return jax.jit(make, out_shardings=places)()
 
 
 def _reference(

@@ -72,6 +72,11 @@ def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def _execute(config: ConfigDict, workdir: pathlib.Path, stack: contextlib.ExitStack) -> None:
+  if config.model.scratch and (config.lora.rank or config.lora.path):
+    raise UserError(
+      "lora would adapt a model made from nothing (model.scratch), which is kept nowhere; name one"
+      " that exists, --config.model.path=DIR, or train the model itself"
+    )
   new = not workdir.exists()
   run, trained, frozen, ledger = build(config, workdir)
 

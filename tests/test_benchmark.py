@@ -1,14 +1,17 @@
 """What the benchmark counts, by hand; and that it runs the step it claims to."""
 
 import json
+import math
 import pathlib
 import runpy
 import time
 
+import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
-from dpo_jax import arithmetic, benchmark
+from dpo_jax import arithmetic, benchmark, train
 from dpo_jax.build import build
 from dpo_jax.lockstep import Pace
 from dpo_jax.model import families, transformer
@@ -47,11 +50,17 @@ def test_pairs_are_those_that_a_peer_trains_on(monkeypatch):
   assert [{k.removesuffix("_ids"): v for k, v in row.items()} for row in ours] == theirs
 
 
+def shape_fields():
+  """Two layers of width 8, two heads of which one has keys, 6 wide inside."""
+  fields = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 2}
+  heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 6}
+  return fields | heads
+
+
 def shaped(**more):
   """A model of 2 layers of width 4, two heads of which one has keys, 3 wide inside, 5 words."""
-  fields = {"model_type": "llama", "vocab_size": 5, "hidden_size": 4, "num_hidden_layers": 2}
-  heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 3}
-  return families.from_hf(fields | heads | more)
+  smaller = {"vocab_size": 5, "hidden_size": 4, "intermediate_size": 3}
+  return families.from_hf(shape_fields() | smaller | more)
 
 
 def test_flops_of_a_pair_by_hand():
@@ -88,14 +97,50 @@ def test_words_of_the_tokenizer_differ():
   assert words[:2] == [" a", " b"] and words[26] == " ba"
 
 
+def get_config(arg):
+  return runpy.run_path(str(CONFIGS / "benchmark.py"))["get_config"](arg)
+
+
 def test_an_unknown_shape_is_refused():
-  get_config = runpy.run_path(str(CONFIGS / "benchmark.py"))["get_config"]
   with pytest.raises(UserError, match="known: controlled, a, b, c"):
     get_config("d")
+  with pytest.raises(UserError, match="lengths=none is not known; known: controlled, short"):
+    get_config("a,lengths=none")
+  with pytest.raises(UserError, match="'width=3' is not one of lengths="):
+    get_config("a,width=3")
+
+
+@pytest.mark.parametrize(
+  ("arg", "parameters", "window"),
+  [
+    ("a", 1_509_248, 512),
+    ("qwen_0_5b", 494_032_768, 2048),
+    ("llama_1b,lengths=hh", 1_235_814_400, 512),
+    ("llama_8b", 8_030_261_248, 2048),
+    ("long", 494_032_768, 32768),
+  ],
+)
+def test_shapes_are_those_of_the_models_named(arg, parameters, window):
+  """As their own folders have them; a by hand, with 7 layers of 196,608 + 256 and two tables."""
+  config = get_config(arg)
+  model = families.from_hf(config.model.scratch.to_dict())
+  shapes = jax.tree.leaves(transformer.param_shapes(model))
+  assert sum(math.prod(leaf.shape) for leaf in shapes) == parameters
+  assert config.data.max_length == window <= model.max_positions
+  assert config.model.compute_dtype == ("float32" if arg == "a" else "bfloat16")
+
+
+def test_a_long_pair_fills_its_window():
+  config = get_config("long")
+  rows = list(benchmark.make_pairs(100, max_length=config.data.max_length, **config.synthetic))
+  assert len(rows) == 2
+  for row in rows:
+    for answer in ("chosen_ids", "rejected_ids"):
+      assert 32766 <= len(row["prompt_ids"]) + len(row[answer]) <= 32768
 
 
 def test_the_step_is_measured(tmp_path):
-  config = runpy.run_path(str(CONFIGS / "benchmark.py"))["get_config"]("controlled")
+  config = get_config("controlled")
   config.synthetic.pairs = 8
   config.train.batch_size = 8
   config.parallel.devices = 1
@@ -121,6 +166,47 @@ def test_the_step_is_measured(tmp_path):
   # The bound is what the step would do at the rate of the product.
   bound = result["model_flop_utilisation"] * result["bound_pairs_per_second"]
   np.testing.assert_allclose(bound, result["pairs_per_second"], rtol=0.01)
+
+
+def built(folder, **changes):
+  """What `build` makes of a small model from nothing."""
+  config = get_config("controlled")
+  with config.unlocked():
+    config.model.scratch = ConfigDict(shape_fields() | {"vocab_size": 50})
+    config.synthetic.pairs = config.train.batch_size = 8
+    config.update_from_flattened_dict(changes)
+  config.data.path, config.model.tokenizer = benchmark.write_task(
+    folder, 50, max_length=64, **config.synthetic
+  )
+  return build(config, folder)
+
+
+def test_random_weights_are_made_where_and_as_they_are_held(tmp_path):
+  """In float32 they are those of `init_params`; divided among devices, the same numbers."""
+  run, plain, reference, _ = built(tmp_path)
+  expected = transformer.init_params(run.model_config, 0)
+  jax.tree.map(np.testing.assert_array_equal, plain, expected)
+  jax.tree.map(np.testing.assert_array_equal, reference, expected)
+  run, divided, _, _ = built(tmp_path, **{"parallel.fsdp": 2})
+  jax.tree.map(np.testing.assert_array_equal, divided, expected)
+  places = jax.tree.leaves(run.executor.shardings(divided))
+  assert [leaf.sharding for leaf in jax.tree.leaves(divided)] == places
+  _, half, _, _ = built(tmp_path, **{"model.param_dtype": "bfloat16"})
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(half)} == {"bfloat16"}
+
+
+def test_adapters_of_a_random_base_are_measured_and_not_trained(tmp_path):
+  changes = {"lora.rank": 2, "parallel.devices": 1}
+  run, params, reference, _ = built(tmp_path, **changes)
+  pace = Pace(blocks=1, block_steps=1)
+  result = benchmark.measure(run, params, reference, pace=pace, started=time.perf_counter())
+  base = sum(leaf.size for leaf in jax.tree.leaves(transformer.init_params(run.model_config, 0)))
+  # Of every map [D, F], 2 (D + F): in a layer 8 + 8, 8 + 4, 8 + 4, 8 + 8 and three of 8 + 6.
+  assert result["trained"] == 2 * 2 * (16 + 12 + 12 + 16 + 3 * 14)
+  assert result["parameters"] == base
+  with pytest.raises(UserError, match=r"a model made from nothing .* which is kept nowhere"):
+    train.execute(run.config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
 
 
 def test_generation_is_measured():
