@@ -287,7 +287,8 @@ def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
         "padding": 1 - real / room,
       }
     )
-    tell({"pairs": len(seen) / answers, "tokens": repeated} | meter.report())
+    counts = {"pairs": len(seen) / answers, "tokens": repeated}
+    tell(counts | meter.report() | {"peak_memory_mb": round(peak_memory_mb())})
   return results
 
 

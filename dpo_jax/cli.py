@@ -6,7 +6,6 @@ loads jax, so that `--help` answers at once; commands import what is heavy insid
 
 from __future__ import annotations
 
-import ctypes
 import difflib
 import hashlib
 import os
@@ -20,6 +19,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
+
+from dpo_jax.heap import keep_freed_memory
 
 FLAGS = flags.FLAGS
 _HELP = ("--help", "-help", "-h", "--helpshort")
@@ -49,22 +50,6 @@ def fail(message: object) -> NoReturn:
   """Prints one line on stderr and exits 1."""
   print("error: " + " ".join(str(message).split()), file=sys.stderr)
   sys.exit(1)
-
-
-def keep_freed_memory() -> None:
-  """Has glibc hand large blocks out again instead of giving them back to the system.
-
-  By default each large array of a step on the CPU is a fresh mapping, which the system zeroes page
-  by page. Left alone where an accelerator holds the arrays, or where there is no glibc.
-  """
-  accelerators = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0", "/dev/kfd")
-  if not sys.platform.startswith("linux") or any(map(os.path.exists, accelerators)):
-    return
-  mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-  if mallopt is not None:
-    mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap
-    mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap keeps its top
-    mallopt(-8, 1)  # M_ARENA_MAX: the heaps of other threads could not grow so large
 
 
 def enable_compilation_cache() -> None:

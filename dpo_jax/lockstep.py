@@ -3,6 +3,8 @@
 In turns, a driver starts every program and waits until it says `@{"ready": true}`. From then on one
 line `go` on its standard input runs one block, which it reports as `@{"block": {…}}`; meanwhile the
 others wait. A program ends when it has run its blocks or its input is closed.
+
+Imports the standard library alone: programs of other libraries take their turns by it too.
 """
 
 from __future__ import annotations
@@ -15,8 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TextIO
-
-from dpo_jax.structs import UserError
 
 
 class Pace(NamedTuple):
@@ -46,6 +46,8 @@ def read(text: str, usual: Pace) -> Pace:
   Raises:
     UserError: no object, a field that is not known, or a value that it cannot have.
   """
+  from dpo_jax.structs import UserError  # which loads jax
+
   known = ", ".join(Pace._fields)
   try:
     given = json.loads(text)

@@ -22,7 +22,8 @@ Beside programs of other libraries, on one machine and in turns, a driver adds o
 
 It says `@{"ready": true}` when everything is compiled and warm; each line `go` on its input then
 runs a block, told as `@{"block": {…}}`: wall_s, cpu_s, pairs, tokens, other_cores (that other
-programs used), rss_mb, peak_rss_mb. `tokens` are counted there as trainers that repeat the prompt
+programs used), rss_mb, peak_rss_mb, and peak_memory_mb (of the accelerator, or again of the process
+on a CPU). `tokens` are counted there as trainers that repeat the prompt
 do: twice the prompt, and both answers.
 """
 

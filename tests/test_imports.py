@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Floors from the ground up. A module may import its own floor and what is named as below it.
 FLOORS = {
-  "structs": ({"structs", "folders", "partition"}, set()),
+  "structs": ({"structs", "folders", "partition", "heap", "lockstep"}, set()),
   "mathematics": ({"derivation", "losses", "logprobs", "metrics"}, {"structs"}),
   "model": ({"model"}, {"structs"}),
   "data": ({"data"}, {"structs"}),
@@ -31,8 +31,8 @@ FLOORS = {
       "memory",
       "preemption",
       "processes",
-      "lockstep",
       "arithmetic",
+      "contest",
     },
     {"structs", "mathematics", "model", "data"},
   ),
@@ -146,6 +146,17 @@ def test_no_module_hides_a_library_when_run_as_a_file():
   names = {path.stem for path in modules()} | {p.stem for p in (ROOT / "scripts").glob("*.py")}
   assert not names & set(sys.stdlib_module_names)
   assert not names & {"jax", "flax", "optax", "grain", "numpy", "tokenizers", "safetensors"}
+
+
+def test_peers_without_jax_can_take_turns():
+  """What scripts/peers/ imports of the package: the standard library alone."""
+  for name in ("heap", "lockstep"):
+    at_import = ast.parse((ROOT / "dpo_jax" / f"{name}.py").read_text(encoding="utf-8")).body
+    nodes = [node for node in at_import if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [
+      node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in nodes
+    ]
+    assert {n.split(".")[0] for n in names} <= sys.stdlib_module_names
 
 
 def test_commands_answer_before_they_load_anything_heavy():

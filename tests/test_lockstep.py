@@ -84,7 +84,8 @@ def test_the_benchmark_takes_its_turns():
   ready, block, result = [json.loads(line.removeprefix("@")) for line in done.stdout.splitlines()]
   assert ready == {"ready": True}
   assert block["block"].keys() == {
-    "wall_s", "cpu_s", "pairs", "tokens", "other_cores", "rss_mb", "peak_rss_mb"
+    "wall_s", "cpu_s", "pairs", "tokens", "other_cores", "rss_mb", "peak_rss_mb",
+    "peak_memory_mb",
   }  # fmt: skip
   assert block["block"]["pairs"] == 16
   assert result["steps"] == 1 and result["pairs_per_second"] > 0

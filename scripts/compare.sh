@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Times the training step beside TRL's, from nothing: makes .venv and .venv-peers, then calls
+# scripts/compare.py, which says what is measured.
+#
+#   bash scripts/compare.sh [cpu|gpu] [OUT] [flags of compare.py]     for instance: cpu runs/c --only=a
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/venv.sh
+
+suite=${1:-cpu}
+out=${2:-runs/compare-$suite}
+case $suite in
+  cpu) ours=requirements.txt peers=requirements-peers.txt ;;
+  gpu) ours=requirements-gpu.txt peers=requirements-peers-gpu.txt ;;
+  *) fail "the suite is cpu or gpu, not $suite" ;;
+esac
+shift $(($# < 2 ? $# : 2))
+(use_venv "$peers" .venv-peers)
+use_venv "$ours"
+run python scripts/compare.py --suite="$suite" --out="$out" "$@"

@@ -1,0 +1,110 @@
+"""What scripts/compare.py times: groups of programs that train one shape on the same rows.
+
+A group of the suite "cpu" is named by its shape, perhaps with more behind a dash; of "gpu", by
+shape and lengths of configs/benchmark.py.
+"""
+
+from typing import Any, NamedTuple
+
+
+class Program(NamedTuple):
+  """One of a group.
+
+  Attributes:
+    name: in tables.
+    options: of scripts/peers/trl_step.py, for a peer; None for ours.
+    changes: fields of our configuration.
+    store: whether our reference is computed beforehand.
+    best: whether ratios may be taken to it, a peer; not to one that trains in lower precision.
+  """
+
+  name: str
+  options: dict[str, Any] | None = None
+  changes: dict[str, Any] | None = None
+  store: bool = False
+  best: bool = True
+
+
+def trl(name: str, *, best: bool = True, **options: Any) -> Program:
+  return Program(f"TRL {name}".strip(), options=options, best=best)
+
+
+def ours(name: str, changes: dict[str, Any] | None = None, *, store: bool = False) -> Program:
+  return Program(f"ours {name}", changes=changes or {}, store=store)
+
+
+PACKED = {"data.layout": "packed"}
+PADDED = {"data.layout": "padded"}
+BFLOAT16 = {"model.compute_dtype": "bfloat16"}
+LORA = {"lora.rank": 16, "lora.alpha": 32.0}
+AGAIN = {"checkpointing": True}  # activations are computed again on the way back
+LOW = {"dtype": "autocast"}
+
+CPU = {
+  "a": [trl(""), trl("sequential", sampling="sequential"), ours("shared"), ours("packed", PACKED)],
+  "b": [trl(""), ours("shared"), ours("packed", PACKED)],
+  "c": [trl(""), ours("shared"), ours("packed", PACKED)],
+  "b-bfloat16": [
+    trl("autocast", **LOW),
+    trl("autocast, checkpointing", **LOW, **AGAIN),
+    ours("shared, bfloat16", BFLOAT16),
+    ours("packed, bfloat16", BFLOAT16 | PACKED),
+  ],
+  "b-stored": [trl("precomputed", precompute=True), ours("shared, stored", store=True)],
+  "b-lora": [trl("LoRA", lora_rank=16), ours("shared, LoRA", LORA)],
+  # Which of TRL's settings is its best: together they would not fit in memory.
+  "b-peers": [
+    trl(""),
+    trl("sequential", sampling="sequential"),
+    trl("checkpointing", **AGAIN),
+    trl("autocast", **LOW),
+    trl("autocast, checkpointing", **LOW, **AGAIN),
+    trl("bfloat16 weights", dtype="bfloat16", best=False),
+  ],
+}
+# Groups whose programs are started one at a time.
+APART = ("b-peers",)
+
+
+def _whole() -> list[Program]:
+  """The model itself trained, float32 weights in bfloat16 products; and adapters of it."""
+  lora = {**LOW, "lora_rank": 16}
+  return [
+    trl("", **LOW),
+    trl("checkpointing", **LOW, **AGAIN),
+    trl("precomputed", **LOW, precompute=True),
+    trl("precomputed, checkpointing", **LOW, **AGAIN, precompute=True),
+    trl("bfloat16 weights", dtype="bfloat16", best=False),
+    ours("padded", PADDED),
+    ours("packed", PACKED),
+    ours("shared"),
+    ours("shared, remat full", {"model.remat": "full"}),
+    ours("shared, stored", store=True),
+    trl("LoRA", **lora),
+    trl("LoRA, checkpointing", **lora, **AGAIN),
+    ours("shared, LoRA", LORA),
+    ours("shared, LoRA, stored", LORA, store=True),
+  ]
+
+
+def _adapted() -> list[Program]:
+  """Adapters of a model in bfloat16; the shape's configuration says so already."""
+  lora = {"dtype": "bfloat16", "lora_rank": 16}
+  return [
+    trl("LoRA", **lora),
+    trl("LoRA, checkpointing", **lora, **AGAIN),
+    trl("LoRA, precomputed", **lora, precompute=True),
+    trl("LoRA, precomputed, checkpointing", **lora, **AGAIN, precompute=True),
+    ours("padded, LoRA", PADDED),
+    ours("packed, LoRA", PACKED),
+    ours("shared, LoRA"),
+    ours("shared, LoRA, remat dots", {"model.remat": "dots"}),
+    ours("shared, LoRA, stored", store=True),
+  ]
+
+
+GPU = {
+  f"{shape}-{lengths}": make()
+  for shape, make in (("qwen_0_5b", _whole), ("llama_1b", _whole), ("llama_8b", _adapted))
+  for lengths in ("ultrafeedback", "hh")
+} | {"long-long": [trl("checkpointing", **LOW, **AGAIN), ours("shared")]}
