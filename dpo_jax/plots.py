@@ -259,6 +259,54 @@ def frontier(
   return figure
 
 
+def growth(points: Records, labels: Mapping[str, str]) -> Figure:
+  """Time and memory of a step against every quantity that was varied, on logarithmic axes.
+
+  Dotted is what is in proportion, through the last point that was measured.
+
+  Args:
+    points: with `axis`, `value`, `seconds`, `measured_mb` and `planned_mb`; None where not known.
+    labels: of the quantities, in the order in which they are drawn.
+  """
+  names = [name for name in labels if any(point["axis"] == name for point in points)]
+  rows = -(-len(names) // 2)
+  kinds = (
+    ("Time", "seconds a step", {"seconds": ("measured", TRAIN)}),
+    ("Memory", "MB", {"measured_mb": ("most held", TRAIN), "planned_mb": ("compiler", EVAL)}),
+  )
+  with matplotlib.rc_context(_STYLE):
+    figure = Figure(figsize=(14, 3.1 * rows), layout="constrained")
+    panels = figure.subplots(rows, 4, squeeze=False)
+    for unused in panels.flat[2 * len(names) :]:
+      unused.set_visible(False)
+    for number, name in enumerate(names):
+      some = sorted((p for p in points if p["axis"] == name), key=lambda point: point["value"])
+      for (title, unit, curves), ax in zip(kinds, panels.flat[2 * number :][:2], strict=True):
+        ax.set(title=title, xlabel=labels[name], ylabel=unit)
+        _draw_growth(ax, some, curves)
+  return figure
+
+
+def _draw_growth(ax: Axes, points: Records, curves: Mapping[str, tuple[str, str]]) -> None:
+  last = None
+  for (field, (label, color)), mark in zip(curves.items(), "os", strict=False):
+    known = [(point["value"], point[field]) for point in points if point[field]]
+    if known:
+      x, y = zip(*known, strict=True)
+      ax.plot(x, y, color=color, marker=mark, markersize=4, label=label)
+      last = last or known[-1]
+  values = [point["value"] for point in points]
+  if last:
+    line = [last[1] * value / last[0] for value in values]
+    ax.plot(values, line, color=MUTED, linestyle=":", linewidth=1.2, label="in proportion")
+  ax.set_xscale("log", base=2)
+  ax.set_yscale("log")
+  short = lambda value: f"{value // 1024}k" if value >= 1024 else str(value)
+  ax.set_xticks(values, [short(value) for value in values])
+  ax.tick_params(which="minor", length=0)
+  ax.legend(fontsize=8)
+
+
 def _bar(at: float, interval: Sequence[float] | None) -> list[list[float]] | None:
   """An interval as lengths below and above its middle."""
   return None if interval is None else [[max(0, at - interval[0])], [max(0, interval[1] - at)]]

@@ -56,7 +56,7 @@ FLOORS = {
   ),
   "door": ({"cli", "defaults"}, {"structs", "mathematics"}),
   "commands": (
-    {"train", "benchmark", "plan"},
+    {"train", "benchmark", "plan", "growth"},
     {"structs", "mathematics", "model", "data", "machinery", "measures", "build", "door"},
   ),
 }
