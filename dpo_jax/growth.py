@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import gc
 import pathlib
-import statistics
 import sys
 import time
 from typing import Any, NamedTuple
@@ -84,9 +83,9 @@ def measure(axis: str, value: int) -> dict[str, Any]:
 
   Returns:
     `planned_mb`, arguments and temporaries of the step by the compiler, on all devices; `seconds`
-    of it; `measured_mb`, the most that the process held beyond what it held before, None without
-    /proc; `tokens` of the rows; `compile_seconds`. A step that would take more than a third of the
-    memory that is free does not run: its `seconds` and `measured_mb` are None.
+    of the quickest of several; `measured_mb`, the most that the process held beyond what it held
+    before, None without /proc; `tokens` of the rows; `compile_seconds`. A step that would take more
+    than a third of the memory that is free does not run: its `seconds` and `measured_mb` are None.
   """
   run = plan.outline(*configured(axis, value))
   began = time.perf_counter()
@@ -112,7 +111,7 @@ def measure(axis: str, value: int) -> dict[str, Any]:
 
 
 def _run(run: plan.Outline, compiled: jax.stages.Compiled) -> tuple[float, float | None]:
-  """Seconds of a step, of zeros in place of numbers, and MB that the process came to hold."""
+  """Seconds of the quickest step, zeros in place of numbers, and MB that the process held."""
   batch = run.executor.place_batch(run.batch)
   zeros = lambda x: jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=x.sharding)()
   gc.collect()
@@ -121,7 +120,7 @@ def _run(run: plan.Outline, compiled: jax.stages.Compiled) -> tuple[float, float
   before = _field("/proc/self/status", "VmRSS")
   state, reference = jax.tree.map(zeros, (run.state, run.reference))
   times: list[float] = []
-  while len(times) < 4 and sum(times) < 10:
+  while len(times) < 2 or (len(times) < 8 and sum(times) < 8):
     _forget_most_held()
     began = time.perf_counter()
     state, _ = compiled(state, reference, batch)
@@ -129,7 +128,7 @@ def _run(run: plan.Outline, compiled: jax.stages.Compiled) -> tuple[float, float
     times.append(time.perf_counter() - began)
   most = _field("/proc/self/status", "VmHWM")
   held = None if most is None or before is None else (most - before) / 2**20
-  return statistics.median(times[1:] or times), held
+  return min(times), held
 
 
 def _field(path: str, name: str) -> int | None:

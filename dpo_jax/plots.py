@@ -16,6 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -301,6 +302,8 @@ def _draw_growth(ax: Axes, points: Records, curves: Mapping[str, tuple[str, str]
     ax.plot(values, line, color=MUTED, linestyle=":", linewidth=1.2, label="in proportion")
   ax.set_xscale("log", base=2)
   ax.set_yscale("log")
+  ax.yaxis.set_major_formatter(LogFormatter())  # 0.05, not a power of ten
+  ax.yaxis.set_minor_formatter(LogFormatter())
   short = lambda value: f"{value // 1024}k" if value >= 1024 else str(value)
   ax.set_xticks(values, [short(value) for value in values])
   ax.tick_params(which="minor", length=0)
