@@ -288,6 +288,13 @@ def growth(points: Records, labels: Mapping[str, str]) -> Figure:
   return figure
 
 
+class _Plain(LogFormatter):
+  """Marks what matplotlib would on a logarithmic axis, as 0.05 and not as a power of ten."""
+
+  def __call__(self, x: float, pos: int | None = None) -> str:
+    return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def _draw_growth(ax: Axes, points: Records, curves: Mapping[str, tuple[str, str]]) -> None:
   last = None
   for (field, (label, color)), mark in zip(curves.items(), "os", strict=False):
@@ -302,8 +309,8 @@ def _draw_growth(ax: Axes, points: Records, curves: Mapping[str, tuple[str, str]
     ax.plot(values, line, color=MUTED, linestyle=":", linewidth=1.2, label="in proportion")
   ax.set_xscale("log", base=2)
   ax.set_yscale("log")
-  ax.yaxis.set_major_formatter(LogFormatter())  # 0.05, not a power of ten
-  ax.yaxis.set_minor_formatter(LogFormatter())
+  ax.yaxis.set_major_formatter(_Plain())
+  ax.yaxis.set_minor_formatter(_Plain())
   short = lambda value: f"{value // 1024}k" if value >= 1024 else str(value)
   ax.set_xticks(values, [short(value) for value in values])
   ax.tick_params(which="minor", length=0)
