@@ -119,7 +119,8 @@ def measure(
   take = _stepper(run, params, reference)
   del params, reference
 
-  shapes = {b.ids_NL.shape + b.scored_GM.shape: b for b in _stream(run, pace.steps)}
+  shape = lambda batch: tuple(x.shape for x in jax.tree.leaves(batch))
+  shapes = {shape(batch): batch for batch in _stream(run, pace.steps)}
   first, *others = shapes.values()
   take(first)
   first_step = time.perf_counter() - started

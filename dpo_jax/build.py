@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import feeds, logprobs, losses, optim, parallel, processes, reference, step
 from dpo_jax.data import chat, intake, packing, templates, tokenized
-from dpo_jax.model import adapters, families, hf, lora, transformer
+from dpo_jax.model import adapters, families, flash, hf, lora, transformer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.lora import LoRA
 from dpo_jax.structs import Model, PyTree, UserError
@@ -60,9 +60,13 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     hf.check(path)
   _check_tokenizer(config.reference.path, tokenizer)
   start = None if settings is None else _start(config, model_config, settings)
-  model, objective = make_objective(config, model_config, loss, settings)
-  material, ledger = feeds.load(config, loss, tokenizer, model_config, executor.groups)
-  store, lacking, material = feeds.stored(config, model_config, executor.devices[0], material)
+  attention = choose_attention(config, model_config, executor)
+  model, objective = make_objective(config, model_config, loss, settings, attention)
+  material, ledger = feeds.load(
+    config, loss, tokenizer, model_config, executor.groups, texts=attention != "blocked"
+  )
+  device = executor.devices[0]
+  store, lacking, material = feeds.stored(config, model_config, device, attention, material)
   passes = config.train.epochs * len(material.examples) / config.train.batch_size
   steps = config.train.steps or max(1, round(passes))
   schedule, tx = make_optimizer(config, steps)
@@ -102,13 +106,35 @@ def check(config: ConfigDict) -> tuple[losses.Loss, LoRA | None, parallel.Execut
   executor = parallel.Executor(
     **{name: config.parallel[name] for name in parallel.Executor.SETTINGS}
   )
+  flash.check(config.model.attention)
   _check_numbers(config)
   _check_divides(config.train.batch_size, config.train.accumulate, executor.groups)
   return loss, settings, executor
 
 
+def choose_attention(
+  config: ConfigDict, model_config: ModelConfig, executor: parallel.Executor
+) -> str:
+  """The attention that a run takes; says why where it is not the one that was asked for."""
+  name = config.model.attention
+  taken, why = flash.choose(
+    name,
+    model_config,
+    dtype=config.model.compute_dtype,
+    device=executor.devices[0],
+    sequence=config.parallel.sequence,
+  )
+  if why:
+    print(f"model.attention is {name}, but {why}: {taken} is taken", file=sys.stderr)
+  return taken
+
+
 def make_objective(
-  config: ConfigDict, model_config: ModelConfig, loss: losses.Loss, settings: LoRA | None
+  config: ConfigDict,
+  model_config: ModelConfig,
+  loss: losses.Loss,
+  settings: LoRA | None,
+  attention: str,
 ) -> tuple[Model, step.Objective]:
   """The model as it is computed, and what is minimised of rows with two answers."""
   model = transformer.build(
@@ -116,6 +142,7 @@ def make_objective(
     dtype=config.model.compute_dtype,
     remat=config.model.remat,
     dropout=config.lora.dropout if settings else 0.0,
+    attention=attention,
   )
   stored = bool(config.reference.store)
   objective = step.Objective(

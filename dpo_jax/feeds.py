@@ -33,7 +33,7 @@ class Material(NamedTuple):
       messages).
     held_out: rows to judge by; on policy, prompts as examples without answers.
     answers: K, slots of a row of data.
-    batching: layout, row_length and groups of `pipeline.batches`.
+    batching: layout, row_length, groups and texts of `pipeline.batches`.
     sampler: makes batches of prompts; None where rows are trained on as they stand.
   """
 
@@ -79,8 +79,13 @@ def load(
   tokenizer: Tokenizer,
   model_config: ModelConfig,
   groups: int,
+  *,
+  texts: bool = False,
 ) -> tuple[Material, dict]:
-  """What the run learns from, and the ledger of what became of every row."""
+  """What the run learns from, and the ledger of what became of every row.
+
+  With `texts`, batches list the texts of their rows.
+  """
   for name in ("path", "eval_path"):
     _check_named(f"data.{name}", config.data[name])
   if not config.data.path:
@@ -90,6 +95,7 @@ def load(
     "layout": config.data.layout,
     "row_length": config.data.row_length,
     "groups": groups,
+    "texts": texts,
   }
   if not config.on_policy.reward:
     examples, held_out, ledger = _load_rows(config, loss, tokenizer, model_config)
@@ -252,13 +258,17 @@ def _load_prompts(config, tokenizer, model_config):
 
 
 def stored(
-  config: ConfigDict, model_config: ModelConfig, device: jax.Device, material: Material
+  config: ConfigDict,
+  model_config: ModelConfig,
+  device: jax.Device,
+  attention: str,
+  material: Material,
 ) -> tuple[reference.Store | None, tuple[tokenized.Lazy, ...], Material]:
   """The store of the reference's log-probs, what it lacks, and the rows with what it has."""
   path = config.reference.store
   if not path:
     return None, (), material
-  store = reference.Store(path, _reference_key(config, model_config, device))
+  store = reference.Store(path, _reference_key(config, model_config, device, attention))
   sides = (material.examples, material.held_out)
   lacking = tuple(filter(len, (reference.lacking(side, store) for side in sides)))
   rows, missing = sum(map(len, sides)), sum(map(len, lacking))
@@ -271,14 +281,16 @@ def stored(
 
 
 def _reference_key(
-  config: ConfigDict, model_config: ModelConfig, device: jax.Device
+  config: ConfigDict, model_config: ModelConfig, device: jax.Device, attention: str
 ) -> dict[str, Any]:
   """All that the reference's log-probs depend on beside prompt and answer."""
   path, types = config.reference.path, [config.reference.param_dtype]
   if not path:  # it has the policy's numbers, as the policy holds them
     path, types = config.model.path, [config.model.param_dtype, *types]
   weights: Any = {"scratch": config.model.scratch.to_dict(), "seed": config.seed}
-  return {
+  # Stores made before there was a choice are those of "blocked".
+  kernel = {} if attention == "blocked" else {"attention": attention}
+  return kernel | {
     "weights": weight_files.digest(pathlib.Path(path)) if path else weights,
     "adapter": adapters.digest(config.lora.path) if config.lora.path else None,
     "model": dataclasses.asdict(model_config),

@@ -43,7 +43,7 @@ class Sampler:
     accumulate: micro-batches a step.
     seed: of order, samples and preferences.
     width: tokens of the longest prompt, or more.
-    batching: layout, row_length and groups of `layout.collate_many`.
+    batching: layout, row_length, groups and texts of `layout.collate_many`.
   """
 
   model_config: ModelConfig

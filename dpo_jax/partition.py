@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -107,6 +108,25 @@ def for_each_group(table_VD: Array, groups: int) -> Array:
   """
   table_GVD = jax.numpy.broadcast_to(table_VD, (groups, *table_VD.shape))
   return _constrain(table_GVD, ROWS + _SEQUENCE, ("tensor",), None)
+
+
+def for_own_rows(fn: Callable[..., Array], *, heads: int) -> Callable[..., Array]:
+  """`fn` of its own rows, groups and heads on each device, for what no compiler divides.
+
+  Args:
+    fn: (arrays [N, L, H, K], tree of arrays [G, …]) -> [N, L, H, K], nothing across rows.
+    heads: they are divided over tensor if this divides by it, and else whole on each.
+
+  Returns:
+    The same function of whole arrays; `fn` itself outside a mesh of these axes.
+  """
+  mesh = _mesh()
+  if mesh is None:
+    return fn
+  divided = PartitionSpec(ROWS, None, None if heads % mesh.shape["tensor"] else "tensor")
+  return jax.shard_map(
+    fn, in_specs=(divided, PartitionSpec(ROWS)), out_specs=divided, check_vma=False
+  )
 
 
 def _mesh() -> Any:

@@ -78,7 +78,8 @@ def outline(config: ConfigDict, lengths: Lengths) -> Outline:
       " does; plan with parallel.mode=mesh"
     )
   model_config = _model_config(config)
-  _, objective = build.make_objective(config, model_config, loss, settings)
+  attention = build.choose_attention(config, model_config, executor)
+  _, objective = build.make_objective(config, model_config, loss, settings, attention)
   _, tx = build.make_optimizer(config, config.train.steps or 1000)
   objective = objective._replace(answers=_answers(config, loss))
 
@@ -98,7 +99,14 @@ def outline(config: ConfigDict, lengths: Lengths) -> Outline:
     take=functools.partial(step.train_step, objective=objective, tx=tx),
     state=executor.abstract(state),
     reference=None if frozen is None else executor.abstract(frozen),
-    batch=_batch(config, model_config.vocab, objective.answers, executor.groups, lengths),
+    batch=_batch(
+      config,
+      model_config.vocab,
+      objective.answers,
+      lengths,
+      groups=executor.groups,
+      texts=attention != "blocked",
+    ),
     policy=policy,
     live=live,
   )
@@ -165,7 +173,7 @@ def _shapes_of(tree: PyTree) -> PyTree:
 
 
 def _batch(
-  config: ConfigDict, vocab: int, answers: int, groups: int, lengths: Lengths
+  config: ConfigDict, vocab: int, answers: int, lengths: Lengths, **batching: Any
 ) -> TokenBatch:
   """A batch of synthetic rows, laid out as those of training are."""
   rows = benchmark.make_pairs(
@@ -191,8 +199,8 @@ def _batch(
     seed=config.seed,
     layout=config.data.layout,
     row_length=config.data.row_length,
-    groups=groups,
     balance=config.data.balance,
+    **batching,
   )
   return next(stream)
 

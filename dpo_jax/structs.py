@@ -5,6 +5,7 @@ Names of arrays end in their axes:
   A micro-batches of a step   B pairs               N rows of tokens     L positions of a row
   S slots of a row            G groups of rows      M scored tokens of a group
   D width                     H query heads         V vocabulary
+  T texts of a group          W positions of a text
   K answers to a prompt; in the model, head size
 
 A *slot* is one answer whose log-probability is wanted. A *group* is a run of consecutive rows that
@@ -85,6 +86,11 @@ class TokenBatch(NamedTuple):
     row_NS: int32 row of the data set that the slot came from; -1 is an empty or absent one.
     reference_NL: float32 log-prob of the target under the reference, nats, where that is stored; 0
       where nothing is scored. None where the reference is computed along.
+    text_GTW: int32 flat position, as in `scored_GM`, of the token at each position of each text, a
+      prompt with one answer; one past the end behind the text. None where attention takes the rows
+      as they are.
+    place_NLK: int32 flat place (text * W + position) of the token in each of its group's texts that
+      has it, those first; T * W fills what is left over. K is 1 where no text shares a token.
   """
 
   ids_NL: Array
@@ -99,6 +105,8 @@ class TokenBatch(NamedTuple):
   grade_NS: Array
   row_NS: Array
   reference_NL: Array | None = None
+  text_GTW: Array | None = None
+  place_NLK: Array | None = None
 
 
 class Head(NamedTuple):

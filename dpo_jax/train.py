@@ -193,7 +193,7 @@ def _loop(run, state, frozen, feed, start, checkpoints, log, notice) -> step.Tra
   meter, shapes = _Meter(run, checkpoints, log), set()
   for index in range(start + 1, run.steps + 1):
     batch, facts = feed(index, _policy(run, state, frozen) if run.material.sampler else None)
-    shape = (*batch.ids_NL.shape, batch.scored_GM.shape[-1], batch.weight_NS.shape[-1])
+    shape = tuple(x.shape for x in jax.tree.leaves(batch))
     if shapes and shape not in shapes:
       log.say(f"step {index}: compiles for batches of another shape, number {len(shapes) + 1}")
     shapes.add(shape)

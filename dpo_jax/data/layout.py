@@ -19,11 +19,12 @@ absent answer has no tokens, and its slot is an empty one: weight 0, grade 0, da
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 
-from dpo_jax.data import packing
+from dpo_jax.data import listing, packing
 from dpo_jax.data.packing import Places, Shape, Sizes
 from dpo_jax.data.tokenized import Example, Measured, lengths
 from dpo_jax.structs import TokenBatch, UserError
@@ -91,11 +92,12 @@ def fit_sizes(
   groups: int = 1,
   quantile: float = 1.0,
   steps: int = 8,
+  texts: bool = False,
 ) -> Sizes:
   """Sizes that these batches share, but for those above `quantile` in rows: see `packing.fit`."""
   places = [packing.place(*lengths(batch), layout, row_length) for batch in batches]
   answers = lengths(batches[0])[1].shape[1]
-  return packing.fit(places, answers, layout, groups, quantile, steps)
+  return packing.fit(places, answers, layout, groups, quantile, steps, texts)
 
 
 def collate(
@@ -106,6 +108,7 @@ def collate(
   groups: int = 1,
   sizes: Sizes | None = None,
   share: tuple[int, int] = (0, 1),
+  texts: bool = False,
 ) -> TokenBatch:
   """Lays examples out as rows.
 
@@ -118,11 +121,12 @@ def collate(
     sizes: what shapes are rounded up to, from `fit_sizes`; by default what this batch needs.
     share: (i, H) gives the rows of the i-th of H hosts, whose groups they are: put together they
       are the batch, whatever H is. Of examples that know their `lengths`, only those are read.
+    texts: whether texts are listed, `text_GTW` and `place_NLK`; if sizes are given, they say.
 
   Returns:
     The batch, numpy arrays.
   """
-  how = {"row_length": row_length, "groups": groups, "sizes": sizes, "share": share}
+  how = {"row_length": row_length, "groups": groups, "sizes": sizes, "share": share, "texts": texts}
   batch = collate_many([examples], layout=layout, **how)
   return TokenBatch(*(array if array is None else array[0] for array in batch))
 
@@ -135,6 +139,7 @@ def collate_many(
   groups: int = 1,
   sizes: Sizes | None = None,
   share: tuple[int, int] = (0, 1),
+  texts: bool = False,
 ) -> TokenBatch:
   """`collate` of A micro-batches into arrays of one shape, with A as their leading axis."""
   for batch in micro_batches:
@@ -144,13 +149,19 @@ def collate_many(
   places = [
     packing.place(*lengths(batch), layout, row_length, most_pairs) for batch in micro_batches
   ]
-  sizes = sizes or packing.fit(places, answers, layout, groups)
+  sizes = sizes or packing.fit(places, answers, layout, groups, texts=texts)
   places, shape = packing.shape_of(places, sizes, layout, groups, row_length)
   stored = bool(micro_batches[0][0].reference)
   filled = [
     _fill(*_own(batch, place, shape, share), layout, stored)
     for batch, place in zip(micro_batches, places, strict=True)
   ]
+  if shape.texts:
+    copies = answers if layout == "shared" else 1
+    listed = functools.partial(
+      listing.with_texts, texts=shape.texts, width=shape.width, copies=copies
+    )
+    filled = list(map(listed, filled))
   stack = lambda arrays: None if arrays[0] is None else np.stack(arrays)
   return TokenBatch(*map(stack, zip(*filled, strict=True)))
 
@@ -167,6 +178,8 @@ def _own(
     column_B=places.column_B[mine],
     order_B=places.order_B[mine],
     scored_B=places.scored_B[mine],
+    texts_B=places.texts_B[mine],
+    longest_B=places.longest_B[mine],
     rows=rows,
     movable=places.movable,
   )

@@ -25,6 +25,7 @@ class Places(NamedTuple):
     row_B, column_B: first row and first column of each.
     order_B: its order among the examples of its row.
     scored_B: its number of scored tokens.
+    texts_B, longest_B: its number of texts (answers that are there), and tokens of the longest.
     rows: rows taken.
     movable: whether rows may change places (a padded pair is several rows that stay together).
   """
@@ -33,6 +34,8 @@ class Places(NamedTuple):
   column_B: np.ndarray
   order_B: np.ndarray
   scored_B: np.ndarray
+  texts_B: np.ndarray
+  longest_B: np.ndarray
   rows: int
   movable: bool
 
@@ -45,22 +48,28 @@ class Sizes(NamedTuple):
     rows_step: ... and grows by this, a multiple of the groups.
     scored: M has room for so many scored tokens for each row of a group, and grows by an eighth.
     slots: S; no row takes more than S / K pairs.
+    texts: T has room for so many texts of a group, and grows by an eighth; 0 where none are listed.
+    width: W is at least this, and grows as `widened` has it.
   """
 
   rows: int
   rows_step: int
   scored: int
   slots: int
+  texts: int = 0
+  width: int = 0
 
 
 class Shape(NamedTuple):
-  """The axes of a batch: N, L, G, M and S."""
+  """The axes of a batch: N, L, G, M, S, T and W; the last two 0 where no texts are listed."""
 
   rows: int
   length: int
   groups: int
   scored: int
   slots: int
+  texts: int = 0
+  width: int = 0
 
 
 def costs(prompt_B: np.ndarray, tokens_BK: np.ndarray, layout: str) -> np.ndarray:
@@ -90,12 +99,12 @@ def place(
     most_pairs: pairs that a row may hold, or None for no limit.
   """
   cost_B = costs(prompt_B, tokens_BK, layout)
-  scored_B = tokens_BK.sum(1)
+  about_B = (tokens_BK.sum(1), (tokens_BK > 0).sum(1), costs(prompt_B, tokens_BK, "padded"))
   size, answers = tokens_BK.shape
   if layout == "padded":
     zeros_B = np.zeros(size, np.int64)
     first_B = np.arange(size) * answers
-    return Places(first_B, zeros_B, zeros_B, scored_B, size * answers, movable=False)
+    return Places(first_B, zeros_B, zeros_B, *about_B, size * answers, movable=False)
   row_B, column_B, order_B = (np.zeros(size, np.int64) for _ in range(3))
   used: list[int] = []
   held: list[int] = []
@@ -114,7 +123,7 @@ def place(
     held[row] += 1
     if held[row] != most_pairs:
       bisect.insort(room_left, (room - cost, row))
-  return Places(row_B, column_B, order_B, scored_B, len(used), movable=True)
+  return Places(row_B, column_B, order_B, *about_B, len(used), movable=True)
 
 
 def deal(cost_B: np.ndarray, parts: int) -> list[np.ndarray]:
@@ -140,6 +149,7 @@ def fit(
   groups: int,
   quantile: float = 1.0,
   steps: int = 8,
+  texts: bool = False,
 ) -> Sizes:
   """Sizes for batches like these.
 
@@ -148,9 +158,10 @@ def fit(
     answers: K.
     layout: of the rows.
     groups: G.
-    quantile: how many of the batches the rows suffice for; larger ones take further steps. Scored
-      tokens and slots suffice for all.
+    quantile: how many of the batches the rows suffice for, and the width of texts; larger ones take
+      further steps. Scored tokens, slots and texts suffice for all.
     steps: of about such a share of the rows.
+    texts: whether texts are listed.
   """
   taken = [place.rows for place in places]
   if layout == "padded":  # rows do not vary: whole groups of whole pairs
@@ -158,14 +169,21 @@ def fit(
   else:
     step = groups * power_of_two(int(np.median(taken)) // groups // steps)
   rows = round_up(int(np.quantile(taken, quantile, method="higher")), step)
-  scored = 0.0
+  scored, most_texts = 0.0, 0
   for place in places:
     held = max(rows, round_up(place.rows, step))
-    most = scored_tokens(spread(place, held, groups), held, groups).max()
+    dealt = spread(place, held, groups)
+    most = of_groups(dealt, dealt.scored_B, held, groups).max()
     scored = max(scored, most * groups / held)
+    most_texts = max(most_texts, int(of_groups(dealt, dealt.texts_B, held, groups).max()))
   pairs = max(int(place.order_B.max()) + 1 for place in places)
   slots = 1 if layout == "padded" else answers * power_of_two(2 * pairs - 1)
-  return Sizes(rows, step, int(np.ceil(scored)), slots)
+  sizes = Sizes(rows, step, int(np.ceil(scored)), slots)
+  if not texts:
+    return sizes
+  longest = [int(place.longest_B.max()) for place in places]
+  width = widened(int(np.quantile(longest, quantile, method="higher")))
+  return sizes._replace(texts=max(1, most_texts), width=width)
 
 
 def shape_of(
@@ -176,9 +194,16 @@ def shape_of(
   rows = max(sizes.rows, round_up(most, sizes.rows_step))
   dealt = [spread(place, rows, groups) for place in places]
   room = round_up(sizes.scored * rows // groups, 8)
-  need = max(int(scored_tokens(place, rows, groups).max()) for place in dealt)
+  need = max(int(of_groups(place, place.scored_B, rows, groups).max()) for place in dealt)
   scored = room + round_up(max(0, need - room), round_up(room, 64) // 8)
-  return dealt, Shape(rows, row_length, groups, scored, sizes.slots)
+  shape = Shape(rows, row_length, groups, scored, sizes.slots)
+  if not sizes.texts:
+    return dealt, shape
+  need = max(int(of_groups(place, place.texts_B, rows, groups).max()) for place in dealt)
+  step = max(1, round_up(sizes.texts, 8) // 8)
+  width = max(sizes.width, *(widened(int(place.longest_B.max())) for place in dealt))
+  texts = sizes.texts + round_up(max(0, need - sizes.texts), step)
+  return dealt, shape._replace(texts=texts, width=width)
 
 
 def spread(places: Places, rows: int, groups: int) -> Places:
@@ -197,9 +222,14 @@ def spread(places: Places, rows: int, groups: int) -> Places:
   return places._replace(row_B=new_R[places.row_B])
 
 
-def scored_tokens(places: Places, rows: int, groups: int) -> np.ndarray:
-  """Scored tokens of every group: [G]."""
-  return np.bincount(places.row_B // (rows // groups), places.scored_B, minlength=groups)
+def of_groups(places: Places, count_B: np.ndarray, rows: int, groups: int) -> np.ndarray:
+  """What each example counts, added up in every group: [G]."""
+  return np.bincount(places.row_B // (rows // groups), count_B, minlength=groups)
+
+
+def widened(tokens: int) -> int:
+  """Columns for texts of so many tokens: a multiple of 128, in steps of a quarter or less."""
+  return round_up(tokens, max(128, power_of_two(tokens) // 4))
 
 
 def power_of_two(x: int) -> int:

@@ -88,6 +88,7 @@ def batches(
   start: int = 0,
   share: tuple[int, int] = (0, 1),
   balance: bool = False,
+  texts: bool = False,
 ) -> Iterator[TokenBatch]:
   """Batches without end, reshuffled every epoch; batch k is a pure function of (data, seed, k).
 
@@ -106,6 +107,7 @@ def batches(
       and what they have together does not depend on H.
     balance: whether batches, and micro-batches, are to have about as many tokens each: see `order`.
       Less of their rows is then padding.
+    texts: whether the texts of rows are listed: see `layout.collate`.
 
   Returns:
     An iterator of `TokenBatch` of numpy arrays with A as the leading axis of every one.
@@ -128,7 +130,7 @@ def batches(
     groups=groups,
     balance=balance,
   )
-  rows = _rows(examples, layout, row_length, groups)
+  rows = _rows(examples, layout, row_length, groups, texts)
   sizes = _usual_sizes(examples, micro, accumulate, rows, balance)
   cost_B = packing.costs(*lengths(examples), "shared")  # of whatever layout: it changes no order
 
@@ -165,15 +167,16 @@ def eval_batches(
   row_length: int | None = None,
   groups: int = 1,
   share: tuple[int, int] = (0, 1),
+  texts: bool = False,
 ) -> Iterator[TokenBatch]:
   """Every example once, in order, all batches of one shape and without a micro-batch axis.
 
   What the last batch lacks has weight 0; `row_NS` says which data row each slot came from. `share`
-  as in `batches`.
+  and `texts` as in `batches`.
   """
   if not len(examples):
     return
-  rows = _rows(examples, layout, row_length, groups)
+  rows = _rows(examples, layout, row_length, groups, texts)
   every = np.arange(len(examples))
   parts = np.split(every, every[batch_size::batch_size])
   check_share(share, groups)
@@ -183,12 +186,14 @@ def eval_batches(
     yield collate(Lazy.of(examples, part), sizes=sizes, share=share, **rows)
 
 
-def _rows(examples: Sequence[Example], layout: str, row_length: int | None, groups: int) -> dict:
+def _rows(
+  examples: Sequence[Example], layout: str, row_length: int | None, groups: int, texts: bool
+) -> dict:
   """Keyword arguments of `collate`, every example known to fit."""
   if layout == "padded" or not row_length:
     row_length = fit_row_length(examples, layout)
   check_fits(examples, layout, row_length)
-  return {"layout": layout, "row_length": row_length, "groups": groups}
+  return {"layout": layout, "row_length": row_length, "groups": groups, "texts": texts}
 
 
 def suit_row_length(

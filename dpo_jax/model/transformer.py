@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.model import flash
 from dpo_jax.model.attention import (
   Keys,
   Tokens,
@@ -95,6 +96,7 @@ class Block(nn.Module):
   param_dtype: Any
   return_keys: bool
   dropout: float
+  attention: str
 
   def linear(self, name: str, features: int, bias: bool, *, residual: bool = False) -> Linear:
     # 2 * layers maps write to the residual stream; scaled so, their sum starts with the std of one.
@@ -114,6 +116,7 @@ class Block(nn.Module):
     past_tokens: Tokens | None,
     table: Any,
     codes_NL: Array | None,
+    texts: flash.Texts | None,
   ) -> tuple[Array, Keys | None]:
     """The residual stream after this layer and, if asked for, the keys it made.
 
@@ -124,6 +127,7 @@ class Block(nn.Module):
       tokens, past_tokens: who the columns of `x_NLD` and of `past` are.
       table: of `rotary_table`.
       codes_NL: of `token_codes`, for dropout in adapters; None for none.
+      texts: where a kernel takes them; None for attention over rows.
     """
     c = self.config
     if layer.table is not None:
@@ -133,7 +137,10 @@ class Block(nn.Module):
     q, k, v = self.heads(y, table, codes_NL)
     keys = Keys(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
     shape = {"scale": c.attention_scale, "cap": c.attention_cap}
-    if past is None:
+    if texts is not None:
+      window = max(c.windows, default=0)  # that of all layers: see `flash.choose`
+      y = flash.attend_texts(q, k, v, texts, flash.Kind(self.attention, window, c.attention_scale))
+    elif past is None:
       y = attend_blocks(q, keys, tokens, layer.window, **shape)
     else:
       parts = [(past, past_tokens), (keys, tokens)]
@@ -183,6 +190,7 @@ class Decoder(nn.Module):
   remat: str = "none"
   return_keys: bool = False
   dropout: float = 0.0
+  attention: str = "blocked"
 
   @nn.compact
   def __call__(
@@ -192,6 +200,7 @@ class Decoder(nn.Module):
     past: Keys | None = None,
     past_tokens: Tokens | None = None,
     codes_NL: Array | None = None,
+    texts: flash.Texts | None = None,
   ) -> tuple[Array, Keys | None]:
     c = self.config
     table = lambda entries, name: Table(entries, c.width, c.init_std, self.param_dtype, name=name)
@@ -205,21 +214,29 @@ class Decoder(nn.Module):
     block = Block
     if self.remat != "none":
       block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
-    layers = nn.scan(
+    scanned = nn.scan(
       block,
       variable_axes={"params": 0, "lora": 0, "intermediates": 0},
       split_rngs={"params": True, "dropout": True},
-      in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+      in_axes=(0, 0, *[nn.broadcast] * 5),
       length=c.layers,
-    )(c, self.dtype, self.param_dtype, self.return_keys, self.dropout, name="layers")
+    )
+    own = (self.dtype, self.param_dtype, self.return_keys, self.dropout, self.attention)
+    layers = scanned(c, *own, name="layers")
     rotary = rotary_table(c, tokens.position_NL)
     x_NLD = x_NLD.astype(self.dtype)
-    x_NLD, keys = layers(x_NLD, past, layer_data(c), tokens, past_tokens, rotary, codes_NL)
+    shared = (tokens, past_tokens, rotary, codes_NL, texts)
+    x_NLD, keys = layers(x_NLD, past, layer_data(c), *shared)
     return norm(c, "final_norm", self.dtype, self.param_dtype)(x_NLD), keys
 
 
 def build(
-  config: ModelConfig, *, dtype: str = "float32", remat: str = "dots", dropout: float = 0.0
+  config: ModelConfig,
+  *,
+  dtype: str = "float32",
+  remat: str = "dots",
+  dropout: float = 0.0,
+  attention: str = "blocked",
 ) -> Model:
   """The model as pure functions of its parameters.
 
@@ -228,13 +245,16 @@ def build(
     dtype: of activations and of the inputs of products; norms, softmax and sums stay float32.
     remat: what the backward pass keeps, a name in `REMAT`.
     dropout: probability that an adapter does not see an input, where `hidden` is given a key.
+    attention: as `flash.choose` has it; batches that list no texts are taken by "blocked".
   """
   if remat not in REMAT:
     raise UserError(f"remat {remat!r} is not known; known are {', '.join(REMAT)}")
-  decoder = Decoder(config, jnp.dtype(dtype), remat=remat, dropout=dropout)
+  decoder = Decoder(config, jnp.dtype(dtype), remat=remat, dropout=dropout, attention=attention)
 
   def run(params: PyTree, batch: TokenBatch, key: jax.Array | None, **how: Any) -> Any:
     tokens = Tokens(batch.position_NL, batch.pair_NL, batch.branch_NL)
+    if attention != "blocked":
+      how["texts"] = flash.texts_of(batch)
     if key is None or not dropout:
       return decoder.apply(params, batch.ids_NL, tokens, **how)
     codes_key, masks_key = jax.random.split(key)
