@@ -63,7 +63,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
   attention = choose_attention(config, model_config, executor)
   model, objective = make_objective(config, model_config, loss, settings, attention)
   material, ledger = feeds.load(
-    config, loss, tokenizer, model_config, executor.groups, texts=attention != "blocked"
+    config, loss, tokenizer, model_config, executor.groups, texts=attention not in ("blocked", "tiles")
   )
   device = executor.devices[0]
   store, lacking, material = feeds.stored(config, model_config, device, attention, material)

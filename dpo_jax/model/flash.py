@@ -29,8 +29,8 @@ from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import Array, TokenBatch, UserError
 
 # "blocked" is `attention.attend_blocks`, which takes all there is; the others take texts.
-NAMES = ("auto", "blocked", "cudnn", "splash", "xla")
-_OF_PLATFORM = {"gpu": "cudnn", "tpu": "splash"}
+NAMES = ("auto", "blocked", "tiles", "cudnn", "splash", "xla")
+_OF_PLATFORM = {"cpu": "tiles", "gpu": "cudnn", "tpu": "splash"}
 
 
 # --- which of them --------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def choose(
   """
   check(name)
   wanted = _OF_PLATFORM.get(device.platform, "blocked") if name == "auto" else name
-  if wanted == "blocked":
+  if wanted in ("blocked", "tiles"):
     return wanted, ""
   why = _against(config, sequence)
   if not why and wanted == "cudnn":

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.model import flash
+from dpo_jax.model import flash, tiles
 from dpo_jax.model.attention import (
   Keys,
   Tokens,
@@ -43,7 +43,10 @@ ACTIVATIONS = {
 # (attention scores are formed again), "full" only the layer's input.
 REMAT = {
   "none": None,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(tiles.KEPT),
+  ),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -137,7 +140,10 @@ class Block(nn.Module):
     q, k, v = self.heads(y, table, codes_NL)
     keys = Keys(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
     shape = {"scale": c.attention_scale, "cap": c.attention_cap}
-    if texts is not None:
+    if self.attention == "tiles" and past is None:
+      kind = tiles.Kind(tiles.scale_of(c.attention_scale, c.head_width), c.attention_cap)
+      y = tiles.attend_tiles(q, keys, tokens, texts, layer.window, kind)
+    elif texts is not None:
       window = max(c.windows, default=0)  # that of all layers: see `flash.choose`
       y = flash.attend_texts(q, k, v, texts, flash.Kind(self.attention, window, c.attention_scale))
     elif past is None:
@@ -253,7 +259,9 @@ def build(
 
   def run(params: PyTree, batch: TokenBatch, key: jax.Array | None, **how: Any) -> Any:
     tokens = Tokens(batch.position_NL, batch.pair_NL, batch.branch_NL)
-    if attention != "blocked":
+    if attention == "tiles":
+      how["texts"] = tiles.plan(tokens)
+    elif attention != "blocked":
       how["texts"] = flash.texts_of(batch)
     if key is None or not dropout:
       return decoder.apply(params, batch.ids_NL, tokens, **how)
