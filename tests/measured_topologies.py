@@ -3,8 +3,9 @@
 python tests/measured_topologies.py [STEPS]
 
 Float32, on eight of JAX's CPU devices. Each entry has the largest difference of a parameter,
-relative to the largest value of its leaf, and of a metric, relative to its largest value in the
-run, or to 1 if that is smaller; shares of rows are left out, which jump where a margin is zero.
+relative to the largest value of its leaf; of the metrics in `small_task.MEASURED`, relative to the
+largest value in the run, or to 1 if that is smaller; and of all other metrics likewise. Shares of
+rows are left out, which jump where a margin is zero.
 """
 
 import contextlib
@@ -75,11 +76,22 @@ def furthest(found, expected, least):
   return max((far(found[name], y), name) for name, y in expected.items())
 
 
+def compared(found, expected):
+  """`furthest` of parameters, of the metrics that are measured, and of the others."""
+  (metrics, params), (wanted, model) = found, expected
+  picked = lambda given, inside: {
+    name: x for name, x in given.items() if (name in small_task.MEASURED) == inside
+  }
+  yield furthest(params, model, np.finfo(np.float32).tiny)
+  for inside in (True, False):
+    yield furthest(picked(metrics, inside), picked(wanted, inside), 1.0)
+
+
 def main(steps=20):
   jax.config.update("jax_num_cpu_devices", 8)
   with tempfile.TemporaryDirectory() as folder:
     task = small_task.write(pathlib.Path(folder))
-    print(f"| | {' | '.join(CASES)} |\n|{'---|' * (len(CASES) + 1)}")
+    print(f"| | {' | '.join(CASES)} |\n|{'---|' * (len(CASES) + 1)}", flush=True)
     given = {"train.steps": int(steps)}
     alone = {
       case: run(task, f"{case}, alone", **given, **changes, **{"parallel.devices": 1})
@@ -89,12 +101,13 @@ def main(steps=20):
     for topology, place in TOPOLOGIES.items():
       row = []
       for case, changes in CASES.items():
-        metrics, params = run(task, f"{case}, {topology}", **given, **changes, **place)
-        ends = furthest(params, alone[case][1], 1e-30), furthest(metrics, alone[case][0], 1.0)
+        found = run(task, f"{case}, {topology}", **given, **changes, **place)
+        ends = list(compared(found, alone[case]))
         row.append(", ".join(f"{far:.1e}" for far, _ in ends))
-        worst += [(*end, topology, case) for end in ends]
+        worst.append([(*end, topology, case) for end in ends])
       print(f"| {topology} | {' | '.join(row)} |", flush=True)
-  print("furthest:", *max(worst), file=sys.stderr)
+  for ends in zip(*worst, strict=True):
+    print("furthest:", *max(ends))
 
 
 if __name__ == "__main__":
