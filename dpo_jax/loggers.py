@@ -7,17 +7,21 @@ What `alerts` makes of the metrics is printed with them, and not again after a r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import pathlib
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import rich.console
 import rich.progress
-import tensorboardX
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
 
 from dpo_jax import alerts
 from dpo_jax.structs import UserError
@@ -72,14 +76,9 @@ class Loggers:
     self._watch = alerts.Watch()
     for record in read_metrics(folder / METRICS):
       self._watch.see_record(record)  # what it finds was said before the run stopped
-    # TensorBoard hides what an earlier process wrote from purge_step on. Files are named by the
-    # second; the suffix keeps two of the same second apart.
-    self._events = tensorboardX.SummaryWriter(
-      str(folder),
-      purge_step=start_step + 1 if start_step else 0,
-      flush_secs=10,
-      filename_suffix=f".{start_step}",
-    )
+    self._folder = folder
+    with self._writing():
+      self._events = _Events(folder, start_step)
     self._console = console or rich.console.Console(highlight=False)
     if self._console.is_terminal:
       self._progress = _Bar(self._console, start_step, total_steps)
@@ -93,21 +92,20 @@ class Loggers:
   def __exit__(self, *_: object) -> None:
     self._progress.stop()
     self._lines.close()
-    self._events.close()
+    with self._writing():
+      self._events.close()
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Records the metrics of one training step."""
     values = {name: float(value) for name, value in metrics.items()}
-    self._lines.write(step, values)
-    self._add_scalars(step, values)
+    self._record(step, values)
     self._progress.step(step, values)
     self._warn(step, values)
 
   def write_eval(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Records an evaluation after `step` under `eval/…`, on the line of that step."""
     values = {f"eval/{name.removeprefix('eval/')}": float(x) for name, x in metrics.items()}
-    self._lines.write(step, values)
-    self._add_scalars(step, values)
+    self._record(step, values)
     shown = {name.removeprefix("eval/"): value for name, value in values.items()}
     self.say(f"eval at step {step}  " + "  ".join(_summary(shown)))
     self._warn(step, values)
@@ -120,10 +118,21 @@ class Loggers:
     for alert in self._watch.see(step, values):
       self.say(f"alert at step {step}: {alert.text}")
 
-  def _add_scalars(self, step: int, values: Mapping[str, float]) -> None:
-    for name, value in values.items():
-      if math.isfinite(value):
-        self._events.add_scalar(name, value, step)
+  def _record(self, step: int, values: Mapping[str, float]) -> None:
+    with self._writing():
+      self._lines.write(step, values)
+      self._events.write(step, values)
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      why = (error.strerror or str(error)).lower()
+      raise UserError(
+        f"metrics could not be written in {self._folder}: {why}; mend that and run the same command"
+        " again"
+      ) from None
 
 
 class Silent:
@@ -201,6 +210,41 @@ class _Lines:
 
   def close(self) -> None:
     os.close(self._file)
+
+
+class _Events:
+  """The file that TensorBoard reads.
+
+  Written here and not by tensorboardX's thread, which a full disk ends: closing would wait forever.
+  """
+
+  def __init__(self, folder: pathlib.Path, start_step: int):
+    # Files are named by the second; the suffix keeps two of the same second apart.
+    name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{start_step}"
+    self._file = RecordWriter(str(folder / name))
+    self._flushed = 0.0
+    self._add(file_version="brain.Event:2")
+    # From this step on it hides what an earlier process wrote.
+    start = SessionLog(status=SessionLog.START)
+    self._add(step=start_step + 1 if start_step else 0, session_log=start)
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    finite = [
+      Summary.Value(tag=name, simple_value=value)
+      for name, value in values.items()
+      if math.isfinite(value)
+    ]
+    self._add(step=step, summary=Summary(value=finite))
+
+  def _add(self, **fields: Any) -> None:
+    now = time.time()
+    self._file.write(Event(wall_time=now, **fields).SerializeToString())
+    if now > self._flushed + 10:
+      self._flushed = now
+      self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
 
 
 # ---------------------------------------------------------------------------- progress

@@ -240,21 +240,22 @@ class Touch:
         return None
       if word != _ALIVE:
         status, _, sentence = word.partition(" ")
-        return self._end(sentence, int(status))
+        # The others lose none but the first. If it hears that it was lost, nobody waits for it.
+        return self._end(sentence, int(status), linger=int(status) != AGAIN)
 
   def _beat(self) -> None:
     while not self._over.wait(BEAT):
       self._tell(_ALIVE)
 
-  def _end(self, sentence: str, status: int) -> None:
-    """Passes on why it is over, and exits."""
+  def _end(self, sentence: str, status: int, linger: bool = True) -> None:
+    """Passes on why it is over, and exits: the first process only when the others could say so."""
     if self._over.is_set():
       return
     self._over.set()
     self._tell(f"{status} {sentence}")
     more = "; run the same command again to go on from what was saved" if status == AGAIN else ""
     os.write(2, f"error: {sentence}{more}\n".encode())
-    if first():
+    if first() and linger:
       time.sleep(1.0)  # JAX ends the others as soon as this one is gone; let them say why before
     os._exit(status)
 

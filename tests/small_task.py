@@ -17,6 +17,13 @@ from dpo_jax.model import adapters, families, hf, transformer
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # A learning rate at which rounding does not grow beyond what is looked for in a few steps.
 GENTLE = {"optimizer.learning_rate": 1e-3, "optimizer.eps": 1e-4}
+TWENTY = GENTLE | {
+  "optimizer.eps": 1e-3,
+  "train.steps": 20,
+  "checkpoint.every": 0,
+  "eval.every": 10,
+}
+CLOCK = {"pairs_per_second", "tokens_per_second"}
 MEASURED = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "eval/loss", "reward")
 
 LLAMA = families.from_hf(
@@ -61,7 +68,7 @@ def configured(task, **changes):
   return config
 
 
-def command(task, name, **changes):
+def command(task, name, program=("-m", "dpo_jax.train"), **changes):
   """The run of `configured`, for a process of its own, on all devices it has."""
   given = {
     "model.path": task / "base",
@@ -75,8 +82,8 @@ def command(task, name, **changes):
     "optimizer.warmup_steps": 0,
   }
   flags = [f"--config.{key}={value}" for key, value in (given | changes).items()]
-  module = [sys.executable, "-m", "dpo_jax.train", "--config=configs/preferences.py"]
-  return [*module, f"--workdir={task / name}", *flags]
+  given = ["--config=configs/preferences.py", f"--workdir={task / name}"]
+  return [sys.executable, *program, *given, *flags]
 
 
 def start(task, name, processes, devices=4, each=None, **changes):

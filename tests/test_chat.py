@@ -211,6 +211,13 @@ def test_what_a_template_refuses_is_dropped_with_its_reason(tmp_path):
     tokenizer.encode_preference(Preference([user("a")], (assistant("b"), assistant("c"))))
 
 
+def test_a_template_reaches_nothing_but_the_conversation(tmp_path):
+  template = "{{ messages.__class__.__mro__[1].__subclasses__() }}{{ messages[0].content }}"
+  tokenizer = chat.load_tokenizer(small_tokenizers.byte_level(tmp_path, chat_template=template))
+  with pytest.raises(RowError, match=r"chat template: access to attribute .* is unsafe"):
+    tokenizer.encode_preference(Preference([user("a")], (assistant("b"), assistant("c"))))
+
+
 # --- kinds of templates ---------------------------------------------------------------------------
 
 system = lambda text: {"role": "system", "content": text}

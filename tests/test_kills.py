@@ -13,7 +13,6 @@ import small_task
 from dpo_jax.checkpoint import Checkpoints, latest_step
 from dpo_jax.loggers import read_metrics
 
-CLOCK = {"pairs_per_second", "tokens_per_second"}
 EVERY = {"checkpoint.every": 6, "eval.every": 4}
 CASES = {
   "follows": {"reference.sync_every": 5, "train.accumulate": 2, "data.layout": "packed"},
@@ -63,7 +62,7 @@ def killed(command, folder, moment, rng):
 def outcome(folder):
   """Metrics but for the clock, and all that the last checkpoint holds."""
   lines = read_metrics(folder / "metrics.jsonl")
-  records = [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
+  records = [{k: v for k, v in line.items() if k not in small_task.CLOCK} for line in lines]
   checkpoints = Checkpoints(folder / "checkpoints")
   like = checkpoints._orbax.metadata(latest_step(folder / "checkpoints")).metadata
   held = checkpoints.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like))

@@ -1,6 +1,7 @@
 """Data sets of other libraries, built here by those libraries themselves."""
 
 import importlib.util
+import shutil
 import sys
 
 import numpy as np
@@ -109,3 +110,17 @@ def test_what_datasets_saved_is_read(tmp_path):
   assert [row for _, row in sources.read_rows(f"{tmp_path}/two:test")] == expected[1:2]
   with pytest.raises(UserError, match="two has no split dev; it has train, test"):
     list(sources.read_rows(f"{tmp_path}/two:dev"))
+
+
+def test_code_that_a_folder_names_is_not_run(folder, tmp_path, monkeypatch):
+  """TFDS would import the module of a feature's class."""
+  spoilt = tmp_path / "spoilt"
+  shutil.copytree(folder, spoilt)
+  described = (spoilt / "features.json").read_text()
+  (tmp_path / "planted.py").write_text("raise SystemExit('run')")
+  monkeypatch.syspath_prepend(tmp_path)
+  own = "tensorflow_datasets.core.features.text_feature.Text"
+  assert own in described
+  (spoilt / "features.json").write_text(described.replace(own, "planted.Text", 1))
+  with pytest.raises(UserError, match=r"features.json names planted.Text, which is no class of"):
+    next(libraries.read_rows(str(spoilt)))

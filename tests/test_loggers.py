@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import resource
 import struct
 
 import numpy as np
@@ -147,6 +148,22 @@ def test_tensorboard_forgets_the_steps_that_are_taken_again(tmp_path):
   start = event_pb2.SessionLog.START
   marks = [e.step for e in events(tmp_path) if e.session_log.status == start]
   assert marks == [0, 4]
+
+
+@pytest.mark.parametrize("room", [150, 3000])
+def test_a_full_disk_is_one_line_and_no_end_of_waiting(tmp_path, room):
+  """Files may not grow beyond so many bytes: the events meet it, and a line of the metrics."""
+  _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  values = {f"metric/{i}": 0.5 for i in range(30)}
+  log = Loggers(tmp_path, total_steps=100, console=plain())
+  refused = pytest.raises(UserError, match=r"metrics could not be written in .*: file too large;")
+  try:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    with refused, log:
+      for step in range(1, 100):
+        log.write(step, values)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
 def test_plain_lines_name_step_numbers_and_time_left(tmp_path):

@@ -69,7 +69,8 @@ def trajectory(*mesh, name="sigmoid", accumulate=1, steps=3):
   state, reference, fn = start(executor, name)
   take, found = executor.compile_step(fn), []
   for index in range(steps):
-    state, means = take(state, reference, batch_of(executor, index, accumulate))
+    # Three batches in turn, of three shapes: every other one is another compilation.
+    state, means = take(state, reference, batch_of(executor, index % 3, accumulate))
     found.append(float(means["loss"]))
   wanted = jax.tree.map(lambda x: x.sharding, executor.abstract(state))
   jax.tree.map(lambda x, place: x.sharding == place or pytest.fail(), state, wanted)

@@ -1,6 +1,7 @@
 """Several processes over loopback: the run of one device, agreed on at step 0, ended together."""
 
 import json
+import multiprocessing
 import shutil
 import signal
 import socket
@@ -16,7 +17,8 @@ from dpo_jax.checkpoint import latest_step
 from dpo_jax.loggers import read_metrics
 from dpo_jax.structs import UserError
 
-GENTLE, ONE = small_task.GENTLE, {"parallel.devices": 1}
+GENTLE, TWENTY = small_task.GENTLE, small_task.TWENTY
+ONE = {"parallel.devices": 1}
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +31,9 @@ def task(tmp_path_factory):
 
 
 def alone(task, name, **changes):
-  """The same run on one device of this process."""
-  train.execute(small_task.configured(task, **ONE, **changes), task / name)
+  """The same run on one device of this process; once for all that are compared with it."""
+  if not (task / name / "report.html").is_file():
+    train.execute(small_task.configured(task, **ONE, **changes), task / name)
   return small_task.outcome(task / name)
 
 
@@ -71,17 +74,63 @@ def test_one_that_fails_ends_the_others_and_says_why(task):
   assert "Traceback" not in first[1] + second[1]
 
 
+GONE = "is gone without a word"
+# Training that counts another as lost sooner.
+IMPATIENT = """
+import runpy
+from dpo_jax import processes
+processes.BEAT, processes.SILENCE = 0.5, 6.0
+runpy.run_module("dpo_jax.train", run_name="__main__")
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [0, 1])
-def test_one_that_is_lost_ends_the_others_who_say_which(task, lost):
-  started = small_task.start(task, f"lost{lost}", 2, **{"train.steps": 4000, "eval.every": 0})
-  reached(task, f"lost{lost}", 3)
-  started[lost].kill()
+@pytest.mark.parametrize(
+  ("lost", "sent", "words"),
+  [
+    (0, signal.SIGKILL, GONE),
+    (0, signal.SIGSTOP, "gave no sign of life for 6 seconds"),
+    (1, signal.SIGSTOP, "gave no sign of life for 6 seconds"),
+  ],
+)
+def test_one_that_is_lost_ends_the_others_who_say_which(task, lost, sent, words):
+  name = f"lost{lost}_{sent.name}"
+  given = {"program": ("-c", IMPATIENT), "train.steps": 4000, "eval.every": 0}
+  started = small_task.start(task, name, 2, **given)
+  reached(task, name, 3)
+  started[lost].send_signal(sent)
   since = time.monotonic()
-  status, said = small_task.end(started)[1 - lost]
-  assert time.monotonic() - since < 30
-  assert f"error: process {lost} " in said and "is gone without a word" in said
-  assert status == preemption.AGAIN
+  try:
+    other = started[1 - lost]
+    (status, said) = small_task.end([other], timeout=60)[0]
+    assert time.monotonic() - since < 30
+    assert f"error: process {lost} " in said and words in said
+    assert status == preemption.AGAIN
+    if sent == signal.SIGSTOP:  # one that wakes up again finds itself lost
+      started[lost].send_signal(signal.SIGCONT)
+      assert small_task.end([started[lost]], timeout=60)[0][0] == preemption.AGAIN
+  finally:
+    for process in started:
+      process.kill()
+      process.communicate()
+
+
+@pytest.mark.parametrize(
+  ("word", "status", "waited"),
+  [
+    ("1 process 1 (there) stopped: no such file", 1, [1.0]),
+    ("75 process 0 gave no sign of life for 60 seconds", 75, []),
+  ],
+)
+def test_the_first_waits_for_others_to_speak_unless_it_was_lost(monkeypatch, word, status, waited):
+  ended, slept = [], []
+  monkeypatch.setattr(processes.os, "_exit", ended.append)
+  monkeypatch.setattr(processes.time, "sleep", slept.append)
+  ours, theirs = multiprocessing.Pipe()
+  theirs.send_bytes(word.encode())
+  with processes.Touch() as touch:
+    touch._listen("process 1 (there)", ours)
+  assert (ended, slept) == ([status], waited)
 
 
 @pytest.mark.parametrize(
@@ -120,14 +169,6 @@ def test_one_process_makes_every_row():
     assert parallel.Executor(mode, 8).share == (0, 1)
 
 
-TWENTY = GENTLE | {
-  "optimizer.eps": 1e-3,
-  "train.steps": 20,
-  "checkpoint.every": 0,
-  "eval.every": 10,
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("count", "changes"),
@@ -143,7 +184,8 @@ def test_steps_of_several_processes_are_those_of_one_device(task, count, changes
   name = f"{count}_{'_'.join(map(str, changes.values()))}"
   found = together(task, name, count, **(TWENTY | changes))
   same = {key: value for key, value in changes.items() if not key.startswith("parallel")}
-  small_task.alike(found, alone(task, f"one_{name}", **(TWENTY | same)))
+  one = "_".join(["one", *map(str, same.values())])
+  small_task.alike(found, alone(task, one, **(TWENTY | same)))
 
 
 SAMPLED = {"on_policy.reward": "controlled", "on_policy.max_tokens": 12, "data.row_length": 0}
@@ -194,7 +236,8 @@ def test_a_lost_process_costs_what_was_not_saved_and_no_more(task):
   started = small_task.start(task, "broken", 2, **given)
   reached(task, "broken", 12)
   started[1].kill()
-  small_task.end(started)
+  status, said = small_task.end(started)[0]
+  assert status == preemption.AGAIN and "error: process 1 " in said and GONE in said
   found = together(task, "broken", 2, **given)
   assert [line["step"] for line in found[0]] == list(range(41))
   files = [task / name / "export" / "model.safetensors" for name in ("whole", "broken")]

@@ -9,6 +9,7 @@ The split is train unless named. A row is read when its turn comes.
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -67,10 +68,41 @@ def _reader(given: str) -> tuple[Callable[[str, str], Rows], str, str] | None:
 # --- TFDS -----------------------------------------------------------------------------------------
 
 
-def _tfds_folder(folder: str, split: str) -> Rows:
+def builder_of(folder: str | pathlib.Path) -> Any:
+  """The data set of a folder.
+
+  Raises:
+    UserError: it names code of its own for a feature, which TFDS would import and so run.
+  """
   import tensorflow_datasets as tfds  # takes a moment to load
 
-  return _records(tfds.builder_from_directory(folder), split)
+  path = pathlib.Path(folder) / "features.json"
+  for name in _classes(json.loads(path.read_text(encoding="utf-8"))):
+    if not name.startswith("tensorflow_datasets."):
+      raise UserError(
+        f"{path} names {name}, which is no class of TFDS, and nothing that is read is run;"
+        " write the set with TFDS's own features"
+      )
+  return tfds.builder_from_directory(folder)
+
+
+def _classes(node: Any) -> Iterator[str]:
+  """Every class that a description of features names, in either of the two forms there are."""
+  if isinstance(node, list):
+    for part in node:
+      yield from _classes(part)
+  elif isinstance(node, dict):
+    for key, value in node.items():
+      if key in ("pythonClassName", "python_class_name", "type") and isinstance(value, str):
+        yield value
+      elif key == "json" and isinstance(value, str):  # of features inside others
+        yield from _classes(json.loads(value))
+      else:
+        yield from _classes(value)
+
+
+def _tfds_folder(folder: str, split: str) -> Rows:
+  return _records(builder_of(folder), split)
 
 
 def _tfds_by_name(name: str, split: str) -> Rows:

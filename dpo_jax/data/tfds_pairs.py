@@ -271,11 +271,9 @@ def read(
     UserError: the set was made otherwise, or is broken.
   """
   path = pathlib.Path(path)
-  import tensorflow_datasets as tfds
-
   try:
     about = json.loads((path / "metadata.json").read_text())
-    builder = tfds.builder_from_directory(path)
+    builder = libraries.builder_of(path)
     _check(path, about, encoder, eval_fraction)
     with (path / LENGTHS).open("rb") as file, np.load(file) as arrays:
       lengths = dict(arrays.items())
