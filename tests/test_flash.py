@@ -219,6 +219,7 @@ def test_splash_is_given_what_it_takes(divided, window):
   assert text.count("@tpu_custom_call") == 3  # forward; queries; keys and values
   texts = batch.text_GTW.shape[1] if divided else 2 * batch.text_GTW.shape[1]
   assert f"tensor<{texts}x{HEADS // 2 if divided else HEADS}x128x{HEAD}xbf16>" in text
+  assert (f"x{HEADS}x128x{HEAD}x" in text) != divided
 
 
 @pytest.mark.parametrize("window", [0, 3])
@@ -246,6 +247,7 @@ def test_cudnn_is_given_what_it_takes_on_a_mesh(cudnn_there):
   texts = batch.text_GTW.shape[1]  # of one of two groups, half the heads
   assert "__cudnn$fmhaSoftmaxBackward" in text
   assert f"tensor<{texts}x128x{HEADS // 2}x{HEAD}xbf16>" in text
+  assert f"x128x{HEADS}x{HEAD}x" not in text
 
 
 # --- the model and the step -----------------------------------------------------------------------
@@ -299,19 +301,40 @@ def expected_steps():
     ("mesh", (1,), 2),
     ("mesh", (8, 2, 2), 1),
     pytest.param("mesh", (8, 2, 4), 2, marks=pytest.mark.slow),  # heads of keys do not divide by 4
-    ("pmap", (4,), 1),
+    pytest.param("pmap", (4,), 1, marks=pytest.mark.slow),
   ],
 )
 def test_a_step_over_texts_is_that_over_rows(mode, mesh, accumulate):
   close(steps("xla", mode, *mesh, accumulate=accumulate), expected_steps())
 
 
+@pytest.mark.slow
 def test_layers_of_one_window_step_alike():
   config = families.from_hf(LLAMA | {"model_type": "mistral", "sliding_window": 4})
   assert config.windows == (4, 4)
   close(
     steps("xla", "mesh", 1, config=config, remat="none"), steps("blocked", "mesh", 1, config=config)
   )
+
+
+@pytest.mark.parametrize(
+  ("attention", "platform", "call"),
+  [("cudnn", "cuda", "__cudnn$fmhaSoftmax"), ("splash", "tpu", "tpu_custom_call")],
+)
+def test_a_whole_step_is_lowered_for_accelerators(cudnn_there, attention, platform, call):
+  """In bfloat16, and no scores of one of the 160 columns of a row with another."""
+  model = transformer.build(CONFIG, attention=attention, dtype="bfloat16")
+  objective = step.Objective(logprobs.make_logps_fn(model), losses.resolve("sigmoid"))
+  tx = optax.adamw(1e-3)
+  parts = [examples(8, 2), examples(8, 2, seed=1)]
+  batch = layout.collate_many(parts, row_length=160, groups=2, texts=True)
+  take = jax.jit(functools.partial(step.train_step, objective=objective, tx=tx))
+  traced = take.trace(step.init_state(params(), tx), params(), batch)
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  # The reference forward; the policy forward, again for the backward pass, and that.
+  backward = {"cudnn": 1, "splash": 2}[attention]
+  assert len(re.findall(rf"@{re.escape(call)}", text)) == 3 + backward
+  assert "160x160" not in text
 
 
 # --- the setting ----------------------------------------------------------------------------------
