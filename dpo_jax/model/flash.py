@@ -5,8 +5,8 @@ row for every text, a prompt with one answer, where plain causal attention is th
 `TokenBatch`; what comes of it is gathered back, for the tokens of a prompt from their first text.
 Both ways, and both ways backward, are gathers: no two texts ever write to one place.
 
-A device holds T W (2 H + 2 J) K elements for it, one layer at a time, and as many again backward;
-T W is at least the number of tokens with every prompt once for each of its answers, and more where
+A device holds T W (2 H + 2 J) K elements for each of its groups, one layer at a time, and as many
+again backward; T W is at least the number of tokens with every prompt once for each of its answers, and more where
 texts differ in length. The float32 scores of one block of the blocked attention are N L 128 H.
 
 Axes beyond the key in `structs`: `J` key/value heads, `X` and `Y` places of a group.
@@ -236,11 +236,11 @@ def _splash(q, k, v, length_X, kind: Kind) -> Array:
   mask: Any = splash.CausalMask((width, width))
   if 0 < kind.window < width:
     mask = splash.LocalMask((width, width), (kind.window - 1, 0), 0)
-  block = math.gcd(width, 512)
   names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+  sizes: Any = {f"block_{name}": math.gcd(width, 512) for name in names}
   attend = splash.make_splash_mha(
     splash.MultiHeadMask([mask] * heads),
-    block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+    block_sizes=splash.BlockSizes(**sizes),
     head_shards=1,
     q_seq_shards=1,
     interpret=kind.interpret,
