@@ -63,7 +63,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
   attention = choose_attention(config, model_config, executor)
   model, objective = make_objective(config, model_config, loss, settings, attention)
   material, ledger = feeds.load(
-    config, loss, tokenizer, model_config, executor.groups, texts=attention not in ("blocked", "tiles")
+    config, loss, tokenizer, model_config, executor.groups, texts=attention in flash.TEXTS
   )
   device = executor.devices[0]
   store, lacking, material = feeds.stored(config, model_config, device, attention, material)
@@ -123,6 +123,7 @@ def choose_attention(
     dtype=config.model.compute_dtype,
     device=executor.devices[0],
     sequence=config.parallel.sequence,
+    divided=executor.mode == "mesh" and len(executor.devices) > 1,
   )
   if why:
     print(f"model.attention is {name}, but {why}: {taken} is taken", file=sys.stderr)

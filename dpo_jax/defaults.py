@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
         compute_dtype="float32",  # of matrix products: float32 or bfloat16
         param_dtype="float32",  # of the policy's parameters
         remat="dots",  # what the backward pass recomputes: none, dots or full
-        attention="auto",  # blocked, cudnn (GPU), splash (TPU), xla; auto is what suits the devices
+        attention="auto",  # auto, or tiles (CPU), cudnn (GPU), splash (TPU), blocked, xla
       ),
       "reference": section(
         path="",  # Hugging Face folder of the reference; "" is the policy as it starts

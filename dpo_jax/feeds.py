@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from dpo_jax import draws, evaluate, losses, on_policy, reference, rewards
 from dpo_jax.data import intake, layout, packing, pipeline, sources, tfds_pairs, tokenized
 from dpo_jax.data.chat import Tokenizer
-from dpo_jax.model import adapters, weight_files
+from dpo_jax.model import adapters, flash, weight_files
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 
@@ -288,8 +288,8 @@ def _reference_key(
   if not path:  # it has the policy's numbers, as the policy holds them
     path, types = config.model.path, [config.model.param_dtype, *types]
   weights: Any = {"scratch": config.model.scratch.to_dict(), "seed": config.seed}
-  # Stores made before there was a choice are those of "blocked".
-  kernel = {} if attention == "blocked" else {"attention": attention}
+  # Attention over rows is one to rounding, as topologies are.
+  kernel = {"attention": attention} if attention in flash.TEXTS else {}
   return kernel | {
     "weights": weight_files.digest(pathlib.Path(path)) if path else weights,
     "adapter": adapters.digest(config.lora.path) if config.lora.path else None,

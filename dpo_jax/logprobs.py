@@ -1,8 +1,9 @@
 """From hidden states to the log-probability of every answer.
 
 The head is the largest product of a small model and its logits the largest array of any model, so
-the production path runs it only where a token is scored, a chunk at a time, and recomputes each
-chunk's logits in the backward pass. The naive path forms every logit; it is the oracle.
+the production path runs it only where a token is scored, a chunk at a time. For the backward pass
+it keeps the logits where they are few, and forms each chunk's again where they are many. The naive
+path forms every logit; it is the oracle.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.partition import by_rows, by_vocabulary, for_each_group, sequence_parts
+from dpo_jax.products import product_of_rows
 from dpo_jax.structs import (
   Array,
   Head,
@@ -27,18 +29,31 @@ from dpo_jax.structs import (
   UnpairedLogps,
 )
 
-# float32 logits alive at once in the production path: 16 MiB, whatever the vocabulary.
-HEAD_ELEMENTS = 2**22
+
+class Room(NamedTuple):
+  """float32 logits that one group of rows may hold.
+
+  Attributes:
+    chunk: at once, while they are formed.
+    kept: of all scored tokens, for the backward pass; where they are more, each chunk's are formed
+      again.
+  """
+
+  chunk: int
+  kept: int
+
+
+# 64 MiB and 512 MiB. Larger chunks are no quicker on a CPU; on accelerators smaller ones are slow.
+ROOM = {"cpu": Room(2**24, 2**27)}
+ROOM_ELSEWHERE = Room(2**27, 2**27)
 _NOWHERE = 2**31 - 1  # no place in any batch
 
 
 def logits(hidden_xD: Array, head: Head) -> Array:
   """Scores of every vocabulary entry, float32 or wider: [..., V]."""
-  kernel_VD = jnp.asarray(head.kernel_VD, hidden_xD.dtype)
-  wide = jnp.promote_types(hidden_xD.dtype, jnp.float32)
-  out_xV = jnp.einsum("...d,vd->...v", hidden_xD, kernel_VD, preferred_element_type=wide)
+  out_xV = product_of_rows(jnp.asarray(hidden_xD), jnp.asarray(head.kernel_VD))
   if head.bias_V is not None:
-    out_xV = out_xV + head.bias_V.astype(wide)
+    out_xV = out_xV + head.bias_V.astype(out_xV.dtype)
   if head.soft_cap is not None:
     out_xV = head.soft_cap * jnp.tanh(out_xV / head.soft_cap)
   return out_xV
@@ -77,25 +92,25 @@ def slot_logps(
   head: Head,
   batch: TokenBatch,
   *,
-  head_elements: int = HEAD_ELEMENTS,
+  room: Room | None = None,
   token_fn: TokenFn = token_logps,
 ) -> Array:
   """Summed log-prob of every slot, the head run at scored tokens only: [N, S], nats.
 
-  Equal to `naive_slot_logps` in value and gradient. Memory holds `head_elements` logits for each
-  group of rows, independent of the vocabulary.
+  Equal to `naive_slot_logps` in value and gradient. Memory holds the logits that there is room for,
+  independent of the vocabulary.
 
   Args:
     hidden_NLD: input of the head.
     head: the unembedding.
     batch: rows; `scored_GM` says where the head runs.
-    head_elements: logits alive at once in one group.
+    room: for logits; what suits the platform unless given.
     token_fn: what is summed over the tokens of a slot; their log-prob unless given.
 
   Returns:
     logps_NS: float32 or wider, zero in empty slots.
   """
-  logps_GM = scored_logps(hidden_NLD, head, batch, head_elements=head_elements, token_fn=token_fn)
+  logps_GM = scored_logps(hidden_NLD, head, batch, room=room, token_fn=token_fn)
   groups = len(batch.scored_GM)
   rows, slots = batch.weight_NS.shape
   pick = _picker(batch)
@@ -110,7 +125,7 @@ def scored_logps(
   head: Head,
   batch: TokenBatch,
   *,
-  head_elements: int = HEAD_ELEMENTS,
+  room: Room | None = None,
   token_fn: TokenFn = token_logps,
 ) -> Array:
   """Log-prob of every scored token, where `scored_GM` has it: [G, M], nats; arguments as above."""
@@ -122,12 +137,43 @@ def scored_logps(
   divide = lambda x_GM: x_GM.reshape(groups * parts, -1, *x_GM.shape[2:])
   hidden_GMD, target_GM = divide(by_rows(pick(hidden_NLD))), divide(pick(batch.target_NL))
   head = head._replace(kernel_VD=by_vocabulary(head.kernel_VD))
-  chunks = -(-target_GM.shape[1] * head.kernel_VD.shape[0] // head_elements)
+  room = room or ROOM.get(jax.default_backend(), ROOM_ELSEWHERE)
+  each_group, vocab = target_GM.shape[1], head.kernel_VD.shape[0]
+  fn = jax.checkpoint(lambda hidden_xD, head, target_x: token_fn(logits(hidden_xD, head), target_x))
+  if token_fn is token_logps:
+    fn = functools.partial(_head_logps, each_group * vocab <= room.kept)
+  chunks = -(-each_group * vocab // room.chunk)
   if chunks <= 1:
-    logps_GM = token_fn(logits(hidden_GMD, head), target_GM)
+    logps_GM = fn(hidden_GMD, head, target_GM)
   else:
-    logps_GM = _chunked(hidden_GMD, head, target_GM, min(chunks, target_GM.shape[1]), token_fn)
+    logps_GM = _chunked(fn, hidden_GMD, head, target_GM, min(chunks, each_group))
   return logps_GM.reshape(groups, -1)[:, :scored]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _head_logps(kept: bool, hidden_xD: Array, head: Head, target_x: Array) -> Array:
+  """`token_logps` of `logits`; its gradient takes one pass over them, kept or formed again."""
+  return token_logps(logits(hidden_xD, head), target_x)
+
+
+def _head_forward(kept, hidden_xD, head, target_x):
+  logits_xV = logits(hidden_xD, head)
+  norm_x = jax.nn.logsumexp(logits_xV, axis=-1)
+  picked_x = jnp.take_along_axis(logits_xV, target_x[..., None], axis=-1)[..., 0]
+  return picked_x - norm_x, (hidden_xD, head, target_x, norm_x, logits_xV if kept else None)
+
+
+def _head_backward(kept, saved, slope_x):
+  hidden_xD, head, target_x, norm_x, logits_xV = saved
+  again_xV, pull = jax.vjp(logits, hidden_xD, head)
+  logits_xV = logits_xV if kept else again_xV
+  hit_xV = target_x[..., None] == jnp.arange(logits_xV.shape[-1], dtype=target_x.dtype)
+  # d log π(target) / d logit_v = [v is the target] - π(v).
+  slope_xV = slope_x[..., None] * (hit_xV - jnp.exp(logits_xV - norm_x[..., None]))
+  return *pull(slope_xV), None
+
+
+_head_logps.defvjp(_head_forward, _head_backward)
 
 
 def _picker(batch: TokenBatch) -> Callable[[Array], Array]:
@@ -139,9 +185,13 @@ def _picker(batch: TokenBatch) -> Callable[[Array], Array]:
 
 
 def _chunked(
-  hidden_GMD: Array, head: Head, target_GM: Array, chunks: int, token_fn: TokenFn
+  fn: Callable[[Array, Head, Array], Array],
+  hidden_GMD: Array,
+  head: Head,
+  target_GM: Array,
+  chunks: int,
 ) -> Array:
-  """Token log-probs [G, M], `chunks` pieces in turn, each recomputed in the backward pass."""
+  """fn(hidden, head, target) -> [..., M] of `chunks` pieces in turn: [G, M]."""
   groups, scored = target_GM.shape
   kernel_GVD = for_each_group(head.kernel_VD, groups)
   size = -(-scored // chunks)
@@ -153,12 +203,11 @@ def _chunked(
     0,
   )
 
-  @jax.checkpoint
   def one(hidden_GmD, target_Gm):
     if groups == 1:
-      return token_fn(logits(hidden_GmD, head), target_Gm)
-    each = lambda x_mD, kernel: logits(x_mD, head._replace(kernel_VD=kernel))
-    return token_fn(jax.vmap(each)(hidden_GmD, kernel_GVD), target_Gm)
+      return fn(hidden_GmD, head, target_Gm)
+    own = lambda x_mD, kernel, target_m: fn(x_mD, head._replace(kernel_VD=kernel), target_m)
+    return jax.vmap(own)(hidden_GmD, kernel_GVD, target_Gm)
 
   logps_cGm = jax.lax.map(lambda x: one(*x), (cut(hidden_GMD), cut(target_GM)))
   return jnp.moveaxis(logps_cGm, 0, 1).reshape(groups, -1)[:, :scored]
@@ -195,7 +244,7 @@ LogpsFn = Callable[..., Array]
 
 
 def make_logps_fn(
-  model: Model, *, head_elements: int = HEAD_ELEMENTS, beyond_shorter: float = 1.0
+  model: Model, *, room: Room | None = None, beyond_shorter: float = 1.0
 ) -> LogpsFn:
   """The production path as one function: (params, batch, key=None) -> logps_NS, nats.
 
@@ -203,10 +252,10 @@ def make_logps_fn(
 
   Args:
     model: the language model.
-    head_elements: logits alive at once in one group of rows.
+    room: for logits; what suits the platform unless given.
     beyond_shorter: weight of answer tokens beyond the length of the pair's shorter answer.
   """
-  scored_fn = make_scored_fn(model, head_elements=head_elements, beyond_shorter=beyond_shorter)
+  scored_fn = make_scored_fn(model, room=room, beyond_shorter=beyond_shorter)
   return lambda params, batch, key=None: scored_fn(params, batch, key).logps_NS
 
 
@@ -221,12 +270,12 @@ def make_stored_fn(*, beyond_shorter: float = 1.0) -> Callable[[TokenBatch], Arr
   return stored_fn
 
 
-def make_token_fn(model: Model, *, head_elements: int = HEAD_ELEMENTS) -> LogpsFn:
+def make_token_fn(model: Model, *, room: Room | None = None) -> LogpsFn:
   """(params, batch) -> log-probs of the scored tokens one by one, [G, M], nats: `scored_logps`."""
 
   def token_fn(params: PyTree, batch: TokenBatch) -> Array:
     hidden_NLD = model.hidden(params, batch)
-    return scored_logps(hidden_NLD, model.head(params), batch, head_elements=head_elements)
+    return scored_logps(hidden_NLD, model.head(params), batch, room=room)
 
   return token_fn
 
@@ -249,7 +298,7 @@ class Scored(NamedTuple):
 def make_scored_fn(
   model: Model,
   *,
-  head_elements: int = HEAD_ELEMENTS,
+  room: Room | None = None,
   beyond_shorter: float = 1.0,
   aligned: bool = False,
 ) -> Callable[..., Scored]:
@@ -266,7 +315,7 @@ def make_scored_fn(
       if model.routed is None
       else model.routed(params, batch, *keys)
     )
-    sums = functools.partial(slot_logps, head=model.head(params), head_elements=head_elements)
+    sums = functools.partial(slot_logps, head=model.head(params), room=room)
     alignment_NS = None
     if aligned:
       fixed_NLD = jax.lax.stop_gradient(hidden_NLD)

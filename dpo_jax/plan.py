@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from dpo_jax import arithmetic, benchmark, build, losses, memory, parallel, step
 from dpo_jax.data import pipeline
 from dpo_jax.data.tokenized import Example
-from dpo_jax.model import adapters, families, hf, lora, transformer
+from dpo_jax.model import adapters, families, flash, hf, lora, transformer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 
@@ -105,7 +105,7 @@ def outline(config: ConfigDict, lengths: Lengths) -> Outline:
       objective.answers,
       lengths,
       groups=executor.groups,
-      texts=attention != "blocked",
+      texts=attention in flash.TEXTS,
     ),
     policy=policy,
     live=live,

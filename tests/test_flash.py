@@ -282,9 +282,9 @@ def steps(attention, mode, *mesh, accumulate=1, config=CONFIG, remat="dots"):
     some = examples(16, 3, seed=index)
     parts = [some[i::accumulate] for i in range(accumulate)]
     batch = layout.collate_many(
-      parts, row_length=48, groups=executor.groups, texts=attention != "blocked"
+      parts, row_length=48, groups=executor.groups, texts=attention in flash.TEXTS
     )
-    assert (batch.text_GTW is None) == (attention == "blocked")
+    assert (batch.text_GTW is None) == (attention not in flash.TEXTS)
     state, means = take(state, fixed, executor.place_batch(batch))
     found.append(float(executor.metrics_to_host(means)["loss"]))
   return executor.fetch(state.params), found

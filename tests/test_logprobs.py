@@ -1,5 +1,7 @@
 """The production path equals the naive one in value, gradient and nothing else: not in memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,14 +50,20 @@ def test_log_probs_of_all_answers_of_two_tokens_sum_to_one():
 
 
 @pytest.mark.parametrize(
-  ("layout", "groups", "head_elements"),  # all at once, eight tokens a chunk, one token a chunk
-  [("shared", 1, 2**22), ("shared", 2, 37 * 8), ("packed", 2, 37), ("padded", 1, 37 * 8)],
+  ("layout", "groups", "room"),  # all at once, eight tokens a chunk, one token a chunk
+  [
+    ("shared", 1, logprobs.Room(2**22, 2**22)),
+    ("shared", 1, logprobs.Room(2**22, 0)),
+    ("shared", 2, logprobs.Room(37 * 8, 2**22)),
+    ("packed", 2, logprobs.Room(37, 0)),
+    ("padded", 1, logprobs.Room(37 * 8, 0)),
+  ],
 )
-def test_production_equals_naive(layout, groups, head_elements):
+def test_production_equals_naive(layout, groups, room):
   params = jax.tree.map(jnp.asarray, tiny.init())
   batch = _batch(layout, groups)
   weights_NS = np.random.default_rng(0).normal(size=batch.weight_NS.shape)
-  production = logprobs.make_logps_fn(tiny.MODEL, head_elements=head_elements)
+  production = logprobs.make_logps_fn(tiny.MODEL, room=room)
   losses = [lambda p, f=f: (f(p, batch) * weights_NS).sum() for f in (production, _naive)]
   (value, grads), (expected, expected_grads) = (
     jax.jit(jax.value_and_grad(loss))(params) for loss in losses
@@ -122,8 +130,17 @@ def _temporaries(logps, vocab, width=64):
 
 def test_memory_is_a_fraction_of_the_naive_path_and_flat_in_the_vocabulary():
   naive = _temporaries(logprobs.naive_slot_logps, 50_000)
-  production = _temporaries(logprobs.slot_logps, 50_000)
-  assert production <= naive / 5
+  again = functools.partial(logprobs.slot_logps, room=logprobs.Room(2**22, 0))
+  assert _temporaries(again, 50_000) <= naive / 5
   # What is left beside the logits is the head's own gradient.
-  beside = lambda vocab: _temporaries(logprobs.slot_logps, vocab) - vocab * 64 * 4
+  beside = lambda vocab: _temporaries(again, vocab) - vocab * 64 * 4
   assert beside(100_000) <= 1.15 * beside(25_000)
+
+
+def test_logits_that_are_kept_are_what_keeping_costs():
+  """1,200 scored tokens of 50,000 logits each, once and not twice."""
+  kept, again = (
+    _temporaries(functools.partial(logprobs.slot_logps, room=logprobs.Room(2**22, kept)), 50_000)
+    for kept in (2**27, 0)
+  )
+  assert kept - again <= 1.1 * 1200 * 50_000 * 4

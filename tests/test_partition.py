@@ -32,7 +32,7 @@ CONFIG = families.from_hf(
 MODEL = transformer.build(CONFIG)
 TX = optax.adamw(1e-3, eps=1e-3)  # so gentle that rounding does not grow in twenty steps
 TOKENS = ("position", "pair", "branch")
-CHUNKS = 2**9  # logits alive at once: several chunks a group
+ROOM = logprobs.Room(2**9, 0)  # several chunks a group
 
 
 @functools.cache
@@ -41,7 +41,7 @@ def params():
 
 
 def objective(name):
-  logps_fn = logprobs.make_logps_fn(MODEL, head_elements=CHUNKS)
+  logps_fn = logprobs.make_logps_fn(MODEL, room=ROOM)
   return step.Objective(logps_fn, losses.resolve(name, beta=0.5))
 
 

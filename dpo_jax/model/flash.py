@@ -6,8 +6,9 @@ row for every text, a prompt with one answer, where plain causal attention is th
 Both ways, and both ways backward, are gathers: no two texts ever write to one place.
 
 A device holds T W (2 H + 2 J) K elements for each of its groups, one layer at a time, and as many
-again backward; T W is at least the number of tokens with every prompt once for each of its answers, and more where
-texts differ in length. The float32 scores of one block of the blocked attention are N L 128 H.
+again backward; T W is at least the number of tokens with every prompt once for each of its answers,
+and more where texts differ in length. The float32 scores of one block of the blocked attention are
+N L 128 H.
 
 Axes beyond the key in `structs`: `J` key/value heads, `X` and `Y` places of a group.
 """
@@ -28,8 +29,10 @@ from dpo_jax import partition
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import Array, TokenBatch, UserError
 
-# "blocked" is `attention.attend_blocks`, which takes all there is; the others take texts.
-NAMES = ("auto", "blocked", "tiles", "cudnn", "splash", "xla")
+# "blocked" is `attention.attend_blocks`, which takes all there is, "tiles" is `tiles.attend_tiles`;
+# the others take texts.
+TEXTS = ("cudnn", "splash", "xla")
+NAMES = ("auto", "blocked", "tiles", *TEXTS)
 _OF_PLATFORM = {"cpu": "tiles", "gpu": "cudnn", "tpu": "splash"}
 
 
@@ -43,7 +46,13 @@ def check(name: str) -> None:
 
 
 def choose(
-  name: str, config: ModelConfig, *, dtype: str, device: jax.Device, sequence: int = 1
+  name: str,
+  config: ModelConfig,
+  *,
+  dtype: str,
+  device: jax.Device,
+  sequence: int = 1,
+  divided: bool = False,
 ) -> tuple[str, str]:
   """The attention that is taken, and why it is not the one that was asked for ("" if it is).
 
@@ -53,11 +62,15 @@ def choose(
     dtype: of activations.
     device: one of those at work.
     sequence: devices among which the tokens of a row are divided.
+    divided: whether one program is for several devices.
   """
   check(name)
   wanted = _OF_PLATFORM.get(device.platform, "blocked") if name == "auto" else name
-  if wanted in ("blocked", "tiles"):
+  if wanted == "blocked":
     return wanted, ""
+  if wanted == "tiles":
+    why = "its loops are for one device, and parallel.mode=mesh divides a program among several"
+    return ("blocked", "" if name == "auto" else why) if divided else (wanted, "")
   why = _against(config, sequence)
   if not why and wanted == "cudnn":
     why = _against_cudnn(config, dtype, device)

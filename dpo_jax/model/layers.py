@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.partition import by_rows, by_vocabulary, sequence_parts
+from dpo_jax.products import product
 from dpo_jax.structs import Array
 
 
@@ -49,7 +50,7 @@ class Linear(nn.Module):
   def __call__(self, x: Array, codes_NL: Array | None = None) -> Array:
     init = nn.initializers.normal(self.std)
     kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
-    y = self.product(x, kernel.astype(self.dtype))
+    y = self.product(x, kernel)
     if self.has_variable("lora", "lora_a"):
       y = y + self.adapter(x, codes_NL)
     if self.bias:
@@ -63,15 +64,14 @@ class Linear(nn.Module):
     # axes that are both divided cannot be joined without sending one of them.
     if sequence_parts(x.shape[-2]) == 1:
       x = x.reshape(-1, x.shape[-1])
-    y = jnp.dot(x.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
-    return y.reshape(shape)
+    return product(x.astype(self.dtype), kernel).reshape(shape)
 
   def adapter(self, x: Array, codes_NL: Array | None) -> Array:
     """drop(x) @ a @ b, float32; nothing is dropped without codes."""
     if codes_NL is not None:
       x = drop_by_code(x, self.make_rng("dropout"), codes_NL, self.dropout)
     for name in ("lora_a", "lora_b"):
-      x = self.product(x, self.get_variable("lora", name).astype(self.dtype))
+      x = self.product(x, self.get_variable("lora", name))
     return x
 
 

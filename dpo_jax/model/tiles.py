@@ -31,9 +31,14 @@ _UNSEEN = -1e30
 
 
 class Kind(NamedTuple):
-  """What is the same for all layers: `scale` of query times key, `cap` of scores; 0 for none."""
+  """What is the same for all layers.
 
-  scale: float
+  Attributes:
+    scale: of query times key; 0 is 1 / sqrt(K).
+    cap: c of c tanh(score / c); 0 for none.
+  """
+
+  scale: float = 0.0
   cap: float = 0.0
 
 
@@ -77,7 +82,7 @@ def plan(tokens: Tokens) -> Plan:
 def attend_tiles(
   q_NLHK: Array, keys: Keys, tokens: Tokens, plan: Plan, window: Array | None, kind: Kind
 ) -> Array:
-  """`attention.attend_blocks`, the same but for rounding; 0 where a tile is padding: [N, L, H, K]."""
+  """`attention.attend_blocks` but for rounding, and 0 where a tile is padding: [N, L, H, K]."""
   rows, length, heads, size = q_NLHK.shape
   q_NLHK, tokens = _padded(q_NLHK, 1), _whole_tiles(tokens)
   keys = Keys(*(_padded(x_NJLK, 2) for x_NJLK in keys))
@@ -144,7 +149,7 @@ def _backward(kind, saved, slope_TJQK):
     if kind.cap:
       # Of an unseen key the weight is zero, whatever its score.
       ds_JQC = ds_JQC * (1 - jnp.square(jnp.maximum(s_JQC, -kind.cap) / kind.cap))
-    ds_JQC = ds_JQC * kind.scale
+    ds_JQC = ds_JQC * _scale(kind, q_JQK)
     dq_JQK = _product("jqc,jck->jqk", ds_JQC, k_JCK)
     dq_TJQK = jax.lax.dynamic_update_index_in_dim(
       dq_TJQK, dq_JQK.astype(dq_TJQK.dtype), tile.index, 0
@@ -162,8 +167,12 @@ def _backward(kind, saved, slope_TJQK):
 _attend.defvjp(_forward, _backward)
 
 
+def _scale(kind: Kind, q_JQK: Array) -> float:
+  return kind.scale or 1.0 / math.sqrt(q_JQK.shape[-1])
+
+
 def _scores(q_JQK: Array, k_JCK: Array, seen_QC: Array, kind: Kind) -> Array:
-  s_JQC = _product("jqk,jck->jqc", q_JQK, k_JCK) * kind.scale
+  s_JQC = _product("jqk,jck->jqc", q_JQK, k_JCK) * _scale(kind, q_JQK)
   s_JQC = kind.cap * jnp.tanh(s_JQC / kind.cap) if kind.cap else s_JQC
   shape = s_JQC.shape
   s = s_JQC.reshape(shape[0], -1, *seen_QC.shape)
@@ -218,8 +227,3 @@ def _each(
 
     carry = jax.lax.fori_loop(plan.bounds_X[number], plan.bounds_X[number + 1], one, carry)
   return carry
-
-
-def scale_of(scale: float, head_width: int) -> float:
-  """Of query times key; 1 / sqrt(K) for 0."""
-  return scale or 1.0 / math.sqrt(head_width)

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dpo_jax import products
 from dpo_jax.model import flash, tiles
 from dpo_jax.model.attention import (
   Keys,
@@ -40,12 +41,12 @@ ACTIVATIONS = {
 }
 
 # What the backward pass keeps of a layer: "none" everything, "dots" the outputs of linear maps
-# (attention scores are formed again), "full" only the layer's input.
+# (and attention scores are formed again), "full" only the layer's input.
 REMAT = {
   "none": None,
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(tiles.KEPT),
+    jax.checkpoint_policies.save_only_these_names(products.NAME, tiles.KEPT),
   ),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -119,7 +120,7 @@ class Block(nn.Module):
     past_tokens: Tokens | None,
     table: Any,
     codes_NL: Array | None,
-    texts: flash.Texts | None,
+    plan: flash.Texts | tiles.Plan | None,
   ) -> tuple[Array, Keys | None]:
     """The residual stream after this layer and, if asked for, the keys it made.
 
@@ -130,7 +131,7 @@ class Block(nn.Module):
       tokens, past_tokens: who the columns of `x_NLD` and of `past` are.
       table: of `rotary_table`.
       codes_NL: of `token_codes`, for dropout in adapters; None for none.
-      texts: where a kernel takes them; None for attention over rows.
+      plan: of the rows, as their attention takes it; None for blocks.
     """
     c = self.config
     if layer.table is not None:
@@ -140,17 +141,16 @@ class Block(nn.Module):
     q, k, v = self.heads(y, table, codes_NL)
     keys = Keys(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
     shape = {"scale": c.attention_scale, "cap": c.attention_cap}
-    if self.attention == "tiles" and past is None:
-      kind = tiles.Kind(tiles.scale_of(c.attention_scale, c.head_width), c.attention_cap)
-      y = tiles.attend_tiles(q, keys, tokens, texts, layer.window, kind)
-    elif texts is not None:
-      window = max(c.windows, default=0)  # that of all layers: see `flash.choose`
-      y = flash.attend_texts(q, k, v, texts, flash.Kind(self.attention, window, c.attention_scale))
-    elif past is None:
-      y = attend_blocks(q, keys, tokens, layer.window, **shape)
-    else:
+    if past is not None:
       parts = [(past, past_tokens), (keys, tokens)]
       y = attend(q, [(held, visible(tokens, who, layer.window)) for held, who in parts], **shape)
+    elif isinstance(plan, tiles.Plan):
+      y = tiles.attend_tiles(q, keys, tokens, plan, layer.window, tiles.Kind(**shape))
+    elif isinstance(plan, flash.Texts):
+      window = max(c.windows, default=0)  # that of all layers: see `flash.choose`
+      y = flash.attend_texts(q, k, v, plan, flash.Kind(self.attention, window, c.attention_scale))
+    else:
+      y = attend_blocks(q, keys, tokens, layer.window, **shape)
     y = y.reshape(*y.shape[:2], c.heads * c.head_width)
     y = self.linear("out", c.width, c.out_bias, residual=True)(y, codes_NL)
     x_NLD = x_NLD + self.norm("attention_post_norm", y, c.post_norms)
@@ -206,7 +206,7 @@ class Decoder(nn.Module):
     past: Keys | None = None,
     past_tokens: Tokens | None = None,
     codes_NL: Array | None = None,
-    texts: flash.Texts | None = None,
+    plan: flash.Texts | tiles.Plan | None = None,
   ) -> tuple[Array, Keys | None]:
     c = self.config
     table = lambda entries, name: Table(entries, c.width, c.init_std, self.param_dtype, name=name)
@@ -231,7 +231,7 @@ class Decoder(nn.Module):
     layers = scanned(c, *own, name="layers")
     rotary = rotary_table(c, tokens.position_NL)
     x_NLD = x_NLD.astype(self.dtype)
-    shared = (tokens, past_tokens, rotary, codes_NL, texts)
+    shared = (tokens, past_tokens, rotary, codes_NL, plan)
     x_NLD, keys = layers(x_NLD, past, layer_data(c), *shared)
     return norm(c, "final_norm", self.dtype, self.param_dtype)(x_NLD), keys
 
@@ -260,9 +260,9 @@ def build(
   def run(params: PyTree, batch: TokenBatch, key: jax.Array | None, **how: Any) -> Any:
     tokens = Tokens(batch.position_NL, batch.pair_NL, batch.branch_NL)
     if attention == "tiles":
-      how["texts"] = tiles.plan(tokens)
+      how["plan"] = tiles.plan(tokens)
     elif attention != "blocked":
-      how["texts"] = flash.texts_of(batch)
+      how["plan"] = flash.texts_of(batch)
     if key is None or not dropout:
       return decoder.apply(params, batch.ids_NL, tokens, **how)
     codes_key, masks_key = jax.random.split(key)
