@@ -352,7 +352,7 @@ def test_what_is_taken_where():
   hopper, ampere = device("gpu", "9.0"), device("gpu", "8.6")
   tpu, cpu = device("tpu"), device("cpu")
   assert [chosen("auto", at)[0] for at in (hopper, ampere, tpu, cpu)] == [
-    "cudnn", "cudnn", "splash", "blocked",
+    "cudnn", "cudnn", "splash", "tiles",
   ]  # fmt: skip
   assert all(chosen("auto", at)[1] == "" for at in (hopper, ampere, tpu, cpu))
   assert all(chosen("blocked", at) == ("blocked", "") for at in (hopper, tpu, cpu))
@@ -409,7 +409,9 @@ def configured(folder, attention):
 def test_an_unknown_name_is_refused_before_anything_is_read(tmp_path):
   config = configured(tmp_path, "flash")
   config.data.path = "nowhere"
-  with pytest.raises(UserError, match=r"model.attention is 'flash'; known: auto, blocked, cudnn, "):
+  with pytest.raises(
+    UserError, match=r"model.attention is 'flash'; known: auto, blocked, tiles, cudnn, "
+  ):
     build.build(config, tmp_path)
 
 

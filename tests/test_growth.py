@@ -65,6 +65,7 @@ def test_the_figure_draws_every_curve_and_what_is_in_proportion():
   assert time.get_xlabel() == "pairs of a row" and len(memory.lines) == 2
 
 
+@pytest.mark.slow
 def test_the_command_measures_in_a_process_of_its_own_and_goes_on(tmp_path):
   command = [sys.executable, "scripts/growth.py", f"--out={tmp_path}", "--only=pairs", "--most=1"]
   run = lambda: subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -11,8 +11,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Floors from the ground up. A module may import its own floor and what is named as below it.
 FLOORS = {
-  "structs": ({"structs", "folders", "partition", "heap", "lockstep"}, set()),
-  "mathematics": ({"derivation", "products", "losses", "logprobs", "metrics"}, {"structs"}),
+  "structs": ({"structs", "folders", "partition", "products", "heap", "lockstep"}, set()),
+  "mathematics": ({"derivation", "losses", "logprobs", "metrics"}, {"structs"}),
   "model": ({"model"}, {"structs"}),
   "data": ({"data"}, {"structs"}),
   "machinery": (

@@ -70,7 +70,8 @@ def choose(
     return wanted, ""
   if wanted == "tiles":
     why = "its loops are for one device, and parallel.mode=mesh divides a program among several"
-    return ("blocked", "" if name == "auto" else why) if divided else (wanted, "")
+    alone = not divided and sequence == 1
+    return (wanted, "") if alone else ("blocked", "" if name == "auto" else why)
   why = _against(config, sequence)
   if not why and wanted == "cudnn":
     why = _against_cudnn(config, dtype, device)
