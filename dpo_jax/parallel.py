@@ -77,7 +77,7 @@ def _mesh_shape(mode: str, devices: int, **sizes: int) -> tuple[int, ...]:
       )
   if devices % math.prod(sizes.values()):
     product = " x ".join(f"parallel.{name} {size}" for name, size in sizes.items() if size > 1)
-    raise UserError(f"{product} does not divide the {devices} devices")
+    raise UserError(f"{product} does not divide the {devices} devices; choose sizes that do")
   return devices // math.prod(sizes.values()), *sizes.values()
 
 

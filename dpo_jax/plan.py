@@ -156,6 +156,10 @@ def _model_config(config: ConfigDict) -> ModelConfig:
   """Of a folder's config.json, or of a model made from nothing."""
   if config.model.path:
     return hf.read_config(config.model.path)
+  if not config.model.scratch:
+    raise UserError(
+      "model.path is empty; name a folder with a config.json, --config.model.path=DIR"
+    )
   return families.from_hf(config.model.scratch.to_dict())
 
 

@@ -60,6 +60,8 @@ def main(_):
       f"--peers_python={PYTHON.value}: no such file; `bash scripts/compare.sh` makes .venv-peers"
     )
   out = pathlib.Path(OUT.value).absolute()
+  if (out / "comparison.json").exists():
+    raise UserError(f"--out={OUT.value} holds a comparison already; name another folder")
   out.mkdir(parents=True, exist_ok=True)
   os.chdir(ROOT)
   date = datetime.date.today().isoformat()

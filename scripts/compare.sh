@@ -14,6 +14,7 @@ case $suite in
   gpu) ours=requirements-gpu.txt peers=requirements-peers-gpu.txt ;;
   *) fail "the suite is cpu or gpu, not $suite" ;;
 esac
+case $out in -*) fail "the folder comes before flags: bash scripts/compare.sh $suite OUT $out" ;; esac
 shift $(($# < 2 ? $# : 2))
 (use_venv "$peers" .venv-peers)
 use_venv "$ours"

@@ -32,6 +32,8 @@ def main(_):
 
   if POINT.value:
     name, _, value = POINT.value.partition("=")
+    if not value.isdigit():
+      cli.fail(f"--point={POINT.value}: write NAME=VALUE, a whole number, such as length=512")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", int(value) if name == "devices" else 1)
     jax.config.update("jax_enable_compilation_cache", False)
@@ -51,7 +53,10 @@ def main(_):
   out = pathlib.Path(OUT.value)
   out.mkdir(parents=True, exist_ok=True)
   file, picture = out / "growth.json", out / "growth.png"
-  points = json.loads(file.read_text())["points"] if file.is_file() else []
+  try:
+    points = json.loads(file.read_text())["points"] if file.is_file() else []
+  except (ValueError, KeyError, TypeError):
+    raise UserError(f"{file} holds no points of an earlier run; move it away") from None
   about = {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
   labels = {name: axis.label for name, axis in growth.AXES.items()}
   for name in ONLY.value or growth.AXES:
@@ -61,6 +66,8 @@ def main(_):
     file.write_text(json.dumps(about | {"points": points}, indent=1) + "\n")
     if points:
       plots.save_png(plots.growth(points, labels), picture)
+  if not points:
+    raise UserError("no point could be measured; the lines above say why")
   print(f"done: {file}, {picture}")
 
 

@@ -15,7 +15,7 @@ from dpo_jax import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the run")
 DEVICES = flags.DEFINE_integer("devices", 1, "devices of the run", lower_bound=1)
-MEMORY = flags.DEFINE_float("device_memory", None, "GiB of a device; says whether the run fits")
+MEMORY = flags.DEFINE_float("device_memory", None, "GiB of a device; says whether it fits", 0.001)
 MEAN = flags.DEFINE_integer("mean_length", 250, "tokens of a prompt and one answer", lower_bound=16)
 PROMPT = flags.DEFINE_float("prompt_fraction", 0.5, "the prompt's share of them", 0.01, 0.99)
 JSON = flags.DEFINE_bool("json", False, "print one JSON object")
