@@ -253,7 +253,7 @@ def _stepper(
 
 
 def _stream(run: Run, steps: int) -> Iterator[TokenBatch]:
-  feed = feeds.make_feed(run.config, run.material, None, 0)
+  feed = feeds.make_feed(run.config, run.material, None, 0, share=run.executor.share)
   return (feed(k, None)[0] for k in range(1, steps + 1))
 
 

@@ -43,8 +43,8 @@ class Room(NamedTuple):
   kept: int
 
 
-# 64 MiB on a CPU, 512 MiB elsewhere, where products of few rows are slow; 512 MiB kept.
-ROOM = {"cpu": Room(2**24, 2**27)}
+# 32 MiB on a CPU, 512 MiB elsewhere, where products of few rows are slow; 512 MiB kept.
+ROOM = {"cpu": Room(2**23, 2**27)}
 ROOM_ELSEWHERE = Room(2**27, 2**27)
 _NOWHERE = 2**31 - 1  # no place in any batch
 
@@ -139,38 +139,89 @@ def scored_logps(
   head = head._replace(kernel_VD=by_vocabulary(head.kernel_VD))
   room = room or ROOM.get(jax.default_backend(), ROOM_ELSEWHERE)
   each_group, vocab = target_GM.shape[1], head.kernel_VD.shape[0]
-  fn = jax.checkpoint(lambda hidden_xD, head, target_x: token_fn(logits(hidden_xD, head), target_x))
+  chunks, size = _chunking(each_group, room.chunk // vocab)
+  cut = functools.partial(_cut, chunks=chunks, size=size)
+  count: Array | int = chunks
+  if chunks > 1 and groups * parts == 1:
+    # No need to run where nothing is scored. Devices that work together do the same turns.
+    at_end = batch.ids_NL.size
+    count = -(-(at_GM < at_end).sum() // size)
+  elif chunks > 1:
+    head = head._replace(kernel_VD=for_each_group(head.kernel_VD, groups * parts))
   if token_fn is token_logps:
-    fn = functools.partial(_head_logps, each_group * vocab <= room.kept)
-  chunks = -(-each_group * vocab // room.chunk)
-  if chunks <= 1:
-    logps_GM = fn(hidden_GMD, head, target_GM)
+    kept = each_group * vocab <= room.kept
+    logps_cGm = _head_logps(kept, cut(hidden_GMD), head, cut(target_GM), count)
   else:
-    logps_GM = _chunked(fn, hidden_GMD, head, target_GM, min(chunks, each_group))
+    fn = jax.checkpoint(lambda x_GmD, at_Gm, head: token_fn(_group_logits(x_GmD, head), at_Gm))
+    logps_cGm = jax.lax.map(lambda x: fn(*x, head), (cut(hidden_GMD), cut(target_GM)))
+  logps_GM = jnp.moveaxis(logps_cGm, 0, 1).reshape(groups * parts, -1)[:, :each_group]
   return logps_GM.reshape(groups, -1)[:, :scored]
 
 
+def _chunking(tokens: int, room: int) -> tuple[int, int]:
+  """How many chunks, and tokens of each: evenly, no more than there is room for."""
+  chunks = -(-tokens // min(max(1, room), tokens))
+  size = -(-tokens // chunks)
+  # Products of an odd number of rows run at half the speed in bfloat16.
+  return chunks, size + (-size % 32 if size > 128 else 0)
+
+
+def _cut(x_GM: Array, chunks: int, size: int) -> Array:
+  """[G, M, …] -> [c, G, m, …], zeros at the end."""
+  short = [(0, 0), (0, size * chunks - x_GM.shape[1])] + [(0, 0)] * (x_GM.ndim - 2)
+  x_GM = jnp.pad(x_GM, short).reshape(len(x_GM), chunks, size, *x_GM.shape[2:])
+  return jnp.moveaxis(x_GM, 1, 0)
+
+
+def _group_logits(hidden_GmD: Array, head: Head) -> Array:
+  """`logits`, by one table for all groups or one for each."""
+  if head.kernel_VD.ndim == 2:
+    return logits(hidden_GmD, head)
+  own = lambda x_mD, kernel_VD: logits(x_mD, head._replace(kernel_VD=kernel_VD))
+  return jax.vmap(own)(hidden_GmD, head.kernel_VD)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head_logps(kept: bool, hidden_xD: Array, head: Head, target_x: Array) -> Array:
-  """`token_logps` of `logits`; its gradient takes one pass over them, kept or formed again."""
-  return token_logps(logits(hidden_xD, head), target_x)
+def _head_logps(
+  kept: bool, hidden_cGmD: Array, head: Head, target_cGm: Array, count: Array | int
+) -> Array:
+  """`token_logps` of `logits`, a chunk at a time; 0 in those from `count` on.
+
+  The gradient takes one pass over the logits, kept or formed again.
+  """
+  return _head_forward(False, hidden_cGmD, head, target_cGm, count)[0]
 
 
-def _head_forward(kept, hidden_xD, head, target_x):
-  logits_xV = logits(hidden_xD, head)
-  norm_x = jax.nn.logsumexp(logits_xV, axis=-1)
-  picked_x = jnp.take_along_axis(logits_xV, target_x[..., None], axis=-1)[..., 0]
-  return picked_x - norm_x, (hidden_xD, head, target_x, norm_x, logits_xV if kept else None)
+def _head_forward(kept, hidden_cGmD, head, target_cGm, count):
+  def one(i, done):
+    logits_GmV = _group_logits(hidden_cGmD[i], head)
+    norm_Gm = jax.nn.logsumexp(logits_GmV, axis=-1)
+    picked_Gm = jnp.take_along_axis(logits_GmV, target_cGm[i][..., None], axis=-1)[..., 0]
+    found = picked_Gm - norm_Gm, norm_Gm, logits_GmV if kept else None
+    return jax.tree.map(lambda all_c, new: all_c.at[i].set(new), done, found)
+
+  zeros = jnp.zeros(target_cGm.shape, jnp.promote_types(hidden_cGmD.dtype, jnp.float32))
+  vocab = head.kernel_VD.shape[-2]
+  logits_cGmV = jnp.zeros((*zeros.shape, vocab), zeros.dtype) if kept else None
+  logps_cGm, *saved = jax.lax.fori_loop(0, count, one, (zeros, zeros, logits_cGmV))
+  return logps_cGm, (hidden_cGmD, head, target_cGm, count, *saved)
 
 
-def _head_backward(kept, saved, slope_x):
-  hidden_xD, head, target_x, norm_x, logits_xV = saved
-  again_xV, pull = jax.vjp(logits, hidden_xD, head)
-  logits_xV = logits_xV if kept else again_xV
-  hit_xV = target_x[..., None] == jnp.arange(logits_xV.shape[-1], dtype=target_x.dtype)
-  # d log π(target) / d logit_v = [v is the target] - π(v).
-  slope_xV = slope_x[..., None] * (hit_xV - jnp.exp(logits_xV - norm_x[..., None]))
-  return *pull(slope_xV), None
+def _head_backward(kept, saved, slope_cGm):
+  hidden_cGmD, head, target_cGm, count, norm_cGm, logits_cGmV = saved
+
+  def one(i, done):
+    dhidden_cGmD, dhead = done
+    logits_GmV, pull = jax.vjp(_group_logits, hidden_cGmD[i], head)
+    logits_GmV = logits_cGmV[i] if kept else logits_GmV
+    hit_GmV = target_cGm[i][..., None] == jnp.arange(logits_GmV.shape[-1])
+    # d log π(target) / d logit_v = [v is the target] - π(v).
+    prob_GmV = jnp.exp(logits_GmV - norm_cGm[i][..., None])
+    dhidden_GmD, more = pull(slope_cGm[i][..., None] * (hit_GmV - prob_GmV))
+    return dhidden_cGmD.at[i].set(dhidden_GmD), jax.tree.map(jnp.add, dhead, more)
+
+  zeros = jax.tree.map(jnp.zeros_like, (hidden_cGmD, head))
+  return *jax.lax.fori_loop(0, count, one, zeros), None, None
 
 
 _head_logps.defvjp(_head_forward, _head_backward)
@@ -182,35 +233,6 @@ def _picker(batch: TokenBatch) -> Callable[[Array], Array]:
   flat = lambda x_NL: x_NL.reshape(groups, -1, *x_NL.shape[2:])
   take = jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=0))
   return lambda x_NL: take(flat(x_NL), batch.scored_GM)
-
-
-def _chunked(
-  fn: Callable[[Array, Head, Array], Array],
-  hidden_GMD: Array,
-  head: Head,
-  target_GM: Array,
-  chunks: int,
-) -> Array:
-  """fn(hidden, head, target) -> [..., M] of `chunks` pieces in turn: [G, M]."""
-  groups, scored = target_GM.shape
-  kernel_GVD = for_each_group(head.kernel_VD, groups)
-  size = -(-scored // chunks)
-  cut = lambda x: jnp.moveaxis(
-    jnp.pad(x, [(0, 0), (0, size * chunks - scored)] + [(0, 0)] * (x.ndim - 2)).reshape(
-      groups, chunks, size, *x.shape[2:]
-    ),
-    1,
-    0,
-  )
-
-  def one(hidden_GmD, target_Gm):
-    if groups == 1:
-      return fn(hidden_GmD, head, target_Gm)
-    own = lambda x_mD, kernel, target_m: fn(x_mD, head._replace(kernel_VD=kernel), target_m)
-    return jax.vmap(own)(hidden_GmD, kernel_GVD, target_Gm)
-
-  logps_cGm = jax.lax.map(lambda x: one(*x), (cut(hidden_GMD), cut(target_GM)))
-  return jnp.moveaxis(logps_cGm, 0, 1).reshape(groups, -1)[:, :scored]
 
 
 def slot_tokens(batch: TokenBatch) -> Array:

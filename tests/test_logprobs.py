@@ -54,6 +54,7 @@ def test_log_probs_of_all_answers_of_two_tokens_sum_to_one():
   [
     ("shared", 1, logprobs.Room(2**22, 2**22)),
     ("shared", 1, logprobs.Room(2**22, 0)),
+    ("shared", 1, logprobs.Room(37 * 8, 2**22)),
     ("shared", 2, logprobs.Room(37 * 8, 2**22)),
     ("packed", 2, logprobs.Room(37, 0)),
     ("padded", 1, logprobs.Room(37 * 8, 0)),
