@@ -8,13 +8,14 @@ import math
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from dpo_jax import arithmetic, feeds, lockstep, sampling, step
+from dpo_jax import arithmetic, feeds, lockstep, processes, sampling, step
 from dpo_jax.build import Run, fill_store
 from dpo_jax.data import word_level
 from dpo_jax.data.tokenized import Example
@@ -132,6 +133,7 @@ def measure(
   if not results:
     return {"steps": 0}
   ceiling, product = arithmetic.product_rate(run.config.model.compute_dtype)
+  (ceiling,) = _of_all([ceiling])
   rate = lambda unit: statistics.median(block[unit] / block["seconds"] for block in results)
   per_pair = sum(block["flops"] for block in results) / sum(block["pairs"] for block in results)
   pairs = sorted(block["pairs"] / block["seconds"] for block in results)
@@ -139,7 +141,7 @@ def measure(
     "pairs_per_second": round(rate("pairs"), 3),
     "pairs_per_second_range": [round(pairs[0], 3), round(pairs[-1], 3)],
     "tokens_per_second": round(rate("tokens"), 1),
-    "peak_memory_mb": round(peak_memory_mb()),
+    "peak_memory_mb": round(_of_all([peak_memory_mb()])[0]),
     "compile_seconds": round(compile_seconds, 2),
     "seconds_to_first_step": round(first_step, 2),
     "data_wait_share": round(rate("waited"), 5),
@@ -158,6 +160,7 @@ def measure(
     "reference": "computed" if live else "stored" if run.store else "none",
     "steps": len(results) * pace.block_steps,
     "devices": len(run.executor.devices),
+    "processes": jax.process_count(),
     "device": run.executor.devices[0].device_kind,
     "jax": jax.__version__,
   }
@@ -277,20 +280,34 @@ def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
     answers = len(run.material.examples[0].answers)
     # Every answer of a row is a slot of its own: each row is seen once an answer.
     counts = np.sum([_tokens(by_row[row]) for row in seen], axis=0) / answers
-    distinct, scored, repeated = counts.tolist()
+    counts = [len(seen) / answers, *counts, real, room]
+    pairs, distinct, scored, repeated, real, room = _of_all(counts)
     results.append(
       {
         "seconds": meter.wall_s,
-        "pairs": len(seen) / answers,
+        "pairs": pairs,
         "tokens": distinct,
         "flops": flops(distinct, scored),
         "waited": waited,
         "padding": 1 - real / room,
       }
     )
-    counts = {"pairs": len(seen) / answers, "tokens": repeated}
-    tell(counts | meter.report() | {"peak_memory_mb": round(peak_memory_mb())})
+    report = meter.report() | {"peak_memory_mb": round(peak_memory_mb())}
+    mine = report["cpu_s"]
+    added = ("cpu_s", "rss_mb", "peak_rss_mb", "peak_memory_mb")
+    report |= dict(zip(added, _of_all([report[name] for name in added]), strict=True))
+    # The others of this run are no other programs.
+    others = report["other_cores"] - (report["cpu_s"] - mine) / meter.wall_s
+    report["other_cores"] = max(0.0, round(others, 3))
+    tell({"pairs": pairs, "tokens": repeated} | report)
   return results
+
+
+def _of_all(counts: Sequence[float]) -> list[float]:
+  """Added up over the processes of this run."""
+  if not processes.several():
+    return list(map(float, counts))
+  return multihost_utils.process_allgather(np.asarray(counts, np.float32)).sum(axis=0).tolist()
 
 
 def _tokens(example: Example) -> tuple[int, int, int]:

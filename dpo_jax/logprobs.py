@@ -43,8 +43,8 @@ class Room(NamedTuple):
   kept: int
 
 
-# 32 MiB on a CPU, 512 MiB elsewhere, where products of few rows are slow; 512 MiB kept.
-ROOM = {"cpu": Room(2**23, 2**27)}
+# 32 MiB on a CPU, 512 MiB elsewhere, where products of few rows are slow; kept 256 and 512 MiB.
+ROOM = {"cpu": Room(2**23, 2**26)}
 ROOM_ELSEWHERE = Room(2**27, 2**27)
 _NOWHERE = 2**31 - 1  # no place in any batch
 

@@ -56,7 +56,7 @@ def main(argv):
   started = time.perf_counter()
   import jax
 
-  from dpo_jax import benchmark, lockstep
+  from dpo_jax import benchmark, lockstep, processes
   from dpo_jax.build import build
 
   jax.config.update("jax_enable_compilation_cache", False)  # compile time is one of the results
@@ -64,6 +64,8 @@ def main(argv):
   if len(argv) > 1:
     pace = lockstep.read(argv[1], pace)
   config = CONFIG.value
+  section = config.parallel
+  processes.start(section.coordinator, section.processes, section.process)
   with tempfile.TemporaryDirectory() as folder:
     if not config.data.path and "synthetic" in config:
       config.data.path, config.model.tokenizer = benchmark.write_task(
@@ -87,7 +89,8 @@ def main(argv):
     )
   else:
     result = benchmark.measure(run, params, reference, pace=pace, started=started)
-  print(json.dumps(result))
+  if processes.first():
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -121,7 +121,9 @@ def contestants(group, programs, gpu, out, python):
     fields = {"synthetic.pairs": config.synthetic.pairs, **one.changes}
     if one.store:
       fields["reference.store"] = out / "stores" / f"{group}-{one.name}".replace(" ", "-")
+    several = (sys.executable, "scripts/local.py", str(one.processes))
     command = (
+      *(several if one.processes > 1 else ()),
       sys.executable,
       "scripts/benchmark.py",
       f"--config=configs/benchmark.py:{arg}",

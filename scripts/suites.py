@@ -15,6 +15,7 @@ class Program(NamedTuple):
     options: of scripts/peers/trl_step.py, for a peer; None for ours.
     changes: fields of our configuration.
     store: whether our reference is computed beforehand.
+    processes: of ours, each on its share of the processors.
     best: whether ratios may be taken to it, a peer; not to one that trains in lower precision.
   """
 
@@ -23,14 +24,15 @@ class Program(NamedTuple):
   changes: dict[str, Any] | None = None
   store: bool = False
   best: bool = True
+  processes: int = 1
 
 
 def trl(name: str, *, best: bool = True, **options: Any) -> Program:
   return Program(f"TRL {name}".strip(), options=options, best=best)
 
 
-def ours(name: str, changes: dict[str, Any] | None = None, *, store: bool = False) -> Program:
-  return Program(f"ours {name}", changes=changes or {}, store=store)
+def ours(name: str, changes: dict[str, Any] | None = None, **more: Any) -> Program:
+  return Program(f"ours {name}", changes=changes or {}, **more)
 
 
 PACKED = {"data.layout": "packed"}
@@ -41,7 +43,13 @@ AGAIN = {"checkpointing": True}  # activations are computed again on the way bac
 LOW = {"dtype": "autocast"}
 
 CPU = {
-  "a": [trl(""), trl("sequential", sampling="sequential"), ours("shared"), ours("packed", PACKED)],
+  "a": [
+    trl(""),
+    trl("sequential", sampling="sequential"),
+    ours("shared"),
+    ours("shared, two processes", {"parallel.mode": "pmap"}, processes=2),
+    ours("packed", PACKED),
+  ],
   "b": [trl(""), ours("shared"), ours("packed", PACKED)],
   "c": [trl(""), ours("shared"), ours("packed", PACKED)],
   "b-bfloat16": [

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Floors from the ground up. A module may import its own floor and what is named as below it.
 FLOORS = {
-  "structs": ({"structs", "folders", "partition", "products", "heap", "lockstep"}, set()),
+  "structs": ({"structs", "folders", "partition", "products", "heap", "lockstep", "local"}, set()),
   "mathematics": ({"derivation", "losses", "logprobs", "metrics"}, {"structs"}),
   "model": ({"model"}, {"structs"}),
   "data": ({"data"}, {"structs"}),

@@ -1,0 +1,33 @@
+"""Runs a command as several processes of this machine, each on its share of the processors.
+
+  python scripts/local.py 2 python -m dpo_jax.train --config=… --workdir=…
+
+On CPUs a small model trains quicker so (docs/scale.md). The first process alone prints; all of them
+end together, and this with the status of one that failed, or 75 if they saved and left.
+"""
+
+import sys
+
+import _root  # noqa: F401 (puts the package on the path)
+
+from dpo_jax import cli
+
+
+def main():
+  from dpo_jax import local
+  from dpo_jax.structs import UserError
+
+  words = sys.argv[1:]
+  if words[:1] in (["--help"], ["-h"]):
+    print(__doc__)
+    return 0
+  try:
+    if len(words) < 2 or not words[0].isdigit():
+      raise UserError("usage: python scripts/local.py PROCESSES COMMAND…, as in its --help")
+    return local.run(words[1:], int(words[0]))
+  except (UserError, FileNotFoundError) as error:
+    cli.fail(error)
+
+
+if __name__ == "__main__":
+  sys.exit(main())
