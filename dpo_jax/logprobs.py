@@ -160,7 +160,7 @@ def scored_logps(
 
 def _chunking(tokens: int, room: int) -> tuple[int, int]:
   """How many chunks, and tokens of each: evenly, no more than there is room for."""
-  chunks = -(-tokens // min(max(1, room), tokens))
+  chunks = max(1, -(-tokens // max(1, min(room, tokens))))
   size = -(-tokens // chunks)
   # Products of an odd number of rows run at half the speed in bfloat16.
   return chunks, size + (-size % 32 if size > 128 else 0)
