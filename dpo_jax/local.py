@@ -82,7 +82,7 @@ def run(command: Sequence[str], processes: int) -> int:
         os.sched_setaffinity(one.pid, owned[i])
       started.append(one)
     inputs = [one.stdin for one in started if one.stdin is not None]
-    threading.Thread(target=_copy, args=(sys.stdin.buffer, inputs), daemon=True).start()
+    threading.Thread(target=_copy, args=(inputs,), daemon=True).start()
     codes = [one.wait() for one in started]
     for code, file in zip(codes, errors, strict=True):
       file.seek(0)
@@ -92,12 +92,13 @@ def run(command: Sequence[str], processes: int) -> int:
   return next((code for code in codes if code), 0)
 
 
-def _copy(source: IO[bytes], inputs: Sequence[IO[bytes]]) -> None:
-  """Every line to all that still read; then their inputs end."""
-  for line in source:
+def _copy(inputs: Sequence[IO[bytes]]) -> None:
+  """What this process is given, to all that still read; then their inputs end."""
+  # Past Python's buffer, whose lock would be held when the interpreter ends.
+  while data := os.read(0, 2**16):
     for one in inputs:
       try:
-        one.write(line)
+        one.write(data)
         one.flush()
       except (BrokenPipeError, ValueError):
         continue

@@ -98,13 +98,18 @@ def test_an_error_of_all_is_told_once(last, told):
 
 @TWO
 def test_what_asks_one_to_stop_asks_all():
-  waits = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print('up', flush=True); time.sleep(60)"  # noqa: E501
-  process = start("2", sys.executable, "-c", waits)
-  assert process.stdout.readline() == "up\n"
-  time.sleep(0.5)  # the second, which does not say so, is up too
-  process.send_signal(signal.SIGTERM)
-  assert process.wait(timeout=30) == 75
-  process.communicate()
+  waits = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+print("up", flush=True)
+time.sleep(60)
+"""
+  with start("2", sys.executable, "-c", waits) as process:
+    assert process.stdout.readline() == "up\n"
+    time.sleep(0.5)  # the second, which does not say so, is up too
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+    assert process.stderr.read() == ""
 
 
 @TWO
