@@ -51,6 +51,9 @@ def run(command: Sequence[str], processes: int) -> int:
   Each reads what this process reads. The first alone prints; what others say of errors is told
   at the end, unless the first failed likewise.
 
+  Raises:
+    OSError: the command cannot be started.
+
   Returns:
     The first exit status that is not 0, of the processes in turn; 0 if there is none.
   """
@@ -66,8 +69,9 @@ def run(command: Sequence[str], processes: int) -> int:
       if one.poll() is None:
         one.send_signal(number)
 
-  for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, stop)
+  signal.signal(signal.SIGTERM, stop)
+  # A terminal sends Ctrl-C to all of them itself; twice, it would cut short how they end.
+  signal.signal(signal.SIGINT, lambda *_: None)
   with contextlib.ExitStack() as stack:
     errors = [stack.enter_context(tempfile.TemporaryFile()) for _ in owned]
     for i, words in enumerate(commands(command, processes, _free_port())):

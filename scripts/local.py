@@ -25,7 +25,7 @@ def main():
     if len(words) < 2 or not words[0].isdigit():
       raise UserError("usage: python scripts/local.py PROCESSES COMMAND…, as in its --help")
     return local.run(words[1:], int(words[0]))
-  except (UserError, FileNotFoundError) as error:
+  except (UserError, OSError) as error:
     cli.fail(error)
 
 

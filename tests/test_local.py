@@ -55,6 +55,7 @@ def test_every_process_is_told_who_it_is_before_a_pace():
     (["two", "true"], "usage: python scripts/local.py PROCESSES COMMAND"),
     (["9999", "true"], "9999 processes: this machine lends"),
     (["1", "no-such-command"], "no-such-command"),
+    (["1", "./README.md"], "Permission denied"),
   ],
 )
 def test_what_cannot_be_started_is_one_line(words, line):
