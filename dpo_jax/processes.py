@@ -26,6 +26,7 @@ from typing import Any, Self
 
 import jax
 import numpy as np
+from jax._src import distributed  # no public name ends the service apart from the client
 from jax.experimental import multihost_utils
 
 from dpo_jax.preemption import AGAIN
@@ -34,6 +35,7 @@ from dpo_jax.structs import UserError
 AUTO = "auto"
 WAIT = 300.0  # seconds for all to come
 BEAT, SILENCE = 5.0, 60.0  # seconds between signs of life, and without one until a process is lost
+LINGER = 1.0  # seconds that JAX's service outlives the last that left it
 _ALIVE, _BYE = "alive", "bye"
 
 
@@ -85,6 +87,19 @@ def start(coordinator: str, processes: int, process: int) -> None:
     ) from None
   finally:
     late.cancel()
+  if distributed.global_state.service is not None:
+    distributed.global_state.service = _Lingering(distributed.global_state.service)
+
+
+class _Lingering:
+  """JAX's service, in the first process: ended while another still sends, it aborts this one."""
+
+  def __init__(self, service: Any):
+    self._service = service
+
+  def shutdown(self) -> None:
+    time.sleep(LINGER)
+    self._service.shutdown()
 
 
 def _give_up(coordinator: str) -> None:
