@@ -161,83 +161,94 @@ def compete(
   logs.mkdir(parents=True, exist_ok=True)
   for contestant in contestants:
     (logs / f"{contestant.name}.log").unlink(missing_ok=True)
-  failed: dict[str, str] = {}
-  results: dict[str, Any] = {}
-  most = rules.rounds + (rules.spare if rules.loaded else 0)
-  pace = rules.pace._replace(
-    lockstep=True, blocks=rules.pace.blocks * (most if rules.loaded else 1)
-  )
-  programs: dict[str, Program] = {}
-
-  def attempt(contestant: Contestant, do: Callable[[], Any]) -> Any:
-    """What it gives, None where the contestant fails: then it is out."""
-    try:
-      return do()
-    except StoppedError as reason:
-      failed[contestant.name] = str(reason)
-      programs.pop(contestant.name).end()
-      say(f"{contestant.name}: {reason}")
-
-  def launch(contestant: Contestant, pace: Pace) -> Program:
-    program = Program(contestant, pace, logs / f"{contestant.name}.log")
-    programs[contestant.name] = program
-    return program
-
-  def prepare(contestant: Contestant) -> None:
-    program = launch(contestant, Pace(1, 1, 1))
-    program.close(patience_s=24 * 3600)
-    if program.process.returncode:
-      raise StoppedError(program.why())
-    del programs[contestant.name]
-
-  def start(contestant: Contestant) -> None:
-    launch(contestant, pace).hear("ready")
-
-  def stop(contestant: Contestant) -> None:
-    program = programs.pop(contestant.name)
-    program.close()
-    results[contestant.name] = program.result
-
-  def turn(contestant: Contestant) -> list[dict[str, Any]] | None:
-    if not rules.loaded:
-      start(contestant)
-    blocks = []
-    for _ in range(rules.pace.blocks):
-      wait_for_quiet(rules.quiet_s)
-      blocks.append(programs[contestant.name].block())
-    if not rules.loaded:
-      stop(contestant)
-    return blocks
-
+  field = _Field(rules, logs, say)
   rounds: list[dict[str, Any]] = []
   try:
     for contestant in contestants:
-      if contestant.prepare:
-        attempt(contestant, lambda c=contestant: prepare(c))
-      if rules.loaded and contestant.name not in failed:
-        attempt(contestant, lambda c=contestant: start(c))
-    for number in range(most):
+      field.enter(contestant)
+    for number in range(field.most):
       if sum(one["clean"] for one in rounds) >= rules.rounds:
         break
       first = number % len(contestants)
-      blocks = {}
-      for contestant in [*contestants[first:], *contestants[:first]]:
-        if contestant.name not in failed:
-          blocks[contestant.name] = attempt(contestant, lambda c=contestant: turn(c))
-      blocks = {name: some for name, some in blocks.items() if some}
+      blocks = field.round([*contestants[first:], *contestants[:first]])
       if not blocks:
         break
       others = max(block["other_cores"] for some in blocks.values() for block in some)
       rounds.append({"clean": others <= rules.max_other, "blocks": blocks})
       rates = ", ".join(f"{name} {_rate(some):,.0f}" for name, some in blocks.items())
       say(f"round {number + 1}, other programs at most {others:.2f} cores; tokens/s: {rates}")
-    for contestant in contestants:
-      if contestant.name in programs:
-        stop(contestant)
+    for name in list(field.programs):
+      field.stop(name)
   finally:
-    for program in programs.values():
+    for program in field.programs.values():
       program.end()
-  return {"rounds": rounds, "failed": failed, "results": results}
+  return {"rounds": rounds, "failed": field.failed, "results": field.results}
+
+
+class _Field:
+  """The programs at work; one that fails is out, with the reason in `failed`."""
+
+  def __init__(self, rules: Rules, logs: pathlib.Path, say: Callable[[str], None]):
+    self.rules, self.logs, self.say = rules, logs, say
+    self.most = rules.rounds + (rules.spare if rules.loaded else 0)
+    turns = self.most if rules.loaded else 1
+    self.pace = rules.pace._replace(lockstep=True, blocks=rules.pace.blocks * turns)
+    self.programs: dict[str, Program] = {}
+    self.failed: dict[str, str] = {}
+    self.results: dict[str, Any] = {}
+
+  def enter(self, contestant: Contestant) -> None:
+    """What comes before the first round."""
+    if contestant.prepare:
+      self._attempt(contestant, self._prepare)
+    if self.rules.loaded and contestant.name not in self.failed:
+      self._attempt(contestant, self._start)
+
+  def round(self, order: Sequence[Contestant]) -> dict[str, list[dict[str, Any]]]:
+    """Blocks of each that is still in, by its name."""
+    playing = [each for each in order if each.name not in self.failed]
+    blocks = {each.name: self._attempt(each, self._turn) for each in playing}
+    return {name: some for name, some in blocks.items() if some}
+
+  def stop(self, name: str) -> None:
+    program = self.programs.pop(name)
+    program.close()
+    self.results[name] = program.result
+
+  def _attempt(self, contestant: Contestant, do: Callable[[Contestant], Any]) -> Any:
+    """What it gives, None where the contestant fails."""
+    try:
+      return do(contestant)
+    except StoppedError as reason:
+      self.failed[contestant.name] = str(reason)
+      self.programs.pop(contestant.name).end()
+      self.say(f"{contestant.name}: {reason}")
+
+  def _launch(self, contestant: Contestant, pace: Pace) -> Program:
+    program = Program(contestant, pace, self.logs / f"{contestant.name}.log")
+    self.programs[contestant.name] = program
+    return program
+
+  def _prepare(self, contestant: Contestant) -> None:
+    program = self._launch(contestant, Pace(1, 1, 1))
+    program.close(patience_s=24 * 3600)
+    if program.process.returncode:
+      raise StoppedError(program.why())
+    del self.programs[contestant.name]
+
+  def _start(self, contestant: Contestant) -> None:
+    self._launch(contestant, self.pace).hear("ready")
+
+  def _turn(self, contestant: Contestant) -> list[dict[str, Any]]:
+    if not self.rules.loaded:
+      self._start(contestant)
+    blocks = []
+    for _ in range(self.rules.pace.blocks):
+      wait_for_quiet(self.rules.quiet_s)
+      blocks.append(self.programs[contestant.name].block())
+    if not self.rules.loaded:
+      self.stop(contestant.name)
+    return blocks
 
 
 def _rate(blocks: Sequence[dict[str, Any]]) -> float:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -188,26 +189,30 @@ def _own(
   return [examples[i] for i in mine.tolist()], measured, moved, shape
 
 
-def _fill(
-  examples: Sequence[Example],
-  measured: Measured,
-  places: Places,
-  shape: Shape,
-  layout: str,
-  stored: bool,
-) -> TokenBatch:
-  """Writes the arrays: every run of consecutive tokens of one branch is a piece, copied at once.
+class _Pieces(NamedTuple):
+  """Runs of consecutive tokens of one branch, P to an example, each [B, P].
 
-  There may be no example at all, on a host that has only padding; `stored` says whether there are
-  log-probs of the reference.
+  Attributes:
+    length_BP: tokens.
+    source_BP, at_BP: where the first stands in the texts, and in the rows one after another.
+    position_BP: of the first; those of the others follow.
+    pair_BP, branch_BP, slot_BP: what all of them have, as in `TokenBatch`.
   """
+
+  length_BP: np.ndarray
+  source_BP: np.ndarray
+  at_BP: np.ndarray
+  position_BP: np.ndarray
+  pair_BP: np.ndarray
+  branch_BP: np.ndarray
+  slot_BP: np.ndarray
+
+
+def _pieces(measured: Measured, places: Places, length: int, layout: str) -> _Pieces:
+  """Of examples whose texts lie one behind the other, in rows of so many tokens."""
   prompt_B, tokens_BK = measured.lengths
   answers = tokens_BK.shape[1]
-  texts = [ids for example in examples for ids in (example.prompt, *example.answers)]
-  flat = np.concatenate([*texts, np.zeros(1, np.int32)])
-  start_B = np.cumsum(prompt_B + tokens_BK.sum(1)) - prompt_B - tokens_BK.sum(1)
-
-  # The pieces of an example, P in number: which branch each is, and which text of the example.
+  # Which branch each piece of an example is, and which text of it.
   every = np.arange(1, answers + 1)
   if layout == "shared":
     branch_P = np.concatenate([[0], every])
@@ -216,36 +221,63 @@ def _fill(
     branch_P = np.stack([np.zeros_like(every), every], axis=1).reshape(-1)
     text_P = np.repeat(every - 1, 2)
   # Prompt pieces start at the prompt's first token, answer pieces one before the answer's first.
+  start_B = np.cumsum(prompt_B + tokens_BK.sum(1)) - prompt_B - tokens_BK.sum(1)
   before_BK = start_B[:, None] + prompt_B[:, None] + np.cumsum(tokens_BK, 1) - tokens_BK - 1
-  present_BK = tokens_BK > 0
   choose = lambda prompt_B1, answer_BK: np.concatenate([prompt_B1, answer_BK], 1)[:, branch_P]
-  length_BP = choose(prompt_B[:, None] - 1, tokens_BK) * present_BK[:, text_P]
-  source_BP = choose(start_B[:, None], before_BK)
+  length_BP = choose(prompt_B[:, None] - 1, tokens_BK) * (tokens_BK > 0)[:, text_P]
   position_BP = np.where(branch_P > 0, prompt_B[:, None] - 1, 0)
 
   if layout == "padded":
     row_BP = places.row_B[:, None] + text_P
-    column_BP, text_of_row_BP = position_BP, np.zeros_like(row_BP)
-    slot_BP = text_of_row_BP
+    column_BP, pair_BP = position_BP, np.zeros_like(row_BP)
+    slot_BP = pair_BP
   else:
-    row_BP = np.broadcast_to(places.row_B[:, None], length_BP.shape)
+    row_BP = places.row_B[:, None]
     column_BP = places.column_B[:, None] + np.cumsum(length_BP, 1) - length_BP
-    text_of_row_BP = places.order_B[:, None] * (text_P[-1] + 1) + text_P
+    pair_BP = places.order_B[:, None] * (text_P[-1] + 1) + text_P
     slot_BP = places.order_B[:, None] * answers + np.maximum(branch_P - 1, 0)
+  return _Pieces(
+    length_BP=length_BP,
+    source_BP=choose(start_B[:, None], before_BK),
+    at_BP=row_BP * length + column_BP,
+    position_BP=position_BP,
+    pair_BP=pair_BP,
+    branch_BP=np.broadcast_to(branch_P, length_BP.shape),
+    slot_BP=slot_BP,
+  )
 
-  # From pieces to tokens, T in number.
-  length_X = length_BP.reshape(-1)
+
+def _fill(
+  examples: Sequence[Example],
+  measured: Measured,
+  places: Places,
+  shape: Shape,
+  layout: str,
+  stored: bool,
+) -> TokenBatch:
+  """Writes the arrays: pieces are copied whole, T tokens in all.
+
+  There may be no example at all, on a host that has only padding; `stored` says whether there are
+  log-probs of the reference.
+  """
+  prompt_B, tokens_BK = measured.lengths
+  texts = [ids for example in examples for ids in (example.prompt, *example.answers)]
+  flat = np.concatenate([*texts, np.zeros(1, np.int32)])
+  pieces = _pieces(measured, places, shape.length, layout)
+
+  length_X = pieces.length_BP.reshape(-1)
   end_X = np.cumsum(length_X)
   along_T = np.arange(length_X.sum()) - np.repeat(end_X - length_X, length_X)
   spread = lambda x_BP: np.repeat(x_BP.reshape(-1), length_X)
-  at_T = spread(row_BP * shape.length + column_BP) + along_T
-  source_T = spread(source_BP) + along_T
-  branch_T = spread(np.broadcast_to(branch_P, length_BP.shape))
+  at_T = spread(pieces.at_BP) + along_T
+  source_T = spread(pieces.source_BP) + along_T
+  branch_T = spread(pieces.branch_BP)
   scored_T = branch_T > 0
   ids_T = flat[source_T]
   first_T = scored_T & (along_T == 0)
   # The last prompt token opens every branch; only the first answer stands right behind it in flat.
-  ids_T[first_T] = np.repeat(flat[start_B + prompt_B - 1], present_BK.sum(1))
+  last_B = np.cumsum(prompt_B + tokens_BK.sum(1)) - tokens_BK.sum(1) - 1
+  ids_T[first_T] = np.repeat(flat[last_B], (tokens_BK > 0).sum(1))
 
   def rows_of(values_T, dtype=np.int32, empty=0):
     out_X = np.full(shape.rows * shape.length, empty, dtype)
@@ -260,10 +292,10 @@ def _fill(
     reference_NL = rows_of(np.where(scored_T, known_T, 0), np.float32)
   return TokenBatch(
     ids_NL=rows_of(ids_T),
-    position_NL=rows_of(spread(position_BP) + along_T),
-    pair_NL=rows_of(spread(text_of_row_BP), empty=-1),
+    position_NL=rows_of(spread(pieces.position_BP) + along_T),
+    pair_NL=rows_of(spread(pieces.pair_BP), empty=-1),
     branch_NL=rows_of(branch_T),
-    slot_NL=rows_of(spread(slot_BP)),
+    slot_NL=rows_of(spread(pieces.slot_BP)),
     target_NL=rows_of(target_T),
     weight_NL=rows_of(scored_T, np.float32),
     scored_GM=_scored(at_T[scored_T], shape),
