@@ -7,7 +7,7 @@ Quantities: length of a text, vocabulary, pairs of a row, ranked answers of a pr
 depth of the model, devices among which it is divided. Every point is measured in a process of its
 own, and given up after --limit seconds. Writes growth.json (seconds of a step, memory by the
 compiler and as the process held it) and growth.png, both after every quantity; points that are
-there already are kept.
+there already are kept; each has the date and the version of JAX that it was measured with.
 """
 
 import pathlib
@@ -26,6 +26,7 @@ POINT = flags.DEFINE_string("point", None, "measures NAME=VALUE alone and prints
 
 
 def main(_):
+  import datetime
   import json
 
   import jax
@@ -39,10 +40,9 @@ def main(_):
     jax.config.update("jax_enable_compilation_cache", False)
     from dpo_jax import growth
 
-    print(json.dumps(growth.measure(name, int(value))))
+    about = {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
+    print(json.dumps(growth.measure(name, int(value)) | about))
     return
-
-  import datetime
 
   from dpo_jax import growth, plots
   from dpo_jax.structs import UserError
@@ -57,13 +57,12 @@ def main(_):
     points = json.loads(file.read_text())["points"] if file.is_file() else []
   except (ValueError, KeyError, TypeError):
     raise UserError(f"{file} holds no points of an earlier run; move it away") from None
-  about = {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
   labels = {name: axis.label for name, axis in growth.AXES.items()}
   for name in ONLY.value or growth.AXES:
     known = {one["value"] for one in points if one["axis"] == name}
     values = [value for value in growth.AXES[name].values if value not in known]
     points += filter(None, (point(name, x) for x in values if x <= (MOST.value or x)))
-    file.write_text(json.dumps(about | {"points": points}, indent=1) + "\n")
+    file.write_text(json.dumps({"points": points}, indent=1) + "\n")
     if points:
       plots.save_png(plots.growth(points, labels), picture)
   if not points:

@@ -5,6 +5,8 @@ import pathlib
 import jax
 import pytest
 
+pytest_plugins = ["small_rows"]
+
 jax.config.update("jax_num_cpu_devices", 8)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -187,10 +187,10 @@ def _builder_class() -> type:
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
       del dl_manager
-      return {name: spool.records() for name, spool in self._spools.items()}
+      return {name: self._generate_examples(spool) for name, spool in self._spools.items()}
 
-    def _generate_examples(self):
-      raise NotImplementedError  # every split brings its own
+    def _generate_examples(self, spool: _Spool) -> Iterator:
+      return spool.records()
 
     def _download_and_prepare(self, dl_manager, download_config) -> None:
       # In order and as they come: what TFDS would do holds a split in memory to put it in order,
