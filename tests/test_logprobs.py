@@ -31,7 +31,7 @@ def test_a_uniform_head_gives_minus_log_vocabulary_a_token():
   params = tiny.init() | {"head": np.zeros((tiny.VOCAB, tiny.WIDTH)), "bias": np.zeros(tiny.VOCAB)}
   batch = _batch()
   tokens_NS = logprobs.slot_tokens(batch)
-  logps_NS = logprobs.make_logps_fn(tiny.MODEL)(params, batch)
+  logps_NS = jax.jit(logprobs.make_logps_fn(tiny.MODEL))(params, batch)
   np.testing.assert_allclose(logps_NS, -np.log(tiny.VOCAB) * tokens_NS, rtol=1e-6)
 
 
@@ -45,7 +45,7 @@ def test_log_probs_of_all_answers_of_two_tokens_sum_to_one():
     for b in range(vocab)
   ]
   batch = collate(everything, layout="shared", row_length=16)
-  logps_NS = logprobs.make_logps_fn(tiny.MODEL)(params, batch)
+  logps_NS = jax.jit(logprobs.make_logps_fn(tiny.MODEL))(params, batch)
   np.testing.assert_allclose((np.exp(logps_NS) * batch.weight_NS).sum(), 1.0, rtol=1e-6)
 
 
@@ -65,11 +65,16 @@ def test_production_equals_naive(layout, groups, room):
   batch = _batch(layout, groups)
   weights_NS = np.random.default_rng(0).normal(size=batch.weight_NS.shape)
   production = logprobs.make_logps_fn(tiny.MODEL, room=room)
-  losses = [lambda p, f=f: (f(p, batch) * weights_NS).sum() for f in (production, _naive)]
-  (value, grads), (expected, expected_grads) = (
-    jax.jit(jax.value_and_grad(loss))(params) for loss in losses
+
+  def loss(params, fn):
+    logps_NS = fn(params, batch)
+    return (logps_NS * weights_NS).sum(), logps_NS
+
+  both = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+  ((value, logps_NS), grads), ((expected, expected_NS), expected_grads) = (
+    both(params, fn) for fn in (production, _naive)
   )
-  np.testing.assert_allclose(production(params, batch), _naive(params, batch), rtol=1e-5)
+  np.testing.assert_allclose(logps_NS, expected_NS, rtol=1e-5)
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   for key in params:
     scale = np.abs(expected_grads[key]).max()
@@ -83,7 +88,7 @@ def test_the_three_layouts_agree():
   logps = []
   for layout in ("shared", "packed", "padded"):
     batch = _batch(layout)
-    logps_NS = np.asarray(logprobs.make_logps_fn(tiny.MODEL)(params, batch))
+    logps_NS = np.asarray(jax.jit(logprobs.make_logps_fn(tiny.MODEL))(params, batch))
     order = np.argsort(batch.row_NS.ravel(), kind="stable")
     logps.append(logps_NS.ravel()[order][batch.row_NS.ravel()[order] >= 0])
   np.testing.assert_allclose(logps[1], logps[0], rtol=1e-5)

@@ -12,6 +12,9 @@ import tiny
 from dpo_jax import logprobs, losses, step
 from dpo_jax.data import layout, packing, tokenized
 
+# Of rows: eight pairs and fewer make batches of one shape, which compiles once.
+SIZES = layout.Sizes(rows=5, rows_step=1, scored=30, slots=16)
+
 
 def objective(name="sigmoid", sync=None, **given):
   loss = losses.resolve(name, **given)
@@ -50,7 +53,7 @@ def test_the_first_loss_is_log_2_and_its_gradient_is_half_beta_times_the_logps_g
   # d/dθ -log σ(βm) at m = 0 is -β/2 dm/dθ.
   examples, beta = tiny.pairs(3), 0.3
   batch = stack([examples])
-  _, (report,) = run([batch], beta=beta, tx=optax.sgd(1.0))
+  after, (report,) = run([batch], beta=beta, tx=optax.sgd(1.0))
   np.testing.assert_allclose(report["loss"], np.log(2), rtol=1e-6)
   assert report["rewards/accuracies"] == 0.5  # every margin is exactly zero
 
@@ -63,8 +66,8 @@ def test_the_first_loss_is_log_2_and_its_gradient_is_half_beta_times_the_logps_g
     )
     return ((pairs.chosen_B - pairs.rejected_B) * weight_B).sum() / weight_B.sum()
 
-  by_hand = jax.tree.map(lambda g: -beta / 2 * g, jax.grad(mean_margin)(tiny.init()))
-  after, _ = run([batch], beta=beta, tx=optax.sgd(1.0))
+  slope = jax.jit(jax.grad(mean_margin))(tiny.init())
+  by_hand = jax.tree.map(lambda g: -beta / 2 * g, slope)
   moved = {key: after[key] - tiny.init()[key] for key in after}
   close(moved, {key: -np.asarray(by_hand[key]) for key in after}, rtol=1e-4)
 
@@ -82,8 +85,9 @@ def test_k_micro_batches_are_one_large_batch(name):
   """Ragged lengths and ragged weights: a mean of means would differ."""
   answers = 1 if name == "sft" else 2
   sets = [tiny.pairs(8, seed, answers=answers) for seed in range(3)]
-  whole, whole_reports = run([stack([s]) for s in sets], name=name)
-  parts, part_reports = run([stack([s[:2], s[2:4], s[4:6], s[6:]]) for s in sets], name=name)
+  cut = lambda s: [s[:2], s[2:4], s[4:6], s[6:]]
+  whole, whole_reports = run([stack([s], sizes=SIZES) for s in sets], name=name)
+  parts, part_reports = run([stack(cut(s), sizes=SIZES) for s in sets], name=name)
   close(parts, whole)
   for key in ("loss", "grad_norm", "logps/chosen"):
     for part, full in zip(part_reports, whole_reports, strict=True):
@@ -154,10 +158,8 @@ def test_sft_is_a_mean_over_tokens_of_the_whole_batch():
   examples = [e._replace(weight=1.0) for e in tiny.pairs(4, answers=1)]
   batch = stack([examples[:1], examples[1:]])
   _, (report,) = run([batch], name="sft")
-  logps = [
-    np.asarray(logprobs.make_logps_fn(tiny.MODEL)(tiny.init(), layout.collate([e], row_length=48)))
-    for e in examples
-  ]
+  logps_fn = jax.jit(logprobs.make_logps_fn(tiny.MODEL))
+  logps = [np.asarray(logps_fn(tiny.init(), layout.collate([e], row_length=48))) for e in examples]
   tokens = sum(len(e.answers[0]) for e in examples)
   np.testing.assert_allclose(report["loss"], -sum(x.sum() for x in logps) / tokens, rtol=1e-5)
 
@@ -170,7 +172,7 @@ def test_the_reference_receives_no_gradient_and_is_not_in_the_state():
   def loss_after(reference):
     return step.train_step(state, reference, batch, objective=objective(), tx=tx)[1]["loss"]
 
-  grads = jax.grad(loss_after)(tiny.init())
+  grads = jax.jit(jax.grad(loss_after))(tiny.init())
   assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(grads))
   leaves = sum(x.size for x in jax.tree.leaves(state))
   assert leaves == sum(x.size for x in tiny.init().values()) + 1  # the parameters and the step
@@ -203,10 +205,9 @@ def test_a_batch_wide_loss_sees_all_micro_batches(name):
     for seed in range(2)
   ]
   given = {"name": name, "beta": 2.0, "tx": optax.sgd(0.5)}
-  sizes = layout.Sizes(rows=5, rows_step=1, scored=30, slots=16)  # one shape for every batch
   cut = lambda s: [s[:1], s[1:4], s[4:6], s[6:]]
-  whole, whole_reports = run([stack([s], sizes=sizes) for s in sets], **given)
-  parts, part_reports = run([stack(cut(s), sizes=sizes) for s in sets], **given)
+  whole, whole_reports = run([stack([s], sizes=SIZES) for s in sets], **given)
+  parts, part_reports = run([stack(cut(s), sizes=SIZES) for s in sets], **given)
   close(parts, whole)
   for key in ("loss", "grad_norm"):
     for part, full in zip(part_reports, whole_reports, strict=True):
@@ -286,7 +287,8 @@ def test_wpo_weighs_pairs_by_what_the_policy_would_say():
   _, (plain,) = run([batch])
   _, (weighed,) = run([batch], wpo=True)
   one = jax.tree.map(lambda x: x[0], batch)
-  align_NS = logprobs.make_scored_fn(tiny.MODEL, aligned=True)(tiny.init(), one).alignment_NS
+  scored = jax.jit(logprobs.make_scored_fn(tiny.MODEL, aligned=True))
+  align_NS = scored(tiny.init(), one).alignment_NS
   pairs = np.asarray(align_NS).reshape(-1, 2)[one.weight_NS.reshape(-1, 2)[:, 0] > 0]
   weights = np.exp(np.minimum(pairs.sum(1), 0))
   assert (weights < 1).all()
@@ -305,7 +307,8 @@ def test_ld_alpha_weighs_tokens_beyond_the_shorter_answer():
 
   def logps(some, name, beyond):
     batch = layout.collate(some, layout=name, row_length=48)
-    found_NS = logprobs.make_logps_fn(tiny.MODEL, beyond_shorter=beyond)(tiny.init(), batch)
+    logps_fn = jax.jit(logprobs.make_logps_fn(tiny.MODEL, beyond_shorter=beyond))
+    found_NS = logps_fn(tiny.init(), batch)
     rows = batch.row_NS.reshape(-1, 2)[:, 0]
     return np.asarray(found_NS).reshape(-1, 2)[np.argsort(rows)][-len(some) :]
 
