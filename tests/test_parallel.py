@@ -27,16 +27,7 @@ def trajectory(mode, devices, *, accumulate=1, steps=4, name="sigmoid", offload=
     functools.partial(step.train_step, objective=objective(name, beta=0.5), tx=tx)
   )
   reports = []
-  for index in range(steps):
-    # Labels for kto, every second row of them desirable; the others do not read them.
-    pairs = enumerate(tiny.pairs(16, seed=index))
-    examples = [pair._replace(grades=(float(i % 2),) * 2) for i, pair in pairs]
-    size = len(examples) // accumulate
-    batch = layout.collate_many(
-      [examples[i : i + size] for i in range(0, len(examples), size)],
-      row_length=48,
-      groups=executor.groups,
-    )
+  for batch in tiny.batches(steps, executor.groups, accumulate):
     state, report = take(state, reference, executor.place_batch(batch))
     reports.append(executor.metrics_to_host(report))
   unchanged = executor.fetch(reference)

@@ -53,14 +53,8 @@ def start(executor, name="sigmoid"):
   return init(executor.place(params())), executor.place(params()), fn
 
 
-def batch_of(executor, seed, accumulate=1):
-  """16 ragged, weighted pairs; labels for kto."""
-  pairs = enumerate(tiny.pairs(16, seed=seed))
-  examples = [pair._replace(grades=(float(i % 2),) * 2) for i, pair in pairs]
-  size = len(examples) // accumulate
-  parts = [examples[i : i + size] for i in range(0, len(examples), size)]
-  host = layout.collate_many(parts, row_length=48, groups=executor.groups)
-  return executor.place_batch(host)
+def batch_of(executor):
+  return executor.place_batch(tiny.batches(1, executor.groups)[0])
 
 
 def trajectory(*mesh, name="sigmoid", accumulate=1, steps=3):
@@ -68,9 +62,9 @@ def trajectory(*mesh, name="sigmoid", accumulate=1, steps=3):
   executor = parallel.Executor("mesh", *mesh)
   state, reference, fn = start(executor, name)
   take, found = executor.compile_step(fn), []
+  host = tiny.batches(3, executor.groups, accumulate)
   for index in range(steps):
-    # Three batches in turn, of three shapes: every other one is another compilation.
-    state, means = take(state, reference, batch_of(executor, index % 3, accumulate))
+    state, means = take(state, reference, executor.place_batch(host[index % 3]))
     found.append(float(means["loss"]))
   wanted = jax.tree.map(lambda x: x.sharding, executor.abstract(state))
   jax.tree.map(lambda x, place: x.sharding == place or pytest.fail(), state, wanted)
@@ -157,7 +151,7 @@ def collectives(*mesh):
   """(operation, shapes of what comes out, where it was asked for) of the compiled step."""
   executor = parallel.Executor("mesh", *mesh)
   state, reference, fn = start(executor)
-  text = executor.lower_step(fn, state, reference, batch_of(executor, 0)).compile().as_text()
+  text = executor.lower_step(fn, state, reference, batch_of(executor)).compile().as_text()
   found = []
   for line in text.splitlines():
     call = re.search(
@@ -208,7 +202,7 @@ def test_tensor_never_gathers_the_head_its_logits_or_a_layer():
   """Heads of keys that do not divide are gathered, their axes in any order, and nothing larger."""
   found = collectives(8, 1, 4)
   gathered = [shape for shapes, _ in of_kind(found, "all-gather") for shape in shapes]
-  rows, length = batch_of(parallel.Executor("mesh", 8, tensor=4), 0).ids_NL.shape[1:]
+  rows, length = batch_of(parallel.Executor("mesh", 8, tensor=4)).ids_NL.shape[1:]
   keys = rows // 2 * length * CONFIG.kv_heads * CONFIG.head_width
   assert {len(shape) for shape in gathered} <= {3, 4}
   assert all(math.prod(shape) <= keys for shape in gathered)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.data import layout
 from dpo_jax.data.tokenized import Example
 from dpo_jax.structs import Head, Model
 
@@ -49,3 +50,20 @@ def pairs(count, seed=0, answers=2, vocab=VOCAB, longest=9):
     Example(ids(), tuple(ids() for _ in range(answers)), float(rng.uniform(0.2, 2.0)), row)
     for row in range(count)
   ]
+
+
+def labelled(count, seed):
+  """`pairs` with labels for kto, every second row of them desirable; others do not read them."""
+  return [
+    pair._replace(grades=(float(i % 2),) * 2) for i, pair in enumerate(pairs(count, seed=seed))
+  ]
+
+
+def batches(count, groups, accumulate=1):
+  """So many batches of 16 ragged pairs, of one shape: a step compiles once for all of them."""
+  size = 16 // accumulate
+  rows = {"row_length": 48, "groups": groups}
+  each = [labelled(16, seed) for seed in range(count)]
+  cut = [[some[i : i + size] for i in range(0, 16, size)] for some in each]
+  sizes = layout.fit_sizes([part for parts in cut for part in parts], **rows)
+  return [layout.collate_many(parts, sizes=sizes, **rows) for parts in cut]
