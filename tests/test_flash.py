@@ -278,13 +278,10 @@ def steps(attention, mode, *mesh, accumulate=1, config=CONFIG, remat="dots"):
   fixed = executor.place(start)
   take = executor.compile_step(functools.partial(step.train_step, objective=objective, tx=tx))
   found = []
-  for index in range(2):
-    some = examples(16, 3, seed=index)
-    parts = [some[i::accumulate] for i in range(accumulate)]
-    batch = layout.collate_many(
-      parts, row_length=48, groups=executor.groups, texts=attention in flash.TEXTS
-    )
-    assert (batch.text_GTW is None) == (attention not in flash.TEXTS)
+  sets = [examples(16, 3, seed=index) for index in range(2)]
+  texts = attention in flash.TEXTS
+  for batch in tiny.one_shape(sets, executor.groups, accumulate, texts=texts):
+    assert (batch.text_GTW is None) == (not texts)
     state, means = take(state, fixed, executor.place_batch(batch))
     found.append(float(executor.metrics_to_host(means)["loss"]))
   return executor.fetch(state.params), found

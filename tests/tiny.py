@@ -60,10 +60,13 @@ def labelled(count, seed):
 
 
 def batches(count, groups, accumulate=1):
-  """So many batches of 16 ragged pairs, of one shape: a step compiles once for all of them."""
-  size = 16 // accumulate
-  rows = {"row_length": 48, "groups": groups}
-  each = [labelled(16, seed) for seed in range(count)]
-  cut = [[some[i : i + size] for i in range(0, 16, size)] for some in each]
-  sizes = layout.fit_sizes([part for parts in cut for part in parts], **rows)
-  return [layout.collate_many(parts, sizes=sizes, **rows) for parts in cut]
+  """So many batches of 16 ragged pairs: see `one_shape`."""
+  return one_shape([labelled(16, seed) for seed in range(count)], groups, accumulate)
+
+
+def one_shape(sets, groups, accumulate=1, **how):
+  """A batch of each set of examples, all of one shape: a step compiles once for all of them."""
+  how = {"row_length": 48, "groups": groups, **how}
+  cut = [[some[i::accumulate] for i in range(accumulate)] for some in sets]
+  sizes = layout.fit_sizes([part for parts in cut for part in parts], **how)
+  return [layout.collate_many(parts, sizes=sizes, **how) for parts in cut]
