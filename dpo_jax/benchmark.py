@@ -155,6 +155,7 @@ def measure(
     "trained": trained,
     "batch_size": run.config.train.batch_size,
     "layout": run.config.data.layout,
+    "attention": run.attention,
     "compute_dtype": run.config.model.compute_dtype,
     "compiled_shapes": len(shapes),
     "reference": "computed" if live else "stored" if run.store else "none",

@@ -42,6 +42,7 @@ class Run(NamedTuple):
   schedule: optax.Schedule
   tx: optax.GradientTransformation
   adapter: adapters.Adapter | None
+  attention: str = "blocked"  # that is taken
   store: reference.Store | None = None
   lacking: tuple[tokenized.Lazy, ...] = ()  # whose reference log-probs it lacks
 
@@ -90,6 +91,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     schedule=schedule,
     tx=tx,
     adapter=adapter,
+    attention=attention,
     store=store,
     lacking=lacking,
   )

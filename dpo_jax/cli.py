@@ -133,13 +133,19 @@ def _parse(argv: Sequence[str]) -> list[str]:
   _accept_natural_numbers_and_none()
   for name, path in _config_paths(argv):
     if not os.path.isfile(path.split(":")[0]):
-      fail(f"--{name}={path}: no such file; configurations are in configs/")
+      what = "a folder" if os.path.isdir(path) else "no such file"
+      fail(f"--{name}={path}: {what}; configurations are files in configs/")
   try:
     rest = FLAGS(argv)
     _refuse_none()
     return rest
   except flags.Error as error:
     fail(_flag_line(str(error)))
+  except SyntaxError as error:
+    given = {os.path.abspath(path.split(":")[0]) for _, path in _config_paths(argv)}
+    if os.path.abspath(error.filename or "") not in given:
+      raise
+    fail(f"{error.filename}: no configuration in Python: {error.msg}, line {error.lineno}")
   except Exception as error:
     unknown = _unknown_override(argv)
     if unknown:

@@ -29,6 +29,21 @@ def check_writable(path: str | pathlib.Path, name: str) -> None:
     raise UserError(f"{name}: {folder} may not be written to; name another folder")
 
 
+def check_folder(path: str | pathlib.Path, name: str) -> None:
+  """A folder is there, or can be made; it may be written to.
+
+  Args:
+    path: of the folder.
+    name: how the error calls it.
+
+  Raises:
+    UserError: it is a file, lies in what is no folder, or may not be written to.
+  """
+  if str(path) == "" or (pathlib.Path(path).exists() and not pathlib.Path(path).is_dir()):
+    raise UserError(f"{name} is {'a file' if str(path) else 'empty'}; name a folder")
+  check_writable(pathlib.Path(path) / "file", name)
+
+
 @contextlib.contextmanager
 def replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
   """A new folder to be filled, which takes the place of `path` when it is whole.

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import json
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -76,6 +78,31 @@ def configured(axis: str, value: int) -> tuple[ConfigDict, plan.Lengths]:
     # A prompt of 64 tokens and two answers of 64, once each.
     config.data.row_length = value * 192
   return config, plan.Lengths(length, prompt_fraction=0.5, sigma=0.0)
+
+
+def read(file: pathlib.Path) -> list[dict[str, Any]]:
+  """Points of an earlier run, none if there is no file.
+
+  Raises:
+    UserError: something else is there.
+  """
+  if not file.exists():
+    return []
+  try:
+    points = json.loads(file.read_text())["points"]
+    whole = all({"axis", "value", "seconds", "planned_mb", "measured_mb"} <= {*x} for x in points)
+  except (OSError, ValueError, KeyError, TypeError):
+    whole = False
+  if not whole:
+    raise UserError(f"{file} holds no points of an earlier run; move it away")
+  return points
+
+
+def write(file: pathlib.Path, points: Sequence[dict[str, Any]]) -> None:
+  """Writes them all, in place of what is there, or leaves that."""
+  scratch = file.with_name(f".{file.name}.new")
+  scratch.write_text(json.dumps({"points": points}, indent=1) + "\n")
+  scratch.replace(file)
 
 
 def measure(axis: str, value: int) -> dict[str, Any]:

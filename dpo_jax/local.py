@@ -55,7 +55,8 @@ def run(command: Sequence[str], processes: int) -> int:
     OSError: the command cannot be started.
 
   Returns:
-    The first exit status that is not 0, of the processes in turn; 0 if there is none.
+    The first exit status that is not 0, of the processes in turn, 128 + N of one that signal N
+    ended; 0 if there is none.
   """
   # macOS binds no process to processors; each then has as many threads as its share.
   bound = hasattr(os, "sched_setaffinity")
@@ -88,12 +89,16 @@ def run(command: Sequence[str], processes: int) -> int:
     inputs = [one.stdin for one in started if one.stdin is not None]
     threading.Thread(target=_copy, args=(inputs,), daemon=True).start()
     codes = [one.wait() for one in started]
+    if min(codes) < 0:
+      killed = [f"process {i} by signal {-code}" for i, code in enumerate(codes) if code < 0]
+      print(f"error: ended {', '.join(killed)}", file=sys.stderr)
     for code, file in zip(codes, errors, strict=True):
       file.seek(0)
       said = file.read()
       if code != codes[0] or b"Traceback" in said:
         sys.stderr.write(said.decode(errors="replace"))
-  return next((code for code in codes if code), 0)
+  first = next((code for code in codes if code), 0)
+  return 128 - first if first < 0 else first
 
 
 def _copy(inputs: Sequence[IO[bytes]]) -> None:

@@ -51,8 +51,10 @@ def read(text: str, usual: Pace) -> Pace:
   known = ", ".join(Pace._fields)
   try:
     given = json.loads(text)
-  except json.JSONDecodeError:
+  except json.JSONDecodeError as error:
     given = None
+    if text.startswith("{"):
+      raise UserError(f"{text!r} is no JSON: {error}") from None
   if not isinstance(given, dict):
     raise UserError(
       f"unexpected argument {text!r}; beside --name=value only one JSON object of {known} is taken"

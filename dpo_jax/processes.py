@@ -39,13 +39,14 @@ LINGER = 1.0  # seconds that JAX's service outlives the last that left it
 _ALIVE, _BYE = "alive", "bye"
 
 
-def start(coordinator: str, processes: int, process: int) -> None:
+def start(coordinator: str, processes: int, process: int, *, notice: bool = True) -> None:
   """Joins the others of a run; returns when all are there.
 
   Args:
     coordinator: "HOST:PORT" of the first process; "auto" where a TPU pod, SLURM or Open MPI says
       who there is; "" for a run of one process.
     processes, process: how many there are and which this is, from 0, with an address.
+    notice: whether SIGTERM is only remembered, for `preemption.Notice`; else it ends the process.
 
   Raises:
     UserError: settings that do not belong together, or not all came.
@@ -60,7 +61,7 @@ def start(coordinator: str, processes: int, process: int) -> None:
   given: dict[str, Any] = {}
   if coordinator != AUTO:
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal():
       raise UserError(f"parallel.coordinator is {coordinator!r}; it must be HOST:PORT or {AUTO}")
     if not 0 <= process < processes:
       raise UserError(
@@ -73,7 +74,7 @@ def start(coordinator: str, processes: int, process: int) -> None:
       "process_id": process,
       "cluster_detection_method": "deactivate",
     }
-  jax.config.update("jax_enable_preemption_service", True)
+  jax.config.update("jax_enable_preemption_service", notice)
   late = threading.Timer(WAIT, _give_up, [coordinator])
   late.daemon = True
   late.start()

@@ -36,9 +36,7 @@ def check(workdir: pathlib.Path, config: str) -> None:
   Raises:
     UserError: naming the fields that differ, or the file that is in the way.
   """
-  if workdir.exists() and not workdir.is_dir():
-    raise UserError(f"--workdir={workdir} is a file; name a folder")
-  folders.check_writable(workdir / "config.json", f"--workdir={workdir}")
+  folders.check_folder(workdir, f"--workdir={workdir}")
   held = workdir / "config.json"
   if not held.is_file():
     for name in _OURS:

@@ -65,7 +65,8 @@ def main(argv):
     pace = lockstep.read(argv[1], pace)
   config = CONFIG.value
   section = config.parallel
-  processes.start(section.coordinator, section.processes, section.process)
+  where = (section.coordinator, section.processes, section.process)
+  processes.start(*where, notice=False)
   with tempfile.TemporaryDirectory() as folder:
     if not config.data.path and "synthetic" in config:
       config.data.path, config.model.tokenizer = benchmark.write_task(

@@ -46,7 +46,7 @@ def main(_):
 
   import suites
 
-  from dpo_jax import contest, lockstep
+  from dpo_jax import contest, folders, lockstep
   from dpo_jax.structs import UserError
 
   gpu = SUITE.value == "gpu"
@@ -59,6 +59,9 @@ def main(_):
     raise UserError(
       f"--peers_python={PYTHON.value}: no such file; `bash scripts/compare.sh` makes .venv-peers"
     )
+  if not os.access(python, os.X_OK):
+    raise UserError(f"--peers_python={PYTHON.value} may not be run; name a Python that has TRL")
+  folders.check_folder(OUT.value, f"--out={OUT.value}")
   out = pathlib.Path(OUT.value).absolute()
   if (out / "comparison.json").exists():
     raise UserError(f"--out={OUT.value} holds a comparison already; name another folder")

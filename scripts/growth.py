@@ -6,8 +6,8 @@
 Quantities: length of a text, vocabulary, pairs of a row, ranked answers of a prompt, width and
 depth of the model, devices among which it is divided. Every point is measured in a process of its
 own, and given up after --limit seconds. Writes growth.json (seconds of a step, memory by the
-compiler and as the process held it) and growth.png, both after every quantity; points that are
-there already are kept; each has the date and the version of JAX that it was measured with.
+compiler and as the process held it) after every point and growth.png after every quantity. Points
+that are there already are kept; each has its date and the version of JAX.
 """
 
 import pathlib
@@ -33,7 +33,7 @@ def main(_):
 
   if POINT.value:
     name, _, value = POINT.value.partition("=")
-    if not value.isdigit():
+    if not value.isdecimal() or int(value) < 1:
       cli.fail(f"--point={POINT.value}: write NAME=VALUE, a whole number, such as length=512")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", int(value) if name == "devices" else 1)
@@ -44,29 +44,28 @@ def main(_):
     print(json.dumps(growth.measure(name, int(value)) | about))
     return
 
-  from dpo_jax import growth, plots
+  from dpo_jax import folders, growth, plots
   from dpo_jax.structs import UserError
 
   for name in ONLY.value:
     if name not in growth.AXES:
       raise UserError(f"--only: {name!r} does not grow; known are {', '.join(growth.AXES)}")
+  folders.check_folder(OUT.value, f"--out={OUT.value}")
   out = pathlib.Path(OUT.value)
   out.mkdir(parents=True, exist_ok=True)
   file, picture = out / "growth.json", out / "growth.png"
-  try:
-    points = json.loads(file.read_text())["points"] if file.is_file() else []
-  except (ValueError, KeyError, TypeError):
-    raise UserError(f"{file} holds no points of an earlier run; move it away") from None
+  points = growth.read(file)
   labels = {name: axis.label for name, axis in growth.AXES.items()}
   for name in ONLY.value or growth.AXES:
     known = {one["value"] for one in points if one["axis"] == name}
-    values = [value for value in growth.AXES[name].values if value not in known]
-    points += filter(None, (point(name, x) for x in values if x <= (MOST.value or x)))
-    file.write_text(json.dumps({"points": points}, indent=1) + "\n")
+    most = MOST.value or max(growth.AXES[name].values)
+    for value in [x for x in growth.AXES[name].values if x <= most and x not in known]:
+      points += filter(None, [point(name, value)])
+      growth.write(file, points)
     if points:
       plots.save_png(plots.growth(points, labels), picture)
   if not points:
-    raise UserError("no point could be measured; the lines above say why")
+    raise UserError("no point was measured: --most left it out, or a line above says why it failed")
   print(f"done: {file}, {picture}")
 
 
@@ -81,8 +80,10 @@ def point(name, value):
       command, stdout=subprocess.PIPE, text=True, check=True, timeout=LIMIT.value
     )
   except subprocess.SubprocessError as error:
-    why = str(error).rpartition("] ")[2] or str(error)
-    print(f"{name} {value}: left out; the process {why[-80:]}", file=sys.stderr)
+    late = isinstance(error, subprocess.TimeoutExpired)
+    slow = f"took more than --limit={LIMIT.value} seconds"
+    why = slow if late else f"failed ({error.returncode})"
+    print(f"{name} {value}: left out; its process {why}", file=sys.stderr)
     return None
   found = json.loads(done.stdout)
   took = "not run" if found["seconds"] is None else f"{found['seconds']:.3f} s"

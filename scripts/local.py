@@ -3,7 +3,8 @@
   python scripts/local.py 2 python -m dpo_jax.train --config=… --workdir=…
 
 On CPUs a small model trains quicker so (docs/scale.md). The first process alone prints; all of them
-end together, and this with the status of one that failed, or 75 if they saved and left.
+end together, and this with the status of one that failed; of training, 75 if they saved and left.
+COMMAND is one of this project's that have --config: flags of `config.parallel` are added to it.
 """
 
 import sys
@@ -22,10 +23,12 @@ def main():
     print(__doc__)
     return 0
   try:
-    if len(words) < 2 or not words[0].isdigit():
+    if len(words) < 2 or not words[0].isdecimal():
       raise UserError("usage: python scripts/local.py PROCESSES COMMAND…, as in its --help")
     return local.run(words[1:], int(words[0]))
-  except (UserError, OSError) as error:
+  except OSError as error:
+    cli.fail(f"{cli.os_error_line(error)}; COMMAND is a program and its flags, as in --help")
+  except UserError as error:
     cli.fail(error)
 
 

@@ -30,6 +30,8 @@ def main(_):
   jax.config.update("jax_num_cpu_devices", DEVICES.value)
   from dpo_jax import memory, plan
 
+  if MEMORY.value is not None and not MEMORY.value < float("inf"):
+    cli.fail(f"--device_memory={MEMORY.value}: a number of GiB is asked for")
   lengths = plan.Lengths(MEAN.value, PROMPT.value)
   config = CONFIG.value
   found = plan.plan(config, lengths)

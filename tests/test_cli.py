@@ -64,6 +64,7 @@ def command(tmp_path_factory):
   folder = tmp_path_factory.mktemp("command")
   (folder / "command.py").write_text(COMMAND)
   (folder / "config.py").write_text(CONFIG)
+  (folder / "words.md").write_text("plain words\n")
 
   def run(*arguments, out="x"):
     out = [f"--out={out}"] if out else []
@@ -129,6 +130,8 @@ def test_interrupting_imports_is_quiet(command):
     ("--num_rows", ["Missing value", "num_rows"]),
     ("rows.jsonl", ["unexpected argument 'rows.jsonl'"]),
     ("--config=none.py", ["none.py", "no such file"]),
+    ("--config=.", ["--config=.: a folder; configurations are files"]),
+    ("--config=words.md", ["words.md: no configuration in Python: ", "line 1"]),
   ],
 )
 def test_a_wrong_flag_is_one_line(command, argument, words):

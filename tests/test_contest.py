@@ -225,6 +225,9 @@ def compare(*arguments):
   [
     (["--only=z"], "error: --only: cpu has no group 'z'; there are a, b"),
     (["--peers_python=none"], "error: --peers_python=none: no such file"),
+    (["--peers_python=README.md"], "error: --peers_python=README.md may not be run"),
+    ([f"--peers_python={sys.executable}", "--out="], "error: --out= is empty; name a folder"),
+    ([f"--peers_python={sys.executable}", "--out=LICENSE"], "error: --out=LICENSE is a file"),
   ],
 )
 def test_a_comparison_that_cannot_be_is_one_line(tmp_path, arguments, words):

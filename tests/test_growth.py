@@ -65,6 +65,21 @@ def test_the_figure_draws_every_curve_and_what_is_in_proportion():
   assert time.get_xlabel() == "pairs of a row" and len(memory.lines) == 2
 
 
+def test_points_are_kept_whole_or_refused(tmp_path):
+  file = tmp_path / "growth.json"
+  assert growth.read(file) == []
+  point = {"axis": "pairs", "value": 1, "seconds": 0.5, "planned_mb": 1.0, "measured_mb": None}
+  growth.write(file, [point])
+  assert growth.read(file) == [point]
+  assert [path.name for path in tmp_path.iterdir()] == [file.name]
+  for text in ("", "[]", '{"points": 5}', '{"points": [1]}', '{"points": [{"axis": "pairs"}]}'):
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"growth\.json holds no points of an earlier run"):
+      growth.read(file)
+  with pytest.raises(UserError, match="holds no points"):
+    growth.read(tmp_path)
+
+
 @pytest.mark.slow
 def test_the_command_measures_in_a_process_of_its_own_and_goes_on(tmp_path):
   command = [sys.executable, "scripts/growth.py", f"--out={tmp_path}", "--only=pairs", "--most=1"]

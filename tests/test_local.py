@@ -55,7 +55,8 @@ def test_every_process_is_told_who_it_is_before_a_pace():
     (["two", "true"], "usage: python scripts/local.py PROCESSES COMMAND"),
     (["9999", "true"], "9999 processes: this machine lends"),
     (["1", "no-such-command"], "no-such-command"),
-    (["1", "./README.md"], "Permission denied"),
+    (["1", "./README.md"], "./README.md: permission denied; COMMAND is a program"),
+    (["²", "true"], "usage: python scripts/local.py PROCESSES COMMAND"),
   ],
 )
 def test_what_cannot_be_started_is_one_line(words, line):
@@ -65,6 +66,12 @@ def test_what_cannot_be_started_is_one_line(words, line):
   assert errors.startswith("error: ")
   assert line in errors
   assert errors.count("\n") == 1
+
+
+def test_a_process_that_a_signal_ended_is_told_with_the_status_of_shells():
+  process = start("1", "sh", "-c", "kill -9 $$")
+  _, errors = process.communicate(timeout=60)
+  assert (process.returncode, errors) == (137, "error: ended process 0 by signal 9\n")
 
 
 WHO = """
@@ -134,3 +141,17 @@ def test_the_benchmark_counts_the_rows_of_all():
   assert two_last["gflops_per_pair"] == pytest.approx(one_last["gflops_per_pair"], rel=1e-6)
   assert (two_last["processes"], one_last["processes"]) == (2, 1)
   assert two["rss_mb"] > 1.5 * one["rss_mb"]  # both are counted
+
+
+@TWO
+@pytest.mark.slow
+def test_a_benchmark_that_is_asked_to_stop_stops():
+  """It saves nothing, so it ends as by itself: only training waits for the end of its step."""
+  small = ["--config.train.batch_size=8", "--config.synthetic.pairs=32"]
+  command = ["scripts/benchmark.py", "--config=configs/benchmark.py:controlled", *small]
+  with start("2", sys.executable, *command, '{"lockstep": true}') as process:
+    while process.stdout.readline() != '@{"ready": true}\n':
+      assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert process.stderr.read().endswith("process 0 by signal 15, process 1 by signal 15\n")

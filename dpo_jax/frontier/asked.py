@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dpo_jax import plots, workdirs
+from dpo_jax import folders, plots, workdirs
 from dpo_jax.structs import UserError
 
 MAX_TOKENS = 48  # of an answer
@@ -258,8 +258,7 @@ def claim(study: pathlib.Path, settings: Settings) -> None:
   Raises:
     UserError: it is no folder, or holds a study of other settings.
   """
-  if study.exists() and not study.is_dir():
-    raise UserError(f"--out={study} is a file; name a folder")
+  folders.check_folder(study, f"--out={study}")
   held, now = study / "settings.json", settings._asdict()
   if held.is_file():
     try:
