@@ -89,9 +89,9 @@ def run(command: Sequence[str], processes: int) -> int:
     inputs = [one.stdin for one in started if one.stdin is not None]
     threading.Thread(target=_copy, args=(inputs,), daemon=True).start()
     codes = [one.wait() for one in started]
-    if min(codes) < 0:
-      killed = [f"process {i} by signal {-code}" for i, code in enumerate(codes) if code < 0]
-      print(f"error: ended {', '.join(killed)}", file=sys.stderr)
+    killed = [f"signal {-code} ended process {i}" for i, code in enumerate(codes) if code < 0]
+    if killed:
+      print(f"error: {', '.join(killed)}", file=sys.stderr)
     for code, file in zip(codes, errors, strict=True):
       file.seek(0)
       said = file.read()

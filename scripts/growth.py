@@ -28,9 +28,12 @@ POINT = flags.DEFINE_string("point", None, "measures NAME=VALUE alone and prints
 def main(_):
   import datetime
   import json
+  import signal
 
   import jax
 
+  # By an exception, which ends the process of a point too.
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   if POINT.value:
     name, _, value = POINT.value.partition("=")
     if not value.isdecimal() or int(value) < 1:

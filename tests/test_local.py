@@ -71,7 +71,7 @@ def test_what_cannot_be_started_is_one_line(words, line):
 def test_a_process_that_a_signal_ended_is_told_with_the_status_of_shells():
   process = start("1", "sh", "-c", "kill -9 $$")
   _, errors = process.communicate(timeout=60)
-  assert (process.returncode, errors) == (137, "error: ended process 0 by signal 9\n")
+  assert (process.returncode, errors) == (137, "error: signal 9 ended process 0\n")
 
 
 WHO = """
@@ -154,4 +154,6 @@ def test_a_benchmark_that_is_asked_to_stop_stops():
       assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 128 + signal.SIGTERM
-    assert process.stderr.read().endswith("process 0 by signal 15, process 1 by signal 15\n")
+    assert process.stderr.read().endswith(
+      "error: signal 15 ended process 0, signal 15 ended process 1\n"
+    )
