@@ -7,9 +7,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.partition import by_rows, by_vocabulary, sequence_parts
-from dpo_jax.products import product
+from dpo_jax.products import NAME, product
 from dpo_jax.structs import Array
 
 
@@ -55,7 +56,7 @@ class Linear(nn.Module):
       y = y + self.adapter(x, codes_NL)
     if self.bias:
       y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-    return by_rows(y.astype(self.dtype))
+    return by_rows(checkpoint_name(y.astype(self.dtype), NAME))
 
   def product(self, x: Array, kernel: Array) -> Array:
     """x @ kernel, float32."""
