@@ -15,8 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.partition import by_rows, by_vocabulary, for_each_group, sequence_parts
-from dpo_jax.products import product_of_rows
+from dpo_jax.distributed.sharding import by_rows, by_vocabulary, for_each_group, sequence_parts
 from dpo_jax.structs import (
   Array,
   Head,
@@ -28,6 +27,7 @@ from dpo_jax.structs import (
   TokenBatch,
   UnpairedLogps,
 )
+from dpo_jax.utils.matmul import product_of_rows
 
 
 class Room(NamedTuple):

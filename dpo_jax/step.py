@@ -1,4 +1,4 @@
-"""One training step as one pure function; `parallel` decides what compiles it.
+"""One training step as one pure function; `distributed.executor` decides what compiles it.
 
 The reference is an argument, read and never written. A loss is a function of log-probs, so its
 gradient is taken in two parts: first with respect to the log-probs, where the loss may see the

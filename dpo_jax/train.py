@@ -5,7 +5,7 @@ Sent SIGTERM, it saves after the step it is at and exits with status 75.
   python -m dpo_jax.train --config=configs/preferences.py --workdir=runs/mine \\
     --config.model.path=MODEL_DIR --config.data.path=PREFERENCES.jsonl
 
-Flags and the loop; `build` makes of a configuration what the loop needs.
+Flags and the loop; `setup` makes of a configuration what the loop needs.
 """
 
 from __future__ import annotations
@@ -23,28 +23,22 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dpo_jax import (
-  cli,
-  draws,
-  feeds,
-  logprobs,
-  memory,
-  metrics,
-  parallel,
-  preemption,
-  probes,
-  processes,
-  report,
-  step,
-  workdirs,
-)
-from dpo_jax.build import Run, build, fill_store
-from dpo_jax.checkpoint import Checkpoints, latest_step
-from dpo_jax.data import pipeline
-from dpo_jax.loggers import Loggers, Silent
-from dpo_jax.model import adapters, hf, weight_files
-from dpo_jax.model.leaves import gathered
+from dpo_jax import logprobs, metrics, step
+from dpo_jax.data import batches
+from dpo_jax.distributed import executor, memory, preemption, processes
+from dpo_jax.distributed.arrays import gathered
+from dpo_jax.evaluation import sample_probe
+from dpo_jax.generation import rollouts
+from dpo_jax.hf import checkpoint as hf_checkpoint
+from dpo_jax.hf import peft, safetensors_files
+from dpo_jax.monitoring import report
+from dpo_jax.monitoring.loggers import Loggers, Silent
 from dpo_jax.structs import PyTree, TokenBatch, UserError
+from dpo_jax.training import datasets
+from dpo_jax.training.checkpoint import Checkpoints, latest_step
+from dpo_jax.training.setup import Run, build, fill_store
+from dpo_jax.utils import cli
+from dpo_jax.utils import workdir as workdirs
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py or configs/NAME.py:ARG")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; a run found there is resumed")
@@ -99,12 +93,12 @@ def _export(run: Run, final: PyTree) -> None:
     final = jax.tree.map(gathered, final)
   if processes.first():
     if run.adapter:
-      adapters.save(out, run.model_config, final, run.adapter, source=source)
+      peft.save(out, run.model_config, final, run.adapter, source=source)
     else:
-      hf.save(out, run.model_config, final, source=source)
+      hf_checkpoint.save(out, run.model_config, final, source=source)
     report.write(workdir)
   elif not run.adapter:
-    hf.lend(run.model_config, final)
+    hf_checkpoint.lend(run.model_config, final)
   what = "the adapter" if run.adapter else "the model"
   print(f"done: {out} ({what}), {workdir / 'report.html'} (what happened)")
 
@@ -133,7 +127,7 @@ def train(run: Run, trained: PyTree, frozen: PyTree | None, claim: Callable[[], 
   sizes = None
   if sampler:
     sizes = sampler.sizes(run.executor.alone(run.objective.policy(trained, frozen)))
-  feed_after = functools.partial(feeds.make_feed, run.config, run.material, sizes)
+  feed_after = functools.partial(datasets.make_feed, run.config, run.material, sizes)
   processes.agree(_facts(run))
   placed = None if frozen is None else run.executor.place(frozen)
   placed = fill_store(run, placed)
@@ -164,7 +158,7 @@ def train(run: Run, trained: PyTree, frozen: PyTree | None, claim: Callable[[], 
       del saved
     parts = {"policy": like.params, "optimiser": like.opt_state, "reference": placed}
     if placed is not None:
-      parallel.assert_separate(state, placed)
+      executor.assert_separate(state, placed)
     logs = Silent()
     if processes.first():
       logs = Loggers(run.workdir, start_step=start, total_steps=run.steps)
@@ -239,7 +233,7 @@ class _Judge:
     self.batches: list[TokenBatch] = []
     if material.held_out and material.sampler is None:
       self.batches = list(
-        pipeline.eval_batches(material.held_out, batch_size=size, **material.batching)
+        batches.eval_batches(material.held_out, batch_size=size, **material.batching)
       )
     self.reference = self._stored()
     if self.reference is None:
@@ -284,16 +278,16 @@ class _Judge:
     return {k: float(v) for k, v in metrics.divide(sums).items()}
 
 
-def _probe(run: Run) -> probes.Probe | None:
+def _probe(run: Run) -> sample_probe.Probe | None:
   """What samples answers to held-out prompts; None where none are asked for."""
   if not run.config.eval.samples:
     return None
-  return probes.make_probe(
+  return sample_probe.make_probe(
     run.model_config,
     run.objective.logps_fn,
     run.material.held_out,
     samples=run.config.eval.samples,
-    eos_ids=draws.eos_ids(run.model_config, run.tokenizer),
+    eos_ids=rollouts.eos_ids(run.model_config, run.tokenizer),
     max_tokens=run.config.on_policy.max_tokens if run.material.sampler else 0,
     seed=run.config.seed,
   )
@@ -364,8 +358,8 @@ def _facts(run: Run) -> dict[str, Any]:
   return {
     **{f"config.{name}": value for name, value in config.items()},
     "the code": processes.code_digest(),
-    "the data": feeds.digest(run.material),
-    "the model folder": [weight_files.sampled_digest(pathlib.Path(path)) for path in folders],
+    "the data": datasets.digest(run.material),
+    "the model folder": [safetensors_files.sampled_digest(pathlib.Path(path)) for path in folders],
     "what the reference store lacks": [len(some) for some in run.lacking],
     "how far the run has come": latest_step(run.workdir / "checkpoints"),
   }
@@ -374,7 +368,7 @@ def _facts(run: Run) -> dict[str, Any]:
 # -- the run proves itself -----------------------------------------------------------------------
 
 
-def prove(run: Run, state: step.TrainState, frozen: PyTree | None, feed: feeds.Feed) -> None:
+def prove(run: Run, state: step.TrainState, frozen: PyTree | None, feed: datasets.Feed) -> None:
   """Checks on the first pairs that the policy is the reference and the loss what it must then be.
 
   With a reference of its own folder, or one rounded to a narrower type, the two differ: then the

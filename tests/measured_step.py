@@ -1,4 +1,4 @@
-"""Prints what `plan` says of a step and what the process then holds at most, both in bytes.
+"""Prints what `planner` says of a step and what the process then holds at most, both in bytes.
 
 python tests/measured_step.py CONFIG MEAN_LENGTH DEVICES [FIELD=VALUE …]
 """
@@ -28,7 +28,7 @@ def main(name, mean_length, devices, *changes):
 
   import jax.numpy as jnp
 
-  from dpo_jax import plan
+  from dpo_jax.benchmarking import planner
 
   path, _, argument = name.partition(":")
   config = runpy.run_path(path)["get_config"](*([argument] if argument else []))
@@ -37,9 +37,9 @@ def main(name, mean_length, devices, *changes):
       field, value = change.split("=")
       given = type(config.to_dict() and _at(config, field))
       config.update_from_flattened_dict({field: given(value)})
-  lengths = plan.Lengths(float(mean_length))
-  planned = plan.plan(config, lengths)["bytes_per_device"]["total"] * int(devices)
-  run = plan.outline(config, lengths)
+  lengths = planner.Lengths(float(mean_length))
+  planned = planner.plan(config, lengths)["bytes_per_device"]["total"] * int(devices)
+  run = planner.outline(config, lengths)
   compiled = run.compile()
   zeros = lambda x: jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=x.sharding)()
   batch = run.executor.place_batch(run.batch)

@@ -22,8 +22,9 @@ sys.path.insert(0, str(ROOT))
 import small_task  # noqa: E402
 
 from configs import benchmark  # noqa: E402
-from dpo_jax import preemption  # noqa: E402
-from dpo_jax.model import families, hf, transformer  # noqa: E402
+from dpo_jax.distributed import preemption  # noqa: E402
+from dpo_jax.hf import checkpoint as hf_checkpoint  # noqa: E402
+from dpo_jax.model import families, transformer  # noqa: E402
 
 SMALL = "small"
 
@@ -33,7 +34,9 @@ def written(folder, shape):
   task = small_task.write(folder)
   if shape != SMALL:
     config = families.from_hf(benchmark.get_config(shape).model.scratch.to_dict())
-    hf.save(task / shape, config, transformer.init_params(config, 0), source=task / "tokenizer")
+    hf_checkpoint.save(
+      task / shape, config, transformer.init_params(config, 0), source=task / "tokenizer"
+    )
   return task
 
 

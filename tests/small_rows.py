@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import small_tokenizers
 
-from dpo_jax.data import chat
-from dpo_jax.data.tokenized import Example
+from dpo_jax.data.examples import Example
+from dpo_jax.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-  return chat.load_tokenizer(small_tokenizers.byte_fallback(tmp_path_factory.mktemp("tokenizer")))
+  return load_tokenizer(small_tokenizers.byte_fallback(tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture

@@ -10,9 +10,11 @@ import sys
 import numpy as np
 
 from configs import preferences
-from dpo_jax.data import controlled, word_level
-from dpo_jax.loggers import read_metrics
-from dpo_jax.model import adapters, families, hf, transformer
+from dpo_jax.controlled import reviews, word_tokenizer
+from dpo_jax.hf import checkpoint as hf_checkpoint
+from dpo_jax.hf import peft
+from dpo_jax.model import families, transformer
+from dpo_jax.monitoring.loggers import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # A learning rate at which rounding does not grow beyond what is looked for in a few steps.
@@ -29,7 +31,7 @@ MEASURED = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "eval/loss",
 LLAMA = families.from_hf(
   {
     "model_type": "llama",
-    "vocab_size": len(controlled.vocabulary()) + 8,  # room for the special ids
+    "vocab_size": len(reviews.vocabulary()) + 8,  # room for the special ids
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -42,10 +44,10 @@ LLAMA = families.from_hf(
 
 def write(folder, seed=0):
   """`base`, a model with its tokenizer, and `pairs.jsonl`, in a folder."""
-  word_level.write(folder / "tokenizer", controlled.vocabulary())
+  word_tokenizer.write(folder / "tokenizer", reviews.vocabulary())
   params = transformer.init_params(LLAMA, seed)
-  hf.save(folder / "base", LLAMA, params, source=folder / "tokenizer")
-  texts = controlled.distinct(64, seed=0)
+  hf_checkpoint.save(folder / "base", LLAMA, params, source=folder / "tokenizer")
+  texts = reviews.distinct(64, seed=0)
   rows = [
     {"prompt": p, "chosen": a, "rejected": other}
     for (p, a), (_, other) in zip(texts[::2], texts[1::2], strict=True)
@@ -114,7 +116,7 @@ def end(started, timeout=240):
 
 
 def outcome(folder):
-  return read_metrics(folder / "metrics.jsonl"), adapters.load_model(folder / "export")[1]
+  return read_metrics(folder / "metrics.jsonl"), peft.load_model(folder / "export")[1]
 
 
 def alike(found, expected):

@@ -5,8 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from dpo_jax import alerts, defaults, losses
-from dpo_jax.alerts import Alert, Watch
+from dpo_jax import defaults, losses
+from dpo_jax.monitoring import alerts
+from dpo_jax.monitoring.alerts import Alert, Watch
 
 STEPS, EVERY = 200, 50
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dpo_jax import arithmetic, benchmark, train
-from dpo_jax.build import build
-from dpo_jax.lockstep import Pace
+from dpo_jax import train
+from dpo_jax.benchmarking import flops, timing
+from dpo_jax.benchmarking.pacing import Pace
 from dpo_jax.model import families, transformer
 from dpo_jax.structs import UserError
+from dpo_jax.training.setup import build
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 LENGTHS = {
@@ -24,16 +25,16 @@ LENGTHS = {
 
 
 def test_pairs_have_the_lengths_asked_for():
-  rows = list(benchmark.make_pairs(50, **LENGTHS))
-  assert rows == list(benchmark.make_pairs(50, **LENGTHS))
-  assert rows != list(benchmark.make_pairs(50, **LENGTHS, seed=1))
+  rows = list(timing.make_pairs(50, **LENGTHS))
+  assert rows == list(timing.make_pairs(50, **LENGTHS))
+  assert rows != list(timing.make_pairs(50, **LENGTHS, seed=1))
   length = lambda name: np.array([len(row[name]) for row in rows])
   np.testing.assert_allclose(length("prompt_ids").mean(), 60, rtol=0.1)
   np.testing.assert_allclose(length("chosen_ids").mean(), 40, rtol=0.1)
   for name in ("chosen_ids", "rejected_ids"):
     assert (length("prompt_ids") + length(name)).max() <= 400
     assert length(name).min() >= 8
-    assert all(row[name][-1] == benchmark.END for row in rows)
+    assert all(row[name][-1] == timing.END for row in rows)
     assert all(3 <= i < 50 for row in rows for i in row[name][:-1])
 
 
@@ -46,7 +47,7 @@ def test_pairs_are_those_that_a_peer_trains_on(monkeypatch):
 
   lengths = {"pairs": 512, "mean_length": 250, "prompt_fraction": 0.6, "sigma": 0.6}
   theirs = bench_common.make_pairs(bench_common.DataSpec(), 32000)
-  ours = list(benchmark.make_pairs(32000, max_length=512, **lengths))
+  ours = list(timing.make_pairs(32000, max_length=512, **lengths))
   assert [{k.removesuffix("_ids"): v for k, v in row.items()} for row in ours] == theirs
 
 
@@ -67,7 +68,7 @@ def test_flops_of_a_pair_by_hand():
   # A layer: query and output 4 by 4, key and value 4 by 2, gate, up and down 4 by 3. Norms and the
   # table of the input cost nothing; the head is 5 by 4.
   body, head = 2 * (2 * 4 * 4 + 2 * 4 * 2 + 3 * 4 * 3), 5 * 4
-  count = lambda **how: arithmetic.step_flops(shaped(), **how)(7, 4)
+  count = lambda **how: flops.step_flops(shaped(), **how)(7, 4)
   # 7 tokens, 4 of them scored; policy forward and backward (3 passes), and the reference's.
   assert count(reference=True) == 2 * 4 * (body * 7 + head * 4)
   assert count(reference=False) == 2 * 3 * (body * 7 + head * 4)
@@ -80,19 +81,19 @@ def test_flops_of_experts_are_those_of_the_chosen():
   sizes = {"num_local_experts": 8, "num_experts_per_tok": 2}
   config = shaped(model_type="mixtral", **sizes)
   body = 2 * (2 * 4 * 4 + 2 * 4 * 2 + 4 * 8 + 2 * 3 * 4 * 3)  # with the router
-  assert arithmetic.step_flops(config, reference=False)(7, 0) == 2 * 3 * body * 7
+  assert flops.step_flops(config, reference=False)(7, 0) == 2 * 3 * body * 7
 
 
 def test_the_ceiling_is_the_best_product_tried(monkeypatch):
   rates = {(1024, "bfloat16", "bfloat16"): 3.0, (2048, "float32", "float32"): 5.0}
-  monkeypatch.setattr(arithmetic, "_rate", lambda *tried: rates.get(tried, 1.0))
-  assert arithmetic.product_rate("bfloat16") == (5.0, "2048 float32 to float32")
+  monkeypatch.setattr(flops, "_rate", lambda *tried: rates.get(tried, 1.0))
+  assert flops.product_rate("bfloat16") == (5.0, "2048 float32 to float32")
   del rates[2048, "float32", "float32"]
-  assert arithmetic.product_rate("bfloat16") == (3.0, "1024 bfloat16 to bfloat16")
+  assert flops.product_rate("bfloat16") == (3.0, "1024 bfloat16 to bfloat16")
 
 
 def test_words_of_the_tokenizer_differ():
-  words = [benchmark._word(i) for i in range(2000)]
+  words = [timing._word(i) for i in range(2000)]
   assert len(set(words)) == 2000
   assert words[:2] == [" a", " b"] and words[26] == " ba"
 
@@ -132,7 +133,7 @@ def test_shapes_are_those_of_the_models_named(arg, parameters, window):
 
 def test_a_long_pair_fills_its_window():
   config = get_config("long")
-  rows = list(benchmark.make_pairs(100, max_length=config.data.max_length, **config.synthetic))
+  rows = list(timing.make_pairs(100, max_length=config.data.max_length, **config.synthetic))
   assert len(rows) == 2
   for row in rows:
     for answer in ("chosen_ids", "rejected_ids"):
@@ -144,11 +145,11 @@ def test_the_step_is_measured(tmp_path):
   config.synthetic.pairs = 8
   config.train.batch_size = 8
   config.parallel.devices = 1
-  config.data.path, config.model.tokenizer = benchmark.write_task(
+  config.data.path, config.model.tokenizer = timing.write_task(
     tmp_path, config.model.scratch.vocab_size, max_length=64, **config.synthetic
   )
   run, params, reference, _ = build(config, tmp_path)
-  result = benchmark.measure(run, params, reference, pace=Pace(2, 1), started=time.perf_counter())
+  result = timing.measure(run, params, reference, pace=Pace(2, 1), started=time.perf_counter())
   rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
   # Every batch is the whole set: its tokens are known, each prompt counted once. The first token of
   # a text is predicted by nobody, so a prompt of P tokens costs P - 1.
@@ -175,7 +176,7 @@ def built(folder, **changes):
     config.model.scratch = ConfigDict(shape_fields() | {"vocab_size": 50})
     config.synthetic.pairs = config.train.batch_size = 8
     config.update_from_flattened_dict(changes)
-  config.data.path, config.model.tokenizer = benchmark.write_task(
+  config.data.path, config.model.tokenizer = timing.write_task(
     folder, 50, max_length=64, **config.synthetic
   )
   return build(config, folder)
@@ -199,7 +200,7 @@ def test_adapters_of_a_random_base_are_measured_and_not_trained(tmp_path):
   changes = {"lora.rank": 2, "parallel.devices": 1}
   run, params, reference, _ = built(tmp_path, **changes)
   pace = Pace(blocks=1, block_steps=1)
-  result = benchmark.measure(run, params, reference, pace=pace, started=time.perf_counter())
+  result = timing.measure(run, params, reference, pace=pace, started=time.perf_counter())
   base = sum(leaf.size for leaf in jax.tree.leaves(transformer.init_params(run.model_config, 0)))
   # Of every map [D, F], 2 (D + F): in a layer 8 + 8, 8 + 4, 8 + 4, 8 + 8 and three of 8 + 6.
   assert result["trained"] == 2 * 2 * (16 + 12 + 12 + 16 + 3 * 14)
@@ -214,9 +215,9 @@ def test_generation_is_measured():
   config = families.from_hf(fields | {"num_attention_heads": 2, "intermediate_size": 8})
   params = transformer.init_params(config, 0)
   asked = {"rows": 3, "prompt_tokens": 5, "new_tokens": 4}
-  result = benchmark.measure_generation(config, params, blocks=2, **asked)
+  result = timing.measure_generation(config, params, blocks=2, **asked)
   assert {"rows": result["batch_size"]} | {k: result[k] for k in list(asked)[1:]} == asked
   rates = [value for name, value in result.items() if name.endswith("per_second")]
   assert len(rates) == 3 and all(rate > 0 for rate in rates)
   with pytest.raises(UserError, match="new_tokens is 1; the first is read off the prompt"):
-    benchmark.measure_generation(config, params, blocks=1, **(asked | {"new_tokens": 1}))
+    timing.measure_generation(config, params, blocks=1, **(asked | {"new_tokens": 1}))

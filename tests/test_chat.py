@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from dpo_jax import build
-from dpo_jax.data import chat, sources
-from dpo_jax.data.values import Conversation, Preference, RowError
+from dpo_jax.data import readers
+from dpo_jax.data.fields import Conversation, Preference, RowError
+from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.structs import UserError
+from dpo_jax.training import setup
 
 SHARED = ("gpt2", "qwen3", "mistral-7b-instruct-v0.3", "minimind", "stories260k")
 user = lambda text: {"role": "user", "content": text}
@@ -27,15 +28,15 @@ def made(tmp_path_factory):
   """One tokenizer of each family."""
   folder = tmp_path_factory.mktemp("tokenizers")
   return {
-    "byte_level": chat.load_tokenizer(small_tokenizers.byte_level(folder / "bytes")),
-    "byte_fallback": chat.load_tokenizer(small_tokenizers.byte_fallback(folder / "fallback")),
-    "word_level": chat.load_tokenizer(small_tokenizers.word_level(folder / "words")),
-    "chatml": chat.load_tokenizer(
+    "byte_level": load_tokenizer(small_tokenizers.byte_level(folder / "bytes")),
+    "byte_fallback": load_tokenizer(small_tokenizers.byte_fallback(folder / "fallback")),
+    "word_level": load_tokenizer(small_tokenizers.word_level(folder / "words")),
+    "chatml": load_tokenizer(
       small_tokenizers.byte_level(
         folder / "chatml", chat_template=small_tokenizers.CHATML, eos_token="<|im_end|>"
       )
     ),
-    "system_last": chat.load_tokenizer(
+    "system_last": load_tokenizer(
       small_tokenizers.byte_fallback(
         folder / "system_last", chat_template=small_tokenizers.SYSTEM_LAST
       )
@@ -69,7 +70,7 @@ def test_the_prompt_is_what_all_answers_share(made):
 
 def test_an_answer_may_change_the_tokens_before_it(tmp_path):
   # "abc" is a|bc and "abd" is ab|d: no token of the prompt's "ab" is in both.
-  tokenizer = chat.load_tokenizer(small_tokenizers.by_merges(tmp_path, ("b", "c"), ("a", "b")))
+  tokenizer = load_tokenizer(small_tokenizers.by_merges(tmp_path, ("b", "c"), ("a", "b")))
   prompt, (chosen, rejected) = tokenizer.encode_preference(Preference("xab", ("c", "d")))
   assert tokenizer.decode(prompt) == "x"
   assert [tokenizer.decode([id]) for id in chosen] == ["a", "bc"]
@@ -78,7 +79,7 @@ def test_an_answer_may_change_the_tokens_before_it(tmp_path):
 
 def test_a_space_at_the_end_of_a_token_is_the_answers_too(tmp_path):
   # "a " is one token, and trimmed offsets would have it end with the prompt.
-  tokenizer = chat.load_tokenizer(small_tokenizers.by_merges(tmp_path, ("a", "Ġ")))
+  tokenizer = load_tokenizer(small_tokenizers.by_merges(tmp_path, ("a", "Ġ")))
   prompt, (chosen, _) = tokenizer.encode_preference(Preference("xa", (" b", " c")))
   assert tokenizer.decode(prompt) == "x" and tokenizer.decode(chosen) == "a b"
 
@@ -95,10 +96,10 @@ def test_bos_stands_once_and_eos_ends_the_answer(made):
 
 
 def test_bos_is_a_habit_of_the_tokenizer(tmp_path):
-  said = chat.load_tokenizer(small_tokenizers.byte_fallback(tmp_path / "no", add_bos_token=False))
+  said = load_tokenizer(small_tokenizers.byte_fallback(tmp_path / "no", add_bos_token=False))
   assert said.bos_id is not None and not said.adds_bos
   assert said.encode_prompt("the")[0] != said.bos_id
-  forced = chat.load_tokenizer(
+  forced = load_tokenizer(
     small_tokenizers.byte_level(tmp_path / "yes", bos_token="<|endoftext|>", add_bos_token=True)
   )
   assert forced.encode_prompt("the")[0] == forced.bos_id
@@ -206,14 +207,14 @@ def test_without_a_template_turns_are_written_plainly(made):
 
 def test_what_a_template_refuses_is_dropped_with_its_reason(tmp_path):
   template = "{{ raise_exception('roles must alternate') }}"
-  tokenizer = chat.load_tokenizer(small_tokenizers.byte_level(tmp_path, chat_template=template))
+  tokenizer = load_tokenizer(small_tokenizers.byte_level(tmp_path, chat_template=template))
   with pytest.raises(RowError, match="chat template: roles must alternate"):
     tokenizer.encode_preference(Preference([user("a")], (assistant("b"), assistant("c"))))
 
 
 def test_a_template_reaches_nothing_but_the_conversation(tmp_path):
   template = "{{ messages.__class__.__mro__[1].__subclasses__() }}{{ messages[0].content }}"
-  tokenizer = chat.load_tokenizer(small_tokenizers.byte_level(tmp_path, chat_template=template))
+  tokenizer = load_tokenizer(small_tokenizers.byte_level(tmp_path, chat_template=template))
   with pytest.raises(RowError, match=r"chat template: access to attribute .* is unsafe"):
     tokenizer.encode_preference(Preference([user("a")], (assistant("b"), assistant("c"))))
 
@@ -243,7 +244,7 @@ def kinds(tmp_path_factory):
   folder = tmp_path_factory.mktemp("kinds")
   for name, (template, special, named) in chat_templates.KINDS.items():
     small_tokenizers.byte_level(folder / name, special=special, chat_template=template, **named)
-  return lambda name, **arguments: chat.load_tokenizer(folder / name, template_arguments=arguments)
+  return lambda name, **arguments: load_tokenizer(folder / name, template_arguments=arguments)
 
 
 # kind, prompt, answer, arguments of the template; the text given and the text scored.
@@ -451,7 +452,7 @@ def test_a_run_gives_its_template_values(tmp_path):
   )
   shape = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1}
   model = ConfigDict({"path": "", "scratch": shape, "tokenizer": str(folder)})
-  read = lambda template: build.describe_model(model, template)[1].template.arguments
+  read = lambda template: setup.describe_model(model, template)[1].template.arguments
   assert read("") == {}
   assert read('{"mood": "calm"}') == {"mood": "calm"}
   for template, said in {
@@ -470,34 +471,34 @@ def test_what_ends_an_answer(kinds, made, tmp_path):
   assert ends(made["byte_level"]) == ["<|endoftext|>"]
   folder = small_tokenizers.byte_level(tmp_path)
   (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0], "top_p": 0.8}')
-  assert ends(chat.load_tokenizer(folder)) == ["<|endoftext|>", "<|im_end|>"]
+  assert ends(load_tokenizer(folder)) == ["<|endoftext|>", "<|im_end|>"]
   (folder / "generation_config.json").write_text('{"eos_token_id": "2"}')
   with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is '2', not ids"):
-    _ = chat.load_tokenizer(folder).end_ids
+    _ = load_tokenizer(folder).end_ids
 
 
 def test_a_template_may_stand_in_a_file_of_its_own(tmp_path):
   folder = small_tokenizers.byte_level(tmp_path)
   (folder / "chat_template.json").write_text('{"chat_template": "{{ messages[0].content }}!"}')
-  assert chat.load_tokenizer(folder).template.source == "{{ messages[0].content }}!"
+  assert load_tokenizer(folder).template.source == "{{ messages[0].content }}!"
   (folder / "chat_template.jinja").write_text("{{ messages[0].content }}?")
-  assert chat.load_tokenizer(folder).template.source == "{{ messages[0].content }}?"
+  assert load_tokenizer(folder).template.source == "{{ messages[0].content }}?"
   (folder / "chat_template.jinja").unlink()
   (folder / "chat_template.json").write_text("{}")
   with pytest.raises(UserError, match=r"chat_template\.json holds no chat_template"):
-    chat.load_tokenizer(folder)
+    load_tokenizer(folder)
 
 
 def test_digest_follows_vocabulary_template_and_bos(tmp_path):
-  plain = chat.load_tokenizer(small_tokenizers.byte_fallback(tmp_path / "a"))
-  again = chat.load_tokenizer(small_tokenizers.byte_fallback(tmp_path / "b"))
+  plain = load_tokenizer(small_tokenizers.byte_fallback(tmp_path / "a"))
+  again = load_tokenizer(small_tokenizers.byte_fallback(tmp_path / "b"))
   other = [
     small_tokenizers.byte_fallback(tmp_path / "c", chat_template="{{ messages }}"),
     small_tokenizers.byte_fallback(tmp_path / "d", add_bos_token=False),
     small_tokenizers.byte_level(tmp_path / "e"),
   ]
   assert plain.digest() == again.digest()
-  assert len({plain.digest(), *(chat.load_tokenizer(path).digest() for path in other)}) == 4
+  assert len({plain.digest(), *(load_tokenizer(path).digest() for path in other)}) == 4
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -506,7 +507,7 @@ def test_digest_follows_vocabulary_template_and_bos(tmp_path):
 def test_special_ids_may_stand_in_the_model_configuration(tmp_path):
   folder = small_tokenizers.byte_level(tmp_path, eos_token=None)
   (folder / "config.json").write_text('{"eos_token_id": [0, 2], "bos_token_id": 1}')
-  tokenizer = chat.load_tokenizer(folder)
+  tokenizer = load_tokenizer(folder)
   assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (1, 0, False)
 
 
@@ -518,25 +519,25 @@ def test_padding_and_truncation_asked_for_by_the_file_are_off(tmp_path):
     "stride": 0
   }
   file.write_text(json.dumps(content), "utf-8")
-  tokenizer = chat.load_tokenizer(folder)
+  tokenizer = load_tokenizer(folder)
   assert tokenizer.decode(tokenizer.encode_prompt("the answer is good")) == "the answer is good"
 
 
 def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path):
   with pytest.raises(UserError, match=r"no tokenizer folder .*gone"):
-    chat.load_tokenizer(tmp_path / "gone")
+    load_tokenizer(tmp_path / "gone")
   with pytest.raises(UserError, match=r"holds no tokenizer\.json; save it there"):
-    chat.load_tokenizer(tmp_path)
+    load_tokenizer(tmp_path)
   (tmp_path / "tokenizer.json").write_text('{"model": 3}')
   with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
-    chat.load_tokenizer(tmp_path)
+    load_tokenizer(tmp_path)
   folder = small_tokenizers.byte_fallback(tmp_path / "list")
   (folder / "tokenizer_config.json").write_text("[1]")
   with pytest.raises(UserError, match=r"tokenizer_config\.json holds a list, not an object"):
-    chat.load_tokenizer(folder)
+    load_tokenizer(folder)
   (folder / "tokenizer_config.json").write_text('{"eos_token": 5}')
   with pytest.raises(UserError, match="eos_token is 5, not text"):
-    chat.load_tokenizer(folder)
+    load_tokenizer(folder)
 
 
 # --- real tokenizers ------------------------------------------------------------------------------
@@ -544,7 +545,7 @@ def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path):
 
 @pytest.fixture(scope="module", params=SHARED)
 def real(request, shared_data):
-  return chat.load_tokenizer(shared_data / "tokenizers" / request.param)
+  return load_tokenizer(shared_data / "tokenizers" / request.param)
 
 
 SHORT = st.text(" \n\tgodb🙂é한", min_size=1, max_size=8)
@@ -599,7 +600,7 @@ def test_ids_of_real_templates_decode_to_what_they_write(real, asked, first, sec
 
 def test_ids_equal_those_of_others(shared_data):
   vectors = json.loads((shared_data / "tokenizers" / "reference_vectors.json").read_text("utf-8"))
-  tokenizer = chat.load_tokenizer(shared_data / "tokenizers" / "gpt2")
+  tokenizer = load_tokenizer(shared_data / "tokenizers" / "gpt2")
   cases = [case for case in vectors["gpt2"] if not case["text_pair"]]
   assert len(cases) > 20
   for case in cases:
@@ -642,7 +643,7 @@ def test_conversations_under_real_templates(shared_data, name, arguments, talk):
 
   prompt, answer = TALKS[talk]
   folder = shared_data / "tokenizers" / name
-  tokenizer = chat.load_tokenizer(folder, template_arguments=arguments)
+  tokenizer = load_tokenizer(folder, template_arguments=arguments)
   if (name, talk) == ("mistral-7b-instruct-v0.3", "a thought"):  # it knows of none
     with pytest.raises(RowError, match="leaves out some of what the assistant says"):
       tokenizer.encode_preference(Preference(prompt, (answer, assistant("no"))))
@@ -669,9 +670,9 @@ def test_conversations_under_real_templates(shared_data, name, arguments, talk):
   ["rasbt_instruction_pref.open.json", "hh_helpful_base_test.open.jsonl", "lf_dpo_zh.open.json"],
 )
 def test_ids_of_real_rows_decode_to_their_text(real, shared_data, file):
-  read = sources.read_rows(shared_data / "preferences" / file)
+  read = readers.read_rows(shared_data / "preferences" / file)
   rows = [row for _, row in itertools.islice(read, 60)]
-  convert = sources.detect(rows[0]).convert
+  convert = readers.detect(rows[0]).convert
   seen = 0
   for row in rows:
     try:

@@ -12,9 +12,10 @@ import optax
 import pytest
 import tiny
 
-from dpo_jax import parallel, step
-from dpo_jax.checkpoint import Checkpoints
+from dpo_jax import step
+from dpo_jax.distributed import executor
 from dpo_jax.structs import UserError
+from dpo_jax.training.checkpoint import Checkpoints
 
 TX = optax.adamw(1e-3)
 
@@ -93,8 +94,8 @@ def test_a_spoilt_checkpoint_is_named_with_the_one_before(tmp_path):
 FULL = """
 import resource, sys
 import numpy as np
-from dpo_jax import parallel
-from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.distributed import executor
+from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.structs import UserError
 
 weights = np.random.default_rng(0).normal(size=200_000).astype(np.float32)
@@ -165,11 +166,11 @@ def test_a_state_is_read_onto_another_mesh_to_the_bit(tmp_path):
     "step": np.int32(3) + np.zeros((), np.int32),
   }
   places = [
-    parallel.Executor("mesh", 8, fsdp=8),
-    parallel.Executor("mesh", 4, fsdp=2, tensor=2),
-    parallel.Executor("pmap", 4),
-    parallel.Executor("mesh", 1),
-    parallel.Executor("mesh", 8, fsdp=2, tensor=2),
+    executor.Executor("mesh", 8, fsdp=8),
+    executor.Executor("mesh", 4, fsdp=2, tensor=2),
+    executor.Executor("pmap", 4),
+    executor.Executor("mesh", 1),
+    executor.Executor("mesh", 8, fsdp=2, tensor=2),
   ]
   state = places[0].place(host)
   for index, (here, there) in enumerate(itertools.pairwise(places)):

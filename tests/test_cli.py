@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dpo_jax import cli
+from dpo_jax.utils import cli
 
 COMMAND = '''"""Counts the rows of a file.
 
@@ -17,7 +17,7 @@ COMMAND = '''"""Counts the rows of a file.
 from absl import flags
 from ml_collections import config_flags
 
-from dpo_jax import cli
+from dpo_jax.utils import cli
 
 CONFIG = config_flags.DEFINE_config_file("config")
 ROWS = flags.DEFINE_integer("num_rows", 3, "rows to count")
@@ -73,7 +73,7 @@ def command(tmp_path_factory):
       capture_output=True,
       text=True,
       cwd=folder,
-      env={"PYTHONPATH": str(cli.__file__).rsplit("/", 2)[0], "HOME": str(folder)},
+      env={"PYTHONPATH": str(cli.__file__).rsplit("/", 3)[0], "HOME": str(folder)},
       check=False,
     )
 
@@ -113,7 +113,7 @@ def test_interrupting_is_quiet(command):
 def test_interrupting_imports_is_quiet(command):
   done = command("--config=config.py:slow")
   assert (done.returncode, done.stderr.strip()) == (130, "interrupted")
-  root = pathlib.Path(cli.__file__).parent.parent / "scripts"
+  root = pathlib.Path(cli.__file__).parents[2] / "scripts"
   early = [sys.executable, "-c", "import _root; raise KeyboardInterrupt"]
   done = subprocess.run(
     early, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(root)}
@@ -208,12 +208,12 @@ def test_help_says_what_there_is_and_at_once(command):
 
 
 def test_compiled_programs_are_kept_where_the_user_says_and_else_at_home(tmp_path, monkeypatch):
-  show = "from dpo_jax import cli; cli.enable_compilation_cache(); import jax; " + (
+  show = "from dpo_jax.utils import cli; cli.enable_compilation_cache(); import jax; " + (
     "print(jax.config.jax_compilation_cache_dir)"
   )
 
   def chosen(**environment):
-    environment |= {"PYTHONPATH": str(cli.__file__).rsplit("/", 2)[0]}
+    environment |= {"PYTHONPATH": str(cli.__file__).rsplit("/", 3)[0]}
     done = subprocess.run(
       [sys.executable, "-c", show], capture_output=True, text=True, env=environment, check=True
     )

@@ -53,7 +53,7 @@ def test_the_loss_section_has_a_place_for_every_argument_of_every_loss():
 
 def test_every_field_is_read_by_the_training_loop():
   """A declared field that nothing reads is a setting silently ignored."""
-  readers = ("build.py", "feeds.py", "train.py")
+  readers = ("training/setup.py", "training/datasets.py", "train.py")
   source = "".join((ROOT / "dpo_jax" / name).read_text() for name in readers)
   # Passed on as they are.
   whole = ("parallel.", "optimizer.", "loss.", "lora.", "on_policy.", "data.fields.")

@@ -11,9 +11,9 @@ import sys
 
 import pytest
 
-from dpo_jax import contest, lockstep
-from dpo_jax.contest import Contestant, Rules
-from dpo_jax.lockstep import Pace
+from dpo_jax.benchmarking import interleaved, pacing
+from dpo_jax.benchmarking.interleaved import Contestant, Rules
+from dpo_jax.benchmarking.pacing import Pace
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -70,7 +70,7 @@ def stage(tmp_path):
 
     def run(self, contestants, **rules):
       usual = {"rounds": 3, "pace": Pace(1, 2, 1), "quiet_s": 0.0}
-      return contest.compete(
+      return interleaved.compete(
         contestants, Rules(**(usual | rules)), self.logs, say=lambda line: None
       )
 
@@ -102,12 +102,12 @@ def test_ratios_by_hand(stage):
     stage.make("low", 0.25),
   ]
   found = stage.run(contestants)
-  base, rows = contest.summary(contestants, found, tokens_per_pair=50)
+  base, rows = interleaved.summary(contestants, found, tokens_per_pair=50)
   assert base == "y"
   assert [rows[name]["ratio"] for name in ("x", "y", "z", "low")] == [0.5, 1, 2, 4]
   assert rows["z"]["tokens_per_s"] == 200 and rows["z"]["pairs_per_s"] == 4
   assert rows["z"]["peak_memory_mb"] == 30 and rows["z"]["rounds"] == 3
-  text = contest.table(base, rows)
+  text = interleaved.table(base, rows)
   assert "| program | pairs/s | against y (least to most) | peak MB | rounds |" in text
   assert "| z | 4 | 2.00 (2.00–2.00) | 30 | 3 |" in text
 
@@ -127,12 +127,12 @@ def test_a_contestant_that_fails_is_a_row(stage, how, words, last):
   contestants = [stage.make("x", 1, last, how, peer=True), stage.make("y", 1)]
   found = stage.run(contestants)
   assert found["failed"] == {"x": words}
-  base, rows = contest.summary(contestants, found, 50)
+  base, rows = interleaved.summary(contestants, found, 50)
   assert rows["y"]["rounds"] == 3
   # A block that it had is compared by; without any there is no ratio, but a rate.
   assert base == ("x" if last else None)
   assert rows["y"]["ratio"] == (1 if last else None)
-  text = contest.table(base, rows)
+  text = interleaved.table(base, rows)
   assert (f"1; then {words} |" if last else f"| x | {words} | – | – | – |") in text
 
 
@@ -140,7 +140,7 @@ def test_rounds_beside_others_are_run_again_and_told(stage):
   busy = stage.make("x", 1, environment={"OTHERS": "0.5"})
   found = stage.run([busy], rounds=2, spare=3)
   assert len(found["rounds"]) == 5 and not any(one["clean"] for one in found["rounds"])
-  _, rows = contest.summary([busy], found, 50)
+  _, rows = interleaved.summary([busy], found, 50)
   assert rows["x"]["rounds"] == 5 and rows["x"]["clean"] == 0
 
 
@@ -253,4 +253,4 @@ def test_a_comparison_from_end_to_end(tmp_path):
 
 def test_the_pace_of_a_program_is_one_that_it_understands():
   pace = Pace(3, 2, 1, True)
-  assert lockstep.read(json.dumps(pace._asdict()), Pace(1, 1)) == pace
+  assert pacing.read(json.dumps(pace._asdict()), Pace(1, 1)) == pace

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_jax.data import controlled, lexicon, word_level
+from dpo_jax.controlled import lexicon, reviews, word_tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILM = "I watched this film yesterday."
@@ -40,7 +40,7 @@ WAYS = list(itertools.product(lexicon.KINDS, (False, True)))
   ],
 )
 def test_reward_by_hand(answer, value):
-  assert controlled.reward(FILM, answer) == 3 * value
+  assert reviews.reward(FILM, answer) == 3 * value
 
 
 @pytest.mark.parametrize(
@@ -60,42 +60,42 @@ def test_reward_by_hand(answer, value):
   ],
 )
 def test_nothing_is_gained_by_repetition_or_off_the_point(answer, value):
-  assert controlled.reward(FILM, answer) == 3 * value
+  assert reviews.reward(FILM, answer) == 3 * value
 
 
 def test_prompt_decides_what_is_to_the_point():
   answer = " The soup was delicious."
-  assert controlled.reward("We ate at this bistro.", answer) == 6
-  assert controlled.reward("We ate.", answer) == 6  # names no thing: everything is
+  assert reviews.reward("We ate at this bistro.", answer) == 6
+  assert reviews.reward("We ate.", answer) == 6  # names no thing: everything is
 
 
-VOCABULARY = st.sampled_from(sorted(piece.strip() for piece in controlled.vocabulary()))
+VOCABULARY = st.sampled_from(sorted(piece.strip() for piece in reviews.vocabulary()))
 
 
 @given(st.lists(VOCABULARY, max_size=60), st.lists(VOCABULARY, max_size=5))
 def test_any_words_lie_within_the_bound(words, prompt):
-  value = controlled.reward(" ".join(prompt), " ".join(words))
-  assert abs(value) <= controlled.REWARD_BOUND
+  value = reviews.reward(" ".join(prompt), " ".join(words))
+  assert abs(value) <= reviews.REWARD_BOUND
 
 
 def test_bound_is_reached_both_ways():
   best = " The plot was truly superb, and we would definitely watch it again."
-  assert controlled.reward(FILM, best) == controlled.REWARD_BOUND
+  assert reviews.reward(FILM, best) == reviews.REWARD_BOUND
   worst = " We would definitely avoid it. The plot was truly awful."
-  assert controlled.reward(FILM, worst) == -controlled.REWARD_BOUND
+  assert reviews.reward(FILM, worst) == -reviews.REWARD_BOUND
 
 
 def _tables(kind, together):
-  aspects = [controlled.aspect_table(kind, a, together) for a in lexicon.TRAIT_OF[kind]]
-  return [*aspects, controlled.verdict_table(kind, together)]
+  aspects = [reviews.aspect_table(kind, a, together) for a in lexicon.TRAIT_OF[kind]]
+  return [*aspects, reviews.verdict_table(kind, together)]
 
 
 @pytest.mark.parametrize(("kind", "together"), WAYS)
 def test_reward_reads_what_the_grammar_meant_in_every_statement(kind, together):
   prompt = f"the {lexicon.KINDS[kind].things.split()[0]}"
   for table in _tables(kind, together):
-    read = [controlled.reward(prompt, text) for text in table.texts]
-    np.testing.assert_array_equal(read, controlled.UNIT * table.value_T)
+    read = [reviews.reward(prompt, text) for text in table.texts]
+    np.testing.assert_array_equal(read, reviews.UNIT * table.value_T)
 
 
 @pytest.mark.parametrize(("kind", "together"), WAYS)
@@ -148,7 +148,7 @@ def reward_distribution(kind, together):
 
   *aspects, verdict = map(probabilities, _tables(kind, together))
   prob = np.convolve(np.mean(aspects, axis=0), verdict)
-  return controlled.UNIT * np.arange(len(prob)) * step - controlled.REWARD_BOUND, prob
+  return reviews.UNIT * np.arange(len(prob)) * step - reviews.REWARD_BOUND, prob
 
 
 def test_rewards_spread_like_a_bell():
@@ -163,7 +163,7 @@ def test_rewards_spread_like_a_bell():
 def test_generated_texts_follow_the_exact_distribution():
   count = 8_000
   rewards = np.array(
-    [controlled.reward(*text) for text in zip(*controlled.generate(count, 1), strict=True)]
+    [reviews.reward(*text) for text in zip(*reviews.generate(count, 1), strict=True)]
   )
   distributions = [reward_distribution(*way) for way in WAYS]
   variance = np.mean([prob @ value**2 for value, prob in distributions])
@@ -173,13 +173,13 @@ def test_generated_texts_follow_the_exact_distribution():
 
 
 def test_a_text_depends_on_seed_and_index_alone():
-  prompts, answers = controlled.generate(50, 3)
-  assert controlled.generate(20, 3) == (prompts[:20], answers[:20])
-  assert controlled.generate(50, 4) != (prompts, answers)
+  prompts, answers = reviews.generate(50, 3)
+  assert reviews.generate(20, 3) == (prompts[:20], answers[:20])
+  assert reviews.generate(50, 4) != (prompts, answers)
 
 
 def test_person_and_number_agree():
-  for prompt, answer in zip(*controlled.generate(2_000, 0), strict=True):
+  for prompt, answer in zip(*reviews.generate(2_000, 0), strict=True):
     alone = prompt.startswith("I ")
     assert not re.search(
       r"\b(we|us)\b" if alone else r"\b(I(?! guess| suppose)|me)\b", answer, re.I
@@ -189,11 +189,11 @@ def test_person_and_number_agree():
 
 def test_conjunctions_agree_with_what_they_join():
   seen = set()
-  for prompt, answer in zip(*controlled.generate(2_000, 0), strict=True):
+  for prompt, answer in zip(*reviews.generate(2_000, 0), strict=True):
     joined = re.search(r"([^.]*), (but|yet|and) ([^.]*)", answer)
     if joined:
       first, word, second = joined.groups()
-      product = controlled.reward(prompt, first) * controlled.reward(prompt, second)
+      product = reviews.reward(prompt, first) * reviews.reward(prompt, second)
       assert (product < 0) == (word != "and")
       seen.add(word)
   assert seen == {"but", "yet", "and"}
@@ -207,18 +207,18 @@ def tokenizer(tmp_path_factory):
   from transformers import AutoTokenizer
 
   folder = tmp_path_factory.mktemp("tokenizer")
-  word_level.write(folder, controlled.vocabulary())
+  word_tokenizer.write(folder, reviews.vocabulary())
   return AutoTokenizer.from_pretrained(folder)
 
 
 def test_vocabulary_is_a_few_hundred_words(tokenizer):
-  assert 250 <= len(controlled.vocabulary()) <= 500
-  assert len(tokenizer) == len(controlled.vocabulary()) + 3
+  assert 250 <= len(reviews.vocabulary()) <= 500
+  assert len(tokenizer) == len(reviews.vocabulary()) + 3
   assert [tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id] == [0, 1, 2]
 
 
 def test_every_text_comes_back_to_the_letter(tokenizer):
-  for prompt, answer in zip(*controlled.generate(500, 0), strict=True):
+  for prompt, answer in zip(*reviews.generate(500, 0), strict=True):
     ids = tokenizer(prompt + answer).input_ids
     assert ids[0] == tokenizer.bos_token_id
     assert not {tokenizer.unk_token_id, tokenizer.bos_token_id}.intersection(ids[1:])

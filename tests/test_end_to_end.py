@@ -14,12 +14,13 @@ from ml_collections import ConfigDict
 from configs import controlled as controlled_config
 from configs import preferences
 from dpo_jax import losses, step, train
-from dpo_jax.build import build
-from dpo_jax.checkpoint import Checkpoints
-from dpo_jax.data import controlled, word_level
-from dpo_jax.loggers import read_metrics
-from dpo_jax.model import hf
+from dpo_jax.controlled import reviews as controlled_reviews
+from dpo_jax.controlled import word_tokenizer
+from dpo_jax.hf import checkpoint as hf_checkpoint
+from dpo_jax.monitoring.loggers import read_metrics
 from dpo_jax.structs import UserError
+from dpo_jax.training.checkpoint import Checkpoints
+from dpo_jax.training.setup import build
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLOCK = ("pairs_per_second", "tokens_per_second")
@@ -38,12 +39,12 @@ def pairs_of(folder: pathlib.Path) -> list[dict[str, str]]:
 def task(tmp_path_factory) -> pathlib.Path:
   """Tokenizer, texts and preferences of the embedded task, and a model trained on the texts."""
   folder = tmp_path_factory.mktemp("task")
-  word_level.write(folder / "tokenizer", controlled.vocabulary())
-  reviews = controlled.distinct(160, seed=0)
+  word_tokenizer.write(folder / "tokenizer", controlled_reviews.vocabulary())
+  reviews = controlled_reviews.distinct(160, seed=0)
   write_rows(folder / "sft.jsonl", [{"prompt": p, "completion": a} for p, a in reviews])
   pairs = []
   for (prompt, answer), (_, other) in zip(reviews[::2], reviews[1::2], strict=True):
-    ranked = sorted((answer, other), key=lambda text: -controlled.reward(prompt, text))
+    ranked = sorted((answer, other), key=lambda text: -controlled_reviews.reward(prompt, text))
     pairs.append({"prompt": prompt, "chosen": ranked[0], "rejected": ranked[1]})
   write_rows(folder / "pairs.jsonl", pairs)
   train.execute(sft_config(folder), folder / "sft")
@@ -98,7 +99,7 @@ def test_supervised_training_lowers_the_loss(task):
     if "eval/loss" in line
   ]
   # An untrained model is uniform over the words.
-  np.testing.assert_allclose(losses[0], np.log(len(controlled.vocabulary())), atol=0.2)
+  np.testing.assert_allclose(losses[0], np.log(len(controlled_reviews.vocabulary())), atol=0.2)
   assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.05
 
 
@@ -129,8 +130,8 @@ def test_dpo_starts_at_log_2_with_every_margin_zero(straight):
 
 
 def test_the_export_is_the_trained_policy_and_the_reference_is_untouched(task, straight):
-  _, reference = hf.load(task / "sft" / "export")
-  _, policy = hf.load(straight / "export")
+  _, reference = hf_checkpoint.load(task / "sft" / "export")
+  _, policy = hf_checkpoint.load(straight / "export")
   moved = np.abs(
     policy["params"]["embed"]["embedding"] - reference["params"]["embed"]["embedding"]
   ).max()
@@ -296,7 +297,7 @@ def test_the_export_speaks_the_same_words_for_the_same_seed(straight):
 def _leaves(run, step):
   import jax
 
-  from dpo_jax.checkpoint import Checkpoints
+  from dpo_jax.training.checkpoint import Checkpoints
 
   params = Checkpoints(run / "checkpoints", keep=9).restore_params(step)
   return np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(params)])
@@ -350,10 +351,10 @@ def test_a_bfloat16_policy_starts_as_its_reference(task, capsys):
 def test_broken_weights_are_found_before_the_folder_is_claimed(task, tmp_path):
   broken = tmp_path / "broken"
   shutil.copytree(task / "sft" / "export", broken)
-  model_config, params = hf.load(broken)
+  model_config, params = hf_checkpoint.load(broken)
   scale = params["params"]["final_norm"]["scale"]
   params["params"]["final_norm"]["scale"] = np.full_like(scale, 1e38)
-  hf.save(broken, model_config, params, source=task / "sft" / "export")
+  hf_checkpoint.save(broken, model_config, params, source=task / "sft" / "export")
   config = dpo_config(task)
   config.model.path = str(broken)
   with pytest.raises(UserError, match="not finite before any training"):

@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 import tiny
 
-from dpo_jax import draws, evaluate, logprobs, measures, rewards
-from dpo_jax.data import chat, word_level
-from dpo_jax.data.layout import collate
-from dpo_jax.data.tokenized import Example
-from dpo_jax.model import families, hf, transformer
+from dpo_jax import logprobs
+from dpo_jax.controlled import word_tokenizer
+from dpo_jax.data import tokenizer
+from dpo_jax.data.collate import collate
+from dpo_jax.data.examples import Example
+from dpo_jax.evaluation import estimates, evaluate
+from dpo_jax.generation import rewards, rollouts
+from dpo_jax.hf import checkpoint as hf_checkpoint
+from dpo_jax.model import families, transformer
 from dpo_jax.structs import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -37,7 +41,7 @@ def wanted(prompt, answer):
 def folders(tmp_path_factory):
   """Model folders of one shape and tokenizer: seed -> path."""
   root = tmp_path_factory.mktemp("models")
-  word_level.write(root / "tokenizer", WORDS)
+  word_tokenizer.write(root / "tokenizer", WORDS)
   fields = {
     "model_type": "llama",
     "vocab_size": 6,
@@ -53,13 +57,15 @@ def folders(tmp_path_factory):
   config = families.from_hf(fields)
   for seed in (0, 1):
     params = transformer.init_params(config, seed)
-    hf.save(root / str(seed), config, jax.tree.map(np.asarray, params), source=root / "tokenizer")
+    hf_checkpoint.save(
+      root / str(seed), config, jax.tree.map(np.asarray, params), source=root / "tokenizer"
+    )
   return lambda seed: root / str(seed)
 
 
 @pytest.fixture(scope="module")
 def models(folders):
-  return draws.load(folders(0)), draws.load(folders(1))
+  return rollouts.load(folders(0)), rollouts.load(folders(1))
 
 
 def every_answer():
@@ -162,8 +168,8 @@ def test_a_policy_that_is_its_reference_is_nowhere(models):
 
 def test_drawn_answers_are_what_was_sampled(models):
   model, _ = models
-  drawn = draws.draw(model, PROMPTS, wanted, num=3, max_tokens=LONGEST, seed=5)
-  again = draws.draw(model, PROMPTS, wanted, num=3, max_tokens=LONGEST, seed=5)
+  drawn = rollouts.draw(model, PROMPTS, wanted, num=3, max_tokens=LONGEST, seed=5)
+  again = rollouts.draw(model, PROMPTS, wanted, num=3, max_tokens=LONGEST, seed=5)
   assert drawn.answer_ids == again.answer_ids
   for x, prompt in enumerate(PROMPTS):
     for answer, ids, reward in zip(
@@ -182,20 +188,20 @@ def _drawn(reward_XS):
   reward_XS = np.asarray(reward_XS, np.float64)
   names = [[f"{s}" for s in range(reward_XS.shape[1])]] * len(reward_XS)
   ids = [[[s] for s in range(reward_XS.shape[1])]] * len(reward_XS)
-  return draws.Drawn(["p"] * len(reward_XS), [[1]] * len(reward_XS), names, ids, reward_XS)
+  return rollouts.Drawn(["p"] * len(reward_XS), [[1]] * len(reward_XS), names, ids, reward_XS)
 
 
 @pytest.mark.parametrize("margin", [0.0, 1.0, -2.0])
 def test_labels_follow_bradley_and_terry(margin):
   count = 20_000
-  rows = draws.label(_drawn(np.tile([[3.0 + margin, 3.0]], (count, 1))))
+  rows = rollouts.label(_drawn(np.tile([[3.0 + margin, 3.0]], (count, 1))))
   share = np.mean([row["chosen_ids"] == [0] for row in rows])
   expected = 1 / (1 + np.exp(-margin))
   assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / count)
 
 
 def test_labels_are_sure_where_rewards_are_far_apart():
-  rows = draws.label(_drawn(np.tile([[1e5, -1e5, -1e5, 1e5]], (10, 1))))
+  rows = rollouts.label(_drawn(np.tile([[1e5, -1e5, -1e5, 1e5]], (10, 1))))
   assert [row["chosen"] for row in rows] == ["0", "3"] * 10
   assert all(row["chosen_reward"] == 1e5 for row in rows)
   assert all(row["rejected_reward"] == -1e5 for row in rows)
@@ -203,7 +209,7 @@ def test_labels_are_sure_where_rewards_are_far_apart():
 
 def test_equal_answers_make_no_pair():
   drawn = _drawn([[1.0, 2.0]])._replace(answer_ids=[[[7], [7]]])
-  assert draws.label(drawn) == []
+  assert rollouts.label(drawn) == []
 
 
 # --- Pairs ----------------------------------------------------------------------------------------
@@ -231,13 +237,13 @@ def test_pairs_are_read_with_and_without_a_reference(models, tmp_path, capsys):
     {"prompt": " a", "chosen": " a", "rejected": " b"},
     {"prompt": " a", "chosen": " a", "rejected": " a"},
   ]
-  draws.write_rows(tmp_path / "rows.jsonl", rows)
+  rollouts.write_rows(tmp_path / "rows.jsonl", rows)
   (example,) = evaluate.read_pairs(tmp_path / "rows.jsonl", policy, None)
   assert "2 rows (strings), 1 kept, 1 dropped: equal answers" in capsys.readouterr().err
   assert [x.tolist() for x in (example.prompt, *example.answers)] == [[1, 4], [4, END], [5, END]]
   assert len(evaluate.read_pairs(tmp_path / "rows.jsonl", policy, reference)) == 1
-  word_level.write(tmp_path / "swapped", [" b", " a"])
-  other = reference._replace(tokenizer=chat.load_tokenizer(tmp_path / "swapped"))
+  word_tokenizer.write(tmp_path / "swapped", [" b", " a"])
+  other = reference._replace(tokenizer=tokenizer.load_tokenizer(tmp_path / "swapped"))
   with pytest.raises(UserError, match="have different tokenizers"):
     evaluate.read_pairs(tmp_path / "rows.jsonl", policy, other)
   other = reference._replace(config=dataclasses.replace(reference.config, vocab=7))
@@ -373,7 +379,7 @@ def _run(script, **options):
 @pytest.mark.slow
 def test_pairs_scores_and_summary_by_command(folders, tmp_path):
   prompts, pairs = tmp_path / "prompts.jsonl", tmp_path / "pairs.jsonl"
-  draws.write_rows(prompts, [{"prompt": prompt} for prompt in PROMPTS * 4])
+  rollouts.write_rows(prompts, [{"prompt": prompt} for prompt in PROMPTS * 4])
   models = {"model": folders(1), "reference": folders(0)}
   sampling = {"prompts": prompts, "reward": "controlled", "max_tokens": 6}
   done = _run("make_pairs", model=folders(0), out=pairs, **sampling)
@@ -407,7 +413,7 @@ def test_pairs_scores_and_summary_by_command(folders, tmp_path):
   np.testing.assert_allclose(summary["eval_margin"], np.mean(margins), rtol=1e-4, atol=1e-5)
   assert summary["frontier"][0]["kl"] == 0
   assert max(p["effective_samples"] for p in summary["frontier"]) <= 32
-  assert min(p["effective_samples"] for p in summary["frontier"]) >= measures.MIN_EFFECTIVE
+  assert min(p["effective_samples"] for p in summary["frontier"]) >= estimates.MIN_EFFECTIVE
 
 
 @pytest.mark.parametrize(
@@ -421,7 +427,7 @@ def test_pairs_scores_and_summary_by_command(folders, tmp_path):
 )
 def test_bad_input_is_one_line_and_nothing_written(folders, tmp_path, script, change, message):
   prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-  draws.write_rows(prompts, [{"prompt": PROMPTS[0]}])
+  rollouts.write_rows(prompts, [{"prompt": PROMPTS[0]}])
   options = {"model": folders(0), "prompts": prompts, "reward": "controlled", "out": out}
   done = _run(script, **options | change)
   assert done.returncode == 1
@@ -431,23 +437,23 @@ def test_bad_input_is_one_line_and_nothing_written(folders, tmp_path, script, ch
 
 
 def test_where_to_write_is_checked_first(tmp_path):
-  draws.check_out(tmp_path / "new" / "folder" / "x.jsonl")
+  rollouts.check_out(tmp_path / "new" / "folder" / "x.jsonl")
   with pytest.raises(UserError, match=r"is a folder; name a file"):
-    draws.check_out(tmp_path)
+    rollouts.check_out(tmp_path)
   (tmp_path / "file").write_text("kept")
   with pytest.raises(UserError, match=r"file is no folder"):
-    draws.check_out(tmp_path / "file" / "x.jsonl")
+    rollouts.check_out(tmp_path / "file" / "x.jsonl")
 
 
 def test_a_failed_write_leaves_the_older_file_and_nothing_beside_it(tmp_path):
   out = tmp_path / "out.jsonl"
-  draws.write_rows(out, [{"a": 1}])
+  rollouts.write_rows(out, [{"a": 1}])
   with pytest.raises(TypeError):
-    draws.write_rows(out, [{"a": 2}, {"a": object()}])
+    rollouts.write_rows(out, [{"a": 2}, {"a": object()}])
   assert out.read_text() == '{"a": 1}\n' and list(tmp_path.iterdir()) == [out]
   (tmp_path / "folder").mkdir()
   with pytest.raises(OSError) as raised:
-    draws.write_rows(tmp_path / "folder", [])
+    rollouts.write_rows(tmp_path / "folder", [])
   assert raised.value.filename == str(tmp_path / "folder")
 
 
@@ -455,7 +461,7 @@ def test_prompts_that_no_model_can_read(models, tmp_path):
   path = tmp_path / "prompts.jsonl"
   path.write_text('{"prompt": "\\ud800"}\n')
   with pytest.raises(UserError, match=r"jsonl:1: field 'prompt': text is not valid Unicode"):
-    draws.read_prompts(path)
+    rollouts.read_prompts(path)
   for row, says in (
     ('{"prompt": ""}', "field 'prompt' is an empty text"),
     ('{"prompt": []}', "field 'prompt' is an empty list"),
@@ -464,17 +470,17 @@ def test_prompts_that_no_model_can_read(models, tmp_path):
   ):
     path.write_text(row)
     with pytest.raises(UserError, match=f"prompts.jsonl:1: {says}"):
-      draws.read_prompts(path)
+      rollouts.read_prompts(path)
   path.write_text('{"prompt": [{"role": "user"}]}\n')
   with pytest.raises(UserError, match=r"prompts.jsonl:1: .* a message is a role and a text"):
-    draws.read_prompts(path)
+    rollouts.read_prompts(path)
   with pytest.raises(UserError, match="prompt 1: text is not valid Unicode"):
-    draws.encode_prompts(models[0].tokenizer, [" a", "\udcff"])
+    rollouts.encode_prompts(models[0].tokenizer, [" a", "\udcff"])
   folder = tmp_path / "chat"
-  word_level.write(folder, WORDS)
+  word_tokenizer.write(folder, WORDS)
   (folder / "chat_template.jinja").write_text("{{ 1 | no_such }}")
   with pytest.raises(UserError, match=r"prompt 0: chat template: .*no_such"):
-    draws.encode_prompts(chat.load_tokenizer(folder), [[{"role": "user", "content": "a"}]])
+    rollouts.encode_prompts(tokenizer.load_tokenizer(folder), [[{"role": "user", "content": "a"}]])
 
 
 @pytest.mark.parametrize("script", ["score", "evaluate", "make_pairs"])

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dpo_jax import sampling
-from dpo_jax.data import layout
+from dpo_jax.data import collate
+from dpo_jax.generation import sampler
+from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.logprobs import logits, make_logps_fn
-from dpo_jax.model import families, hf, transformer
+from dpo_jax.model import families, transformer
 from dpo_jax.structs import TokenBatch, UserError
 from tests import tiny
 from tests.golden import cases
@@ -38,11 +39,11 @@ def model(case):
     folder = pathlib.Path(root)
     (folder / "config.json").write_text(json.dumps(cases.CASES[case]))
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), transformer.param_shapes(config))
-    hf.save(folder / "shapes", config, params)
+    hf_checkpoint.save(folder / "shapes", config, params)
     file = folder / "shapes" / "model.safetensors"
     tensors = {name: cases.weight(name, shape) for name, shape in shapes(file).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return hf.load(folder)
+    return hf_checkpoint.load(folder)
 
 
 def shapes(file):
@@ -92,8 +93,8 @@ def test_config_json_both_ways(case):
 @pytest.mark.parametrize("case", FAMILIES.values(), ids=FAMILIES)
 def test_folders_come_back_bit_for_bit(case, tmp_path):
   config, params = model(case)
-  hf.save(tmp_path / "copy", config, params)
-  again, found = hf.load(tmp_path / "copy")
+  hf_checkpoint.save(tmp_path / "copy", config, params)
+  again, found = hf_checkpoint.load(tmp_path / "copy")
   assert again == config
   for left, right in zip(jax.tree.leaves(params), jax.tree.leaves(found), strict=True):
     np.testing.assert_array_equal(left, right)
@@ -107,7 +108,7 @@ def test_shared_prompts_equal_separate_rows(case):
   examples = tiny.pairs(5, vocab=config.vocab, longest=12)
 
   def by_row(name):
-    batch = layout.collate(examples, layout=name, row_length=48)
+    batch = collate.collate(examples, layout=name, row_length=48)
     pairs = zip(batch.row_NS.reshape(-1, 2), logps_fn(params, batch).reshape(-1, 2), strict=True)
     return np.array(
       [logps for row, logps in sorted((r[0], tuple(x)) for r, x in pairs) if row >= 0]
@@ -123,7 +124,7 @@ def test_a_token_at_a_time_equals_the_whole(case):
   """Greedy answers from the cache are the argmax of the logits of the whole text."""
   config, params = model(case)
   prompts = [cases.IDS_NL[0, :7].tolist(), cases.IDS_NL[1, :4].tolist()]
-  answers = sampling.generate(config, params, prompts, max_tokens=9, temperature=0)
+  answers = sampler.generate(config, params, prompts, max_tokens=9, temperature=0)
   built = transformer.build(config)
   for prompt, (answer,) in zip(prompts, answers, strict=True):
     text = prompt + answer

@@ -8,9 +8,11 @@ import small_tokenizers
 import test_tfds_pairs as prepared
 
 from configs import preferences
-from dpo_jax import feeds, losses
-from dpo_jax.data import chat, intake, tokenized
+from dpo_jax import losses
+from dpo_jax.data import encode, examples
+from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.model.config import ModelConfig
+from dpo_jax.training import datasets
 
 MODEL = ModelConfig(
   family="llama", vocab=512, width=8, layers=1, heads=1, kv_heads=1, head_width=8, mlp_width=8,
@@ -21,13 +23,13 @@ MODEL = ModelConfig(
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-  return chat.load_tokenizer(small_tokenizers.byte_fallback(tmp_path_factory.mktemp("tokenizer")))
+  return load_tokenizer(small_tokenizers.byte_fallback(tmp_path_factory.mktemp("tokenizer")))
 
 
 def load(path, tokenizer, loss="sigmoid", **data):
   config = preferences.get_config(f"data={path},loss={loss}")
   config.data.update({"max_length": 64, "eval_fraction": 0.2, **data})
-  return feeds.load(config, losses.resolve(loss), tokenizer, MODEL, 1)
+  return datasets.load(config, losses.resolve(loss), tokenizer, MODEL, 1)
 
 
 def rows_file(folder, kind):
@@ -37,15 +39,15 @@ def rows_file(folder, kind):
 @pytest.mark.parametrize(("kind", "loss"), [("pairs", "sigmoid"), ("unpaired", "kto")])
 def test_rows_of_a_prepared_set_stay_on_disk(tmp_path, tokenizer, kind, loss):
   path, out = rows_file(tmp_path, kind), tmp_path / "prepared"
-  encoder = intake.Encoder(tokenizer, kind=kind, max_length=64)
+  encoder = encode.Encoder(tokenizer, kind=kind, max_length=64)
   prepared.prepare(out, path, encoder, eval_fraction=0.0)
   material, _ = load(out, tokenizer, loss, eval_fraction=0.0)
   plain, _ = load(path, tokenizer, loss, eval_fraction=0.0)
-  assert isinstance(material.examples, tokenized.Lazy)
+  assert isinstance(material.examples, examples.Lazy)
   prepared.same(material.examples, plain.examples)
   for known, read in zip(
-    tokenized.lengths(material.examples),
-    tokenized.lengths(list(material.examples)),
+    examples.lengths(material.examples),
+    examples.lengths(list(material.examples)),
     strict=True,
   ):
     assert np.array_equal(known, read)

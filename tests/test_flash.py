@@ -15,11 +15,16 @@ import tiny
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from test_benchmark import CONFIGS
 
-from dpo_jax import benchmark, build, feeds, logprobs, losses, parallel, plan, step
-from dpo_jax.data import layout, packing, pipeline, tokenized
-from dpo_jax.model import families, flash, transformer
+from dpo_jax import logprobs, losses, step
+from dpo_jax.benchmarking import planner, timing
+from dpo_jax.data import batches as data_batches
+from dpo_jax.data import collate, packing
+from dpo_jax.data.examples import Example, fill_up
+from dpo_jax.distributed.executor import Executor
+from dpo_jax.model import attention_kernels, families, transformer
 from dpo_jax.model.attention import Keys, Tokens, attend_blocks
 from dpo_jax.structs import UserError
+from dpo_jax.training import datasets, setup
 
 LLAMA = {
   "model_type": "llama",
@@ -38,15 +43,15 @@ def examples(count, answers, seed=0):
   """Ragged ones; every second has an answer less than the others, where those have two."""
   some = tiny.pairs(count, seed=seed, answers=answers)
   cut = [e._replace(answers=e.answers[: max(1, answers - e.row % 2)]) for e in some]
-  return tokenized.fill_up(cut, answers)
+  return fill_up(cut, answers)
 
 
 def batch_of(name="shared", answers=2, groups=2, count=5):
   """Texts listed, with a row and a text of nothing but padding at least."""
   some = examples(count, answers)
-  sizes = layout.fit_sizes([some], layout=name, row_length=48, groups=groups, texts=True)
+  sizes = collate.fit_sizes([some], layout=name, row_length=48, groups=groups, texts=True)
   sizes = sizes._replace(rows=sizes.rows + groups * answers, texts=sizes.texts + 1)
-  return layout.collate(some, layout=name, row_length=48, groups=groups, sizes=sizes)
+  return collate.collate(some, layout=name, row_length=48, groups=groups, sizes=sizes)
 
 
 def without_texts(batch):
@@ -67,8 +72,8 @@ def close(found, expected):
 def test_texts_of_a_shared_row_by_hand():
   # Inputs: prompt 5 6 once, then 7 opening each answer: 7 8 9 | 7 and places 0 to 7 of a row.
   ids = lambda *x: np.array(x, np.int32)
-  pair = tokenized.Example(ids(5, 6, 7), (ids(1, 2), ids(3)), 1.0, 0)
-  batch = layout.collate([pair], layout="shared", row_length=6, texts=True)
+  pair = Example(ids(5, 6, 7), (ids(1, 2), ids(3)), 1.0, 0)
+  batch = collate.collate([pair], layout="shared", row_length=6, texts=True)
   assert batch.ids_NL.tolist() == [[5, 6, 7, 1, 7, 0]]
   assert batch.text_GTW.shape == (1, 2, 128) and (batch.text_GTW[:, :, 4:] == 6).all()
   assert batch.text_GTW[0, :, :4].tolist() == [[0, 1, 2, 3], [0, 1, 4, 6]]
@@ -108,24 +113,24 @@ def test_widths_are_few():
     128, 128, 256, 640, 1280, 2048,
   ]  # fmt: skip
   some = tiny.pairs(64, longest=300)
-  stream = pipeline.batches(some, batch_size=8, accumulate=2, texts=True, groups=2)
+  stream = data_batches.batches(some, batch_size=8, accumulate=2, texts=True, groups=2)
   shapes = {next(stream).text_GTW.shape for _ in range(16)}
   assert len(shapes) <= 2
-  batches = pipeline.eval_batches(some, batch_size=7, texts=True)
+  batches = data_batches.eval_batches(some, batch_size=7, texts=True)
   assert len({batch.text_GTW.shape for batch in batches}) == 1
 
 
 def test_hosts_make_the_texts_of_their_own_rows():
   some = examples(9, 3)
-  whole = layout.collate_many([some], row_length=48, groups=4, texts=True)
+  whole = collate.collate_many([some], row_length=48, groups=4, texts=True)
   parts = [
-    layout.collate_many([some], row_length=48, groups=4, texts=True, share=(host, 2))
+    collate.collate_many([some], row_length=48, groups=4, texts=True, share=(host, 2))
     for host in range(2)
   ]
   joined = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *parts)
   jax.tree.map(np.testing.assert_array_equal, joined, whole)
   # A host may have nothing but padding.
-  only = layout.collate([some[0]], row_length=48, groups=2, texts=True, share=(1, 2))
+  only = collate.collate([some[0]], row_length=48, groups=2, texts=True, share=(1, 2))
   assert (only.text_GTW == 48).all()
 
 
@@ -152,7 +157,9 @@ def by_rows(batch, window=0, scale=0.0):
 
 
 def by_texts(batch, kind):
-  return lambda q, k, v: flash.attend_texts(q, k, v, flash.texts_of(batch), kind)
+  return lambda q, k, v: attention_kernels.attend_texts(
+    q, k, v, attention_kernels.texts_of(batch), kind
+  )
 
 
 def value_and_gradient(attend, qkv, slope):
@@ -179,9 +186,11 @@ def test_attention_over_texts_is_that_over_rows(name, answers, window, kv_heads)
   batch = batch_of(name, answers)
   qkv, slope = rows_of(batch, kv_heads=kv_heads)
   expected = value_and_gradient(by_rows(batch, window, scale=0.3), qkv, slope)
-  found = value_and_gradient(by_texts(batch, flash.Kind("xla", window, 0.3)), qkv, slope)
+  found = value_and_gradient(
+    by_texts(batch, attention_kernels.Kind("xla", window, 0.3)), qkv, slope
+  )
   close(found, expected)
-  whole = jax.jit(by_texts(batch, flash.Kind("xla", window)))(*qkv)
+  whole = jax.jit(by_texts(batch, attention_kernels.Kind("xla", window)))(*qkv)
   assert (np.asarray(whole)[batch.pair_NL < 0] == 0).all()
 
 
@@ -190,7 +199,7 @@ def test_splash_is_the_attention_over_rows(window):
   batch = batch_of(answers=3, count=2, groups=1)
   qkv, slope = rows_of(batch)
   expected = value_and_gradient(by_rows(batch, window, scale=0.3), qkv, slope)
-  kind = flash.Kind("splash", window, 0.3, interpret=True)
+  kind = attention_kernels.Kind("splash", window, 0.3, interpret=True)
   close(value_and_gradient(by_texts(batch, kind), qkv, slope), expected)
 
 
@@ -213,9 +222,9 @@ def test_splash_is_given_what_it_takes(divided, window):
   """As far as a machine without a TPU can see: the kernels are made, of whole texts and heads."""
   batch = batch_of()
   qkv, _ = rows_of(batch, dtype=jnp.bfloat16)
-  mesh = parallel.Executor("mesh", 4, fsdp=2, tensor=2).mesh
+  mesh = Executor("mesh", 4, fsdp=2, tensor=2).mesh
   with jax.set_mesh(mesh) if divided else contextlib.nullcontext():
-    text = lowered("tpu", by_texts(batch, flash.Kind("splash", window)), *qkv)
+    text = lowered("tpu", by_texts(batch, attention_kernels.Kind("splash", window)), *qkv)
   assert text.count("@tpu_custom_call") == 3  # forward; queries; keys and values
   texts = batch.text_GTW.shape[1] if divided else 2 * batch.text_GTW.shape[1]
   assert f"tensor<{texts}x{HEADS // 2 if divided else HEADS}x128x{HEAD}xbf16>" in text
@@ -227,7 +236,7 @@ def test_cudnn_is_given_what_it_takes(cudnn_there, window):
   """As far as a machine without one can see: types, shapes and the kind of mask."""
   batch = batch_of()
   qkv, _ = rows_of(batch, dtype=jnp.bfloat16)
-  text = lowered("cuda", by_texts(batch, flash.Kind("cudnn", window)), *qkv)
+  text = lowered("cuda", by_texts(batch, attention_kernels.Kind("cudnn", window)), *qkv)
   calls = set(re.findall(r"__cudnn\$\w+", text))
   assert calls == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
   said = lambda name: set(re.findall(rf'"{name}": "?(\w+)', text.replace(r"\22", '"')))
@@ -239,11 +248,11 @@ def test_cudnn_is_given_what_it_takes(cudnn_there, window):
 
 
 def test_cudnn_is_given_what_it_takes_on_a_mesh(cudnn_there):
-  executor = parallel.Executor("mesh", 4, fsdp=2, tensor=2)
+  executor = Executor("mesh", 4, fsdp=2, tensor=2)
   batch = batch_of()
   qkv, _ = rows_of(batch, dtype=jnp.bfloat16)
   with jax.set_mesh(executor.mesh):
-    text = lowered("cuda", by_texts(batch, flash.Kind("cudnn")), *qkv)
+    text = lowered("cuda", by_texts(batch, attention_kernels.Kind("cudnn")), *qkv)
   texts = batch.text_GTW.shape[1]  # of one of two groups, half the heads
   assert "__cudnn$fmhaSoftmaxBackward" in text
   assert f"tensor<{texts}x128x{HEADS // 2}x{HEAD}xbf16>" in text
@@ -267,7 +276,7 @@ def test_a_model_takes_rows_that_list_no_texts_as_they_are():
 
 def steps(attention, mode, *mesh, accumulate=1, config=CONFIG, remat="dots"):
   """Parameters and losses after two steps on ragged rankings."""
-  executor = parallel.Executor(mode, *mesh)
+  executor = Executor(mode, *mesh)
   loss = losses.resolve("plackett_luce", beta=0.5)
   tx = optax.adamw(1e-3, eps=1e-3)
   model = transformer.build(config, attention=attention, remat=remat)
@@ -279,7 +288,7 @@ def steps(attention, mode, *mesh, accumulate=1, config=CONFIG, remat="dots"):
   take = executor.compile_step(functools.partial(step.train_step, objective=objective, tx=tx))
   found = []
   sets = [examples(16, 3, seed=index) for index in range(2)]
-  texts = attention in flash.TEXTS
+  texts = attention in attention_kernels.TEXTS
   for batch in tiny.one_shape(sets, executor.groups, accumulate, texts=texts):
     assert (batch.text_GTW is None) == (not texts)
     state, means = take(state, fixed, executor.place_batch(batch))
@@ -324,7 +333,7 @@ def test_a_whole_step_is_lowered_for_accelerators(cudnn_there, attention, platfo
   objective = step.Objective(logprobs.make_logps_fn(model), losses.resolve("sigmoid"))
   tx = optax.adamw(1e-3)
   parts = [examples(8, 2), examples(8, 2, seed=1)]
-  batch = layout.collate_many(parts, row_length=160, groups=2, texts=True)
+  batch = collate.collate_many(parts, row_length=160, groups=2, texts=True)
   take = jax.jit(functools.partial(step.train_step, objective=objective, tx=tx))
   traced = take.trace(step.init_state(params(), tx), params(), batch)
   text = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -342,7 +351,7 @@ def device(platform, capability=None):
 
 
 def chosen(name, at, config=CONFIG, dtype="bfloat16", **how):
-  return flash.choose(name, config, dtype=dtype, device=at, **how)
+  return attention_kernels.choose(name, config, dtype=dtype, device=at, **how)
 
 
 def test_what_is_taken_where():
@@ -397,7 +406,7 @@ def configured(folder, attention):
   config.train.batch_size = 8
   config.model.attention = attention
   config.parallel.devices = 1
-  config.data.path, config.model.tokenizer = benchmark.write_task(
+  config.data.path, config.model.tokenizer = timing.write_task(
     folder, config.model.scratch.vocab_size, max_length=64, **config.synthetic
   )
   return config
@@ -409,28 +418,28 @@ def test_an_unknown_name_is_refused_before_anything_is_read(tmp_path):
   with pytest.raises(
     UserError, match=r"model.attention is 'flash'; known: auto, blocked, tiles, cudnn, "
   ):
-    build.build(config, tmp_path)
+    setup.build(config, tmp_path)
 
 
 def test_a_run_says_what_it_takes_instead(tmp_path, capsys):
-  run, *_ = build.build(configured(tmp_path, "cudnn"), tmp_path)
+  run, *_ = setup.build(configured(tmp_path, "cudnn"), tmp_path)
   why = "cudnn runs on NVIDIA GPUs, and this is cpu"
   said = capsys.readouterr().err.splitlines()
   assert f"model.attention is cudnn, but {why}: blocked is taken" in said
   assert not run.material.batching["texts"]
-  build.build(configured(tmp_path, "auto"), tmp_path)
+  setup.build(configured(tmp_path, "auto"), tmp_path)
   assert "model.attention" not in capsys.readouterr().err
 
 
 def test_a_run_lists_texts_where_they_are_taken(tmp_path):
   config = configured(tmp_path, "xla")
-  run, trained, *_ = build.build(config, tmp_path)
-  batch, _ = feeds.make_feed(config, run.material, None, 0)(1, None)
+  run, trained, *_ = setup.build(config, tmp_path)
+  batch, _ = datasets.make_feed(config, run.material, None, 0)(1, None)
   assert batch.text_GTW is not None
-  lengths = plan.Lengths(60)
-  assert plan.outline(config, lengths).batch.text_GTW is not None
+  lengths = planner.Lengths(60)
+  assert planner.outline(config, lengths).batch.text_GTW is not None
   keys = [
-    feeds._reference_key(config, run.model_config, jax.devices()[0], name)
+    datasets._reference_key(config, run.model_config, jax.devices()[0], name)
     for name in ("blocked", "xla", "cudnn")
   ]
   assert [key.get("attention") for key in keys] == [None, "xla", "cudnn"]

@@ -10,11 +10,14 @@ import sys
 import numpy as np
 import pytest
 
-from dpo_jax import frontier, measures, plots
-from dpo_jax.frontier import asked, measured, shown, trained
+from dpo_jax.evaluation import estimates
+from dpo_jax.experiments import frontier
+from dpo_jax.experiments.frontier import results, runs, settings
+from dpo_jax.experiments.frontier.yardstick import Yardstick, best_of_n, best_of_n_points
+from dpo_jax.monitoring import plots
 from dpo_jax.structs import UserError
 
-ROOT = trained.ROOT
+ROOT = runs.ROOT
 
 
 # --- Best of n ------------------------------------------------------------------------------------
@@ -22,7 +25,7 @@ ROOT = trained.ROOT
 
 def test_best_of_two_by_hand():
   # Of 4 samples, 6 ways to take 2; the largest is 1, 2, 3 in 1, 2, 3 of them.
-  reward, kl = measured.best_of_n(np.array([3.0, 0.0, 2.0, 1.0]), 2)
+  reward, kl = best_of_n(np.array([3.0, 0.0, 2.0, 1.0]), 2)
   assert reward == pytest.approx((1 * 1 + 2 * 2 + 3 * 3) / 6)
   expected = sum(p * math.log(p / 0.25) for p in (1 / 6, 2 / 6, 3 / 6))
   assert kl == pytest.approx(expected)
@@ -30,20 +33,20 @@ def test_best_of_two_by_hand():
 
 def test_best_of_one_is_the_reference():
   reward_S = np.random.default_rng(0).normal(size=50)
-  reward, kl = measured.best_of_n(reward_S, 1)
+  reward, kl = best_of_n(reward_S, 1)
   assert reward == pytest.approx(reward_S.mean())
   assert kl == pytest.approx(0, abs=1e-12)
 
 
 def test_best_among_equals_is_the_reference():
-  assert measured.best_of_n(np.full(9, 2.5), 4) == pytest.approx((2.5, 0.0))
+  assert best_of_n(np.full(9, 2.5), 4) == pytest.approx((2.5, 0.0))
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_best_of_n_is_the_mean_over_all_subsets_with_ties(n):
   reward_S = np.array([0.0, 1.0, 1.0, 1.0, 4.0, 4.0, -2.0, 0.0])
   largest = [max(some) for some in itertools.combinations(reward_S, n)]
-  reward, kl = measured.best_of_n(reward_S, n)
+  reward, kl = best_of_n(reward_S, n)
   assert reward == pytest.approx(np.mean(largest))
   chance = {r: largest.count(r) / len(largest) for r in set(largest)}
   share = {r: np.mean(reward_S == r) for r in chance}
@@ -53,14 +56,14 @@ def test_best_of_n_is_the_mean_over_all_subsets_with_ties(n):
 def test_without_ties_the_kl_is_the_known_one():
   # Differences of order n / S are left.
   for n in (2, 8, 32):
-    _, kl = measured.best_of_n(np.arange(200_000.0), n)
+    _, kl = best_of_n(np.arange(200_000.0), n)
     assert kl == pytest.approx(math.log(n) - (n - 1) / n, abs=1e-3)
 
 
 def test_best_of_n_never_passes_the_frontier():
   rng = np.random.default_rng(0)
   many_XS = rng.choice([-3.0, 0.0, 1.0, 4.0], (8, 512), p=[0.3, 0.4, 0.2, 0.1])
-  points = measured.best_of_n_points(yardstick(many_XS))
+  points = best_of_n_points(yardstick(many_XS))
   assert [point["n"] for point in points] == [1, 2, 4, 8, 16, 32]
   assert points[0]["kl"] == 0 and points[0]["fraction"] is None
   for point in points[1:]:
@@ -69,29 +72,29 @@ def test_best_of_n_never_passes_the_frontier():
 
 
 def yardstick(many_XS):
-  return measured.Yardstick(None, [], many_XS.mean(1), many_XS, measures.exact_frontier(many_XS))
+  return Yardstick(None, [], many_XS.mean(1), many_XS, estimates.exact_frontier(many_XS))
 
 
 # --- Flags ----------------------------------------------------------------------------------------
 
 
 def test_all_methods_and_their_betas_by_default():
-  methods = asked.read_methods("")
+  methods = settings.read_methods("")
   assert methods == ["dpo", "dpo_again", "ipo", "on_policy", "sft", "best_of_n"]
-  betas = asked.read_betas([], methods)
-  assert betas == {name: list(method.betas) for name, method in asked.METHODS.items()}
+  betas = settings.read_betas([], methods)
+  assert betas == {name: list(method.betas) for name, method in settings.METHODS.items()}
 
 
 def test_betas_of_one_method_leave_the_others():
-  betas = asked.read_betas(["dpo:5,2.5,5"], ["dpo", "ipo"])
+  betas = settings.read_betas(["dpo:5,2.5,5"], ["dpo", "ipo"])
   assert betas["dpo"] == [5.0, 2.5]
-  assert betas["ipo"] == list(asked.METHODS["ipo"].betas)
+  assert betas["ipo"] == list(settings.METHODS["ipo"].betas)
 
 
 def test_a_quick_study_is_one_seed_and_one_beta_a_method_unless_given(tmp_path):
   # Through the command, with the study itself left out.
   code = (
-    "import runpy, sys; from dpo_jax import frontier;"
+    "import runpy, sys; from dpo_jax.experiments import frontier;"
     "frontier.study = lambda out, settings, betas, seeds, **_: sys.exit(f'{betas} {seeds}');"
     "sys.argv = sys.argv[1:]; sys.path.insert(0, 'scripts');"
     "runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -100,10 +103,10 @@ def test_a_quick_study_is_one_seed_and_one_beta_a_method_unless_given(tmp_path):
   done = subprocess.run(
     [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False
   )
-  betas = {name: list(method.betas[:1]) for name, method in asked.METHODS.items()}
+  betas = {name: list(method.betas[:1]) for name, method in settings.METHODS.items()}
   assert done.stderr.strip() == f"{betas | {'ipo': [2.0, 1.0]}} [0]"
-  assert asked.read_seeds(None) == [0, 1, 2]
-  assert asked.read_seeds("3,4", quick=True) == [3, 4]
+  assert settings.read_seeds(None) == [0, 1, 2]
+  assert settings.read_seeds("3,4", quick=True) == [3, 4]
 
 
 @pytest.mark.parametrize(
@@ -130,28 +133,28 @@ def test_finite_samples_refuses_before_anything_is_drawn(flags, says, tmp_path):
 @pytest.mark.parametrize(
   ("read", "says"),
   [
-    (lambda: asked.read_methods("dpo,ppo"), "there is no 'ppo', only dpo, dpo_again"),
+    (lambda: settings.read_methods("dpo,ppo"), "there is no 'ppo', only dpo, dpo_again"),
     (
-      lambda: asked.read_methods(","),
+      lambda: settings.read_methods(","),
       "--methods=,: a name is missing beside a comma",
     ),
-    (lambda: asked.read_betas(["2.5"], ["dpo"]), "write METHOD:1,2,4 with METHOD one of dpo"),
-    (lambda: asked.read_betas(["ipo:1"], ["dpo"]), "names no method with a β"),
-    (lambda: asked.read_betas(["sft:1"], ["sft"]), "none: there is none"),
-    (lambda: asked.read_betas(["dpo:1,x"], ["dpo"]), "--betas=dpo:1,x: 'x' is not a number"),
-    (lambda: asked.read_betas(["on_policy:"], ["on_policy"]), "'' is not a number"),
-    (lambda: asked.read_betas(["dpo:0"], ["dpo"]), "must be above 0"),
-    (lambda: asked.read_betas(["dpo:nan"], ["dpo"]), "must be above 0"),
-    (lambda: asked.read_seeds("0,1.5"), "--seeds=0,1.5: '1.5' is not an integer"),
-    (lambda: asked.read_seeds("-1"), "-1 does not lie between"),
-    (lambda: asked.check(asked.Settings(pairs=0)), "--pairs=0; it must be above 0"),
-    (lambda: asked.check(asked.Settings(epochs=math.nan)), "--epochs=nan"),
+    (lambda: settings.read_betas(["2.5"], ["dpo"]), "write METHOD:1,2,4 with METHOD one of dpo"),
+    (lambda: settings.read_betas(["ipo:1"], ["dpo"]), "names no method with a β"),
+    (lambda: settings.read_betas(["sft:1"], ["sft"]), "none: there is none"),
+    (lambda: settings.read_betas(["dpo:1,x"], ["dpo"]), "--betas=dpo:1,x: 'x' is not a number"),
+    (lambda: settings.read_betas(["on_policy:"], ["on_policy"]), "'' is not a number"),
+    (lambda: settings.read_betas(["dpo:0"], ["dpo"]), "must be above 0"),
+    (lambda: settings.read_betas(["dpo:nan"], ["dpo"]), "must be above 0"),
+    (lambda: settings.read_seeds("0,1.5"), "--seeds=0,1.5: '1.5' is not an integer"),
+    (lambda: settings.read_seeds("-1"), "-1 does not lie between"),
+    (lambda: settings.check(settings.Settings(pairs=0)), "--pairs=0; it must be above 0"),
+    (lambda: settings.check(settings.Settings(epochs=math.nan)), "--epochs=nan"),
     (
-      lambda: asked.check(asked.Settings(eval_prompts=8)),
+      lambda: settings.check(settings.Settings(eval_prompts=8)),
       "--frontier_prompts=32 are taken from --eval_prompts=8",
     ),
     (
-      lambda: asked.check(asked.Settings(frontier_samples=1)),
+      lambda: settings.check(settings.Settings(frontier_samples=1)),
       "must be 2 or more",
     ),
   ],
@@ -180,42 +183,42 @@ def test_the_command_refuses_before_anything_is_made(tmp_path):
 
 
 def test_a_study_of_other_settings_is_refused(tmp_path):
-  asked.claim(tmp_path, asked.Settings(pairs=10))
-  asked.claim(tmp_path, asked.Settings(pairs=10))
+  settings.claim(tmp_path, settings.Settings(pairs=10))
+  settings.claim(tmp_path, settings.Settings(pairs=10))
   with pytest.raises(UserError, match="pairs was 10, now 20"):
-    asked.claim(tmp_path, asked.Settings(pairs=20))
+    settings.claim(tmp_path, settings.Settings(pairs=20))
   (tmp_path / "file").touch()
   with pytest.raises(UserError, match="is a file"):
-    asked.claim(tmp_path / "file", asked.Settings())
+    settings.claim(tmp_path / "file", settings.Settings())
 
 
 def test_whole_seeds_come_first():
-  found = asked.tasks({"dpo": [2.0, 1.0], "sft": []}, [3, 4])
+  found = settings.tasks({"dpo": [2.0, 1.0], "sft": []}, [3, 4])
   one = [("dpo", 2.0), ("dpo", 1.0), ("sft", None)]
-  assert found == [asked.Task(*what, seed) for seed in (3, 4) for what in one]
+  assert found == [settings.Task(*what, seed) for seed in (3, 4) for what in one]
 
 
 def test_every_point_has_a_folder_of_its_own(tmp_path):
-  found = asked.tasks(asked.read_betas([], list(asked.METHODS)), [0, 1])
+  found = settings.tasks(settings.read_betas([], list(settings.METHODS)), [0, 1])
   folders = {task.folder(tmp_path) for task in found}
   assert len(folders) == len(found)
   assert tmp_path / "seed1" / "dpo-1.5" in folders
   assert tmp_path / "seed0" / "sft" in folders
 
 
-@pytest.mark.parametrize("name", [name for name in asked.METHODS if name != "sft"])
+@pytest.mark.parametrize("name", [name for name in settings.METHODS if name != "sft"])
 def test_a_method_at_no_beta_is_refused_before_anything_is_made(name, tmp_path, monkeypatch):
-  monkeypatch.setattr(trained, "run", lambda *_: pytest.fail("started"))
+  monkeypatch.setattr(runs, "run", lambda *_: pytest.fail("started"))
   out = tmp_path / "a"
   with pytest.raises(UserError, match=f"{name} is asked for at no β"):
-    frontier.study(out, asked.QUICK, {"sft": [], name: []}, [0], with_best_of_n=True)
+    frontier.study(out, settings.QUICK, {"sft": [], name: []}, [0], with_best_of_n=True)
   assert not out.exists()
 
 
-@pytest.mark.parametrize("name", asked.METHODS)
+@pytest.mark.parametrize("name", settings.METHODS)
 def test_commands_name_the_seed_the_data_and_nothing_unfilled(name, tmp_path):
-  task = asked.Task(name, 0.5 if asked.METHODS[name].betas else None, 7)
-  words = trained.command(task, tmp_path, asked.Settings())
+  task = settings.Task(name, 0.5 if settings.METHODS[name].betas else None, 7)
+  words = runs.command(task, tmp_path, settings.Settings())
   assert f"--workdir={task.folder(tmp_path)}" in words
   reference = tmp_path / "sft" / "export"
   if task.first is None:
@@ -229,11 +232,11 @@ def test_commands_name_the_seed_the_data_and_nothing_unfilled(name, tmp_path):
 
 
 def test_a_point_that_is_there_is_not_trained_again(tmp_path, monkeypatch):
-  monkeypatch.setattr(trained, "run", lambda *_: pytest.fail("trained"))
-  task = asked.Task("dpo", 2.5, 0)
+  monkeypatch.setattr(runs, "run", lambda *_: pytest.fail("trained"))
+  task = settings.Task("dpo", 2.5, 0)
   task.folder(tmp_path).mkdir(parents=True)
   (task.folder(tmp_path) / "point.json").write_text(json.dumps({"kl": 1.0}))
-  assert trained.train_point(task, tmp_path, asked.Settings(), None) == {"kl": 1.0}
+  assert runs.train_point(task, tmp_path, settings.Settings(), None) == {"kl": 1.0}
 
 
 def test_a_second_round_has_the_pairs_of_the_first_and_as_many_of_its_policy(tmp_path, monkeypatch):
@@ -244,21 +247,21 @@ def test_a_second_round_has_the_pairs_of_the_first_and_as_many_of_its_policy(tmp
     seen.append(flags)
     pathlib.Path(flags["out"]).write_text(f"{flags['model']}\n", encoding="utf-8")
 
-  monkeypatch.setattr(trained, "run", fake)
+  monkeypatch.setattr(runs, "run", fake)
   (tmp_path / "seed3").mkdir()
-  again = asked.Task("dpo_again", 1.5, 3)
-  assert again.first == asked.Task("dpo", 1.5, 3)
+  again = settings.Task("dpo_again", 1.5, 3)
+  assert again.first == settings.Task("dpo", 1.5, 3)
   for task in (again.first, again, again):
-    trained.make_training_pairs(task, tmp_path)
+    runs.make_training_pairs(task, tmp_path)
   reference, policy = tmp_path / "sft" / "export", tmp_path / "seed3" / "dpo-1.5" / "export"
-  assert trained.training_pairs(again, tmp_path).read_text() == f"{reference}\n{policy}\n"
+  assert runs.training_pairs(again, tmp_path).read_text() == f"{reference}\n{policy}\n"
   assert len(seen) == 2 and seen[0]["seed"] != seen[1]["seed"]
 
 
 def test_a_failed_run_is_one_line(tmp_path):
   log = tmp_path / "x.log"
   with pytest.raises(UserError, match=r"failed: error: no such thing .*x.log has all of it"):
-    trained.run(["-c", "import sys; print(1); sys.exit('error: no such thing')"], log)
+    runs.run(["-c", "import sys; print(1); sys.exit('error: no such thing')"], log)
   assert log.read_text() == "1\nerror: no such thing\n"
 
 
@@ -278,17 +281,17 @@ def test_equal_kl_interpolates_within_each_seed():
     point(kl=2.0, fraction=0.6, seed=1),
     point(kl=9.0, fraction=0.1, seed=1, within_reach=False),
   ]
-  found = shown.at_equal_kl(points, (0.5, 1.0, 2.0, 3.0))
+  found = results.at_equal_kl(points, (0.5, 1.0, 2.0, 3.0))
   assert found[0] is None and found[3] is None  # one seed has no point on that side
   assert found[1:3] == pytest.approx([(0.8 + 0.6) / 2, (0.9 + 0.6) / 2])
 
 
 def test_equal_kl_of_points_without_a_share():
-  assert shown.at_equal_kl([point(fraction=None)], (1.0,)) == [None]
+  assert results.at_equal_kl([point(fraction=None)], (1.0,)) == [None]
 
 
 def test_rows_are_means_over_seeds():
-  rows = shown.rows(
+  rows = results.rows(
     [
       point(fraction=0.7, kl=1.0, reward=4.0, seconds=10.0),
       point(fraction=0.9, kl=2.0, reward=5.0, seconds=20.0, seed=1),
@@ -307,15 +310,15 @@ def test_summary_table_and_picture(tmp_path, capsys):
   many_XS = np.random.default_rng(0).normal(0, 3, (8, 256))
   found = yardstick(many_XS)
   points = [point(kl=k, beta=b, seed=s) for k, b in ((0.5, 4), (2, 1)) for s in (0, 1)]
-  points += [point("sft", None, fraction=None), *measured.best_of_n_points(found)]
-  summary = shown.summarise(asked.QUICK, found, points)
+  points += [point("sft", None, fraction=None), *best_of_n_points(found)]
+  summary = results.summarise(settings.QUICK, found, points)
   json.dumps(summary, allow_nan=False)
   assert summary["exact"][0]["beta"] is None
   assert summary["fraction_at_kl"]["dpo"][:3] == pytest.approx([0.8, 0.8, 0.8])
-  assert summary["fraction_at_kl"]["sft"] == [None] * len(shown.KLS)
-  shown.show(summary)
+  assert summary["fraction_at_kl"]["sft"] == [None] * len(results.KLS)
+  results.show(summary)
   assert "SFT on chosen" in capsys.readouterr().out
-  plots.save_png(shown.draw(summary), tmp_path / "a.png")
+  plots.save_png(results.draw(summary), tmp_path / "a.png")
   assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 

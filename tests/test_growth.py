@@ -7,14 +7,15 @@ import sys
 
 import pytest
 
-from dpo_jax import growth, plan, plots
+from dpo_jax.benchmarking import planner, scaling
+from dpo_jax.monitoring import plots
 from dpo_jax.structs import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def test_quantities_grow_as_far_as_they_say():
-  values = {name: axis.values for name, axis in growth.AXES.items()}
+  values = {name: axis.values for name, axis in scaling.AXES.items()}
   assert (values["length"][0], values["length"][-1]) == (256, 32768)
   assert values["vocabulary"] == (1024, 4096, 16384, 65536, 262144)
   assert values["devices"] == (1, 2, 4, 8)
@@ -31,7 +32,7 @@ def test_quantities_grow_as_far_as_they_say():
   ],
 )
 def test_rows_hold_what_is_asked_for(axis, value, tokens):
-  run = plan.outline(*growth.configured(axis, value))
+  run = planner.outline(*scaling.configured(axis, value))
   real = int((run.batch.pair_NL >= 0).sum())
   rounded = {"length": 3, "pairs": 3 * value, "answers": value + 1}[axis]
   assert tokens - rounded <= real <= tokens
@@ -41,12 +42,12 @@ def test_rows_hold_what_is_asked_for(axis, value, tokens):
 
 def test_an_unknown_quantity_is_refused():
   with pytest.raises(UserError, match="'colour' does not grow; known are length, vocabulary"):
-    growth.configured("colour", 3)
+    scaling.configured("colour", 3)
 
 
 def test_a_step_too_large_for_this_machine_is_planned_and_not_run(monkeypatch):
-  monkeypatch.setattr(growth, "_field", lambda path, name: 2**20)
-  found = growth.measure("pairs", 1)
+  monkeypatch.setattr(scaling, "_field", lambda path, name: 2**20)
+  found = scaling.measure("pairs", 1)
   assert found["planned_mb"] > 1 and found["seconds"] is None and found["measured_mb"] is None
 
 
@@ -67,17 +68,17 @@ def test_the_figure_draws_every_curve_and_what_is_in_proportion():
 
 def test_points_are_kept_whole_or_refused(tmp_path):
   file = tmp_path / "growth.json"
-  assert growth.read(file) == []
+  assert scaling.read(file) == []
   point = {"axis": "pairs", "value": 1, "seconds": 0.5, "planned_mb": 1.0, "measured_mb": None}
-  growth.write(file, [point])
-  assert growth.read(file) == [point]
+  scaling.write(file, [point])
+  assert scaling.read(file) == [point]
   assert [path.name for path in tmp_path.iterdir()] == [file.name]
   for text in ("", "[]", '{"points": 5}', '{"points": [1]}', '{"points": [{"axis": "pairs"}]}'):
     file.write_text(text)
     with pytest.raises(UserError, match=r"growth\.json holds no points of an earlier run"):
-      growth.read(file)
+      scaling.read(file)
   with pytest.raises(UserError, match="holds no points"):
-    growth.read(tmp_path)
+    scaling.read(tmp_path)
 
 
 @pytest.mark.slow

@@ -16,9 +16,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from dpo_jax.hf import checkpoint as hf_checkpoint
+from dpo_jax.hf import safetensors_files
+from dpo_jax.hf.loading import Leaf, distribute
 from dpo_jax.model import config as configs
-from dpo_jax.model import families, hf, transformer, weight_files
-from dpo_jax.model.leaves import Leaf, distribute
+from dpo_jax.model import families, transformer
 from dpo_jax.structs import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -77,7 +79,7 @@ def assert_bitwise_equal(left, right):
 @pytest.fixture
 def folder(tmp_path):
   """A small Llama folder to be broken."""
-  hf.save(tmp_path / "model", LLAMA, random_params(LLAMA))
+  hf_checkpoint.save(tmp_path / "model", LLAMA, random_params(LLAMA))
   return tmp_path / "model"
 
 
@@ -94,7 +96,7 @@ def edit_tensors(folder, edit):
 
 def refused(folder, message, **given):
   with pytest.raises(UserError, match=message) as caught:
-    hf.load(folder, **given)
+    hf_checkpoint.load(folder, **given)
   assert "\n" not in str(caught.value)
 
 
@@ -122,8 +124,8 @@ def spread(*spec):
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_what_is_saved_reads_back_bit_for_bit(config, tmp_path):
   params = random_params(config)
-  hf.save(tmp_path / "model", config, params)
-  loaded, found = hf.load(tmp_path / "model")
+  hf_checkpoint.save(tmp_path / "model", config, params)
+  loaded, found = hf_checkpoint.load(tmp_path / "model")
   assert loaded == config
   assert_bitwise_equal(found, params)
 
@@ -131,19 +133,21 @@ def test_what_is_saved_reads_back_bit_for_bit(config, tmp_path):
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 def test_narrow_dtypes_are_kept_on_disk_and_widened_exactly(dtype, tmp_path):
   params = random_params(LLAMA, dtype)
-  hf.save(tmp_path / "model", LLAMA, params)
+  hf_checkpoint.save(tmp_path / "model", LLAMA, params)
   assert json.loads((tmp_path / "model" / "config.json").read_text())["torch_dtype"] == str(
     np.dtype(dtype)
   )
-  assert_bitwise_equal(hf.load(tmp_path / "model", dtype=np.dtype(dtype).name)[1], params)
+  assert_bitwise_equal(
+    hf_checkpoint.load(tmp_path / "model", dtype=np.dtype(dtype).name)[1], params
+  )
   widened = jax.tree.map(lambda x: x.astype(np.float32), params)
-  assert_bitwise_equal(hf.load(tmp_path / "model")[1], widened)
+  assert_bitwise_equal(hf_checkpoint.load(tmp_path / "model")[1], widened)
 
 
 @pytest.mark.parametrize("name", ["stories260k", "gpt-nano-sort"])
 def test_real_folders_come_back_as_they_were(name, shared_data, tmp_path):
   source = shared_data / "models" / name
-  hf.save(tmp_path / "copy", *hf.load(source), source=source)
+  hf_checkpoint.save(tmp_path / "copy", *hf_checkpoint.load(source), source=source)
   before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "copy"))
   assert set(before) == set(after)
   for tensor in before:
@@ -151,7 +155,9 @@ def test_real_folders_come_back_as_they_were(name, shared_data, tmp_path):
     assert before[tensor].tobytes() == after[tensor].tobytes()
   copied = {path.name for path in (tmp_path / "copy").iterdir()}
   written = {"config.json", "model.safetensors", "generation_config.json"}
-  assert copied == written | set(hf.COMPANIONS) & {path.name for path in source.iterdir()}
+  assert copied == written | set(hf_checkpoint.COMPANIONS) & {
+    path.name for path in source.iterdir()
+  }
   for file in copied - {"config.json", "model.safetensors"}:
     if (source / file).exists():
       assert (source / file).read_bytes() == (tmp_path / "copy" / file).read_bytes()
@@ -167,7 +173,7 @@ def test_kernels_lie_as_documented(tmp_path):
     (GPT2, "transformer.h.1.mlp.c_proj.weight", "down"),
   ):
     params = random_params(config)
-    hf.save(tmp_path / config.family, config, params)
+    hf_checkpoint.save(tmp_path / config.family, config, params)
     stored = load_file(tmp_path / config.family / "model.safetensors")[name]
     kernel = params["params"]["layers"][leaf]["kernel"][1]
     # Llama stores [out, in]; GPT-2, like this tree, [in, out].
@@ -175,9 +181,9 @@ def test_kernels_lie_as_documented(tmp_path):
 
 
 def test_shards_and_their_index_read_as_one(folder):
-  expected = hf.load(folder)[1]
+  expected = hf_checkpoint.load(folder)[1]
   shard_of = shard(folder)
-  assert_bitwise_equal(hf.load(folder)[1], expected)
+  assert_bitwise_equal(hf_checkpoint.load(folder)[1], expected)
 
   (folder / "model-00002-of-00002.safetensors").unlink()
   refused(folder, "lacks model-00002-of-00002.safetensors, which its index names")
@@ -219,16 +225,16 @@ SPREADS = {
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_a_model_is_loaded_straight_into_its_shardings(config, places, tmp_path):
   params = random_params(config)
-  hf.save(tmp_path / "model", config, params)
+  hf_checkpoint.save(tmp_path / "model", config, params)
   divides = lambda leaf: all(size % 8 == 0 or size == config.layers for size in leaf.shape)
   shardings = jax.tree.map(
     lambda leaf: places(leaf) if divides(leaf) else spread(), transformer.param_shapes(config)
   )
-  _, found = hf.load(tmp_path / "model", shardings=shardings)
+  _, found = hf_checkpoint.load(tmp_path / "model", shardings=shardings)
   jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding or pytest.fail(), found, shardings)
   assert_bitwise_equal(jax.tree.map(np.asarray, found), params)
   # And out again from where they lie, to the very same files.
-  hf.save(tmp_path / "again", config, found)
+  hf_checkpoint.save(tmp_path / "again", config, found)
   for file in (tmp_path / "model").iterdir():
     assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
 
@@ -256,18 +262,20 @@ def test_a_process_takes_only_its_part_of_what_a_tensor_joins():
 
 
 def test_one_sharding_serves_all_leaves(folder):
-  _, found = hf.load(folder, dtype="bfloat16", shardings=spread())
+  _, found = hf_checkpoint.load(folder, dtype="bfloat16", shardings=spread())
   assert {leaf.sharding for leaf in jax.tree.leaves(found)} == {spread()}
-  assert_bitwise_equal(jax.tree.map(np.asarray, found), hf.load(folder, dtype="bfloat16")[1])
+  assert_bitwise_equal(
+    jax.tree.map(np.asarray, found), hf_checkpoint.load(folder, dtype="bfloat16")[1]
+  )
 
 
 def test_every_tensor_is_read_once(folder, monkeypatch):
-  read, whole = [], weight_files.Weights.read
+  read, whole = [], safetensors_files.Weights.read
   monkeypatch.setattr(
-    weight_files.Weights, "read", lambda self, name: read.append(name) or whole(self, name)
+    safetensors_files.Weights, "read", lambda self, name: read.append(name) or whole(self, name)
   )
   places = SPREADS["in and out"]
-  hf.load(folder, shardings=jax.tree.map(places, transformer.param_shapes(LLAMA)))
+  hf_checkpoint.load(folder, shardings=jax.tree.map(places, transformer.param_shapes(LLAMA)))
   assert sorted(read) == sorted(load_file(folder / "model.safetensors"))
 
 
@@ -275,10 +283,10 @@ def test_every_tensor_is_read_once(folder, monkeypatch):
 @pytest.mark.parametrize("stored", [np.float64, np.float32, ml_dtypes.bfloat16, np.float16])
 def test_numbers_are_rounded_once_on_their_way_in(stored, wanted, tmp_path):
   params = random_params(LLAMA, stored)
-  hf.save(tmp_path / "model", LLAMA, params)
+  hf_checkpoint.save(tmp_path / "model", LLAMA, params)
   expected = jax.tree.map(lambda x: x.astype(wanted), params)
   for shardings in (None, spread()):
-    _, found = hf.load(tmp_path / "model", dtype=wanted, shardings=shardings)
+    _, found = hf_checkpoint.load(tmp_path / "model", dtype=wanted, shardings=shardings)
     assert_bitwise_equal(jax.tree.map(np.asarray, found), expected)
 
 
@@ -298,11 +306,11 @@ def test_experts_are_two_axes_of_a_leaf_and_two_numbers_of_a_name(tmp_path, monk
     families.Tensor("model.layers.{}.mlp.gate.weight", ("layers.router.kernel",), True),
   ]
   monkeypatch.setattr(families, "tensors", lambda config: listed)
-  monkeypatch.setattr(hf, "param_shapes", lambda config: shapes)
+  monkeypatch.setattr(hf_checkpoint, "param_shapes", lambda config: shapes)
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
-  hf.save(tmp_path / "model", LLAMA, params, max_shard_size=1000)
-  assert_bitwise_equal(hf.load(tmp_path / "model")[1], params)
+  hf_checkpoint.save(tmp_path / "model", LLAMA, params, max_shard_size=1000)
+  assert_bitwise_equal(hf_checkpoint.load(tmp_path / "model")[1], params)
 
   stored = {}
   for file in (tmp_path / "model").glob("*.safetensors"):
@@ -313,9 +321,9 @@ def test_experts_are_two_axes_of_a_leaf_and_two_numbers_of_a_name(tmp_path, monk
     params["params"]["layers"]["up"]["kernel"][1, 3].T,
   )
   by_expert = jax.tree.map(lambda x: spread(None, "b") if x.ndim == 4 else spread(), params)
-  _, found = hf.load(tmp_path / "model", shardings=by_expert)
+  _, found = hf_checkpoint.load(tmp_path / "model", shardings=by_expert)
   assert_bitwise_equal(jax.tree.map(np.asarray, found), params)
-  hf.save(tmp_path / "again", LLAMA, found, max_shard_size=1000)
+  hf_checkpoint.save(tmp_path / "again", LLAMA, found, max_shard_size=1000)
   for file in (tmp_path / "model").iterdir():
     assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
 
@@ -323,7 +331,7 @@ def test_experts_are_two_axes_of_a_leaf_and_two_numbers_of_a_name(tmp_path, monk
 def test_a_large_export_is_divided_into_shards(tmp_path):
   config, params = GPT2, random_params(GPT2)
   for limit in (1, 2000):
-    hf.save(tmp_path / "model", config, params, max_shard_size=limit)
+    hf_checkpoint.save(tmp_path / "model", config, params, max_shard_size=limit)
     files = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
     count = len(files)
     assert files == [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
@@ -337,17 +345,19 @@ def test_a_large_export_is_divided_into_shards(tmp_path):
       assert 0 < size <= limit or len(held) == 1
     # The first tensor of a shard would not have fitted into the one before.
     assert all(a + b > limit for a, b in itertools.pairwise(sizes))
-    assert_bitwise_equal(hf.load(tmp_path / "model")[1], params)
-  hf.save(tmp_path / "model", config, params, max_shard_size=index["metadata"]["total_size"])
+    assert_bitwise_equal(hf_checkpoint.load(tmp_path / "model")[1], params)
+  hf_checkpoint.save(
+    tmp_path / "model", config, params, max_shard_size=index["metadata"]["total_size"]
+  )
   assert not list((tmp_path / "model").glob("model*index.json"))
 
 
 def test_tensors_of_several_dtypes_lie_aligned(tmp_path):
   arrays = {"a": np.ones(3, ml_dtypes.bfloat16), "b": np.arange(2.0), "c": np.ones(5, np.float32)}
   entries = [
-    weight_files.Entry(name, x.shape, x.dtype, lambda x=x: x) for name, x in arrays.items()
+    safetensors_files.Entry(name, x.shape, x.dtype, lambda x=x: x) for name, x in arrays.items()
   ]
-  weight_files.write_weights(tmp_path, entries, 10**9)
+  safetensors_files.write_weights(tmp_path, entries, 10**9)
   with (tmp_path / "model.safetensors").open("rb") as file:
     size = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(size))
@@ -363,9 +373,10 @@ def test_tensors_of_several_dtypes_lie_aligned(tmp_path):
 MEASURE = """
 import sys
 import jax, numpy as np
-from dpo_jax.model import hf, transformer
+from dpo_jax.hf import checkpoint as hf_checkpoint
+from dpo_jax.model import transformer
 jax.config.update("jax_num_cpu_devices", 2)
-config = hf.check(sys.argv[1])
+config = hf_checkpoint.check(sys.argv[1])
 shapes = transformer.param_shapes(config)
 mesh = jax.sharding.Mesh(jax.devices(), "a")
 place = lambda leaf: jax.sharding.NamedSharding(
@@ -385,8 +396,8 @@ def peak(act):
   result = act()
   return result, memory("VmHWM") - before
 
-(_, params), loading = peak(lambda: hf.load(sys.argv[1], shardings=places))
-_, saving = peak(lambda: hf.save(sys.argv[2], config, params))
+(_, params), loading = peak(lambda: hf_checkpoint.load(sys.argv[1], shardings=places))
+_, saving = peak(lambda: hf_checkpoint.save(sys.argv[2], config, params))
 print(loading, saving)
 """
 
@@ -396,7 +407,7 @@ def test_memory_holds_the_parameters_and_one_tensor(tmp_path):
   sizes = {"vocab": 32000, "width": 512, "layers": 8, "mlp_width": 1536, "tied": False}
   config = dataclasses.replace(LLAMA, **sizes, heads=8, kv_heads=8, head_width=64)
   params = jax.tree.map(lambda x: np.full(x.shape, 0.5, x.dtype), transformer.param_shapes(config))
-  hf.save(tmp_path / "model", config, params)
+  hf_checkpoint.save(tmp_path / "model", config, params)
   share = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
   largest = params["params"]["embed"]["embedding"].nbytes
   assert largest == 32000 * 512 * 4 and share > 3 * largest
@@ -416,7 +427,7 @@ def test_memory_holds_the_parameters_and_one_tensor(tmp_path):
 
 def test_bare_names_buffers_and_a_copied_head_are_understood(tmp_path):
   params = random_params(GPT2)
-  hf.save(tmp_path / "model", GPT2, params)
+  hf_checkpoint.save(tmp_path / "model", GPT2, params)
 
   def as_on_the_hub(tensors):
     for name in list(tensors):
@@ -425,12 +436,12 @@ def test_bare_names_buffers_and_a_copied_head_are_understood(tmp_path):
     tensors["lm_head.weight"] = tensors["wte.weight"]
 
   edit_tensors(tmp_path / "model", as_on_the_hub)
-  assert_bitwise_equal(hf.load(tmp_path / "model")[1], params)
+  assert_bitwise_equal(hf_checkpoint.load(tmp_path / "model")[1], params)
 
 
 @pytest.mark.parametrize("files", [1, 3])
 def test_an_interrupted_export_leaves_the_older_model(files, folder, monkeypatch):
-  expected = hf.load(folder)[1]
+  expected = hf_checkpoint.load(folder)[1]
   written = []
 
   def full_disk(file):
@@ -438,19 +449,19 @@ def test_an_interrupted_export_leaves_the_older_model(files, folder, monkeypatch
     if len(written) % files == 0:
       raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(weight_files.os, "fsync", full_disk)
+  monkeypatch.setattr(safetensors_files.os, "fsync", full_disk)
   for path in (folder, folder.parent / "fresh"):
     with pytest.raises(OSError, match="No space left"):
-      hf.save(
+      hf_checkpoint.save(
         path, LLAMA, random_params(LLAMA, seed=1), max_shard_size=10**9 if files == 1 else 1000
       )
   assert len(written) == 2 * files
-  assert_bitwise_equal(hf.load(folder)[1], expected)
+  assert_bitwise_equal(hf_checkpoint.load(folder)[1], expected)
   assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
 def test_an_export_that_cannot_take_its_place_gives_it_back(folder, monkeypatch):
-  expected = hf.load(folder)[1]
+  expected = hf_checkpoint.load(folder)[1]
   rename = pathlib.Path.rename
 
   def interrupted(self, target):
@@ -460,16 +471,16 @@ def test_an_export_that_cannot_take_its_place_gives_it_back(folder, monkeypatch)
 
   monkeypatch.setattr(pathlib.Path, "rename", interrupted)
   with pytest.raises(KeyboardInterrupt):
-    hf.save(folder, LLAMA, random_params(LLAMA, seed=1))
-  assert_bitwise_equal(hf.load(folder)[1], expected)
+    hf_checkpoint.save(folder, LLAMA, random_params(LLAMA, seed=1))
+  assert_bitwise_equal(hf_checkpoint.load(folder)[1], expected)
   assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
 def test_an_export_replaces_the_older_model_whole(folder):
   (folder / "of_the_old_model.txt").touch()
   newer = random_params(GPT2)
-  hf.save(folder, GPT2, newer)
-  assert_bitwise_equal(hf.load(folder)[1], newer)
+  hf_checkpoint.save(folder, GPT2, newer)
+  assert_bitwise_equal(hf_checkpoint.load(folder)[1], newer)
   assert {path.name for path in folder.iterdir()} == {
     "config.json",
     "generation_config.json",
@@ -486,7 +497,7 @@ def test_companions_are_copied_untouched(folder, tmp_path):
   (folder / "chat_template.jinja").write_text("{{ messages }}\r\n", newline="")
   (folder / "additional_chat_templates").mkdir()
   (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
-  hf.save(tmp_path / "out", LLAMA, random_params(LLAMA), source=folder)
+  hf_checkpoint.save(tmp_path / "out", LLAMA, random_params(LLAMA), source=folder)
   for name in (
     "generation_config.json",
     "chat_template.jinja",
@@ -497,7 +508,7 @@ def test_companions_are_copied_untouched(folder, tmp_path):
 
 def test_generation_settings_are_written_where_the_source_has_none(tmp_path):
   config = dataclasses.replace(LLAMA, bos_id=1, eos_ids=(2, 9))
-  hf.save(tmp_path / "out", config, random_params(config))
+  hf_checkpoint.save(tmp_path / "out", config, random_params(config))
   written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
   assert written == {"bos_token_id": 1, "eos_token_id": [2, 9]}
 
@@ -506,7 +517,7 @@ def test_the_sources_configuration_is_kept_where_it_is_of_this_model(folder, tmp
   own = {"use_cache": False, "rope_theta": None, "rope_parameters": {"rope_theta": 10000.0}}
   edit_config(folder, **own, architectures=["LlamaModel"], torch_dtype="bfloat16")
   source = json.loads((folder / "config.json").read_text())
-  hf.save(tmp_path / "out", LLAMA, random_params(LLAMA, np.float16), source=folder)
+  hf_checkpoint.save(tmp_path / "out", LLAMA, random_params(LLAMA, np.float16), source=folder)
   written = json.loads((tmp_path / "out" / "config.json").read_text())
   assert written == source | {
     "architectures": ["LlamaForCausalLM"],
@@ -519,7 +530,7 @@ def test_the_sources_configuration_is_kept_where_it_is_of_this_model(folder, tmp
       (folder / "config.json").write_text("{")
     else:
       edit_config(folder, **change)
-    hf.save(tmp_path / "out", LLAMA, random_params(LLAMA), source=folder)
+    hf_checkpoint.save(tmp_path / "out", LLAMA, random_params(LLAMA), source=folder)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written == families.to_hf(LLAMA) | {"torch_dtype": "float32", "dtype": "float32"}
 
@@ -634,11 +645,11 @@ def test_tensors_missing_unexpected_or_of_another_shape(folder):
 
 
 def test_headers_tell_what_is_wrong_before_any_tensor_is_read(folder, monkeypatch):
-  monkeypatch.setattr(weight_files.Weights, "read", lambda self, name: pytest.fail("read"))
-  assert hf.check(folder) == LLAMA
+  monkeypatch.setattr(safetensors_files.Weights, "read", lambda self, name: pytest.fail("read"))
+  assert hf_checkpoint.check(folder) == LLAMA
   name = "model.norm.weight"  # the last there is
   for wrong in (np.ones(7, np.float32), np.ones(8, np.int8)):
     edit_tensors(folder, lambda tensors, wrong=wrong: tensors.update({name: wrong}))
-    for read in (hf.check, hf.load):
+    for read in (hf_checkpoint.check, hf_checkpoint.load):
       with pytest.raises(UserError, match=f"tensor {name}"):
         read(folder)

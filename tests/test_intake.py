@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_rows import examples, pair
 
-from dpo_jax.data import intake, layout, packing, pipeline, tokenized
-from dpo_jax.data.tokenized import Example
+from dpo_jax.data import batches, collate, encode, packing
+from dpo_jax.data import examples as data_examples
+from dpo_jax.data.examples import Example
 from dpo_jax.structs import UserError
 
 # --- loading --------------------------------------------------------------------------------------
@@ -26,11 +27,11 @@ def test_every_row_is_accounted_for(rows_file, tokenizer):
       pair(chosen=" is"),
     ]
   )
-  found, ledger, form = intake.load_examples(path, tokenizer, max_length=40, prompt_floor=8)
+  found, ledger, form = encode.load_examples(path, tokenizer, max_length=40, prompt_floor=8)
   assert form == "strings"
   assert [example.row for example in found] == [0, 4, 5]
   assert all(example.prompt[0] == tokenizer.bos_id for example in found)
-  lengths, answers = tokenized.lengths(found)
+  lengths, answers = data_examples.lengths(found)
   assert (lengths + answers.max(1)).max() == 40
   taken = packing.costs(lengths, answers, "shared").sum()
   assert ledger.to_json() == {
@@ -46,13 +47,13 @@ def test_every_row_is_accounted_for(rows_file, tokenizer):
       "shared": lengths.sum() - 3,
     },
   }
-  assert ledger.tokens["padding"] == -taken % layout.fit_row_length(found, "shared")
+  assert ledger.tokens["padding"] == -taken % collate.fit_row_length(found, "shared")
   json.dumps(ledger.to_json())
 
 
 def test_a_cut_answer_has_no_end(rows_file, tokenizer):
   path = rows_file([pair(chosen=" good" * 40), pair(chosen=" is" * 40, rejected=" is" * 41)])
-  found, ledger, _ = intake.load_examples(
+  found, ledger, _ = encode.load_examples(
     path, tokenizer, max_length=24, prompt_floor=4, truncation="cut"
   )
   (example,) = found
@@ -63,33 +64,33 @@ def test_a_cut_answer_has_no_end(rows_file, tokenizer):
 
 
 def test_texts_to_learn_from_have_one_answer(rows_file, tokenizer):
-  found, ledger, form = intake.load_examples(rows_file([pair()]), tokenizer, kind="text")
+  found, ledger, form = encode.load_examples(rows_file([pair()]), tokenizer, kind="text")
   assert len(found[0].answers) == 1 and ledger.tokens["shared"] == 0
   assert tokenizer.decode(found[0].answers[0]) == "good"
   path = rows_file([{"text": "the answer"}])
-  found, _, form = intake.load_examples(path, tokenizer, kind="text")
+  found, _, form = encode.load_examples(path, tokenizer, kind="text")
   assert form == "text" and found[0].prompt.tolist() == [tokenizer.bos_id]
 
 
 def test_ids_are_scored_as_they_stand(rows_file, tokenizer):
   path = rows_file([{"prompt_ids": [1, 5], "chosen_ids": [6, 2], "rejected_ids": [7]}])
-  ((prompt, answers, *_),), ledger, form = intake.load_examples(path, tokenizer, max_length=8)
+  ((prompt, answers, *_),), ledger, form = encode.load_examples(path, tokenizer, max_length=8)
   assert (prompt.tolist(), [a.tolist() for a in answers]) == ([1, 5], [[6, 2], [7]])
   assert form == ledger.format == "ids"
 
 
 def test_several_files_are_one_data_set(rows_file, tokenizer):
   paths = [rows_file([pair(), pair(" so")], "a"), rows_file([pair("and")], "b")]
-  found, ledger, _ = intake.load_examples(paths, tokenizer)
+  found, ledger, _ = encode.load_examples(paths, tokenizer)
   assert [example.row for example in found] == [0, 1, 2] and ledger.rows == 3
-  found, ledger, _ = intake.load_examples(paths, tokenizer, limit=2)
+  found, ledger, _ = encode.load_examples(paths, tokenizer, limit=2)
   assert ledger.rows == 2
 
 
 def test_each_file_has_a_form_of_its_own(rows_file, tokenizer):
   dialogue = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
   paths = [rows_file([pair()], "a"), rows_file([dialogue], "b")]
-  found, ledger, form = intake.load_examples(paths, tokenizer)
+  found, ledger, form = encode.load_examples(paths, tokenizer)
   assert [example.row for example in found] == [0, 1] and not ledger.dropped
   assert form == ledger.format == "strings, transcripts"
 
@@ -110,7 +111,7 @@ def test_judged_answers_and_pairs_taken_apart(rows_file, tokenizer):
     rows_file([judged(), judged(0, completion=" bad"), judged(completion="  ")], "judged"),
     rows_file([pair("so", margin=3), pair(rejected=" good")], "pairs"),
   ]
-  found, ledger, form = intake.load_examples(paths, tokenizer, kind="unpaired")
+  found, ledger, form = encode.load_examples(paths, tokenizer, kind="unpaired")
   assert form == "completion with label, strings"
   assert [(e.row, e.grades) for e in found] == [(0, (1,)), (1, (0,)), (3, (1,)), (3, (0,))]
   texts = [tokenizer.decode(e.answers[0]) for e in found]
@@ -132,7 +133,7 @@ def test_ranked_answers_are_filled_up_to_the_most(rows_file, tokenizer):
     ranked(" good", " is", " good"),
   ]
   path = rows_file(rows)
-  found, ledger, form = intake.load_examples(path, tokenizer, kind="ranked")
+  found, ledger, form = encode.load_examples(path, tokenizer, kind="ranked")
   texts = lambda e: [tokenizer.decode(answer) for answer in e.answers]
   assert form == "ranked" and "labels" not in ledger.to_json()
   assert [texts(e) for e in found] == [["good", "bad", "", ""], ["is", "good", "bad", "so"]]
@@ -142,16 +143,16 @@ def test_ranked_answers_are_filled_up_to_the_most(rows_file, tokenizer):
   assert ledger.tokens["shared"] == (1 + 3) * (len(found[0].prompt) - 1)
 
   both = [path, rows_file([pair(chosen_score=2, rejected_score=1)], "pairs")]
-  found, ledger, form = intake.load_examples(both, tokenizer, kind="ranked")
+  found, ledger, form = encode.load_examples(both, tokenizer, kind="ranked")
   assert form == "ranked, strings" and texts(found[-1]) == ["good", "bad", "", ""]
   assert found[-1].grades == (2, 1, 0, 0)
-  (batch,) = pipeline.eval_batches(found, batch_size=8)
+  (batch,) = batches.eval_batches(found, batch_size=8)
   assert sorted({*batch.row_NS.ravel().tolist()} - {-1}) == [0, 1, 4]
 
 
 def test_ranked_answers_may_become_equal_by_cutting(rows_file, tokenizer):
   path = rows_file([ranked(" so", " is" * 40, " is" * 41), ranked(" so", " is" * 40, " good")])
-  found, ledger, _ = intake.load_examples(
+  found, ledger, _ = encode.load_examples(
     path, tokenizer, kind="ranked", max_length=24, prompt_floor=4, truncation="cut"
   )
   assert [e.row for e in found] == [1]
@@ -159,13 +160,13 @@ def test_ranked_answers_may_become_equal_by_cutting(rows_file, tokenizer):
 
 
 def test_margins_and_scores_are_grades(rows_file, tokenizer):
-  grades = lambda *rows: [e.grades for e in intake.load_examples(rows_file(rows), tokenizer)[0]]
+  grades = lambda *rows: [e.grades for e in encode.load_examples(rows_file(rows), tokenizer)[0]]
   assert grades(pair()) == [()]
   assert grades(pair(margin=2), pair(margin=0)) == [(2, 0), (0, 0)]
   assert grades(pair(chosen_score=1, rejected_score=3)) == [(1, 3)]
   rewarded = rows_file([pair(chosen_reward=1.5, rejected_reward=-1)])
-  some, _, _ = intake.load_examples(rewarded, tokenizer)
-  (batch,) = pipeline.eval_batches(some, batch_size=1)
+  some, _, _ = encode.load_examples(rewarded, tokenizer)
+  (batch,) = batches.eval_batches(some, batch_size=1)
   assert batch.grade_NS.tolist() == [[1.5, -1]]
 
 
@@ -196,7 +197,7 @@ def test_margins_and_scores_are_grades(rows_file, tokenizer):
 )
 def test_bad_grades_and_labels_are_one_line(rows_file, tokenizer, rows, kind, line):
   with pytest.raises(UserError, match=line) as raised:
-    intake.load_examples(rows_file(rows), tokenizer, kind=kind)
+    encode.load_examples(rows_file(rows), tokenizer, kind=kind)
   assert "\n" not in str(raised.value)
 
 
@@ -210,9 +211,9 @@ def test_bad_grades_and_labels_are_one_line(rows_file, tokenizer, rows, kind, li
   ],
 )
 def test_what_rows_are_is_told_from_the_first(rows_file, row, kind):
-  assert intake.detect_kind(rows_file([row, {"a": 1}])) == kind
+  assert encode.detect_kind(rows_file([row, {"a": 1}])) == kind
   with pytest.raises(UserError, match=r"rows\.jsonl:1: a row with a is of no known form"):
-    intake.detect_kind(rows_file([{"a": 1}, row]))
+    encode.detect_kind(rows_file([{"a": 1}, row]))
 
 
 def judged_examples(prompts):
@@ -229,8 +230,8 @@ def judged_examples(prompts):
 )
 def test_a_mismatched_answer_is_to_another_prompt(prompts, seed):
   some = judged_examples(prompts)
-  found = tokenized.with_mismatched(some, max_length=4, seed=seed)
-  whole = tokenized.with_mismatched(some, seed=seed)
+  found = data_examples.with_mismatched(some, max_length=4, seed=seed)
+  whole = data_examples.with_mismatched(some, seed=seed)
   assert len(found) == len(whole) == len(some)
   for before, cut, after in zip(some, found, whole, strict=True):
     assert (after.weight, after.row, after.prompt) == (before.weight, before.row, before.prompt)
@@ -241,25 +242,27 @@ def test_a_mismatched_answer_is_to_another_prompt(prompts, seed):
     # A window of 4 and a prompt of 1 token leave 3, for this one alone.
     assert cut.answers[1].tolist() == source.answers[0][:3].tolist()
     assert cut._replace(answers=after.answers) == after
-  for known, read in zip(tokenized.lengths(found), tokenized.lengths(list(found)), strict=True):
+  for known, read in zip(
+    data_examples.lengths(found), data_examples.lengths(list(found)), strict=True
+  ):
     assert known.tolist() == read.tolist(), "lengths are known before anything is read"
 
 
 def test_mismatched_answers_are_a_function_of_examples_and_seed():
   some = judged_examples(range(40))
   sources = lambda some, seed: [
-    int(e.answers[1][0]) for e in tokenized.with_mismatched(some, seed=seed)
+    int(e.answers[1][0]) for e in data_examples.with_mismatched(some, seed=seed)
   ]
   first = sources(some, 1)
   assert sources(some, 1) == first != sources(some, 2)
   assert sorted(first) == list(range(40)), "where prompts differ every answer serves once"
-  assert sources(tokenized.with_mismatched(some, seed=2), 1) == first
-  assert tokenized.with_mismatched([], seed=1) == []
+  assert sources(data_examples.with_mismatched(some, seed=2), 1) == first
+  assert data_examples.with_mismatched([], seed=1) == []
 
 
 def test_answers_to_one_prompt_alone_cannot_be_mismatched():
   with pytest.raises(UserError, match="all 3 judged answers are to one prompt, and kto needs"):
-    tokenized.with_mismatched(judged_examples([7, 7, 7]))
+    data_examples.with_mismatched(judged_examples([7, 7, 7]))
 
 
 # --- what is wrong with a file --------------------------------------------------------------------
@@ -290,33 +293,33 @@ def test_answers_to_one_prompt_alone_cannot_be_mismatched():
 )
 def test_bad_data_is_one_line(rows_file, tokenizer, rows, kwargs, line):
   with pytest.raises(UserError, match=line):
-    intake.load_examples(rows_file(rows), tokenizer, **kwargs)
+    encode.load_examples(rows_file(rows), tokenizer, **kwargs)
 
 
 def test_a_tokenizer_must_fit_the_model(tokenizer):
-  intake.check_vocabulary(tokenizer, tokenizer.vocab_size)
+  encode.check_vocabulary(tokenizer, tokenizer.vocab_size)
   with pytest.raises(UserError, match=r"ids go to \d+ and the model's vocabulary is 100; name"):
-    intake.check_vocabulary(tokenizer, 100)
+    encode.check_vocabulary(tokenizer, 100)
 
 
 def test_split_keeps_a_prompt_on_one_side():
   some = [e._replace(prompt=np.array([e.row // 3], np.int32)) for e in examples(60)]
-  train, held_out = tokenized.split(some, 0.2, seed=3)
+  train, held_out = data_examples.split(some, 0.2, seed=3)
   sides = [{int(e.prompt[0]) for e in side} for side in (train, held_out)]
   assert len(train) + len(held_out) == 60 and len(sides[1]) == 4
   assert not sides[0] & sides[1]
-  again = tokenized.split(some, 0.2, seed=3)[1]
+  again = data_examples.split(some, 0.2, seed=3)[1]
   assert [e.row for e in again] == [e.row for e in held_out]
-  assert {e.row for e in tokenized.split(some, 0.2, seed=4)[1]} != {e.row for e in held_out}
-  assert tokenized.split(some, 0.0) == (some, [])
+  assert {e.row for e in data_examples.split(some, 0.2, seed=4)[1]} != {e.row for e in held_out}
+  assert data_examples.split(some, 0.0) == (some, [])
   line = "0.01 of 20 distinct prompts leaves one side.*data.eval_fraction=0 .*data.eval_path"
   with pytest.raises(UserError, match=line):
-    tokenized.split(some, 0.01)
+    data_examples.split(some, 0.01)
 
 
 def test_texts_of_one_prompt_are_split_one_by_one():
   some = [e._replace(prompt=np.array([1], np.int32)) for e in examples(20)]
-  train, held_out = tokenized.split(some, 0.2)
+  train, held_out = data_examples.split(some, 0.2)
   assert len(held_out) == 4 and sorted(e.row for e in train + held_out) == list(range(20))
   with pytest.raises(UserError, match=r"0.01 of 20 rows \(7 dropped: too long\) leaves one side"):
-    tokenized.split(some, 0.01, dropped={"too long": 7})
+    data_examples.split(some, 0.01, dropped={"too long": 7})

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import small_task
 
-from dpo_jax.checkpoint import Checkpoints, latest_step
-from dpo_jax.loggers import read_metrics
+from dpo_jax.monitoring.loggers import read_metrics
+from dpo_jax.training.checkpoint import Checkpoints, latest_step
 
 EVERY = {"checkpoint.every": 6, "eval.every": 4}
 CASES = {

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_jax import logprobs
-from dpo_jax.data import layout, packing, tokenized
-from dpo_jax.data.layout import collate
-from dpo_jax.data.tokenized import Example, truncate
+from dpo_jax.data import packing
+from dpo_jax.data.collate import check_fits, collate, collate_many, fit_row_length
+from dpo_jax.data.examples import Example, fill_up, lengths, truncate
 from dpo_jax.structs import TokenBatch, UserError
 
 tiny_logps = jax.jit(logprobs.make_logps_fn(tiny.MODEL))
@@ -119,7 +119,7 @@ def test_padded_rows_by_hand():
 )
 def test_a_batch_holds_exactly_its_pairs(name, seed, size, answers, groups):
   some = examples(size, seed, answers=answers)
-  length = layout.fit_row_length(some, name)
+  length = fit_row_length(some, name)
   batch = collate(some, layout=name, row_length=length, groups=groups)
   assert read_back(batch) == expected(some)
   rows, slots = batch.weight_NS.shape
@@ -142,12 +142,12 @@ def ragged(size, seed=0, *, most=4):
 
 def test_absent_answers_by_hand():
   one = Example(ids(5, 6, 7), (ids(8, 9),), 2.0, 41, (0.5,))
-  (filled,) = tokenized.fill_up([one], 3)
+  (filled,) = fill_up([one], 3)
   assert [len(answer) for answer in filled.answers] == [2, 0, 0] and filled.grades == (0.5, 0, 0)
-  assert tokenized.fill_up([one]) == [one] and tokenized.fill_up([]) == []
-  assert tokenized.fill_up([one._replace(grades=())], 2)[0].grades == ()
+  assert fill_up([one]) == [one] and fill_up([]) == []
+  assert fill_up([one._replace(grades=())], 2)[0].grades == ()
   with pytest.raises(ValueError, match="an example has 1 answers, 0 are wanted"):
-    tokenized.fill_up([one], 0)
+    fill_up([one], 0)
   for name in ("shared", "packed"):  # one answer is laid out alike in both
     batch = collate([filled], layout=name, row_length=6)
     assert batch.ids_NL.tolist() == [[5, 6, 7, 8, 0, 0]]
@@ -165,8 +165,8 @@ def test_absent_answers_by_hand():
 
 
 def test_absent_answers_cost_nothing():
-  (filled,) = tokenized.fill_up([Example(ids(*range(1, 11)), (ids(1, 2), ids(3)))], 5)
-  cost = lambda name: packing.costs(*tokenized.lengths([filled]), name).tolist()
+  (filled,) = fill_up([Example(ids(*range(1, 11)), (ids(1, 2), ids(3)))], 5)
+  cost = lambda name: packing.costs(*lengths([filled]), name).tolist()
   assert (cost("shared"), cost("packed"), cost("padded")) == ([9 + 3], [2 * 9 + 3], [9 + 2])
 
 
@@ -181,8 +181,8 @@ def test_absent_answers_cost_nothing():
 def test_a_batch_of_ragged_answers_holds_exactly_those_there_are(name, seed, size, spare, groups):
   some = ragged(size, seed)
   answers = max(len(e.answers) for e in some) + spare
-  filled = tokenized.fill_up(some, answers)
-  length = layout.fit_row_length(filled, name)
+  filled = fill_up(some, answers)
+  length = fit_row_length(filled, name)
   batch = collate(filled, layout=name, row_length=length, groups=groups)
   assert read_back(batch) == expected(some)
   # Neighbouring slots are one prompt's; those that are there stand first.
@@ -206,7 +206,7 @@ def test_log_probs_of_ragged_answers_are_those_of_each_prompt_alone(name, groups
   params = tiny.init()
   some = tiny.pairs(13, seed=3, answers=4)
   some = [e._replace(answers=e.answers[: 1 + e.row % 4]) for e in some]
-  batch = collate(tokenized.fill_up(some), layout=name, row_length=48, groups=groups)
+  batch = collate(fill_up(some), layout=name, row_length=48, groups=groups)
   logps_BK = np.asarray(tiny_logps(params, batch)).reshape(-1, 4)
   row_BK = batch.row_NS.reshape(-1, 4)
   assert (logps_BK[row_BK < 0] == 0).all()
@@ -253,8 +253,8 @@ def test_groups_score_about_as_many_tokens():
 
 def test_packing_is_tight_and_loses_nothing():
   some = examples(200, longest=30)
-  cost = packing.costs(*tokenized.lengths(some), "shared")
-  places = packing.place(*tokenized.lengths(some), "shared", 256)
+  cost = packing.costs(*lengths(some), "shared")
+  places = packing.place(*lengths(some), "shared", 256)
   assert places.rows <= np.ceil(cost.sum() / 256) + 1
   for row in range(places.rows):
     here = np.flatnonzero(places.row_B == row)
@@ -267,9 +267,9 @@ def test_packing_is_tight_and_loses_nothing():
 def test_shared_rows_cost_the_prompt_once():
   # P - 1 + n_a + n_b against 2 (P - 1) + n_a + n_b
   some = [Example(ids(*range(1, 101)), (ids(1, 2), ids(3, 4, 5)))]
-  assert packing.costs(*tokenized.lengths(some), "shared").tolist() == [99 + 5]
-  assert packing.costs(*tokenized.lengths(some), "packed").tolist() == [2 * 99 + 5]
-  assert packing.costs(*tokenized.lengths(some), "padded").tolist() == [99 + 3]
+  assert packing.costs(*lengths(some), "shared").tolist() == [99 + 5]
+  assert packing.costs(*lengths(some), "packed").tolist() == [2 * 99 + 5]
+  assert packing.costs(*lengths(some), "padded").tolist() == [99 + 3]
 
 
 def test_no_row_takes_more_pairs_than_slots():
@@ -282,7 +282,7 @@ def test_no_row_takes_more_pairs_than_slots():
 
 def test_micro_batches_share_one_shape():
   some = examples(30, longest=30)
-  batch = layout.collate_many([some[:5], some[5:29], some[29:]], row_length=128, groups=2)
+  batch = collate_many([some[:5], some[5:29], some[29:]], row_length=128, groups=2)
   for a, part in enumerate((some[:5], some[5:29], some[29:])):
     assert read_back(jax.tree.map(lambda x, a=a: x[a], batch)) == expected(part)
 
@@ -294,7 +294,7 @@ def test_errors_name_the_row_and_the_way_out():
   ):
     collate([long], layout="shared", row_length=32)
   with pytest.raises(UserError, match="row_length is -5; a row holds 1 token or more"):
-    layout.check_fits([long], "shared", -5)
+    check_fits([long], "shared", -5)
   with pytest.raises(UserError, match="unknown layout 'dense'; choose one of shared"):
     collate([long], layout="dense", row_length=64)
 
@@ -388,7 +388,7 @@ def test_layouts_agree_on_every_log_prob():
   some = examples(24, longest=20)
 
   def by_row(name, groups):
-    length = layout.fit_row_length(some, name)
+    length = fit_row_length(some, name)
     batch = collate(some, layout=name, row_length=length, groups=groups)
     logps_NS = np.asarray(logps_fn(params, batch))
     pairs = zip(batch.row_NS.reshape(-1, 2), logps_NS.reshape(-1, 2), strict=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from dpo_jax.data import libraries, sources
+from dpo_jax.data import external, readers
 from dpo_jax.structs import UserError
 
 ROWS = [
@@ -62,37 +62,37 @@ def folder(tmp_path_factory):
 
 
 def test_a_folder_of_tfds_gives_the_rows_it_was_made_of(folder):
-  assert [row for _, row in sources.read_rows(folder)] == ROWS
-  assert list(sources.read_rows(f"{folder}:test")) == [(f"{folder}:test:row 1", ROWS[0])]
-  assert [*map(str, sources.files([folder, f"{folder}:test"]))] == [str(folder), f"{folder}:test"]
-  assert sources.files(f"{folder}:test,hf:a/b") == [f"{folder}:test", "hf:a/b"]
+  assert [row for _, row in readers.read_rows(folder)] == ROWS
+  assert list(readers.read_rows(f"{folder}:test")) == [(f"{folder}:test:row 1", ROWS[0])]
+  assert [*map(str, readers.files([folder, f"{folder}:test"]))] == [str(folder), f"{folder}:test"]
+  assert readers.files(f"{folder}:test,hf:a/b") == [f"{folder}:test", "hf:a/b"]
 
 
 def test_what_is_not_there_is_one_line(folder, tmp_path):
   with pytest.raises(UserError, match=r"tfds:no_such_set: Dataset no_such_set not found\."):
-    list(sources.read_rows("tfds:no_such_set"))
+    list(readers.read_rows("tfds:no_such_set"))
   with pytest.raises(UserError, match=r"tfds:mnist is not prepared in .*; make it there with TFDS"):
-    list(sources.read_rows("tfds:mnist"))
+    list(readers.read_rows("tfds:mnist"))
   with pytest.raises(UserError, match=r":dev: Unknown split 'dev'"):
-    list(sources.read_rows(f"{folder}:dev"))
+    list(readers.read_rows(f"{folder}:dev"))
   (tmp_path / "features.json").write_text("{")
   with pytest.raises(UserError, match=str(tmp_path)):
-    list(sources.read_rows(tmp_path))
+    list(readers.read_rows(tmp_path))
   with pytest.raises(UserError, match=r"no data file .*nowhere:train"):
-    sources.files(f"{tmp_path}/nowhere:train")
+    readers.files(f"{tmp_path}/nowhere:train")
 
 
 def test_a_prepared_set_is_no_file_of_rows(tmp_path):
-  (tmp_path / libraries.PREPARED).touch()
+  (tmp_path / external.PREPARED).touch()
   for given in (tmp_path, f"{tmp_path}:train"):
     with pytest.raises(UserError, match="is a prepared set, which training alone reads"):
-      sources.files(given)
+      readers.files(given)
 
 
 def test_without_datasets_the_hub_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "datasets", None)
   with pytest.raises(UserError, match="pip install datasets"):
-    next(sources.read_rows("hf:some/name"))
+    next(readers.read_rows("hf:some/name"))
 
 
 @pytest.mark.skipif(
@@ -106,10 +106,10 @@ def test_what_datasets_saved_is_read(tmp_path):
   made.save_to_disk(tmp_path / "one")
   datasets.DatasetDict({"train": made, "test": made.select([1])}).save_to_disk(tmp_path / "two")
   expected = [{k: v for k, v in row.items() if v is not None} for row in some]
-  assert [row for _, row in sources.read_rows(tmp_path / "one")] == expected
-  assert [row for _, row in sources.read_rows(f"{tmp_path}/two:test")] == expected[1:2]
+  assert [row for _, row in readers.read_rows(tmp_path / "one")] == expected
+  assert [row for _, row in readers.read_rows(f"{tmp_path}/two:test")] == expected[1:2]
   with pytest.raises(UserError, match="two has no split dev; it has train, test"):
-    list(sources.read_rows(f"{tmp_path}/two:dev"))
+    list(readers.read_rows(f"{tmp_path}/two:dev"))
 
 
 def test_code_that_a_folder_names_is_not_run(folder, tmp_path, monkeypatch):
@@ -123,4 +123,4 @@ def test_code_that_a_folder_names_is_not_run(folder, tmp_path, monkeypatch):
   assert own in described
   (spoilt / "features.json").write_text(described.replace(own, "planted.Text", 1))
   with pytest.raises(UserError, match=r"features.json names planted.Text, which is no class of"):
-    next(libraries.read_rows(str(spoilt)))
+    next(external.read_rows(str(spoilt)))

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from dpo_jax import local
+from dpo_jax.distributed import local_launcher
 from dpo_jax.structs import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -31,14 +31,16 @@ def start(*words, **how):
 
 
 def test_processors_are_shared_out_evenly():
-  assert local.shares(2, range(5)) == [[0, 1], [2, 3, 4]]
-  assert local.shares(3, [4, 6, 8]) == [[4], [6], [8]]
+  assert local_launcher.shares(2, range(5)) == [[0, 1], [2, 3, 4]]
+  assert local_launcher.shares(3, [4, 6, 8]) == [[4], [6], [8]]
   with pytest.raises(UserError, match="3 processes: this machine lends 2 processors; give 1 to 2"):
-    local.shares(3, [0, 1])
+    local_launcher.shares(3, [0, 1])
 
 
 def test_every_process_is_told_who_it_is_before_a_pace():
-  first, second = local.commands(["python", "train.py", "--config=x", '{"blocks": 1}'], 2, 4321)
+  first, second = local_launcher.commands(
+    ["python", "train.py", "--config=x", '{"blocks": 1}'], 2, 4321
+  )
   place = ["--config.parallel.coordinator=127.0.0.1:4321", "--config.parallel.processes=2"]
   assert second == [
     *["python", "train.py", "--config=x", *place, "--config.parallel.process=1"],

@@ -10,15 +10,15 @@ import time
 
 import pytest
 
-from dpo_jax import lockstep
-from dpo_jax.lockstep import Pace
+from dpo_jax.benchmarking import pacing
+from dpo_jax.benchmarking.pacing import Pace
 from dpo_jax.structs import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def test_a_pace_is_read_over_the_usual_one():
-  assert lockstep.read('{"lockstep": true, "blocks": 9}', Pace(4, 3)) == Pace(9, 3, 0, True)
+  assert pacing.read('{"lockstep": true, "blocks": 9}', Pace(4, 3)) == Pace(9, 3, 0, True)
   assert Pace(blocks=9, block_steps=2, warmup=5).steps == 23
 
 
@@ -36,13 +36,13 @@ def test_a_pace_is_read_over_the_usual_one():
 )
 def test_a_wrong_pace_is_one_line(text, words):
   with pytest.raises(UserError, match=words):
-    lockstep.read(text, Pace(4, 3))
+    pacing.read(text, Pace(4, 3))
 
 
 def run(pace, asked):
   """What is said by a program that calls every block by its number."""
   said = []
-  for number, tell in enumerate(lockstep.turns(pace, io.StringIO(asked), said.append)):
+  for number, tell in enumerate(pacing.turns(pace, io.StringIO(asked), said.append)):
     tell({"number": number})
   return said
 
@@ -54,13 +54,13 @@ def test_blocks_run_when_they_are_asked_for():
   assert run(Pace(9, 1, lockstep=True), "go\nstop\n") == [{"ready": True}, *blocks[:1]]
   assert run(Pace(9, 1, lockstep=True), "") == [{"ready": True}]
   assert run(Pace(9, 1), "") == []  # alone: asks nobody, tells nobody
-  assert len(list(lockstep.turns(Pace(9, 1)))) == 9
+  assert len(list(pacing.turns(Pace(9, 1)))) == 9
 
 
 def test_the_meter_tells_work_from_waiting():
-  with lockstep.Meter() as waiting:
+  with pacing.Meter() as waiting:
     time.sleep(0.3)
-  with lockstep.Meter() as working:
+  with pacing.Meter() as working:
     began = time.process_time()
     while time.process_time() - began < 0.3:
       pass

@@ -11,8 +11,8 @@ import pytest
 import rich.console
 from tensorboardX.proto import event_pb2
 
-from dpo_jax import alerts
-from dpo_jax.loggers import Loggers, read_metrics
+from dpo_jax.monitoring import alerts
+from dpo_jax.monitoring.loggers import Loggers, read_metrics
 from dpo_jax.structs import UserError
 
 

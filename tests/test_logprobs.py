@@ -9,8 +9,8 @@ import pytest
 import tiny
 
 from dpo_jax import logprobs
-from dpo_jax.data.layout import collate
-from dpo_jax.data.tokenized import Example
+from dpo_jax.data.collate import collate
+from dpo_jax.data.examples import Example
 from dpo_jax.structs import Head
 
 

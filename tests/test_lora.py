@@ -13,14 +13,18 @@ import pytest
 import small_task
 import tiny
 
-from dpo_jax import logprobs, losses, optim, parallel, step, train
-from dpo_jax.build import build
-from dpo_jax.checkpoint import Checkpoints
-from dpo_jax.data import layout
-from dpo_jax.loggers import read_metrics
-from dpo_jax.model import adapters, families, hf, layers, lora, transformer
+from dpo_jax import logprobs, losses, step, train
+from dpo_jax.data import collate
+from dpo_jax.distributed.executor import Executor, assert_separate
+from dpo_jax.hf import checkpoint as hf_checkpoint
+from dpo_jax.hf import peft
+from dpo_jax.model import families, layers, lora, transformer
 from dpo_jax.model.lora import LoRA
+from dpo_jax.monitoring.loggers import read_metrics
 from dpo_jax.structs import UserError
+from dpo_jax.training import optimizer
+from dpo_jax.training.checkpoint import Checkpoints
+from dpo_jax.training.setup import build
 
 LLAMA = families.from_hf(
   {
@@ -54,7 +58,7 @@ def moved(config=LLAMA, settings=SETTINGS, seed=0):
 
 
 def batch_of(count=4, name="shared", groups=1):
-  return layout.collate(tiny.pairs(count), layout=name, row_length=24, groups=groups)
+  return collate.collate(tiny.pairs(count), layout=name, row_length=24, groups=groups)
 
 
 def same(found, expected):
@@ -177,7 +181,7 @@ def test_codes_tell_tokens_apart_and_steps_have_masks_of_their_own():
   )
   made = step.Objective(logps_fn, losses.resolve("sigmoid"), dropout_seed=0)
   state = step.init_state({"x": jnp.ones(())}, TX)
-  stacked = layout.collate_many([tiny.pairs(1)], row_length=24)
+  stacked = collate.collate_many([tiny.pairs(1)], row_length=24)
   loss = lambda state: step.train_step(state, {"x": jnp.ones(())}, stacked, objective=made, tx=TX)[
     1
   ]["loss"]
@@ -209,20 +213,20 @@ def objective(name="sigmoid", dropout=0.0):
 
 
 TWO = SETTINGS._replace(target="q_proj,down")
-TX = optim.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.1)
+TX = optimizer.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.1)
 
 
 def trajectory(mode, devices, accumulate=1, dropout=0.3):
   """Adapters and losses after three steps, from adapters that already do something."""
-  executor = parallel.Executor(mode, devices)
+  executor = Executor(mode, devices)
   init, own = functools.partial(step.init_state, tx=TX), moved(settings=TWO)
   state = executor.compile_init(init)(executor.place(own))
   frozen = executor.place(lora.attach(base(), own, TWO.scale))
-  parallel.assert_separate(state, frozen)
+  assert_separate(state, frozen)
   fn = functools.partial(step.train_step, objective=objective(dropout=dropout), tx=TX)
   take, losses_ = executor.compile_step(fn), []
   pairs, size = tiny.pairs(8), 8 // accumulate
-  batch = layout.collate_many(
+  batch = collate.collate_many(
     [pairs[i : i + size] for i in range(0, 8, size)], row_length=24, groups=executor.groups
   )
   for _ in range(3):
@@ -247,7 +251,7 @@ def test_topology_changes_nothing_dropout_included():
 def test_a_loss_without_reference_trains_adapters_too():
   fn = functools.partial(step.train_step, objective=objective("simpo"), tx=TX)
   state = step.init_state(lora.init(LLAMA, TWO, 0), TX)
-  batch = layout.collate_many([tiny.pairs(4)], row_length=24)
+  batch = collate.collate_many([tiny.pairs(4)], row_length=24)
   take, found = jax.jit(fn), []
   for _ in range(3):
     state, means = take(state, base(), batch)
@@ -265,7 +269,7 @@ def test_weight_decay_shrinks_both_parts():
 
 
 def about(settings=SETTINGS, config=LLAMA):
-  return adapters.Adapter(settings, "models/base", adapters.mark_of(base(config)))
+  return peft.Adapter(settings, "models/base", peft.mark_of(base(config)))
 
 
 @pytest.mark.parametrize("rs", [False, True])
@@ -277,12 +281,12 @@ def about(settings=SETTINGS, config=LLAMA):
 def test_an_adapter_comes_back_to_the_bit(tmp_path, config, target, rs):
   settings = SETTINGS._replace(target=target, rs=rs, dropout=0.1)
   own = moved(config, settings)
-  adapters.save(tmp_path / "a", config, own, about(settings, config))
-  found, tree = adapters.load(tmp_path / "a", config)
+  peft.save(tmp_path / "a", config, own, about(settings, config))
+  found, tree = peft.load(tmp_path / "a", config)
   same(tree, own)
   assert found._replace(target=target) == settings and found.scale == settings.scale
   assert {p.name for p in tmp_path.iterdir()} == {"a"}
-  adapters.check_base(tmp_path / "a", about(settings, config).mark)
+  peft.check_base(tmp_path / "a", about(settings, config).mark)
 
 
 def test_an_adapter_of_other_hands_is_read_as_peft_would(tmp_path):
@@ -298,12 +302,12 @@ def test_an_adapter_of_other_hands_is_read_as_peft_would(tmp_path):
   for (module, layer), rank in given.items():
     tensors[name.format(layer, module, "A")] = draw(rank, 8)
     tensors[name.format(layer, module, "B")] = draw(widths[module], rank)
-  save_file(tensors, tmp_path / adapters.WEIGHTS)
+  save_file(tensors, tmp_path / peft.WEIGHTS)
   fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "b"}
   fields |= {"rank_pattern": {"c_fc": 3}, "alpha_pattern": {"c_fc": 12}}
-  (tmp_path / adapters.CONFIG).write_text(json.dumps(fields))
+  (tmp_path / peft.CONFIG).write_text(json.dumps(fields))
 
-  settings, tree = adapters.load(tmp_path, GPT2)
+  settings, tree = peft.load(tmp_path, GPT2)
   merged = lora.merge(lora.attach(base(GPT2), tree, settings.scale))["params"]["layers"]
   change = lambda leaf, layer: (
     merged[leaf]["kernel"][layer] - base(GPT2)["params"]["layers"][leaf]["kernel"][layer]
@@ -316,14 +320,14 @@ def test_an_adapter_of_other_hands_is_read_as_peft_would(tmp_path):
   np.testing.assert_allclose(change("up", 1), 12 / 3 * product("mlp.c_fc", 1), atol=1e-5)
   np.testing.assert_array_equal(change("up", 0), 0)
   # Written again it is ours: the same function, and from then on the same bits.
-  adapters.save(tmp_path / "again", GPT2, tree, about(settings, GPT2))
-  same(adapters.load(tmp_path / "again", GPT2)[1], tree)
+  peft.save(tmp_path / "again", GPT2, tree, about(settings, GPT2))
+  same(peft.load(tmp_path / "again", GPT2)[1], tree)
 
 
 def spoil(folder: pathlib.Path, **fields) -> pathlib.Path:
   """An adapter folder with some fields of its configuration changed."""
-  adapters.save(folder, LLAMA, moved(), about())
-  file = folder / adapters.CONFIG
+  peft.save(folder, LLAMA, moved(), about())
+  file = folder / peft.CONFIG
   file.write_text(json.dumps(json.loads(file.read_text()) | fields))
   return folder
 
@@ -343,18 +347,18 @@ def spoil(folder: pathlib.Path, **fields) -> pathlib.Path:
 )
 def test_an_adapter_that_does_not_fit_is_refused_in_one_line(tmp_path, fields, config, words):
   with pytest.raises(UserError, match=words) as error:
-    adapters.load(spoil(tmp_path / "a", **fields), config)
+    peft.load(spoil(tmp_path / "a", **fields), config)
   assert "\n" not in str(error.value)
 
 
 def test_an_adapter_of_another_base_of_the_same_shape_is_refused(tmp_path):
   folder = spoil(tmp_path / "a")
   with pytest.raises(UserError, match="adapter of models/base, whose weights are not those"):
-    adapters.check_base(folder, adapters.mark_of(base(seed=1)))
+    peft.check_base(folder, peft.mark_of(base(seed=1)))
   narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base())
-  adapters.check_base(folder, adapters.mark_of(narrow))  # the same one, held in fewer bits
+  peft.check_base(folder, peft.mark_of(narrow))  # the same one, held in fewer bits
   with pytest.raises(UserError, match="has no adapter_config"):
-    adapters.load(tmp_path, LLAMA)
+    peft.load(tmp_path, LLAMA)
 
 
 @pytest.mark.parametrize(
@@ -419,30 +423,30 @@ def test_a_run_leaves_an_adapter_and_checkpoints_of_adapters_only(task, straight
   np.testing.assert_allclose(lines[0]["eval/loss"], np.log(2), rtol=1e-5)
   assert lines[-1]["loss"] < np.log(2)
   names = {path.name for path in (straight / "export").iterdir()}
-  assert {adapters.CONFIG, adapters.WEIGHTS, "tokenizer.json"} <= names
+  assert {peft.CONFIG, peft.WEIGHTS, "tokenizer.json"} <= names
   assert "model.safetensors" not in names
-  settings, tree = adapters.load(straight / "export", hf.read_config(task / "base"))
+  settings, tree = peft.load(straight / "export", hf_checkpoint.read_config(task / "base"))
   assert settings.rank == 2 and set(tree["layers"]) == {"query", "value"}
   checkpoints = Checkpoints(straight / "checkpoints")
   same(checkpoints.restore_params(), tree)
   checkpoints.close()
-  assert adapters.read_settings(straight / "export")[1] == str((task / "base").resolve())
+  assert peft.read_settings(straight / "export")[1] == str((task / "base").resolve())
 
 
 def test_commands_take_an_adapter_where_they_take_a_model(task, straight):
   """As its base with the adapter merged; training wants the two by name."""
-  config, params = adapters.load_model(straight / "export")
-  assert config == adapters.read_config(straight / "export") == hf.read_config(task / "base")
-  settings, own = adapters.load(straight / "export", config)
+  config, params = peft.load_model(straight / "export")
+  assert config == peft.read_config(straight / "export") == hf_checkpoint.read_config(task / "base")
+  settings, own = peft.load(straight / "export", config)
   same(params, lora.merge(lora.attach({"params": base_of(task)}, own, settings.scale)))
-  same(adapters.load_model(task / "base")[1]["params"], base_of(task))
+  same(peft.load_model(task / "base")[1]["params"], base_of(task))
   with pytest.raises(UserError, match=r"is an adapter; name its base by model\.path, itself"):
     train.execute(configured(task, **{"model.path": str(straight / "export")}), task / "never")
 
 
 def test_an_adapter_whose_base_has_gone_says_where_to_write_it(tmp_path):
   with pytest.raises(UserError, match="adapter of models/base, which is no model folder here"):
-    adapters.load_model(spoil(tmp_path / "a"))
+    peft.load_model(spoil(tmp_path / "a"))
 
 
 @pytest.mark.slow
@@ -454,7 +458,7 @@ def test_resumed_is_straight_to_the_bit(task, straight):
   shutil.rmtree(resumed / "checkpoints" / "4")
   shutil.rmtree(resumed / "export")
   train.execute(configured(task), resumed)
-  weights = [folder / "export" / adapters.WEIGHTS for folder in (straight, resumed)]
+  weights = [folder / "export" / peft.WEIGHTS for folder in (straight, resumed)]
   assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
@@ -465,9 +469,9 @@ def test_going_on_from_an_adapter_keeps_it_in_the_reference(task, straight, mode
   config = configured(task, **changes, **{"lora.rank": 0, "lora.target": "all-linear"})
   config.lora.update(path=str(straight / "export"), dropout=0.0)
   run, trained, frozen, _ = build(config, task / f"on_{mode}")
-  settings, given = adapters.load(straight / "export", run.model_config)
+  settings, given = peft.load(straight / "export", run.model_config)
   same(trained, given)
-  batch = layout.collate(run.material.examples[:4], row_length=128)
+  batch = collate.collate(run.material.examples[:4], row_length=128)
   merged = lora.merge(lora.attach({"params": base_of(task)}, given, settings.scale))
   logps_fn = run.objective.logps_fn
   near(logps_fn(frozen, batch), logps_fn(merged, batch), rtol=1e-5)
@@ -478,7 +482,7 @@ def test_going_on_from_an_adapter_keeps_it_in_the_reference(task, straight, mode
 
 
 def base_of(task):
-  return hf.load(task / "base")[1]["params"]
+  return hf_checkpoint.load(task / "base")[1]["params"]
 
 
 @pytest.mark.slow
@@ -486,7 +490,7 @@ def base_of(task):
 def test_the_reference_is_the_base_and_no_second_copy(task, tmp_path, mode, monkeypatch):
   """Bytes on device at every step: with adapters one model, without them policy and reference."""
   held = []
-  compile_step = parallel.Executor.compile_step
+  compile_step = Executor.compile_step
 
   def counting(self, fn):
     take = compile_step(self, fn)
@@ -497,7 +501,7 @@ def test_the_reference_is_the_base_and_no_second_copy(task, tmp_path, mode, monk
 
     return counted
 
-  monkeypatch.setattr(parallel.Executor, "compile_step", counting)
+  monkeypatch.setattr(Executor, "compile_step", counting)
   changes = {"parallel.mode": mode, "data.eval_fraction": 0.0, "train.steps": 2}
   model = 2 * sum(x.nbytes for x in jax.tree.leaves(base_of(task)))  # on two devices
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import memory, parallel
+from dpo_jax.distributed import executor, memory
 from dpo_jax.structs import UserError
 
 TREE = {
@@ -16,10 +16,10 @@ TREE = {
 
 def test_what_is_held_by_hand():
   assert memory.held(TREE) == 4 * (16 * 8 + 8)
-  divided = parallel.Executor("mesh", 8, fsdp=8).place(TREE)
+  divided = executor.Executor("mesh", 8, fsdp=8).place(TREE)
   assert memory.held(divided) == 4 * (16 * 8 // 8 + 8)  # the norm stays whole
-  assert memory.held(parallel.Executor("pmap", 8).place(TREE)) == 4 * (16 * 8 + 8)
-  shapes = parallel.Executor("mesh", 8, fsdp=2, tensor=2).abstract(TREE)
+  assert memory.held(executor.Executor("pmap", 8).place(TREE)) == 4 * (16 * 8 + 8)
+  shapes = executor.Executor("mesh", 8, fsdp=2, tensor=2).abstract(TREE)
   assert memory.held(shapes) == 4 * (16 * 8 // 4 + 8)
 
 

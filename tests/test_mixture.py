@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax import logprobs, losses, parallel, step
-from dpo_jax.data.layout import collate_many
+from dpo_jax import logprobs, losses, step
+from dpo_jax.data.collate import collate_many
+from dpo_jax.distributed.executor import Executor
 from dpo_jax.model import families, transformer
 from tests import tiny
 from tests.golden import cases
@@ -40,7 +41,7 @@ def objective(balance):
 
 def one_step(batch, balance, mode="mesh", devices=1):
   """Parameters after one step of plain descent, and metrics."""
-  executor, tx = parallel.Executor(mode, devices), optax.sgd(1.0)
+  executor, tx = Executor(mode, devices), optax.sgd(1.0)
   state = executor.compile_init(functools.partial(step.init_state, tx=tx, loss=LOSS))(
     executor.place(params())
   )

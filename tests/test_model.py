@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.data import layout
+from dpo_jax.data import collate
+from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.logprobs import logits, naive_slot_logps
-from dpo_jax.model import attention, families, hf, transformer
+from dpo_jax.model import attention, families, transformer
 from dpo_jax.model import config as configs
 from dpo_jax.structs import TokenBatch, UserError
 from tests import tiny
@@ -140,7 +141,7 @@ def test_logits_equal_the_oracle(config):
 def test_every_stored_activation_of_gpt_nano_sort(shared_data):
   folder = shared_data / "models" / "gpt-nano-sort"
   stored = np.load(folder / "reference_activations.npz")
-  config, params = hf.load(folder)
+  config, params = hf_checkpoint.load(folder)
   batch = whole_rows(stored["idx"])
   tokens = attention.Tokens(batch.position_NL, batch.pair_NL, batch.branch_NL)
   (hidden, _), seen = transformer.Decoder(config).apply(
@@ -192,7 +193,7 @@ def test_every_stored_activation_of_gpt_nano_sort(shared_data):
 
 def test_stories260k_gives_its_stored_logits_and_logps(shared_data):
   folder = shared_data / "models" / "stories260k"
-  config, params = hf.load(folder)
+  config, params = hf_checkpoint.load(folder)
   for item in json.loads((folder / "reference_outputs.json").read_text())["items"]:
     ids_L = np.array(item["input_ids"])
     padded = whole_rows([np.pad(ids_L, (0, 64 - len(ids_L)))])  # one shape for all texts
@@ -210,7 +211,7 @@ def test_shared_prompts_equal_separate_rows(config):
   params, examples = random_params(config), tiny.pairs(7)
   by_row = {}
   for name in ("padded", "packed", "shared"):
-    batch = layout.collate(examples, layout=name, row_length=48)
+    batch = collate.collate(examples, layout=name, row_length=48)
     model = transformer.build(config)
     run = lambda params, batch, m=model: naive_slot_logps(
       m.hidden(params, batch), m.head(params), batch

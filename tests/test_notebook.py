@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from dpo_jax import rewards
+from dpo_jax.generation import rewards
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PATH = ROOT / "notebooks" / "derivation.ipynb"

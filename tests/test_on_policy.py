@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dpo_jax import defaults, losses, on_policy, train
-from dpo_jax.data import word_level
-from dpo_jax.data.tokenized import Example
-from dpo_jax.draws import load
-from dpo_jax.evaluate import scorer
+from dpo_jax import defaults, losses, train
+from dpo_jax.controlled import word_tokenizer
+from dpo_jax.data.examples import Example
+from dpo_jax.evaluation.evaluate import scorer
+from dpo_jax.generation.rollouts import load
 from dpo_jax.structs import UserError
+from dpo_jax.training import on_policy
 
 GOOD = {"reward": "controlled", "num": 4, "max_tokens": 8, "temperature": 1.0, "prefer": "rank"}
 
@@ -59,10 +60,10 @@ def test_equal_answers_count_nothing_and_nothing_else_is_an_error():
 
 @pytest.mark.parametrize("loss", ["sigmoid", "plackett_luce"])
 def test_a_batch_without_any_preference_is_an_error(loss, monkeypatch):
-  same = on_policy.draws.Drawn(
+  same = on_policy.rollouts.Drawn(
     ["a", "b"], [[5], [6]], [["x", "y"]] * 2, [[[7], [7]]] * 2, np.ones((2, 2))
   )
-  monkeypatch.setattr(on_policy.draws, "draw", lambda *_, **__: same)
+  monkeypatch.setattr(on_policy.rollouts, "draw", lambda *_, **__: same)
   fields = {"prompts": ["a", "b"], "batch_size": 2, "accumulate": 1, "seed": 0, "batching": {}}
   made = dataclasses.replace(sampler(num=2, loss=loss), **fields)
   with pytest.raises(UserError, match=r"nothing is left to prefer; raise loss\.beta") as error:
@@ -113,7 +114,7 @@ def test_on_policy_training_ends_at_the_optimum(tmp_path, name):
   gradient of the assumed objective has no noise left there. Of preferences by Bradley-Terry the
   optimum is the same, but the noise of the labels stays: from 0.2 to 0.3 nats away it comes near.
   """
-  word_level.write(tmp_path / "tokenizer", (*WORDS, *(f" {word}" for word in WORDS)))
+  word_tokenizer.write(tmp_path / "tokenizer", (*WORDS, *(f" {word}" for word in WORDS)))
   prompts = "\n".join(json.dumps({"prompt": word}) for word in WORDS)
   (tmp_path / "prompts.jsonl").write_text(prompts)
   texts = [{"prompt": p, "completion": f" {a}"} for p, a in itertools.product(WORDS, WORDS)]

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax import optim
 from dpo_jax.structs import UserError
+from dpo_jax.training import optimizer
 
 
 def schedule(name, **changes):
@@ -18,10 +18,10 @@ def schedule(name, **changes):
     "total_steps": 14,
     "final_fraction": 0.0,
   }
-  return optim.make_schedule(**(given | changes))
+  return optimizer.make_schedule(**(given | changes))
 
 
-@pytest.mark.parametrize("name", optim.SCHEDULES)
+@pytest.mark.parametrize("name", optimizer.SCHEDULES)
 def test_warm_up_is_linear_and_the_first_step_already_moves(name):
   rates = [float(schedule(name)(i)) for i in range(5)]
   np.testing.assert_allclose(rates, [0.2, 0.4, 0.6, 0.8, 1.0], rtol=1e-6)
@@ -56,7 +56,7 @@ def test_weight_decay_spares_norms_biases_and_embeddings():
       "norm": {"scale": jnp.ones(2)},
     }
   }
-  tx = optim.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.1)
+  tx = optimizer.make_optimizer(optax.constant_schedule(1.0), weight_decay=0.1)
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, _ = tx.update(zeros, tx.init(params), params)
   inner = updates["params"]
@@ -73,7 +73,7 @@ def test_clipping_scales_the_whole_gradient():
   """Two steps of Adam: a gradient of norm 50 clipped to 1 moves as the same direction at norm 1."""
   params = {"kernel": jnp.zeros(2)}
   small, large = {"kernel": jnp.array([0.6, 0.8])}, {"kernel": jnp.array([30.0, 40.0])}
-  tx = optim.make_optimizer(optax.constant_schedule(0.1), clip_norm=1.0)
+  tx = optimizer.make_optimizer(optax.constant_schedule(0.1), clip_norm=1.0)
   _, after_small = tx.update(small, tx.init(params), params)
   _, after_large = tx.update(large, tx.init(params), params)
   found = [s for s in jax.tree.leaves(after_large) if np.ndim(s)]
@@ -111,4 +111,4 @@ def test_bad_settings_are_said_in_one_line(changes, words):
 def test_values_that_would_not_go_downhill_are_refused(given):
   (name,) = given
   with pytest.raises(UserError, match=f"optimizer.{name} is"):
-    optim.make_optimizer(optax.constant_schedule(1.0), **given)
+    optimizer.make_optimizer(optax.constant_schedule(1.0), **given)

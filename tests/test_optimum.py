@@ -17,18 +17,19 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax import derivation, logprobs, losses, step, worlds
-from dpo_jax.data import layout
-from dpo_jax.data.tokenized import Example
+from dpo_jax import derivation, logprobs, losses, step
+from dpo_jax.data import collate
+from dpo_jax.data.examples import Example
+from dpo_jax.experiments import finite_worlds
 from dpo_jax.model import transformer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import Model
 
 BETA, FLIPPED, STEPS = 0.5, 0.2, 500
-WORLD = worlds.make()
+WORLD = finite_worlds.make()
 TOKENS_Y = np.array([len(answer) for answer in WORLD.answers])
-MODEL = worlds.tabular(WORLD)
-TABLE = worlds.table(WORLD, seed=0)
+MODEL = finite_worlds.tabular(WORLD)
+TABLE = finite_worlds.table(WORLD, seed=0)
 # The reference, by walking its table; that the production path agrees is a test of its own.
 REFERENCE = closed_forms.walk(TABLE["table"], WORLD)
 REWARD = np.random.default_rng(1).normal(0, 1, REFERENCE.shape)
@@ -58,7 +59,7 @@ def program(model, name, given, answers, steps, rounds=1, peak=0.1):
     scored_fn=logprobs.make_scored_fn(model, beyond_shorter=loss.ld_alpha, aligned=loss.wpo),
     sync=step.Sync(every=steps, alpha=1.0) if rounds > 1 else None,
   )
-  return objective, worlds.optimizer(steps, rounds=rounds, peak=peak)
+  return objective, finite_worlds.optimizer(steps, rounds=rounds, peak=peak)
 
 
 def copy(params):
@@ -87,10 +88,12 @@ def trained(
   """
   answers = len(examples[0].answers)
   objective, tx = program(model, name, tuple(given.items()), answers, steps, peak=peak)
-  batch = edit(worlds.lay_out(examples, row_length=48 if how == "shared" else 60, layout=how))
+  batch = edit(
+    finite_worlds.lay_out(examples, row_length=48 if how == "shared" else 60, layout=how)
+  )
   state = step.init_state(copy(start), tx, objective.loss)
   state = state._replace(memory=jax.tree.map(jnp.float64, state.memory))
-  state, metrics = worlds.train(
+  state, metrics = finite_worlds.train(
     state,
     copy(start if reference is None else reference),
     batch,
@@ -100,13 +103,13 @@ def trained(
     **({"before": before} if before else {}),
   )
   assert np.isfinite(metrics["loss"]).all()
-  return worlds.log_policy(judge or model, state.params, WORLD)
+  return finite_worlds.log_policy(judge or model, state.params, WORLD)
 
 
 def population(preference=BETTER, mu=REFERENCE):
   """Every ordered pair of answers, weighted μ(y_w) μ(y_l) p(y_w ≻ y_l)."""
   weight = np.exp(mu)[:, :, None] * np.exp(mu)[:, None, :] * preference
-  return worlds.weigh(worlds.tuples(WORLD), weight)
+  return finite_worlds.weigh(finite_worlds.tuples(WORLD), weight)
 
 
 def flipped(preference):
@@ -139,9 +142,9 @@ def test_all_answers_are_listed_and_each_policy_sums_to_one():
 
 @pytest.mark.parametrize("how", ["shared", "packed", "padded"])
 def test_the_production_path_agrees_with_a_walk_through_the_table(how):
-  np.testing.assert_allclose(worlds.log_policy(MODEL, TABLE, WORLD), REFERENCE, rtol=1e-12)
-  examples = worlds.tuples(WORLD)
-  batch = layout.collate(examples, layout=how, row_length=60)
+  np.testing.assert_allclose(finite_worlds.log_policy(MODEL, TABLE, WORLD), REFERENCE, rtol=1e-12)
+  examples = finite_worlds.tuples(WORLD)
+  batch = collate.collate(examples, layout=how, row_length=60)
   logps = np.asarray(jax.jit(logprobs.make_logps_fn(MODEL))(TABLE, batch)).reshape(-1, 2)
   rows = np.asarray(batch.row_NS).reshape(-1, 2)[:, 0]
   pairs = np.stack(np.broadcast_arrays(REFERENCE[:, :, None], REFERENCE[:, None, :]), -1)
@@ -178,11 +181,11 @@ def test_sigmoid_reaches_the_optimum_with_the_projects_transformer():
     activation="silu", gated=True, qkv_bias=False, out_bias=False, mlp_bias=False, tied=False,
     init_std=0.3,
   )  # fmt: skip
-  model = worlds.ending(transformer.build(config, remat="none"), WORLD)
+  model = finite_worlds.ending(transformer.build(config, remat="none"), WORLD)
   start = transformer.init_params(config, seed=4)
   # float32 leaves probabilities that sum to 1 but for 1e-7, which a KL would show.
   exact = lambda log_XY: closed_forms.normalised(log_XY.astype(np.float64))
-  reference = exact(worlds.log_policy(model, start, WORLD))
+  reference = exact(finite_worlds.log_policy(model, start, WORLD))
   mu = np.log((np.exp(reference) + 1 / len(WORLD.answers)) / 2)
   pace = {"steps": 800, "peak": 0.003}
   found = trained(population(mu=mu), model=model, start=start, beta=BETA, **pace)
@@ -211,7 +214,7 @@ OFFSET = np.round(np.random.default_rng(4).uniform(0, 2, REFERENCE.shape), 3)
 def rankings():
   """Every order of every three answers, with its Plackett-Luce probability."""
   mu, good = np.exp(REFERENCE), np.exp(REWARD)
-  triples = worlds.tuples(WORLD, answers=3)
+  triples = finite_worlds.tuples(WORLD, answers=3)
   weights = np.zeros(len(triples))
   places = itertools.product(range(len(good)), itertools.product(range(good.shape[1]), repeat=3))
   for row, (x, order) in enumerate(places):
@@ -219,12 +222,12 @@ def rankings():
       left = good[x, list(order)]
       likely = left[0] / left.sum() * left[1] / left[1:].sum()
       weights[row] = mu[x, list(order)].prod() * likely
-  return worlds.weigh(triples, weights)
+  return finite_worlds.weigh(triples, weights)
 
 
 def texts():
   """Every answer with the probability it has under the optimum."""
-  return worlds.weigh(worlds.tuples(WORLD, answers=1), np.exp(OPTIMUM))
+  return finite_worlds.weigh(finite_worlds.tuples(WORLD, answers=1), np.exp(OPTIMUM))
 
 
 def margin_of(loss, share):
@@ -247,7 +250,7 @@ def contrasting(chosen, rejected):
   Of y and y', y is then the chosen one with odds chosen(y) rejected(y') : chosen(y') rejected(y).
   """
   weight = normal(chosen)[:, :, None] * normal(rejected)[:, None, :]
-  return worlds.weigh(worlds.tuples(WORLD), weight)
+  return finite_worlds.weigh(finite_worlds.tuples(WORLD), weight)
 
 
 def normal(mass):
@@ -367,13 +370,13 @@ def without_the_first_token(batch):
 
 def without_the_end_token(batch):
   """What masks made from ids do where the padding is the end token."""
-  scored = batch.weight_NL * (batch.target_NL != worlds.END)
+  scored = batch.weight_NL * (batch.target_NL != finite_worlds.END)
   return batch._replace(weight_NL=scored.astype(np.float32))
 
 
 def after_the_chosen():
   """The first rejected token is predicted at the chosen answer's end, as in a plain long row."""
-  inner = worlds.any_length(WORLD)
+  inner = finite_worlds.any_length(WORLD)
 
   def hidden(params, batch):
     scored = jnp.where(batch.branch_NL == 1, 1, 0)
@@ -381,21 +384,21 @@ def after_the_chosen():
     tokens_NL = jnp.where(same, scored[:, None, :], 0).sum(-1)  # of the pair's chosen answer
     wrong_NL = (batch.branch_NL == 2) & (batch.ids_NL > WORLD.letters)
     moved = batch._replace(
-      ids_NL=jnp.where(wrong_NL, worlds.END, batch.ids_NL),
+      ids_NL=jnp.where(wrong_NL, finite_worlds.END, batch.ids_NL),
       branch_NL=jnp.where(wrong_NL, 1, batch.branch_NL),
       position_NL=batch.position_NL + jnp.where(wrong_NL, tokens_NL, 0),
     )
     there, here = inner.hidden(params, moved), inner.hidden(params, batch)
     return jnp.where(wrong_NL[..., None], there, here)
 
-  return worlds.ending(Model(hidden, inner.head, inner.vocab), WORLD)
+  return finite_worlds.ending(Model(hidden, inner.head, inner.vocab), WORLD)
 
 
 MISTAKES = {
   "none": {},
   "mean for sum": {"name": "sigmoid_norm"},
   "no reference": {"reference_free": True},
-  "another reference": {"reference": worlds.table(WORLD, seed=7)},
+  "another reference": {"reference": finite_worlds.table(WORLD, seed=7)},
   "first answer token dropped": {"edit": without_the_first_token},
   "end token dropped": {"edit": without_the_end_token},
   "first rejected token predicted after the chosen answer": {
@@ -438,7 +441,7 @@ def scored_pairs():
   places = itertools.product(*(range(n) for n in BETTER.shape))
   return [
     example._replace(grades=(REWARD[x, y], REWARD[x, z]))
-    for example, (x, y, z) in zip(worlds.tuples(WORLD), places, strict=True)
+    for example, (x, y, z) in zip(finite_worlds.tuples(WORLD), places, strict=True)
   ]
 
 
@@ -449,17 +452,17 @@ def expected_gradient(table):
   """Of policy_gradient over all samples, by a production step of size 1."""
   params, tx = {"table": jnp.asarray(table)}, DOWNHILL
   objective, _ = program(MODEL, "policy_gradient", (("beta", BETA),), 2, STEPS)
-  state, _ = worlds.train(
-    step.init_state(params, tx), copy(TABLE), worlds.lay_out(scored_pairs()),
+  state, _ = finite_worlds.train(
+    step.init_state(params, tx), copy(TABLE), finite_worlds.lay_out(scored_pairs()),
     objective=objective, tx=tx, steps=1, before=follow,
   )  # fmt: skip
   return np.asarray(params["table"] - state.params["table"])
 
 
 def test_the_expected_policy_gradient_is_that_of_the_assumed_objective():
-  table = worlds.table(WORLD, seed=5)["table"]
+  table = finite_worlds.table(WORLD, seed=5)["table"]
   texts = [Example(x, (y,)) for x in WORLD.prompts for y in WORLD.answers]
-  batch = layout.collate(texts, layout="padded", row_length=8)
+  batch = collate.collate(texts, layout="padded", row_length=8)
 
   def assumed(table):
     log_XY = logprobs.make_logps_fn(MODEL)({"table": table}, batch)[: len(texts)]
@@ -490,11 +493,11 @@ def test_the_policy_gradient_reaches_the_optimum():
 def test_every_hard_sync_moves_on_by_the_whole_reward():
   """TR-DPO: after j references the policy is π_ref exp(j r/β)/Z, ever further from the first."""
   objective, tx = program(MODEL, "sigmoid", (("beta", BETA),), 2, STEPS, rounds=3)
-  batch, distance = worlds.lay_out(population(mu=ELSEWHERE)), []
+  batch, distance = finite_worlds.lay_out(population(mu=ELSEWHERE)), []
   state = step.init_state(copy(TABLE), tx, objective.loss)._replace(reference=copy(TABLE))
   for j in (1, 2, 3):
-    state, _ = worlds.train(state, None, batch, objective=objective, tx=tx, steps=STEPS)
-    found = worlds.log_policy(MODEL, state.params, WORLD)
+    state, _ = finite_worlds.train(state, None, batch, objective=objective, tx=tx, steps=STEPS)
+    found = finite_worlds.log_policy(MODEL, state.params, WORLD)
     assert_reached(found, closed_forms.tilted(REFERENCE, j * REWARD / BETA))
     distance.append(closed_forms.kl(found, REFERENCE).mean())
   assert distance[0] < distance[1] < distance[2], distance
@@ -507,7 +510,7 @@ def test_every_hard_sync_moves_on_by_the_whole_reward():
 @pytest.mark.parametrize("beta", [1.0, 0.5])
 def test_the_gap_falls_as_one_over_the_number_of_pairs(beta):
   """Slope -1 on log axes, and the height that the information in a labelled pair gives."""
-  found = worlds.finite_samples((2000, 8000, 32000, 128000), beta=beta, samples=32)
+  found = finite_worlds.finite_samples((2000, 8000, 32000, 128000), beta=beta, samples=32)
   assert found.slope_NS.max() < 1e-6  # each minimum was found
   gap_N = found.gap_NS.mean(axis=1)
   slope = np.polyfit(np.log(found.sizes), np.log(gap_N), 1)[0]

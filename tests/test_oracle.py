@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from dpo_jax import step
-from dpo_jax.data.layout import collate
+from dpo_jax.data.collate import collate
 from dpo_jax.logprobs import make_logps_fn, make_scored_fn
 from dpo_jax.losses import LOSSES, resolve
 from dpo_jax.structs import Head, Model, PairLogps, RankedLogps, UnpairedLogps

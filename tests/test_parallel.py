@@ -9,20 +9,23 @@ import pytest
 import tiny
 from test_step import close, objective
 
-from dpo_jax import memory, optim, parallel, step
-from dpo_jax.data import layout
+from dpo_jax import step
+from dpo_jax.data import collate
+from dpo_jax.distributed import memory
+from dpo_jax.distributed.executor import MODES, Executor, assert_separate
 from dpo_jax.structs import UserError
+from dpo_jax.training import optimizer
 
 
 def trajectory(mode, devices, *, accumulate=1, steps=4, name="sigmoid", offload=False):
   """Parameters and losses after a few steps on ragged, weighted pairs."""
-  executor = parallel.Executor(mode, devices, offload_optimizer=offload)
-  tx = optim.from_host(optax.adamw(1e-2)) if offload else optax.adamw(1e-2)
+  executor = Executor(mode, devices, offload_optimizer=offload)
+  tx = optimizer.from_host(optax.adamw(1e-2)) if offload else optax.adamw(1e-2)
   state = executor.compile_init(functools.partial(step.init_state, tx=tx))(
     executor.place(tiny.init())
   )
   reference = executor.place(tiny.init())
-  parallel.assert_separate(state, reference)
+  assert_separate(state, reference)
   take = executor.compile_step(
     functools.partial(step.train_step, objective=objective(name, beta=0.5), tx=tx)
   )
@@ -79,8 +82,8 @@ def test_an_optimiser_whose_state_is_kept_on_the_host_takes_the_same_steps():
 
 
 def test_only_the_moments_are_kept_on_the_host():
-  executor = parallel.Executor("mesh", 4, fsdp=4, offload_optimizer=True)
-  init = functools.partial(step.init_state, tx=optim.from_host(optax.adamw(1e-2)))
+  executor = Executor("mesh", 4, fsdp=4, offload_optimizer=True)
+  init = functools.partial(step.init_state, tx=optimizer.from_host(optax.adamw(1e-2)))
   state = executor.compile_init(init)(executor.place(tiny.init()))
   moments = (state.opt_state[0].mu, state.opt_state[0].nu)
   assert {x.sharding.memory_kind for x in jax.tree.leaves(moments)} == {memory.HOST}
@@ -89,29 +92,29 @@ def test_only_the_moments_are_kept_on_the_host():
   assert memory.held(moments) == 0 < memory.kept(state)
 
 
-@pytest.mark.parametrize("mode", parallel.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_forward_gives_every_slot_in_the_order_of_the_batch(mode):
-  executor = parallel.Executor(mode, 8)
-  batch = layout.collate(tiny.pairs(16), row_length=48, groups=8)
+  executor = Executor(mode, 8)
+  batch = collate.collate(tiny.pairs(16), row_length=48, groups=8)
   alone = objective().logps_fn(tiny.init(), batch)
   forward = executor.compile_forward(objective().logps_fn)
   together = forward(executor.place(tiny.init()), jax.tree.map(lambda x: x[None], batch))
   np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", parallel.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_trees_placed_twice_share_no_buffer_and_one_placed_once_does(mode):
-  executor = parallel.Executor(mode, 2)
+  executor = Executor(mode, 2)
   host = tiny.init()
   first, second = executor.place(host), executor.place(host)
-  parallel.assert_separate(first, second)
+  assert_separate(first, second)
   with pytest.raises(ValueError, match="shares its buffer"):
-    parallel.assert_separate(first, {"w": first["head"]})
+    assert_separate(first, {"w": first["head"]})
 
 
-@pytest.mark.parametrize("mode", parallel.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_a_single_copy_leaves_and_comes_back(mode):
-  executor = parallel.Executor(mode, 4)
+  executor = Executor(mode, 4)
   host = tiny.init()
   there = executor.place(host)
   for key, value in executor.fetch(there).items():
@@ -133,12 +136,12 @@ def test_a_single_copy_leaves_and_comes_back(mode):
 )
 def test_what_cannot_be_is_said_in_one_line(mode, devices, more, words):
   with pytest.raises(UserError, match=words):
-    parallel.Executor(mode, devices, **more)
+    Executor(mode, devices, **more)
 
 
 def test_rows_that_do_not_divide_are_refused():
-  executor = parallel.Executor("mesh", 8, sequence=8)
-  rows = layout.collate_many([tiny.pairs(4)], row_length=36)
+  executor = Executor("mesh", 8, sequence=8)
+  rows = collate.collate_many([tiny.pairs(4)], row_length=36)
   with pytest.raises(
     UserError, match=r"rows of 36 tokens do not divide among parallel\.sequence 8"
   ):

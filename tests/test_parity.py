@@ -12,9 +12,10 @@ from safetensors.numpy import load_file
 torch = pytest.importorskip("torch", reason="torch is not installed; see CONTRIBUTING")
 
 from dpo_jax import losses, step  # noqa: E402
-from dpo_jax.data import layout  # noqa: E402
+from dpo_jax.data import collate  # noqa: E402
+from dpo_jax.hf import checkpoint as hf_checkpoint  # noqa: E402
 from dpo_jax.logprobs import logits, make_logps_fn  # noqa: E402
-from dpo_jax.model import hf, transformer  # noqa: E402
+from dpo_jax.model import transformer  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.golden import cases, theirs  # noqa: E402
 from tests.test_families import whole_rows  # noqa: E402
@@ -60,7 +61,7 @@ def their_logps(model, example):
 
 def our_logps_fn(config, **how):
   """params -> log-probs of `pairs`, through the production layout: [4, 2]."""
-  batch = layout.collate(pairs(), layout="shared", row_length=64)
+  batch = collate.collate(pairs(), layout="shared", row_length=64)
   order = np.argsort(batch.row_NS.reshape(-1, 2)[:, 0])[-4:]
   logps_fn = make_logps_fn(transformer.build(config, **how))
   return lambda params: logps_fn(params, batch).reshape(-1, 2)[order]
@@ -69,7 +70,7 @@ def our_logps_fn(config, **how):
 @CASES
 def test_logits_and_logps(case, folder_of, record_property):
   model, _ = theirs.load(folder_of(case))
-  config, params = hf.load(folder_of(case))
+  config, params = hf_checkpoint.load(folder_of(case))
   built = transformer.build(config)
   ours = logits(jax.jit(built.hidden)(params, whole_rows(cases.IDS_NL)), built.head(params))
   with torch.no_grad():
@@ -86,7 +87,7 @@ def test_logits_and_logps(case, folder_of, record_property):
 def test_the_loss_after_one_step(case, folder_of):
   """The gradient, seen through what it does: one step of plain descent on the DPO loss."""
   model, _ = theirs.load(folder_of(case))
-  config, params = hf.load(folder_of(case))
+  config, params = hf_checkpoint.load(folder_of(case))
   logps_fn = our_logps_fn(config)
   reference_B2 = np.asarray(logps_fn(params)) + np.array([0.5, -0.5])
   as_pairs = lambda x_B2: losses.PairLogps(x_B2[:, 0], x_B2[:, 1])
@@ -116,7 +117,7 @@ def test_the_loss_after_one_step(case, folder_of):
 def test_the_balance_over_experts(case, folder_of):
   """The term that spreads tokens is transformers' `aux_loss`, over all layers together."""
   model, _ = theirs.load(folder_of(case))
-  config, params = hf.load(folder_of(case))
+  config, params = hf_checkpoint.load(folder_of(case))
   _, routing = transformer.build(config).routed(params, whole_rows(cases.IDS_NL))
   _, sums = step._balance(routing, weight=1.0)
   with torch.no_grad():
@@ -127,7 +128,7 @@ def test_the_balance_over_experts(case, folder_of):
 @CASES
 def test_bfloat16(case, folder_of):
   """Both round, in other places: log-probs of up to 11 tokens stay within what either loses."""
-  config, params = hf.load(folder_of(case))
+  config, params = hf_checkpoint.load(folder_of(case))
   exact = np.asarray(our_logps_fn(config)(params))
   narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
   ours = np.asarray(our_logps_fn(config, dtype="bfloat16")(narrow))
@@ -142,8 +143,8 @@ def test_bfloat16(case, folder_of):
 @CASES
 def test_the_way_back(case, folder_of, tmp_path, caplog):
   """An export is what it was read from: no tensor missing, none unexpected, the same numbers."""
-  config, params = hf.load(folder_of(case))
-  hf.save(tmp_path / "ours", config, params, source=folder_of(case))
+  config, params = hf_checkpoint.load(folder_of(case))
+  hf_checkpoint.save(tmp_path / "ours", config, params, source=folder_of(case))
   before, after = (load_file(f / "model.safetensors") for f in (folder_of(case), tmp_path / "ours"))
   assert set(before) == set(after)
   for name, tensor in before.items():

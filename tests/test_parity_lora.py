@@ -10,8 +10,10 @@ torch = pytest.importorskip("torch", reason="torch is not installed; see CONTRIB
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft", reason="peft is not installed; see CONTRIBUTING")
 
+from dpo_jax.hf import checkpoint as hf_checkpoint  # noqa: E402
+from dpo_jax.hf import peft as hf_peft  # noqa: E402
 from dpo_jax.logprobs import logits  # noqa: E402
-from dpo_jax.model import adapters, hf, lora, transformer  # noqa: E402
+from dpo_jax.model import lora, transformer  # noqa: E402
 from dpo_jax.model.lora import LoRA  # noqa: E402
 from tests.golden import cases, theirs  # noqa: E402
 from tests.test_families import whole_rows  # noqa: E402
@@ -57,13 +59,13 @@ def near(found, expected):
 @pytest.mark.parametrize("target", ["all-linear", "query,value"])
 def test_peft_loads_what_is_written_here(folder, tmp_path, target, rs):
   settings = LoRA(rank=4, alpha=6.0, rs=rs, target=target)
-  config, params = hf.load(folder)
+  config, params = hf_checkpoint.load(folder)
   rng = np.random.default_rng(1)
   own = jax.tree.map(
     lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), lora.init(config, settings, 0)
   )
-  about = adapters.Adapter(settings, str(folder), adapters.mark_of(params))
-  adapters.save(tmp_path / "adapter", config, own, about)
+  about = hf_peft.Adapter(settings, str(folder), hf_peft.mark_of(params))
+  hf_peft.save(tmp_path / "adapter", config, own, about)
 
   model, strays = loaded(folder, tmp_path / "adapter")
   assert strays == []
@@ -72,7 +74,7 @@ def test_peft_loads_what_is_written_here(folder, tmp_path, target, rs):
   assert np.abs(found - plain_logits(config, params)).max() > 0.1
   near(found, their_logits(model))
   # Merged here and loaded as a plain model there.
-  hf.save(tmp_path / "merged", config, lora.merge(policy), source=folder)
+  hf_checkpoint.save(tmp_path / "merged", config, lora.merge(policy), source=folder)
   merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
   near(their_logits(merged), their_logits(model))
 
@@ -94,7 +96,7 @@ def test_what_peft_writes_is_read_here(folder, tmp_path, rs):
   )
   model = peft.get_peft_model(base, given)
   model.save_pretrained(tmp_path)
-  assert json.loads((tmp_path / adapters.CONFIG).read_text())["r"] == 4
-  config, params = hf.load(folder)
-  settings, own = adapters.load(tmp_path, config)
+  assert json.loads((tmp_path / hf_peft.CONFIG).read_text())["r"] == 4
+  config, params = hf_checkpoint.load(folder)
+  settings, own = hf_peft.load(tmp_path, config)
   near(plain_logits(config, lora.attach(params, own, settings.scale)), their_logits(model))

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from dpo_jax import decoding, sampling
-from dpo_jax.model import hf
+from dpo_jax.generation import decoding, sampler
+from dpo_jax.hf import checkpoint as hf_checkpoint
 
 torch = pytest.importorskip("torch", reason="parity needs torch, which is no requirement")
 transformers = pytest.importorskip("transformers")
@@ -56,9 +56,9 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     transformers.AutoConfig.for_model(model_type, **fields)
   ).eval()
   theirs.save_pretrained(tmp_path)
-  config, params = hf.load(tmp_path)
+  config, params = hf_checkpoint.load(tmp_path)
   # Together here, one by one there; more than the first cache holds.
-  found = sampling.generate(
+  found = sampler.generate(
     config, params, PROMPTS, max_tokens=80, temperature=0, eos_ids=config.eos_ids
   )
   for prompt, (ids,) in zip(PROMPTS, found, strict=True):

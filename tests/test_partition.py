@@ -12,8 +12,10 @@ import tiny
 from jax.sharding import PartitionSpec
 from test_families import cases
 
-from dpo_jax import logprobs, losses, parallel, partition, step
-from dpo_jax.data import layout
+from dpo_jax import logprobs, losses, step
+from dpo_jax.data import collate
+from dpo_jax.distributed import sharding
+from dpo_jax.distributed.executor import Executor
 from dpo_jax.model import attention, families, transformer
 
 VOCAB, WIDTH = 48, 32
@@ -59,7 +61,7 @@ def batch_of(executor):
 
 def trajectory(*mesh, name="sigmoid", accumulate=1, steps=3):
   """`mesh` is devices, fsdp, tensor and sequence."""
-  executor = parallel.Executor("mesh", *mesh)
+  executor = Executor("mesh", *mesh)
   state, reference, fn = start(executor, name)
   take, found = executor.compile_step(fn), []
   host = tiny.batches(3, executor.groups, accumulate)
@@ -116,7 +118,7 @@ def test_every_matrix_of_every_family_is_divided(case):
   shapes = transformer.param_shapes(families.from_hf(cases.CASES[case]))
   sizes = {"data": 1, "fsdp": 2, "tensor": 2}
   for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-    spec = partition.spec(path, leaf.shape, sizes)
+    spec = sharding.spec(path, leaf.shape, sizes)
     named = {axis for axis in spec if axis}
     last = path[-1].key
     if last in ("kernel", "embedding"):
@@ -130,12 +132,12 @@ def test_every_matrix_of_every_family_is_divided(case):
 def test_what_does_not_divide_stays_whole():
   path = (jax.tree_util.DictKey("embed"), jax.tree_util.DictKey("embedding"))
   sizes = {"data": 1, "fsdp": 2, "tensor": 4}
-  assert partition.spec(path, (50, 32), sizes) == PartitionSpec(None, "fsdp")
-  assert partition.spec(path, (52, 33), sizes) == PartitionSpec("tensor", None)
+  assert sharding.spec(path, (50, 32), sizes) == PartitionSpec(None, "fsdp")
+  assert sharding.spec(path, (52, 33), sizes) == PartitionSpec("tensor", None)
 
 
 def test_a_device_holds_its_share_of_parameters_and_moments():
-  executor = parallel.Executor("mesh", 8, fsdp=8)
+  executor = Executor("mesh", 8, fsdp=8)
   state, _, _ = start(executor)
   whole = lambda path: path[-1].key == "scale"
   for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state[0].mu)):
@@ -149,7 +151,7 @@ def test_a_device_holds_its_share_of_parameters_and_moments():
 @functools.cache
 def collectives(*mesh):
   """(operation, shapes of what comes out, where it was asked for) of the compiled step."""
-  executor = parallel.Executor("mesh", *mesh)
+  executor = Executor("mesh", *mesh)
   state, reference, fn = start(executor)
   text = executor.lower_step(fn, state, reference, batch_of(executor)).compile().as_text()
   found = []
@@ -202,7 +204,7 @@ def test_tensor_never_gathers_the_head_its_logits_or_a_layer():
   """Heads of keys that do not divide are gathered, their axes in any order, and nothing larger."""
   found = collectives(8, 1, 4)
   gathered = [shape for shapes, _ in of_kind(found, "all-gather") for shape in shapes]
-  rows, length = batch_of(parallel.Executor("mesh", 8, tensor=4)).ids_NL.shape[1:]
+  rows, length = batch_of(Executor("mesh", 8, tensor=4)).ids_NL.shape[1:]
   keys = rows // 2 * length * CONFIG.kv_heads * CONFIG.head_width
   assert {len(shape) for shape in gathered} <= {3, 4}
   assert all(math.prod(shape) <= keys for shape in gathered)
@@ -231,8 +233,8 @@ def test_sequence_gathers_keys_and_values_in_a_layer_and_once_what_the_head_read
 def test_long_rows_in_parts_are_attended_to_as_whole_ones(monkeypatch):
   """Value and gradient, several blocks of queries on each of four devices."""
   monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
-  executor = parallel.Executor("mesh", 4, sequence=4)
-  rows = layout.collate(tiny.pairs(16, seed=3), row_length=192)
+  executor = Executor("mesh", 4, sequence=4)
+  rows = collate.collate(tiny.pairs(16, seed=3), row_length=192)
   tokens = attention.Tokens(*(np.asarray(rows._asdict()[f"{name}_NL"]) for name in TOKENS))
   rng = np.random.default_rng(0)
   shape = (*rows.ids_NL.shape, 2, 8)

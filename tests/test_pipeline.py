@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from small_rows import examples
 
-from dpo_jax.data import chat, intake, layout, packing, pipeline, tokenized
-from dpo_jax.data.tokenized import Example
+from dpo_jax.data import batches as data_batches
+from dpo_jax.data import collate, encode, packing
+from dpo_jax.data.examples import Example, Lazy, Measured, lengths, split, with_mismatched
+from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.structs import TokenBatch, UserError
 
 
@@ -31,7 +33,7 @@ def judged(label=True, prompt="the answer is", completion=" good"):
 
 
 def take(count, some, **kwargs):
-  stream = pipeline.batches(some, **kwargs)
+  stream = data_batches.batches(some, **kwargs)
   return [next(stream) for _ in range(count)]
 
 
@@ -72,8 +74,8 @@ def varied(count, seed=0):
 def test_balanced_batches_are_the_same_rows_in_another_order(count, size):
   """Every epoch has every row once, and where batches straddle two nothing is exchanged."""
   cost_B = np.random.default_rng(0).integers(1, 1000, count)
-  plain = pipeline.order(count, size, seed=1)
-  balanced = pipeline.order(count, size, seed=1, cost_B=cost_B)
+  plain = data_batches.order(count, size, seed=1)
+  balanced = data_batches.order(count, size, seed=1, cost_B=cost_B)
   batches = [balanced[k] for k in range(3 * count // size + 2)]
   assert all(len(batch) == size for batch in batches)
   for epoch in range(2):
@@ -84,17 +86,17 @@ def test_balanced_batches_are_the_same_rows_in_another_order(count, size):
     if (epoch + 1) * count % size:
       assert sorted(balanced[straddling]) == sorted(plain[straddling])
   # Batch k is what it is whichever was asked for before.
-  again = pipeline.order(count, size, seed=1, cost_B=cost_B)
+  again = data_batches.order(count, size, seed=1, cost_B=cost_B)
   for k in (len(batches) - 1, 0, len(batches) // 2):
     assert again[k] == batches[k]
 
 
 def test_balanced_batches_have_as_many_tokens_each():
   some = varied(3000)
-  cost_B = packing.costs(*tokenized.lengths(some), "shared")
+  cost_B = packing.costs(*lengths(some), "shared")
   tokens = lambda steps: np.array([cost_B[steps[k]].sum() for k in range(40)])
-  plain = tokens(pipeline.order(3000, 32, seed=0))
-  balanced = tokens(pipeline.order(3000, 32, seed=0, cost_B=cost_B))
+  plain = tokens(data_batches.order(3000, 32, seed=0))
+  balanced = tokens(data_batches.order(3000, 32, seed=0, cost_B=cost_B))
   assert plain.std() / plain.mean() > 0.1
   assert balanced.std() / balanced.mean() < 0.01
 
@@ -138,23 +140,23 @@ def test_hosts_divide_every_batch_among_them(name, hosts):
       together = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *parts)
       jax.tree.map(np.testing.assert_array_equal, together, batch)
   evaluated = {"batch_size": 5, "groups": 4, "layout": name}
-  parts = [pipeline.eval_batches(some, share=(i, hosts), **evaluated) for i in range(hosts)]
-  for batch, *shares in zip(pipeline.eval_batches(some, **evaluated), *parts, strict=True):
+  parts = [data_batches.eval_batches(some, share=(i, hosts), **evaluated) for i in range(hosts)]
+  for batch, *shares in zip(data_batches.eval_batches(some, **evaluated), *parts, strict=True):
     together = jax.tree.map(lambda *x: np.concatenate(x), *shares)
     jax.tree.map(np.testing.assert_array_equal, together, batch)
 
 
 def test_a_host_reads_its_own_examples_alone():
   some, seen = examples(16), []
-  lazy = tokenized.Lazy(lambda i: seen.append(i) or some[i], tokenized.lengths(some))
-  layout.collate(lazy, row_length=128, groups=2, share=(1, 2))
+  lazy = Lazy(lambda i: seen.append(i) or some[i], lengths(some))
+  collate.collate(lazy, row_length=128, groups=2, share=(1, 2))
   assert 4 <= len(set(seen)) <= 12  # half of them, and the first
 
 
 def test_hosts_that_cannot_share_are_refused():
   for share in ((0, 3), (2, 2), (-1, 2)):
     with pytest.raises(UserError, match=r"host -?\d of \d cannot have its share of 4 groups"):
-      pipeline.batches(examples(8), batch_size=4, groups=4, share=share)
+      data_batches.batches(examples(8), batch_size=4, groups=4, share=share)
 
 
 def test_order_does_not_know_layout_micro_batches_or_devices():
@@ -182,32 +184,32 @@ def test_fewer_examples_than_a_batch_are_repeated():
 
 def test_a_batch_is_whole_micro_batches():
   with pytest.raises(UserError, match="batch size 10 is not divisible by 4 micro-batches; try 8"):
-    pipeline.batches(examples(20), batch_size=10, accumulate=4)
+    data_batches.batches(examples(20), batch_size=10, accumulate=4)
 
 
 def test_a_row_that_is_too_short_is_found_before_the_first_batch():
   some = [*examples(50, longest=5), *examples(1, longest=90)]
   with pytest.raises(UserError, match=r"data row 0 takes .* rows hold 16; raise row_length"):
-    pipeline.batches(some, batch_size=4, row_length=16)
+    data_batches.batches(some, batch_size=4, row_length=16)
 
 
 @pytest.mark.parametrize("name", packing.LAYOUTS)
 @pytest.mark.parametrize("groups", [1, 4])
 def test_evaluation_sees_every_example_once_in_one_shape(name, groups):
   some = examples(21)
-  batches = list(pipeline.eval_batches(some, batch_size=8, layout=name, groups=groups))
+  batches = list(data_batches.eval_batches(some, batch_size=8, layout=name, groups=groups))
   assert len({shapes(batch) for batch in batches}) == 1
   got = [data_rows(batch) for batch in batches]
   assert got == [list(range(8)), list(range(8, 16)), list(range(16, 21))]
   assert sum(float(batch.weight_NS.sum()) for batch in batches) == 2 * 21
-  assert list(pipeline.eval_batches([], batch_size=8)) == []
+  assert list(data_batches.eval_batches([], batch_size=8)) == []
 
 
 def test_padding_is_counted_for_each_layout():
   # P - 1 + n + n: 5 tokens shared, 7 packed; two rows of 4 when padded.
   ids = lambda n: np.ones(n, np.int32)
   some = [Example(ids(3), (ids(1), ids(2)), row=i) for i in range(4)]
-  count = lambda name, length: layout.count_padding(
+  count = lambda name, length: collate.count_padding(
     some, batch_size=2, layout=name, row_length=length
   )
   assert count("shared", 10) == 0
@@ -219,9 +221,9 @@ def test_padding_is_counted_for_each_layout():
 @pytest.mark.parametrize("name", packing.LAYOUTS)
 def test_judged_answers_make_batches(rows_file, tokenizer, name):
   rows = [judged(i % 2 == 1, f"{'a' * i} question", " good" * (i + 1)) for i in range(8)]
-  some, _, _ = intake.load_examples(rows_file(rows), tokenizer, kind="unpaired")
-  some = tokenized.with_mismatched(some, max_length=40)
-  (batch,) = pipeline.eval_batches(some, batch_size=8, layout=name)
+  some, _, _ = encode.load_examples(rows_file(rows), tokenizer, kind="unpaired")
+  some = with_mismatched(some, max_length=40)
+  (batch,) = data_batches.eval_batches(some, batch_size=8, layout=name)
   row_B2, grade_B2 = batch.row_NS.reshape(-1, 2), batch.grade_NS.reshape(-1, 2)
   there_B = row_B2[:, 0] >= 0
   assert sorted(row_B2[there_B, 0].tolist()) == list(range(8))
@@ -232,16 +234,14 @@ def test_judged_answers_make_batches(rows_file, tokenizer, name):
 
 
 def test_real_judged_answers_make_batches(shared_data):
-  real = chat.load_tokenizer(shared_data / "tokenizers" / "stories260k")
+  real = load_tokenizer(shared_data / "tokenizers" / "stories260k")
   path = shared_data / "preferences" / "lf_kto_en.open.json"
-  some, ledger, form = intake.load_examples(path, real, kind="unpaired", max_length=1024)
+  some, ledger, form = encode.load_examples(path, real, kind="unpaired", max_length=1024)
   assert form == "chat with label" and ledger.rows == 236
   assert ledger.pairs == len(some) == sum(ledger.labels.values())
   assert ledger.rows == ledger.pairs + ledger.dropped.total()
-  train, held_out = (
-    tokenized.with_mismatched(side, max_length=1024) for side in tokenized.split(some, 0.2)
-  )
-  prompt_B, tokens_BK = tokenized.Measured.of(train, held_out).lengths
+  train, held_out = (with_mismatched(side, max_length=1024) for side in split(some, 0.2))
+  prompt_B, tokens_BK = Measured.of(train, held_out).lengths
   assert (prompt_B + tokens_BK.max(1)).max() <= 1024
   batch = take(1, train, batch_size=16)[0]
   assert len(data_rows(batch)) == 16
@@ -255,8 +255,8 @@ def test_real_judged_answers_make_batches(shared_data):
   ],
 )
 def test_real_preferences_make_batches(shared_data, file, dropped):
-  real = chat.load_tokenizer(shared_data / "tokenizers" / "stories260k")
-  some, ledger, _ = intake.load_examples(shared_data / "preferences" / file, real, max_length=512)
+  real = load_tokenizer(shared_data / "tokenizers" / "stories260k")
+  some, ledger, _ = encode.load_examples(shared_data / "preferences" / file, real, max_length=512)
   assert ledger.dropped == dropped
   assert ledger.pairs == len(some) == ledger.rows - sum(dropped.values())
   assert ledger.tokens["padding"] < 0.15 * (ledger.tokens["prompt"] + ledger.tokens["answer"])

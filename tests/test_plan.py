@@ -8,12 +8,14 @@ import sys
 
 import pytest
 
-from dpo_jax import memory, plan
-from dpo_jax.model import families, hf, transformer
+from dpo_jax.benchmarking import planner
+from dpo_jax.distributed import memory
+from dpo_jax.hf import checkpoint as hf_checkpoint
+from dpo_jax.model import families, transformer
 from dpo_jax.structs import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LENGTHS = plan.Lengths(60)
+LENGTHS = planner.Lengths(60)
 LLAMA = {
   "model_type": "llama",
   "vocab_size": 8192,
@@ -39,13 +41,13 @@ def base(tmp_path_factory):
   """A folder of LLAMA."""
   folder = tmp_path_factory.mktemp("plan") / "base"
   config = families.from_hf(LLAMA)
-  hf.save(folder, config, transformer.init_params(config, 0))
+  hf_checkpoint.save(folder, config, transformer.init_params(config, 0))
   return folder
 
 
 def test_what_is_held_by_hand():
   """4 bytes a parameter in policy and reference, 8 in AdamW's moments and its count."""
-  found = plan.plan(configured(), LENGTHS)
+  found = planner.plan(configured(), LENGTHS)
   count, held = found["parameters"], found["bytes_per_device"]
   assert found["trained"] == count and found["devices"] == 1
   assert held["params"] == held["reference"] == 4 * count
@@ -57,7 +59,7 @@ def test_what_is_held_by_hand():
 def test_fsdp_divides_all_but_the_norms():
   held = lambda run: memory.held(run.state.params)
   whole, eighth = (
-    plan.outline(configured(**{"parallel.devices": 8, "parallel.fsdp": size}), LENGTHS)
+    planner.outline(configured(**{"parallel.devices": 8, "parallel.fsdp": size}), LENGTHS)
     for size in (1, 8)
   )
   norms = 4 * (2 * 7 + 1) * 128
@@ -74,21 +76,21 @@ def test_fsdp_divides_all_but_the_norms():
   ],
 )
 def test_what_the_reference_takes(changes, share):
-  run = plan.outline(configured(**changes), LENGTHS)
+  run = planner.outline(configured(**changes), LENGTHS)
   count = memory.held(run.state.params) // 4
   assert (memory.held(run.reference) if run.reference else 0) == share * count
   assert (run.batch.reference_NL is not None) == ("reference.store" in changes)
 
 
 def test_a_reference_that_follows_is_part_of_the_state():
-  run = plan.outline(configured(**{"reference.sync_every": 4}), LENGTHS)
+  run = planner.outline(configured(**{"reference.sync_every": 4}), LENGTHS)
   assert run.reference is None
   assert memory.held(run.state.reference) == memory.held(run.state.params)
 
 
 def test_adapters_are_trained_and_their_base_is_the_reference(base):
   changes = {"model.path": str(base), "lora.rank": 4, "model.scratch": {}}
-  run = plan.outline(configured(**changes), LENGTHS)
+  run = planner.outline(configured(**changes), LENGTHS)
   assert memory.held(run.reference) == memory.held(run.policy)
   # a and b of every map: rank times its inputs and outputs.
   maps = [(256, 256), (256, 128), (256, 128), (256, 256), (256, 768), (256, 768), (768, 256)]
@@ -97,11 +99,11 @@ def test_adapters_are_trained_and_their_base_is_the_reference(base):
 
 def test_pmap_is_planned_as_a_mesh():
   with pytest.raises(UserError, match=r"plan with parallel\.mode=mesh"):
-    plan.outline(configured(**{"parallel.mode": "pmap"}), LENGTHS)
+    planner.outline(configured(**{"parallel.mode": "pmap"}), LENGTHS)
 
 
 def test_what_may_be_changed_is_what_is_not_so_already():
-  named = [name for name, _ in plan.changes(configured(), 1)]
+  named = [name for name, _ in planner.changes(configured(), 1)]
   assert named == [
     "--config.model.remat=full",
     "--config.train.accumulate=2",
@@ -111,7 +113,7 @@ def test_what_may_be_changed_is_what_is_not_so_already():
     "--config.model.param_dtype=bfloat16 --config.reference.param_dtype=bfloat16",
   ]
   less = configured(**{"model.remat": "full", "reference.store": "x", "train.batch_size": 7})
-  assert [name for name, _ in plan.changes(less, 1)] == [
+  assert [name for name, _ in planner.changes(less, 1)] == [
     "--config.parallel.offload_optimizer=True",
     "--config.model.param_dtype=bfloat16 --config.reference.param_dtype=bfloat16",
   ]

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import logprobs, parallel, probes
-from dpo_jax.data import layout
-from dpo_jax.data.tokenized import Example
+from dpo_jax import logprobs
+from dpo_jax.data import collate
+from dpo_jax.data.examples import Example
+from dpo_jax.distributed.executor import MODES, Executor
+from dpo_jax.evaluation import sample_probe
 from dpo_jax.model import families, transformer
 from dpo_jax.structs import UserError
 
@@ -41,7 +43,7 @@ def params(seed):
 def make(**changed):
   options = {"samples": 64, "eos_ids": (END,), "max_tokens": 8} | changed
   examples = options.pop("examples", EXAMPLES)
-  return probes.make_probe(CONFIG, options.pop("logps_fn", LOGPS), examples, **options)
+  return sample_probe.make_probe(CONFIG, options.pop("logps_fn", LOGPS), examples, **options)
 
 
 def every_answer():
@@ -54,7 +56,7 @@ def every_answer():
 def log_probs(seed, prompt):
   """Of every answer to a prompt, nats, through another layout than the probe's."""
   examples = [Example(prompt, (ids(answer),), row=i) for i, answer in enumerate(every_answer())]
-  batch = layout.collate(examples, layout="packed", row_length=64)
+  batch = collate.collate(examples, layout="packed", row_length=64)
   out = np.zeros(len(examples))
   out[batch.row_NS[batch.row_NS >= 0]] = np.asarray(LOGPS(params(seed), batch))[batch.row_NS >= 0]
   return out
@@ -123,18 +125,18 @@ def test_one_compilation_for_policy_reference_and_every_call():
   assert len(traces) == 1
 
 
-@pytest.mark.parametrize("mode", parallel.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_trees_placed_for_training_are_taken_one_copy_of(mode, monkeypatch):
-  executor = parallel.Executor(mode)
+  executor = Executor(mode)
   placed = [executor.single(executor.place(params(seed))) for seed in (1, 0)]
   held_by = []
-  generate = probes.sampling.generate
+  generate = sample_probe.sampler.generate
 
   def spy(config, tree, *args, **options):
     held_by.extend(len(leaf.devices()) for leaf in jax.tree.leaves(tree))
     return generate(config, tree, *args, **options)
 
-  monkeypatch.setattr(probes.sampling, "generate", spy)
+  monkeypatch.setattr(sample_probe.sampler, "generate", spy)
   probe = make()
   expected = probe(params(1), params(0))
   held_by.clear()
@@ -145,14 +147,14 @@ def test_trees_placed_for_training_are_taken_one_copy_of(mode, monkeypatch):
 
 def test_prompts_take_turns_and_a_prompt_is_answered_anew_each_time(monkeypatch):
   seen = {}
-  generate = probes.sampling.generate
+  generate = sample_probe.sampler.generate
 
   def spy(config, params, prompts, **options):
     seen["prompts"], seen["options"] = prompts, options
     seen["answers"] = generate(config, params, prompts, **options)
     return seen["answers"]
 
-  monkeypatch.setattr(probes.sampling, "generate", spy)
+  monkeypatch.setattr(sample_probe.sampler, "generate", spy)
   make(examples=[*EXAMPLES, EXAMPLES[0]])(params(0), None)
   assert seen["prompts"] == [PROMPTS[i % 3].tolist() for i in range(64)]
   assert len({str(answer) for answer in seen["answers"][::3]}) > 1
@@ -165,7 +167,7 @@ def test_an_answer_may_be_as_long_as_the_longest_of_the_examples(monkeypatch):
     asked.append(max_tokens)
     return [[[END]] for _ in prompts]
 
-  monkeypatch.setattr(probes.sampling, "generate", generate)
+  monkeypatch.setattr(sample_probe.sampler, "generate", generate)
   for given in (0, 7):
     make(max_tokens=given)(params(0), None)
   assert asked == [LONGEST, 7]
@@ -173,7 +175,7 @@ def test_an_answer_may_be_as_long_as_the_longest_of_the_examples(monkeypatch):
 
 def test_text_by_hand():
   answers = [[3, 3, 3, 3, 3, 3, END], [3, 4, END], [4]]
-  found = probes.text_facts(answers, (END,))
+  found = sample_probe.text_facts(answers, (END,))
   assert found == {
     "distinct_2": 2 / 6,  # five times 3 3, once 3 4
     "repetition": 2 / 3,  # of three times 3 3 3 3
@@ -183,7 +185,7 @@ def test_text_by_hand():
 
 
 def test_answers_too_short_for_an_n_gram_are_not_a_number():
-  found = probes.text_facts([[3, END], [END]], (END,))
+  found = sample_probe.text_facts([[3, END], [END]], (END,))
   assert math.isnan(found["distinct_2"]) and math.isnan(found["repetition"])
   assert found["tokens"] == 1.5
 
@@ -202,8 +204,8 @@ def test_what_cannot_be_sampled_is_refused_before_training(change, message):
 
 def test_prompts_that_leave_no_room_are_passed_over():
   learned = dataclasses.replace(CONFIG, positions="learned", max_positions=LONGEST + 2)
-  found = probes._prompts(EXAMPLES, 3, LONGEST, learned)
+  found = sample_probe._prompts(EXAMPLES, 3, LONGEST, learned)
   assert found == [[1, 3], [4], [1, 3]]
   tight = dataclasses.replace(learned, max_positions=LONGEST)
   with pytest.raises(UserError, match=r"no held-out prompt leaves room for an answer of 3 tokens"):
-    probes._prompts(EXAMPLES, 3, LONGEST, tight)
+    sample_probe._prompts(EXAMPLES, 3, LONGEST, tight)

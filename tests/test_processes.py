@@ -12,10 +12,11 @@ import time
 import pytest
 import small_task
 
-from dpo_jax import parallel, preemption, processes, train
-from dpo_jax.checkpoint import latest_step
-from dpo_jax.loggers import read_metrics
+from dpo_jax import train
+from dpo_jax.distributed import executor, preemption, processes
+from dpo_jax.monitoring.loggers import read_metrics
 from dpo_jax.structs import UserError
+from dpo_jax.training.checkpoint import latest_step
 
 GENTLE, TWENTY = small_task.GENTLE, small_task.TWENTY
 ONE = {"parallel.devices": 1}
@@ -78,7 +79,7 @@ GONE = "is gone without a word"
 # Training that counts another as lost sooner.
 IMPATIENT = """
 import runpy
-from dpo_jax import processes
+from dpo_jax.distributed import processes
 processes.BEAT, processes.SILENCE = 0.5, 6.0
 runpy.run_module("dpo_jax.train", run_name="__main__")
 """
@@ -149,7 +150,7 @@ def test_settings_that_name_no_run_are_refused(settings, words):
 
 def test_one_that_is_waited_for_in_vain_is_said_to_be():
   program = (
-    "from dpo_jax import processes; processes.WAIT = 1.0;"
+    "from dpo_jax.distributed import processes; processes.WAIT = 1.0;"
     " processes.start('127.0.0.1:{port}', 2, {index})"
   )
   for index in (0, 1):
@@ -165,8 +166,8 @@ def test_one_that_is_waited_for_in_vain_is_said_to_be():
 
 
 def test_one_process_makes_every_row():
-  for mode in parallel.MODES:
-    assert parallel.Executor(mode, 8).share == (0, 1)
+  for mode in executor.MODES:
+    assert executor.Executor(mode, 8).share == (0, 1)
 
 
 @pytest.mark.slow

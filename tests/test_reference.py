@@ -11,18 +11,23 @@ import pytest
 import small_task
 import tiny
 
-from dpo_jax import logprobs, losses, parallel, reference, step, train
-from dpo_jax.build import build
-from dpo_jax.data import controlled, layout, packing, pipeline, tokenized, word_level
-from dpo_jax.loggers import read_metrics
-from dpo_jax.model import hf, weight_files
+from dpo_jax import logprobs, losses, step, train
+from dpo_jax.controlled import reviews, word_tokenizer
+from dpo_jax.data import batches, collate, packing
+from dpo_jax.data.examples import Example, fill_up
+from dpo_jax.distributed.executor import Executor
+from dpo_jax.hf import checkpoint as hf_checkpoint
+from dpo_jax.hf import safetensors_files
+from dpo_jax.monitoring.loggers import read_metrics
 from dpo_jax.structs import UserError
+from dpo_jax.training import reference_cache
+from dpo_jax.training.setup import build
 
 KEY = {"weights": "a"}
 
 
 def token_fn(params=None, mode="mesh", devices=1):
-  executor = parallel.Executor(mode, devices)
+  executor = Executor(mode, devices)
   forward = executor.compile_forward(logprobs.make_token_fn(tiny.MODEL))
   placed = executor.place(tiny.init() if params is None else params)
   return lambda batch: forward(placed, jax.tree.map(lambda x: x[None], batch))
@@ -30,9 +35,9 @@ def token_fn(params=None, mode="mesh", devices=1):
 
 def filled(path, examples, fn=None, **batching):
   """A store of the tiny model's log-probs of some examples."""
-  store = reference.Store(path, KEY)
+  store = reference_cache.Store(path, KEY)
   batching = {"batch_size": 4, "row_length": 64, **batching}
-  list(reference.fill(store, examples, fn or token_fn(), **batching))
+  list(reference_cache.fill(store, examples, fn or token_fn(), **batching))
   return store
 
 
@@ -53,8 +58,8 @@ def test_what_is_stored_is_what_the_reference_computes(tmp_path, name, mode, dev
   for beyond in (1.0, 0.3):
     stored_fn = logprobs.make_stored_fn(beyond_shorter=beyond)
     live_fn = logprobs.make_logps_fn(tiny.MODEL, beyond_shorter=beyond)
-    stream = pipeline.batches(
-      reference.stored(pairs, store), batch_size=6, accumulate=2, row_length=64, layout=name
+    stream = batches.batches(
+      reference_cache.stored(pairs, store), batch_size=6, accumulate=2, row_length=64, layout=name
     )
     for _ in range(2):
       micro = jax.tree.map(lambda x: x[1], next(stream))
@@ -69,9 +74,9 @@ def test_answers_that_are_not_there_are_no_matter(tmp_path, name):
     example._replace(answers=example.answers[: 2 + i % 3])
     for i, example in enumerate(tiny.pairs(9, answers=4))
   ]
-  examples = tokenized.fill_up(ragged)
+  examples = fill_up(ragged)
   store = filled(tmp_path, examples, layout=name)
-  batch = layout.collate(reference.stored(examples, store), row_length=64, layout=name)
+  batch = collate.collate(reference_cache.stored(examples, store), row_length=64, layout=name)
   live_NS = logprobs.make_logps_fn(tiny.MODEL)(tiny.init(), batch)
   np.testing.assert_allclose(logprobs.make_stored_fn()(batch), live_NS, rtol=1e-5, atol=1e-5)
 
@@ -85,9 +90,9 @@ def test_a_step_needs_no_reference_then(tmp_path):
   after = []
   for objective, ref_params, examples in (
     (live, tiny.init(), pairs),
-    (stored, None, reference.stored(pairs, store)),
+    (stored, None, reference_cache.stored(pairs, store)),
   ):
-    batch = layout.collate_many([examples[:4], examples[4:]], row_length=64)
+    batch = collate.collate_many([examples[:4], examples[4:]], row_length=64)
     state = step.init_state(tiny.init(seed=1), tx, loss)  # a policy that has moved away
     take = jax.jit(functools.partial(step.train_step, objective=objective, tx=tx))
     after.append(take(state, ref_params, batch))
@@ -101,13 +106,13 @@ def test_a_step_needs_no_reference_then(tmp_path):
 
 
 def test_what_is_found_is_the_same_text_divided_alike(tmp_path):
-  known = tokenized.Example(ids(1, 2, 3), (ids(4, 5, 6, 7), ids(8, 9)))
+  known = Example(ids(1, 2, 3), (ids(4, 5, 6, 7), ids(8, 9)))
   store = filled(tmp_path, [known])
   (whole, other) = store.find(known)
   assert len(whole) == 4 and len(other) == 2
   # A window that cuts an answer leaves its start what it was.
   np.testing.assert_array_equal(store.find(known._replace(answers=(ids(4, 5),)))[0], whole[:2])
-  again = reference.Store(tmp_path, KEY)
+  again = reference_cache.Store(tmp_path, KEY)
   np.testing.assert_array_equal(again.find(known)[0], whole)
   for missing in (
     known._replace(prompt=ids(2, 3)),  # cut from the left: other predecessors
@@ -117,16 +122,16 @@ def test_what_is_found_is_the_same_text_divided_alike(tmp_path):
     known._replace(answers=(ids(8, 9), ids(9, 8))),  # one of two
   ):
     assert store.find(missing) is None
-  assert len(reference.lacking([known, missing], store)) == 1
-  assert reference.Store(tmp_path, {"weights": "b"}).find(known) is None
+  assert len(reference_cache.lacking([known, missing], store)) == 1
+  assert reference_cache.Store(tmp_path, {"weights": "b"}).find(known) is None
 
 
 def test_prompts_of_one_half_of_a_digest_are_kept_apart(tmp_path, monkeypatch):
   """The first half orders the answers, the second tells prompts apart."""
   halves = lambda prompt: np.array([7, prompt.sum()], np.uint64)
-  monkeypatch.setattr(reference, "_digest", halves)
+  monkeypatch.setattr(reference_cache, "_digest", halves)
   answers = tiny.pairs(1)[0].answers
-  pairs = [tokenized.Example(ids(1, n), answers, row=n) for n in range(6)]
+  pairs = [Example(ids(1, n), answers, row=n) for n in range(6)]
   store = filled(tmp_path, pairs)
   for example in pairs:
     expected = filled(tmp_path / "alone" / str(example.row), [example]).find(example)
@@ -138,7 +143,7 @@ def test_prompts_of_one_half_of_a_digest_are_kept_apart(tmp_path, monkeypatch):
 
 
 def test_a_pass_that_is_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
-  monkeypatch.setattr(reference, "PART_TOKENS", 1)  # a part a batch
+  monkeypatch.setattr(reference_cache, "PART_TOKENS", 1)  # a part a batch
   pairs, seen = tiny.pairs(12), []
   once = token_fn()
 
@@ -146,26 +151,26 @@ def test_a_pass_that_is_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     seen.append(set(batch.row_NS[batch.row_NS >= 0].tolist()))
     return once(batch)
 
-  store = reference.Store(tmp_path, KEY)
-  going = reference.fill(store, pairs, counted, batch_size=4, row_length=64)
+  store = reference_cache.Store(tmp_path, KEY)
+  going = reference_cache.fill(store, pairs, counted, batch_size=4, row_length=64)
   assert [next(going), next(going)] == [4, 8]
   going.close()
   (store.folder / ".partial").write_bytes(b"half a part")
-  store = reference.Store(tmp_path, KEY)
-  rest = reference.lacking(pairs, store)
+  store = reference_cache.Store(tmp_path, KEY)
+  rest = reference_cache.lacking(pairs, store)
   assert [example.row for example in rest] == [8, 9, 10, 11]
-  list(reference.fill(store, rest, counted, batch_size=4, row_length=64))
-  assert len(seen) == 3 and not len(reference.lacking(pairs, store))
+  list(reference_cache.fill(store, rest, counted, batch_size=4, row_length=64))
+  assert len(seen) == 3 and not len(reference_cache.lacking(pairs, store))
 
 
 def test_two_writers_do_not_harm_each_other(tmp_path, monkeypatch):
-  monkeypatch.setattr(reference, "PART_TOKENS", 1)
+  monkeypatch.setattr(reference_cache, "PART_TOKENS", 1)
   pairs, fn = tiny.pairs(12), token_fn()
-  stores = [reference.Store(tmp_path, KEY) for _ in range(2)]
-  both = [reference.fill(store, pairs, fn, batch_size=4, row_length=64) for store in stores]
+  stores = [reference_cache.Store(tmp_path, KEY) for _ in range(2)]
+  both = [reference_cache.fill(store, pairs, fn, batch_size=4, row_length=64) for store in stores]
   for _ in zip(*both, strict=True):
     pass
-  third = reference.Store(tmp_path, KEY)
+  third = reference_cache.Store(tmp_path, KEY)
   for example in pairs:
     for found in zip(*(store.find(example) for store in (*stores, third)), strict=True):
       np.testing.assert_array_equal(found[0], found[1])
@@ -179,15 +184,15 @@ def test_what_is_no_store_is_left_alone(tmp_path):
   (tmp_path / "mine").mkdir()
   (tmp_path / "mine" / "thesis.txt").write_text("years of work")
   with pytest.raises(UserError, match="mine holds files and is no reference store"):
-    reference.Store(tmp_path / "mine", KEY)
+    reference_cache.Store(tmp_path / "mine", KEY)
   assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
   with pytest.raises(UserError, match=r"thesis\.txt is a file"):
-    reference.Store(tmp_path / "mine" / "thesis.txt", KEY)
+    reference_cache.Store(tmp_path / "mine" / "thesis.txt", KEY)
   filled(tmp_path / "store", tiny.pairs(2))
   for text, said in (('{"version": 2}', "version 2"), ("{", "version unknown")):
-    (tmp_path / "store" / reference.MARK).write_text(text)
+    (tmp_path / "store" / reference_cache.MARK).write_text(text)
     with pytest.raises(UserError, match=f"is a reference store of {said} and this program writes"):
-      reference.Store(tmp_path / "store", KEY)
+      reference_cache.Store(tmp_path / "store", KEY)
 
 
 def test_a_broken_part_is_named(tmp_path):
@@ -195,9 +200,9 @@ def test_a_broken_part_is_named(tmp_path):
   (part,) = store.folder.glob("*.safetensors")
   part.write_bytes(part.read_bytes()[:-5])
   with pytest.raises(UserError, match=f"{part.name} is a broken part .*; remove it"):
-    reference.Store(tmp_path, KEY)
+    reference_cache.Store(tmp_path, KEY)
   part.unlink()
-  assert len(reference.lacking(tiny.pairs(2), reference.Store(tmp_path, KEY))) == 2
+  assert len(reference_cache.lacking(tiny.pairs(2), reference_cache.Store(tmp_path, KEY))) == 2
 
 
 def test_numbers_that_are_not_finite_are_not_kept(tmp_path):
@@ -276,18 +281,18 @@ def test_a_changed_model_misses(task, tmp_path):
     config = small_task.configured(task, **store, **{"model.path": str(tmp_path / "base")})
     folders.append(build(config, tmp_path / "run")[0].store.folder)
     if turn == 0:
-      before = weight_files.digest(tmp_path / "base")
-      model_config, params = hf.load(tmp_path / "base")
+      before = safetensors_files.digest(tmp_path / "base")
+      model_config, params = hf_checkpoint.load(tmp_path / "base")
       params["params"]["embed"]["embedding"][0, 0] += 1e-3
-      hf.save(tmp_path / "base", model_config, params, source=task / "tokenizer")
-      assert weight_files.digest(tmp_path / "base") != before
+      hf_checkpoint.save(tmp_path / "base", model_config, params, source=task / "tokenizer")
+      assert safetensors_files.digest(tmp_path / "base") != before
   assert folders[0] != folders[1]
 
 
 def test_a_reference_with_another_tokenizer_is_refused(task, tmp_path):
   shutil.copytree(task / "base", tmp_path / "other")
-  words = [" a", *controlled.vocabulary()[:-1]]
-  word_level.write(tmp_path / "words", words)
+  words = [" a", *reviews.vocabulary()[:-1]]
+  word_tokenizer.write(tmp_path / "words", words)
   shutil.copy(tmp_path / "words" / "tokenizer.json", tmp_path / "other")
   config = small_task.configured(task, **{"reference.path": str(tmp_path / "other")})
   with pytest.raises(UserError, match="other has another tokenizer than the policy"):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import rich.console
 
-from dpo_jax import plots, report
-from dpo_jax.loggers import Loggers
+from dpo_jax.monitoring import plots, report
+from dpo_jax.monitoring.loggers import Loggers
 from dpo_jax.structs import UserError
 
 PAIRS = {

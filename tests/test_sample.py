@@ -8,9 +8,10 @@ import sys
 import pytest
 import small_tokenizers
 
-from dpo_jax import draws, sampling
-from dpo_jax.data import chat
-from dpo_jax.model import families, hf, transformer
+from dpo_jax.data.tokenizer import load_tokenizer
+from dpo_jax.generation import rollouts, sampler
+from dpo_jax.hf import checkpoint as hf_checkpoint
+from dpo_jax.model import families, transformer
 from dpo_jax.structs import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -29,9 +30,9 @@ def folder(tmp_path_factory):
   """A model folder, with a chat template."""
   path = tmp_path_factory.mktemp("model")
   settings = {"chat_template": small_tokenizers.CHATML, "eos_token": "<|im_end|>"}
-  tokenizer = chat.load_tokenizer(small_tokenizers.byte_level(path, **settings))
+  tokenizer = load_tokenizer(small_tokenizers.byte_level(path, **settings))
   config = families.from_hf(SHAPE | {"vocab_size": tokenizer.vocab_size, "eos_token_id": 2})
-  hf.save(path, config, transformer.init_params(config, 0))
+  hf_checkpoint.save(path, config, transformer.init_params(config, 0))
   small_tokenizers.byte_level(path, **settings)
   return path
 
@@ -72,10 +73,10 @@ def test_samples_in_a_file_are_those_of_the_package(folder, tmp_path):
   rows = [json.loads(line) for line in out.read_text().splitlines()]
   assert [(row["index"], row["sample"]) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
   assert [row["prompt"] for row in rows] == [one["prompt"] for one in asked for _ in range(2)]
-  model = draws.load(folder)
-  stops = draws.Stops(model.tokenizer, (2,), (7, 9), ("e",))
-  ids = draws.encode_prompts(model.tokenizer, [one["prompt"] for one in asked])
-  answers = sampling.generate(
+  model = rollouts.load(folder)
+  stops = rollouts.Stops(model.tokenizer, (2,), (7, 9), ("e",))
+  ids = rollouts.encode_prompts(model.tokenizer, [one["prompt"] for one in asked])
+  answers = sampler.generate(
     model.config, model.params, ids, max_tokens=12, min_p=0.01, seed=5, num=2,
     eos_ids=(2, 7, 9), ends=stops.ends,
   )  # fmt: skip
@@ -85,9 +86,9 @@ def test_samples_in_a_file_are_those_of_the_package(folder, tmp_path):
 
 
 def test_a_text_ends_an_answer_within_a_token(folder):
-  tokenizer = chat.load_tokenizer(folder)
+  tokenizer = load_tokenizer(folder)
   ids = tokenizer.encode_prompt("the answer is good")
-  stops = draws.Stops(tokenizer, (2,), (5,), ("swer i", "zz"))
+  stops = rollouts.Stops(tokenizer, (2,), (5,), ("swer i", "zz"))
   kept = stops.ends(ids)
   assert "swer i" in tokenizer.decode(ids[:kept]) and "swer i" not in tokenizer.decode(
     ids[: kept - 1]
@@ -95,18 +96,18 @@ def test_a_text_ends_an_answer_within_a_token(folder):
   assert stops.ends(ids[: kept - 1]) is None
   assert stops.cut("the answer is good") == "the an"
   # The end token is known by its text, too.
-  assert draws.Stops(tokenizer, (), (), ("<|im_end|>",)).ends([4, 2, 4]) == 2
+  assert rollouts.Stops(tokenizer, (), (), ("<|im_end|>",)).ends([4, 2, 4]) == 2
   assert [stops.finish(ids) for ids in ([4, 2], [4, 5], [4, 4])] == ["end", "stop", "length"]
   with pytest.raises(UserError, match="a text to stop at is empty"):
-    draws.Stops(tokenizer, (), (), ("",))
+    rollouts.Stops(tokenizer, (), (), ("",))
 
 
 def test_prompts_of_every_kind_of_file(tmp_path):
   (tmp_path / "lines.txt").write_text("\ufeffone\n\n two\n", "utf-8")
-  assert draws.read_prompts(tmp_path / "lines.txt") == ["one", " two"]
+  assert rollouts.read_prompts(tmp_path / "lines.txt") == ["one", " two"]
   (tmp_path / "broken.txt").write_bytes(b"one\n\xff\n")
   with pytest.raises(UserError, match=r"broken\.txt:2: not UTF-8"):
-    draws.read_prompts(tmp_path / "broken.txt")
+    rollouts.read_prompts(tmp_path / "broken.txt")
   tools = [{"type": "function", "function": {"name": "weigh"}}]
   rows = [
     {"prompt": [{"role": "user", "content": "a"}], "tools": tools},
@@ -114,8 +115,8 @@ def test_prompts_of_every_kind_of_file(tmp_path):
     {"prompt": [{"role": "user", "content": "a"}], "tools": None},
   ]
   (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-  one, two, three = draws.read_prompts(tmp_path / "rows.jsonl")
+  one, two, three = rollouts.read_prompts(tmp_path / "rows.jsonl")
   assert one == two and one.tools == tuple(tools) and isinstance(three, list)
   (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "tools": tools}))
   with pytest.raises(UserError, match="the prompt is text; a chat template writes tools"):
-    draws.read_prompts(tmp_path / "rows.jsonl")
+    rollouts.read_prompts(tmp_path / "rows.jsonl")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dpo_jax import decoding, sampling
+from dpo_jax.generation import decoding, sampler
+from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.logprobs import logits
-from dpo_jax.model import cache as caches
-from dpo_jax.model import families, hf, transformer
+from dpo_jax.model import families, kv_cache, transformer
 from dpo_jax.structs import TokenBatch, UserError
 
 SHAPE = {
@@ -79,10 +79,10 @@ def test_a_token_at_a_time_gives_the_logits_of_the_whole_text(config):
   lengths_N, longest = np.array([4, 1]), 5  # of the prompts within these texts
   ids_NL = np.array([[0, 1, 2, 3, 4], [0, 0, 0, 0, 4]], np.int32)
   head = transformer.head(config, params)
-  hidden_ND, cache = jax.jit(functools.partial(caches.prefill, config, columns=columns))(
+  hidden_ND, cache = jax.jit(functools.partial(kv_cache.prefill, config, columns=columns))(
     params, ids_NL, lengths_N
   )
-  decode = jax.jit(functools.partial(caches.decode, config))
+  decode = jax.jit(functools.partial(kv_cache.decode, config))
   assert cache.tokens.pair_NL.tolist() == [[-1] + [0] * 4 + [-1] * 4, [-1] * 4 + [0] + [-1] * 4]
   for step in range(3):
     found = logits(hidden_ND, head)
@@ -99,10 +99,10 @@ def test_a_token_at_a_time_gives_the_logits_of_the_whole_text(config):
 @pytest.mark.slow
 def test_greedy_text_of_stories260k(shared_data):
   folder = shared_data / "models" / "stories260k"
-  config, params = hf.load(folder)
+  config, params = hf_checkpoint.load(folder)
   items = json.loads((folder / "reference_outputs.json").read_text())["items"]
   prompts = [item["input_ids"] for item in items]
-  found = sampling.generate(
+  found = sampler.generate(
     config, params, prompts, max_tokens=24, temperature=0, eos_ids=config.eos_ids
   )
   assert found == [[item["greedy24_ids"]] for item in items]
@@ -111,7 +111,7 @@ def test_greedy_text_of_stories260k(shared_data):
 @pytest.mark.slow
 def test_a_sample_is_a_function_of_seed_prompt_index_and_sample_index():
   params = params_of(LLAMA)
-  draw = lambda prompts, **more: sampling.generate(
+  draw = lambda prompts, **more: sampler.generate(
     LLAMA, params, prompts, max_tokens=12, eos_ids=(0,), seed=3, **more
   )
   together = draw(PROMPTS, num=5)
@@ -123,15 +123,15 @@ def test_a_sample_is_a_function_of_seed_prompt_index_and_sample_index():
   assert draw(PROMPTS[::-1], num=5)[0] != together[5]
   # A prompt of another length, read in a batch of its own.
   assert draw([*PROMPTS[:5], PROMPTS[5], [1] * 9], num=5)[:6] == together
-  other = sampling.generate(LLAMA, params, PROMPTS, max_tokens=12, eos_ids=(0,), seed=4, num=5)
+  other = sampler.generate(LLAMA, params, PROMPTS, max_tokens=12, eos_ids=(0,), seed=4, num=5)
   assert other != together
   # The samples of a prompt differ among themselves, and so do equal prompts.
-  same = sampling.generate(LLAMA, params, [[1]] * 6, max_tokens=12, num=5)
+  same = sampler.generate(LLAMA, params, [[1]] * 6, max_tokens=12, num=5)
   assert len({tuple(answer) for answers in same for answer in answers}) > 25
 
 
 def test_every_bit_of_a_large_seed_counts():
-  draw = lambda seed: sampling.generate(
+  draw = lambda seed: sampler.generate(
     GPT2, params_of(GPT2), [[1]] * 8, max_tokens=4, temperature=9.0, seed=seed
   )
   small, large, other = draw(7), draw(7 + 2**40), draw(7 + 2**63)
@@ -144,9 +144,9 @@ def test_every_bit_of_a_large_seed_counts():
 
 def test_an_answer_ends_with_its_end_token():
   params = params_of(LLAMA)
-  endless = sampling.generate(LLAMA, params, PROMPTS, max_tokens=15, seed=1, num=8)
+  endless = sampler.generate(LLAMA, params, PROMPTS, max_tokens=15, seed=1, num=8)
   assert {len(answer) for answers in endless for answer in answers} == {15}
-  ended = sampling.generate(LLAMA, params, PROMPTS, max_tokens=15, seed=1, num=8, eos_ids=(0, 3))
+  ended = sampler.generate(LLAMA, params, PROMPTS, max_tokens=15, seed=1, num=8, eos_ids=(0, 3))
   cut = [
     [
       answer[: next((i + 1 for i, token in enumerate(answer) if token in (0, 3)), 15)]
@@ -170,7 +170,7 @@ def test_an_answer_ends_with_its_end_token():
 )
 def test_samples_follow_the_distribution(knobs, kept):
   params, prompt, draws = params_of(LLAMA), [1, 2], 6000
-  found = sampling.generate(LLAMA, params, [prompt], max_tokens=2, num=draws, seed=5, **knobs)[0]
+  found = sampler.generate(LLAMA, params, [prompt], max_tokens=2, num=draws, seed=5, **knobs)[0]
 
   def distribution(ids):
     probs_V = softmax(whole_logits(LLAMA, ids)[-1] / knobs.get("temperature", 1.0))
@@ -230,27 +230,27 @@ def test_what_is_near_the_likeliest_by_hand():
 
 
 def test_a_cache_that_grows_changes_nothing(monkeypatch):
-  draw = lambda: sampling.generate(
+  draw = lambda: sampler.generate(
     GPT2, params_of(GPT2), [[1], [2, 3]], max_tokens=10, eos_ids=(0,), num=9, seed=2
   )
   at_once = draw()
-  assert list(sampling._growth(21)) == [20] and list(sampling._growth(1)) == []
-  monkeypatch.setattr(sampling, "FIRST_TOKENS", 3)
-  assert list(sampling._growth(10)) == [2, 3, 4]
+  assert list(sampler._growth(21)) == [20] and list(sampler._growth(1)) == []
+  monkeypatch.setattr(sampler, "FIRST_TOKENS", 3)
+  assert list(sampler._growth(10)) == [2, 3, 4]
   assert draw() == at_once
   lengths = {len(answer) for answers in at_once for answer in answers}
   assert min(lengths) < 3 and max(lengths) == 10
 
 
 def test_an_answer_ends_where_it_is_said_to(monkeypatch):
-  monkeypatch.setattr(sampling, "FIRST_TOKENS", 4)
+  monkeypatch.setattr(sampler, "FIRST_TOKENS", 4)
   settings = {"max_tokens": 8, "seed": 1, "num": 8, "eos_ids": (0,), "width": 8}
 
   def ends(ids):  # at two equal tokens in a row
     return next((i + 2 for i in range(len(ids) - 1) if ids[i] == ids[i + 1]), None)
 
-  whole = sampling.generate(LLAMA, params_of(LLAMA), PROMPTS, **settings)
-  found = sampling.generate(LLAMA, params_of(LLAMA), PROMPTS, ends=ends, **settings)
+  whole = sampler.generate(LLAMA, params_of(LLAMA), PROMPTS, **settings)
+  found = sampler.generate(LLAMA, params_of(LLAMA), PROMPTS, ends=ends, **settings)
   assert found == [[answer[: ends(answer)] for answer in answers] for answers in whole]
   assert found != whole
 
@@ -265,15 +265,15 @@ def test_devices_share_the_rows(divided):
 
   settings = {"max_tokens": 6, "eos_ids": (0,), "num": 2, "seed": 3, "width": 8}
   prompts = PROMPTS + [[i % 5, 2] for i in range(5)]  # 11, which 8 does not divide
-  alone = sampling.generate(LLAMA, params_of(LLAMA), prompts, **settings)
+  alone = sampler.generate(LLAMA, params_of(LLAMA), prompts, **settings)
   placed = jax.tree.map(place, params_of(LLAMA))
-  assert sampling.generate(LLAMA, placed, prompts, batch_size=20, **settings) == alone
+  assert sampler.generate(LLAMA, placed, prompts, batch_size=20, **settings) == alone
 
 
 def test_temperature_near_zero_is_greedy():
   params = params_of(GPT2)
   cold, greedy = (
-    sampling.generate(GPT2, params, PROMPTS, max_tokens=10, temperature=t) for t in (1e-4, 0)
+    sampler.generate(GPT2, params, PROMPTS, max_tokens=10, temperature=t) for t in (1e-4, 0)
   )
   assert cold == greedy
 
@@ -283,7 +283,7 @@ def test_few_shapes_and_every_sample_once():
   prompts = [[1] * length for length in lengths]
   for num, size in ((1, 16), (3, 16), (40, 16)):
     seen = []
-    for batch in sampling._batches(prompts, num, size):
+    for batch in sampler._batches(prompts, num, size):
       seen += itertools.product(batch.prompt_N[batch.prompt_N >= 0], batch.sample_S)
       assert batch.ids_NL.shape[0] * len(batch.sample_S) <= size
       for row, prompt in enumerate(batch.prompt_N):
@@ -292,8 +292,8 @@ def test_few_shapes_and_every_sample_once():
         assert (batch.ids_NL[row] != 0).sum() == (length if prompt >= 0 else 0)
     wanted = set(itertools.product(range(len(prompts)), range(num)))
     assert wanted <= set(seen) and len(seen) == len(set(seen))
-  widths = {sampling._round_up(length) for length in range(1, 2049)}
-  assert len(widths) <= 20 and all(sampling._round_up(length) >= length for length in lengths)
+  widths = {sampler._round_up(length) for length in range(1, 2049)}
+  assert len(widths) <= 20 and all(sampler._round_up(length) >= length for length in lengths)
 
 
 @pytest.mark.parametrize(
@@ -317,16 +317,16 @@ def test_few_shapes_and_every_sample_once():
 )
 def test_what_cannot_be_sampled_is_refused(prompts, change, message):
   with pytest.raises(UserError, match=message):
-    sampling.generate(GPT2, params_of(GPT2), prompts, **{"max_tokens": 4} | change)
+    sampler.generate(GPT2, params_of(GPT2), prompts, **{"max_tokens": 4} | change)
 
 
 def test_no_prompts_give_no_answers():
-  assert sampling.generate(LLAMA, params_of(LLAMA), [], max_tokens=3) == []
+  assert sampler.generate(LLAMA, params_of(LLAMA), [], max_tokens=3) == []
 
 
 def test_bfloat16_generates_and_wide_models_need_no_more_positions_than_they_have():
   config = dataclasses.replace(GPT2, max_positions=9)
   params = jax.tree.map(lambda x: x.astype("bfloat16"), params_of(config))
-  (answers,) = sampling.generate(config, params, [[1, 2]], max_tokens=7, num=3, dtype="bfloat16")
+  (answers,) = sampler.generate(config, params, [[1, 2]], max_tokens=7, num=3, dtype="bfloat16")
   assert [len(answer) for answer in answers] == [7] * 3
   assert all(0 <= token < 5 for answer in answers for token in answer)

@@ -10,9 +10,9 @@ import pytest
 from pyarrow import parquet
 
 from dpo_jax import defaults
-from dpo_jax.data import forms, intake, sources
-from dpo_jax.data.sources import detect, read_rows
-from dpo_jax.data.values import Preference, RowError
+from dpo_jax.data import encode, formats, readers
+from dpo_jax.data.fields import Preference, RowError
+from dpo_jax.data.readers import detect, read_rows
 from dpo_jax.structs import UserError
 
 user = lambda text: {"role": "user", "content": text}
@@ -105,7 +105,7 @@ def test_several_files_and_patterns(tmp_path, monkeypatch):
   for name in ("b.jsonl", "a.jsonl", "a,b.jsonl", "c[1].jsonl", "sub/a.jsonl"):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("{}")
-  found = lambda given: [str(path) for path in sources.files(given)]
+  found = lambda given: [str(path) for path in readers.files(given)]
   assert found("b.jsonl, a.jsonl") == ["b.jsonl", "a.jsonl"]
   assert found("a,b.jsonl") == ["a,b.jsonl"] and found("c[1].jsonl") == ["c[1].jsonl"]
   assert found("[ab].jsonl") == ["a.jsonl", "b.jsonl"]
@@ -130,7 +130,7 @@ def test_files_that_are_none(tmp_path, monkeypatch, given, line):
   (tmp_path / "sub").mkdir()
   (tmp_path / "rows.jsonl").write_text("{}")
   with pytest.raises(UserError, match=line):
-    sources.files(given)
+    readers.files(given)
 
 
 # --- recognising ----------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_a_field_map_names_what_is_what():
   row = {"question": "q", "text": "a", "good": True, "label": "spam"}
   fields = {"prompt": "question", "completion": "text", "label": "good"}
   assert convert(row, fields=fields, kind="unpaired")[1] == Preference("q", ("a",), (1.0,))
-  assert sources.detect_kind(row, fields) == "unpaired"
+  assert readers.detect_kind(row, fields) == "unpaired"
   row = {"q": "a", "chosen": "b", "rejected": "c", "gap": 2}
   assert convert(row, fields={"prompt": "q", "margin": "gap"})[1].grades == (2.0, 0.0)
 
@@ -165,21 +165,21 @@ def test_columns_joined_by_a_plus_are_a_list():
 
 
 def test_names_of_a_map_are_known_ones():
-  assert set(defaults.FIELDS) <= set(forms.KNOWN)
-  assert intake.read_fields(["weight=w", "prompt=a"]) == {"weight": "w", "prompt": "a"}
+  assert set(defaults.FIELDS) <= set(formats.KNOWN)
+  assert encode.read_fields(["weight=w", "prompt=a"]) == {"weight": "w", "prompt": "a"}
   with pytest.raises(
     UserError, match=r"no form of row has a field 'weigth'; did you mean 'weight'\?"
   ):
-    intake.read_fields(["weigth=w"])
+    encode.read_fields(["weigth=w"])
   with pytest.raises(UserError, match="field 'x'; known: prompt_ids, chosen_ids"):
-    intake.read_fields(["x=prompt"])
+    encode.read_fields(["x=prompt"])
 
 
 def test_an_unknown_row_says_what_is_known():
   with pytest.raises(UserError, match=r"a row with a, b is of no known form; known are prompt_ids"):
     detect({"b": 1, "a": 2})
   with pytest.raises(UserError, match=r"answers_ids; prompt \+ answers.* the field map"):
-    sources.detect_kind({"b": 1, "a": 2})
+    readers.detect_kind({"b": 1, "a": 2})
 
 
 def test_good_and_bad_texts_are_not_learned_from_alike():
@@ -235,7 +235,7 @@ PANDALM = {
 )
 def test_real_files_hold_what_they_hold(shared_data, file, fields, name, rows, kept, dropped):
   read = [row for _, row in read_rows(shared_data / "preferences" / file)]
-  form = detect(read[0], fields, kind=sources.detect_kind(read[0], fields))
+  form = detect(read[0], fields, kind=readers.detect_kind(read[0], fields))
   held, lost = 0, collections.Counter()
   for row in read:
     try:
@@ -248,7 +248,7 @@ def test_real_files_hold_what_they_hold(shared_data, file, fields, name, rows, k
 
 def test_real_judged_answers(shared_data):
   read = [row for _, row in read_rows(shared_data / "preferences" / "lf_kto_en.open.json")]
-  assert sources.detect_kind(read[0]) == "unpaired"
+  assert readers.detect_kind(read[0]) == "unpaired"
   form = detect(read[0], kind="unpaired")
   found = [form.convert(row) for row in read]
   assert form.name == "chat with label" and len(found) == 236
@@ -273,7 +273,7 @@ def test_real_judged_answers(shared_data):
   ],
 )
 def test_other_projects_files_by_field_map(shared_data, file, fields):
-  read = [row for _, row in sources.read_rows(shared_data / "preferences" / file)]
+  read = [row for _, row in readers.read_rows(shared_data / "preferences" / file)]
   form = detect(read[0], fields)
   for row in read:
     preference = form.convert(row)

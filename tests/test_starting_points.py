@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import pytest
 
 from configs import llama_1b, llama_8b, qwen_0_5b
-from dpo_jax import losses, optim, parallel, step
+from dpo_jax import losses, step
+from dpo_jax.distributed.executor import Executor
 from dpo_jax.model import families, lora, transformer
 from dpo_jax.structs import UserError
+from dpo_jax.training import optimizer
 
 # The public config.json of each, as far as shapes go by it.
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 500000.0}
@@ -83,7 +85,7 @@ def adapters_of(settings, shape):
 
 @pytest.mark.parametrize(("name", "arg"), WAYS)
 def test_memory_is_what_the_docstring_says(name, arg):
-  """Of one device, as `parallel` would divide it."""
+  """Of one device, as `executor` would divide it."""
   config = MODULES[name].get_config(*filter(None, [arg]))
   # The table of fsdp is the second one.
   tables = MODULES[name].__doc__.split("With `configs/")
@@ -99,14 +101,14 @@ def test_memory_is_what_the_docstring_says(name, arg):
   given = {k: v for k, v in config.loss.items() if k != "name" and v is not None}
   steps = ("learning_rate", "schedule", "warmup_steps", "final_fraction")
   schedule = {k: v for k, v in config.optimizer.items() if k in steps}
-  tx = optim.make_optimizer(
-    optim.make_schedule(total_steps=100, **schedule),
+  tx = optimizer.make_optimizer(
+    optimizer.make_schedule(total_steps=100, **schedule),
     **{k: v for k, v in config.optimizer.items() if k not in steps},
   )
   loss = losses.resolve(config.loss.name, **given)
   state = jax.eval_shape(functools.partial(step.init_state, tx=tx, loss=loss), trained)
 
-  executor = parallel.Executor("mesh", fsdp=config.parallel.fsdp, tensor=config.parallel.tensor)
+  executor = Executor("mesh", fsdp=config.parallel.fsdp, tensor=config.parallel.tensor)
   held = lambda tree: gigabytes(tree, executor.shardings(tree))
   parts = {
     "policy": held(state.params),

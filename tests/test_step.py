@@ -10,10 +10,11 @@ import pytest
 import tiny
 
 from dpo_jax import logprobs, losses, step
-from dpo_jax.data import layout, packing, tokenized
+from dpo_jax.data import collate, packing
+from dpo_jax.data.examples import Example, fill_up
 
 # Of rows: eight pairs and fewer make batches of one shape, which compiles once.
-SIZES = layout.Sizes(rows=5, rows_step=1, scored=30, slots=16)
+SIZES = collate.Sizes(rows=5, rows_step=1, scored=30, slots=16)
 
 
 def objective(name="sigmoid", sync=None, **given):
@@ -28,7 +29,7 @@ def objective(name="sigmoid", sync=None, **given):
 
 
 def stack(micro_batches, **kwargs):
-  return layout.collate_many(micro_batches, row_length=48, **kwargs)
+  return collate.collate_many(micro_batches, row_length=48, **kwargs)
 
 
 def run(batches, *, name="sigmoid", tx=None, **given):
@@ -99,7 +100,7 @@ def test_layout_and_padding_change_nothing():
   expected, _ = run([stack([examples])] * 2)
   for name in ("packed", "padded"):
     close(run([stack([examples], layout=name)] * 2)[0], expected, rtol=2e-5)
-  roomy = layout.Sizes(rows=9, rows_step=1, scored=40, slots=16)
+  roomy = collate.Sizes(rows=9, rows_step=1, scored=40, slots=16)
   close(run([stack([examples], sizes=roomy)] * 2)[0], expected)
 
 
@@ -108,7 +109,7 @@ def ragged(answers, size=6):
   rng = np.random.default_rng(answers)
   text = lambda most: rng.integers(1, tiny.VOCAB, rng.integers(1, most)).astype(np.int32)
   return [
-    tokenized.Example(
+    Example(
       text(9),
       tuple(text(7) for _ in range(answers)),
       row=i,
@@ -159,7 +160,7 @@ def test_sft_is_a_mean_over_tokens_of_the_whole_batch():
   batch = stack([examples[:1], examples[1:]])
   _, (report,) = run([batch], name="sft")
   logps_fn = jax.jit(logprobs.make_logps_fn(tiny.MODEL))
-  logps = [np.asarray(logps_fn(tiny.init(), layout.collate([e], row_length=48))) for e in examples]
+  logps = [np.asarray(logps_fn(tiny.init(), collate.collate([e], row_length=48))) for e in examples]
   tokens = sum(len(e.answers[0]) for e in examples)
   np.testing.assert_allclose(report["loss"], -sum(x.sum() for x in logps) / tokens, rtol=1e-5)
 
@@ -306,7 +307,7 @@ def test_ld_alpha_weighs_tokens_beyond_the_shorter_answer():
   ]
 
   def logps(some, name, beyond):
-    batch = layout.collate(some, layout=name, row_length=48)
+    batch = collate.collate(some, layout=name, row_length=48)
     logps_fn = jax.jit(logprobs.make_logps_fn(tiny.MODEL, beyond_shorter=beyond))
     found_NS = logps_fn(tiny.init(), batch)
     rows = batch.row_NS.reshape(-1, 2)[:, 0]
@@ -330,8 +331,8 @@ def test_rankings_of_different_length_train_together():
   """Two answers in a set of three are Plackett-Luce of two: sigmoid."""
   three = [e._replace(weight=1.0) for e in tiny.pairs(4, answers=3)]
   two = [e._replace(answers=e.answers[:2]) for e in three]
-  _, (report,) = run([stack([tokenized.fill_up(two, 3)])], name="plackett_luce", beta=0.5)
+  _, (report,) = run([stack([fill_up(two, 3)])], name="plackett_luce", beta=0.5)
   np.testing.assert_allclose(report["loss"], np.log(2), rtol=1e-6)
-  filled, _ = run([stack([tokenized.fill_up(two, 3)])] * 3, name="plackett_luce", beta=0.5)
+  filled, _ = run([stack([fill_up(two, 3)])] * 3, name="plackett_luce", beta=0.5)
   pairs, _ = run([stack([two])] * 3, name="sigmoid", beta=0.5)
   close(filled, pairs)

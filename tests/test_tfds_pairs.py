@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import small_tokenizers
 
-from dpo_jax.data import chat, intake, pipeline, tfds_pairs, tokenized
-from dpo_jax.data.intake import Encoder, Ledger
+from dpo_jax.data import batches, encode, examples, prepared
+from dpo_jax.data.encode import Encoder, Ledger
+from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.structs import UserError
 
 WORDS = ["the", "answer", "is", "good", "bad", "question"]
@@ -17,7 +18,7 @@ BAD = {"prompt": 3, "chosen": "a", "rejected": "b"}
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-  return chat.load_tokenizer(small_tokenizers.byte_fallback(tmp_path_factory.mktemp("tokenizer")))
+  return load_tokenizer(small_tokenizers.byte_fallback(tmp_path_factory.mktemp("tokenizer")))
 
 
 def text(rng, longest=6):
@@ -47,7 +48,7 @@ def write(path, rows):
 
 
 def prepare(out, paths, encoder, **how):
-  (*_, ledger) = tfds_pairs.prepare(out, paths, encoder, **how)
+  (*_, ledger) = prepared.prepare(out, paths, encoder, **how)
   return ledger
 
 
@@ -66,35 +67,35 @@ def test_what_is_read_is_what_is_in_the_files(tmp_path, tokenizer, kind):
   path = write(tmp_path / "rows.jsonl", rows_of(kind))
   encoder = Encoder(tokenizer, kind=kind, max_length=64)
   ledger = prepare(tmp_path / "set", path, encoder, eval_fraction=0.3)
-  expected, account, _ = intake.load_examples(path, tokenizer, kind=kind, max_length=64)
+  expected, account, _ = encode.load_examples(path, tokenizer, kind=kind, max_length=64)
   assert ledger.rows == 91 and ledger.dropped == {"empty answer": 1} == account.dropped
-  train, held_out, told = tfds_pairs.read(tmp_path / "set", encoder, eval_fraction=0.3)
+  train, held_out, told = prepared.read(tmp_path / "set", encoder, eval_fraction=0.3)
   assert told == ledger.to_json()
   same(sorted([*train, *held_out], key=lambda e: e.row), expected)
   prompts = [{e.prompt.tobytes() for e in side} for side in (train, held_out)]
   assert not prompts[0] & prompts[1] and 4 <= len(prompts[1]) <= 14  # 9 of 30, in expectation
   for some in (train, held_out):
-    for known, counted in zip(some.lengths, tokenized.lengths(list(some)), strict=True):
+    for known, counted in zip(some.lengths, examples.lengths(list(some)), strict=True):
       np.testing.assert_array_equal(known, counted)
   same(train[3:9:2], [train[3], train[5], train[7]])
-  same(train.widened(6)[:4], tokenized.fill_up(train[:4], 6))
+  same(train.widened(6)[:4], examples.fill_up(train[:4], 6))
 
 
 def test_tokens_are_those_of_the_same_rows_in_memory(tmp_path, tokenizer):
   path = write(tmp_path / "rows.jsonl", rows_of("pairs"))
   ledger = prepare(tmp_path / "set", path, Encoder(tokenizer), eval_fraction=0.0)
-  assert ledger == intake.load_examples(path, tokenizer)[1]
-  _, held_out, _ = tfds_pairs.read(tmp_path / "set", Encoder(tokenizer), eval_fraction=0.0)
+  assert ledger == encode.load_examples(path, tokenizer)[1]
+  _, held_out, _ = prepared.read(tmp_path / "set", Encoder(tokenizer), eval_fraction=0.0)
   assert held_out is None
 
 
 def test_batches_do_not_know_where_examples_lie(tmp_path, tokenizer):
   path = write(tmp_path / "rows.jsonl", rows_of("pairs"))
   prepare(tmp_path / "set", path, Encoder(tokenizer))
-  train, _, _ = tfds_pairs.read(tmp_path / "set", Encoder(tokenizer), eval_fraction=0.1)
+  train, _, _ = prepared.read(tmp_path / "set", Encoder(tokenizer), eval_fraction=0.1)
   for start in (0, 7):
     both = [
-      pipeline.batches(some, batch_size=8, accumulate=2, seed=3, start=start)
+      batches.batches(some, batch_size=8, accumulate=2, seed=3, start=start)
       for some in (train, list(train))
     ]
     for _, stored, held in zip(range(3), *both, strict=False):
@@ -103,26 +104,26 @@ def test_batches_do_not_know_where_examples_lie(tmp_path, tokenizer):
 
 
 def test_processes_change_nothing(tmp_path, tokenizer, monkeypatch):
-  monkeypatch.setattr(intake, "CHUNK", 8)
+  monkeypatch.setattr(encode, "CHUNK", 8)
   paths = [write(tmp_path / f"{i}.jsonl", rows_of("pairs", 40)) for i in range(2)]
   alone, several = Ledger(), Ledger()
-  expected = list(intake.stream_examples(paths, Encoder(tokenizer), alone))
-  found = list(intake.stream_examples(paths, Encoder(tokenizer), several, workers=2))
+  expected = list(encode.stream_examples(paths, Encoder(tokenizer), alone))
+  found = list(encode.stream_examples(paths, Encoder(tokenizer), several, workers=2))
   same(found, expected)
   assert several == alone and alone.rows == 82
   write(
     tmp_path / "bad.jsonl", [*rows_of("pairs", 20), {"prompt": 3, "chosen": "a", "rejected": "b"}]
   )
   with pytest.raises(UserError, match=r"bad\.jsonl:22: field prompt is 3"):
-    list(intake.stream_examples(tmp_path / "bad.jsonl", Encoder(tokenizer), Ledger(), workers=2))
+    list(encode.stream_examples(tmp_path / "bad.jsonl", Encoder(tokenizer), Ledger(), workers=2))
   assert not multiprocessing.active_children()
 
 
 def test_little_is_read_ahead(tmp_path, tokenizer, monkeypatch):
-  monkeypatch.setattr(intake, "CHUNK", 8)
+  monkeypatch.setattr(encode, "CHUNK", 8)
   path = write(tmp_path / "rows.jsonl", rows_of("pairs", 800))
   ledger = Ledger()
-  next(intake.stream_examples(path, Encoder(tokenizer), ledger))
+  next(encode.stream_examples(path, Encoder(tokenizer), ledger))
   assert ledger.rows <= 8
 
 
@@ -134,10 +135,10 @@ def test_a_set_made_otherwise_is_refused(tmp_path, tokenizer):
 
   def refused(line, encoder=made, eval_fraction=0.1):
     with pytest.raises(UserError, match=line) as raised:
-      tfds_pairs.read(folder, encoder, eval_fraction=eval_fraction)
+      prepared.read(folder, encoder, eval_fraction=eval_fraction)
     assert "\n" not in str(raised.value)
 
-  other = chat.load_tokenizer(small_tokenizers.byte_level(tmp_path / "other"))
+  other = load_tokenizer(small_tokenizers.byte_level(tmp_path / "other"))
   refused("with another tokenizer or chat template", Encoder(other, max_length=64))
   refused(
     "with max_length 64, and this run asks for 32; .*, or change data.max_length",
@@ -145,7 +146,7 @@ def test_a_set_made_otherwise_is_refused(tmp_path, tokenizer):
   )
   refused("with kind 'pairs', .* or change loss", Encoder(tokenizer, kind="text", max_length=64))
   refused("with eval_fraction 0.1, and this run asks for 0.2", eval_fraction=0.2)
-  tfds_pairs.read(folder, made, eval_fraction=None)  # other rows are held out
+  prepared.read(folder, made, eval_fraction=None)  # other rows are held out
   about = json.loads((folder / "metadata.json").read_text())
   (folder / "metadata.json").write_text(json.dumps(about | {"rules": 0}))
   refused("by rules of version 0, and those of now are 2")
@@ -160,7 +161,7 @@ def test_a_broken_set_is_one_line(tmp_path, tokenizer, name):
   (file,) = (tmp_path / "set").glob(name)
   file.write_bytes(file.read_bytes()[:100])
   with pytest.raises(UserError, match=r"is a broken prepared set \(.+\); prepare it again"):
-    tfds_pairs.read(tmp_path / "set", Encoder(tokenizer), eval_fraction=0.1)
+    prepared.read(tmp_path / "set", Encoder(tokenizer), eval_fraction=0.1)
 
 
 def test_nothing_is_replaced_and_nothing_half_made_stays(tmp_path, tokenizer):

@@ -9,9 +9,10 @@ import time
 import pytest
 import small_task
 
-from dpo_jax import preemption, train
-from dpo_jax.checkpoint import latest_step
-from dpo_jax.loggers import read_metrics
+from dpo_jax import train
+from dpo_jax.distributed import preemption
+from dpo_jax.monitoring.loggers import read_metrics
+from dpo_jax.training.checkpoint import latest_step
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ONE = {"parallel.devices": 1}

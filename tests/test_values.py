@@ -2,9 +2,9 @@
 
 import pytest
 
-from dpo_jax.data import sources
-from dpo_jax.data.sources import detect
-from dpo_jax.data.values import Preference, RowError
+from dpo_jax.data import readers
+from dpo_jax.data.fields import Preference, RowError
+from dpo_jax.data.readers import detect
 from dpo_jax.structs import UserError
 
 user = lambda text: {"role": "user", "content": text}
@@ -39,7 +39,7 @@ def convert(row, **kwargs):
 )
 def test_pairs_may_say_by_how_much(row, fields, grades):
   row = row | fields
-  assert sources.detect_kind(row) == "pairs"
+  assert readers.detect_kind(row) == "pairs"
   for kind in ("pairs", "ranked"):
     assert convert(row, kind=kind)[1].grades == grades
   # Where answers are judged by themselves, or one is learned from, nobody asks.

@@ -11,8 +11,9 @@ import pytest
 import small_tokenizers
 from rich.console import Console
 
-from dpo_jax.data import chat, intake, packing, tokenized, view
-from dpo_jax.data.tokenized import Example
+from dpo_jax.data import encode, packing, preview
+from dpo_jax.data.examples import Example, with_mismatched
+from dpo_jax.data.tokenizer import load_tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ROW = {"prompt": "the answer is", "chosen": " good 🙂é!", "rejected": " bad"}
@@ -20,24 +21,24 @@ ROW = {"prompt": "the answer is", "chosen": " good 🙂é!", "rejected": " bad"}
 
 @pytest.mark.parametrize("family", [small_tokenizers.byte_level, small_tokenizers.byte_fallback])
 def test_pieces_are_the_text_and_hold_every_id(tmp_path, family):
-  tokenizer = chat.load_tokenizer(family(tmp_path))
+  tokenizer = load_tokenizer(family(tmp_path))
   ids = [*tokenizer.encode_prompt("the answer is good 🙂é, 한 \n\n bad"), tokenizer.eos_id]
-  pieces = view.pieces(ids, tokenizer)
+  pieces = preview.pieces(ids, tokenizer)
   assert "".join(text for text, _ in pieces) == tokenizer.decode(ids, special=True)
   assert [id for _, held in pieces for id in held] == ids
   assert all("\ufffd" not in text for text, _ in pieces)
   # Cut inside a character, what is left of it is shown as such.
-  assert view.pieces(tokenizer.encode_prompt("🙂")[:-1], tokenizer)[-1][0] == "\ufffd"
+  assert preview.pieces(tokenizer.encode_prompt("🙂")[:-1], tokenizer)[-1][0] == "\ufffd"
 
 
 def test_a_row_shows_texts_ids_and_ends(tmp_path):
-  tokenizer = chat.load_tokenizer(small_tokenizers.byte_level(tmp_path / "model"))
+  tokenizer = load_tokenizer(small_tokenizers.byte_level(tmp_path / "model"))
   path = tmp_path / "rows.jsonl"
   path.write_text(json.dumps(ROW))
-  (example,), ledger, _ = intake.load_examples(path, tokenizer)
+  (example,), ledger, _ = encode.load_examples(path, tokenizer)
   console = Console(width=100, record=True, file=io.StringIO())
-  console.print(view.show_example(example, tokenizer))
-  console.print(view.show_ledger(ledger, [example]))
+  console.print(preview.show_example(example, tokenizer))
+  console.print(preview.show_ledger(ledger, [example]))
   shown = console.export_text()
   for part in ("the answer is", "good 🙂é!<|endoftext|>", "bad<|endoftext|>"):
     assert part in shown
@@ -46,16 +47,16 @@ def test_a_row_shows_texts_ids_and_ends(tmp_path):
 
 
 def show(folder, kind, *rows):
-  tokenizer = chat.load_tokenizer(small_tokenizers.byte_level(folder / "model"))
+  tokenizer = load_tokenizer(small_tokenizers.byte_level(folder / "model"))
   path = folder / "rows.jsonl"
   path.write_text("\n".join(map(json.dumps, rows)))
-  examples, ledger, _ = intake.load_examples(path, tokenizer, kind=kind)
+  examples, ledger, _ = encode.load_examples(path, tokenizer, kind=kind)
   if kind == "unpaired":
-    examples = tokenized.with_mismatched(examples)
+    examples = with_mismatched(examples)
   console = Console(width=100, record=True, file=io.StringIO())
   for example in examples:
-    console.print(view.show_example(example, tokenizer, kind=kind))
-  console.print(view.show_ledger(ledger, examples))
+    console.print(preview.show_example(example, tokenizer, kind=kind))
+  console.print(preview.show_ledger(ledger, examples))
   return console.export_text()
 
 
@@ -106,18 +107,18 @@ def test_inspect_data_prints_one_object_or_one_line(tmp_path):
 
 
 def test_cuts_are_marked_and_dropped_rows_say_why(tmp_path):
-  tokenizer = chat.load_tokenizer(small_tokenizers.byte_level(tmp_path / "model"))
+  tokenizer = load_tokenizer(small_tokenizers.byte_level(tmp_path / "model"))
   long = {"prompt": "the answer is " * 20, "chosen": " good" * 40, "rejected": " bad"}
   path = tmp_path / "rows.jsonl"
   path.write_text("\n".join(json.dumps(row) for row in (long, ROW | {"chosen": " bad"}, ROW)))
-  whole = intake.load_examples(path, tokenizer)[0][0]
+  whole = encode.load_examples(path, tokenizer)[0][0]
   how = {"max_length": 40, "prompt_floor": 4, "truncation": "cut"}
-  encoder = intake.Encoder(tokenizer, **how)
+  encoder = encode.Encoder(tokenizer, **how)
   console = Console(width=100, record=True, file=io.StringIO())
-  for row, outcome in enumerate(intake.first_rows(path, encoder, 3)):
-    console.print(view.show_row(row, outcome, tokenizer))
+  for row, outcome in enumerate(encode.first_rows(path, encoder, 3)):
+    console.print(preview.show_row(row, outcome, tokenizer))
   cut, rest = console.export_text().split("row 1: dropped, equal answers")
-  assert "row 0, cut" in cut and "─ row 2 ─" in rest and view.CUT not in rest
+  assert "row 0, cut" in cut and "─ row 2 ─" in rest and preview.CUT not in rest
   assert f"4 tokens, given, ✂ {len(whole.prompt) - 4} cut before" in cut and "│ ✂" in cut
   lost = len(whole.answers[0]) - 36
   assert f"chosen · 36 tokens, scored, no end token, ✂ {lost} cut behind" in cut
@@ -132,7 +133,7 @@ def test_histograms_count_every_text(tmp_path):
     Example(*ids(9), tuple(ids(9, 0))),
   ]
   console = Console(width=100, record=True, file=io.StringIO())
-  console.print(view.show_lengths(examples), view.show_layouts(examples))
+  console.print(preview.show_lengths(examples), preview.show_layouts(examples))
   rows = [line.replace("█", " ").split() for line in console.export_text().splitlines()]
   counts = {row[0]: row[1:] for row in rows if row and row[0][0].isdigit()}
   assert counts == {

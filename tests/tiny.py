@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.data import layout
-from dpo_jax.data.tokenized import Example
+from dpo_jax.data import collate
+from dpo_jax.data.examples import Example
 from dpo_jax.structs import Head, Model
 
 VOCAB, WIDTH = 37, 16
@@ -68,5 +68,5 @@ def one_shape(sets, groups, accumulate=1, **how):
   """A batch of each set of examples, all of one shape: a step compiles once for all of them."""
   how = {"row_length": 48, "groups": groups, **how}
   cut = [[some[i::accumulate] for i in range(accumulate)] for some in sets]
-  sizes = layout.fit_sizes([part for parts in cut for part in parts], **how)
-  return [layout.collate_many(parts, sizes=sizes, **how) for parts in cut]
+  sizes = collate.fit_sizes([part for parts in cut for part in parts], **how)
+  return [collate.collate_many(parts, sizes=sizes, **how) for parts in cut]

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dpo_jax.losses import grouped, paired
-from dpo_jax.losses.modifiers import LINKS, linked
+from dpo_jax.losses import batchwise, paired
+from dpo_jax.losses.divergences import LINKS, linked
 from dpo_jax.structs import Array, UserError
 
 LossFn = Callable[..., Array]
@@ -33,8 +33,8 @@ LOSSES: dict[str, LossFn] = {
     paired.sppo_hard,
     paired.apo_zero,
     paired.apo_down,
-    grouped.aot,
-    grouped.aot_unpaired,
+    batchwise.aot,
+    batchwise.aot_unpaired,
     paired.discopop,
     paired.sigmoid_norm,
     paired.dpop,
@@ -43,9 +43,9 @@ LOSSES: dict[str, LossFn] = {
     paired.simpo,
     paired.cpo,
     paired.orpo,
-    grouped.kto,
-    grouped.plackett_luce,
-    grouped.policy_gradient,
+    batchwise.kto,
+    batchwise.plackett_luce,
+    batchwise.policy_gradient,
     paired.sft,
   )
 }
@@ -185,7 +185,7 @@ def resolve(name: str, **given: Any) -> Loss:
       ld_alpha: in [0, 1], weight of answer tokens beyond the length of the shorter answer, in
         policy and reference (LD-DPO, Liu et al. 2024); 1 changes nothing.
       wpo: weights pairs by the likelihood under the policy (WPO, Zhou et al. 2024).
-      link, link_alpha: an f-divergence in place of the reverse KL; see `modifiers`.
+      link, link_alpha: an f-divergence in place of the reverse KL; see `divergences`.
       reference_free: the reference counts as uniform.
       running_decay: in [0, 1), of the running mean behind bco_pair's δ (0.9 unless given) or kto's
         z0 (0 unless given: the mean of the batch itself).

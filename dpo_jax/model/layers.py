@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.partition import by_rows, by_vocabulary, sequence_parts
-from dpo_jax.products import product
+from dpo_jax.distributed.sharding import by_rows, by_vocabulary, sequence_parts
 from dpo_jax.structs import Array
+from dpo_jax.utils.matmul import product
 
 
 def scramble(x: Array) -> Array:
