@@ -245,15 +245,15 @@ def _stepper(
   executor = run.executor
   init = functools.partial(step.init_state, tx=run.tx, loss=run.objective.loss)
   state = executor.compile_init(init)(executor.place(params))
-  placed = None if reference is None else executor.place(reference)
-  placed = fill_store(run, placed)
+  reference_params = None if reference is None else executor.place(reference)
+  reference_params = fill_store(run, reference_params)
   compiled = executor.compile_step(
     functools.partial(step.train_step, objective=run.objective, tx=run.tx)
   )
 
   def take(batch: TokenBatch) -> dict[str, Any]:
     nonlocal state
-    state, means = compiled(state, placed, executor.place_batch(batch))
+    state, means = compiled(state, reference_params, executor.place_batch(batch))
     return executor.metrics_to_host(means)
 
   return take

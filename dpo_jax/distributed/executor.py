@@ -283,7 +283,7 @@ class Executor:
     return init
 
   def compile_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
-    """step(state, ref_params, batch, axis_name=…) -> (state, metrics), the state donated.
+    """step(state, reference_params, batch, axis_name=…) -> (state, metrics), the state donated.
 
     Metrics come back as `metrics_to_host` understands them.
     """

@@ -66,7 +66,7 @@ _AVERAGED = frozenset({"ipo_mean", "sigmoid_norm", "simpo", "orpo"})
 SUPPLIED = frozenset({"delta", "kl", "label_B", "margin_B", "present_BK", "reward_BK", "weight_B"})
 
 # Running means over the batches before: what a loss calls it, and its next value from the metrics.
-_MEMORIES: dict[str, tuple[str, Callable[[Mapping[str, Array]], Array]]] = {
+_RUNNING_STATS: dict[str, tuple[str, Callable[[Mapping[str, Array]], Array]]] = {
   "bco_pair": ("delta", lambda m: (m["rewards/chosen"] + m["rewards/rejected"]) / 2),
   "kto": ("kl", lambda m: jnp.maximum(m["kl"], 0.0)),
 }
@@ -158,20 +158,22 @@ class Loss:
     return any(name == "policy_gradient" for _, name, _ in self.terms)
 
   @property
-  def memory(self) -> dict[str, float]:
+  def running_stats(self) -> dict[str, float]:
     """Running means that live in the state of training, at their start."""
     return {
-      _MEMORIES[name][0]: 0.0
+      _RUNNING_STATS[name][0]: 0.0
       for _, name, _ in self.terms
-      if name in _MEMORIES and self.running_decay > 0
+      if name in _RUNNING_STATS and self.running_decay > 0
     }
 
-  def remember(self, memory: Mapping[str, Array], means: Mapping[str, Array]) -> dict[str, Array]:
+  def update_running_stats(
+    self, running_stats: Mapping[str, Array], means: Mapping[str, Array]
+  ) -> dict[str, Array]:
     """The running means after a step, from the step's own means."""
-    seen = {key: read(means) for key, read in _MEMORIES.values() if key in memory}
+    seen = {key: read(means) for key, read in _RUNNING_STATS.values() if key in running_stats}
     keep = self.running_decay
     mix = lambda old, new: (keep * old + (1 - keep) * new).astype(old.dtype)
-    return {key: mix(memory[key], value) for key, value in seen.items()}
+    return {key: mix(running_stats[key], value) for key, value in seen.items()}
 
 
 def resolve(name: str, **given: Any) -> Loss:

@@ -85,16 +85,16 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
   schedule, tx = make_optimizer(config, steps)
   places = executor.shardings(transformer.param_shapes(model_config))
   trained = _load(config, model_config, places)
-  frozen, adapter = None, None
+  reference_params, adapter = None, None
   if settings:
-    trained, frozen, adapter = _adapted(config, settings, start, trained)
+    trained, reference_params, adapter = _adapted(config, settings, start, trained)
   elif loss.needs_reference and (lacking or not store):
-    frozen = _reference(config, model_config, places, trained)
+    reference_params = _reference(config, model_config, places, trained)
   run = Run(
     workdir=workdir,
     config=config,
     executor=executor,
-    objective=objective._replace(answers=material.answers),
+    objective=objective._replace(completions=material.answers),
     model=model,
     model_config=model_config,
     tokenizer=tokenizer,
@@ -107,7 +107,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     store=store,
     lacking=lacking,
   )
-  return run, trained, frozen, ledger
+  return run, trained, reference_params, ledger
 
 
 def check(config: ConfigDict) -> tuple[losses.Loss, LoRA | None, Executor]:
@@ -166,7 +166,9 @@ def make_objective(
   )
   if settings:
     objective = objective._replace(
-      policy=lambda trained, frozen: lora.attach(frozen, trained, settings.scale),
+      policy=lambda trained, reference_params: lora.attach(
+        reference_params, trained, settings.scale
+      ),
       dropout_seed=config.seed if settings.dropout else None,
     )
   return model, objective
@@ -184,16 +186,16 @@ def make_optimizer(
   return schedule, optimizer.from_host(tx) if config.parallel.offload_optimizer else tx
 
 
-def fill_store(run: Run, frozen: PyTree | None) -> PyTree | None:
+def fill_store(run: Run, reference_params: PyTree | None) -> PyTree | None:
   """Computes what the store lacks, of a placed reference; says how far it is.
 
   Returns:
     What is needed of the reference from then on: with a store, only the base of adapters.
   """
   if not run.store:
-    return frozen
+    return reference_params
   forward = run.executor.compile_forward(logprobs.make_token_fn(run.model))
-  token_fn = lambda batch: forward(frozen, jax.tree.map(lambda x: x[None], batch))
+  token_fn = lambda batch: forward(reference_params, jax.tree.map(lambda x: x[None], batch))
   # All processes compute, the first one writes.
   store = run.store if processes.first() else None
   settings = run.config.train
@@ -211,8 +213,8 @@ def fill_store(run: Run, frozen: PyTree | None) -> PyTree | None:
   processes.wait("reference store")
   run.store.refresh()
   if run.adapter:
-    return frozen
-  jax.tree.map(lambda x: x.delete(), frozen)
+    return reference_params
+  jax.tree.map(lambda x: x.delete(), reference_params)
   return None
 
 

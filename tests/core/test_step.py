@@ -223,8 +223,8 @@ def test_delta_is_the_running_mean_of_the_rewards_before():
   for state, report in zip(states[1:], reports, strict=True):
     mean = (report["rewards/chosen"] + report["rewards/rejected"]) / 2
     expected = 0.75 * expected + 0.25 * mean
-    np.testing.assert_allclose(state.memory["delta"], expected, rtol=1e-6)
-  assert abs(float(states[-1].memory["delta"])) > 1e-3
+    np.testing.assert_allclose(state.running_stats["delta"], expected, rtol=1e-6)
+  assert abs(float(states[-1].running_stats["delta"])) > 1e-3
 
 
 def test_a_running_kl_replaces_the_estimate_of_the_batch():
@@ -234,8 +234,8 @@ def test_a_running_kl_replaces_the_estimate_of_the_batch():
   kl = 0.0
   for state, report in zip(states[1:], reports, strict=True):
     kl = 0.5 * kl + 0.5 * max(0.0, float(report["kl"]))
-    np.testing.assert_allclose(state.memory["kl"], kl, rtol=1e-6)
-  assert state_after([batch], "kto")[0][-1].memory == {}
+    np.testing.assert_allclose(state.running_stats["kl"], kl, rtol=1e-6)
+  assert state_after([batch], "kto")[0][-1].running_stats == {}
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.6])

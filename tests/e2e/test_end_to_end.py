@@ -169,7 +169,7 @@ def test_what_evolves_beside_the_policy_resumes_too(task):
   checkpoints = Checkpoints(task / "follows" / "checkpoints")
   saved = checkpoints.restore(like._replace(reference=reference), 6)
   checkpoints.close()
-  assert saved.memory["delta"] != 0
+  assert saved.running_stats["delta"] != 0
   table = lambda tree: np.asarray(tree["params"]["embed"]["embedding"])
   # Step 6 has just carried the reference most of the way to the policy.
   gone, left = (np.abs(table(saved.params) - table(x)).max() for x in (reference, saved.reference))
@@ -231,7 +231,7 @@ def test_every_loss_is_reached_from_the_configuration(task, name):
   run, _, reference, _ = build(config, task / "never")
   assert run.objective.loss.name == name
   assert (reference is None) == (name in losses.FREE)
-  assert run.objective.answers == {"sft": 1, "policy_gradient": 4}.get(name, 2)
+  assert run.objective.completions == {"sft": 1, "policy_gradient": 4}.get(name, 2)
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def program(model, name, given, answers, steps, rounds=1, peak=0.1):
   objective = step.Objective(
     logprobs.make_logps_fn(model, beyond_shorter=loss.ld_alpha),
     loss,
-    answers=answers,
+    completions=answers,
     scored_fn=logprobs.make_scored_fn(model, beyond_shorter=loss.ld_alpha, aligned=loss.wpo),
     sync=step.Sync(every=steps, alpha=1.0) if rounds > 1 else None,
   )
@@ -92,7 +92,7 @@ def trained(
     finite_worlds.lay_out(examples, row_length=48 if how == "shared" else 60, layout=how)
   )
   state = step.init_state(copy(start), tx, objective.loss)
-  state = state._replace(memory=jax.tree.map(jnp.float64, state.memory))
+  state = state._replace(running_stats=jax.tree.map(jnp.float64, state.running_stats))
   state, metrics = finite_worlds.train(
     state,
     copy(start if reference is None else reference),

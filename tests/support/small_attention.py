@@ -81,18 +81,18 @@ def steps(attention, mode, *mesh, accumulate=1, config=CONFIG, remat="dots"):
   loss = losses.resolve("plackett_luce", beta=0.5)
   tx = optax.adamw(1e-3, eps=1e-3)
   model = transformer.build(config, attention=attention, remat=remat)
-  objective = step.Objective(logprobs.make_logps_fn(model), loss, answers=3)
+  objective = step.Objective(logprobs.make_logps_fn(model), loss, completions=3)
   init = functools.partial(step.init_state, tx=tx, loss=loss)
   start = jax.tree.map(np.asarray, transformer.init_params(config, 0))
   state = executor.compile_init(init)(executor.place(start))
-  fixed = executor.place(start)
+  reference_params = executor.place(start)
   take = executor.compile_step(functools.partial(step.train_step, objective=objective, tx=tx))
   found = []
   sets = [examples(16, 3, seed=index) for index in range(2)]
   texts = attention in attention_kernels.TEXTS
   for batch in tiny.one_shape(sets, executor.groups, accumulate, texts=texts):
     assert (batch.text_GTW is None) == (not texts)
-    state, means = take(state, fixed, executor.place_batch(batch))
+    state, means = take(state, reference_params, executor.place_batch(batch))
     found.append(float(executor.metrics_to_host(means)["loss"]))
   return executor.fetch(state.params), found
 

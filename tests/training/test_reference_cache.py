@@ -87,14 +87,14 @@ def test_a_step_needs_no_reference_then(tmp_path):
   live = step.Objective(logprobs.make_logps_fn(tiny.MODEL), loss)
   stored = live._replace(stored_fn=logprobs.make_stored_fn())
   after = []
-  for objective, ref_params, examples in (
+  for objective, reference_params, examples in (
     (live, tiny.init(), pairs),
     (stored, None, reference_cache.stored(pairs, store)),
   ):
     batch = collate.collate_many([examples[:4], examples[4:]], row_length=64)
     state = step.init_state(tiny.init(seed=1), tx, loss)  # a policy that has moved away
     take = jax.jit(functools.partial(step.train_step, objective=objective, tx=tx))
-    after.append(take(state, ref_params, batch))
+    after.append(take(state, reference_params, batch))
   (one, means), (other, more) = after
   np.testing.assert_allclose(means["rewards/margins"], more["rewards/margins"], rtol=1e-5)
   for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
@@ -254,14 +254,16 @@ def test_a_run_with_a_store_is_the_run_without(task, tmp_path, changes, capsys):
 
 def test_a_full_store_spares_the_reference_and_serves_other_runs(task, tmp_path):
   store = {"reference.store": str(tmp_path / "store")}
-  run, trained, frozen, _ = build(small_task.configured(task, **store), tmp_path / "a")
-  assert frozen is not None and sum(map(len, run.lacking)) == 32
-  train.train(run, trained, frozen, lambda: None)
-  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
+  run, trained, reference_params, _ = build(small_task.configured(task, **store), tmp_path / "a")
+  assert reference_params is not None and sum(map(len, run.lacking)) == 32
+  train.train(run, trained, reference_params, lambda: None)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(reference_params))
   others = {"loss.name": "ipo", "loss.beta": 0.3, "optimizer.learning_rate": 1e-4, "seed": 1}
   for changes in (others, {"loss.ld_alpha": 0.5}, {"data.max_length": 300}):
-    run, _, frozen, _ = build(small_task.configured(task, **store, **changes), tmp_path / "b")
-    assert frozen is None and not run.lacking
+    run, _, reference_params, _ = build(
+      small_task.configured(task, **store, **changes), tmp_path / "b"
+    )
+    assert reference_params is None and not run.lacking
   for changes in (
     {"model.compute_dtype": "bfloat16"},
     {"model.param_dtype": "bfloat16"},
