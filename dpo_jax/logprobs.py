@@ -359,18 +359,18 @@ class Slots(NamedTuple):
   Attributes:
     tokens_NS: scored tokens.
     weight_NS: weight of the row; 0 is an empty slot.
-    grade_NS: see `TokenBatch`.
+    score_NS: see `TokenBatch`.
   """
 
   tokens_NS: Array
   weight_NS: Array
-  grade_NS: Array
+  score_NS: Array
 
 
 def slots_of(batch: TokenBatch) -> Slots:
   """The slots of a batch; with micro-batches, [A, N, S]."""
   tokens = jax.vmap(slot_tokens) if batch.ids_NL.ndim == 3 else slot_tokens
-  return Slots(tokens(batch), batch.weight_NS, batch.grade_NS)
+  return Slots(tokens(batch), batch.weight_NS, batch.score_NS)
 
 
 def to_pairs(logps_NS: Array, slots: Slots) -> PairLogps:

@@ -57,6 +57,7 @@ def test_a_checkpoint_of_before_a_field_was_renamed_is_read(tmp_path):
   state = state_at(2)._replace(running_stats={"delta": np.asarray(0.75, np.float32)})
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(2, OldState(*state))
+  checkpoints.wait()
   restored = checkpoints.restore(jax.eval_shape(lambda: state))
   assert isinstance(restored, step.TrainState)
   assert jax.tree.structure(restored) == jax.tree.structure(state)
