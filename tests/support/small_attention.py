@@ -94,7 +94,7 @@ def steps(attention, mode, *mesh, accumulate=1, config=CONFIG, remat="dots"):
     assert (batch.sequence_GTW is None) == (not texts)
     state, means = take(state, reference_params, executor.place_batch(batch))
     found.append(float(executor.metrics_to_host(means)["loss"]))
-  return executor.fetch(state.params), found
+  return executor.to_host(state.params), found
 
 
 @functools.cache

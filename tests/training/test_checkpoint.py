@@ -199,10 +199,10 @@ def test_a_state_is_read_onto_another_mesh_to_the_bit(tmp_path):
   state = places[0].place(host)
   for index, (here, there) in enumerate(itertools.pairwise(places)):
     checkpoints = Checkpoints(tmp_path / str(index))
-    checkpoints.save(1, here.single(state))
+    checkpoints.save(1, here.unreplicate(state))
     checkpoints.wait()
     state = there.place(checkpoints.restore(there.abstract(host), 1))
     checkpoints.close()
-    found = there.fetch(state)
+    found = there.to_host(state)
     jax.tree.map(np.testing.assert_array_equal, found, host)
   assert state["query"]["kernel"].sharding.shard_shape((2, 16, 8)) == (2, 8, 4)
