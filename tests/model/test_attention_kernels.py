@@ -352,7 +352,7 @@ def test_a_run_says_what_it_takes_instead(tmp_path, capsys):
   why = "cudnn runs on NVIDIA GPUs, and this is cpu"
   said = capsys.readouterr().err.splitlines()
   assert f"model.attention is cudnn, but {why}: blocked is taken" in said
-  assert not run.material.batching["texts"]
+  assert not run.data.batching["texts"]
   setup.build(configured(tmp_path, "auto"), tmp_path)
   assert "model.attention" not in capsys.readouterr().err
 
@@ -360,7 +360,7 @@ def test_a_run_says_what_it_takes_instead(tmp_path, capsys):
 def test_a_run_lists_texts_where_they_are_taken(tmp_path):
   config = configured(tmp_path, "xla")
   run, trained, *_ = setup.build(config, tmp_path)
-  batch, _ = datasets.make_feed(config, run.material, None, 0)(1, None)
+  batch, _ = datasets.make_feed(config, run.data, None, 0)(1, None)
   assert batch.sequence_GTW is not None
   lengths = planner.Lengths(60)
   assert planner.outline(config, lengths).batch.sequence_GTW is not None

@@ -60,10 +60,10 @@ def test_equal_answers_count_nothing_and_nothing_else_is_an_error():
 
 @pytest.mark.parametrize("loss", ["sigmoid", "plackett_luce"])
 def test_a_batch_without_any_preference_is_an_error(loss, monkeypatch):
-  same = on_policy.rollouts.Drawn(
+  same = on_policy.rollouts.Rollout(
     ["a", "b"], [[5], [6]], [["x", "y"]] * 2, [[[7], [7]]] * 2, np.ones((2, 2))
   )
-  monkeypatch.setattr(on_policy.rollouts, "draw", lambda *_, **__: same)
+  monkeypatch.setattr(on_policy.rollouts, "sample", lambda *_, **__: same)
   fields = {"prompts": ["a", "b"], "batch_size": 2, "accumulate": 1, "seed": 0, "batching": {}}
   made = dataclasses.replace(sampler(num=2, loss=loss), **fields)
   with pytest.raises(UserError, match=r"nothing is left to prefer; raise loss\.beta") as error:
