@@ -40,7 +40,7 @@ class Preference(NamedTuple):
   """
 
   prompt: Content
-  answers: tuple[Content, ...]
+  completions: tuple[Content, ...]
   scores: tuple[float, ...] = ()
   weight: float = 1.0
 

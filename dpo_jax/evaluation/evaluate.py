@@ -68,14 +68,14 @@ def make_scorer(model: Model, *, batch_size: int = 64) -> Callable[..., Scores]:
 
   def score(params: PyTree, examples: Sequence[Example]) -> Scores:
     numbered = [example._replace(row=i) for i, example in enumerate(examples)]
-    answers = len(examples[0].answers)
-    logp_BK = np.full((len(examples), answers), np.nan)
+    completions = len(examples[0].completions)
+    logp_BK = np.full((len(examples), completions), np.nan)
     for batch in batches.eval_batches(numbered, batch_size=batch_size):
-      row_XK = batch.row_NS.reshape(-1, answers)
-      logp_XK = np.asarray(logps_fn(params, batch), np.float64).reshape(-1, answers)
+      row_XK = batch.row_NS.reshape(-1, completions)
+      logp_XK = np.asarray(logps_fn(params, batch), np.float64).reshape(-1, completions)
       filled_X = row_XK[:, 0] >= 0
       logp_BK[row_XK[filled_X, 0]] = logp_XK[filled_X]
-    tokens = [[len(answer) for answer in example.answers] for example in examples]
+    tokens = [[len(answer) for answer in example.completions] for example in examples]
     return Scores(logp_BK, np.array(tokens))
 
   return score
@@ -278,8 +278,8 @@ def _side_by_side(ours: Rollout, theirs: Rollout, count: int) -> list[Json]:
   return [
     {
       "prompt": prompt,
-      "reference": theirs.answers[x][0],
-      "policy": ours.answers[x][0],
+      "reference": theirs.completions[x][0],
+      "policy": ours.completions[x][0],
       "reference_reward": float(theirs.reward_XS[x, 0]),
       "policy_reward": float(ours.reward_XS[x, 0]),
     }
