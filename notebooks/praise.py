@@ -5,7 +5,7 @@
 
 import re
 
-from dpo_jax.data import lexicon
+from dpo_jax.controlled import lexicon
 
 
 def reward(prompt: str, answer: str) -> float:

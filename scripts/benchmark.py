@@ -33,7 +33,7 @@ import _root  # noqa: F401 (puts the package on the path)
 from absl import flags
 from ml_collections import config_flags
 
-from dpo_jax import cli
+from dpo_jax.utils import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "what is measured")
 # Written out rather than a default of the flag, whose overrides would be parsed before `cli` runs.
@@ -56,20 +56,21 @@ def main(argv):
   started = time.perf_counter()
   import jax
 
-  from dpo_jax import benchmark, lockstep, processes
-  from dpo_jax.build import build
+  from dpo_jax.benchmarking import pacing, timing
+  from dpo_jax.distributed import processes
+  from dpo_jax.training.setup import build
 
   jax.config.update("jax_enable_compilation_cache", False)  # compile time is one of the results
-  pace = lockstep.Pace(BLOCKS.value, STEPS.value)
+  pace = pacing.Pace(BLOCKS.value, STEPS.value)
   if len(argv) > 1:
-    pace = lockstep.read(argv[1], pace)
+    pace = pacing.read(argv[1], pace)
   config = CONFIG.value
   section = config.parallel
   where = (section.coordinator, section.processes, section.process)
   processes.start(*where, notice=False)
   with tempfile.TemporaryDirectory() as folder:
     if not config.data.path and "synthetic" in config:
-      config.data.path, config.model.tokenizer = benchmark.write_task(
+      config.data.path, config.model.tokenizer = timing.write_task(
         pathlib.Path(folder),
         config.model.scratch.vocab_size,
         max_length=config.data.max_length,
@@ -78,9 +79,9 @@ def main(argv):
       )
     run, params, reference, _ = build(config, pathlib.Path(folder))
   if GENERATE.value:
-    result = benchmark.measure_generation(
+    result = timing.measure_generation(
       run.model_config,
-      run.executor.single(run.executor.place(params)),
+      run.executor.unreplicate(run.executor.place(params)),
       rows=ROWS.value,
       prompt_tokens=PROMPT.value,
       new_tokens=NEW.value,
@@ -89,8 +90,8 @@ def main(argv):
       seed=config.seed,
     )
   else:
-    result = benchmark.measure(run, params, reference, pace=pace, started=started)
-  if processes.first():
+    result = timing.measure(run, params, reference, pace=pace, started=started)
+  if processes.is_main_process():
     print(json.dumps(result))
 
 

@@ -22,7 +22,7 @@ import sys
 import _root  # noqa: F401 (puts the package on the path)
 from absl import flags
 
-from dpo_jax import cli
+from dpo_jax.utils import cli
 
 SUITE = flags.DEFINE_enum("suite", "cpu", ["cpu", "gpu"], "which groups of programs")
 OUT = flags.DEFINE_string("out", None, "folder of results", required=True)
@@ -46,8 +46,9 @@ def main(_):
 
   import suites
 
-  from dpo_jax import contest, folders, lockstep
+  from dpo_jax.benchmarking import interleaved, pacing
   from dpo_jax.structs import UserError
+  from dpo_jax.utils import files
 
   gpu = SUITE.value == "gpu"
   suite = suites.GPU if gpu else suites.CPU
@@ -61,7 +62,7 @@ def main(_):
     )
   if not os.access(python, os.X_OK):
     raise UserError(f"--peers_python={PYTHON.value} may not be run; name a Python that has TRL")
-  folders.check_folder(OUT.value, f"--out={OUT.value}")
+  files.check_folder(OUT.value, f"--out={OUT.value}")
   out = pathlib.Path(OUT.value).absolute()
   if (out / "comparison.json").exists():
     raise UserError(f"--out={OUT.value} holds a comparison already; name another folder")
@@ -73,16 +74,16 @@ def main(_):
   for name in ONLY.value or suite:
     print(f"{name}:", file=sys.stderr)
     loaded = not gpu and name not in suites.APART
-    rules = contest.Rules(
+    rules = interleaved.Rules(
       rounds=ROUNDS.value,
-      pace=lockstep.Pace(1 if loaded else 3, STEPS.value, WARMUP.value),
+      pace=pacing.Pace(1 if loaded else 3, STEPS.value, WARMUP.value),
       loaded=loaded,
       max_other=0.12 if loaded and QUIET.value else float("inf"),
       quiet_s=QUIET.value,
     )
     programs, length = contestants(name, suite[name], gpu, out, str(python))
-    found = contest.compete(programs, rules, out / "logs" / name)
-    base, rows = contest.summary(programs, found, length)
+    found = interleaved.compete(programs, rules, out / "logs" / name)
+    base, rows = interleaved.summary(programs, found, length)
     groups[name] = {"loaded": loaded, "against": base, "rows": rows, "rounds": found["rounds"]}
     groups[name]["tokens_per_pair"] = length
     (out / "comparison.json").write_text(json.dumps(about | {"groups": groups}, indent=1) + "\n")
@@ -95,7 +96,7 @@ def contestants(group, programs, gpu, out, python):
   import json
 
   from configs import benchmark as shapes
-  from dpo_jax import benchmark, contest
+  from dpo_jax.benchmarking import interleaved, timing
 
   arg = group.replace("-", ",lengths=") if gpu else group.partition("-")[0]
   config = shapes.get_config(arg)
@@ -104,7 +105,7 @@ def contestants(group, programs, gpu, out, python):
   pairs = out / "pairs" / f"{group}.jsonl"
   pairs.parent.mkdir(parents=True, exist_ok=True)
   lengths = {"max_length": config.data.max_length, "seed": config.seed, **config.synthetic}
-  rows = list(benchmark.make_pairs(config.model.scratch.vocab_size, **lengths))
+  rows = list(timing.make_pairs(config.model.scratch.vocab_size, **lengths))
   pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
   usual = {
     "pairs": str(pairs),
@@ -119,7 +120,7 @@ def contestants(group, programs, gpu, out, python):
   for one in programs:
     if one.options is not None:
       command = (python, "scripts/peers/trl_step.py", json.dumps(usual | one.options))
-      made.append(contest.Contestant(one.name, command, peer=one.best))
+      made.append(interleaved.Contestant(one.name, command, peer=one.best))
       continue
     fields = {"synthetic.pairs": config.synthetic.pairs, **one.changes}
     if one.store:
@@ -132,7 +133,7 @@ def contestants(group, programs, gpu, out, python):
       f"--config=configs/benchmark.py:{arg}",
       *(f"--config.{field}={value}" for field, value in fields.items()),
     )
-    made.append(contest.Contestant(one.name, command, False, one.store, environment))
+    made.append(interleaved.Contestant(one.name, command, False, one.store, environment))
   # A prompt counts with each of its answers.
   sizes = [len(row["prompt_ids"]) + sum(map(len, row.values())) for row in rows]
   return made, sum(sizes) / len(sizes)
@@ -166,14 +167,14 @@ def page(about, groups):
   """Markdown of everything."""
   import shlex
 
-  from dpo_jax import contest
+  from dpo_jax.benchmarking import interleaved
 
   parts = [f"# {about['suite']}, {about['date']}: {about['machine']}\n"]
   for name, group in groups.items():
     length = group["tokens_per_pair"]
     how = "in turns, all loaded" if group["loaded"] else "each started afresh in every round"
     parts.append(f"## {name}\n\n{about['rounds']} rounds, {how}; {length:.0f} tokens a pair.\n")
-    parts.append(contest.table(group["against"], group["rows"]))
+    parts.append(interleaved.table(group["against"], group["rows"]))
     results = [row["result"] or {} for row in group["rows"].values()]
     versions = {one.get("versions") or ("jax" in one and f"jax {one['jax']}") for one in results}
     parts.append("; ".join(sorted(filter(None, versions))) + "\n")

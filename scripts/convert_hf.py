@@ -12,7 +12,7 @@ tokenizer of the run. Of a run that trained adapters it holds those, in PEFT's f
 import _root  # noqa: F401 (puts the package on the path)
 from absl import flags
 
-from dpo_jax import cli
+from dpo_jax.utils import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
 OUT = flags.DEFINE_string("out", None, "model folder to write; it must not exist", required=True)
@@ -27,15 +27,18 @@ def main(_):
 
   from ml_collections import ConfigDict
 
-  from dpo_jax import build, folders
-  from dpo_jax.checkpoint import Checkpoints
-  from dpo_jax.model import adapters, hf, lora
+  from dpo_jax.hf import checkpoint as hf_checkpoint
+  from dpo_jax.hf import peft
+  from dpo_jax.model import lora
   from dpo_jax.structs import UserError
+  from dpo_jax.training import setup
+  from dpo_jax.training.checkpoint import Checkpoints
+  from dpo_jax.utils import files
 
   workdir, out = pathlib.Path(WORKDIR.value), pathlib.Path(OUT.value)
   if out.exists():
     raise UserError(f"--out={out} exists; name a new folder")
-  folders.check_writable(out, f"--out={out}")
+  files.check_writable(out, f"--out={out}")
   if not (workdir / "config.json").is_file() or not (workdir / "checkpoints").is_dir():
     raise UserError(f"--workdir={workdir} holds no run; name the folder that was trained into")
   fields = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
@@ -43,11 +46,11 @@ def main(_):
   given = {"path": "", "rank": 0} | fields.get("lora", {})
   start = given.pop("path")
   # A finished run's export says what its adapters are, wherever the one it started from has gone.
-  known = workdir / "export" if adapters.holds_one(workdir / "export") else start
-  settings = adapters.read_settings(known)[0] if start else lora.LoRA(**given)
+  known = workdir / "export" if peft.holds_one(workdir / "export") else start
+  settings = peft.read_settings(known)[0] if start else lora.LoRA(**given)
   if MERGE.value and not settings.rank:
     raise UserError(f"--merge_lora: {workdir} trained the model itself; leave the flag out")
-  model_config, _ = build.describe_model(model)
+  model_config, _ = setup.describe_model(model)
   checkpoints = Checkpoints(workdir / "checkpoints")
   try:
     step = checkpoints.latest() if STEP.value is None else STEP.value
@@ -57,19 +60,19 @@ def main(_):
 
   source, shard = model.path or model.tokenizer, int(SHARD.value * 1e9)
   if not settings.rank:
-    hf.save(out, model_config, trained, source=source, max_shard_size=shard)
+    hf_checkpoint.save(out, model_config, trained, source=source, max_shard_size=shard)
     print(f"{out}: the model of step {step}")
     return
-  _, base = hf.load(source, dtype=model.param_dtype)
+  _, base = hf_checkpoint.load(source, dtype=model.param_dtype)
   if MERGE.value:
     merged = lora.merge(lora.attach(base, trained, settings.scale))
-    hf.save(out, model_config, merged, source=source, max_shard_size=shard)
+    hf_checkpoint.save(out, model_config, merged, source=source, max_shard_size=shard)
     print(f"{out}: the model of step {step}, its adapters merged")
   else:
     folder = pathlib.Path(source)
     name = str(folder.resolve() if folder.is_dir() else folder)
-    about = adapters.Adapter(settings, name, adapters.mark_of(base))
-    adapters.save(out, model_config, trained, about, source=source)
+    about = peft.Adapter(settings, name, peft.mark_of(base))
+    peft.save(out, model_config, trained, about, source=source)
     print(f"{out}: the adapters of step {step}")
 
 

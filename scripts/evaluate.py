@@ -18,7 +18,7 @@ import time
 import _root  # noqa: F401 (puts the package on the path)
 from absl import flags
 
-from dpo_jax import cli
+from dpo_jax.utils import cli
 
 MODEL = flags.DEFINE_string("model", None, "folder of the policy", required=True)
 REFERENCE = flags.DEFINE_string("reference", None, "folder of the reference", required=True)
@@ -53,17 +53,19 @@ def main(_):
   import json
   import pathlib
 
-  from dpo_jax import draws, evaluate, report, rewards
+  from dpo_jax.evaluation import evaluate
+  from dpo_jax.generation import rewards, rollouts
+  from dpo_jax.monitoring import report
   from dpo_jax.structs import UserError
 
   if bool(REWARD.value) != bool(PROMPTS.value):
     raise UserError("--reward and --prompts go together: give both, or neither")
   if OUT.value:
-    draws.check_out(OUT.value)
+    rollouts.check_out(OUT.value)
   ask = evaluate.objective(LOSS.value, BETA.value)
   reward = rewards.resolve(REWARD.value) if REWARD.value else None
-  prompts = draws.read_prompts(PROMPTS.value) if PROMPTS.value else None
-  policy, reference = draws.load(MODEL.value), draws.load(REFERENCE.value)
+  prompts = rollouts.read_prompts(PROMPTS.value) if PROMPTS.value else None
+  policy, reference = rollouts.load(MODEL.value), rollouts.load(REFERENCE.value)
   examples = evaluate.read_pairs(DATA.value, policy, reference, max_length=MAX_LENGTH.value)
   summary = evaluate.on_pairs(policy, reference, examples, ask)
   if reward is not None and prompts is not None:
@@ -82,7 +84,7 @@ def main(_):
   evaluate.show(summary, SHOWN)
   if OUT.value:
     out = pathlib.Path(OUT.value)
-    draws.write_whole(out, [json.dumps(summary, indent=1, ensure_ascii=False) + "\n"])
+    rollouts.write_whole(out, [json.dumps(summary, indent=1, ensure_ascii=False) + "\n"])
     print(f"{out}: the numbers")
     if out.name == "summary.json" and reward is not None:
       print(f"{report.write(out.parent)}: the report")

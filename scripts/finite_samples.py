@@ -10,7 +10,7 @@ information in a labelled pair predicts.
 import _root  # noqa: F401 (puts the package on the path)
 from absl import flags
 
-from dpo_jax import cli
+from dpo_jax.utils import cli
 
 OUT = flags.DEFINE_string("out", None, "picture to write", required=True)
 BETAS = flags.DEFINE_list("betas", ["1", "0.5"], "values of β, reward units a nat")
@@ -27,11 +27,12 @@ def main(_):
 
   import numpy as np
 
-  from dpo_jax import draws, worlds
+  from dpo_jax.experiments import finite_worlds
+  from dpo_jax.generation import rollouts
   from dpo_jax.structs import UserError
 
   path = pathlib.Path(OUT.value)
-  draws.check_out(path)
+  rollouts.check_out(path)
   _check_format(path)
   try:
     betas = list(dict.fromkeys(float(beta) for beta in BETAS.value))
@@ -50,7 +51,7 @@ def main(_):
     )
   found = {}
   for beta in betas:
-    gaps = worlds.finite_samples(sizes, beta=beta, samples=SAMPLES.value, seed=SEED.value)
+    gaps = finite_worlds.finite_samples(sizes, beta=beta, samples=SAMPLES.value, seed=SEED.value)
     found[beta] = gaps
     mean = gaps.gap_NS.mean(axis=1)
     slope = np.polyfit(np.log(sizes), np.log(mean), 1)[0]
@@ -85,7 +86,7 @@ def _draw(found, path):
   import numpy as np
   from matplotlib.figure import Figure
 
-  from dpo_jax import plots
+  from dpo_jax.monitoring import plots
 
   figure = Figure(figsize=(7.2, 4.4), layout="constrained")
   ax = figure.add_subplot()

@@ -10,13 +10,13 @@ stopped; more methods, values of β or seeds in the same --out add to what is th
   frontier.png    reward against KL
 and prints the shares. Best-of-n is read off the samples of the reference; its KL is exact for the
 distribution of rewards among them, and `kl_bound` is log n - (n - 1)/n. Sizes that are not given
-are those of `dpo_jax.frontier.Settings`.
+are those of `dpo_jax.experiments.frontier.Settings`.
 """
 
 import _root  # noqa: F401 (puts the package on the path)
 from absl import flags
 
-from dpo_jax import cli
+from dpo_jax.utils import cli
 
 OUT = flags.DEFINE_string("out", None, "folder of the study, made where missing", required=True)
 METHODS = flags.DEFINE_string(
@@ -48,7 +48,7 @@ QUICK = flags.DEFINE_boolean(
 def main(_):
   import pathlib
 
-  from dpo_jax import frontier
+  from dpo_jax.experiments import frontier
 
   given = {
     flag.name: flag.value

@@ -16,7 +16,7 @@ import sys
 import _root  # noqa: F401 (puts the package on the path)
 from absl import flags
 
-from dpo_jax import cli
+from dpo_jax.utils import cli
 
 OUT = flags.DEFINE_string("out", None, "folder of results", required=True)
 ONLY = flags.DEFINE_list("only", [], "names of quantities, commas between; all if none")
@@ -41,30 +41,32 @@ def main(_):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", int(value) if name == "devices" else 1)
     jax.config.update("jax_enable_compilation_cache", False)
-    from dpo_jax import growth
+    from dpo_jax.benchmarking import scaling
 
     about = {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
-    print(json.dumps(growth.measure(name, int(value)) | about))
+    print(json.dumps(scaling.measure(name, int(value)) | about))
     return
 
-  from dpo_jax import folders, growth, plots
+  from dpo_jax.benchmarking import scaling
+  from dpo_jax.monitoring import plots
   from dpo_jax.structs import UserError
+  from dpo_jax.utils import files
 
   for name in ONLY.value:
-    if name not in growth.AXES:
-      raise UserError(f"--only: {name!r} does not grow; known are {', '.join(growth.AXES)}")
-  folders.check_folder(OUT.value, f"--out={OUT.value}")
+    if name not in scaling.AXES:
+      raise UserError(f"--only: {name!r} does not grow; known are {', '.join(scaling.AXES)}")
+  files.check_folder(OUT.value, f"--out={OUT.value}")
   out = pathlib.Path(OUT.value)
   out.mkdir(parents=True, exist_ok=True)
   file, picture = out / "growth.json", out / "growth.png"
-  points = growth.read(file)
-  labels = {name: axis.label for name, axis in growth.AXES.items()}
-  for name in ONLY.value or growth.AXES:
+  points = scaling.read(file)
+  labels = {name: axis.label for name, axis in scaling.AXES.items()}
+  for name in ONLY.value or scaling.AXES:
     known = {one["value"] for one in points if one["axis"] == name}
-    most = MOST.value or max(growth.AXES[name].values)
-    for value in [x for x in growth.AXES[name].values if x <= most and x not in known]:
+    most = MOST.value or max(scaling.AXES[name].values)
+    for value in [x for x in scaling.AXES[name].values if x <= most and x not in known]:
       points += filter(None, [point(name, value)])
-      growth.write(file, points)
+      scaling.write(file, points)
     if points:
       plots.save_png(plots.growth(points, labels), picture)
   if not points:

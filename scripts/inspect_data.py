@@ -16,7 +16,7 @@ texts otherwise (sft). --kind says what to learn from them instead: pairs serve 
 import _root  # noqa: F401 (puts the package on the path)
 from absl import flags
 
-from dpo_jax import cli
+from dpo_jax.utils import cli
 
 DATA = flags.DEFINE_string(
   "data", None, "file of rows, several separated by commas, or a pattern", required=True
@@ -46,12 +46,13 @@ FIELDS = flags.DEFINE_list("fields", [], "names of fields, as prompt=question,ch
 def main(_):
   import json
 
-  from dpo_jax.data import chat, intake, templates
+  from dpo_jax.data import chat_template, encode
+  from dpo_jax.data.tokenizer import load_tokenizer
 
-  arguments = templates.read_arguments(TEMPLATE.value, "--template")
-  tokenizer = chat.load_tokenizer(MODEL.value, template_arguments=arguments)
-  fields = intake.read_fields(FIELDS.value)
-  kind = KIND.value or intake.detect_kind(DATA.value, fields)
+  arguments = chat_template.read_arguments(TEMPLATE.value, "--template")
+  tokenizer = load_tokenizer(MODEL.value, template_arguments=arguments)
+  fields = encode.read_fields(FIELDS.value)
+  kind = KIND.value or encode.detect_kind(DATA.value, fields)
   how = {
     "kind": kind,
     "max_length": MAX_LENGTH.value,
@@ -59,20 +60,20 @@ def main(_):
     "truncation": TRUNCATION.value,
     "fields": fields,
   }
-  examples, ledger, _ = intake.load_examples(DATA.value, tokenizer, **how)
+  examples, ledger, _ = encode.load_examples(DATA.value, tokenizer, **how)
   if JSON.value:
     print(json.dumps(ledger.to_json()))
     return
   from rich.console import Console
 
-  from dpo_jax.data import view
+  from dpo_jax.data import preview
 
   console = Console()
-  encoder = intake.Encoder(tokenizer, **how)
-  for row, outcome in enumerate(intake.first_rows(DATA.value, encoder, ROWS.value)):
-    console.print(view.show_row(row, outcome, tokenizer, kind=kind))
-  console.print(view.show_lengths(examples), view.show_layouts(examples))
-  console.print(view.show_ledger(ledger, examples))
+  encoder = encode.Encoder(tokenizer, **how)
+  for row, outcome in enumerate(encode.first_rows(DATA.value, encoder, ROWS.value)):
+    console.print(preview.show_row(row, outcome, tokenizer, kind=kind))
+  console.print(preview.show_lengths(examples), preview.show_layouts(examples))
+  console.print(preview.show_ledger(ledger, examples))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ import sys
 
 import _root  # noqa: F401 (puts the package on the path)
 
-from dpo_jax import cli
+from dpo_jax.utils import cli
 
 
 def main():
-  from dpo_jax import local
+  from dpo_jax.distributed import local_launcher
   from dpo_jax.structs import UserError
 
   words = sys.argv[1:]
@@ -25,7 +25,7 @@ def main():
   try:
     if len(words) < 2 or not words[0].isdecimal():
       raise UserError("usage: python scripts/local.py PROCESSES COMMAND…, as in its --help")
-    return local.run(words[1:], int(words[0]))
+    return local_launcher.run(words[1:], int(words[0]))
   except OSError as error:
     cli.fail(f"{cli.os_error_line(error)}; COMMAND is a program and its flags, as in --help")
   except UserError as error:

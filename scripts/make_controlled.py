@@ -13,7 +13,7 @@ No opening is in two of the three files, nor twice in one.
 import _root  # noqa: F401 (puts the package on the path)
 from absl import flags
 
-from dpo_jax import cli
+from dpo_jax.utils import cli
 
 OUT = flags.DEFINE_string("out", None, "folder to write, made where missing", required=True)
 SEED = flags.DEFINE_integer("seed", 0, "of the texts", lower_bound=0)
@@ -28,15 +28,18 @@ def main(_):
 
   import numpy as np
 
-  from dpo_jax.data import controlled, word_level
+  from dpo_jax.controlled import reviews as controlled_reviews
+  from dpo_jax.controlled import word_tokenizer
 
   folder = pathlib.Path(OUT.value)
-  reviews = controlled.distinct(EVAL_PROMPTS.value + PROMPTS.value + SFT_ROWS.value, SEED.value)
+  reviews = controlled_reviews.distinct(
+    EVAL_PROMPTS.value + PROMPTS.value + SFT_ROWS.value, SEED.value
+  )
   evaluation = reviews[: EVAL_PROMPTS.value]
   prompts = reviews[EVAL_PROMPTS.value : -SFT_ROWS.value]
   sft = reviews[-SFT_ROWS.value :]
 
-  word_level.write(folder / "tokenizer", controlled.vocabulary())
+  word_tokenizer.write(folder / "tokenizer", controlled_reviews.vocabulary())
   rows = {
     "sft.jsonl": [{"prompt": prompt, "completion": answer} for prompt, answer in sft],
     "prompts.jsonl": [{"prompt": prompt} for prompt, _ in prompts],
@@ -46,10 +49,11 @@ def main(_):
     text = "".join(json.dumps(row) + "\n" for row in content)
     (folder / name).write_text(text, encoding="utf-8")
 
-  rewards = np.array([controlled.reward(prompt, answer) for prompt, answer in sft])
+  rewards = np.array([controlled_reviews.reward(prompt, answer) for prompt, answer in sft])
   print(
     f"{folder}: {len(sft)} reviews, {len(prompts)} + {len(evaluation)} prompts,"
-    f" {len(controlled.vocabulary())} words; true reward {rewards.mean():.2f} ± {rewards.std():.2f}"
+    f" {len(controlled_reviews.vocabulary())} words;"
+    f" true reward {rewards.mean():.2f} ± {rewards.std():.2f}"
   )
 
 

@@ -12,7 +12,7 @@ answers are left out.
 import _root  # noqa: F401 (puts the package on the path)
 from absl import flags
 
-from dpo_jax import cli
+from dpo_jax.utils import cli
 
 MODEL = flags.DEFINE_string("model", None, "model folder", required=True)
 PROMPTS = flags.DEFINE_string("prompts", None, "rows with a `prompt`", required=True)
@@ -32,19 +32,19 @@ SEED = flags.DEFINE_integer("seed", 0, "of samples and labels", lower_bound=0)
 
 
 def main(_):
-  from dpo_jax import draws, rewards
+  from dpo_jax.generation import rewards, rollouts
   from dpo_jax.structs import UserError
 
   if NUM.value % 2:
     raise UserError(f"--num={NUM.value} answers do not pair up; give an even number")
-  draws.check_out(OUT.value)
+  rollouts.check_out(OUT.value)
   reward = rewards.resolve(REWARD.value)
-  every = draws.read_prompts(PROMPTS.value)
+  every = rollouts.read_prompts(PROMPTS.value)
   prompts = every[SKIP.value :][: LIMIT.value]
   if not prompts:
     raise UserError(f"--skip={SKIP.value} leaves none of {PROMPTS.value}'s {len(every)} prompts")
-  drawn = draws.draw(
-    draws.load(MODEL.value),
+  rollout = rollouts.sample(
+    rollouts.load(MODEL.value),
     prompts,
     reward,
     num=NUM.value,
@@ -52,18 +52,18 @@ def main(_):
     temperature=TEMPERATURE.value,
     seed=SEED.value,
   )
-  rows = draws.label(drawn, seed=SEED.value)
+  rows = rollouts.label(rollout, seed=SEED.value)
   if not rows:
     raise UserError(
       f"every pair of answers is equal, so {OUT.value} is not written; raise --temperature"
       " or --max_tokens, or give other --prompts"
     )
-  draws.write_rows(OUT.value, rows)
+  rollouts.write_rows(OUT.value, rows)
   total = len(prompts) * NUM.value // 2
   better = sum(row["chosen_reward"] > row["rejected_reward"] for row in rows)
   print(
     f"{OUT.value}: {len(rows)} pairs ({total - len(rows)} of equal answers left out);"
-    f" mean reward {drawn.reward_XS.mean():.2f}, chosen is the better in {better / len(rows):.1%}"
+    f" mean reward {rollout.reward_XS.mean():.2f}, chosen is the better in {better / len(rows):.1%}"
   )
 
 

@@ -11,7 +11,7 @@ import _root  # noqa: F401 (puts the package on the path)
 from absl import flags
 from ml_collections import config_flags
 
-from dpo_jax import cli
+from dpo_jax.utils import cli
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the run")
 DEVICES = flags.DEFINE_integer("devices", 1, "devices of the run", lower_bound=1)
@@ -28,13 +28,14 @@ def main(_):
 
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", DEVICES.value)
-  from dpo_jax import memory, plan
+  from dpo_jax.benchmarking import planner
+  from dpo_jax.distributed import memory
 
   if MEMORY.value is not None and not MEMORY.value < float("inf"):
     cli.fail(f"--device_memory={MEMORY.value}: a number of GiB is asked for")
-  lengths = plan.Lengths(MEAN.value, PROMPT.value)
+  lengths = planner.Lengths(MEAN.value, PROMPT.value)
   config = CONFIG.value
-  found = plan.plan(config, lengths)
+  found = planner.plan(config, lengths)
   total = found["bytes_per_device"]["total"]
   room = None if MEMORY.value is None else MEMORY.value * memory.GIB
   if room is not None:
@@ -42,15 +43,15 @@ def main(_):
   if JSON.value:
     print(json.dumps(found))
     return
-  for line in plan.show(found):
+  for line in planner.show(found):
     print(line)
   if room is not None:
     print(f"{'fits' if total <= room else 'does not fit'} a device of {MEMORY.value:g} GiB")
   if room is None or total <= room:
     return
   print("what would change it, one at a time:")
-  for named, other in plan.changes(config, DEVICES.value):
-    less = plan.plan(other, lengths)["bytes_per_device"]["total"]
+  for named, other in planner.changes(config, DEVICES.value):
+    less = planner.plan(other, lengths)["bytes_per_device"]["total"]
     print(f"  {less / memory.GIB:8.2f} GiB  {named}", flush=True)
 
 

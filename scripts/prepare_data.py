@@ -10,7 +10,7 @@ rows are held out goes by their prompts, so that no prompt is on both sides.
 import _root  # noqa: F401 (puts the package on the path)
 from absl import flags
 
-from dpo_jax import cli
+from dpo_jax.utils import cli
 
 DATA = flags.DEFINE_string(
   "data", None, "file of rows, several separated by commas, or a pattern", required=True
@@ -47,13 +47,13 @@ def main(_):
   import os
   import time
 
-  from dpo_jax.data import chat, intake, templates, tfds_pairs
+  from dpo_jax.data import chat_template, encode, prepared, tokenizer
 
-  arguments = templates.read_arguments(TEMPLATE.value, "--template")
-  fields = intake.read_fields(FIELDS.value)
-  encoder = intake.Encoder(
-    chat.load_tokenizer(MODEL.value, template_arguments=arguments),
-    kind=KIND.value or intake.detect_kind(DATA.value, fields),
+  arguments = chat_template.read_arguments(TEMPLATE.value, "--template")
+  fields = encode.read_fields(FIELDS.value)
+  encoder = encode.Encoder(
+    tokenizer.load_tokenizer(MODEL.value, template_arguments=arguments),
+    kind=KIND.value or encode.detect_kind(DATA.value, fields),
     max_length=MAX_LENGTH.value,
     prompt_floor=PROMPT_FLOOR.value,
     truncation=TRUNCATION.value,
@@ -61,7 +61,7 @@ def main(_):
   )
   workers = os.cpu_count() if WORKERS.value is None else WORKERS.value
   started = said = time.perf_counter()
-  for ledger in tfds_pairs.prepare(
+  for ledger in prepared.prepare(
     OUT.value,
     DATA.value,
     encoder,

@@ -22,7 +22,7 @@ temperature, top_k, top_p and the rest are those of the flags.
 import _root  # noqa: F401 (puts the package on the path)
 from absl import flags
 
-from dpo_jax import cli
+from dpo_jax.utils import cli
 
 MODEL = flags.DEFINE_string("model", None, "model folder", required=True)
 PROMPT = flags.DEFINE_string("prompt", None, "text to go on from")
@@ -44,9 +44,10 @@ OUT = flags.DEFINE_string("out", "", "file to write the samples to, instead of p
 
 
 def main(_):
-  from dpo_jax import draws, parallel, sampling
-  from dpo_jax.data import templates
-  from dpo_jax.model import adapters
+  from dpo_jax.data import chat_template
+  from dpo_jax.distributed import executor
+  from dpo_jax.generation import rollouts, sampler
+  from dpo_jax.hf import peft
   from dpo_jax.structs import UserError
 
   knobs = {
@@ -60,34 +61,34 @@ def main(_):
   }
   if (PROMPT.value is None) == (PROMPTS.value is None):
     raise UserError("give either --prompt=TEXT or --prompts=FILE")
-  sampling.check_knobs(**knobs)
+  sampler.check_knobs(**knobs)
   narrowed = [flag.name for flag in (TOP_K, TOP_P, MIN_P) if flag.value != flag.default]
   if TEMPERATURE.value == 0 and narrowed:
     raise UserError(
       f"--temperature=0 takes the likeliest token, which --{narrowed[0]} cannot change; keep one"
     )
   if OUT.value:
-    draws.check_out(OUT.value)
-  prompts = [PROMPT.value] if PROMPTS.value is None else draws.read_prompts(PROMPTS.value)
+    rollouts.check_out(OUT.value)
+  prompts = [PROMPT.value] if PROMPTS.value is None else rollouts.read_prompts(PROMPTS.value)
   if CHAT.value:
     turn = lambda text: [{"role": "user", "content": text}]
     prompts = [turn(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
-  arguments = templates.read_arguments(TEMPLATE.value, "--template")
-  config, tokenizer = draws.describe(MODEL.value, template_arguments=arguments)
+  arguments = chat_template.read_arguments(TEMPLATE.value, "--template")
+  config, tokenizer = rollouts.describe(MODEL.value, template_arguments=arguments)
   if not tokenizer.template.source and not all(isinstance(prompt, str) for prompt in prompts):
     raise UserError(
       f"{MODEL.value} has no chat template to write messages with; give the text as the model has"
       " learned it (messages were written 'User: …', a blank line, 'Assistant:')"
     )
-  prompt_ids = draws.encode_prompts(tokenizer, prompts)
-  sampling.check_prompts(config, prompt_ids, MAX_TOKENS.value)
-  stops = draws.Stops(
-    tokenizer, draws.eos_ids(config, tokenizer), _stop_ids(config.vocab), STOP.value
+  prompt_ids = rollouts.encode_prompts(tokenizer, prompts)
+  sampler.check_prompts(config, prompt_ids, MAX_TOKENS.value)
+  stops = rollouts.Stops(
+    tokenizer, rollouts.eos_ids(config, tokenizer), _stop_ids(config.vocab), STOP.value
   )
 
-  _, params = adapters.load_model(MODEL.value, shardings=parallel.Executor().home)
-  answers = sampling.generate(
+  _, params = peft.load_model(MODEL.value, shardings=executor.Executor().home)
+  completions = sampler.generate(
     config,
     params,
     prompt_ids,
@@ -95,9 +96,9 @@ def main(_):
     ends=stops.ends if stops.texts else None,
     **knobs,
   )
-  rows = draws.rows_of(stops, prompts, prompt_ids, answers)
+  rows = rollouts.rows_of(stops, prompts, prompt_ids, completions)
   if OUT.value:
-    draws.write_rows(OUT.value, rows)
+    rollouts.write_rows(OUT.value, rows)
     print(f"{len(prompts) * NUM.value} samples of {len(prompts)} prompts in {OUT.value}")
     return
   for row in rows:

@@ -13,7 +13,7 @@ ends), `chosen_tokens` and `rejected_tokens`; with --reference also `ref_chosen_
 import _root  # noqa: F401 (puts the package on the path)
 from absl import flags
 
-from dpo_jax import cli
+from dpo_jax.utils import cli
 
 MODEL = flags.DEFINE_string("model", None, "model folder", required=True)
 DATA = flags.DEFINE_string("data", None, "file of preference rows", required=True)
@@ -27,18 +27,19 @@ MAX_LENGTH = flags.DEFINE_integer(
 
 
 def main(_):
-  from dpo_jax import draws, evaluate
+  from dpo_jax.evaluation import evaluate
+  from dpo_jax.generation import rollouts
   from dpo_jax.structs import UserError
 
-  draws.check_out(OUT.value)
+  rollouts.check_out(OUT.value)
   if not REFERENCE.value and (LOSS.value or BETA.value):
     raise UserError("--loss and --beta are for losses and rewards, which need a --reference")
   ask = evaluate.objective(LOSS.value or "sigmoid", BETA.value)
-  policy = draws.load(MODEL.value)
-  reference = draws.load(REFERENCE.value) if REFERENCE.value else None
+  policy = rollouts.load(MODEL.value)
+  reference = rollouts.load(REFERENCE.value) if REFERENCE.value else None
   examples = evaluate.read_pairs(DATA.value, policy, reference, max_length=MAX_LENGTH.value)
   rows = evaluate.score_rows(policy, reference, examples, ask)
-  draws.write_rows(OUT.value, rows)
+  rollouts.write_rows(OUT.value, rows)
   print(f"{OUT.value}: {len(rows)} pairs scored")
 
 

@@ -5,11 +5,12 @@ import pathlib
 import jax
 import pytest
 
-pytest_plugins = ["small_rows"]
+from tests.support.paths import ROOT
+
+pytest_plugins = ["tests.support.small_rows"]
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 

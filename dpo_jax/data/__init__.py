@@ -1,0 +1,1 @@
+"""From rows of files to arrays of tokens, in numpy alone."""

@@ -1,0 +1,1 @@
+"""Decoders: configuration, layers, attention, LoRA, and the families they come from."""

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import partition
+from dpo_jax.distributed import sharding
 from dpo_jax.model.config import ROTARY, ModelConfig, RopeScaling
 from dpo_jax.structs import Array
 
@@ -111,12 +111,12 @@ def attend_blocks(
     return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
 
   length = q_NLHK.shape[1]
-  parts = partition.sequence_parts(length)
+  parts = sharding.sequence_parts(length)
   if parts == 1:
     return blocks(q_NLHK, tokens, 0)
   # Every device has a part of the queries and all keys, of which the last part sees all.
-  keys = Keys(*map(partition.whole_rows, keys))
-  own = jax.tree.map(lambda x: partition.in_parts(x, parts), (q_NLHK, tokens))
+  keys = Keys(*map(sharding.whole_rows, keys))
+  own = jax.tree.map(lambda x: sharding.in_parts(x, parts), (q_NLHK, tokens))
   each = functools.partial(blocks, last=length - length // parts)
   return jax.vmap(each, in_axes=1, out_axes=1)(*own).reshape(q_NLHK.shape)
 

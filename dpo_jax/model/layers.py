@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dpo_jax.partition import by_rows, by_vocabulary, sequence_parts
-from dpo_jax.products import NAME, product
+from dpo_jax.distributed.sharding import by_rows, by_vocabulary, sequence_parts
 from dpo_jax.structs import Array
+from dpo_jax.utils.matmul import NAME, product
 
 
 def scramble(x: Array) -> Array:

@@ -15,8 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import products
-from dpo_jax.model import flash, tiles
+from dpo_jax.distributed.sharding import by_heads
+from dpo_jax.model import attention_kernels, attention_tiled
 from dpo_jax.model.attention import (
   Keys,
   Tokens,
@@ -29,9 +29,9 @@ from dpo_jax.model.attention import (
 )
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.layers import Linear, Norm, Table, scramble
-from dpo_jax.model.mixture import Mixture
-from dpo_jax.partition import by_heads
+from dpo_jax.model.moe import Mixture
 from dpo_jax.structs import Array, Head, Model, PyTree, Routing, TokenBatch, UserError
+from dpo_jax.utils import matmul
 
 ACTIVATIONS = {
   "silu": jax.nn.silu,
@@ -46,7 +46,7 @@ REMAT = {
   "none": None,
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(products.NAME, tiles.KEPT),
+    jax.checkpoint_policies.save_only_these_names(matmul.NAME, attention_tiled.KEPT),
   ),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -120,7 +120,7 @@ class Block(nn.Module):
     past_tokens: Tokens | None,
     table: Any,
     codes_NL: Array | None,
-    plan: flash.Texts | tiles.Plan | None,
+    plan: attention_kernels.Texts | attention_tiled.Plan | None,
   ) -> tuple[Array, Keys | None]:
     """The residual stream after this layer and, if asked for, the keys it made.
 
@@ -144,11 +144,15 @@ class Block(nn.Module):
     if past is not None:
       parts = [(past, past_tokens), (keys, tokens)]
       y = attend(q, [(held, visible(tokens, who, layer.window)) for held, who in parts], **shape)
-    elif isinstance(plan, tiles.Plan):
-      y = tiles.attend_tiles(q, keys, tokens, plan, layer.window, tiles.Kind(**shape))
-    elif isinstance(plan, flash.Texts):
-      window = max(c.windows, default=0)  # that of all layers: see `flash.choose`
-      y = flash.attend_texts(q, k, v, plan, flash.Kind(self.attention, window, c.attention_scale))
+    elif isinstance(plan, attention_tiled.Plan):
+      y = attention_tiled.attend_tiles(
+        q, keys, tokens, plan, layer.window, attention_tiled.Kind(**shape)
+      )
+    elif isinstance(plan, attention_kernels.Texts):
+      window = max(c.windows, default=0)  # that of all layers: see `attention_kernels.choose`
+      y = attention_kernels.attend_texts(
+        q, k, v, plan, attention_kernels.Kind(self.attention, window, c.attention_scale)
+      )
     else:
       y = attend_blocks(q, keys, tokens, layer.window, **shape)
     y = y.reshape(*y.shape[:2], c.heads * c.head_width)
@@ -206,7 +210,7 @@ class Decoder(nn.Module):
     past: Keys | None = None,
     past_tokens: Tokens | None = None,
     codes_NL: Array | None = None,
-    plan: flash.Texts | tiles.Plan | None = None,
+    plan: attention_kernels.Texts | attention_tiled.Plan | None = None,
   ) -> tuple[Array, Keys | None]:
     c = self.config
     table = lambda entries, name: Table(entries, c.width, c.init_std, self.param_dtype, name=name)
@@ -251,7 +255,8 @@ def build(
     dtype: of activations and of the inputs of products; norms, softmax and sums stay float32.
     remat: what the backward pass keeps, a name in `REMAT`.
     dropout: probability that an adapter does not see an input, where `hidden` is given a key.
-    attention: as `flash.choose` has it; batches that list no texts are taken by "blocked".
+    attention: as `attention_kernels.choose` has it; batches that list no texts are taken by
+      "blocked".
   """
   if remat not in REMAT:
     raise UserError(f"remat {remat!r} is not known; known are {', '.join(REMAT)}")
@@ -260,9 +265,9 @@ def build(
   def run(params: PyTree, batch: TokenBatch, key: jax.Array | None, **how: Any) -> Any:
     tokens = Tokens(batch.position_NL, batch.pair_NL, batch.branch_NL)
     if attention == "tiles":
-      how["plan"] = tiles.plan(tokens)
+      how["plan"] = attention_tiled.plan(tokens)
     elif attention != "blocked":
-      how["plan"] = flash.texts_of(batch)
+      how["plan"] = attention_kernels.texts_of(batch)
     if key is None or not dropout:
       return decoder.apply(params, batch.ids_NL, tokens, **how)
     codes_key, masks_key = jax.random.split(key)

@@ -2,9 +2,10 @@
 
   python scripts/peers/trl_step.py '{"pairs": "pairs.jsonl", "model": {…}}' '{"blocks": 4, …}'
 
-The first object holds the fields of `Options`, the second those of `dpo_jax.lockstep.Pace`; with
-lockstep it takes its turns as told there. Weights are random and nothing is downloaded. Runs where
-torch, trl, transformers, datasets, peft and accelerate are, and without JAX.
+The first object holds the fields of `Options`, the second those of
+`dpo_jax.benchmarking.pacing.Pace`; with lockstep it takes its turns as told there. Weights are
+random and nothing is downloaded. Runs where torch, trl, transformers, datasets, peft and accelerate
+are, and without JAX.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ if __name__ == "__main__":
   os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
   warnings.filterwarnings("ignore")
 
-from dpo_jax import heap, lockstep  # noqa: E402
+from dpo_jax.benchmarking import pacing  # noqa: E402
+from dpo_jax.utils import malloc  # noqa: E402
 
 PAD, END = 0, 2
 CHUNK = 50  # batches among which rows are sorted by length, as transformers does
@@ -178,16 +180,16 @@ class Memory:
     import torch
 
     if self.device == "cpu":
-      return lockstep.most_held_mb()
+      return pacing.most_held_mb()
     return torch.cuda.max_memory_allocated() / 2**20
 
 
 class Blocks:
   """Counts the trainer's steps, and times those that belong to a block."""
 
-  def __init__(self, pace: lockstep.Pace, rows: list[dict], size: int, memory: Memory):
+  def __init__(self, pace: pacing.Pace, rows: list[dict], size: int, memory: Memory):
     self.pace, self.rows, self.size, self.memory = pace, rows, size, memory
-    self.turns = lockstep.turns(pace)
+    self.turns = pacing.turns(pace)
     self.done, self.found, self.first_step = 0, [], 0.0
     self.tell, self.meter = None, None
 
@@ -206,7 +208,7 @@ class Blocks:
     self.tell = next(self.turns, None)
     if self.tell is None:
       return True
-    self.meter = lockstep.Meter().__enter__()
+    self.meter = pacing.Meter().__enter__()
     return False
 
   def counts(self) -> dict[str, int]:
@@ -229,8 +231,8 @@ class Blocks:
     }
 
 
-def main(options: Options, pace: lockstep.Pace) -> dict[str, Any]:
-  heap.keep_freed_memory()
+def main(options: Options, pace: pacing.Pace) -> dict[str, Any]:
+  malloc.keep_freed_memory()
   import logging
 
   import torch
@@ -292,7 +294,7 @@ def main(options: Options, pace: lockstep.Pace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-  steps = lockstep.Pace(blocks=4, block_steps=2, warmup=2)
+  steps = pacing.Pace(blocks=4, block_steps=2, warmup=2)
   steps = steps._replace(**(json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}))
   steps = steps._replace(warmup=max(1, steps.warmup))  # the clock starts at the end of a step
   print(json.dumps(main(Options(**json.loads(sys.argv[1])), steps)), flush=True)

@@ -1,0 +1,1 @@
+"""Measuring and planning: times and FLOPs of a step, plans, scaling, runs that take turns."""

@@ -1,0 +1,323 @@
+"""Programs timed in turns on one machine, and what came of each beside the best of the peers.
+
+A contestant speaks the protocol of `pacing`: its last argument is a pace. Rates on a shared
+machine swing by more than what is to be told apart, so what counts is the ratio of two programs in
+one round, and its median over rounds. Rates are of tokens, told in pairs of mean length: the rows
+of one block are longer than those of another. A contestant that fails is a row that says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dpo_jax.benchmarking import pacing
+from dpo_jax.benchmarking.pacing import Pace
+
+# What programs say, or die of, where memory does not suffice.
+_NO_MEMORY = ("out of memory", "outofmemory", "resource_exhausted", "bad_alloc", "cannot allocate")
+
+
+class Contestant(NamedTuple):
+  """A program that takes its turns.
+
+  Attributes:
+    name: in tables and of its log.
+    command: without the pace.
+    peer: whether it is one of those that ratios are taken to.
+    prepare: whether it is run once beforehand, for one step, untimed.
+    environment: variables beside those of this process.
+  """
+
+  name: str
+  command: tuple[str, ...]
+  peer: bool = False
+  prepare: bool = False
+  environment: Mapping[str, str] = {}
+
+
+class Rules(NamedTuple):
+  """How rounds are run.
+
+  Attributes:
+    rounds: those that count.
+    pace: of a contestant in one round.
+    loaded: whether all stay loaded and alternate block by block, or each round starts each afresh,
+      one at a time.
+    spare: rounds that may be run again because other programs were at work.
+    max_other: cores that those may use, in a round that counts.
+    quiet_s: how long a block waits at most for them to stop.
+  """
+
+  rounds: int
+  pace: Pace
+  loaded: bool = True
+  spare: int = 4
+  max_other: float = 0.12
+  quiet_s: float = 60.0
+
+
+class StoppedError(Exception):
+  """A contestant ended before its time; the message is for its row."""
+
+
+class Program:
+  """A contestant that runs."""
+
+  def __init__(self, contestant: Contestant, pace: Pace, log: pathlib.Path):
+    self.log = log
+    self.result: dict[str, Any] = {}
+    with log.open("ab") as errors:
+      self.process = subprocess.Popen(
+        [*contestant.command, json.dumps(pace._asdict())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        env={**os.environ, **contestant.environment},
+      )
+
+  def hear(self, wanted: str) -> Any:
+    """The next message of a kind.
+
+    Raises:
+      StoppedError: there is none to come.
+    """
+    for line in self.process.stdout:
+      if line.startswith("@"):
+        message = json.loads(line[1:])
+        if wanted in message:
+          return message[wanted]
+      elif line.startswith("{"):
+        self.result = json.loads(line)
+    raise StoppedError(self.why())
+
+  def block(self) -> dict[str, Any]:
+    """Runs one."""
+    try:
+      self.process.stdin.write("go\n")
+      self.process.stdin.flush()
+    except BrokenPipeError:
+      raise StoppedError(self.why()) from None
+    return self.hear("block")
+
+  def close(self, patience_s: float = 300.0) -> None:
+    """Ends it, and keeps the line it prints last."""
+    try:
+      rest, _ = self.process.communicate(timeout=patience_s)
+    except subprocess.TimeoutExpired:
+      self.process.kill()
+      rest, _ = self.process.communicate()
+    for line in rest.splitlines():
+      if line.startswith("{"):
+        self.result = json.loads(line)
+
+  def end(self) -> None:
+    """Ends it at once, if it has not ended."""
+    self.process.kill()
+    self.process.communicate()
+
+  def why(self) -> str:
+    """Why it ended."""
+    code = self.process.wait()
+    lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    text = "\n".join(lines[-200:]).lower()
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or any(x in text for x in _NO_MEMORY):
+      return "out of memory"
+    return f"failed ({code}): {lines[-1].strip()[:200] if lines else 'no word of why'}"
+
+
+def wait_for_quiet(limit_s: float, window_s: float = 0.4, cores: float = 0.1) -> bool:
+  """Waits until other programs use next to nothing; false if they never do."""
+  until = time.monotonic() + limit_s
+  while time.monotonic() < until:
+    with pacing.Meter() as meter:
+      time.sleep(window_s)
+    if meter.other_cores < cores:
+      return True
+  return False
+
+
+def compete(
+  contestants: Sequence[Contestant],
+  rules: Rules,
+  logs: pathlib.Path,
+  say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+) -> dict[str, Any]:
+  """Runs all rounds.
+
+  Returns:
+    `rounds`, each with `clean` and the `blocks` of every contestant by its name; `failed`, reasons
+    by name; `results`, the last line of each.
+  """
+  logs.mkdir(parents=True, exist_ok=True)
+  for contestant in contestants:
+    (logs / f"{contestant.name}.log").unlink(missing_ok=True)
+  field = _Field(rules, logs, say)
+  rounds: list[dict[str, Any]] = []
+  try:
+    for contestant in contestants:
+      field.enter(contestant)
+    for number in range(field.most):
+      if sum(one["clean"] for one in rounds) >= rules.rounds:
+        break
+      first = number % len(contestants)
+      blocks = field.round([*contestants[first:], *contestants[:first]])
+      if not blocks:
+        break
+      others = max(block["other_cores"] for some in blocks.values() for block in some)
+      rounds.append({"clean": others <= rules.max_other, "blocks": blocks})
+      rates = ", ".join(f"{name} {_rate(some):,.0f}" for name, some in blocks.items())
+      say(f"round {number + 1}, other programs at most {others:.2f} cores; tokens/s: {rates}")
+    for name in list(field.programs):
+      field.stop(name)
+  finally:
+    for program in field.programs.values():
+      program.end()
+  return {"rounds": rounds, "failed": field.failed, "results": field.results}
+
+
+class _Field:
+  """The programs at work; one that fails is out, with the reason in `failed`."""
+
+  def __init__(self, rules: Rules, logs: pathlib.Path, say: Callable[[str], None]):
+    self.rules, self.logs, self.say = rules, logs, say
+    self.most = rules.rounds + (rules.spare if rules.loaded else 0)
+    turns = self.most if rules.loaded else 1
+    self.pace = rules.pace._replace(lockstep=True, blocks=rules.pace.blocks * turns)
+    self.programs: dict[str, Program] = {}
+    self.failed: dict[str, str] = {}
+    self.results: dict[str, Any] = {}
+
+  def enter(self, contestant: Contestant) -> None:
+    """What comes before the first round."""
+    if contestant.prepare:
+      self._attempt(contestant, self._prepare)
+    if self.rules.loaded and contestant.name not in self.failed:
+      self._attempt(contestant, self._start)
+
+  def round(self, order: Sequence[Contestant]) -> dict[str, list[dict[str, Any]]]:
+    """Blocks of each that is still in, by its name."""
+    playing = [each for each in order if each.name not in self.failed]
+    blocks = {each.name: self._attempt(each, self._turn) for each in playing}
+    return {name: some for name, some in blocks.items() if some}
+
+  def stop(self, name: str) -> None:
+    program = self.programs.pop(name)
+    program.close()
+    self.results[name] = program.result
+
+  def _attempt(self, contestant: Contestant, do: Callable[[Contestant], Any]) -> Any:
+    """What it gives, None where the contestant fails."""
+    try:
+      return do(contestant)
+    except StoppedError as reason:
+      self.failed[contestant.name] = str(reason)
+      self.programs.pop(contestant.name).end()
+      self.say(f"{contestant.name}: {reason}")
+
+  def _launch(self, contestant: Contestant, pace: Pace) -> Program:
+    program = Program(contestant, pace, self.logs / f"{contestant.name}.log")
+    self.programs[contestant.name] = program
+    return program
+
+  def _prepare(self, contestant: Contestant) -> None:
+    program = self._launch(contestant, Pace(1, 1, 1))
+    program.close(patience_s=24 * 3600)
+    if program.process.returncode:
+      raise StoppedError(program.why())
+    del self.programs[contestant.name]
+
+  def _start(self, contestant: Contestant) -> None:
+    self._launch(contestant, self.pace).hear("ready")
+
+  def _turn(self, contestant: Contestant) -> list[dict[str, Any]]:
+    if not self.rules.loaded:
+      self._start(contestant)
+    blocks = []
+    for _ in range(self.rules.pace.blocks):
+      wait_for_quiet(self.rules.quiet_s)
+      blocks.append(self.programs[contestant.name].block())
+    if not self.rules.loaded:
+      self.stop(contestant.name)
+    return blocks
+
+
+def _rate(blocks: Sequence[dict[str, Any]]) -> float:
+  """Tokens a second of a contestant in one round, a prompt counted with each of its answers."""
+  return statistics.median(block["tokens"] / block["wall_s"] for block in blocks)
+
+
+def summary(
+  contestants: Sequence[Contestant], found: dict[str, Any], tokens_per_pair: float
+) -> tuple[str | None, dict[str, dict[str, Any]]]:
+  """The peer that ratios are taken to, the quickest of them, and a row for each contestant.
+
+  Clean rounds count; if there are none, all do. Of a row: `failed`, a reason or None; medians of
+  `pairs_per_s`, of mean length, and `tokens_per_s`; `ratio`, `ratio_min`, `ratio_max` in the same
+  round, None where the peer has no block; `peak_memory_mb`; `rounds` that count and those that were
+  `clean`; the `command`; and its last line, `result`.
+  """
+  used = [one for one in found["rounds"] if one["clean"]] or found["rounds"]
+  rates = {
+    c.name: [_rate(one["blocks"][c.name]) for one in used if c.name in one["blocks"]]
+    for c in contestants
+  }
+  peers = [c.name for c in contestants if c.peer and rates[c.name]]
+  base = max(peers, key=lambda name: statistics.median(rates[name]), default=None)
+  return base, {c.name: _row(c, found, used, base, tokens_per_pair) for c in contestants}
+
+
+def _row(
+  contestant: Contestant,
+  found: dict[str, Any],
+  used: list[dict[str, Any]],
+  base: str | None,
+  tokens_per_pair: float,
+) -> dict[str, Any]:
+  name = contestant.name
+  mine = [one["blocks"] for one in used if name in one["blocks"]]
+  ratios = [_rate(one[name]) / _rate(one[base]) for one in mine if base in one]
+  blocks = [block for one in found["rounds"] for block in one["blocks"].get(name, ())]
+  rate = statistics.median(_rate(one[name]) for one in mine) if mine else None
+  return {
+    "failed": found["failed"].get(name),
+    "pairs_per_s": rate and rate / tokens_per_pair,
+    "tokens_per_s": rate,
+    "ratio": statistics.median(ratios) if ratios else None,
+    "ratio_min": min(ratios, default=None),
+    "ratio_max": max(ratios, default=None),
+    "peak_memory_mb": max((block["peak_memory_mb"] for block in blocks), default=None),
+    "rounds": len(mine),
+    "clean": sum(one["clean"] for one in found["rounds"] if name in one["blocks"]),
+    "command": list(contestant.command),
+    "result": found["results"].get(name),
+  }
+
+
+def table(base: str | None, rows: dict[str, dict[str, Any]]) -> str:
+  """Markdown, a line for each contestant."""
+  number = lambda value, form: "–" if value is None else format(value, form)
+  lines = [
+    f"| program | pairs/s | against {base or 'the peer'} (least to most) | peak MB | rounds |",
+    "|---|---|---|---|---|",
+  ]
+  for name, row in rows.items():
+    if row["pairs_per_s"] is None:
+      lines.append(f"| {name} | {row['failed'] or 'not run'} | – | – | – |")
+      continue
+    spread = f" ({number(row['ratio_min'], '.2f')}–{number(row['ratio_max'], '.2f')})"
+    lines.append(
+      f"| {name} | {row['pairs_per_s']:.3g} | {number(row['ratio'], '.2f')}"
+      f"{spread if row['ratio'] is not None else ''} | {number(row['peak_memory_mb'], ',.0f')}"
+      f" | {row['rounds']}{'; then ' + row['failed'] if row['failed'] else ''} |"
+    )
+  return "\n".join(lines) + "\n"

@@ -1,0 +1,273 @@
+"""What a run would take, worked out before any of it is there: no weights are read, and no data.
+
+The very step that training takes is compiled for shapes alone, over as many of JAX's CPU devices as
+the run is to have; what it holds is counted from the shapes, what it needs beside that is the
+compiler's own account. An accelerator's compiler lays out and fuses differently: its figure for
+activations is another, and what is held is the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dpo_jax import losses, step
+from dpo_jax.benchmarking import timing
+from dpo_jax.benchmarking.flops import step_flops
+from dpo_jax.data import batches
+from dpo_jax.data.examples import Example
+from dpo_jax.distributed import memory
+from dpo_jax.distributed.executor import Executor
+from dpo_jax.hf import checkpoint as hf_checkpoint
+from dpo_jax.hf import peft
+from dpo_jax.model import attention_kernels, families, lora, transformer
+from dpo_jax.model.config import ModelConfig
+from dpo_jax.structs import PyTree, TokenBatch, UserError
+from dpo_jax.training import setup
+
+
+class Lengths(NamedTuple):
+  """Of the rows that are planned for, log-normal as those of `timing.make_pairs`.
+
+  Attributes:
+    mean: tokens of a prompt and one answer.
+    prompt_fraction: the prompt's share of them.
+    sigma: standard deviation of the logarithm of each length.
+  """
+
+  mean: float
+  prompt_fraction: float = 0.5
+  sigma: float = 0.5
+
+
+class Outline(NamedTuple):
+  """A step of a run in shapes.
+
+  Attributes:
+    executor: its devices.
+    take: (state, reference, batch) -> the next state and metrics, not compiled.
+    state, reference: shapes that know where they lie.
+    batch: of synthetic rows, on host.
+    policy: shapes of the whole policy.
+    live: whether the reference is computed along.
+  """
+
+  executor: Executor
+  take: Callable[..., Any]
+  state: step.TrainState
+  reference: PyTree | None
+  batch: TokenBatch
+  policy: PyTree
+  live: bool
+
+  def compile(self) -> jax.stages.Compiled:
+    """The step that training takes, without an array."""
+    batch = self.executor.abstract_batch(self.batch)
+    return self.executor.lower_step(self.take, self.state, self.reference, batch).compile()
+
+
+def outline(config: ConfigDict, lengths: Lengths) -> Outline:
+  """A run's step in shapes.
+
+  Raises:
+    UserError: what `build` says against the configuration.
+  """
+  loss, settings, executor = setup.check(config)
+  if executor.mode == "pmap":
+    raise UserError(
+      "parallel.mode is pmap, which holds what a mesh without parallel.fsdp and parallel.tensor"
+      " does; plan with parallel.mode=mesh"
+    )
+  model_config = _model_config(config)
+  attention = setup.choose_attention(config, model_config, executor)
+  _, objective = setup.make_objective(config, model_config, loss, settings, attention)
+  _, tx = setup.make_optimizer(config, config.train.steps or 1000)
+  objective = objective._replace(completions=_answers(config, loss))
+
+  live = loss.needs_reference and not config.reference.store
+  shapes = transformer.param_shapes(model_config)
+  policy = _as(shapes, config.model.param_dtype)
+  trained, reference_params = policy, _as(shapes, config.reference.param_dtype) if live else None
+  if settings:
+    start = peft.load(config.lora.path, model_config)[1] if config.lora.path else None
+    trained = _shapes_of(start or lora.init(model_config, settings, config.seed))
+    reference_params = lora.attach(policy, trained, settings.scale) if start else policy
+  state = jax.eval_shape(functools.partial(step.init_state, tx=tx, loss=loss), trained)
+  if objective.sync:
+    state, reference_params = state._replace(reference=reference_params), None
+  return Outline(
+    executor=executor,
+    take=functools.partial(step.train_step, objective=objective, tx=tx),
+    state=executor.abstract(state),
+    reference=None if reference_params is None else executor.abstract(reference_params),
+    batch=_batch(
+      config,
+      model_config.vocab,
+      objective.completions,
+      lengths,
+      groups=executor.groups,
+      texts=attention in attention_kernels.TEXTS,
+    ),
+    policy=policy,
+    live=live,
+  )
+
+
+def plan(config: ConfigDict, lengths: Lengths) -> dict[str, Any]:
+  """What a step holds and computes.
+
+  Returns:
+    `parameters`, and `trained` of them; `devices`; bytes on the fullest device: `params` (what is
+    trained), `reference` (with adapters: their base), `optimiser`, `step` (gradients, activations
+    and all else that the compiled step needs beside its arguments) and their sum, `total`;
+    `kept_on_host`, bytes for every device; `flops_per_step`, on all devices; `rows` and
+    `row_length` of a micro-batch on all devices.
+
+  Raises:
+    UserError: what `build` says against the configuration.
+  """
+  run = outline(config, lengths)
+  about = run.compile().memory_analysis()
+  kept = run.state.reference  # of one that follows the policy
+  held = {
+    "params": memory.held(run.state.params),
+    "reference": memory.held(run.reference if kept is None else kept),
+    "optimiser": memory.held(run.state.opt_state),
+    "step": about.temp_size_in_bytes + about.output_size_in_bytes - about.alias_size_in_bytes,
+  }
+  count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+  batch = run.batch
+  adapted = bool(config.lora.rank or config.lora.path)
+  flops = step_flops(
+    _model_config(config), reference=run.live, adapters=count(run.state.params) if adapted else 0
+  )
+  return {
+    "parameters": count(run.policy),
+    "trained": count(run.state.params),
+    "devices": len(run.executor.devices),
+    "bytes_per_device": held | {"total": sum(held.values())},
+    "kept_on_host": memory.kept(run.state),
+    "flops_per_step": flops(int((batch.pair_NL >= 0).sum()), int((batch.weight_NL > 0).sum())),
+    "rows": batch.ids_NL.shape[1],
+    "row_length": batch.ids_NL.shape[2],
+  }
+
+
+def _model_config(config: ConfigDict) -> ModelConfig:
+  """Of a folder's config.json, or of a model made from nothing."""
+  if config.model.path:
+    return hf_checkpoint.read_config(config.model.path)
+  if not config.model.scratch:
+    raise UserError(
+      "model.path is empty; name a folder with a config.json, --config.model.path=DIR"
+    )
+  return families.from_hf(config.model.scratch.to_dict())
+
+
+def _answers(config: ConfigDict, loss: losses.Loss) -> int:
+  """Slots of a row of data; ranked answers are taken to be as many as on policy."""
+  return {"text": 1, "pairs": 2, "unpaired": 2}.get(loss.kind, config.on_policy.num)
+
+
+def _as(shapes: PyTree, dtype: str) -> PyTree:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), shapes)
+
+
+def _shapes_of(tree: PyTree) -> PyTree:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _batch(
+  config: ConfigDict, vocab: int, completions: int, lengths: Lengths, **batching: Any
+) -> TokenBatch:
+  """A batch of synthetic rows, laid out as those of training are."""
+  rows = timing.make_pairs(
+    vocab,
+    pairs=max(256, 2 * config.train.batch_size),
+    mean_length=lengths.mean,
+    prompt_fraction=lengths.prompt_fraction,
+    sigma=lengths.sigma,
+    max_length=config.data.max_length,
+    seed=config.seed,
+  )
+  array = lambda ids: np.asarray(ids, np.int32)
+  examples = []
+  for number, row in enumerate(rows):
+    two = [array(row["chosen_ids"]), array(row["rejected_ids"])]
+    some = tuple((two * completions)[:completions])
+    known = tuple(np.zeros(len(ids), np.float32) for ids in some) if config.reference.store else ()
+    examples.append(Example(array(row["prompt_ids"]), some, row=number, reference=known))
+  stream = batches.batches(
+    examples,
+    batch_size=config.train.batch_size,
+    accumulate=config.train.accumulate,
+    seed=config.seed,
+    layout=config.data.layout,
+    row_length=config.data.row_length,
+    balance=config.data.balance,
+    **batching,
+  )
+  return next(stream)
+
+
+# What may be changed to save memory: fields and their values, where they are not so already.
+_CHANGES: tuple[dict[str, Any], ...] = (
+  {"model.remat": "full"},
+  {"train.accumulate": 2},  # times what it is
+  {"reference.param_dtype": "bfloat16"},
+  {"reference.store": "DIR"},
+  {"parallel.fsdp": 0},  # all devices
+  {"parallel.offload_optimizer": True},
+  {"model.param_dtype": "bfloat16", "reference.param_dtype": "bfloat16"},
+)
+
+
+def changes(config: ConfigDict, devices: int) -> Iterator[tuple[str, ConfigDict]]:
+  """Configurations that may take less, each with the flags that make it."""
+  loss = losses.resolve(config.loss.name, **_given(config))
+  for change in _CHANGES:
+    values = dict(change)
+    if "train.accumulate" in values:
+      values["train.accumulate"] = 2 * config.train.accumulate
+      if config.train.batch_size % (values["train.accumulate"] * devices):
+        continue
+    if "parallel.fsdp" in values:
+      values["parallel.fsdp"] = devices // config.parallel.tensor
+    refers = (
+      any(name.startswith("reference.") for name in values) and "model.param_dtype" not in values
+    )
+    if refers and (config.lora.rank or config.reference.store or not loss.needs_reference):
+      continue
+    if all(_value(config, name) == value for name, value in values.items()):
+      continue
+    other = config.copy_and_resolve_references()
+    other.update_from_flattened_dict(values)
+    yield " ".join(f"--config.{name}={value}" for name, value in values.items()), other
+
+
+def _given(config: ConfigDict) -> dict[str, Any]:
+  return {k: v for k, v in config.loss.items() if k != "name" and v is not None}
+
+
+def _value(config: ConfigDict, name: str) -> Any:
+  section, field = name.split(".")
+  return config[section][field]
+
+
+def show(found: dict[str, Any]) -> Iterator[str]:
+  """The lines of a plan."""
+  trained, whole = found["trained"], found["parameters"]
+  yield f"parameters   {whole:,}" + ("" if trained == whole else f", trained {trained:,}")
+  yield f"micro-batch  {found['rows']} rows of {found['row_length']} tokens"
+  yield f"a step       {found['flops_per_step']:.3e} FLOPs in products"
+  yield f"on each of {found['devices']} devices:"
+  for name, count in found["bytes_per_device"].items():
+    yield f"  {name:<10} {count / memory.GIB:9.3f} GiB"
+  if found["kept_on_host"]:
+    yield f"  and {found['kept_on_host'] / memory.GIB:.3f} GiB in the memory of its host"

@@ -1,0 +1,174 @@
+"""How time and memory of the training step grow, one quantity at a time, on this machine's CPU.
+
+The step is that of training, of synthetic rows of equal lengths, compiled as the planner has it.
+What it should need by its compiler stands beside what the process held at most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from dpo_jax import defaults
+from dpo_jax.benchmarking import planner
+from dpo_jax.structs import UserError
+
+
+class Axis(NamedTuple):
+  """A quantity: its label in the figure, and what it is set to."""
+
+  label: str
+  values: tuple[int, ...]
+
+
+def _doubled(first: int, last: int, times: int = 2) -> tuple[int, ...]:
+  return (first,) if first * times > last else (first, *_doubled(first * times, last, times))
+
+
+AXES = {
+  "length": Axis("tokens of a prompt and one answer", _doubled(256, 32768)),
+  "vocabulary": Axis("vocabulary", _doubled(1024, 262144, 4)),
+  "pairs": Axis("pairs of a row", _doubled(1, 32)),
+  "answers": Axis("answers of a prompt, ranked", _doubled(2, 32)),
+  "width": Axis("width of the model", _doubled(64, 512)),
+  "depth": Axis("layers", _doubled(1, 16)),
+  "devices": Axis("devices, the model divided among them", _doubled(1, 8)),
+}
+
+
+def configured(axis: str, value: int) -> tuple[ConfigDict, planner.Lengths]:
+  """A small Llama and a few rows, with one quantity set.
+
+  Raises:
+    UserError: an axis that is not known.
+  """
+  if axis not in AXES:
+    raise UserError(f"{axis!r} does not grow; known are {', '.join(AXES)}")
+  width = value if axis == "width" else 64
+  length = {"length": value, "pairs": 128, "answers": 128}.get(axis, 256)
+  config = defaults.get_config()
+  config.model.scratch = ConfigDict(
+    {
+      "model_type": "llama",
+      "vocab_size": value if axis == "vocabulary" else 1024,
+      "hidden_size": width,
+      "num_hidden_layers": value if axis == "depth" else 2,
+      "num_attention_heads": max(1, width // 64),
+      "intermediate_size": 3 * width,
+      "max_position_embeddings": 65536,
+    }
+  )
+  config.data.max_length = length
+  config.train.batch_size = {"length": 1, "answers": 1, "pairs": value, "devices": 8}.get(axis, 4)
+  config.parallel.devices = config.parallel.fsdp = value if axis == "devices" else 1
+  if axis == "answers":
+    config.loss = defaults.loss("plackett_luce")
+    config.on_policy.num = value
+  if axis == "pairs":
+    # A prompt of 64 tokens and two answers of 64, once each.
+    config.data.row_length = value * 192
+  return config, planner.Lengths(length, prompt_fraction=0.5, sigma=0.0)
+
+
+def read(file: pathlib.Path) -> list[dict[str, Any]]:
+  """Points of an earlier run, none if there is no file.
+
+  Raises:
+    UserError: something else is there.
+  """
+  if not file.exists():
+    return []
+  try:
+    points = json.loads(file.read_text())["points"]
+    whole = all({"axis", "value", "seconds", "planned_mb", "measured_mb"} <= {*x} for x in points)
+  except (OSError, ValueError, KeyError, TypeError):
+    whole = False
+  if not whole:
+    raise UserError(f"{file} holds no points of an earlier run; move it away")
+  return points
+
+
+def write(file: pathlib.Path, points: Sequence[dict[str, Any]]) -> None:
+  """Writes them all, in place of what is there, or leaves that."""
+  scratch = file.with_name(f".{file.name}.new")
+  scratch.write_text(json.dumps({"points": points}, indent=1) + "\n")
+  scratch.replace(file)
+
+
+def measure(axis: str, value: int) -> dict[str, Any]:
+  """Of one point, in a process that has measured no other.
+
+  Returns:
+    `planned_mb`, arguments and temporaries of the step by the compiler, on all devices; `seconds`
+    of the quickest of several; `measured_mb`, the most that the process held beyond what it held
+    before, None without /proc; `tokens` of the rows; `compile_seconds`. A step that would take more
+    than a third of the memory that is free does not run: its `seconds` and `measured_mb` are None.
+  """
+  run = planner.outline(*configured(axis, value))
+  began = time.perf_counter()
+  compiled = run.compile()
+  compile_seconds = time.perf_counter() - began
+  about = compiled.memory_analysis()
+  planned = about.argument_size_in_bytes + about.temp_size_in_bytes
+  planned += about.output_size_in_bytes - about.alias_size_in_bytes
+  planned *= len(run.executor.devices)
+  found: dict[str, Any] = {
+    "axis": axis,
+    "value": value,
+    "seconds": None,
+    "planned_mb": planned / 2**20,
+    "measured_mb": None,
+    "tokens": int((run.batch.pair_NL >= 0).sum()),
+    "compile_seconds": compile_seconds,
+  }
+  free = _field("/proc/meminfo", "MemAvailable")
+  if free is None or planned < free / 3:
+    found["seconds"], found["measured_mb"] = _run(run, compiled)
+  return found
+
+
+def _run(run: planner.Outline, compiled: jax.stages.Compiled) -> tuple[float, float | None]:
+  """Seconds of the quickest step, zeros in place of numbers, and MB that the process held."""
+  batch = run.executor.place_batch(run.batch)
+  zeros = lambda x: jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=x.sharding)()
+  gc.collect()
+  if sys.platform.startswith("linux"):
+    ctypes.CDLL(None).malloc_trim(0)  # what compiling left behind
+  before = _field("/proc/self/status", "VmRSS")
+  state, reference = jax.tree.map(zeros, (run.state, run.reference))
+  times: list[float] = []
+  while len(times) < 2 or (len(times) < 8 and sum(times) < 8):
+    _forget_most_held()
+    began = time.perf_counter()
+    state, _ = compiled(state, reference, batch)
+    jax.block_until_ready(state)
+    times.append(time.perf_counter() - began)
+  most = _field("/proc/self/status", "VmHWM")
+  held = None if most is None or before is None else (most - before) / 2**20
+  return min(times), held
+
+
+def _field(path: str, name: str) -> int | None:
+  """Bytes that a file of /proc says; None without it."""
+  try:
+    lines = pathlib.Path(path).read_text().splitlines()
+  except OSError:
+    return None
+  return next((int(x.split()[1]) * 1024 for x in lines if x.startswith(f"{name}:")), None)
+
+
+def _forget_most_held() -> None:
+  """The most held is counted from here on."""
+  with contextlib.suppress(OSError):
+    pathlib.Path("/proc/self/clear_refs").write_text("5")

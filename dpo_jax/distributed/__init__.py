@@ -1,0 +1,1 @@
+"""Devices and processes: shardings, the executor that compiles a step, memory, preemption."""

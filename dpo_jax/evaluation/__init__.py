@@ -1,0 +1,1 @@
+"""Held-out evaluation: preference metrics with confidence intervals, samples along a run."""

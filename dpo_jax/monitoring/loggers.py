@@ -1,0 +1,337 @@
+"""What a run says while it runs: `metrics.jsonl`, TensorBoard events, and progress for a person.
+
+`metrics.jsonl` holds every step exactly once, also after a kill and a resume: what was written
+past the step that training resumes from is cut off first. Evaluation joins the line of its step.
+What `alerts` makes of the metrics is printed with them, and not again after a resume.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import rich.console
+import rich.progress
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import RecordWriter
+
+from dpo_jax.monitoring import alerts
+from dpo_jax.structs import UserError
+
+METRICS = "metrics.jsonl"
+
+# What progress shows of a step, where the step has it: metric, label, format.
+_SHOWN = (
+  ("loss", "loss", "{:.4f}"),
+  ("rewards/accuracies", "accuracy", "{:.3f}"),
+  ("rewards/margins", "margin", "{:.3f}"),
+  ("reward", "reward", "{:.3f}"),
+  ("kl", "kl", "{:.2f}"),
+  ("sampled/kl", "sampled kl", "{:.2f}"),
+  ("pairs_per_second", "pairs/s", "{:,.0f}"),
+)
+
+
+class Loggers:
+  """Everything a training loop reports to, as one context manager.
+
+    with Loggers(workdir, start_step=state_step, total_steps=steps) as loggers:
+      loggers.write(step, metrics)        # once a step
+      loggers.write_eval(step, metrics)   # keys get the prefix eval/
+      loggers.say("text")                 # a line that progress does not overwrite
+
+  Values are numbers of any kind that `float` takes. In `metrics.jsonl` a number that is not finite
+  is `null`, since JSON has no word for it.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str],
+    *,
+    start_step: int = 0,
+    total_steps: int,
+    every: int = 10,
+    console: rich.console.Console | None = None,
+  ):
+    """Opens the files of a run in `workdir`, which is made where missing.
+
+    Args:
+      workdir: the run's folder.
+      start_step: the step that training resumes from; later lines are cut off. 0 is a new run.
+      total_steps: the last step, for progress.
+      every: where there is no terminal, steps between lines of progress.
+      console: where progress goes; standard output unless given.
+    """
+    folder = pathlib.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    self._lines = _Lines(folder / METRICS, start_step)
+    self._watch = alerts.Watch()
+    for record in read_metrics(folder / METRICS):
+      self._watch.see_record(record)  # what it finds was said before the run stopped
+    self._folder = folder
+    with self._writing():
+      self._events = _Events(folder, start_step)
+    self._console = console or rich.console.Console(highlight=False)
+    if self._console.is_terminal:
+      self._progress = _Bar(self._console, start_step, total_steps)
+    else:
+      self._progress = _PlainLines(self._console, total_steps, every)
+
+  def __enter__(self) -> Loggers:
+    self._progress.start()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._progress.stop()
+    self._lines.close()
+    with self._writing():
+      self._events.close()
+
+  def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Records the metrics of one training step."""
+    values = {name: float(value) for name, value in metrics.items()}
+    self._record(step, values)
+    self._progress.step(step, values)
+    self._warn(step, values)
+
+  def write_eval(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Records an evaluation after `step` under `eval/…`, on the line of that step."""
+    values = {f"eval/{name.removeprefix('eval/')}": float(x) for name, x in metrics.items()}
+    self._record(step, values)
+    shown = {name.removeprefix("eval/"): value for name, value in values.items()}
+    self.say(f"eval at step {step}  " + "  ".join(_summary(shown)))
+    self._warn(step, values)
+
+  def say(self, text: str) -> None:
+    """Prints a line above the progress."""
+    self._console.print(text, markup=False, soft_wrap=True)
+
+  def _warn(self, step: int, values: Mapping[str, float]) -> None:
+    for alert in self._watch.see(step, values):
+      self.say(f"alert at step {step}: {alert.text}")
+
+  def _record(self, step: int, values: Mapping[str, float]) -> None:
+    with self._writing():
+      self._lines.write(step, values)
+      self._events.write(step, values)
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      why = (error.strerror or str(error)).lower()
+      raise UserError(
+        f"metrics could not be written in {self._folder}: {why}; mend that and run the same command"
+        " again"
+      ) from None
+
+
+class Silent:
+  """In place of `Loggers` in a process that is not the one to speak."""
+
+  def __enter__(self) -> Silent:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    pass
+
+  def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Nothing."""
+
+  def write_eval(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Nothing."""
+
+  def say(self, text: str) -> None:
+    """Nothing."""
+
+
+# ---------------------------------------------------------------------------- metrics.jsonl
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """The lines of a metrics file; a last line that a kill left unfinished is passed over."""
+  return [record for _, record in _records(pathlib.Path(path))]
+
+
+def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+  with path.open("rb") as file:
+    for number, line in enumerate(file, 1):
+      if not line.endswith(b"\n"):
+        return
+      try:
+        record = json.loads(line)
+      except ValueError:
+        record = None
+      if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise UserError(
+          f"{path}:{number}: not a JSON object with a step; delete that line and run again"
+        )
+      yield line.decode("utf-8"), record
+
+
+class _Lines:
+  """The metrics file: one line a step, each on disk as soon as it is written."""
+
+  def __init__(self, path: pathlib.Path, start_step: int):
+    self._last: tuple[int, int] | None = None  # step and offset of the last line
+    if path.exists():
+      kept = [(line, r) for line, r in _records(path) if start_step and r["step"] <= start_step]
+      temporary = path.with_suffix(".tmp")
+      temporary.write_text("".join(line for line, _ in kept), encoding="utf-8")
+      os.replace(temporary, path)
+      if kept:
+        line, record = kept[-1]
+        self._last = record["step"], path.stat().st_size - len(line.encode())
+    self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Adds values to the line of `step`: the last line's, or a new one after it."""
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    end = os.fstat(self._file).st_size
+    if self._last is not None and self._last[0] == step:
+      start = self._last[1]
+      record = json.loads(os.pread(self._file, end - start, start)) | finite
+    elif self._last is not None and self._last[0] > step:
+      raise ValueError(f"step {step} after step {self._last[0]}: steps are written in order")
+    else:
+      start, record = end, {"step": step} | finite
+    # One write, never shorter than what it replaces: a kill leaves the old line or the new one.
+    os.pwrite(self._file, json.dumps(record).ljust(end - start - 1).encode() + b"\n", start)
+    self._last = step, start
+
+  def close(self) -> None:
+    os.close(self._file)
+
+
+class _Events:
+  """The file that TensorBoard reads.
+
+  Written here and not by tensorboardX's thread, which a full disk ends: closing would wait forever.
+  """
+
+  def __init__(self, folder: pathlib.Path, start_step: int):
+    # Files are named by the second; the suffix keeps two of the same second apart.
+    name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{start_step}"
+    self._file = RecordWriter(str(folder / name))
+    self._flushed = 0.0
+    self._add(file_version="brain.Event:2")
+    # From this step on it hides what an earlier process wrote.
+    start = SessionLog(status=SessionLog.START)
+    self._add(step=start_step + 1 if start_step else 0, session_log=start)
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    finite = [
+      Summary.Value(tag=name, simple_value=value)
+      for name, value in values.items()
+      if math.isfinite(value)
+    ]
+    self._add(step=step, summary=Summary(value=finite))
+
+  def _add(self, **fields: Any) -> None:
+    now = time.time()
+    self._file.write(Event(wall_time=now, **fields).SerializeToString())
+    if now > self._flushed + 10:
+      self._flushed = now
+      self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
+
+
+# ---------------------------------------------------------------------------- progress
+
+
+def _summary(values: Mapping[str, float]) -> Iterator[str]:
+  """`loss 0.6931`, `812 pairs/s`, …: what there is to show of these values."""
+  for name, label, form in _SHOWN:
+    if name in values:
+      number = form.format(values[name])
+      yield f"{number} {label}" if "/s" in label else f"{label} {number}"
+
+
+def _clock(seconds: float) -> str:
+  """1:05 or 2:01:05."""
+  minutes, seconds = divmod(max(0, round(seconds)), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class _Remaining:
+  """Time left, from the pace since the first step (which alone pays for compilation)."""
+
+  def __init__(self, total_steps: int):
+    self._total = total_steps
+    self._first: tuple[int, float] | None = None
+
+  def at(self, step: int) -> str:
+    now = time.monotonic()
+    if self._first is None or step <= self._first[0]:
+      self._first = self._first or (step, now)
+      return "-:--"
+    pace = (now - self._first[1]) / (step - self._first[0])
+    return _clock(pace * (self._total - step))
+
+
+class _PlainLines:
+  """Progress for a log file: the first step, the last, and every so many."""
+
+  def __init__(self, console: rich.console.Console, total_steps: int, every: int):
+    self._console, self._total, self._every = console, total_steps, every
+    self._remaining, self._started = _Remaining(total_steps), False
+
+  def start(self) -> None:
+    pass
+
+  def step(self, step: int, values: Mapping[str, float]) -> None:
+    left = self._remaining.at(step)
+    if self._started and step % self._every and step < self._total:
+      return
+    self._started = True
+    parts = [f"step {step}/{self._total}", *_summary(values)]
+    if step < self._total:
+      parts.append(f"{left} left")
+    self._console.print("  ".join(parts), markup=False, soft_wrap=True)
+
+  def stop(self) -> None:
+    pass
+
+
+class _Bar:
+  """Progress in a terminal: one line that redraws itself."""
+
+  def __init__(self, console: rich.console.Console, start_step: int, total_steps: int):
+    self._remaining = _Remaining(total_steps)
+    self._progress = rich.progress.Progress(
+      rich.progress.TextColumn("step {task.completed}/{task.total}", style="bold"),
+      rich.progress.BarColumn(bar_width=24),
+      rich.progress.TextColumn("{task.fields[numbers]}"),
+      rich.progress.TextColumn("{task.fields[left]} left", style="dim"),
+      console=console,
+      refresh_per_second=4,
+    )
+    self._task = self._progress.add_task(
+      "", total=total_steps, completed=start_step, numbers="compiling", left="-:--"
+    )
+
+  def start(self) -> None:
+    self._progress.start()
+
+  def step(self, step: int, values: Mapping[str, float]) -> None:
+    self._progress.update(
+      self._task,
+      completed=step,
+      numbers="  ".join(_summary(values)),
+      left=self._remaining.at(step),
+    )
+
+  def stop(self) -> None:
+    self._progress.stop()

@@ -1,0 +1,284 @@
+"""Checkpoints through Orbax: asynchronous, atomic, the latest few and the best kept.
+
+A checkpoint holds all that evolves (`TrainState`) and nothing else: never the frozen reference,
+never a tree replicated over devices. The data position is the step itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import itertools
+import logging
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from dpo_jax.distributed import processes
+from dpo_jax.structs import PyTree, UserError
+
+
+def _reason(error: BaseException) -> str:
+  """The line that matters of an Orbax error, which hides what happened in its causes."""
+  chain: list[BaseException] = []
+  cause: BaseException | None = error
+  while cause is not None and cause not in chain:
+    chain.append(cause)
+    cause = cause.__cause__ or cause.__context__
+  for link in chain:
+    text = str(link)
+    if getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+      return "no space left on the device"
+    if isinstance(link, PermissionError) or getattr(link, "errno", None) == errno.EROFS:
+      return "the folder cannot be written"
+  return (str(chain[-1]).strip().splitlines() or [type(chain[-1]).__name__])[0][:200]
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+  """Keeps Orbax from printing a traceback of every failure that it also raises."""
+  return "orbax" not in record.pathname
+
+
+@functools.cache
+def _hush_late_writers() -> None:
+  """Keeps a failed save to its one line, for the process.
+
+  The first part that cannot be written ends Orbax's event loop; the parts still being written
+  then report to a closed one, from threads that can only print what they meet.
+  """
+  shown = sys.unraisablehook
+
+  def hook(met: Any) -> None:
+    if not (isinstance(met.exc_value, RuntimeError) and "loop is closed" in str(met.exc_value)):
+      shown(met)
+
+  sys.unraisablehook = hook
+
+
+# Fields of a `TrainState` that checkpoints keep under an older name, so that a run which was begun
+# before they were renamed goes on.
+_SAVED_AS = {"running_stats": "memory"}
+
+
+def _to_saved(state: PyTree) -> PyTree:
+  """Names the fields of a state as checkpoints do; returns any other tree as it is."""
+  if not hasattr(state, "_asdict"):
+    return state
+  return {_SAVED_AS.get(name, name): tree for name, tree in state._asdict().items()}
+
+
+def _from_saved(saved: PyTree, like: PyTree) -> PyTree:
+  """Undoes `_to_saved`: returns a state of the type of `like`."""
+  if not hasattr(like, "_asdict"):
+    return saved
+  return type(like)(**{name: saved[_SAVED_AS.get(name, name)] for name in like._fields})
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+  """What to read a leaf as: its shape and type, where it says or on one device."""
+  place = getattr(leaf, "sharding", None)
+  place = place or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+
+def _steps(directory: pathlib.Path) -> list[int]:
+  if not directory.is_dir():
+    return []
+  return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+def latest_step(directory: str | pathlib.Path) -> int | None:
+  """The step of the latest whole checkpoint in a folder, None where there is none."""
+  return max(_steps(pathlib.Path(directory)), default=None)
+
+
+class Checkpoints:
+  """The checkpoints of one run, in `directory`.
+
+  Args:
+    directory: `WORKDIR/checkpoints`.
+    keep: how many of the latest stay.
+    best: name of the metric whose best checkpoint stays as well; "" for none.
+    higher: whether a larger value of that metric is better.
+    tidy: whether to remove what a killed run left half-written; only the run itself may.
+  """
+
+  def __init__(
+    self,
+    directory: str | pathlib.Path,
+    *,
+    keep: int = 2,
+    best: str = "",
+    higher: bool = True,
+    tidy: bool = False,
+  ):
+    policies = ocp.training.preservation_policies
+    kept: list[Any] = [policies.LatestN(keep)]
+    if best:
+      sign = 1.0 if higher else -1.0
+      worst = -float("inf")
+      kept.append(
+        policies.BestN(
+          n=1,
+          get_metric_fn=lambda m: sign * m[best] if m and best in m else worst,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
+    self.directory = pathlib.Path(directory).resolve()
+    self._pending: tuple[int, Any] | None = None
+    self._failed = False
+    logging.getLogger("absl").addFilter(_not_orbax)
+    _hush_late_writers()
+    self._open = functools.partial(
+      ocp.training.Checkpointer,
+      str(self.directory),
+      preservation_policy=policies.AnyPreservationPolicy(kept),
+      cleanup_tmp_directories=tidy,
+    )
+    self._orbax = self._open()
+
+  def steps(self) -> list[int]:
+    """Steps of the whole checkpoints, in order: a folder gets its number when it is complete."""
+    return _steps(self.directory)
+
+  def latest(self) -> int | None:
+    """The step of the latest whole checkpoint, None where there is none."""
+    return latest_step(self.directory)
+
+  def save(self, step: int, state: PyTree, metrics: dict[str, float] | None = None) -> None:
+    """Starts writing `state` as the checkpoint of `step`; returns before it is on disk.
+
+    Raises:
+      UserError: this or the previous checkpoint could not be written; older ones stay whole.
+    """
+    self.wait()
+    try:
+      response = self._orbax.save_async(step, _to_saved(state), force=True, metrics=metrics)
+    except Exception as error:
+      raise self._failure(step, error) from error
+    self._pending = (step, response)
+
+  def wait(self) -> None:
+    """Returns once everything started is on disk; raises as `save` does."""
+    if self._pending is None:
+      return
+    (step, response), self._pending = self._pending, None
+    try:
+      response.result()
+      self._orbax.wait()
+    except Exception as error:
+      raise self._failure(step, error) from error
+
+  def _failure(self, step: int, error: Exception) -> UserError:
+    self._failed = True
+    whole = [s for s in self.steps() if s != step]
+    kept = f"the checkpoint of step {whole[-1]} is whole" if whole else "no earlier one exists"
+    return UserError(
+      f"the checkpoint of step {step} could not be saved in {self.directory}: {_reason(error)};"
+      f" {kept}; mend that and run the same command again"
+    )
+
+  def restore(self, like: PyTree, step: int | None = None) -> PyTree:
+    """The state saved at `step` (the latest by default), with the structure of `like`.
+
+    Leaves of `like` that name a sharding are read straight to it, whatever they were saved from;
+    the others come back on host.
+
+    Raises:
+      UserError: there is no such checkpoint, or it does not fit `like`.
+    """
+    step = self._known(step)
+    loaded = _from_saved(self._load(step, jax.tree.map(_abstract, _to_saved(like))), like)
+    placed = lambda leaf, wanted: leaf if getattr(wanted, "sharding", None) else np.asarray(leaf)
+    return jax.tree.map(placed, loaded, like)
+
+  def restore_latest(self, like: PyTree) -> tuple[int, PyTree]:
+    """The latest state that can be read, and its step; says so where later ones cannot.
+
+    Those are put beside the folder, as `unreadable-STEP`, once an earlier one was read.
+
+    Raises:
+      UserError: as `restore` of the latest, if none can be read.
+    """
+    errors: dict[int, UserError] = {}
+    for step in reversed(self.steps()):
+      try:
+        state = self.restore(like, step)
+      except UserError as error:
+        errors[step] = error
+        continue
+      for spoilt in errors:
+        names = (f"unreadable-{spoilt}" + "x" * more for more in itertools.count())
+        aside = next(p for p in map(self.directory.with_name, names) if not p.exists())
+        processes.on_main_process(
+          functools.partial((self.directory / str(spoilt)).rename, aside), "aside"
+        )
+        print(
+          f"the checkpoint of step {spoilt} cannot be read and is now {aside}; going on from step"
+          f" {step}",
+          file=sys.stderr,
+        )
+      if errors:  # Orbax keeps a list of the steps there are
+        self._orbax.close()
+        self._orbax = self._open()
+      return step, state
+    raise next(iter(errors.values()), None) or self._none()
+
+  def restore_params(self, step: int | None = None) -> PyTree:
+    """The policy's parameters alone, on host, whatever else the checkpoint holds."""
+    step = self._known(step)
+    try:
+      kept = self._orbax.metadata(step).metadata
+      if kept is None:
+        raise ValueError("it has no list of what it holds")
+    except Exception as error:
+      raise self._unreadable(step, error) from error
+    # On this machine's first device, wherever they were saved from.
+    here = lambda leaf: _abstract(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    wanted = {
+      name: jax.tree.map(here if name == "params" else lambda _: ocp.PLACEHOLDER, tree)
+      for name, tree in kept.items()
+    }
+    return jax.tree.map(np.asarray, self._load(step, wanted)["params"])
+
+  def _load(self, step: int, wanted: PyTree) -> PyTree:
+    try:
+      return self._orbax.load(step, wanted)
+    except Exception as error:
+      raise self._unreadable(step, error) from error
+
+  def _unreadable(self, step: int, error: Exception) -> UserError:
+    earlier = [other for other in self.steps() if other < step]
+    way = f"to go on from step {earlier[-1]}" if earlier else "to start anew: it is the only one"
+    return UserError(
+      f"the checkpoint of step {step} cannot be read ({type(error).__name__}: {_reason(error)});"
+      f" delete {self.directory / str(step)} {way}"
+    )
+
+  def _known(self, step: int | None) -> int:
+    """The step that is meant, of which there is a checkpoint."""
+    steps = self.steps()
+    if not steps:
+      raise self._none()
+    if step is not None and step not in steps:
+      raise UserError(
+        f"{self.directory} holds no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
+      )
+    return steps[-1] if step is None else step
+
+  def _none(self) -> UserError:
+    return UserError(f"{self.directory} holds no checkpoint; train there first")
+
+  def close(self) -> None:
+    """Waits for what is being written, then lets go of the folder."""
+    try:
+      self.wait()
+    finally:
+      # After a failed save, Orbax raises the same failure again.
+      with contextlib.suppress(*([Exception] if self._failed else [])):
+        self._orbax.close()

@@ -1,0 +1,190 @@
+"""Training on what the policy itself says: answers sampled at every step and scored by a reward.
+
+With the loss `policy_gradient` this minimises the assumed objective E[-r + β (log π - log π_ref)]
+directly; with a loss of pairs or rankings it is online preference optimisation, the preferences
+made from the rewards. Either way a batch is an ordinary `TokenBatch` for the ordinary step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.data import batches, collate, packing
+from dpo_jax.data.examples import Example
+from dpo_jax.data.tokenizer import Tokenizer
+from dpo_jax.generation import rewards, rollouts
+from dpo_jax.losses import Loss
+from dpo_jax.model.config import ModelConfig
+from dpo_jax.structs import PyTree, TokenBatch, UserError
+
+# How pairs are made of the samples of a prompt.
+PREFERENCES = ("rank", "bradley_terry")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """Batches made of samples; batch k is a pure function of (prompts, seed, k, parameters).
+
+  Attributes:
+    model_config, tokenizer: of the policy.
+    prompts: texts or lists of messages.
+    reward: of a prompt and an answer.
+    loss: decides what is made of the samples.
+    num: answers a prompt.
+    max_tokens: of an answer; one that does not end by then is taken as it stands.
+    temperature: of sampling. Only at 1 are the answers those of the policy.
+    prefer: for a loss of pairs: "rank" sets the best against the worst answer of a prompt by their
+      rewards; "bradley_terry" prefers one of two neighbouring samples with probability
+      σ(r(a) - r(b)).
+    batch_size: prompts a step.
+    accumulate: micro-batches a step.
+    seed: of order, samples and preferences.
+    width: tokens of the longest prompt, or more.
+    batching: layout, row_length, groups and texts of `collate.collate_many`.
+  """
+
+  model_config: ModelConfig
+  tokenizer: Tokenizer
+  prompts: Sequence[Any]
+  reward: rewards.Reward
+  loss: Loss
+  num: int
+  max_tokens: int
+  temperature: float
+  prefer: str
+  batch_size: int
+  accumulate: int
+  seed: int
+  width: int
+  batching: dict[str, Any]
+
+  def batch(
+    self,
+    index: int,
+    params: PyTree,
+    sizes: packing.Sizes | None = None,
+    share: tuple[int, int] = (0, 1),
+  ) -> tuple[TokenBatch, dict[str, float]]:
+    """Batch `index`, from 0, sampled from `params`; arrays as those of `batches.batches`.
+
+    Every host samples all of it, and lays out its `share`.
+
+    Returns:
+      The batch, and the mean of what was sampled: `reward`, reward units; `tokens`, of an answer.
+
+    Raises:
+      UserError: the reward failed; or the samples of every prompt are equal, which no loss of pairs
+        can learn from.
+    """
+    examples, facts = self._examples(index, params)
+    parts = self._parts(examples)
+    return collate.collate_many(parts, sizes=sizes, share=share, **self.batching), facts
+
+  def sizes(self, params: PyTree) -> packing.Sizes:
+    """Sizes that suit the first batch, with some room: the same for a run and its resumption."""
+    examples, _ = self._examples(0, params)
+    sizes = collate.fit_sizes(self._parts(examples), **self.batching)
+    return sizes._replace(rows=sizes.rows + sizes.rows_step, scored=sizes.scored * 9 // 8)
+
+  def _parts(self, examples: list[Example]) -> list[list[Example]]:
+    """The micro-batches of a step."""
+    size = len(examples) // self.accumulate
+    return [examples[i : i + size] for i in range(0, len(examples), size)]
+
+  def _examples(self, index: int, params: PyTree) -> tuple[list[Example], dict[str, float]]:
+    """What batch `index` holds: samples with their rewards as scores, or preferences of them."""
+    picked = batches.order(len(self.prompts), self.batch_size, seed=self.seed)[index]
+    rollout = rollouts.sample(
+      rollouts.LanguageModel(self.model_config, params, self.tokenizer),
+      [self.prompts[i] for i in picked],
+      self.reward,
+      num=self.num,
+      max_tokens=self.max_tokens,
+      temperature=self.temperature,
+      seed=(self.seed << 32) + index,
+      # Two batches, since two are sampled at a time, and one shape for all steps.
+      batch_size=min(256, self.num * -(-self.batch_size // 2)),
+      width=self.width,
+    )
+    rows = [
+      example._replace(row=row, scores=tuple(reward_S.tolist()))
+      for example, row, reward_S in zip(rollout.examples(), picked, rollout.reward_XS, strict=True)
+    ]
+    lengths = [len(ids) for example in rows for ids in example.completions]
+    facts = {"reward": float(rollout.reward_XS.mean()), "tokens": float(np.mean(lengths))}
+    if self.loss.kind == "pairs":
+      rows = self._pairs(rows, np.random.default_rng([self.seed, index]))
+    elif not self.loss.samples:
+      rows = [_ranked(row) for row in rows]
+    if not any(row.weight for row in rows):
+      raise UserError(
+        "the policy gives the same answer, or answers of one reward, to every prompt of a batch:"
+        " nothing is left to prefer; raise loss.beta or on_policy.temperature, or stop earlier"
+      )
+    return rows, facts
+
+  def _pairs(self, rows: list[Example], rng: np.random.Generator) -> list[Example]:
+    if self.prefer == "rank":
+      return [_pick(row, _extremes(row.scores)) for row in rows]
+    return [
+      _pick(row, [a, a + 1] if row.scores[a] - row.scores[a + 1] > rng.logistic() else [a + 1, a])
+      for row in rows
+      for a in range(0, self.num - 1, 2)
+    ]
+
+
+def _ranked(row: Example) -> Example:
+  """The answers by their rewards, best first; a row counts nothing if all have the same."""
+  ranked = _pick(row, np.argsort(-np.array(row.scores), kind="stable"))
+  return ranked._replace(weight=0.0) if len(set(row.scores)) == 1 else ranked
+
+
+def _extremes(scores: Sequence[float]) -> list[int]:
+  """The best and the worst; the same one twice where all are equal."""
+  return [int(np.argmax(scores)), int(np.argmin(scores))]
+
+
+def _pick(row: Example, order: Sequence[int] | np.ndarray) -> Example:
+  """The answers of a row in an order; a pair of equal answers counts nothing."""
+  completions = tuple(row.completions[i] for i in order)
+  same = len(order) == 2 and np.array_equal(*completions)
+  return row._replace(
+    completions=completions,
+    scores=tuple(row.scores[i] for i in order),
+    weight=0.0 if same else row.weight,
+  )
+
+
+def check(
+  loss: Loss, *, reward: str, num: int, max_tokens: int, temperature: float, prefer: str
+) -> None:
+  """What can be said against the settings before anything is loaded.
+
+  Raises:
+    UserError: a value out of range, or a loss that cannot learn from samples.
+  """
+  rewards.resolve(reward)
+  if num < 2:
+    raise UserError(f"on_policy.num is {num}; answers are compared with each other: 2 or more")
+  if max_tokens < 1:
+    raise UserError(f"on_policy.max_tokens is {max_tokens}; it must be 1 or above")
+  if not 0 < temperature < float("inf"):
+    raise UserError(f"on_policy.temperature is {temperature}; it must be above 0")
+  if loss.kind not in ("pairs", "ranked"):
+    raise UserError(
+      f"loss {loss.name!r} is not computed from samples that a reward compares; name"
+      " policy_gradient, plackett_luce or a loss of pairs"
+    )
+  if loss.samples and temperature != 1:
+    raise UserError(
+      f"on_policy.temperature is {temperature}; policy_gradient needs samples of the policy itself,"
+      " at temperature 1"
+    )
+  if loss.kind == "pairs" and prefer not in PREFERENCES:
+    raise UserError(f"on_policy.prefer is {prefer!r}; known: {', '.join(PREFERENCES)}")
+  if loss.kind == "pairs" and prefer == "bradley_terry" and num % 2:
+    raise UserError(f"on_policy.num is {num}; bradley_terry pairs neighbours: give an even number")

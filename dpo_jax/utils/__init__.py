@@ -1,0 +1,1 @@
+"""Helpers that know nothing of training: command lines, files, work folders, products, malloc."""

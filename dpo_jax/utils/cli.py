@@ -1,0 +1,316 @@
+"""The door of every command: flags in, one clear line out when something is wrong.
+
+A command defines absl flags, writes `def main(argv)` and ends with `cli.run(main)`. Nothing here
+loads jax, so that `--help` answers at once; commands import what is heavy inside `main`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import pathlib
+import platform
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+
+from dpo_jax.utils.malloc import keep_freed_memory
+
+FLAGS = flags.FLAGS
+_HELP = ("--help", "-help", "-h", "--helpshort")
+
+
+def run(main: Callable[[list[str]], Any], arguments: int = 0) -> None:
+  """Parses the command line, calls `main(argv)` and exits.
+
+  Besides flags, `arguments` words may be given; they are in `argv`, behind the command's name.
+
+  Bad input (`UserError`, a file that cannot be read or written, an unknown flag or config key)
+  prints `error: …` on stderr, one line, and exits 1. A mistake of the program keeps its traceback.
+  """
+  if any(argument in _HELP for argument in sys.argv[1:]):
+    _print_help()
+    sys.exit(0)
+  keep_freed_memory()
+  enable_compilation_cache()
+  try:
+    app.run(lambda argv: _guarded(main, argv, arguments), flags_parser=_parse)
+  except KeyboardInterrupt:  # also while a configuration is being imported
+    print("\ninterrupted", file=sys.stderr)
+    sys.exit(130)
+
+
+def fail(message: object) -> NoReturn:
+  """Prints one line on stderr and exits 1."""
+  print("error: " + " ".join(str(message).split()), file=sys.stderr)
+  sys.exit(1)
+
+
+def enable_compilation_cache() -> None:
+  """Keeps compiled programs between runs, under `$JAX_COMPILATION_CACHE_DIR` or the user's cache.
+
+  The default folder is named after the processor: a program compiled for one CPU need not run on
+  another that mounts the same home.
+  """
+  if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    folder = base / "dpo_jax" / f"xla-{_processor()}"
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written: compile anew each time
+      return
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+  # Read when jax is imported; a jax that is here already is told directly.
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+  if "jax" in sys.modules:
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update(
+      "jax_persistent_cache_min_compile_time_secs",
+      float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]),
+    )
+
+
+def _processor() -> str:
+  """Eight digits that name this kind of processor and what it can do."""
+  about = platform.machine()
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    about += "".join(
+      sorted({x for x in lines if x.startswith(("model name", "flags", "Features"))})
+    )
+  except OSError:  # not Linux
+    about += platform.processor()
+  return hashlib.sha256(about.encode()).hexdigest()[:8]
+
+
+# ---------------------------------------------------------------------------- running
+
+
+def _guarded(main: Callable[[list[str]], Any], argv: list[str], arguments: int) -> Any:
+  """Calls `main`; what the user can mend becomes one line."""
+  if len(argv) > 1 + arguments:
+    unknown = argv[1 + arguments]
+    fail(f"unexpected argument {unknown!r}; every option is written --name=value (see --help)")
+  # The flag itself cannot tell: a library that is imported may have set it.
+  if not any(x.lstrip("-").startswith("verbosity") for x in sys.argv[1:]):
+    logging.set_verbosity(logging.WARNING)  # the libraries below narrate every file they open
+  try:
+    return main(argv)
+  except BrokenPipeError:  # the reader (`| head`) has what it wanted
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)
+  except OSError as error:
+    if error.filename is None and error.errno is None:
+      raise
+    fail(os_error_line(error))
+  except Exception as error:
+    from dpo_jax.structs import UserError  # loads jax, which `--help` should not wait for
+
+    if not isinstance(error, UserError):
+      raise
+    fail(error)
+
+
+def os_error_line(error: OSError) -> str:
+  """What the system refused, and on which file: `/data/x.jsonl: no such file or directory`."""
+  reason = (error.strerror or str(error)).lower()
+  return f"{error.filename}: {reason}" if error.filename is not None else reason
+
+
+# ---------------------------------------------------------------------------- flags
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  """absl's parsing, with one line for whatever the user wrote wrongly."""
+  _accept_natural_numbers_and_none()
+  for name, path in _config_paths(argv):
+    if not os.path.isfile(path.split(":")[0]):
+      what = "a folder" if os.path.isdir(path) else "no such file"
+      fail(f"--{name}={path}: {what}; configurations are files in configs/")
+  try:
+    rest = FLAGS(argv)
+    _refuse_none()
+    return rest
+  except flags.Error as error:
+    fail(_flag_line(str(error)))
+  except SyntaxError as error:
+    given = {os.path.abspath(path.split(":")[0]) for _, path in _config_paths(argv)}
+    if os.path.abspath(error.filename or "") not in given:
+      raise
+    fail(f"{error.filename}: no configuration in Python: {error.msg}, line {error.lineno}")
+  except Exception as error:
+    unknown = _unknown_override(argv)
+    if unknown:
+      fail(unknown)
+    from dpo_jax.structs import UserError
+
+    if not isinstance(error, UserError):
+      raise
+    fail(error)
+
+
+def _flag_line(message: str) -> str:
+  """Rewords the messages of absl that a newcomer could not act on."""
+  if "must have a value other than None" in message:
+    name = message.split("--")[1].split("=")[0]
+    return f"--{name} is required (see --help)"
+  message = message.replace("('Non-boolean argument to boolean flag', ", "not true or false: ")
+  message = message.replace("invalid literal for int() with base 10", "not an integer")
+  message = message.replace("could not convert string to float", "not a number")
+  return message.replace(" ?", "?").rstrip(")") + ("" if "--help" in message else " (see --help)")
+
+
+def _config_library() -> Any:
+  """ml_collections' flags where the command uses them, else None."""
+  return sys.modules.get("ml_collections.config_flags.config_flags")
+
+
+def _config_names() -> list[str]:
+  """Names of the flags that are ml_collections configurations."""
+  library = _config_library()
+  return [name for name in FLAGS if library.is_config_flag(FLAGS[name])] if library else []
+
+
+def _config_paths(argv: Sequence[str]) -> list[tuple[str, str]]:
+  """(flag, `file.py:argument`) of every configuration named on the command line."""
+  found = []
+  for name in _config_names():
+    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+      flag, equals, value = argument.partition("=")
+      if flag in (f"--{name}", f"-{name}") and (equals or following is not None):
+        found.append((name, value if equals else following))
+  return found
+
+
+def _unknown_override(argv: Sequence[str]) -> str | None:
+  """The first `--config.a.b=…` that names no field, with the nearest one that exists."""
+  for name, path in _config_paths(argv):
+    try:
+      config = _config_library().ConfigFileFlagParser(name).parse(path)
+    except Exception:  # the configuration itself is at fault, and says so
+      continue
+    for argument in argv:
+      written = re.match(rf"--?(?:no)?{name}\.([^=]+)", argument)
+      if written is None:
+        continue
+      node, seen = config, name
+      for part in written[1].split("."):
+        if not hasattr(node, "keys") or part not in node:
+          return _no_such_field(written[0], part, node, seen)
+        node, seen = node[part], f"{seen}.{part}"
+  return None
+
+
+def _no_such_field(written: str, part: str, node: Any, seen: str) -> str:
+  if not hasattr(node, "keys"):
+    return f"{written}: {seen} is a value and has no field {part!r}"
+  near = difflib.get_close_matches(part, list(node), n=1, cutoff=0.5)
+  hint = f"did you mean {near[0]!r}?" if near else "there are: " + ", ".join(sorted(node))
+  return f"{written}: {seen} has no field {part!r}; {hint}"
+
+
+def _refuse_none() -> None:
+  """None may be written only where it means `not given`.
+
+  That is where the configuration itself has it, and for every argument of a loss: a configuration
+  may set one that another loss does not read.
+  """
+  library = _config_library()
+  for name in _config_names():
+    config = FLAGS[name].value
+    if config is None or not library.get_override_values(FLAGS[name]):
+      continue
+    path = library.get_config_filename(FLAGS[name])
+    before = library.ConfigFileFlagParser(name).parse(path)
+    for field in library.get_override_values(FLAGS[name]):
+      now, then = config, before
+      for part in field.split("."):
+        now, then = now[part], then[part]
+      argument = field.startswith("loss.") and field != "loss.name"
+      if now is None and then is not None and not argument:
+        kind = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+        fail(
+          f"--{name}.{field}=None: {field} needs {kind.get(type(then), 'a value')};"
+          f" leave the flag out for {then!r}"
+        )
+
+
+def _accept_natural_numbers_and_none() -> None:
+  """Lets config overrides say `1e3` for an integer and `None` for an absent value."""
+  library = _config_library()
+  if library is not None:
+    for kind, parser in ((int, _Integer()), (float, _Float()), (str, _Text())):
+      library.register_flag_parser_for_type(kind, parser)
+
+
+def _is_none(value: object) -> bool:
+  return isinstance(value, str) and value in ("None", "none", "null")
+
+
+class _Integer(flags.IntegerParser):
+  def parse(self, argument: Any) -> Any:
+    if _is_none(argument):
+      return None
+    if isinstance(argument, str) and "e" in argument.lower() and "x" not in argument:
+      number = float(argument)
+      if not number.is_integer():
+        raise ValueError(f"not an integer: {argument!r}")
+      return int(number)
+    return super().parse(argument)
+
+
+class _Float(flags.FloatParser):
+  def parse(self, argument: Any) -> Any:
+    return None if _is_none(argument) else super().parse(argument)
+
+
+class _Text(flags.ArgumentParser):
+  def parse(self, argument: Any) -> Any:
+    return None if _is_none(argument) else super().parse(argument)
+
+
+# ---------------------------------------------------------------------------- help
+
+
+def _print_help() -> None:
+  """The command's own words, then its flags with their defaults."""
+  print((sys.modules["__main__"].__doc__ or "").strip())
+  print("\noptions:")
+  own = FLAGS.get_key_flags_for_module(sys.argv[0])
+  rows = [(_shown(flag), (flag.help or "") + _default(flag)) for flag in own]
+  rows += [
+    (f"--{name}.a.b=VALUE", "sets field a.b of the configuration") for name in _config_names()
+  ]
+  width = max((len(left) for left, _ in rows), default=0)
+  for left, right in rows:
+    print(
+      textwrap.fill(
+        right,
+        max(shutil.get_terminal_size().columns, width + 40),
+        initial_indent=f"  {left:<{width}}  ",
+        subsequent_indent=" " * (width + 4),
+      )
+    )
+
+
+def _default(flag: flags.Flag) -> str:
+  if any("other than None" in validator.message for validator in flag.validators):
+    return " (required)"
+  if flag.default in (None, "", False):
+    return ""
+  return f" (default: {str(flag.default_as_str).strip(chr(39))})"
+
+
+def _shown(flag: flags.Flag) -> str:
+  if flag.boolean:
+    return f"--[no]{flag.name}"
+  kind = {"int": "N", "float": "X"}.get(flag.flag_type(), "")
+  return f"--{flag.name}={kind or flag.name.upper()}"

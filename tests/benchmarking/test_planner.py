@@ -1,0 +1,152 @@
+"""What a plan counts, by hand; and that a step for real takes what was planned."""
+
+import json
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+from dpo_jax.benchmarking import planner
+from dpo_jax.distributed import memory
+from dpo_jax.hf import checkpoint as hf_checkpoint
+from dpo_jax.model import families, transformer
+from dpo_jax.structs import UserError
+from tests.support.paths import ROOT
+
+LENGTHS = planner.Lengths(60)
+LLAMA = {
+  "model_type": "llama",
+  "vocab_size": 8192,
+  "hidden_size": 256,
+  "num_hidden_layers": 4,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "intermediate_size": 768,
+}
+
+
+def configured(**changes):
+  """The benchmark's shape a, untied: 1.5M parameters."""
+  config = runpy.run_path(str(ROOT / "configs" / "benchmark.py"))["get_config"]("a")
+  with config.unlocked():
+    config.parallel.devices = 1
+    config.update_from_flattened_dict(changes)
+  return config
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+  """A folder of LLAMA."""
+  folder = tmp_path_factory.mktemp("plan") / "base"
+  config = families.from_hf(LLAMA)
+  hf_checkpoint.save(folder, config, transformer.init_params(config, 0))
+  return folder
+
+
+def test_what_is_held_by_hand():
+  """4 bytes a parameter in policy and reference, 8 in AdamW's moments and its count."""
+  found = planner.plan(configured(), LENGTHS)
+  count, held = found["parameters"], found["bytes_per_device"]
+  assert found["trained"] == count and found["devices"] == 1
+  assert held["params"] == held["reference"] == 4 * count
+  assert 8 * count <= held["optimiser"] <= 8 * count + 64
+  assert held["step"] >= 4 * count  # a gradient at the least
+  assert held["total"] == sum(held[name] for name in ("params", "reference", "optimiser", "step"))
+
+
+def test_fsdp_divides_all_but_the_norms():
+  held = lambda run: memory.held(run.state.params)
+  whole, eighth = (
+    planner.outline(configured(**{"parallel.devices": 8, "parallel.fsdp": size}), LENGTHS)
+    for size in (1, 8)
+  )
+  norms = 4 * (2 * 7 + 1) * 128
+  assert held(eighth) == (held(whole) - norms) // 8 + norms
+  assert memory.held(eighth.state.opt_state) < memory.held(whole.state.opt_state) // 7
+
+
+@pytest.mark.parametrize(
+  ("changes", "share"),
+  [
+    ({"reference.param_dtype": "bfloat16"}, 2),
+    ({"reference.store": "somewhere"}, 0),
+    ({"loss.name": "simpo"}, 0),
+  ],
+)
+def test_what_the_reference_takes(changes, share):
+  run = planner.outline(configured(**changes), LENGTHS)
+  count = memory.held(run.state.params) // 4
+  assert (memory.held(run.reference) if run.reference else 0) == share * count
+  assert (run.batch.reference_NL is not None) == ("reference.store" in changes)
+
+
+def test_a_reference_that_follows_is_part_of_the_state():
+  run = planner.outline(configured(**{"reference.sync_every": 4}), LENGTHS)
+  assert run.reference is None
+  assert memory.held(run.state.reference) == memory.held(run.state.params)
+
+
+def test_adapters_are_trained_and_their_base_is_the_reference(base):
+  changes = {"model.path": str(base), "lora.rank": 4, "model.scratch": {}}
+  run = planner.outline(configured(**changes), LENGTHS)
+  assert memory.held(run.reference) == memory.held(run.policy)
+  # a and b of every map: rank times its inputs and outputs.
+  maps = [(256, 256), (256, 128), (256, 128), (256, 256), (256, 768), (256, 768), (768, 256)]
+  assert memory.held(run.state.params) == 4 * 4 * 4 * sum(a + b for a, b in maps)
+
+
+def test_pmap_is_planned_as_a_mesh():
+  with pytest.raises(UserError, match=r"plan with parallel\.mode=mesh"):
+    planner.outline(configured(**{"parallel.mode": "pmap"}), LENGTHS)
+
+
+def test_what_may_be_changed_is_what_is_not_so_already():
+  named = [name for name, _ in planner.changes(configured(), 1)]
+  assert named == [
+    "--config.model.remat=full",
+    "--config.train.accumulate=2",
+    "--config.reference.param_dtype=bfloat16",
+    "--config.reference.store=DIR",
+    "--config.parallel.offload_optimizer=True",
+    "--config.model.param_dtype=bfloat16 --config.reference.param_dtype=bfloat16",
+  ]
+  less = configured(**{"model.remat": "full", "reference.store": "x", "train.batch_size": 7})
+  assert [name for name, _ in planner.changes(less, 1)] == [
+    "--config.parallel.offload_optimizer=True",
+    "--config.model.param_dtype=bfloat16 --config.reference.param_dtype=bfloat16",
+  ]
+
+
+def test_the_command_prints_one_object():
+  command = [sys.executable, "scripts/plan.py", "--config=configs/benchmark.py:a", "--json"]
+  more = ["--devices=4", "--config.parallel.fsdp=4", "--mean_length=60", "--device_memory=1"]
+  done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=True)
+  found = json.loads(done.stdout)
+  assert found["devices"] == 4 and found["fits"] is True
+  assert found["bytes_per_device"]["total"] < 2**30
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="measured by Linux")
+@pytest.mark.parametrize(
+  ("config", "devices", "changes"),
+  [
+    ("configs/benchmark.py:b", 1, []),
+    ("configs/benchmark.py:b", 2, ["parallel.fsdp=2"]),
+    ("configs/preferences.py:model={base}", 1, ["lora.rank=8", "data.max_length=1024"]),
+  ],
+)
+def test_a_step_takes_what_was_planned(base, config, devices, changes):
+  """To 15 in 100 of the most that the process holds beside what it held before."""
+  given = [config.format(base=base), "250", str(devices), *changes]
+  done = subprocess.run(
+    [sys.executable, "tests/tools/measured_step.py", *given],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  found = json.loads(done.stdout.splitlines()[-1])
+  assert found["planned"] == pytest.approx(found["measured"], rel=0.15)

@@ -1,0 +1,325 @@
+"""From files to examples: nothing lost uncounted, nothing cut or judged in silence."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_jax.data import batches, collate, encode, packing
+from dpo_jax.data import examples as data_examples
+from dpo_jax.data.examples import Example
+from dpo_jax.structs import UserError
+from tests.support.small_rows import examples, pair
+
+# --- loading --------------------------------------------------------------------------------------
+
+
+def test_every_row_is_accounted_for(rows_file, tokenizer):
+  path = rows_file(
+    [
+      pair(),
+      pair(rejected=" good"),  # equal
+      pair(rejected="  "),  # empty
+      pair(chosen=" good" * 40),  # longer than the window
+      pair(prompt="a question and " * 10),  # prompt cut
+      pair(chosen=" is"),
+    ]
+  )
+  found, ledger, form = encode.load_examples(path, tokenizer, max_length=40, prompt_floor=8)
+  assert form == "strings"
+  assert [example.row for example in found] == [0, 4, 5]
+  assert all(example.prompt[0] == tokenizer.bos_id for example in found)
+  lengths, completions = data_examples.lengths(found)
+  assert (lengths + completions.max(1)).max() == 40
+  taken = packing.costs(lengths, completions, "shared").sum()
+  assert ledger.to_json() == {
+    "format": "strings",
+    "rows": 6,
+    "pairs": 3,
+    "dropped": {"equal answers": 1, "empty answer": 1, "too long": 1},
+    "truncated": {"prompt": 1},
+    "tokens": {
+      "prompt": lengths.sum(),
+      "answer": completions.sum(),
+      "padding": ledger.tokens["padding"],
+      "shared": lengths.sum() - 3,
+    },
+  }
+  assert ledger.tokens["padding"] == -taken % collate.fit_row_length(found, "shared")
+  json.dumps(ledger.to_json())
+
+
+def test_a_cut_answer_has_no_end(rows_file, tokenizer):
+  path = rows_file([pair(chosen=" good" * 40), pair(chosen=" is" * 40, rejected=" is" * 41)])
+  found, ledger, _ = encode.load_examples(
+    path, tokenizer, max_length=24, prompt_floor=4, truncation="cut"
+  )
+  (example,) = found
+  chosen, rejected = (answer.tolist() for answer in example.completions)
+  assert tokenizer.eos_id not in chosen and rejected[-1] == tokenizer.eos_id
+  assert ledger.truncated == {"prompt": 1, "answer": 1}
+  assert ledger.dropped == {"equal answers after cutting": 1}, "what differed was cut off"
+
+
+def test_texts_to_learn_from_have_one_answer(rows_file, tokenizer):
+  found, ledger, form = encode.load_examples(rows_file([pair()]), tokenizer, kind="text")
+  assert len(found[0].completions) == 1 and ledger.tokens["shared"] == 0
+  assert tokenizer.decode(found[0].completions[0]) == "good"
+  path = rows_file([{"text": "the answer"}])
+  found, _, form = encode.load_examples(path, tokenizer, kind="text")
+  assert form == "text" and found[0].prompt.tolist() == [tokenizer.bos_id]
+
+
+def test_ids_are_scored_as_they_stand(rows_file, tokenizer):
+  path = rows_file([{"prompt_ids": [1, 5], "chosen_ids": [6, 2], "rejected_ids": [7]}])
+  ((prompt, completions, *_),), ledger, form = encode.load_examples(path, tokenizer, max_length=8)
+  assert (prompt.tolist(), [a.tolist() for a in completions]) == ([1, 5], [[6, 2], [7]])
+  assert form == ledger.format == "ids"
+
+
+def test_several_files_are_one_data_set(rows_file, tokenizer):
+  paths = [rows_file([pair(), pair(" so")], "a"), rows_file([pair("and")], "b")]
+  found, ledger, _ = encode.load_examples(paths, tokenizer)
+  assert [example.row for example in found] == [0, 1, 2] and ledger.rows == 3
+  found, ledger, _ = encode.load_examples(paths, tokenizer, limit=2)
+  assert ledger.rows == 2
+
+
+def test_each_file_has_a_form_of_its_own(rows_file, tokenizer):
+  dialogue = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+  paths = [rows_file([pair()], "a"), rows_file([dialogue], "b")]
+  found, ledger, form = encode.load_examples(paths, tokenizer)
+  assert [example.row for example in found] == [0, 1] and not ledger.dropped
+  assert form == ledger.format == "strings, transcripts"
+
+
+# --- judged and ranked answers, margins -----------------------------------------------------------
+
+
+def judged(label=True, prompt="the answer is", completion=" good"):
+  return {"prompt": prompt, "completion": completion, "label": label}
+
+
+def ranked(*completions, prompt="the answer is", **rest):
+  return {"prompt": prompt, "answers": list(completions), **rest}
+
+
+def test_judged_answers_and_pairs_taken_apart(rows_file, tokenizer):
+  paths = [
+    rows_file([judged(), judged(0, completion=" bad"), judged(completion="  ")], "judged"),
+    rows_file([pair("so", margin=3), pair(rejected=" good")], "pairs"),
+  ]
+  found, ledger, form = encode.load_examples(paths, tokenizer, kind="unpaired")
+  assert form == "completion with label, strings"
+  assert [(e.row, e.scores) for e in found] == [(0, (1,)), (1, (0,)), (3, (1,)), (3, (0,))]
+  texts = [tokenizer.decode(e.completions[0]) for e in found]
+  assert texts == ["good", "bad", "good", "bad"] and all(len(e.completions) == 1 for e in found)
+  assert found[2].prompt.tolist() == found[3].prompt.tolist()
+  # A row is kept or dropped, also one that became two answers.
+  assert (ledger.rows, ledger.pairs) == (5, 3)
+  written = ledger.to_json()
+  assert written["dropped"] == {"empty answer": 1, "equal answers": 1}
+  assert written["labels"] == {"desirable": 2, "undesirable": 2}
+  assert written["tokens"]["shared"] == 0
+
+
+def test_ranked_answers_are_filled_up_to_the_most(rows_file, tokenizer):
+  rows = [
+    ranked(" bad", " good", scores=[1, 2]),
+    ranked(" is", " good", " bad", " so", scores=[4, 3, 2, 1]),
+    ranked(" bad"),
+    ranked(" good", " is", " good"),
+  ]
+  path = rows_file(rows)
+  found, ledger, form = encode.load_examples(path, tokenizer, kind="ranked")
+  texts = lambda e: [tokenizer.decode(answer) for answer in e.completions]
+  assert form == "ranked" and "labels" not in ledger.to_json()
+  assert [texts(e) for e in found] == [["good", "bad", "", ""], ["is", "good", "bad", "so"]]
+  assert [e.scores for e in found] == [(2, 1, 0, 0), (4, 3, 2, 1)]
+  assert ledger.dropped == {"fewer than two answers": 1, "equal answers": 1}
+  # Copies of the prompt that shared rows save: one for the row of two, three for the row of four.
+  assert ledger.tokens["shared"] == (1 + 3) * (len(found[0].prompt) - 1)
+
+  both = [path, rows_file([pair(chosen_score=2, rejected_score=1)], "pairs")]
+  found, ledger, form = encode.load_examples(both, tokenizer, kind="ranked")
+  assert form == "ranked, strings" and texts(found[-1]) == ["good", "bad", "", ""]
+  assert found[-1].scores == (2, 1, 0, 0)
+  (batch,) = batches.eval_batches(found, batch_size=8)
+  assert sorted({*batch.row_NS.ravel().tolist()} - {-1}) == [0, 1, 4]
+
+
+def test_ranked_answers_may_become_equal_by_cutting(rows_file, tokenizer):
+  path = rows_file([ranked(" so", " is" * 40, " is" * 41), ranked(" so", " is" * 40, " good")])
+  found, ledger, _ = encode.load_examples(
+    path, tokenizer, kind="ranked", max_length=24, prompt_floor=4, truncation="cut"
+  )
+  assert [e.row for e in found] == [1]
+  assert ledger.dropped == {"equal answers after cutting": 1}
+
+
+def test_margins_and_scores_are_scores(rows_file, tokenizer):
+  scores = lambda *rows: [e.scores for e in encode.load_examples(rows_file(rows), tokenizer)[0]]
+  assert scores(pair()) == [()]
+  assert scores(pair(margin=2), pair(margin=0)) == [(2, 0), (0, 0)]
+  assert scores(pair(chosen_score=1, rejected_score=3)) == [(1, 3)]
+  rewarded = rows_file([pair(chosen_reward=1.5, rejected_reward=-1)])
+  some, _, _ = encode.load_examples(rewarded, tokenizer)
+  (batch,) = batches.eval_batches(some, batch_size=1)
+  assert batch.score_NS.tolist() == [[1.5, -1]]
+
+
+@pytest.mark.parametrize(
+  ("rows", "kind", "line"),
+  [
+    (
+      [pair(), pair(rejected="", margin=1), pair(margin=1), pair()],
+      "pairs",
+      r"rows\.jsonl:3: the rows before have no score or margin and this one has one; give one to",
+    ),
+    (
+      [pair(chosen_score=1, rejected_score=0), pair(margin=1), pair(margin=None)],
+      "pairs",
+      r"rows\.jsonl:3: the rows before have a score or margin and this one has none; give one to",
+    ),
+    (
+      [ranked(" a", " b"), ranked(" a", " b", scores=[1, 2])],
+      "ranked",
+      r"rows\.jsonl:2: the rows before have no score or margin and this one has one",
+    ),
+    ([pair(margin="large")], "pairs", r'rows\.jsonl:1: field margin is "large", not a finite'),
+    ([judged(), judged("yes")], "unpaired", r'rows\.jsonl:2: field label is "yes"; it must be'),
+    ([judged()], "pairs", r"rows\.jsonl:1: .* with a label are for loss kto; wanted here are"),
+    ([ranked(" a", " b")], "pairs", r"rows\.jsonl:1: .* are for loss plackett_luce; wanted here"),
+    ([ranked(" a")] * 2, "ranked", r"no row is of use .* dropped fewer than two answers: 2"),
+  ],
+)
+def test_bad_scores_and_labels_are_one_line(rows_file, tokenizer, rows, kind, line):
+  with pytest.raises(UserError, match=line) as raised:
+    encode.load_examples(rows_file(rows), tokenizer, kind=kind)
+  assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+  ("row", "kind"),
+  [
+    (judged(), "unpaired"),
+    (ranked(" a", " b"), "ranked"),
+    (pair(), "pairs"),
+    ({"text": "a"}, "text"),
+  ],
+)
+def test_what_rows_are_is_told_from_the_first(rows_file, row, kind):
+  assert encode.detect_kind(rows_file([row, {"a": 1}])) == kind
+  with pytest.raises(UserError, match=r"rows\.jsonl:1: a row with a is of no known form"):
+    encode.detect_kind(rows_file([{"a": 1}, row]))
+
+
+def judged_examples(prompts):
+  """An answer to each of these prompts: answer i is i, a few times."""
+  ids = lambda *values: np.array(values, np.int32)
+  return [
+    Example(ids(p), (ids(*[i] * (1 + i % 6)),), 1.0 + i, i, (i % 2,)) for i, p in enumerate(prompts)
+  ]
+
+
+@given(
+  prompts=st.lists(st.integers(0, 4), min_size=2, max_size=30).filter(lambda x: len(set(x)) > 1),
+  seed=st.integers(0, 99),
+)
+def test_a_mismatched_answer_is_to_another_prompt(prompts, seed):
+  some = judged_examples(prompts)
+  found = data_examples.with_mismatched(some, max_length=4, seed=seed)
+  whole = data_examples.with_mismatched(some, seed=seed)
+  assert len(found) == len(whole) == len(some)
+  for before, cut, after in zip(some, found, whole, strict=True):
+    assert (after.weight, after.row, after.prompt) == (before.weight, before.row, before.prompt)
+    assert after.completions[0] is before.completions[0] and after.scores == before.scores * 2
+    source = some[int(after.completions[1][0])]
+    assert source.prompt.tolist() != before.prompt.tolist()
+    assert after.completions[1].tolist() == source.completions[0].tolist()
+    # A window of 4 and a prompt of 1 token leave 3, for this one alone.
+    assert cut.completions[1].tolist() == source.completions[0][:3].tolist()
+    assert cut._replace(completions=after.completions) == after
+  for known, read in zip(
+    data_examples.lengths(found), data_examples.lengths(list(found)), strict=True
+  ):
+    assert known.tolist() == read.tolist(), "lengths are known before anything is read"
+
+
+def test_mismatched_answers_are_a_function_of_examples_and_seed():
+  some = judged_examples(range(40))
+  sources = lambda some, seed: [
+    int(e.completions[1][0]) for e in data_examples.with_mismatched(some, seed=seed)
+  ]
+  first = sources(some, 1)
+  assert sources(some, 1) == first != sources(some, 2)
+  assert sorted(first) == list(range(40)), "where prompts differ every answer serves once"
+  assert sources(data_examples.with_mismatched(some, seed=2), 1) == first
+  assert data_examples.with_mismatched([], seed=1) == []
+
+
+def test_answers_to_one_prompt_alone_cannot_be_mismatched():
+  with pytest.raises(UserError, match="all 3 judged answers are to one prompt, and kto needs"):
+    data_examples.with_mismatched(judged_examples([7, 7, 7]))
+
+
+# --- what is wrong with a file --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("rows", "kwargs", "line"),
+  [
+    (
+      [pair(rejected=" good")] * 2 + [pair(chosen="")],
+      {},
+      r"no row is of use in .*: 3 rows, dropped equal answers: 2, empty answer: 1$",
+    ),
+    (
+      [pair(chosen=" good" * 30), pair(chosen=" good" * 20)],
+      {"max_length": 8},
+      r"max_length is 8 and the shortest answers take 21 tokens, raise max_length",
+    ),
+    ([pair(), pair(chosen=3)], {}, r"rows\.jsonl:2: field chosen is 3, not text"),
+    ([pair(), {"prompt": "a"}], {}, r"rows\.jsonl:2: field chosen is missing; the row has prompt"),
+    ([{"a": 1}], {}, r"rows\.jsonl:1: a row with a is of no known form"),
+    (
+      [{"prompt_ids": [1], "chosen_ids": [70_000], "rejected_ids": [3]}],
+      {},
+      r"rows\.jsonl:1: token id 70000 is not in the tokenizer, whose ids go to \d+",
+    ),
+  ],
+)
+def test_bad_data_is_one_line(rows_file, tokenizer, rows, kwargs, line):
+  with pytest.raises(UserError, match=line):
+    encode.load_examples(rows_file(rows), tokenizer, **kwargs)
+
+
+def test_a_tokenizer_must_fit_the_model(tokenizer):
+  encode.check_vocabulary(tokenizer, tokenizer.vocab_size)
+  with pytest.raises(UserError, match=r"ids go to \d+ and the model's vocabulary is 100; name"):
+    encode.check_vocabulary(tokenizer, 100)
+
+
+def test_split_keeps_a_prompt_on_one_side():
+  some = [e._replace(prompt=np.array([e.row // 3], np.int32)) for e in examples(60)]
+  train, held_out = data_examples.split(some, 0.2, seed=3)
+  sides = [{int(e.prompt[0]) for e in side} for side in (train, held_out)]
+  assert len(train) + len(held_out) == 60 and len(sides[1]) == 4
+  assert not sides[0] & sides[1]
+  again = data_examples.split(some, 0.2, seed=3)[1]
+  assert [e.row for e in again] == [e.row for e in held_out]
+  assert {e.row for e in data_examples.split(some, 0.2, seed=4)[1]} != {e.row for e in held_out}
+  assert data_examples.split(some, 0.0) == (some, [])
+  line = "0.01 of 20 distinct prompts leaves one side.*data.eval_fraction=0 .*data.eval_path"
+  with pytest.raises(UserError, match=line):
+    data_examples.split(some, 0.01)
+
+
+def test_texts_of_one_prompt_are_split_one_by_one():
+  some = [e._replace(prompt=np.array([1], np.int32)) for e in examples(20)]
+  train, held_out = data_examples.split(some, 0.2)
+  assert len(held_out) == 4 and sorted(e.row for e in train + held_out) == list(range(20))
+  with pytest.raises(UserError, match=r"0.01 of 20 rows \(7 dropped: too long\) leaves one side"):
+    data_examples.split(some, 0.01, dropped={"too long": 7})

@@ -1,0 +1,148 @@
+"""What a person is shown is what a model is trained on."""
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from dpo_jax.data import encode, packing, preview
+from dpo_jax.data.examples import Example, with_mismatched
+from dpo_jax.data.tokenizer import load_tokenizer
+from tests.support import small_tokenizers
+from tests.support.paths import ROOT
+
+ROW = {"prompt": "the answer is", "chosen": " good 🙂é!", "rejected": " bad"}
+
+
+@pytest.mark.parametrize("family", [small_tokenizers.byte_level, small_tokenizers.byte_fallback])
+def test_pieces_are_the_text_and_hold_every_id(tmp_path, family):
+  tokenizer = load_tokenizer(family(tmp_path))
+  ids = [*tokenizer.encode_prompt("the answer is good 🙂é, 한 \n\n bad"), tokenizer.eos_id]
+  pieces = preview.pieces(ids, tokenizer)
+  assert "".join(text for text, _ in pieces) == tokenizer.decode(ids, special=True)
+  assert [id for _, held in pieces for id in held] == ids
+  assert all("\ufffd" not in text for text, _ in pieces)
+  # Cut inside a character, what is left of it is shown as such.
+  assert preview.pieces(tokenizer.encode_prompt("🙂")[:-1], tokenizer)[-1][0] == "\ufffd"
+
+
+def test_a_row_shows_texts_ids_and_ends(tmp_path):
+  tokenizer = load_tokenizer(small_tokenizers.byte_level(tmp_path / "model"))
+  path = tmp_path / "rows.jsonl"
+  path.write_text(json.dumps(ROW))
+  (example,), ledger, _ = encode.load_examples(path, tokenizer)
+  console = Console(width=100, record=True, file=io.StringIO())
+  console.print(preview.show_example(example, tokenizer))
+  console.print(preview.show_ledger(ledger, [example]))
+  shown = console.export_text()
+  for part in ("the answer is", "good 🙂é!<|endoftext|>", "bad<|endoftext|>"):
+    assert part in shown
+  assert f"{len(example.completions[1])} tokens, scored, ended" in shown
+  assert " ".join(map(str, example.completions[1])) in shown
+
+
+def show(folder, kind, *rows):
+  tokenizer = load_tokenizer(small_tokenizers.byte_level(folder / "model"))
+  path = folder / "rows.jsonl"
+  path.write_text("\n".join(map(json.dumps, rows)))
+  examples, ledger, _ = encode.load_examples(path, tokenizer, kind=kind)
+  if kind == "unpaired":
+    examples = with_mismatched(examples)
+  console = Console(width=100, record=True, file=io.StringIO())
+  for example in examples:
+    console.print(preview.show_example(example, tokenizer, kind=kind))
+  console.print(preview.show_ledger(ledger, examples))
+  return console.export_text()
+
+
+def test_labels_scores_and_ranks_are_shown(tmp_path):
+  judged = {"prompt": "the answer is", "completion": " good", "label": True}
+  other = {"prompt": "a", "completion": " bad", "label": 0}
+  shown = show(tmp_path, "unpaired", judged, other, other | {"prompt": "and"})
+  _, first, *others = shown.split("─ row ")
+  assert "│ desirable · 2 tokens, scored, ended" in first and "mismatched · 2 tokens" in first
+  assert len(others) == 2 and all("│ undesirable · 2 tokens" in other for other in others)
+  shown = show(tmp_path, "pairs", ROW | {"margin": 1.5})
+  assert "chosen (score 1.5) · " in shown and "rejected (score 0) · " in shown
+  ranked = {"prompt": "the answer is", "answers": [" bad", " good", " is"], "scores": [0, 2.5, 1]}
+  shown = show(tmp_path, "ranked", ranked, ranked | {"answers": [" a", " b"], "scores": [0, 1]})
+  assert "answer 1 of 3 (score 2.5)" in shown and "answer 3 of 3 (score 0)" in shown
+  assert "answer 2 of 2 (score 0)" in shown and "answer 3 of 2" not in shown
+  assert "at least 2, 2.5 on average" in shown
+  assert " answer · " in show(tmp_path, "text", ROW)
+
+
+def test_inspect_data_prints_one_object_or_one_line(tmp_path):
+  model = small_tokenizers.byte_level(tmp_path / "model")
+  path = tmp_path / "rows.jsonl"
+  path.write_text("\n".join(json.dumps(row) for row in (ROW, ROW | {"chosen": " bad"})))
+  script = ROOT / "scripts" / "inspect_data.py"
+
+  def run(*arguments):
+    return subprocess.run(
+      [sys.executable, script, "--model", model, *arguments], capture_output=True, text=True
+    )
+
+  found = json.loads(run("--data", path, "--json").stdout)
+  assert list(found) == ["format", "rows", "pairs", "dropped", "truncated", "tokens"]
+  assert (found["rows"], found["pairs"], found["dropped"]) == (2, 1, {"equal answers": 1})
+  assert set(found["tokens"]) == {"prompt", "answer", "padding", "shared"}
+  assert json.loads(run("--data", f"{path},", "--json").stdout)["rows"] == 2
+  found = json.loads(run("--data", path, "--json", "--kind", "unpaired").stdout)
+  assert found["labels"] == {"desirable": 1, "undesirable": 1}
+  ranked = tmp_path / "ranked.jsonl"
+  ranked.write_text(json.dumps({"prompt": "a", "answers": [" good", " bad", " is"]}))
+  found = run("--data", ranked)
+  assert "answer 1 of 3" in found.stdout and "form: ranked" in found.stdout
+  wrong = run("--data", ranked, "--kind", "pairs")
+  assert wrong.returncode == 1 and "rows with a list of answers are for loss" in wrong.stderr
+  missing = run("--data", tmp_path / "gone")
+  assert missing.returncode == 1 and missing.stdout == ""
+  assert missing.stderr == f"error: no data file {tmp_path / 'gone'}\n"
+
+
+def test_cuts_are_marked_and_dropped_rows_say_why(tmp_path):
+  tokenizer = load_tokenizer(small_tokenizers.byte_level(tmp_path / "model"))
+  long = {"prompt": "the answer is " * 20, "chosen": " good" * 40, "rejected": " bad"}
+  path = tmp_path / "rows.jsonl"
+  path.write_text("\n".join(json.dumps(row) for row in (long, ROW | {"chosen": " bad"}, ROW)))
+  whole = encode.load_examples(path, tokenizer)[0][0]
+  how = {"max_length": 40, "prompt_floor": 4, "truncation": "cut"}
+  encoder = encode.Encoder(tokenizer, **how)
+  console = Console(width=100, record=True, file=io.StringIO())
+  for row, outcome in enumerate(encode.first_rows(path, encoder, 3)):
+    console.print(preview.show_row(row, outcome, tokenizer))
+  cut, rest = console.export_text().split("row 1: dropped, equal answers")
+  assert "row 0, cut" in cut and "─ row 2 ─" in rest and preview.CUT not in rest
+  assert f"4 tokens, given, ✂ {len(whole.prompt) - 4} cut before" in cut and "│ ✂" in cut
+  lost = len(whole.completions[0]) - 36
+  assert f"chosen · 36 tokens, scored, no end token, ✂ {lost} cut behind" in cut
+  assert cut.count("cut behind") == 1 and "rejected · 2 tokens, scored, ended" in cut
+
+
+def test_histograms_count_every_text(tmp_path):
+  ids = lambda *lengths: [np.zeros(length, np.int32) for length in lengths]
+  examples = [
+    Example(*ids(1), tuple(ids(2, 3))),
+    Example(*ids(4), tuple(ids(5, 8))),
+    Example(*ids(9), tuple(ids(9, 0))),
+  ]
+  console = Console(width=100, record=True, file=io.StringIO())
+  console.print(preview.show_lengths(examples), preview.show_layouts(examples))
+  rows = [line.replace("█", " ").split() for line in console.export_text().splitlines()]
+  counts = {row[0]: row[1:] for row in rows if row and row[0][0].isdigit()}
+  assert counts == {
+    "1": ["1", "0"],
+    "2": ["0", "1"],
+    "3-4": ["1", "1"],
+    "5-8": ["0", "2"],
+    "9-16": ["1", "1"],
+  }
+  # Six texts in rows of 24; at 64 tokens a row, everything fits one.
+  taken = {row[0]: row[1:] for row in rows if row and row[0] in packing.LAYOUTS}
+  assert taken["padded"] == ["144", "100.0%", "24"]
+  assert taken["shared"] == ["64", "44.4%", "64"] == taken["packed"]

@@ -1,0 +1,148 @@
+"""Topology changes nothing: pmap, jit over a mesh and one device take the same steps."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from dpo_jax import step
+from dpo_jax.data import collate
+from dpo_jax.distributed import memory
+from dpo_jax.distributed.executor import MODES, Executor, assert_separate
+from dpo_jax.structs import UserError
+from dpo_jax.training import optimizer
+from tests.support import tiny
+from tests.support.small_steps import close, objective
+
+
+def trajectory(mode, devices, *, accumulate=1, steps=4, name="sigmoid", offload=False):
+  """Parameters and losses after a few steps on ragged, weighted pairs."""
+  executor = Executor(mode, devices, offload_optimizer=offload)
+  tx = optimizer.from_host(optax.adamw(1e-2)) if offload else optax.adamw(1e-2)
+  state = executor.compile_init(functools.partial(step.init_state, tx=tx))(
+    executor.place(tiny.init())
+  )
+  reference = executor.place(tiny.init())
+  assert_separate(state, reference)
+  take = executor.compile_step(
+    functools.partial(step.train_step, objective=objective(name, beta=0.5), tx=tx)
+  )
+  reports = []
+  for batch in tiny.batches(steps, executor.groups, accumulate):
+    state, report = take(state, reference, executor.place_batch(batch))
+    reports.append(executor.metrics_to_host(report))
+  unchanged = executor.to_host(reference)
+  for key, value in tiny.init().items():
+    np.testing.assert_array_equal(unchanged[key], value)
+  return executor.to_host(state.params), reports
+
+
+@functools.cache
+def one_device(name):
+  return trajectory("mesh", 1, name=name)
+
+
+@pytest.mark.parametrize(
+  ("mode", "devices", "accumulate", "name"),
+  [
+    ("pmap", 8, 1, "sigmoid"),
+    ("pmap", 4, 2, "aot"),  # sorted over the global batch
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        ("pmap", 1, 1, "sigmoid"),
+        ("mesh", 8, 1, "sigmoid"),
+        ("mesh", 4, 2, "sigmoid"),
+        ("pmap", 4, 2, "sigmoid"),
+        ("mesh", 4, 2, "aot"),
+        ("mesh", 4, 2, "kto"),
+        ("pmap", 4, 1, "kto"),
+      )
+    ),
+  ],
+)
+def test_every_topology_takes_the_steps_of_one_device(mode, devices, accumulate, name):
+  params, reports = trajectory(mode, devices, accumulate=accumulate, name=name)
+  expected, expected_reports = one_device(name)
+  close(params, expected)
+  keys = {"loss", "grad_norm", "kl", "rewards/accuracies", "rewards/margins", "logps/rejected"}
+  for found, wanted in zip(reports, expected_reports, strict=True):
+    for key in keys & wanted.keys():
+      np.testing.assert_allclose(found[key], wanted[key], rtol=1e-5, atol=1e-6, err_msg=key)
+    assert (found["nonfinite_row_ANS"] == -1).all()
+    assert (found["rows"], found["tokens"]) == (wanted["rows"], wanted["tokens"])
+
+
+def test_an_optimiser_whose_state_is_kept_on_the_host_takes_the_same_steps():
+  (params, reports), (expected, wanted) = trajectory("mesh", 1, offload=True), one_device("sigmoid")
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+  assert [report["loss"] for report in reports] == [report["loss"] for report in wanted]
+
+
+def test_only_the_moments_are_kept_on_the_host():
+  executor = Executor("mesh", 4, fsdp=4, offload_optimizer=True)
+  init = functools.partial(step.init_state, tx=optimizer.from_host(optax.adamw(1e-2)))
+  state = executor.compile_init(init)(executor.place(tiny.init()))
+  moments = (state.opt_state[0].mu, state.opt_state[0].nu)
+  assert {x.sharding.memory_kind for x in jax.tree.leaves(moments)} == {memory.HOST}
+  others = state._replace(opt_state=None)
+  assert memory.HOST not in {x.sharding.memory_kind for x in jax.tree.leaves(others)}
+  assert memory.held(moments) == 0 < memory.kept(state)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_forward_gives_every_slot_in_the_order_of_the_batch(mode):
+  executor = Executor(mode, 8)
+  batch = collate.collate(tiny.pairs(16), row_length=48, groups=8)
+  alone = objective().logps_fn(tiny.init(), batch)
+  forward = executor.compile_forward(objective().logps_fn)
+  together = forward(executor.place(tiny.init()), jax.tree.map(lambda x: x[None], batch))
+  np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_trees_placed_twice_share_no_buffer_and_one_placed_once_does(mode):
+  executor = Executor(mode, 2)
+  host = tiny.init()
+  first, second = executor.place(host), executor.place(host)
+  assert_separate(first, second)
+  with pytest.raises(ValueError, match="shares its buffer"):
+    assert_separate(first, {"w": first["head"]})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_single_copy_leaves_and_comes_back(mode):
+  executor = Executor(mode, 4)
+  host = tiny.init()
+  there = executor.place(host)
+  for key, value in executor.to_host(there).items():
+    np.testing.assert_array_equal(value, host[key])
+    assert executor.unreplicate(there)[key].shape == value.shape
+
+
+@pytest.mark.parametrize(
+  ("mode", "devices", "more", "words"),
+  [
+    ("spmd", 0, {}, "known: mesh, pmap"),
+    ("mesh", 9, {}, "has 8"),
+    ("pmap", -1, {}, "0 for all"),
+    ("mesh", 8, {"sequence": 3, "fsdp": 2}, "fsdp 2 x parallel.sequence 3 does not divide the 8"),
+    ("mesh", 8, {"sequence": 0}, "parallel.sequence is 0; it must be 1 or more"),
+    ("pmap", 8, {"sequence": 2}, "under pmap every device holds everything"),
+    ("pmap", 8, {"offload_optimizer": True}, "needs parallel.mode=mesh"),
+  ],
+)
+def test_what_cannot_be_is_said_in_one_line(mode, devices, more, words):
+  with pytest.raises(UserError, match=words):
+    Executor(mode, devices, **more)
+
+
+def test_rows_that_do_not_divide_are_refused():
+  executor = Executor("mesh", 8, sequence=8)
+  rows = collate.collate_many([tiny.pairs(4)], row_length=36)
+  with pytest.raises(
+    UserError, match=r"rows of 36 tokens do not divide among parallel\.sequence 8"
+  ):
+    executor.place_batch(rows)

@@ -1,0 +1,254 @@
+"""Divided parameters change nothing but where they lie and what is sent."""
+
+import functools
+import math
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from dpo_jax import logprobs, losses, step
+from dpo_jax.data import collate
+from dpo_jax.distributed import sharding
+from dpo_jax.distributed.executor import Executor
+from dpo_jax.model import attention, families, transformer
+from tests.golden import cases
+from tests.support import tiny
+
+VOCAB, WIDTH = 48, 32
+CONFIG = families.from_hf(
+  {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "tie_word_embeddings": False,
+  }
+)
+MODEL = transformer.build(CONFIG)
+TX = optax.adamw(1e-3, eps=1e-3)  # so gentle that rounding does not grow in twenty steps
+TOKENS = ("position", "pair", "branch")
+LOGIT_BUDGET = logprobs.LogitBudget(2**9, 0)  # several chunks a group
+
+
+@functools.cache
+def params():
+  return jax.tree.map(np.asarray, transformer.init_params(CONFIG, 0))
+
+
+def objective(name):
+  logps_fn = logprobs.make_logps_fn(MODEL, budget=LOGIT_BUDGET)
+  return step.Objective(logps_fn, losses.resolve(name, beta=0.5))
+
+
+def start(executor, name="sigmoid"):
+  """State, reference and the step, uncompiled."""
+  loss = losses.resolve(name, beta=0.5)
+  init = executor.compile_init(functools.partial(step.init_state, tx=TX, loss=loss))
+  fn = functools.partial(step.train_step, objective=objective(name), tx=TX)
+  return init(executor.place(params())), executor.place(params()), fn
+
+
+def batch_of(executor):
+  return executor.place_batch(tiny.batches(1, executor.groups)[0])
+
+
+def trajectory(*mesh, name="sigmoid", accumulate=1, steps=3):
+  """`mesh` is devices, fsdp, tensor and sequence."""
+  executor = Executor("mesh", *mesh)
+  state, reference, fn = start(executor, name)
+  take, found = executor.compile_step(fn), []
+  host = tiny.batches(3, executor.groups, accumulate)
+  for index in range(steps):
+    state, means = take(state, reference, executor.place_batch(host[index % 3]))
+    found.append(float(means["loss"]))
+  wanted = jax.tree.map(lambda x: x.sharding, executor.abstract(state))
+  jax.tree.map(lambda x, place: x.sharding == place or pytest.fail(), state, wanted)
+  return executor.to_host(state), found
+
+
+@functools.cache
+def alone(name, accumulate, steps):
+  return trajectory(1, 1, 1, name=name, accumulate=accumulate, steps=steps)
+
+
+@pytest.mark.parametrize(
+  ("mesh", "name", "accumulate", "steps"),
+  [
+    ((4, 1, 2, 2), "sigmoid", 1, 3),
+    *(
+      pytest.param(mesh, name, accumulate, 20, marks=pytest.mark.slow)
+      for mesh, name, accumulate in (
+        ((2, 2, 1), "sigmoid", 1),
+        ((2, 2, 1), "sigmoid", 2),
+        ((2, 2, 1), "aot", 2),
+        ((2, 2, 1), "kto", 1),
+        ((4, 1, 4), "sigmoid", 1),
+        ((4, 1, 4), "kto", 1),
+        ((8, 8, 1), "sigmoid", 1),
+        ((8, 8, 1), "sigmoid", 2),
+        ((8, 2, 2), "sigmoid", 2),
+        ((4, 1, 1, 4), "kto", 1),
+        ((8, 2, 2, 2), "aot", 2),
+      )
+    ),
+  ],
+)
+def test_every_mesh_takes_the_steps_of_one_device(mesh, name, accumulate, steps):
+  state, found = trajectory(*mesh, name=name, accumulate=accumulate, steps=steps)
+  expected, wanted = alone(name, accumulate, steps)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+  def close(path, x, y):
+    bound = 1e-5 * max(np.abs(y).max(), 1e-30)
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=bound, err_msg=jax.tree_util.keystr(path))
+
+  jax.tree_util.tree_map_with_path(close, state.params, expected.params)
+
+
+@pytest.mark.parametrize("case", cases.CASES)
+def test_every_matrix_of_every_family_is_divided(case):
+  """Layers stay whole, and no two axes divide one dimension."""
+  shapes = transformer.param_shapes(families.from_hf(cases.CASES[case]))
+  sizes = {"data": 1, "fsdp": 2, "tensor": 2}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+    spec = sharding.spec(path, leaf.shape, sizes)
+    named = {axis for axis in spec if axis}
+    last = path[-1].key
+    if last in ("kernel", "embedding"):
+      assert "fsdp" in named, jax.tree_util.keystr(path)
+    if last == "scale":
+      assert not named
+    if last == "kernel":
+      assert spec[0] is None, "layers are scanned over"
+
+
+def test_what_does_not_divide_stays_whole():
+  path = (jax.tree_util.DictKey("embed"), jax.tree_util.DictKey("embedding"))
+  sizes = {"data": 1, "fsdp": 2, "tensor": 4}
+  assert sharding.spec(path, (50, 32), sizes) == PartitionSpec(None, "fsdp")
+  assert sharding.spec(path, (52, 33), sizes) == PartitionSpec("tensor", None)
+
+
+def test_a_device_holds_its_share_of_parameters_and_moments():
+  executor = Executor("mesh", 8, fsdp=8)
+  state, _, _ = start(executor)
+  whole = lambda path: path[-1].key == "scale"
+  for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state[0].mu)):
+    (held,) = {shard.data.size for shard in leaf.addressable_shards}
+    assert held * (1 if whole(path) else 8) == leaf.size, jax.tree_util.keystr(path)
+
+
+# --- what is sent ---------------------------------------------------------------------------------
+
+
+@functools.cache
+def collectives(*mesh):
+  """(operation, shapes of what comes out, where it was asked for) of the compiled step."""
+  executor = Executor("mesh", *mesh)
+  state, reference, fn = start(executor)
+  text = executor.lower_step(fn, state, reference, batch_of(executor)).compile().as_text()
+  found = []
+  for line in text.splitlines():
+    call = re.search(
+      r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(", line
+    )
+    if call:
+      asked = re.search(r'op_name="([^"]*)"', line)
+      shapes = [
+        tuple(map(int, filter(None, dims.split(","))))
+        for dims in re.findall(r"f32\[([\d,]*)\]", call[1])
+      ]
+      found.append((call[2], shapes, asked[1] if asked else ""))
+  return found
+
+
+def of_kind(found, kind):
+  return [(shapes, asked) for operation, shapes, asked in found if operation == kind]
+
+
+def test_copies_of_everything_only_add_up():
+  found = collectives(8, 1, 1)
+  assert {operation for operation, shapes, _ in found if any(shapes)} == {"all-reduce"}
+
+
+def test_fsdp_gathers_one_layer_at_a_time_and_no_activation():
+  found = collectives(8, 8, 1)
+  kernels = {
+    leaf.shape[-2:]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params())
+    if path[-1].key in ("kernel", "embedding")
+  }
+  gathered = [shape for shapes, _ in of_kind(found, "all-gather") for shape in shapes]
+  assert gathered
+  assert set(gathered) == kernels
+  assert {operation for operation, _, _ in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
+
+
+@pytest.mark.parametrize("mesh", [(8, 8, 1), (8, 2, 2), (8, 1, 1, 8)])
+def test_the_gradient_of_the_head_is_added_up_once_and_not_in_every_chunk(mesh):
+  table = {(VOCAB, WIDTH), (VOCAB // mesh[2], WIDTH), (VOCAB, WIDTH // mesh[1])}
+  table |= {(VOCAB // mesh[2], WIDTH // mesh[1])}
+  for shapes, asked in of_kind(collectives(*mesh), "all-reduce"):
+    in_a_chunk = "vd->...v" in asked  # the head's product, which only chunks have
+    assert not (in_a_chunk and table & set(shapes)), asked
+
+
+def test_tensor_never_gathers_the_head_its_logits_or_a_layer():
+  """Heads of keys that do not divide are gathered, their axes in any order, and nothing larger."""
+  found = collectives(8, 1, 4)
+  gathered = [shape for shapes, _ in of_kind(found, "all-gather") for shape in shapes]
+  rows, length = batch_of(Executor("mesh", 8, tensor=4)).ids_NL.shape[1:]
+  keys = rows // 2 * length * CONFIG.kv_heads * CONFIG.head_width
+  assert {len(shape) for shape in gathered} <= {3, 4}
+  assert all(math.prod(shape) <= keys for shape in gathered)
+  assert not of_kind(found, "all-to-all")
+  assert not of_kind(found, "collective-permute")
+
+
+def test_sequence_gathers_keys_and_values_in_a_layer_and_once_what_the_head_reads():
+  found = collectives(8, 1, 1, 8)
+  keys, states = set(), 0
+  for shapes, asked in of_kind(found, "all-gather"):
+    for shape in shapes:
+      if "/layers/" in asked:
+        keys.add(shape[2:])
+      else:
+        states += shape[2:] == (WIDTH,)
+  assert keys == {(CONFIG.kv_heads, CONFIG.head_width)}
+  assert states == 2  # of the policy and of the reference
+  assert not of_kind(found, "all-to-all")
+  assert not of_kind(found, "collective-permute")
+
+
+# --- tokens of a row on several devices -----------------------------------------------------------
+
+
+def test_long_rows_in_parts_are_attended_to_as_whole_ones(monkeypatch):
+  """Value and gradient, several blocks of queries on each of four devices."""
+  monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
+  executor = Executor("mesh", 4, sequence=4)
+  rows = collate.collate(tiny.pairs(16, seed=3), row_length=192)
+  tokens = attention.Tokens(*(np.asarray(rows._asdict()[f"{name}_NL"]) for name in TOKENS))
+  rng = np.random.default_rng(0)
+  shape = (*rows.ids_NL.shape, 2, 8)
+  q, k, v, w = (rng.standard_normal(shape).astype(np.float32) for _ in range(4))
+
+  def total(q, k, v):
+    keys = attention.Keys(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+    return (attention.attend_blocks(q, keys, tokens, np.int32(40)) * w).sum()
+
+  fn = lambda: jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
+  whole = fn()(q, k, v)
+  with jax.set_mesh(executor.mesh):
+    parts = fn()(q, k, v)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(y).max()),
+    *(parts, whole),
+  )

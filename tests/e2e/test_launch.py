@@ -1,0 +1,244 @@
+"""The launch scripts: what they would run, and when they start it again."""
+
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from tests.support.paths import ROOT
+
+TPU = {"NAME": "mine", "ZONE": "us-central2-b", "ACCELERATOR_TYPE": "v4-32"}
+PLACE = ["--zone=us-central2-b"]
+
+
+def bash(*arguments, path=None, **env):
+  """A script, with fakes of other programs in the folder `path` before the real ones."""
+  clean = {k: v for k, v in os.environ.items() if k not in TPU and not k.startswith("SLURM")}
+  if path is not None:
+    env["PATH"] = f"{path}:{clean['PATH']}"
+  return subprocess.run(
+    ["bash", *arguments], cwd=ROOT, env=clean | env, capture_output=True, text=True, timeout=60
+  )
+
+
+def planned(*arguments, **env):
+  """The commands of a dry run, each as the words it is made of."""
+  done = bash(*arguments, DRY_RUN="1", **env)
+  assert done.returncode == 0, done.stderr
+  return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def fake(folder, name, text):
+  path = folder / name
+  path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+  path.chmod(0o755)
+
+
+def test_the_scripts_are_clean():
+  scripts = [*ROOT.glob("scripts/*.sh"), ROOT / "scripts" / "slurm.sbatch", ROOT / ".ci" / "run"]
+  checked = subprocess.run(
+    [pathlib.Path(sys.executable).with_name("shellcheck"), "-x", *scripts],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize(
+  ("env", "words"),
+  [
+    ({}, ["tpu-vm", "create", "mine", "--accelerator-type=v4-32", "--version=tpu-ubuntu2204-base"]),
+    (
+      {"SPOT": "1", "RUNTIME_VERSION": "v2-alpha-tpuv6e", "PROJECT": "ours"},
+      [
+        "tpu-vm",
+        "create",
+        "mine",
+        "--accelerator-type=v4-32",
+        "--version=v2-alpha-tpuv6e",
+        "--spot",
+      ],
+    ),
+    (
+      {"QUEUED": "1"},
+      [
+        "queued-resources",
+        "create",
+        "mine",
+        "--node-id=mine",
+        "--accelerator-type=v4-32",
+        "--runtime-version=tpu-ubuntu2204-base",
+      ],
+    ),
+  ],
+)
+def test_a_tpu_is_asked_for(env, words):
+  place = PLACE + (["--project=ours"] if "PROJECT" in env else [])
+  found = planned("scripts/tpu_vm.sh", "create", **TPU, **env)
+  assert found == [["gcloud", "compute", "tpus", *words, *place]]
+
+
+def remote(words):
+  """What a planned `tpu-vm ssh` runs, and on which hosts."""
+  assert words[3:6] == ["tpu-vm", "ssh", "mine"]
+  (hosts,) = (w.removeprefix("--worker=") for w in words if w.startswith("--worker="))
+  (command,) = (w.removeprefix("--command=") for w in words if w.startswith("--command="))
+  return hosts, command
+
+
+def test_all_hosts_are_set_up_as_the_quickstart_does_it():
+  copied, made = planned("scripts/tpu_vm.sh", "setup", **TPU)
+  assert copied[3:] == [
+    "tpu-vm",
+    "scp",
+    "dpo_jax.tar.gz",
+    "mine:dpo_jax.tar.gz",
+    "--worker=all",
+    *PLACE,
+  ]
+  hosts, command = remote(made)
+  assert hosts == "all" and command.endswith("use_venv requirements-tpu.txt")
+  assert (ROOT / "requirements-tpu.txt").is_file()
+
+
+def test_training_starts_on_all_hosts_with_flags_as_they_were_given(tmp_path):
+  """The remote command is run here, by a Python that writes down what it is given."""
+  flags = ["--config=configs/preferences.py", "--workdir=/mnt/my runs/$HOME 'a'"]
+  (words,) = planned("scripts/tpu_vm.sh", "run", *flags, **TPU)
+  hosts, command = remote(words)
+  assert hosts == "all"
+  (tmp_path / "dpo_jax" / ".venv" / "bin").mkdir(parents=True)
+  fake(tmp_path / "dpo_jax" / ".venv" / "bin", "python", 'printf "%s\\n" "$@" > given; exit 3')
+  shutil.copytree(ROOT / "scripts", tmp_path / "dpo_jax" / "scripts")
+  subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, timeout=60)
+  status = tmp_path / "dpo_jax" / "train.status"
+  for _ in range(500):
+    if status.is_file() and status.read_text():
+      break
+    time.sleep(0.02)
+  given = (tmp_path / "dpo_jax" / "given").read_text().splitlines()
+  assert given == ["-m", "dpo_jax.train", "--config.parallel.coordinator=auto", *flags]
+  assert status.read_text() == "3\n"
+
+
+def test_a_tpu_that_was_taken_away_is_asked_for_again(tmp_path):
+  """Preempted, then deleted, made anew, set up, and trained on until that ends."""
+  fake(
+    tmp_path,
+    "gcloud",
+    'echo "$3 $4" >> "$LOG"\n'
+    'case "$3 $4 $*" in\n'
+    '  "tpu-vm describe"*) if grep -q create "$LOG"; then echo READY; else echo PREEMPTED; fi ;;\n'
+    '  *"cat train.status"*) echo 0 ;;\n'
+    "esac",
+  )
+  log = tmp_path / "log"
+  done = bash(
+    "scripts/tpu_vm.sh", "keep", "--workdir=x", path=tmp_path, LOG=str(log), POLL="0", **TPU
+  )
+  assert done.returncode == 0, done.stderr
+  verbs = [line.split()[1] for line in log.read_text().splitlines()]
+  assert verbs == ["describe", "delete", "create", "describe", "scp", "ssh", "ssh", "ssh"]
+
+
+@pytest.mark.parametrize(
+  ("arguments", "env", "words"),
+  [
+    (["scripts/tpu_vm.sh"], TPU, "usage: bash scripts/tpu_vm.sh create"),
+    (["scripts/tpu_vm.sh", "create"], {"NAME": "x", "ZONE": "y"}, "ACCELERATOR_TYPE is not set"),
+    (["scripts/tpu_vm.sh", "run"], TPU, "run takes the flags of python -m dpo_jax.train"),
+    (["scripts/tpu_vm.sh", "logs", "now"], TPU, "logs takes no arguments"),
+    (["scripts/slurm.sbatch"], {}, "usage: sbatch scripts/slurm.sbatch FLAGS"),
+    (["scripts/slurm.sbatch", "--config=x"], {}, "this is no SLURM job; submit it"),
+    (["scripts/again.sh"], {}, "usage: bash scripts/again.sh COMMAND"),
+  ],
+)
+def test_what_is_missing_is_said_in_one_line(arguments, env, words):
+  done = bash(*arguments, **env)
+  assert done.returncode == 1
+  assert done.stderr.startswith("error: ") and words in done.stderr
+  assert done.stderr.count("\n") == 1 and not done.stdout
+
+
+def counting(folder, statuses):
+  """A program that ends with one status after another, and counts its starts."""
+  fake(
+    folder,
+    "srun",
+    f"echo x >> {folder}/starts; set -- {' '.join(map(str, statuses))}\n"
+    f"shift $(($(wc -l < {folder}/starts) - 1)); exit $1",
+  )
+  return folder / "srun", folder / "starts"
+
+
+@pytest.mark.parametrize(
+  ("statuses", "starts", "status"),
+  [([75, 75, 0], 3, 0), ([1], 1, 1), ([75, 1], 2, 1), ([75] * 9, 4, 75)],
+)
+def test_a_command_is_started_again_when_it_asks_for_it(tmp_path, statuses, starts, status):
+  program, log = counting(tmp_path, statuses)
+  done = bash("scripts/again.sh", str(program), RESTARTS="3")
+  assert done.returncode == status
+  assert len(log.read_text().splitlines()) == starts
+  assert ("gave up after 3 restarts" in done.stderr) == (starts == 4)
+
+
+def test_asked_to_stop_it_passes_that_on_and_starts_nothing_more(tmp_path):
+  ready = tmp_path / "ready"
+  fake(
+    tmp_path,
+    "train",
+    f"trap 'echo saved; exit 75' TERM\necho x >> {ready}\nwhile :; do sleep 0.05; done",
+  )
+  command = ["bash", "scripts/again.sh", str(tmp_path / "train")]
+  with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    while not ready.exists():
+      time.sleep(0.02)
+    process.terminate()
+    said = process.communicate(timeout=30)[0]
+  assert said == "saved\n" and process.returncode == 75
+  assert ready.read_text() == "x\n"
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(0, False), (1, False), (75, True)])
+def test_a_slurm_job_that_was_told_to_stop_queues_itself_again(tmp_path, status, requeued):
+  counting(tmp_path, [status])
+  fake(tmp_path, "scontrol", f'echo "$@" > {tmp_path}/queued')
+  env = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT), "CONTAINER": "image"}
+  done = bash("scripts/slurm.sbatch", "--workdir=x", path=tmp_path, **env)
+  assert done.returncode == status, done.stderr
+  assert (tmp_path / "queued").exists() == requeued
+  if requeued:
+    assert (tmp_path / "queued").read_text() == "requeue 7\n"
+
+
+def test_slurm_starts_a_process_for_every_gpu():
+  (words,) = planned("scripts/slurm.sbatch", "--workdir=my runs")
+  assert words[:3] == ["srun", "--kill-on-bad-exit=0", ".venv/bin/python"]
+  assert words[-2:] == ["--config.parallel.coordinator=auto", "--workdir=my runs"]
+  text = (ROOT / "scripts" / "slurm.sbatch").read_text()
+  asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.MULTILINE))
+  assert asked["ntasks-per-node"] == asked["gpus-per-node"]
+  assert asked["signal"].startswith("TERM@")
+
+
+def test_pods_find_each_other_where_the_jobset_puts_them():
+  described = yaml.safe_load((ROOT / "scripts" / "jobset.yaml").read_text())
+  (job,) = described["spec"]["replicatedJobs"]
+  spec = job["template"]["spec"]
+  (container,) = spec["template"]["spec"]["containers"]
+  words = shlex.split(container["args"][0].replace("$JOB_COMPLETION_INDEX", "1"))
+  name = described["metadata"]["name"]
+  port = container["ports"][0]["containerPort"]
+  assert f"--config.parallel.coordinator={name}-{job['name']}-0-0.{name}:{port}" in words
+  assert f"--config.parallel.processes={spec['completions']}" in words
+  assert "--config.parallel.process=1" in words
+  assert spec["parallelism"] == spec["completions"] and spec["completionMode"] == "Indexed"

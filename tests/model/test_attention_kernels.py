@@ -1,0 +1,375 @@
+"""Attention over texts gathered out of rows is that over the rows, in value and gradient."""
+
+import contextlib
+import functools
+import re
+import runpy
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from dpo_jax import logprobs, losses, step
+from dpo_jax.benchmarking import planner, timing
+from dpo_jax.data import batches as data_batches
+from dpo_jax.data import collate, packing
+from dpo_jax.data.examples import Example
+from dpo_jax.distributed.executor import Executor
+from dpo_jax.model import attention_kernels, families, transformer
+from dpo_jax.model.attention import Keys, Tokens, attend_blocks
+from dpo_jax.structs import UserError
+from dpo_jax.training import datasets, setup
+from tests.support import tiny
+from tests.support.paths import CONFIGS
+from tests.support.small_attention import (
+  CONFIG,
+  HEAD,
+  HEADS,
+  LLAMA,
+  batch_of,
+  close,
+  examples,
+  expected_steps,
+  params,
+  rows_of,
+  steps,
+  value_and_gradient,
+  without_texts,
+)
+
+# --- the arrays -----------------------------------------------------------------------------------
+
+
+def test_texts_of_a_shared_row_by_hand():
+  # Inputs: prompt 5 6 once, then 7 opening each answer: 7 8 9 | 7 and places 0 to 7 of a row.
+  ids = lambda *x: np.array(x, np.int32)
+  pair = Example(ids(5, 6, 7), (ids(1, 2), ids(3)), 1.0, 0)
+  batch = collate.collate([pair], layout="shared", row_length=6, texts=True)
+  assert batch.ids_NL.tolist() == [[5, 6, 7, 1, 7, 0]]
+  assert batch.sequence_GTW.shape == (1, 2, 128) and (batch.sequence_GTW[:, :, 4:] == 6).all()
+  assert batch.sequence_GTW[0, :, :4].tolist() == [[0, 1, 2, 3], [0, 1, 4, 6]]
+  none = 2 * 128
+  assert batch.place_NLK.tolist() == [
+    [[0, 128], [1, 129], [2, none], [3, none], [130, none], [none, none]]
+  ]
+
+
+@pytest.mark.parametrize("name", packing.LAYOUTS)
+@pytest.mark.parametrize("completions", [1, 2, 3])
+def test_texts_are_those_of_the_examples(name, completions):
+  batch = batch_of(name, completions)
+  groups, texts, width = batch.sequence_GTW.shape
+  ids_GY = np.pad(batch.ids_NL.reshape(groups, -1), ((0, 0), (0, 1)), constant_values=-1)
+  read = np.take_along_axis(ids_GY, batch.sequence_GTW.reshape(groups, -1), axis=1)
+  found = [text[text >= 0].tolist() for text in read.reshape(-1, width)]
+  written = [
+    [*e.prompt.tolist(), *answer[:-1].tolist()]
+    for e in examples(5, completions)
+    for answer in e.completions
+    if len(answer)
+  ]
+  assert sorted(filter(None, found)) == sorted(written) and [] in found
+  # Every place leads back to its token, and every token of a text is led to.
+  place_GX = batch.place_NLK.reshape(groups, -1)
+  for group in range(groups):
+    token = np.repeat(np.arange(ids_GY.shape[1] - 1), batch.place_NLK.shape[-1])
+    real = place_GX[group] < texts * width
+    assert (batch.sequence_GTW[group].reshape(-1)[place_GX[group][real]] == token[real]).all()
+    assert real.sum() == (batch.sequence_GTW[group] < ids_GY.shape[1] - 1).sum()
+  assert ((batch.place_NLK[..., 0] < texts * width) == (batch.pair_NL >= 0)).all()
+
+
+def test_widths_are_few():
+  assert [packing.widened(x) for x in (1, 128, 129, 600, 1025, 2000)] == [
+    128, 128, 256, 640, 1280, 2048,
+  ]  # fmt: skip
+  some = tiny.pairs(64, longest=300)
+  stream = data_batches.batches(some, batch_size=8, accumulate=2, texts=True, groups=2)
+  shapes = {next(stream).sequence_GTW.shape for _ in range(16)}
+  assert len(shapes) <= 2
+  batches = data_batches.eval_batches(some, batch_size=7, texts=True)
+  assert len({batch.sequence_GTW.shape for batch in batches}) == 1
+
+
+def test_hosts_make_the_texts_of_their_own_rows():
+  some = examples(9, 3)
+  whole = collate.collate_many([some], row_length=48, groups=4, texts=True)
+  parts = [
+    collate.collate_many([some], row_length=48, groups=4, texts=True, share=(host, 2))
+    for host in range(2)
+  ]
+  joined = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *parts)
+  jax.tree.map(np.testing.assert_array_equal, joined, whole)
+  # A host may have nothing but padding.
+  only = collate.collate([some[0]], row_length=48, groups=2, texts=True, share=(1, 2))
+  assert (only.sequence_GTW == 48).all()
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+def by_rows(batch, window=0, scale=0.0):
+  """(q, k, v) -> attention over the rows."""
+  tokens = Tokens(batch.position_NL, batch.pair_NL, batch.branch_NL)
+
+  def attend(q, k, v):
+    keys = Keys(k.swapaxes(1, 2), v.swapaxes(1, 2))
+    return attend_blocks(q, keys, tokens, window or None, scale=scale)
+
+  return attend
+
+
+def by_texts(batch, kind):
+  return lambda q, k, v: attention_kernels.attend_texts(
+    q, k, v, attention_kernels.texts_of(batch), kind
+  )
+
+
+@pytest.mark.parametrize(
+  ("name", "completions", "window", "kv_heads"),
+  [
+    ("shared", 1, 0, 2),
+    ("shared", 2, 0, 1),
+    ("shared", 2, 3, 4),
+    ("shared", 3, 0, 4),
+    ("packed", 3, 3, 2),
+    ("padded", 2, 0, 2),
+  ],
+)
+def test_attention_over_texts_is_that_over_rows(name, completions, window, kv_heads):
+  batch = batch_of(name, completions)
+  qkv, slope = rows_of(batch, kv_heads=kv_heads)
+  expected = value_and_gradient(by_rows(batch, window, scale=0.3), qkv, slope)
+  found = value_and_gradient(
+    by_texts(batch, attention_kernels.Kind("xla", window, 0.3)), qkv, slope
+  )
+  close(found, expected)
+  whole = jax.jit(by_texts(batch, attention_kernels.Kind("xla", window)))(*qkv)
+  assert (np.asarray(whole)[batch.pair_NL < 0] == 0).all()
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_splash_is_the_attention_over_rows(window):
+  batch = batch_of(completions=3, count=2, groups=1)
+  qkv, slope = rows_of(batch)
+  expected = value_and_gradient(by_rows(batch, window, scale=0.3), qkv, slope)
+  kind = attention_kernels.Kind("splash", window, 0.3, interpret=True)
+  close(value_and_gradient(by_texts(batch, kind), qkv, slope), expected)
+
+
+@pytest.fixture
+def cudnn_there(monkeypatch):
+  monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+
+
+def lowered(platform, attend, *args):
+  """What XLA is given on another platform for attention and its gradient."""
+  value = lambda *qkv: attend(*qkv).astype(jnp.float32).sum()
+  traced = jax.jit(jax.value_and_grad(value, (0, 1, 2))).trace(*args)
+  return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("divided", [False, True])
+def test_splash_is_given_what_it_takes(divided, window):
+  """As far as a machine without a TPU can see: the kernels are made, of whole texts and heads."""
+  batch = batch_of()
+  qkv, _ = rows_of(batch, dtype=jnp.bfloat16)
+  mesh = Executor("mesh", 4, fsdp=2, tensor=2).mesh
+  with jax.set_mesh(mesh) if divided else contextlib.nullcontext():
+    text = lowered("tpu", by_texts(batch, attention_kernels.Kind("splash", window)), *qkv)
+  assert text.count("@tpu_custom_call") == 3  # forward; queries; keys and values
+  texts = batch.sequence_GTW.shape[1] if divided else 2 * batch.sequence_GTW.shape[1]
+  assert f"tensor<{texts}x{HEADS // 2 if divided else HEADS}x128x{HEAD}xbf16>" in text
+  assert (f"x{HEADS}x128x{HEAD}x" in text) != divided
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_cudnn_is_given_what_it_takes(cudnn_there, window):
+  """As far as a machine without one can see: types, shapes and the kind of mask."""
+  batch = batch_of()
+  qkv, _ = rows_of(batch, dtype=jnp.bfloat16)
+  text = lowered("cuda", by_texts(batch, attention_kernels.Kind("cudnn", window)), *qkv)
+  calls = set(re.findall(r"__cudnn\$\w+", text))
+  assert calls == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
+  said = lambda name: set(re.findall(rf'"{name}": "?(\w+)', text.replace(r"\22", '"')))
+  assert said("mask_type") == {"CAUSAL" if window else "PADDING_CAUSAL"}
+  assert said("sliding_window_length") == {str(window)}
+  texts = batch.sequence_GTW.shape[0] * batch.sequence_GTW.shape[1]
+  assert f"tensor<{texts}x128x{HEADS}x{HEAD}xbf16>" in text
+  assert "128x128" not in text  # no length x length
+
+
+def test_cudnn_is_given_what_it_takes_on_a_mesh(cudnn_there):
+  executor = Executor("mesh", 4, fsdp=2, tensor=2)
+  batch = batch_of()
+  qkv, _ = rows_of(batch, dtype=jnp.bfloat16)
+  with jax.set_mesh(executor.mesh):
+    text = lowered("cuda", by_texts(batch, attention_kernels.Kind("cudnn")), *qkv)
+  texts = batch.sequence_GTW.shape[1]  # of one of two groups, half the heads
+  assert "__cudnn$fmhaSoftmaxBackward" in text
+  assert f"tensor<{texts}x128x{HEADS // 2}x{HEAD}xbf16>" in text
+  assert f"x128x{HEADS}x{HEAD}x" not in text
+
+
+# --- the model and the step -----------------------------------------------------------------------
+
+
+def test_a_model_takes_rows_that_list_no_texts_as_they_are():
+  batch = without_texts(batch_of())
+  built = (transformer.build(CONFIG, attention=name) for name in ("blocked", "xla"))
+  plain, other = (jax.jit(model.hidden).lower(params(), batch).as_text() for model in built)
+  assert plain == other
+
+
+@pytest.mark.parametrize(
+  ("mode", "mesh", "accumulate"),
+  [
+    ("mesh", (1,), 2),
+    ("mesh", (8, 2, 2), 1),
+    pytest.param("mesh", (8, 2, 4), 2, marks=pytest.mark.slow),  # heads of keys do not divide by 4
+    pytest.param("pmap", (4,), 1, marks=pytest.mark.slow),
+  ],
+)
+def test_a_step_over_texts_is_that_over_rows(mode, mesh, accumulate):
+  close(steps("xla", mode, *mesh, accumulate=accumulate), expected_steps())
+
+
+@pytest.mark.slow
+def test_layers_of_one_window_step_alike():
+  config = families.from_hf(LLAMA | {"model_type": "mistral", "sliding_window": 4})
+  assert config.windows == (4, 4)
+  close(
+    steps("xla", "mesh", 1, config=config, remat="none"), steps("blocked", "mesh", 1, config=config)
+  )
+
+
+@pytest.mark.parametrize(
+  ("attention", "platform", "call"),
+  [("cudnn", "cuda", "__cudnn$fmhaSoftmax"), ("splash", "tpu", "tpu_custom_call")],
+)
+def test_a_whole_step_is_lowered_for_accelerators(cudnn_there, attention, platform, call):
+  """In bfloat16, and no scores of one of the 160 columns of a row with another."""
+  model = transformer.build(CONFIG, attention=attention, dtype="bfloat16")
+  objective = step.Objective(logprobs.make_logps_fn(model), losses.resolve("sigmoid"))
+  tx = optax.adamw(1e-3)
+  parts = [examples(8, 2), examples(8, 2, seed=1)]
+  batch = collate.collate_many(parts, row_length=160, groups=2, texts=True)
+  take = jax.jit(functools.partial(step.train_step, objective=objective, tx=tx))
+  traced = take.trace(step.init_state(params(), tx), params(), batch)
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  # The reference forward; the policy forward, again for the backward pass, and that.
+  backward = {"cudnn": 1, "splash": 2}[attention]
+  assert len(re.findall(rf"@{re.escape(call)}", text)) == 3 + backward
+  assert "160x160" not in text
+
+
+# --- the setting ----------------------------------------------------------------------------------
+
+
+def device(platform, capability=None):
+  return types.SimpleNamespace(platform=platform, compute_capability=capability)
+
+
+def chosen(name, at, config=CONFIG, dtype="bfloat16", **how):
+  return attention_kernels.choose(name, config, dtype=dtype, device=at, **how)
+
+
+def test_what_is_taken_where():
+  hopper, ampere = device("gpu", "9.0"), device("gpu", "8.6")
+  tpu, cpu = device("tpu"), device("cpu")
+  assert [chosen("auto", at)[0] for at in (hopper, ampere, tpu, cpu)] == [
+    "cudnn", "cudnn", "splash", "tiles",
+  ]  # fmt: skip
+  assert all(chosen("auto", at)[1] == "" for at in (hopper, ampere, tpu, cpu))
+  assert all(chosen("blocked", at) == ("blocked", "") for at in (hopper, tpu, cpu))
+  assert chosen("xla", cpu) == ("xla", "") and chosen("splash", tpu) == ("splash", "")
+  # A CPU takes what it takes without a word.
+  assert chosen("auto", cpu, dtype="float32", sequence=2) == ("blocked", "")
+
+
+@pytest.mark.parametrize(
+  ("name", "at", "how", "why"),
+  [
+    ("cudnn", device("cpu"), {}, "cudnn runs on NVIDIA GPUs, and this is cpu"),
+    ("cudnn", device("gpu", "gfx90a"), {}, "cudnn runs on NVIDIA GPUs"),
+    ("auto", device("gpu", "7.5"), {}, "capability 8.0 or above, and this has 7.5"),
+    (
+      "auto",
+      device("gpu", "9.0"),
+      {"dtype": "float32"},
+      "bfloat16, and it is float32",
+    ),
+    ("auto", device("gpu", "8.0"), {"head_dim": 256}, "multiple of 8 up to 128 here, .* have 256"),
+    ("auto", device("gpu", "12.0"), {"head_dim": 20}, "multiple of 8 up to 256 here, .* have 20"),
+    ("splash", device("gpu", "9.0"), {}, "splash runs on TPUs, and this is gpu"),
+    ("auto", device("tpu"), {"sequence": 2}, "among parallel.sequence 2 devices"),
+    ("xla", device("cpu"), {"attention_cap": 50.0}, "caps attention scores at 50.0"),
+    ("auto", device("tpu"), {"windows": (4, 0)}, "windows of different sizes"),
+  ],
+)
+def test_what_is_not_taken_is_said(name, at, how, why):
+  fields = {k: how.pop(k) for k in ("head_dim",) if k in how}
+  own = {k: how.pop(k) for k in ("attention_cap", "windows") if k in how}
+  config = types.SimpleNamespace(**vars(families.from_hf(LLAMA | fields)) | own)
+  taken, said = chosen(name, at, config, **how)
+  assert taken == "blocked" and re.search(why, said)
+
+
+def test_heads_of_256_are_for_hopper():
+  config = families.from_hf(LLAMA | {"head_dim": 256})
+  assert chosen("auto", device("gpu", "9.0"), config) == ("cudnn", "")
+
+
+def configured(folder, attention):
+  config = runpy.run_path(str(CONFIGS / "benchmark.py"))["get_config"]("controlled")
+  config.synthetic.pairs = 16
+  config.train.batch_size = 8
+  config.model.attention = attention
+  config.parallel.devices = 1
+  config.data.path, config.model.tokenizer = timing.write_task(
+    folder, config.model.scratch.vocab_size, max_length=64, **config.synthetic
+  )
+  return config
+
+
+def test_an_unknown_name_is_refused_before_anything_is_read(tmp_path):
+  config = configured(tmp_path, "flash")
+  config.data.path = "nowhere"
+  with pytest.raises(
+    UserError, match=r"model.attention is 'flash'; known: auto, blocked, tiles, cudnn, "
+  ):
+    setup.build(config, tmp_path)
+
+
+def test_a_run_says_what_it_takes_instead(tmp_path, capsys):
+  run, *_ = setup.build(configured(tmp_path, "cudnn"), tmp_path)
+  why = "cudnn runs on NVIDIA GPUs, and this is cpu"
+  said = capsys.readouterr().err.splitlines()
+  assert f"model.attention is cudnn, but {why}: blocked is taken" in said
+  assert not run.data.batching["texts"]
+  setup.build(configured(tmp_path, "auto"), tmp_path)
+  assert "model.attention" not in capsys.readouterr().err
+
+
+def test_a_run_lists_texts_where_they_are_taken(tmp_path):
+  config = configured(tmp_path, "xla")
+  run, trained, *_ = setup.build(config, tmp_path)
+  batch, _ = datasets.make_feed(config, run.data, None, 0)(1, None)
+  assert batch.sequence_GTW is not None
+  lengths = planner.Lengths(60)
+  assert planner.outline(config, lengths).batch.sequence_GTW is not None
+  keys = [
+    datasets._reference_key(config, run.model_config, jax.devices()[0], name)
+    for name in ("blocked", "xla", "cudnn")
+  ]
+  assert [key.get("attention") for key in keys] == [None, "xla", "cudnn"]
+  score = lambda model, batch: logprobs.make_logps_fn(model)(trained, batch)
+  first = jax.tree.map(lambda x: x[0], batch)
+  plain = transformer.build(run.model_config)
+  close(score(run.model, first), np.asarray(score(plain, without_texts(first))))

@@ -1,0 +1,24 @@
+"""Ids as a batch of whole rows, for models beside those of transformers."""
+
+import numpy as np
+
+from dpo_jax.structs import TokenBatch
+
+
+def whole_rows(ids_NL):
+  zeros = np.zeros_like(ids_NL)
+  position_NL = np.broadcast_to(np.arange(ids_NL.shape[1], dtype=np.int32), ids_NL.shape)
+  empty = np.zeros((len(ids_NL), 2), np.float32)
+  return TokenBatch(
+    ids_NL,
+    position_NL,
+    zeros,
+    zeros,
+    zeros,
+    zeros,
+    zeros.astype(np.float32),
+    zeros[:1],
+    empty,
+    empty,
+    empty.astype(np.int32),
+  )

@@ -1,0 +1,62 @@
+"""What a run learns from, as its configuration asks for it."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from configs import preferences
+from dpo_jax import losses
+from dpo_jax.data import encode, examples
+from dpo_jax.data.tokenizer import load_tokenizer
+from dpo_jax.model.config import ModelConfig
+from dpo_jax.training import datasets
+from tests.support import prepared_sets, small_tokenizers
+
+MODEL = ModelConfig(
+  family="llama", vocab=512, width=8, layers=1, heads=1, kv_heads=1, head_width=8, mlp_width=8,
+  max_positions=64, norm="rms", norm_eps=1e-5, positions="rotary", activation="silu", gated=True,
+  qkv_bias=False, out_bias=False, mlp_bias=False, tied=True,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+  return load_tokenizer(small_tokenizers.byte_fallback(tmp_path_factory.mktemp("tokenizer")))
+
+
+def load(path, tokenizer, loss="sigmoid", **data):
+  config = preferences.get_config(f"data={path},loss={loss}")
+  config.data.update({"max_length": 64, "eval_fraction": 0.2, **data})
+  return datasets.load(config, losses.resolve(loss), tokenizer, MODEL, 1)
+
+
+def rows_file(folder, kind):
+  return prepared_sets.write(folder / f"{kind}.jsonl", prepared_sets.rows_of(kind))
+
+
+@pytest.mark.parametrize(("kind", "loss"), [("pairs", "sigmoid"), ("unpaired", "kto")])
+def test_rows_of_a_prepared_set_stay_on_disk(tmp_path, tokenizer, kind, loss):
+  path, out = rows_file(tmp_path, kind), tmp_path / "prepared"
+  encoder = encode.Encoder(tokenizer, kind=kind, max_length=64)
+  prepared_sets.prepare(out, path, encoder, eval_fraction=0.0)
+  training_data, _ = load(out, tokenizer, loss, eval_fraction=0.0)
+  plain, _ = load(path, tokenizer, loss, eval_fraction=0.0)
+  assert isinstance(training_data.examples, examples.Lazy)
+  prepared_sets.same(training_data.examples, plain.examples)
+  for known, read in zip(
+    examples.lengths(training_data.examples),
+    examples.lengths(list(training_data.examples)),
+    strict=True,
+  ):
+    assert np.array_equal(known, read)
+
+
+def test_rows_that_are_trained_on_and_held_out_are_remarked_on(tmp_path, tokenizer, capsys):
+  path = rows_file(tmp_path, "pairs")
+  other = tmp_path / "other.jsonl"
+  other.write_text(path.read_text())
+  load(path, tokenizer, eval_path=str(other))
+  assert "trained on too" not in capsys.readouterr().err
+  load(path, tokenizer, eval_path=f"{other},{pathlib.Path(path)}")
+  assert f"data.eval_path: {path} is trained on too" in capsys.readouterr().err
