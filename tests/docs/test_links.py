@@ -70,11 +70,12 @@ def test_modules_named_exist(page):
   """`dpo_jax.x.y` is a module, or a name in one."""
   missing = []
   for dotted in sorted(set(re.findall(r"\bdpo_jax(?:\.[a-zA-Z_]\w*)+", page.read_text("utf-8")))):
-    module, *rest = dotted.split(".")
-    while rest and importlib.util.find_spec(f"{module}.{rest[0]}") is not None:
-      module = f"{module}.{rest.pop(0)}"
-    value = importlib.import_module(module)
-    if rest and not hasattr(value, rest[0]):
+    name, *rest = dotted.split(".")
+    module = importlib.import_module(name)
+    while rest and hasattr(module, "__path__") and importlib.util.find_spec(f"{name}.{rest[0]}"):
+      name = f"{name}.{rest.pop(0)}"
+      module = importlib.import_module(name)
+    if rest and not hasattr(module, rest[0]):
       missing.append(dotted)
   assert not missing
 
