@@ -15,6 +15,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from dpo_jax import defaults
+from dpo_jax.evaluation import evaluate
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -138,13 +139,18 @@ def fields() -> frozenset[str]:
   return frozenset(names(defaults.get_config(), ""))
 
 
+def is_ours(name: str) -> bool:
+  """Whether a program is one of the commands, which all have --help."""
+  return name == TRAIN or (name.startswith("scripts/") and name.endswith(".py"))
+
+
 def readers() -> set[str]:
   """The programs whose flags the documentation uses."""
   found = set()
   for _, command in ALL:
     name, arguments = program(split(command.text))
     name = PASSED_ON.get(name, name)
-    if name == TRAIN or name.endswith(".py"):
+    if is_ours(name):
       found.add(name)
     found |= {TRAIN for argument in arguments if argument == TRAIN}
   return found
@@ -158,10 +164,11 @@ def split(text: str) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def help_pages():
-  """Asks two programs at a time for their flags."""
+  """Asks two programs at a time for their flags; one that fails fails the test that needs it."""
   existing = [name for name in readers() if name == TRAIN or (ROOT / name).is_file()]
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    list(pool.map(flags_of, existing))
+    for name in existing:
+      pool.submit(flags_of, name)
 
 
 def check_flags(name: str, arguments: list[str]) -> list[str]:
@@ -214,7 +221,7 @@ def test_commands_name_programs_and_flags_that_exist(page):
       wrong.append(command.text)
       continue
     reader = PASSED_ON.get(name, name)
-    if reader == TRAIN or (reader.endswith(".py") and reader.startswith("scripts/")):
+    if is_ours(reader):
       wrong += check_flags(reader, arguments)
   assert not wrong
 
@@ -260,3 +267,30 @@ def test_a_flag_that_there_is_not_is_found():
   assert check_flags(TRAIN, ["--config.optimizer.rate=1"]) == ["--config.optimizer.rate=1"]
   assert check_flags(TRAIN, ["--config=configs/none.py"]) == ["--config=configs/none.py"]
   assert not check_flags(TRAIN, ["--config=configs/preferences.py", "--config.loss.beta=1"])
+
+
+def test_the_readme_shows_what_the_quickstart_prints(capsys):
+  """Every line of its transcript, from the figures in it, by the function that prints them."""
+  rows = re.findall(
+    r"^│ (.+?) +│ (\S+) +│ (.*?) +│$", (ROOT / "README.md").read_text("utf-8"), re.M
+  )
+  assert len(rows) == 7
+  keys = (
+    "reward_reference reward_policy win_rate kl frontier_reward_at_kl fraction_of_frontier_gain"
+    " eval_accuracy"
+  ).split()
+  summary = {}
+  for key, (_, value, interval) in zip(keys, rows, strict=True):
+    summary[key] = number(value)
+    if interval:
+      summary[f"{key}_interval"] = [number(end) for end in interval.split(" to ")]
+  evaluate.show(summary, 0)
+  printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+  assert [" ".join(line.split()) for line in printed] == [
+    " ".join(f"│ {label} │ {value} │ {interval} │".split()) for label, value, interval in rows
+  ]
+
+
+def number(text: str) -> float:
+  """Reads 0.5 or 50%."""
+  return float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
