@@ -271,15 +271,19 @@ def test_a_flag_that_there_is_not_is_found():
 
 def test_the_readme_shows_what_the_quickstart_prints(capsys):
   """Every line of its transcript, from the figures in it, by the function that prints them."""
-  rows = re.findall(
-    r"^│ (.+?) +│ (\S+) +│ (.*?) +│$", (ROOT / "README.md").read_text("utf-8"), re.M
-  )
+  text = (ROOT / "README.md").read_text("utf-8")
+  rows = re.findall(r"^│ (.+?) +│ (\S+) +│ (.*?) +│$", text, flags=re.MULTILINE)
   assert len(rows) == 7
   keys = (
-    "reward_reference reward_policy win_rate kl frontier_reward_at_kl fraction_of_frontier_gain"
-    " eval_accuracy"
-  ).split()
-  summary = {}
+    "reward_reference",
+    "reward_policy",
+    "win_rate",
+    "kl",
+    "frontier_reward_at_kl",
+    "fraction_of_frontier_gain",
+    "eval_accuracy",
+  )
+  summary: dict[str, float | list[float]] = {}
   for key, (_, value, interval) in zip(keys, rows, strict=True):
     summary[key] = number(value)
     if interval:
