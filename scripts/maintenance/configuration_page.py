@@ -49,9 +49,7 @@ def described() -> dict[str, str]:
   """Returns the description of every field written out in `get_config`, by dotted name."""
   tree = ast.parse(pathlib.Path(defaults.__file__).read_text(encoding="utf-8"))
   (function,) = (
-    node
-    for node in tree.body
-    if isinstance(node, ast.FunctionDef) and node.name == "get_config"
+    node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "get_config"
   )
   (config,) = (node for node in ast.walk(function) if isinstance(node, ast.Dict))
   found, texts = comments(), {}
@@ -93,7 +91,13 @@ def tables() -> str:
 
 def loss_table() -> list[str]:
   """Returns the rows of the arguments of losses: which loss reads which, and its default there."""
-  lines = ["", "### loss", "", "`loss.name` is `sigmoid`; [losses.md](losses.md) lists all names.", ""]
+  lines = [
+    "",
+    "### loss",
+    "",
+    "`loss.name` is `sigmoid`; [losses.md](losses.md) lists all names.",
+    "",
+  ]
   lines += ["| field | read by, with the default |", "|---|---|"]
   readers: dict[str, list[str]] = {}
   for name in losses.LOSSES:
