@@ -17,19 +17,11 @@ import jax.numpy as jnp
 
 from dpo_jax.distributed.sharding import by_heads
 from dpo_jax.model import attention_kernels, attention_tiled
-from dpo_jax.model.attention import (
-  Keys,
-  Tokens,
-  attend,
-  attend_blocks,
-  rotary_names,
-  rotary_table,
-  rotate,
-  visible,
-)
+from dpo_jax.model.attention import Keys, Tokens, attend, attend_blocks, visible
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.layers import Linear, Norm, Table, scramble
 from dpo_jax.model.moe import Mixture
+from dpo_jax.model.rope import rotary_names, rotary_table, rotate
 from dpo_jax.structs import Array, Head, Model, PyTree, Routing, TokenBatch, UserError
 from dpo_jax.utils import matmul
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from dpo_jax.data import collate
+from dpo_jax.data.examples import Example, lengths
 from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.logprobs import logits, naive_slot_logps
-from dpo_jax.model import attention, families, transformer
+from dpo_jax.model import attention, families, rope, transformer
 from dpo_jax.model import config as configs
 from dpo_jax.structs import TokenBatch, UserError
 from tests.support import tiny
@@ -292,8 +293,8 @@ def test_only_distances_between_rotary_positions_matter():
 
 def test_rotary_frequencies_by_hand():
   plain = dataclasses.replace(LLAMA, head_width=4, rope_theta=100.0)
-  np.testing.assert_allclose(attention.rotary_frequencies(plain), [1.0, 0.1])
-  scaled = lambda kind, **more: attention.rotary_frequencies(
+  np.testing.assert_allclose(rope.rotary_frequencies(plain), [1.0, 0.1])
+  scaled = lambda kind, **more: rope.rotary_frequencies(
     dataclasses.replace(plain, rope_scaling=configs.RopeScaling(kind, 8.0, **more))
   )
   np.testing.assert_allclose(scaled("linear"), [0.125, 0.0125])
@@ -363,9 +364,20 @@ def test_an_unknown_remat_is_refused():
   [
     ({"heads": 5}, "5 heads and 2 key/value heads"),
     ({"layers": 0}, "model layers is 0; it must be a positive whole number"),
-    ({"head_width": 3}, "head width 3 turns 3 dimensions"),
+    ({"head_width": 3}, "head width 3 rotates 3 dimensions"),
   ],
 )
 def test_sizes_that_cannot_be_are_refused(change, message):
   with pytest.raises(UserError, match=message):
     dataclasses.replace(LLAMA, **change)
+
+
+def test_an_example_longer_than_learned_positions_is_refused():
+  config = dataclasses.replace(GPT2, max_positions=3)
+  fits = Example(np.array([1]), (np.array([4, 2]), np.array([2])), row=0)
+  too_long = Example(np.array([1, 4]), (np.array([2]), np.array([4, 2])), row=8)
+  configs.check_positions([fits], lengths([fits]), config)
+  both = [fits, too_long]
+  with pytest.raises(UserError, match="data row 8 has 4 tokens and the model 3 positions"):
+    configs.check_positions(both, lengths(both), config)
+  configs.check_positions(both, lengths(both), dataclasses.replace(LLAMA, max_positions=3))
