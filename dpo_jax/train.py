@@ -60,7 +60,7 @@ def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
   processes.start(section.coordinator, section.processes, section.process)
   with processes.Touch(), processes.quiet(), contextlib.ExitStack() as stack:
     workdirs.check(workdir, config.to_json_best_effort())
-    if workdir.exists() and processes.first():
+    if workdir.exists() and processes.is_main_process():
       stack.enter_context(workdirs.alone(workdir))
     _execute(config, workdir, stack)
 
@@ -80,7 +80,7 @@ def _execute(config: ConfigDict, workdir: pathlib.Path, stack: contextlib.ExitSt
       stack.enter_context(workdirs.alone(workdir))
     workdirs.claim(workdir, config.to_json_best_effort(indent=2), ledger)
 
-  final = train(run, trained, reference_params, lambda: processes.on_first(claim, "claim"))
+  final = train(run, trained, reference_params, lambda: processes.on_main_process(claim, "claim"))
   _export(run, final)
 
 
@@ -91,7 +91,7 @@ def _export(run: Run, final: PyTree) -> None:
   print(f"exporting to {out}", flush=True)
   if run.adapter:
     final = jax.tree.map(gathered, final)
-  if processes.first():
+  if processes.is_main_process():
     if run.adapter:
       peft.save(out, run.model_config, final, run.adapter, source=source)
     else:
@@ -128,9 +128,11 @@ def train(
   sampler = run.material.sampler
   sizes = None
   if sampler:
-    sizes = sampler.sizes(run.executor.alone(run.objective.policy(trained, reference_params)))
+    sizes = sampler.sizes(
+      run.executor.gather_locally(run.objective.policy(trained, reference_params))
+    )
   feed_after = functools.partial(datasets.make_feed, run.config, run.material, sizes)
-  processes.agree(_facts(run))
+  processes.assert_consistent(_facts(run))
   if reference_params is not None:
     reference_params = run.executor.place(reference_params)
   reference_params = fill_store(run, reference_params)
@@ -163,7 +165,7 @@ def train(
     if reference_params is not None:
       executor.assert_separate(state, reference_params)
     logs = Silent()
-    if processes.first():
+    if processes.is_main_process():
       logs = Loggers(run.workdir, start_step=start, total_steps=run.steps)
     with preemption.Notice() as notice, logs as log:
       if start:
@@ -173,7 +175,7 @@ def train(
         state = _loop(run, state, reference_params, feed, start, checkpoints, log, notice)
   finally:
     checkpoints.close()
-  return run.executor.single(state.params)
+  return run.executor.unreplicate(state.params)
 
 
 def _loop(run, state, reference_params, feed, start, checkpoints, log, notice) -> step.TrainState:
@@ -208,7 +210,7 @@ def _loop(run, state, reference_params, feed, start, checkpoints, log, notice) -
     if scores:
       log.write_eval(index, scores)
     if saving:
-      checkpoints.save(index, run.executor.single(state), scores)
+      checkpoints.save(index, run.executor.unreplicate(state), scores)
     if leaving:
       checkpoints.wait()
       preemption.leave(index)
@@ -218,9 +220,9 @@ def _loop(run, state, reference_params, feed, start, checkpoints, log, notice) -
 
 def _policy(run: Run, state: step.TrainState, reference_params: PyTree | None) -> PyTree:
   """The policy's parameters, one copy of them, on device."""
-  here = run.executor.here
+  local_copy = run.executor.local_copy
   return run.objective.policy(
-    here(state.params), None if reference_params is None else here(reference_params)
+    local_copy(state.params), None if reference_params is None else local_copy(reference_params)
   )
 
 
@@ -269,18 +271,18 @@ class _Judge:
 
   def _both(self, state: step.TrainState) -> tuple[PyTree, PyTree | None]:
     """One copy of the policy and of the reference, which share the base of adapters."""
-    here = self.run.executor.here
+    local_copy = self.run.executor.local_copy
     reference_params = self.reference_params if state.reference is None else state.reference
     if reference_params is not None:
-      reference_params = here(reference_params)
-    policy = self.run.objective.policy(here(state.params), reference_params)
+      reference_params = local_copy(reference_params)
+    policy = self.run.objective.policy(local_copy(state.params), reference_params)
     return policy, reference_params if self.run.objective.loss.needs_reference else None
 
   def _means(self, state: step.TrainState) -> dict[str, float]:
     slots = jax.tree.map(lambda *x: np.concatenate(x), *map(logprobs.slots_of, self.batches))
     followed = self._logps(state.reference)
     reference = self.reference if followed is None else followed
-    running_stats = self.run.executor.fetch(state.running_stats)
+    running_stats = self.run.executor.to_host(state.running_stats)
     policy = self._logps(self.run.objective.policy(state.params, self.reference_params))
     sums, _ = step.batch_sums(self.run.objective, policy, reference, slots, running_stats)
     return {k: float(v) for k, v in metrics.divide(sums).items()}

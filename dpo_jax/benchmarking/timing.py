@@ -309,7 +309,7 @@ def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
 
 def _of_all(counts: Sequence[float]) -> list[float]:
   """Added up over the processes of this run."""
-  if not processes.several():
+  if not processes.is_multiprocess():
     return list(map(float, counts))
   return multihost_utils.process_allgather(np.asarray(counts, np.float32)).sum(axis=0).tolist()
 

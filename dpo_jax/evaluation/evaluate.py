@@ -130,13 +130,13 @@ def losses_of(
   Raises:
     UserError: the loss reads by how much the chosen answer is better, and the rows do not say.
   """
-  if ask.reads("margin_B") and not examples[0].grades:
+  if ask.reads("margin_B") and not examples[0].scores:
     raise UserError(
       f"loss {ask.name!r} reads by how much the chosen answer is better, and the rows do not say;"
       " give them a field margin, or chosen_score and rejected_score"
     )
-  grades = [example.grades or (0.0, 0.0) for example in examples]
-  margin_B = np.array([chosen - rejected for chosen, rejected in grades])
+  scores = [example.scores or (0.0, 0.0) for example in examples]
+  margin_B = np.array([chosen - rejected for chosen, rejected in scores])
   weight_B = np.array([example.weight for example in examples])
   return np.asarray(ask(policy, reference, margin_B=margin_B, weight_B=weight_B))
 

@@ -180,7 +180,7 @@ def _load_rows(config, loss, tokenizer, model_config):
     examples = examples.widened(most) if prepared else fill_up(examples, most)
   held_out = _limited(held_out, config)
   for path, some in ((data.path, examples), (data.eval_path, held_out)):
-    if loss.reads("margin_B") and some and not some[0].grades:
+    if loss.reads("margin_B") and some and not some[0].scores:
       raise UserError(
         f"loss {loss.name!r} reads by how much the chosen answer is better, and the rows of {path}"
         " do not say; give them a field margin, or chosen_score and rejected_score"
@@ -316,7 +316,7 @@ def digest(material: Material) -> str:
       found.update(np.ascontiguousarray(array).tobytes())
     for i in np.linspace(0, len(side) - 1, min(len(side), 1000), dtype=np.int64):
       example = side[int(i)]
-      found.update(repr((example.grades, example.weight)).encode())
+      found.update(repr((example.scores, example.weight)).encode())
       for ids in (example.prompt, *example.answers):
         found.update(np.asarray(ids, np.int32).tobytes())
   return found.hexdigest()

@@ -197,7 +197,7 @@ def fill_store(run: Run, reference_params: PyTree | None) -> PyTree | None:
   forward = run.executor.compile_forward(logprobs.make_token_fn(run.model))
   token_fn = lambda batch: forward(reference_params, jax.tree.map(lambda x: x[None], batch))
   # All processes compute, the first one writes.
-  store = run.store if processes.first() else None
+  store = run.store if processes.is_main_process() else None
   settings = run.config.train
   size = settings.batch_size // settings.accumulate
   started = said = time.perf_counter()

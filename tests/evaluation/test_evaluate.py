@@ -259,13 +259,13 @@ def test_pairs_under_the_reference_itself(models):
   np.testing.assert_allclose(found["eval_loss"], np.log(2), rtol=1e-6)
 
 
-def test_a_loss_of_graded_pairs_reads_the_grades(models):
-  """At the reference odpo is log(1 + e^Δ); rows without grades are refused."""
+def test_a_loss_of_scored_pairs_reads_the_scores(models):
+  """At the reference odpo is log(1 + e^Δ); rows without scores are refused."""
   model, _ = models
   plain = Example(np.array([1, 4]), (np.array([5, 5, 2]), np.array([4, 2])))
-  graded = plain._replace(grades=(2.0, 0.5))
+  scored = plain._replace(scores=(2.0, 0.5))
   ask = evaluate.objective("odpo", 0.1)
-  found = evaluate.on_pairs(model, model, [graded] * 2, ask)
+  found = evaluate.on_pairs(model, model, [scored] * 2, ask)
   np.testing.assert_allclose(found["eval_loss"], np.log1p(np.exp(1.5)), rtol=1e-6)
   with pytest.raises(UserError, match="give them a field margin"):
     evaluate.on_pairs(model, model, [plain] * 2, ask)

@@ -231,8 +231,8 @@ def trajectory(mode, devices, accumulate=1, dropout=0.3):
   for _ in range(3):
     state, means = take(state, reference_params, executor.place_batch(batch))
     losses_.append(executor.metrics_to_host(means)["loss"])
-  same(executor.fetch(reference_params)["params"], base()["params"])
-  return executor.fetch(state), losses_
+  same(executor.to_host(reference_params)["params"], base()["params"])
+  return executor.to_host(state), losses_
 
 
 @pytest.mark.slow
