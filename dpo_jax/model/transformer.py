@@ -38,7 +38,7 @@ REMAT = {
   "none": None,
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(matmul.NAME, attention_tiled.KEPT),
+    jax.checkpoint_policies.save_only_these_names(matmul.NAME, attention_tiled.REMAT_NAME),
   ),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -112,7 +112,7 @@ class Block(nn.Module):
     past_tokens: Tokens | None,
     table: Any,
     codes_NL: Array | None,
-    plan: attention_kernels.Texts | attention_tiled.Plan | None,
+    plan: attention_kernels.SequenceIndex | attention_tiled.TilePlan | None,
   ) -> tuple[Array, Keys | None]:
     """The residual stream after this layer and, if asked for, the keys it made.
 
@@ -136,14 +136,14 @@ class Block(nn.Module):
     if past is not None:
       parts = [(past, past_tokens), (keys, tokens)]
       y = attend(q, [(held, visible(tokens, who, layer.window)) for held, who in parts], **shape)
-    elif isinstance(plan, attention_tiled.Plan):
+    elif isinstance(plan, attention_tiled.TilePlan):
       y = attention_tiled.attend_tiles(
-        q, keys, tokens, plan, layer.window, attention_tiled.Kind(**shape)
+        q, keys, tokens, plan, layer.window, attention_tiled.ScoreOptions(**shape)
       )
-    elif isinstance(plan, attention_kernels.Texts):
+    elif isinstance(plan, attention_kernels.SequenceIndex):
       window = max(c.windows, default=0)  # that of all layers: see `attention_kernels.choose`
-      y = attention_kernels.attend_texts(
-        q, k, v, plan, attention_kernels.Kind(self.attention, window, c.attention_scale)
+      y = attention_kernels.attend_sequences(
+        q, k, v, plan, attention_kernels.KernelOptions(self.attention, window, c.attention_scale)
       )
     else:
       y = attend_blocks(q, keys, tokens, layer.window, **shape)
@@ -202,7 +202,7 @@ class Decoder(nn.Module):
     past: Keys | None = None,
     past_tokens: Tokens | None = None,
     codes_NL: Array | None = None,
-    plan: attention_kernels.Texts | attention_tiled.Plan | None = None,
+    plan: attention_kernels.SequenceIndex | attention_tiled.TilePlan | None = None,
   ) -> tuple[Array, Keys | None]:
     c = self.config
     table = lambda entries, name: Table(entries, c.width, c.init_std, self.param_dtype, name=name)
@@ -257,9 +257,9 @@ def build(
   def run(params: PyTree, batch: TokenBatch, key: jax.Array | None, **how: Any) -> Any:
     tokens = Tokens(batch.position_NL, batch.pair_NL, batch.branch_NL)
     if attention == "tiles":
-      how["plan"] = attention_tiled.plan(tokens)
+      how["plan"] = attention_tiled.plan_tiles(tokens)
     elif attention != "blocked":
-      how["plan"] = attention_kernels.texts_of(batch)
+      how["plan"] = attention_kernels.index_sequences(batch)
     if key is None or not dropout:
       return decoder.apply(params, batch.ids_NL, tokens, **how)
     codes_key, masks_key = jax.random.split(key)

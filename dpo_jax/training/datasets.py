@@ -290,7 +290,7 @@ def _reference_key(
     path, types = config.model.path, [config.model.param_dtype, *types]
   weights: Any = {"scratch": config.model.scratch.to_dict(), "seed": config.seed}
   # Attention over rows is one to rounding, as topologies are.
-  kernel = {"attention": attention} if attention in attention_kernels.TEXTS else {}
+  kernel = {"attention": attention} if attention in attention_kernels.SEQUENCE_KERNELS else {}
   return kernel | {
     "weights": safetensors_files.digest(pathlib.Path(path)) if path else weights,
     "adapter": peft.digest(config.lora.path) if config.lora.path else None,

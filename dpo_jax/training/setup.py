@@ -76,7 +76,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     tokenizer,
     model_config,
     executor.groups,
-    texts=attention in attention_kernels.TEXTS,
+    texts=attention in attention_kernels.SEQUENCE_KERNELS,
   )
   device = executor.devices[0]
   store, lacking, material = datasets.stored(config, model_config, device, attention, material)

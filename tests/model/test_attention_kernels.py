@@ -124,8 +124,8 @@ def by_rows(batch, window=0, scale=0.0):
 
 
 def by_texts(batch, kind):
-  return lambda q, k, v: attention_kernels.attend_texts(
-    q, k, v, attention_kernels.texts_of(batch), kind
+  return lambda q, k, v: attention_kernels.attend_sequences(
+    q, k, v, attention_kernels.index_sequences(batch), kind
   )
 
 
@@ -145,10 +145,10 @@ def test_attention_over_texts_is_that_over_rows(name, answers, window, kv_heads)
   qkv, slope = rows_of(batch, kv_heads=kv_heads)
   expected = value_and_gradient(by_rows(batch, window, scale=0.3), qkv, slope)
   found = value_and_gradient(
-    by_texts(batch, attention_kernels.Kind("xla", window, 0.3)), qkv, slope
+    by_texts(batch, attention_kernels.KernelOptions("xla", window, 0.3)), qkv, slope
   )
   close(found, expected)
-  whole = jax.jit(by_texts(batch, attention_kernels.Kind("xla", window)))(*qkv)
+  whole = jax.jit(by_texts(batch, attention_kernels.KernelOptions("xla", window)))(*qkv)
   assert (np.asarray(whole)[batch.pair_NL < 0] == 0).all()
 
 
@@ -157,7 +157,7 @@ def test_splash_is_the_attention_over_rows(window):
   batch = batch_of(answers=3, count=2, groups=1)
   qkv, slope = rows_of(batch)
   expected = value_and_gradient(by_rows(batch, window, scale=0.3), qkv, slope)
-  kind = attention_kernels.Kind("splash", window, 0.3, interpret=True)
+  kind = attention_kernels.KernelOptions("splash", window, 0.3, interpret=True)
   close(value_and_gradient(by_texts(batch, kind), qkv, slope), expected)
 
 
@@ -182,7 +182,7 @@ def test_splash_is_given_what_it_takes(divided, window):
   qkv, _ = rows_of(batch, dtype=jnp.bfloat16)
   mesh = Executor("mesh", 4, fsdp=2, tensor=2).mesh
   with jax.set_mesh(mesh) if divided else contextlib.nullcontext():
-    text = lowered("tpu", by_texts(batch, attention_kernels.Kind("splash", window)), *qkv)
+    text = lowered("tpu", by_texts(batch, attention_kernels.KernelOptions("splash", window)), *qkv)
   assert text.count("@tpu_custom_call") == 3  # forward; queries; keys and values
   texts = batch.sequence_GTW.shape[1] if divided else 2 * batch.sequence_GTW.shape[1]
   assert f"tensor<{texts}x{HEADS // 2 if divided else HEADS}x128x{HEAD}xbf16>" in text
@@ -194,7 +194,7 @@ def test_cudnn_is_given_what_it_takes(cudnn_there, window):
   """As far as a machine without one can see: types, shapes and the kind of mask."""
   batch = batch_of()
   qkv, _ = rows_of(batch, dtype=jnp.bfloat16)
-  text = lowered("cuda", by_texts(batch, attention_kernels.Kind("cudnn", window)), *qkv)
+  text = lowered("cuda", by_texts(batch, attention_kernels.KernelOptions("cudnn", window)), *qkv)
   calls = set(re.findall(r"__cudnn\$\w+", text))
   assert calls == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
   said = lambda name: set(re.findall(rf'"{name}": "?(\w+)', text.replace(r"\22", '"')))
@@ -210,7 +210,7 @@ def test_cudnn_is_given_what_it_takes_on_a_mesh(cudnn_there):
   batch = batch_of()
   qkv, _ = rows_of(batch, dtype=jnp.bfloat16)
   with jax.set_mesh(executor.mesh):
-    text = lowered("cuda", by_texts(batch, attention_kernels.Kind("cudnn")), *qkv)
+    text = lowered("cuda", by_texts(batch, attention_kernels.KernelOptions("cudnn")), *qkv)
   texts = batch.sequence_GTW.shape[1]  # of one of two groups, half the heads
   assert "__cudnn$fmhaSoftmaxBackward" in text
   assert f"tensor<{texts}x128x{HEADS // 2}x{HEAD}xbf16>" in text
