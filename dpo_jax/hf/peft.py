@@ -113,7 +113,7 @@ def _to_peft(
   config: ModelConfig, adapters: PyTree, about: Adapter
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], list[str]]:
   """Tensors by name, the fields of the configuration, and the maps that were written in blocks."""
-  settings, held = about.settings, lora.flat(jax.device_get(adapters))
+  settings, held = about.settings, lora.flatten(jax.device_get(adapters))
   maps, known = lora.linear_maps(config), _modules(config)
   arrays, targets, ranks, alphas, split = {}, [], {}, {}, []
   plain = lambda x: int(x) if x == int(x) else x  # some readers want whole numbers where they are
@@ -373,9 +373,9 @@ def _take_apart(tree, module, a, b, maps, split) -> None:
   own = [path for path in module.paths if path in split]
   for path, part in zip(module.paths, np.split(b, np.cumsum(widths)[:-1], axis=-1), strict=True):
     if not own:
-      lora.put(tree, path, {"lora_a": a.copy(), "lora_b": np.ascontiguousarray(part)})
+      lora.set_at(tree, path, {"lora_a": a.copy(), "lora_b": np.ascontiguousarray(part)})
     elif path in own:
       rank = a.shape[-1] // len(own)
       rows = slice(own.index(path) * rank, (own.index(path) + 1) * rank)
       block = {"lora_a": a[..., rows], "lora_b": part[:, rows]}
-      lora.put(tree, path, jax.tree.map(np.ascontiguousarray, block))
+      lora.set_at(tree, path, jax.tree.map(np.ascontiguousarray, block))

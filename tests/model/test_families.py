@@ -140,7 +140,7 @@ def refused(fields, message):
     ("phi3", {"rope_scaling": {"type": "longrope", "factor": 2}}, "rope type 'longrope' is not"),
     ("phi3", {"rope_scaling": cases.YARN}, "rope type 'yarn' is not supported for phi3"),
     ("phi3", {"partial_rotary_factor": 1.5}, r"partial_rotary_factor is 1.5; it must lie in"),
-    ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must hold 3 times 0 or 1"),
+    ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must contain 3 times 0 or 1"),
     ("qwen3_moe", {"mlp_only_layers": [1]}, "mix layers with and without experts"),
     ("qwen3_moe", {"num_experts_per_tok": 9}, "chooses 9 of 6 experts"),
     ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1 is not supported"),

@@ -101,7 +101,7 @@ def test_a_policy_starts_as_its_base_to_the_bit_and_knows_no_other_maps():
   a = start["layers"]["down"]["lora_a"]
   assert a.shape == (2, 12, 2) and 0.5 / np.sqrt(12) < np.abs(a).max() <= 1 / np.sqrt(12)
   # 2 layers, rank 2: in + out of query, key, value, out, up, gate, down.
-  assert lora.count(start) == 2 * 2 * (16 + 12 + 12 + 16 + 20 + 20 + 20)
+  assert lora.count_parameters(start) == 2 * 2 * (16 + 12 + 12 + 16 + 20 + 20 + 20)
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=lambda c: c.family)
@@ -366,7 +366,7 @@ def test_an_adapter_of_another_base_of_the_same_shape_is_refused(tmp_path):
     ({"rank": -1}, "rank is -1"),
     ({"alpha": 0.0}, "alpha is 0.0"),
     ({"dropout": 1.0}, "dropout is 1.0"),
-    ({"target": "q_proj,(v"}, "is no pattern"),
+    ({"target": "q_proj,(v"}, "is not a valid pattern"),
     ({"target": "q_porj"}, r"'q_porj' matches no .* query \(q_proj\), .*all-linear"),
     ({"target": "q_proj|v_porj"}, "'v_porj' matches no"),
     ({"target": ""}, "matches no linear map"),
@@ -393,7 +393,7 @@ def test_settings_that_make_no_sense_are_refused_in_one_line(settings, words):
   ],
 )
 def test_a_target_names_maps_as_here_or_as_on_disk(config, target, paths):
-  assert set(lora.matched(config, target)) == {f"layers.{path}" for path in paths}
+  assert set(lora.select_maps(config, target)) == {f"layers.{path}" for path in paths}
 
 
 # -- whole runs ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def read_mixtral(fields: Fields) -> ModelConfig:
   experts = Experts(
     count=fields.size("num_local_experts", 8),
     chosen=fields.size("num_experts_per_tok", 2),
-    rescaled=True,
+    rescaled=True,  # Mixtral takes the softmax over the chosen experts alone, which is the same
     balance=fields.number("router_aux_loss_coef", 0.001),
   )
   common = read_common(fields, rms_norm_eps=1e-5, rope_theta=1e6)
@@ -47,7 +47,9 @@ def read_qwen3_moe(fields: Fields) -> ModelConfig:
     balance=fields.number("router_aux_loss_coef", 0.001),
   )
   bias = bool(fields.get("attention_bias", False))
-  fields.size("max_window_layers", 0)  # read by dense relatives alone
+  # Files of Qwen3-MoE state these two, but only its dense relatives and files with
+  # use_sliding_window use them. Reading them keeps them from being refused.
+  fields.size("max_window_layers", 0)
   windows = read_windows(fields) if fields.get("use_sliding_window", False) else ()
   fields.get("sliding_window")
   own = {"qkv_bias": bias, "out_bias": bias, "qk_norm": "head", "windows": windows}
@@ -72,6 +74,13 @@ def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
 
 
 def _tensors(config: ModelConfig, part: str, names: dict[str, str]) -> list[Tensor]:
+  """Lists every tensor on disk.
+
+  Args:
+    config: the model.
+    part: name on disk of a layer's mixture of experts.
+    names: names on disk of an expert's maps, with those of this package.
+  """
   found = tensors(config, ATTENTION)
   place = f"model.layers.{{}}.{part}."
   found.append(Tensor(f"{place}gate.weight", ("layers.experts.router.kernel",), True))
