@@ -196,17 +196,17 @@ def test_shards_that_disagree_with_their_index(folder):
   index, name = folder / "model.safetensors.index.json", "model.norm.weight"
   (other,) = set(shard_of.values()) - {shard_of[name]}
   index.write_text(json.dumps({"weight_map": shard_of | {name: other}}))
-  refused(folder, f"{shard_of[name]} holds tensor {name}, which the index puts in {other}")
+  refused(folder, f"{shard_of[name]} contains tensor {name}, which the index puts in {other}")
   unnamed = {k: v for k, v in shard_of.items() if k != name}
   index.write_text(json.dumps({"weight_map": unnamed}))
-  refused(folder, f"{shard_of[name]} holds tensor {name}, which the index does not name")
+  refused(folder, f"{shard_of[name]} contains tensor {name}, which the index does not name")
   index.write_text(json.dumps({"weight_map": shard_of | {"a.b": other}}))
   refused(folder, f"{other} lacks tensor a.b, which the index puts there")
 
   index.write_text(json.dumps({"weight_map": shard_of}))
   tensors = load_file(folder / other)
   save_file(tensors | load_file(folder / shard_of[name]), folder / other)
-  refused(folder, "lies in both model-00001-of-00002.safetensors and model-00002-of-00002.s")
+  refused(folder, "is in both model-00001-of-00002.safetensors and model-00002-of-00002.s")
 
 
 # Every place a tensor of these models can be divided: layers, in, out, vocabulary; not at all.
@@ -251,7 +251,7 @@ def test_a_process_takes_only_its_part_of_what_a_tensor_joins():
     Leaf((2, 3, 4), Elsewhere(every, every, left), np.dtype(np.float32)),
     Leaf((2, 3, 4), Elsewhere(slice(1, 2), every, right), np.dtype(np.float32)),
   ]
-  assert [leaf.holds((0,)) for leaf in leaves] == [True, False]
+  assert [leaf.needs((0,)) for leaf in leaves] == [True, False]
   stored = np.arange(2 * 8 * 3, dtype=np.float32).reshape(2, 8, 3)
   for layer in (0, 1):
     distribute(stored[layer], (layer,), leaves, True, "tensor")
@@ -606,7 +606,7 @@ def test_a_folder_that_is_not_there_or_not_a_model(folder, tmp_path):
   (folder / "config.json").write_text("{")
   refused(folder, "config.json is not JSON")
   (folder / "config.json").write_text("[]")
-  refused(folder, "config.json holds a list, not an object")
+  refused(folder, "config.json contains a list, not an object")
 
 
 def test_a_folder_without_weights_or_with_pickled_ones(folder):
@@ -638,9 +638,9 @@ def test_tensors_missing_unexpected_or_of_another_shape(folder):
   edit_tensors(folder, lambda tensors: tensors.update({name: big.astype(np.float32)}))
   refused(folder, f"tensor {name} holds numbers that are not finite in float16", dtype="float16")
   edit_tensors(folder, lambda tensors: tensors.update({name: taken[name], "a.b": np.ones(3)}))
-  refused(folder, "holds tensor a.b, which config.json does not account for")
+  refused(folder, "contains tensor a.b, which config.json does not account for")
   edit_config(folder, num_hidden_layers=1)
-  refused(folder, "holds tensor a.b and 9 more")
+  refused(folder, "contains tensor a.b and 9 more")
 
 
 def test_headers_tell_what_is_wrong_before_any_tensor_is_read(folder, monkeypatch):

@@ -268,7 +268,7 @@ def test_weight_decay_shrinks_both_parts():
 
 
 def about(settings=SETTINGS, config=LLAMA):
-  return peft.Adapter(settings, "models/base", peft.mark_of(base(config)))
+  return peft.Adapter(settings, "models/base", peft.fingerprint_of(base(config)))
 
 
 @pytest.mark.parametrize("rs", [False, True])
@@ -285,7 +285,7 @@ def test_an_adapter_comes_back_to_the_bit(tmp_path, config, target, rs):
   same(tree, own)
   assert found._replace(target=target) == settings and found.scale == settings.scale
   assert {p.name for p in tmp_path.iterdir()} == {"a"}
-  peft.check_base(tmp_path / "a", about(settings, config).mark)
+  peft.check_base(tmp_path / "a", about(settings, config).fingerprint)
 
 
 def test_an_adapter_of_other_hands_is_read_as_peft_would(tmp_path):
@@ -340,8 +340,12 @@ def spoil(folder: pathlib.Path, **fields) -> pathlib.Path:
     ({"r": 0}, LLAMA, "rank is 0"),
     ({"r": "8"}, LLAMA, "r is '8'"),
     ({}, dataclasses.replace(LLAMA, width=16), r"adapter of models/base: .* has A \[2, 8\]"),
-    ({}, dataclasses.replace(LLAMA, layers=1), "adapter of models/base: it holds model.layers.1"),
-    ({}, GPT2, "adapter of models/base: it holds model.layers.0"),
+    (
+      {},
+      dataclasses.replace(LLAMA, layers=1),
+      "adapter of models/base: it contains model.layers.1",
+    ),
+    ({}, GPT2, "adapter of models/base: it contains model.layers.0"),
   ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_in_one_line(tmp_path, fields, config, words):
@@ -353,9 +357,9 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(tmp_path, fields, c
 def test_an_adapter_of_another_base_of_the_same_shape_is_refused(tmp_path):
   folder = spoil(tmp_path / "a")
   with pytest.raises(UserError, match="adapter of models/base, whose weights are not those"):
-    peft.check_base(folder, peft.mark_of(base(seed=1)))
+    peft.check_base(folder, peft.fingerprint_of(base(seed=1)))
   narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base())
-  peft.check_base(folder, peft.mark_of(narrow))  # the same one, held in fewer bits
+  peft.check_base(folder, peft.fingerprint_of(narrow))  # the same one, held in fewer bits
   with pytest.raises(UserError, match="has no adapter_config"):
     peft.load(tmp_path, LLAMA)
 
@@ -444,7 +448,7 @@ def test_commands_take_an_adapter_where_they_take_a_model(task, straight):
 
 
 def test_an_adapter_whose_base_has_gone_says_where_to_write_it(tmp_path):
-  with pytest.raises(UserError, match="adapter of models/base, which is no model folder here"):
+  with pytest.raises(UserError, match="adapter of models/base, which is not a model folder here"):
     peft.load_model(spoil(tmp_path / "a"))
 
 
