@@ -125,13 +125,13 @@ def train(
   follows = run.objective.sync is not None  # then it is part of what evolves
   like = jax.eval_shape(init, trained)._replace(reference=reference_params if follows else None)
   like = run.executor.abstract(like)
-  sampler = run.material.sampler
+  sampler = run.data.sampler
   sizes = None
   if sampler:
     sizes = sampler.sizes(
       run.executor.gather_locally(run.objective.policy(trained, reference_params))
     )
-  feed_after = functools.partial(datasets.make_feed, run.config, run.material, sizes)
+  feed_after = functools.partial(datasets.make_feed, run.config, run.data, sizes)
   processes.assert_consistent(_facts(run))
   if reference_params is not None:
     reference_params = run.executor.place(reference_params)
@@ -191,9 +191,7 @@ def _loop(run, state, reference_params, feed, start, checkpoints, log, notice) -
     log.write_eval(0, judge(state))
   meter, shapes = _Meter(run, checkpoints, log), set()
   for index in range(start + 1, run.steps + 1):
-    batch, facts = feed(
-      index, _policy(run, state, reference_params) if run.material.sampler else None
-    )
+    batch, facts = feed(index, _policy(run, state, reference_params) if run.data.sampler else None)
     shape = tuple(x.shape for x in jax.tree.leaves(batch))
     if shapes and shape not in shapes:
       log.say(f"step {index}: compiles for batches of another shape, number {len(shapes) + 1}")
@@ -234,16 +232,14 @@ class _Judge:
   """Held-out metrics, and facts of samples; a frozen reference's log-probs are computed once."""
 
   def __init__(self, run: Run, reference_params: PyTree | None):
-    settings, material = run.config, run.material
+    settings, data = run.config, run.data
     self.run, self.reference_params = run, reference_params
     self.probe = _probe(run)
     self.forward = run.executor.compile_forward(run.objective.logps_fn)
     size = settings.eval.batch_size or settings.train.batch_size // settings.train.accumulate
     self.batches: list[TokenBatch] = []
-    if material.held_out and material.sampler is None:
-      self.batches = list(
-        batches.eval_batches(material.held_out, batch_size=size, **material.batching)
-      )
+    if data.held_out and data.sampler is None:
+      self.batches = list(batches.eval_batches(data.held_out, batch_size=size, **data.batching))
     self.reference = self._stored()
     if self.reference is None:
       self.reference = self._logps(reference_params if run.objective.loss.needs_reference else None)
@@ -295,10 +291,10 @@ def _probe(run: Run) -> sample_probe.Probe | None:
   return sample_probe.make_probe(
     run.model_config,
     run.objective.logps_fn,
-    run.material.held_out,
+    run.data.held_out,
     samples=run.config.eval.samples,
     eos_ids=rollouts.eos_ids(run.model_config, run.tokenizer),
-    max_tokens=run.config.on_policy.max_tokens if run.material.sampler else 0,
+    max_tokens=run.config.on_policy.max_tokens if run.data.sampler else 0,
     seed=run.config.seed,
   )
 
@@ -368,7 +364,7 @@ def _facts(run: Run) -> dict[str, Any]:
   return {
     **{f"config.{name}": value for name, value in config.items()},
     "the code": processes.code_digest(),
-    "the data": datasets.digest(run.material),
+    "the data": datasets.digest(run.data),
     "the model folder": [safetensors_files.sampled_digest(pathlib.Path(path)) for path in folders],
     "what the reference store lacks": [len(some) for some in run.lacking],
     "how far the run has come": latest_step(run.workdir / "checkpoints"),
@@ -389,7 +385,7 @@ def prove(
   Raises:
     UserError: the parts do not belong together; nothing has been trained or written yet.
   """
-  batch, _ = feed(1, _policy(run, state, reference_params) if run.material.sampler else None)
+  batch, _ = feed(1, _policy(run, state, reference_params) if run.data.sampler else None)
   first = jax.tree.map(lambda x: x[:1], batch)
   micro = jax.tree.map(lambda x: x[0], first)
   forward = run.executor.compile_forward(run.objective.logps_fn)
@@ -400,9 +396,9 @@ def prove(
       f" {sorted(set(micro.row_NS[~np.isfinite(policy_NS)].tolist()))[:8]}; its weights or its"
       " configuration are broken"
     )
-  if run.material.sampler is None:
-    example, decode = run.material.examples[0], run.tokenizer.decode
-    print(f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.answers[0])[:60]!r}")
+  if run.data.sampler is None:
+    example, decode = run.data.examples[0], run.tokenizer.decode
+    print(f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.completions[0])[:60]!r}")
   if not run.objective.loss.needs_reference:
     return
   stored_fn = run.objective.stored_fn
