@@ -117,6 +117,7 @@ def load(
   path = pathlib.Path(path)
   config = read_config(path)
   shapes = _flatten(param_shapes(config)["params"])
+  # A sharding is itself a pytree leaf, so one for all has to be told from a tree of them.
   if shardings is None or isinstance(shardings, Sharding):
     places = dict.fromkeys(shapes, shardings)
   else:
@@ -139,6 +140,7 @@ def load(
         if any(leaf.needs(lead) for leaf in filling):
           # The tensor is never bound to a name, which would keep it while the next one is read.
           distribute(weights.read(name), lead, filling, tensor.transposed, f"{path}: tensor {name}")
+      # Placed before the next tensor is read, so that its host buffers are free by then.
       leaves |= {name: leaf.place() for name, leaf in zip(tensor.leaves, filling, strict=True)}
   return config, {"params": _unflatten(leaves)}
 
@@ -170,6 +172,7 @@ def _match_tensors(
       f"{path} contains tensor {rest[0]}{_and_more(rest)}, which config.json does not account for;"
       " check that both are of one model"
     )
+  # Every layer's tensor is checked, since each is a tensor of its own on disk.
   found = {}
   for tensor, by_lead in wanted.items():
     found[tensor] = {lead: on_disk[name] for lead, name in by_lead.items()}
@@ -219,6 +222,7 @@ def save(
     max_shard_size: size in bytes above which the weights are divided into shards with an index.
   """
   source = None if source is None else pathlib.Path(source)
+  # Everything is written next to the folder's place, and renamed when it is complete.
   with replacing(path) as new:
     entries = _entries(config, _flatten(params["params"]))
     fields = _config_fields(config, source, str(entries[0].dtype))

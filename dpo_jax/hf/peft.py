@@ -61,6 +61,7 @@ def fingerprint_of(params: PyTree) -> str:
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params["params"]):
     digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}".encode())
+    # Two rows instead of all: a base may be tens of gigabytes, and training changes every row.
     for end in (0, -1):
       row = gathered(leaf, (end,) * (leaf.ndim - 1)).astype(jnp.bfloat16)
       digest.update(row.tobytes())
@@ -133,6 +134,7 @@ def _to_peft(
       continue
     short = _short_name(module, known)
     targets.append(short)
+    # Blocks add up: a joined module has the ranks of its maps together.
     rank = sum(by_path[path]["lora_a"].shape[-1] for path in own)
     if rank != settings.rank:
       # PEFT divides alpha by this module's rank (or its root); a larger alpha makes up for it.
@@ -144,6 +146,7 @@ def _to_peft(
     a_layers = np.concatenate([by_path[path]["lora_a"] for path in own], axis=-1)
     b_layers = _blocks(module, by_path, maps)
     for layer, (a_DR, b_RF) in enumerate(zip(a_layers, b_layers, strict=True)):
+      # PEFT stores both parts as [out, in]; safetensors writes contiguous arrays only.
       name = _PREFIX + module.name.format(layer)
       arrays[f"{name}.lora_A.weight"] = np.ascontiguousarray(a_DR.T)
       arrays[f"{name}.lora_B.weight"] = np.ascontiguousarray(b_RF.T)
@@ -158,6 +161,7 @@ def _to_peft(
     "target_modules": targets,
     "rank_pattern": ranks,
     "alpha_pattern": alphas,
+    # True for modules that store their weights as [in, out], as GPT-2's do.
     "fan_in_fan_out": not all(module.transposed for module in known),
     "bias": "none",
     "inference_mode": True,
@@ -240,6 +244,7 @@ def read_settings(path: str | pathlib.Path) -> tuple[LoRA, str]:
   for name in ("r", "lora_alpha", "lora_dropout"):
     if not is_number(fields.get(name, 0)):
       raise UserError(f"{path / CONFIG}: {name} is {fields[name]!r}; it must be a number")
+  # A list of names, or one regular expression.
   target = fields.get("target_modules") or ""
   settings = LoRA(
     rank=fields.get("r", 8),
@@ -305,6 +310,7 @@ def load(path: str | pathlib.Path, config: ModelConfig) -> tuple[LoRA, PyTree]:
     rank = max((a_RD.shape[0] for a_RD, _ in filter(None, parts)), default=0)
     if not rank:
       continue
+    # Maps that share a module read the same inputs, and their outputs stand side by side.
     width = sum(maps[p][-1] for p in module.paths)
     a = np.zeros((config.layers, maps[module.paths[0]][1], rank), np.float32)
     b = np.zeros((config.layers, rank, width), np.float32)
@@ -378,6 +384,7 @@ def _read_tensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, 
     raise UserError(f"{path} has no {WEIGHTS}; {way}")
   try:
     with safe_open(file, framework="np") as weights:
+      # The file is not a dictionary: only `keys` lists its names.
       names = {name: name.removeprefix(_PREFIX) for name in weights.keys()}  # noqa: SIM118
       arrays = {short: weights.get_tensor(name) for name, short in names.items()}
       return arrays, weights.metadata() or {}
@@ -426,6 +433,8 @@ def _split_module(
     if not own:
       lora.set_at(tree, path, {"lora_a": a.copy(), "lora_b": np.ascontiguousarray(part)})
     elif path in own:
+      # Block i has rows i * rank to (i + 1) * rank of A, and of the map's columns of B. The rest of
+      # these columns is zero.
       rank = a.shape[-1] // len(own)
       rows = slice(own.index(path) * rank, (own.index(path) + 1) * rank)
       block = {"lora_a": a[..., rows], "lora_b": part[:, rows]}

@@ -59,7 +59,7 @@ def open_weights(path: pathlib.Path) -> Iterator[Weights]:
   with contextlib.ExitStack() as stack:
     for shard in [WEIGHTS] if shard_of is None else sorted(set(shard_of.values())):
       try:
-        # "pread" copies what is asked for. A mapped file would count as memory of the process.
+        # By default the file is mapped, and pages that were read count as memory of the process.
         handle = stack.enter_context(safe_open(path / shard, framework="np", backend="pread"))
       except SafetensorError as error:
         raise UserError(
@@ -128,6 +128,7 @@ def _shard_of(path: pathlib.Path) -> dict[str, str] | None:
       if not (path / shard).is_file():
         raise UserError(f"{path} lacks {shard}, which its index names; copy the missing shard")
     return shard_of
+  # Pickled weights are refused by name and not as missing, since the user sees them in the folder.
   pickled = [file.name for kind in ("*.bin", "*.pt*") for file in sorted(path.glob(kind))]
   if any(name.startswith(("pytorch_model", "model", "consolidated")) for name in pickled):
     raise UserError(

@@ -60,6 +60,7 @@ class Experts:
   balance: float = 0.0
 
 
+# Frozen, and so hashable: compiled functions take a configuration as a static argument.
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """The configuration of one decoder-only language model.
@@ -145,6 +146,7 @@ class ModelConfig:
       # In Python a bool is an int: `true` in a file would pass for 1.
       if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"model {name} is {value!r}; it must be a positive whole number")
+    # Every key/value head serves the same number of query heads.
     if self.heads % self.kv_heads:
       raise UserError(
         f"model has {self.heads} heads and {self.kv_heads} key/value heads; "
@@ -165,6 +167,7 @@ class ModelConfig:
     for name, values in (("windows", self.windows), ("rotary_layers", self.rotary_layers)):
       if values and len(values) != self.layers:
         raise UserError(f"model {name} names {len(values)} layers; the model has {self.layers}")
+    # Sizes may differ from layer to layer; `attention_kernels.choose` knows who supports that.
     for window in self.windows:
       if not isinstance(window, int) or isinstance(window, bool) or window < 0:
         raise UserError(f"model window is {window!r}; it must be 0 (all) or a number of positions")
@@ -186,10 +189,12 @@ class ModelConfig:
       # Python's json reads Infinity and NaN; no comparison with NaN holds, so it is refused, too.
       if not is_number(value) or not 0 < value < math.inf:
         raise UserError(f"model {name} is {value!r}; it must be a finite number above 0")
+    # Here 0 has a meaning of its own: the default scale, or no cap.
     for name in ("attention_scale", "attention_cap", "logit_cap"):
       value = getattr(self, name)
       if not is_number(value) or not 0 <= value < math.inf:
         raise UserError(f"model {name} is {value!r}; it must be 0 (none) or a number above")
+    # The ramp between the two bounds divides by their difference. "linear" has no ramp.
     if scaling and scaling.kind in ("llama3", "yarn") and scaling.low_factor >= scaling.high_factor:
       raise UserError(
         f"model low_factor is {scaling.low_factor} and high_factor {scaling.high_factor};"
@@ -227,6 +232,7 @@ def check_positions(
   prompt_B, tokens_BK = lengths
   tokens_B = prompt_B + tokens_BK.max(axis=1)
   longest = int(tokens_B.argmax())
+  # Positions past the end of a table read NaN: see `layers.Table`.
   if tokens_B[longest] > config.max_positions:
     raise UserError(
       f"data row {examples[longest].row} has {tokens_B[longest]} tokens and the model"

@@ -54,6 +54,7 @@ def prefill(
   """
   # Prompts end in the last column, so that all rows go on in the same column of the cache.
   length = ids_NL.shape[1]
+  # Padding has negative positions here; it becomes position 0 of pair -1, which nobody sees.
   position_NL = jnp.arange(length) - (length - lengths_N)[:, None]
   pair_NL = jnp.where(position_NL < 0, -1, 0)
   tokens = Tokens(jnp.maximum(position_NL, 0), pair_NL, jnp.zeros_like(pair_NL))
@@ -103,6 +104,7 @@ def decode(
   """
   decoder = Decoder(config, jnp.dtype(dtype), return_keys=True)
   position_N1 = position_N[:, None]
+  # Pair 0 and branch 0, as in `prefill`: a prompt and what continues it are one causal sequence.
   tokens = Tokens(position_N1, jnp.zeros_like(position_N1), jnp.zeros_like(position_N1))
   hidden_N1D, new = decoder.apply(params, ids_N[:, None], tokens, cache.keys, cache.tokens)
 

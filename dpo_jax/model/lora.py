@@ -123,6 +123,7 @@ def select_maps(config: ModelConfig, target: str) -> dict[str, tuple[int, ...]]:
   maps, module_of = linear_maps(config), modules(config)
   names = {}
   for path in maps:
+    # Three names each: ours, the folder's within a layer, and the last part of that.
     inside = module_of.get(path, path).split("{}.")[-1]  # "self_attn.q_proj"
     names[path] = (path.removeprefix("layers."), inside, inside.split(".")[-1])
   found = set()
@@ -162,9 +163,11 @@ def init(config: ModelConfig, settings: LoRA, seed: int) -> PyTree:
         f"lora.rank is {settings.rank}, but {path.removeprefix('layers.')} maps {width} to"
         f" {features}; a rank above {min(width, features)} adds nothing there"
       )
+    # A key per map: adapters of equal shape start with different numbers.
     key = jax.random.fold_in(jax.random.key(seed), index)
     bound = 1 / math.sqrt(width)
     a = jax.random.uniform(key, (layers, width, settings.rank), jnp.float32, -bound, bound)
+    # b alone is zero. If both were, both gradients would be zero and nothing would ever train.
     b = np.zeros((layers, settings.rank, features), np.float32)
     set_at(tree, path, {"lora_a": np.asarray(a), "lora_b": b})
   return tree

@@ -64,6 +64,7 @@ def _yarn_ramp(scaling: RopeScaling, rotated: int, base: float) -> np.ndarray:
     positions_per_radian = scaling.original_positions / (turns * 2 * math.pi)
     return rotated * math.log(positions_per_radian) / (2 * math.log(base))
 
+  # Frequencies fall with the dimension, so many turns stand for a low dimension.
   low, high = dimension(scaling.high_factor), dimension(scaling.low_factor)
   if scaling.whole:
     low, high = math.floor(low), math.ceil(high)

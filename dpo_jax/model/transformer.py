@@ -143,6 +143,7 @@ class Block(nn.Module):
 
     y = self.norm("attention_norm", x_NLD, c.pre_norms)
     q, k, v = self.heads(y, table, codes_NL)
+    # Heads first, the order of the cache: see `attention.Keys`.
     keys = Keys(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
     options = {"scale": c.attention_scale, "cap": c.attention_cap}
     if past is not None:
@@ -310,6 +311,7 @@ def build(
     params: PyTree, batch: TokenBatch, key: jax.Array | None = None
   ) -> tuple[Array, Routing]:
     (hidden_NLD, _), variables = apply(params, batch, key, mutable=["intermediates"])
+    # `sow` collects a tuple with one entry per call; the scan stacks entries over layers.
     (by_layer,) = variables["intermediates"]["layers"]["experts"]["routing"]
     return hidden_NLD, jax.tree.map(lambda x: x.sum(axis=0), by_layer)
 
@@ -324,6 +326,7 @@ def build(
 def head(config: ModelConfig, params: PyTree) -> Head:
   """Returns the unembedding, which is the embedding table if the two are tied."""
   kernel_VD = params["params"]["embed" if config.tied else "head"]["embedding"]
+  # A view of the parameters: a tied table gets gradients from both of its uses.
   return Head(kernel_VD=kernel_VD, soft_cap=config.logit_cap or None)
 
 

@@ -1,4 +1,4 @@
-"""Attention by tiles is that by blocks, in value and gradient, and looks at what it must."""
+"""Attention by tiles equals attention by blocks, with gradients, and reads every key it needs."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from tests.support.small_attention import CONFIG, close, rows_of, value_and_grad
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-  """Several of them to a row of a test."""
+  """Makes tiles so small that a row of a test has several."""
   monkeypatch.setattr(attention_tiled, "TILE", 8)
 
 
@@ -112,7 +112,7 @@ def test_a_step_by_tiles_is_that_by_blocks(how):
 
 
 def test_bfloat16_stays_near_float32():
-  """Products of bfloat16, sums of float32: log-probs of the same weights."""
+  """Tiles in bfloat16 lose no more precision in log-probs than blocks do, within a half."""
   batch = without_texts(small_attention.batch_of("shared", 2))
 
   def logps(name, dtype):
@@ -121,7 +121,7 @@ def test_bfloat16_stays_near_float32():
 
   tiled, blocked = logps("tiles", "bfloat16"), logps("blocked", "bfloat16")
   exact = logps("blocked", "float32")
-  # Rounding of 2^-9 a product, over sums of tens of nats: no more than blocks lose, within a half.
+  # Each product rounds by 2^-9, and log-probs are sums of tens of nats.
   assert np.abs(tiled - exact).max() <= 1.5 * np.abs(blocked - exact).max()
 
 

@@ -64,6 +64,7 @@ def from_hf(fields: dict[str, Any]) -> ModelConfig:
     raise UserError(
       f"config.json: model_type {family!r} is not known; known are {', '.join(sorted(FAMILIES))}"
     )
+  # A copy, because some readers fill in the defaults of their family.
   read = Fields(dict(fields))
   config = FAMILIES[family].read(read)
   read.refuse_rest()

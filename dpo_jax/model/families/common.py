@@ -20,6 +20,7 @@ def read_common(fields: Fields, **defaults: Any) -> dict[str, Any]:
     **defaults: values of fields that are absent, where the family differs from Llama.
   """
   width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+  # Some models have heads that do not add up to the width.
   head_width = fields.size("head_dim", defaults.get("head_dim", width // heads))
   rope = read_rope(fields, head_width, defaults.get("rope_theta", 10000.0))
   return {
@@ -37,6 +38,7 @@ def read_common(fields: Fields, **defaults: Any) -> dict[str, Any]:
     "positions": "rotary",
     "activation": fields.activation("hidden_act", "silu"),
     "gated": True,
+    # A family that has biases, or a field for them, replaces these three.
     "qkv_bias": False,
     "out_bias": False,
     "mlp_bias": False,
@@ -66,6 +68,7 @@ def read_windows(fields: Fields, *, sliding: list[bool] | None = None) -> tuple[
     )
   window = fields.get("sliding_window")
   if window is None:
+    # Layers without a window in spite of their type would give other log-probs.
     if kinds and KINDS[1] in kinds:
       raise UserError("config.json: layer_types has sliding_attention, but sliding_window is null")
     return ()
@@ -97,6 +100,7 @@ def write_common(config: ModelConfig) -> dict[str, Any]:
 
 def write_windows(config: ModelConfig, *, typed: bool) -> dict[str, Any]:
   """Returns `sliding_window` and, if the family has it (`typed`), `layer_types`."""
+  # In these families all windows of a model have one size.
   window = max(config.windows, default=0) or None
   kinds = [KINDS[w > 0] for w in config.windows or [0] * config.layers]
   return {"sliding_window": window} | ({"layer_types": kinds} if typed else {})
@@ -134,12 +138,14 @@ def tensors(config: ModelConfig, linear: dict[str, tuple[str, ...]] | None = Non
     linear: names on disk of a layer's linear maps, each with the maps of this package that it
       joins; Llama's by default.
   """
+  # Maps that are not listed here belong to the feed-forward part.
   biased = {"query": config.qkv_bias, "key": config.qkv_bias, "value": config.qkv_bias}
   biased |= {"out": config.out_bias}
   found = [Tensor("model.embed_tokens.weight", ("embed.embedding",))]
   for name, leaves in (linear or ATTENTION | MLP).items():
     kernels = tuple(f"layers.{leaf}.kernel" for leaf in leaves)
     found.append(Tensor(f"model.layers.{{}}.{name}.weight", kernels, True))
+    # Maps that share a tensor agree about having a bias.
     if biased.get(leaves[0], config.mlp_bias):
       biases = tuple(f"layers.{leaf}.bias" for leaf in leaves)
       found.append(Tensor(f"model.layers.{{}}.{name}.bias", biases))

@@ -38,6 +38,7 @@ def _read(fields: Fields, **defaults: Any) -> dict[str, Any]:
     "activation": fields.activation("hidden_activation", act),
     "qkv_bias": bias,
     "out_bias": bias,
+    # Norms store w and multiply by 1 + w.
     "norm_offset": 1.0,
     "embed_scale": math.sqrt(found["width"]),
   }
@@ -73,6 +74,7 @@ def _write_capped(config: ModelConfig) -> dict[str, Any]:
     "final_logit_softcapping": config.logit_cap or None,
     "hidden_activation": activation_name(config),
   }
+  # `write_common` wrote the activation under the name that Gemma 2 and 3 do not read.
   del fields["hidden_act"]
   return fields | write_windows(config, typed=True)
 
@@ -101,6 +103,7 @@ def read_gemma3(fields: Fields) -> ModelConfig:
   fields.fields.setdefault("sliding_window", 4096)
   sliding = [(layer + 1) % every != 0 for layer in range(fields.size("num_hidden_layers"))]
   windows = read_windows(fields, sliding=sliding)
+  # Layers with a window have a rotary table of their own.
   names = tuple("local" if window else "main" for window in windows)
   local = fields.number("rope_local_base_freq", 10000.0)
   own = _capped(fields) | {
