@@ -123,8 +123,7 @@ def _pad(x: Array, axis: int, value: int = 0) -> Array:
 
 def _pad_tokens(tokens: Tokens) -> Tokens:
   """Pads rows to whole tiles, with tokens of pair -1, which nobody sees."""
-  padding = Tokens(0, -1, 0)
-  return Tokens(*(_pad(x_NL, 1, value) for x_NL, value in zip(tokens, padding, strict=True)))
+  return Tokens(_pad(tokens.position_NL, 1), _pad(tokens.pair_NL, 1, -1), _pad(tokens.branch_NL, 1))
 
 
 # The gradient is written by hand: JAX cannot differentiate a loop whose number of turns is not

@@ -69,14 +69,13 @@ def widen(cache: Cache, columns: int) -> Cache:
   """Returns a cache with the same contents and `columns` columns."""
   added = columns - cache.tokens.pair_NL.shape[1]
   keys = Keys(*(jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, added), (0, 0)]) for x in cache.keys))
+
+  def pad(x_NT: Array, value: int) -> Array:
+    return jnp.pad(x_NT, [(0, 0), (0, added)], constant_values=value)
+
+  position_NT, pair_NT, branch_NT = cache.tokens
   # Pair -1 hides the columns that are not yet written.
-  padding = Tokens(0, -1, 0)
-  tokens = Tokens(
-    *(
-      jnp.pad(x_NT, [(0, 0), (0, added)], constant_values=value)
-      for x_NT, value in zip(cache.tokens, padding, strict=True)
-    )
-  )
+  tokens = Tokens(pad(position_NT, 0), pad(pair_NT, -1), pad(branch_NT, 0))
   return Cache(keys, tokens, cache.filled)
 
 

@@ -55,6 +55,7 @@ class Mixture(nn.Module):
       real_NL: False for padding, which is left out of the `Routing`.
     """
     c, settings = self.config, self.config.experts
+    assert settings is not None
     x_TD = x_NLD.reshape(-1, c.width).astype(self.dtype)
 
     def kernel(name: str, *shape: int) -> Array:

@@ -90,7 +90,7 @@ def read_gemma2(fields: Fields) -> ModelConfig:
   fields.fields.setdefault("final_logit_softcapping", 30.0)
   fields.fields.setdefault("sliding_window", 4096)
   sliding = [layer % 2 == 0 for layer in range(fields.size("num_hidden_layers"))]
-  own = _capped(fields) | {"windows": read_windows(fields, sliding=sliding)}
+  own: dict[str, Any] = _capped(fields) | {"windows": read_windows(fields, sliding=sliding)}
   return ModelConfig(**_read(fields) | own)
 
 
@@ -106,7 +106,7 @@ def read_gemma3(fields: Fields) -> ModelConfig:
   # Layers with a window have a rotary table of their own.
   names = tuple("local" if window else "main" for window in windows)
   local = fields.number("rope_local_base_freq", 10000.0)
-  own = _capped(fields) | {
+  own: dict[str, Any] = _capped(fields) | {
     "windows": windows,
     "qk_norm": "head",
     "local_theta": local,

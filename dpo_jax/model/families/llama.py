@@ -23,7 +23,11 @@ from dpo_jax.structs import UserError
 def read_llama(fields: Fields) -> ModelConfig:
   # One field for all four maps of attention; Qwen2 has biases on three of them, see below.
   bias = bool(fields.get("attention_bias", False))
-  own = {"qkv_bias": bias, "out_bias": bias, "mlp_bias": bool(fields.get("mlp_bias", False))}
+  own: dict[str, Any] = {
+    "qkv_bias": bias,
+    "out_bias": bias,
+    "mlp_bias": bool(fields.get("mlp_bias", False)),
+  }
   return ModelConfig(**read_common(fields) | own)
 
 
@@ -65,7 +69,8 @@ def write_qwen_windows(config: ModelConfig) -> dict[str, Any]:
 
 def read_qwen2(fields: Fields) -> ModelConfig:
   # The biases of queries, keys and values are part of the architecture: no field states them.
-  return ModelConfig(**read_common(fields) | {"qkv_bias": True}, windows=qwen_windows(fields))
+  own: dict[str, Any] = {"qkv_bias": True, "windows": qwen_windows(fields)}
+  return ModelConfig(**read_common(fields) | own)
 
 
 def write_qwen2(config: ModelConfig) -> dict[str, Any]:
@@ -74,7 +79,12 @@ def write_qwen2(config: ModelConfig) -> dict[str, Any]:
 
 def read_qwen3(fields: Fields) -> ModelConfig:
   bias = bool(fields.get("attention_bias", False))
-  own = {"qkv_bias": bias, "out_bias": bias, "qk_norm": "head", "windows": qwen_windows(fields)}
+  own: dict[str, Any] = {
+    "qkv_bias": bias,
+    "out_bias": bias,
+    "qk_norm": "head",
+    "windows": qwen_windows(fields),
+  }
   return ModelConfig(**read_common(fields, head_dim=128) | own)
 
 
@@ -110,7 +120,7 @@ def phi3_tensors(config: ModelConfig) -> list[Tensor]:
 
 def read_olmo2(fields: Fields) -> ModelConfig:
   bias = bool(fields.get("attention_bias", False))
-  own = {"qkv_bias": bias, "out_bias": bias, "qk_norm": "all"}
+  own: dict[str, Any] = {"qkv_bias": bias, "out_bias": bias, "qk_norm": "all"}
   # OLMo 2 normalises the outputs of attention and feed-forward part instead of their inputs.
   own |= {"pre_norms": False, "post_norms": True}
   return ModelConfig(**read_common(fields, rms_norm_eps=1e-5) | own)
@@ -122,7 +132,11 @@ def write_olmo2(config: ModelConfig) -> dict[str, Any]:
 
 def read_smollm3(fields: Fields) -> ModelConfig:
   bias = bool(fields.get("attention_bias", False))
-  own = {"qkv_bias": bias, "out_bias": bias, "mlp_bias": bool(fields.get("mlp_bias", False))}
+  own: dict[str, Any] = {
+    "qkv_bias": bias,
+    "out_bias": bias,
+    "mlp_bias": bool(fields.get("mlp_bias", False)),
+  }
   layers = fields.size("num_hidden_layers")
   every = fields.size("no_rope_layer_interval", 4)
   # In spite of its name, a 1 in `no_rope_layers` is a layer with rotary positions.
@@ -142,5 +156,5 @@ def read_smollm3(fields: Fields) -> ModelConfig:
 
 def write_smollm3(config: ModelConfig) -> dict[str, Any]:
   rotary = [int(name == "main") for name in config.rotary_layers or ["main"] * config.layers]
-  own = {"no_rope_layers": rotary, "use_sliding_window": any(config.windows)}
+  own: dict[str, Any] = {"no_rope_layers": rotary, "use_sliding_window": any(config.windows)}
   return write_llama(config) | own | write_windows(config, typed=True)

@@ -29,8 +29,13 @@ def read_mixtral(fields: Fields) -> ModelConfig:
 
 
 def write_mixtral(config: ModelConfig) -> dict[str, Any]:
-  own = {"num_local_experts": config.experts.count, "num_experts_per_tok": config.experts.chosen}
-  own |= {"router_aux_loss_coef": config.experts.balance}
+  experts = config.experts
+  assert experts is not None
+  own: dict[str, Any] = {
+    "num_local_experts": experts.count,
+    "num_experts_per_tok": experts.chosen,
+  }
+  own |= {"router_aux_loss_coef": experts.balance}
   return write_common(config) | write_windows(config, typed=False) | own
 
 
@@ -52,18 +57,20 @@ def read_qwen3_moe(fields: Fields) -> ModelConfig:
   fields.size("max_window_layers", 0)
   windows = read_windows(fields) if fields.get("use_sliding_window", False) else ()
   fields.get("sliding_window")
-  own = {"qkv_bias": bias, "out_bias": bias, "qk_norm": "head", "windows": windows}
+  own: dict[str, Any] = {"qkv_bias": bias, "out_bias": bias, "qk_norm": "head", "windows": windows}
   common = read_common(fields, head_dim=128)
   own |= {"experts": experts, "mlp_width": fields.size("moe_intermediate_size", 768)}
   return ModelConfig(**common | own)
 
 
 def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
-  own = {
-    "num_experts": config.experts.count,
-    "num_experts_per_tok": config.experts.chosen,
-    "norm_topk_prob": config.experts.rescaled,
-    "router_aux_loss_coef": config.experts.balance,
+  experts = config.experts
+  assert experts is not None
+  own: dict[str, Any] = {
+    "num_experts": experts.count,
+    "num_experts_per_tok": experts.chosen,
+    "norm_topk_prob": experts.rescaled,
+    "router_aux_loss_coef": experts.balance,
     "moe_intermediate_size": config.mlp_width,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],

@@ -86,9 +86,9 @@ def _scaling(given: dict[str, Any]) -> RopeScaling | None:
   if kind == "default":
     return None
   names = needed | allowed
-  found = {names[name]: value for name, value in given.items()}
+  found: dict[str, Any] = {names[name]: value for name, value in given.items()}
   # The paper's values for "yarn"; for "llama3" both bounds are required.
-  bounds = {"low_factor": 1.0, "high_factor": 32.0} if kind == "yarn" else {}
+  bounds: dict[str, Any] = {"low_factor": 1.0, "high_factor": 32.0} if kind == "yarn" else {}
   return RopeScaling(kind, **(bounds | found))
 
 
