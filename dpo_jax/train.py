@@ -98,7 +98,7 @@ def _export(run: Run, final: PyTree) -> None:
       hf_checkpoint.save(out, run.model_config, final, source=source)
     report.write(workdir)
   elif not run.adapter:
-    hf_checkpoint.lend(run.model_config, final)
+    hf_checkpoint.take_part_in_save(run.model_config, final)
   what = "the adapter" if run.adapter else "the model"
   print(f"done: {out} ({what}), {workdir / 'report.html'} (what happened)")
 

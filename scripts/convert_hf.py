@@ -46,7 +46,7 @@ def main(_):
   given = {"path": "", "rank": 0} | fields.get("lora", {})
   start = given.pop("path")
   # A finished run's export says what its adapters are, wherever the one it started from has gone.
-  known = workdir / "export" if peft.holds_one(workdir / "export") else start
+  known = workdir / "export" if peft.is_adapter(workdir / "export") else start
   settings = peft.read_settings(known)[0] if start else lora.LoRA(**given)
   if MERGE.value and not settings.rank:
     raise UserError(f"--merge_lora: {workdir} trained the model itself; leave the flag out")
@@ -71,7 +71,7 @@ def main(_):
   else:
     folder = pathlib.Path(source)
     name = str(folder.resolve() if folder.is_dir() else folder)
-    about = peft.Adapter(settings, name, peft.mark_of(base))
+    about = peft.Adapter(settings, name, peft.fingerprint_of(base))
     peft.save(out, model_config, trained, about, source=source)
     print(f"{out}: the adapters of step {step}")
 

@@ -112,7 +112,7 @@ def outline(config: ConfigDict, lengths: Lengths) -> Outline:
       objective.completions,
       lengths,
       groups=executor.groups,
-      texts=attention in attention_kernels.TEXTS,
+      texts=attention in attention_kernels.SEQUENCE_KERNELS,
     ),
     policy=policy,
     live=live,

@@ -32,7 +32,7 @@ from dpo_jax.generation.rewards import Reward
 from dpo_jax.generation.rollouts import LanguageModel, Rollout
 from dpo_jax.losses import Loss
 from dpo_jax.model import transformer
-from dpo_jax.model.config import ModelConfig
+from dpo_jax.model.config import ModelConfig, check_positions
 from dpo_jax.structs import Model, PairLogps, PyTree, UserError
 
 Json = dict[str, Any]
@@ -81,20 +81,6 @@ def make_scorer(model: Model, *, batch_size: int = 64) -> Callable[..., Scores]:
   return score
 
 
-def check_positions(examples: Sequence[Example], config: ModelConfig) -> None:
-  """Every text has positions in the model; rotary ones have no end."""
-  if config.positions != "learned":
-    return
-  prompt_B, tokens_BK = lengths(examples)
-  tokens_B = prompt_B + tokens_BK.max(axis=1)
-  longest = int(tokens_B.argmax())
-  if tokens_B[longest] > config.max_positions:
-    raise UserError(
-      f"data row {examples[longest].row} has {tokens_B[longest]} tokens and the model"
-      f" {config.max_positions} positions; lower max_length to {config.max_positions}"
-    )
-
-
 # --- Pairs ----------------------------------------------------------------------------------------
 
 
@@ -131,7 +117,7 @@ def read_pairs(
     )
   examples, ledger, _ = encode.load_examples(path, policy.tokenizer, max_length=max_length)
   for model in models:
-    check_positions(examples, model.config)
+    check_positions(examples, lengths(examples), model.config)
   if ledger.dropped or ledger.truncated:
     print(encode.tell(path, ledger.to_json()), file=sys.stderr)
   return examples

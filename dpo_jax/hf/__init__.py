@@ -1,1 +1,1 @@
-"""Hugging Face folders: models, LoRA adapters, safetensors files."""
+"""Reading and writing Hugging Face folders: models, LoRA adapters, safetensors files."""

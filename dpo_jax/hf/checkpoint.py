@@ -1,8 +1,8 @@
-"""Hugging Face folders in and out, a tensor at a time.
+"""Reading and writing Hugging Face model folders, one tensor at a time.
 
 Every tensor on disk is described once, by a `Tensor`: its name, the leaves of the parameter tree
-it holds and whether it lies transposed. Reading and writing follow the same list, so what is
-written reads back bit for bit.
+that it contains and whether it is stored transposed. Reading and writing use the same list, so a
+model that was written reads back bit for bit.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dpo_jax.structs import PyTree, UserError
 from dpo_jax.utils.files import replacing
 
 GENERATION = "generation_config.json"
-# Copied untouched from the folder the model came from.
+# Files that an export copies unchanged from the folder the model came from.
 COMPANIONS = (
   GENERATION,
   "tokenizer.json",
@@ -55,10 +55,10 @@ COMPANIONS = (
 
 
 def read_config(path: str | pathlib.Path) -> ModelConfig:
-  """The configuration of the model in a folder.
+  """Reads the configuration of the model in a folder.
 
   Raises:
-    UserError: no such folder, no or broken `config.json`, or one that is not understood.
+    UserError: the folder does not exist, or its `config.json` is missing, broken or not supported.
   """
   path = pathlib.Path(path)
   if not path.is_dir():
@@ -73,91 +73,106 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
     raise UserError(f"{path}: {error}") from error
 
 
-# -- in --------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def check(path: str | pathlib.Path) -> ModelConfig:
-  """The configuration of a folder whose weights are all there and fit it, by their headers alone.
+  """Checks that a folder's weights are complete and fit its configuration, which it returns.
+
+  Only headers are read.
 
   Raises:
-    UserError: names what is missing, unexpected, broken or of another shape.
+    UserError: names the tensor or file that is missing, unexpected, broken or of another shape.
   """
   path = pathlib.Path(path)
   config = read_config(path)
   with open_weights(path) as weights:
-    _find(config, _flatten(param_shapes(config)["params"]), weights, path)
+    _match_tensors(config, _flatten(param_shapes(config)["params"]), weights, path)
   return config
 
 
 def load(
   path: str | pathlib.Path, *, dtype: str = "float32", shardings: PyTree | Sharding | None = None
 ) -> tuple[ModelConfig, PyTree]:
-  """Reads a model folder, a tensor at a time.
+  """Reads a model folder, one tensor at a time.
 
-  A tensor is read once, by every process that holds a part of it. Beside the parameters themselves,
-  host memory holds the largest tensor, and this process's part of one leaf until it is placed.
+  Every process reads a tensor once if it stores a part of it. In addition to the parameters, host
+  memory contains at most the largest tensor, and this process's part of one leaf until it is on its
+  devices.
 
   Args:
     path: folder with `config.json` and `model.safetensors` or its shards and index.
-    dtype: of the parameters returned.
-    shardings: where they go: one for all, or a tree as of `param_shapes`; None keeps them on host.
+    dtype: type of the parameters returned.
+    shardings: placement of the parameters: one sharding for all, or a tree like `param_shapes`;
+      None leaves them on host.
 
   Returns:
-    The configuration and {"params": ...}: placed arrays in buffers that nothing else holds, or
-    NumPy arrays in host memory.
+    The configuration and {"params": ...}: arrays on devices, in buffers of their own, or NumPy
+    arrays.
 
   Raises:
-    UserError: names what is missing, unexpected, broken or of another shape, before any tensor is
-      read, or the first tensor that holds numbers which are not finite.
+    UserError: names the tensor or file that is missing, unexpected, broken or of another shape,
+      before any tensor is read; or the first tensor with numbers that are not finite.
   """
   path = pathlib.Path(path)
   config = read_config(path)
   shapes = _flatten(param_shapes(config)["params"])
+  # A sharding is itself a pytree leaf, so one for all has to be told from a tree of them.
   if shardings is None or isinstance(shardings, Sharding):
     places = dict.fromkeys(shapes, shardings)
   else:
     places = _flatten(shardings["params"])
   leaves: dict[str, Any] = dict.fromkeys(shapes)
   with open_weights(path) as weights:
-    found = _find(config, shapes, weights, path)
-    # The largest first: a leaf is held twice while it is placed, on host and on a device that may
-    # be host memory too, and so that stays below what is still to come.
-    size = lambda tensor: sum(shapes[leaf].size for leaf in tensor.leaves)
+    found = _match_tensors(config, shapes, weights, path)
+
+    def size(tensor: Tensor) -> int:
+      return sum(shapes[leaf].size for leaf in tensor.leaves)
+
+    # The largest first. While a leaf is put on its devices it exists twice, and on a CPU both
+    # copies are host memory. At that moment the smaller leaves are not yet there, so the peak stays
+    # below the size of the finished parameters.
     for tensor in sorted(found, key=size, reverse=True):
       filling = [
         Leaf(shapes[leaf].shape, places[leaf], np.dtype(jnp.dtype(dtype))) for leaf in tensor.leaves
       ]
       for lead, name in found[tensor].items():
-        if any(leaf.holds(lead) for leaf in filling):
-          # Never bound to a name: it would be held beside the next one.
+        if any(leaf.needs(lead) for leaf in filling):
+          # The tensor is never bound to a name, which would keep it while the next one is read.
           distribute(weights.read(name), lead, filling, tensor.transposed, f"{path}: tensor {name}")
+      # Placed before the next tensor is read, so that its host buffers are free by then.
       leaves |= {name: leaf.place() for name, leaf in zip(tensor.leaves, filling, strict=True)}
   return config, {"params": _unflatten(leaves)}
 
 
-def _find(
+def _match_tensors(
   config: ModelConfig, shapes: dict[str, Any], weights: Weights, path: pathlib.Path
 ) -> dict[Tensor, dict[Lead, str]]:
-  """The name on disk of every tensor's every layer, all of them there and of the right shape."""
+  """Returns the names on disk of every tensor, by layer, after a check of names and shapes."""
   wanted = {
-    tensor: _names(tensor, shapes[tensor.leaves[0]].shape) for tensor in families.tensors(config)
+    tensor: _disk_names(tensor, shapes[tensor.leaves[0]].shape)
+    for tensor in families.tensors(config)
   }
   names = {name for by_lead in wanted.values() for name in by_lead.values()}
-  # Bare models are saved without the prefix of their language model ("transformer." or "model.").
+  # A model that was saved without its head lacks the first part of all names ("transformer." or
+  # "model.").
   prefix = next(iter(wanted)).name.split(".")[0] + "."
   bare = not any(name.startswith(prefix) for name in weights.names)
   on_disk = {name: name.removeprefix(prefix) if bare else name for name in names}
 
   missing = sorted(name for name in names if on_disk[name] not in weights.names)
   if missing:
-    raise UserError(f"{path} lacks tensor {missing[0]}{_more(missing)}; the weights are incomplete")
+    raise UserError(
+      f"{path} lacks tensor {missing[0]}{_and_more(missing)}; the weights are incomplete"
+    )
   rest = sorted(weights.names - set(on_disk.values()))
-  rest = [name for name in rest if not _without_effect(name, config)]
+  rest = [name for name in rest if not _has_no_effect(name, config)]
   if rest:
     raise UserError(
-      f"{path} holds tensor {rest[0]}{_more(rest)}, which config.json does not account for; "
-      "check that both are of one model"
+      f"{path} contains tensor {rest[0]}{_and_more(rest)}, which config.json does not account for;"
+      " check that both are of one model"
     )
+  # Every layer's tensor is checked, since each is a tensor of its own on disk.
   found = {}
   for tensor, by_lead in wanted.items():
     found[tensor] = {lead: on_disk[name] for lead, name in by_lead.items()}
@@ -168,6 +183,7 @@ def _find(
 
 
 def _check_header(weights: Weights, name: str, shape: tuple[int, ...], path: pathlib.Path) -> None:
+  """Checks type and shape of a tensor on disk."""
   if weights.dtype(name) not in DTYPES:
     raise UserError(
       f"{path}: tensor {name} is {weights.dtype(name)}; quantised weights are not supported, use"
@@ -180,7 +196,7 @@ def _check_header(weights: Weights, name: str, shape: tuple[int, ...], path: pat
     )
 
 
-# -- out -------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def save(
@@ -191,71 +207,75 @@ def save(
   source: str | pathlib.Path | None = None,
   max_shard_size: int = 5 * 10**9,
 ) -> None:
-  """Writes a model folder; an older one at the same place is replaced when the new one is whole.
+  """Writes a model folder; an older one of that name is replaced once the new one is complete.
 
-  An interrupted export never looks like a model. Beside the parameters, memory holds a tensor or
-  two.
+  An interrupted export never looks like a model. In addition to the parameters, memory contains one
+  or two tensors.
 
   Args:
     path: the folder to write.
     config: the model.
-    params: {"params": ...}, on host or on devices; written in its own dtype. What other processes
-      hold of it, they `lend` meanwhile.
-    source: folder the model came from: its tokenizer and generation settings are copied untouched,
-      and its `config.json` is kept where it describes this very model.
-    max_shard_size: bytes above which the weights are divided into shards with an index.
+    params: {"params": ...}, on host or on devices; written in its own type. If it is divided among
+      processes, the others call `take_part_in_save` at the same time.
+    source: folder the model came from. Its tokenizer and generation settings are copied unchanged,
+      and its `config.json` is kept if it describes this very model.
+    max_shard_size: size in bytes above which the weights are divided into shards with an index.
   """
   source = None if source is None else pathlib.Path(source)
+  # Everything is written next to the folder's place, and renamed when it is complete.
   with replacing(path) as new:
     entries = _entries(config, _flatten(params["params"]))
     fields = _config_fields(config, source, str(entries[0].dtype))
     _write_json(new / "config.json", fields)
     copy_companions(source, new)
+    # After the copies: settings of the source come first.
     if not (new / GENERATION).exists():
       ids = {name: fields.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
       _write_json(new / GENERATION, {k: v for k, v in ids.items() if v is not None})
     write_weights(new, entries, max_shard_size)
 
 
-def lend(config: ModelConfig, params: PyTree) -> None:
-  """Takes part in `save` by another process, which needs what this one holds of every tensor."""
+def take_part_in_save(config: ModelConfig, params: PyTree) -> None:
+  """Sends this process's part of every tensor to another process, which calls `save`."""
+  # The same tensors in the same order as there: gathering is a collective that all processes call.
   for entry in _entries(config, _flatten(params["params"])):
     entry.fetch()
 
 
 def _entries(config: ModelConfig, leaves: dict[str, Any]) -> list[Entry]:
-  """Every tensor of the folder, none of them fetched."""
+  """Lists every tensor of the folder, without their numbers."""
   entries = []
   for tensor in families.tensors(config):
-    held = [leaves[leaf] for leaf in tensor.leaves]
-    shape = _stored_shape(tensor, [leaf.shape for leaf in held])
-    for lead, name in _names(tensor, held[0].shape).items():
-      fetch = functools.partial(_fetch, held, lead, tensor.transposed)
-      entries.append(Entry(name, shape, np.dtype(held[0].dtype), fetch))
+    joined = [leaves[leaf] for leaf in tensor.leaves]
+    shape = _stored_shape(tensor, [leaf.shape for leaf in joined])
+    for lead, name in _disk_names(tensor, joined[0].shape).items():
+      fetch = functools.partial(_fetch, joined, lead, tensor.transposed)
+      entries.append(Entry(name, shape, np.dtype(joined[0].dtype), fetch))
   return entries
 
 
 def _fetch(leaves: list[Any], lead: Lead, transposed: bool) -> np.ndarray:
-  """One tensor as it lies on disk."""
+  """Returns one tensor as it is stored on disk."""
   parts = [gathered(leaf, lead) for leaf in leaves]
   joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
   return joined.T if transposed else joined
 
 
 def _config_fields(config: ModelConfig, source: pathlib.Path | None, dtype: str) -> dict[str, Any]:
-  """The contents of `config.json`: the source's own where they describe this model, else ours."""
+  """Returns the contents of `config.json`: the source's if they describe this model, else ours."""
   fields = families.to_hf(config)
   if source is not None and (source / "config.json").is_file():
-    with contextlib.suppress(UserError):  # not a model that we understand, so not this one
+    # A configuration that is not supported is not that of this model.
+    with contextlib.suppress(UserError):
       given = read_json(source / "config.json")
       if given.get("model_type") == fields["model_type"] and families.from_hf(given) == config:
         fields = given | {"architectures": fields["architectures"]}
-  # Transformers reads the first name since 4.56, other programs still the second.
+  # Transformers reads "dtype" since 4.56, other programs still "torch_dtype".
   return fields | {"dtype": dtype, "torch_dtype": dtype}
 
 
 def copy_companions(source: pathlib.Path | None, folder: pathlib.Path) -> None:
-  """Copies tokenizer, chat templates and generation settings, as far as the source has them."""
+  """Copies those of the files in `COMPANIONS` that the source has."""
   if source is None:
     return
   for name in COMPANIONS:
@@ -269,33 +289,36 @@ def _write_json(file: pathlib.Path, fields: dict[str, Any]) -> None:
   file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
-# -- both ways -------------------------------------------------------------------------------------
+# -- names and shapes ------------------------------------------------------------------------------
 
 
-def _names(tensor: Tensor, shape: tuple[int, ...]) -> dict[Lead, str]:
-  """Names on disk by layer and expert: as many leading axes of a leaf as the name has `{}`."""
+def _disk_names(tensor: Tensor, shape: tuple[int, ...]) -> dict[Lead, str]:
+  """Returns a tensor's names on disk, by layer and expert."""
+  # Every `{}` in the name is a leading axis of the leaf.
   stacked = shape[: tensor.name.count("{}")]
   return {lead: tensor.name.format(*lead) for lead in np.ndindex(*stacked)}
 
 
 def _stored_shape(tensor: Tensor, leaves: list[tuple[int, ...]]) -> tuple[int, ...]:
-  """Shape on disk, from the shapes of the leaves that are joined along their last axis."""
+  """Returns the shape on disk of a tensor that joins leaves along their last axis."""
   rest = leaves[0][tensor.name.count("{}") : -1]
   shape = (*rest, sum(leaf[-1] for leaf in leaves))
   return shape[::-1] if tensor.transposed else shape
 
 
-def _without_effect(name: str, config: ModelConfig) -> bool:
-  """Buffers that older checkpoints hold, and a copy of the embedding where the head is tied."""
+def _has_no_effect(name: str, config: ModelConfig) -> bool:
+  """Returns whether a tensor that the configuration does not account for can be ignored."""
+  # Older folders contain masks and rotary frequencies, and a copy of the embedding as tied head.
   buffers = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
   return name.endswith(buffers) or (config.tied and name == "lm_head.weight")
 
 
-def _more(names: list[str]) -> str:
+def _and_more(names: list[str]) -> str:
   return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _flatten(tree: PyTree, prefix: str = "") -> dict[str, Any]:
+  """Returns the leaves of a tree by their dotted paths."""
   flat = {}
   for name, value in tree.items():
     flat |= (
@@ -305,6 +328,7 @@ def _flatten(tree: PyTree, prefix: str = "") -> dict[str, Any]:
 
 
 def _unflatten(flat: dict[str, Any]) -> PyTree:
+  """Returns the tree of which `_flatten` makes `flat`."""
   tree: PyTree = {}
   for path, value in flat.items():
     *parents, name = path.split(".")

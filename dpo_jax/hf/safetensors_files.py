@@ -1,7 +1,7 @@
-"""Safetensors files of a model folder: read as one, however many there are, and written as needed.
+"""Reading and writing the safetensors files of a model folder, which may be one file or several.
 
-Nothing that is read here can be executed. A tensor is read and written whole and by itself, so that
-memory holds one at a time.
+Safetensors files cannot contain code, unlike pickled weights. Tensors are read and written whole,
+one at a time, so memory contains no more than one.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from dpo_jax.structs import UserError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# The format's names of the dtypes a model may lie in.
+# Types that a model may be stored in, by their names in the format.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class Weights:
-  """Tensors of a folder by name, whichever file they lie in."""
+  """The tensors of a folder by name, whichever file contains them."""
 
   def __init__(self, handle_of: dict[str, Any]):
     self._handle_of = handle_of
     self.names = set(handle_of)
 
   def shape(self, name: str) -> tuple[int, ...]:
-    """Its shape, from the header of its file alone."""
+    """Returns a tensor's shape, from the header of its file."""
     return tuple(self._handle_of[name].get_slice(name).get_shape())
 
   def dtype(self, name: str) -> str:
-    """The format's name of its dtype, from the header alone."""
+    """Returns the format's name of a tensor's type, from the header of its file."""
     return self._handle_of[name].get_slice(name).get_dtype()
 
   def read(self, name: str) -> np.ndarray:
-    """Its numbers, in a buffer of their own."""
-    # Not by `get_slice`: for a part of a tensor it holds the whole and the part together.
+    """Returns a tensor's numbers, in a buffer of their own."""
+    # Not with `get_slice`: to return a part it reads the whole tensor, and memory contains both.
     return self._handle_of[name].get_tensor(name)
 
 
 @contextlib.contextmanager
 def open_weights(path: pathlib.Path) -> Iterator[Weights]:
-  """The weights of a folder, their headers read and no tensor yet.
+  """Opens the weights of a folder; only headers are read.
 
   Raises:
     UserError: a file is missing, broken or pickled, or disagrees with the index.
@@ -59,6 +59,7 @@ def open_weights(path: pathlib.Path) -> Iterator[Weights]:
   with contextlib.ExitStack() as stack:
     for shard in [WEIGHTS] if shard_of is None else sorted(set(shard_of.values())):
       try:
+        # By default the file is mapped, and pages that were read count as memory of the process.
         handle = stack.enter_context(safe_open(path / shard, framework="np", backend="pread"))
       except SafetensorError as error:
         raise UserError(
@@ -67,7 +68,7 @@ def open_weights(path: pathlib.Path) -> Iterator[Weights]:
       for name in handle.keys():  # noqa: SIM118 (not a dictionary)
         if name in files:
           raise UserError(
-            f"{path}: tensor {name} lies in both {files[name][0]} and {shard}; files of two"
+            f"{path}: tensor {name} is in both {files[name][0]} and {shard}; files of two"
             " exports are mixed, copy the folder again"
           )
         files[name] = (shard, handle)
@@ -77,7 +78,7 @@ def open_weights(path: pathlib.Path) -> Iterator[Weights]:
 
 
 def digest(path: pathlib.Path) -> str:
-  """Of the bytes of a folder's weight files: every one of them is read."""
+  """Computes a digest of all bytes of a folder's weight files."""
   shard_of = _shard_of(path)
   found = hashlib.blake2b(digest_size=16)
   for shard in [WEIGHTS] if shard_of is None else sorted(set(shard_of.values())):
@@ -86,13 +87,16 @@ def digest(path: pathlib.Path) -> str:
 
 
 def file_digest(path: pathlib.Path) -> bytes:
-  """Of the bytes of one file."""
+  """Computes a digest of all bytes of one file."""
   with path.open("rb") as file:
     return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
 
 
 def sampled_digest(path: pathlib.Path) -> str:
-  """Of the sizes of a folder's weight files and of 16 pieces of each; quick, and seldom fooled."""
+  """Computes a digest of the sizes of a folder's weight files and of 16 samples of each.
+
+  It is quick at any size, and misses only a change that keeps the sizes and falls between samples.
+  """
   shard_of = _shard_of(path)
   found = hashlib.blake2b(digest_size=16)
   for shard in [WEIGHTS] if shard_of is None else sorted(set(shard_of.values())):
@@ -106,7 +110,11 @@ def sampled_digest(path: pathlib.Path) -> str:
 
 
 def _shard_of(path: pathlib.Path) -> dict[str, str] | None:
-  """The file that each tensor lies in, by the index; None for a single file."""
+  """Returns the file of each tensor according to the index; None for a single file.
+
+  Raises:
+    UserError: no weights, pickled weights only, or an index that is broken or names missing files.
+  """
   if (path / WEIGHTS).is_file():
     return None
   if (path / INDEX).is_file():
@@ -114,11 +122,13 @@ def _shard_of(path: pathlib.Path) -> dict[str, str] | None:
     if not isinstance(shard_of, dict) or not all(isinstance(x, str) for x in shard_of.values()):
       raise UserError(f"{path / INDEX} maps no tensors to files (weight_map); copy it again")
     for shard in sorted(set(shard_of.values())):
+      # A path out of the folder, as in "../x", would read files that are not of this model.
       if pathlib.PurePath(shard).name != shard:
         raise UserError(f"{path / INDEX} names {shard!r}, which is not a file of the folder")
       if not (path / shard).is_file():
         raise UserError(f"{path} lacks {shard}, which its index names; copy the missing shard")
     return shard_of
+  # Pickled weights are refused by name and not as missing, since the user sees them in the folder.
   pickled = [file.name for kind in ("*.bin", "*.pt*") for file in sorted(path.glob(kind))]
   if any(name.startswith(("pytorch_model", "model", "consolidated")) for name in pickled):
     raise UserError(
@@ -128,23 +138,30 @@ def _shard_of(path: pathlib.Path) -> dict[str, str] | None:
   raise UserError(f"{path} has no {WEIGHTS}; name a folder that holds the weights")
 
 
-def _check_index(path: pathlib.Path, said: dict[str, str], found: dict[str, str]) -> None:
-  """Every tensor lies where the index says, and the index names every tensor."""
-  for name in sorted(said.keys() | found.keys()):
+def _check_index(path: pathlib.Path, listed: dict[str, str], found: dict[str, str]) -> None:
+  """Checks that the index names every tensor, and the file that contains it."""
+  for name in sorted(listed.keys() | found.keys()):
     if name not in found:
       raise UserError(
-        f"{path}: {said[name]} lacks tensor {name}, which the index puts there; copy it again"
+        f"{path}: {listed[name]} lacks tensor {name}, which the index puts there; copy it again"
       )
-    if said.get(name) != found[name]:
-      where = f"puts in {said[name]}" if name in said else "does not name"
+    if listed.get(name) != found[name]:
+      where = f"puts in {listed[name]}" if name in listed else "does not name"
       raise UserError(
-        f"{path}: {found[name]} holds tensor {name}, which the index {where}; files of two exports"
-        " are mixed, copy the folder again"
+        f"{path}: {found[name]} contains tensor {name}, which the index {where}; files of two"
+        " exports are mixed, copy the folder again"
       )
 
 
 class Entry(NamedTuple):
-  """A tensor to be written; `fetch` is called once, when its turn comes."""
+  """A tensor to be written.
+
+  Attributes:
+    name: its name.
+    shape: its shape.
+    dtype: its type.
+    fetch: () -> its numbers; called once, just before they are written.
+  """
 
   name: str
   shape: tuple[int, ...]
@@ -153,22 +170,25 @@ class Entry(NamedTuple):
 
   @property
   def bytes(self) -> int:
+    """The size of the numbers in bytes."""
+    # int64: a product in 32 bits overflows at 2 GiB.
     return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 def write_weights(folder: pathlib.Path, entries: list[Entry], max_shard_size: int) -> None:
   """Writes `model.safetensors`, or shards of at most `max_shard_size` bytes and their index.
 
-  A tensor larger than that has a shard of its own.
+  A tensor that is larger has a shard of its own.
   """
+  # All shards are planned before the first is written, since their names contain their number.
   shards: list[list[Entry]] = [[]]
-  room = max_shard_size
+  free = max_shard_size
   for entry in entries:
-    if entry.bytes > room and shards[-1]:
+    if entry.bytes > free and shards[-1]:
       shards.append([])
-      room = max_shard_size
+      free = max_shard_size
     shards[-1].append(entry)
-    room -= entry.bytes
+    free -= entry.bytes
   if len(shards) == 1:
     return write_file(folder / WEIGHTS, entries)
   shard_of = {}
@@ -182,12 +202,13 @@ def write_weights(folder: pathlib.Path, entries: list[Entry], max_shard_size: in
 
 
 def write_file(path: pathlib.Path, entries: list[Entry], **metadata: str) -> None:
-  """One safetensors file, a tensor in memory at a time; the same bytes for the same numbers.
+  """Writes one safetensors file, with one tensor in memory at a time.
 
-  Written here since `safetensors.serialize_file` wants all tensors of a file at once. The format:
-  the header's length (8 bytes, little-endian), the header (JSON, padded to 8 bytes), the numbers.
+  The same tensors give the same bytes. `safetensors.serialize_file` needs all tensors of a file at
+  once, hence this function. The format: the length of the header (8 bytes, little-endian), the
+  header (JSON, padded to 8 bytes), the numbers.
   """
-  # Wider dtypes first: readers view the file in place and want every tensor aligned.
+  # Wider types first, since readers view the file in place and need every tensor aligned.
   entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
   names = {np.dtype(jnp.dtype(dtype)): name for name, dtype in DTYPES.items()}
   header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
@@ -210,21 +231,22 @@ def write_file(path: pathlib.Path, entries: list[Entry], **metadata: str) -> Non
 
 
 def _bytes(entry: Entry) -> np.ndarray:
+  """Returns the numbers of a tensor as bytes."""
   array = np.ascontiguousarray(entry.fetch())
   assert (array.shape, array.dtype) == (entry.shape, entry.dtype), entry
   return array.reshape(-1).view(np.uint8)
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
-  """The object in a JSON file.
+  """Reads the object in a JSON file.
 
   Raises:
-    UserError: it holds anything else.
+    UserError: the file is not JSON, or contains something else than an object.
   """
   try:
     fields = json.loads(file.read_text(encoding="utf-8"))
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise UserError(f"{file} is not JSON ({error}); copy or download it again") from error
   if not isinstance(fields, dict):
-    raise UserError(f"{file} holds a {type(fields).__name__}, not an object; copy it again")
+    raise UserError(f"{file} contains a {type(fields).__name__}, not an object; copy it again")
   return fields

@@ -1,1 +1,1 @@
-"""Decoders: configuration, layers, attention, LoRA, and the families they come from."""
+"""Decoders: configuration, layers, attention, key/value cache, LoRA and the model families."""

@@ -1,16 +1,20 @@
-"""Attention by kernels that form no length x length array: rows are taken apart into texts for it.
+"""Attention by fast kernels, over sequences that are gathered out of the rows.
 
-All else runs on rows as they are. For attention alone queries, keys and values are gathered into a
-row for every text, a prompt with one answer, where plain causal attention is the mask rule of
-`TokenBatch`; what comes of it is gathered back, for the tokens of a prompt from their first text.
-Both ways, and both ways backward, are gathers: no two texts ever write to one place.
+Kernels know causal attention, not the mask rule of `TokenBatch`. Within one sequence, a prompt with
+one completion, the two are the same. So for attention alone, queries, keys and values are gathered
+into one row per sequence, and the results are gathered back. A token of a shared prompt is part of
+several sequences; its result comes from the first of them. Everything else runs on the rows.
 
-A device holds T W (2 H + 2 J) K elements for each of its groups, one layer at a time, and as many
-again backward; T W is at least the number of tokens with every prompt once for each of its answers,
-and more where texts differ in length. The float32 scores of one block of the blocked attention are
-N L 128 H.
+Both ways, forward and backward, are gathers and never scatters: no two sequences write to one
+place, so no addition depends on the order in which a device runs it.
 
-Axes beyond the key in `structs`: `J` key/value heads, `X` and `Y` places of a group.
+Memory: a device stores T W (2 H + 2 J) K elements for each of its groups, one layer at a time, and
+as many again in the backward pass. T W is at least the number of tokens with every prompt once per
+completion, and more where sequences differ in length. For comparison, the float32 scores of one
+block of the blocked attention are N L 128 H elements.
+
+Axes beyond the key in `structs`: `J` key/value heads, `X` places of a group's sequences, `Y` tokens
+of a group's rows.
 """
 
 from __future__ import annotations
@@ -29,18 +33,18 @@ from dpo_jax.distributed import sharding
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import Array, TokenBatch, UserError
 
-# "blocked" is `attention.attend_blocks`, which takes all there is, "tiles" is
-# `attention_tiled.attend_tiles`; the others take texts.
-TEXTS = ("cudnn", "splash", "xla")
-NAMES = ("auto", "blocked", "tiles", *TEXTS)
-_OF_PLATFORM = {"cpu": "tiles", "gpu": "cudnn", "tpu": "splash"}
+# These run on sequences. "blocked" is `attention.attend_blocks`, which supports every model and
+# device, and "tiles" is `attention_tiled.attend_tiles`; both run on rows.
+SEQUENCE_KERNELS = ("cudnn", "splash", "xla")
+NAMES = ("auto", "blocked", "tiles", *SEQUENCE_KERNELS)
+_DEFAULT_OF_PLATFORM = {"cpu": "tiles", "gpu": "cudnn", "tpu": "splash"}
 
 
-# --- which of them --------------------------------------------------------------------------------
+# --- choice ---------------------------------------------------------------------------------------
 
 
 def check(name: str) -> None:
-  """Refuses a name that is none of `NAMES`."""
+  """Refuses a name that is not in `NAMES`."""
   if name not in NAMES:
     raise UserError(f"model.attention is {name!r}; known: {', '.join(NAMES)}")
 
@@ -54,36 +58,43 @@ def choose(
   sequence: int = 1,
   divided: bool = False,
 ) -> tuple[str, str]:
-  """The attention that is taken, and why it is not the one that was asked for ("" if it is).
+  """Chooses the attention that a run uses.
 
   Args:
-    name: in `NAMES`; "auto" asks for the kernel of the platform.
+    name: the requested attention, in `NAMES`; "auto" requests the fastest one of the platform.
     config: the model.
-    dtype: of activations.
-    device: one of those at work.
-    sequence: devices among which the tokens of a row are divided.
-    divided: whether one program is for several devices.
+    dtype: type of activations.
+    device: one of the run's devices.
+    sequence: number of devices among which the tokens of a row are divided.
+    divided: whether one program is divided among several devices.
+
+  Returns:
+    A name in `NAMES` other than "auto", and the reason why it is not the requested one ("" if it
+    is).
   """
   check(name)
-  wanted = _OF_PLATFORM.get(device.platform, "blocked") if name == "auto" else name
+  wanted = _DEFAULT_OF_PLATFORM.get(device.platform, "blocked") if name == "auto" else name
   if wanted == "blocked":
     return wanted, ""
   if wanted == "tiles":
-    why = "its loops are for one device, and parallel.mode=mesh divides a program among several"
-    alone = not divided and sequence == 1
-    return (wanted, "") if alone else ("blocked", "" if name == "auto" else why)
-  why = _against(config, sequence)
-  if not why and wanted == "cudnn":
-    why = _against_cudnn(config, dtype, device)
-  if not why and wanted == "splash" and device.platform != "tpu":
-    why = f"splash runs on TPUs, and this is {device.platform}"
-  return ("blocked", why) if why else (wanted, "")
+    # The compiler cannot divide a loop whose number of turns depends on the data.
+    reason = "its loops are for one device, and parallel.mode=mesh divides a program among several"
+    undivided = not divided and sequence == 1
+    # Under "auto" nobody requested tiles, so there is no reason to report.
+    return (wanted, "") if undivided else ("blocked", "" if name == "auto" else reason)
+  reason = _unsupported(config, sequence)
+  if not reason and wanted == "cudnn":
+    reason = _unsupported_by_cudnn(config, dtype, device)
+  if not reason and wanted == "splash" and device.platform != "tpu":
+    reason = f"splash runs on TPUs, and this is {device.platform}"
+  return ("blocked", reason) if reason else (wanted, "")
 
 
-def _against(config: ModelConfig, sequence: int) -> str:
-  """What no kernel takes."""
+def _unsupported(config: ModelConfig, sequence: int) -> str:
+  """Returns the reason why no kernel supports a model, or ""."""
   if config.attention_cap:
     return f"the model caps attention scores at {config.attention_cap}"
+  # Layers run in one scan, and a kernel's window is part of its program, not an input of it.
   if len(set(config.windows)) > 1:
     return "layers of the model see windows of different sizes"
   if sequence > 1:
@@ -91,7 +102,9 @@ def _against(config: ModelConfig, sequence: int) -> str:
   return ""
 
 
-def _against_cudnn(config: ModelConfig, dtype: str, device: jax.Device) -> str:
+def _unsupported_by_cudnn(config: ModelConfig, dtype: str, device: jax.Device) -> str:
+  """Returns the reason why cuDNN's kernel does not run a model on a device, or ""."""
+  # AMD's GPUs have names here ("gfx90a"), NVIDIA's have numbers ("9.0").
   found = str(getattr(device, "compute_capability", ""))
   if not re.fullmatch(r"\d+\.\d+", found):
     return f"cudnn runs on NVIDIA GPUs, and this is {device.platform}"
@@ -109,17 +122,18 @@ def _against_cudnn(config: ModelConfig, dtype: str, device: jax.Device) -> str:
   return ""
 
 
-# --- rows to texts and back -----------------------------------------------------------------------
+# --- rows to sequences and back -------------------------------------------------------------------
 
 
-class Texts(NamedTuple):
-  """Where tokens stand in texts, and texts in rows, group by group.
+class SequenceIndex(NamedTuple):
+  """The correspondence of tokens of rows and places of sequences, group by group.
 
   Attributes:
-    token_GX: of every place of the texts, the token of the rows; one past the end for none.
-    place_GYK: of every token of the rows, its places; T * W for none.
-    origin_GX: as token_GX, but none where the token is read in another text.
-    length_GT: tokens of every text.
+    token_GX: for every place of the sequences, its token in the rows; Y, one past the last, for
+      padding.
+    place_GYK: for every token of the rows, its places in the sequences; X = T * W for none.
+    origin_GX: like token_GX, but Y where the result of the token is read from another sequence.
+    length_GT: number of tokens of every sequence.
   """
 
   token_GX: Array
@@ -128,65 +142,75 @@ class Texts(NamedTuple):
   length_GT: Array
 
 
-def texts_of(batch: TokenBatch) -> Texts | None:
-  """Of a batch that lists its texts; None of one that does not."""
+def index_sequences(batch: TokenBatch) -> SequenceIndex | None:
+  """Returns the index of a batch that lists its sequences; None if it does not list them."""
   if batch.sequence_GTW is None or batch.place_NLK is None:
     return None
-  groups, texts, width = batch.sequence_GTW.shape
+  groups, sequences, width = batch.sequence_GTW.shape
   place_GYK = jnp.asarray(batch.place_NLK).reshape(groups, -1, batch.place_NLK.shape[-1])
-  token_GX = jnp.asarray(batch.sequence_GTW).reshape(groups, texts * width)
+  token_GX = jnp.asarray(batch.sequence_GTW).reshape(groups, sequences * width)
   size = place_GYK.shape[1]
-  read_GX = _taken(place_GYK[..., 0], token_GX, fill=-1)
-  origin_GX = jnp.where(read_GX == jnp.arange(texts * width), token_GX, size)
+  # A place is the origin of its token's result if it is the token's first place.
+  first_GX = _gather(place_GYK[..., 0], token_GX, fill=-1)
+  origin_GX = jnp.where(first_GX == jnp.arange(sequences * width), token_GX, size)
   length_GT = (batch.sequence_GTW < size).sum(axis=-1, dtype=jnp.int32)
-  return Texts(token_GX, place_GYK, origin_GX, length_GT)
+  return SequenceIndex(token_GX, place_GYK, origin_GX, length_GT)
 
 
-def _taken(x_GY: Array, at_GX: Array, fill: float = 0) -> Array:
-  """What stands at some places of a group, `fill` past its end: [G, X, …]."""
+def _gather(x_GY: Array, at_GX: Array, fill: float = 0) -> Array:
+  """Returns x at some indices of every group, `fill` for indices past the end: [G, X, …]."""
   return jax.vmap(lambda x_Y, at_X: x_Y.at[at_X].get(mode="fill", fill_value=fill))(x_GY, at_GX)
 
 
+# The gradient of a gather is a scatter, which adds in an order that a GPU does not fix. Here the
+# way back is known, so the gradient is a gather, too.
 @jax.custom_vjp
-def moved(x_GYHK: Array, there_GX: Array, back_GYK: Array) -> Array:
-  """x at the places `there`, 0 for places past its end: [G, X, H, K].
+def gather_both_ways(x_GYHK: Array, source_GX: Array, target_GYK: Array) -> Array:
+  """Gathers x at `source`, 0 for indices past its end: [G, X, H, K].
 
   Args:
-    x_GYHK: what is moved.
-    there_GX: where each result comes from.
-    back_GYK: where each of x goes to, past the end for nowhere; its gradient is read there.
+    x_GYHK: the array to read.
+    source_GX: index in x of each result.
+    target_GYK: indices in the result of each element of x, past the end for none. The gradient of x
+      is the sum of the result's gradients there.
   """
-  del back_GYK
-  return _taken(x_GYHK, there_GX)
+  del target_GYK  # read in the backward pass only
+  return _gather(x_GYHK, source_GX)
 
 
-def _moved_forward(x_GYHK: Array, there_GX: Array, back_GYK: Array) -> tuple[Array, Array]:
-  return moved(x_GYHK, there_GX, back_GYK), back_GYK
+def _gather_forward(x_GYHK: Array, source_GX: Array, target_GYK: Array) -> tuple[Array, Array]:
+  return gather_both_ways(x_GYHK, source_GX, target_GYK), target_GYK
 
 
-def _moved_backward(back_GYK: Array, slope_GXHK: Array) -> tuple[Array, None, None]:
-  if back_GYK.shape[-1] == 1:
-    return _taken(slope_GXHK, back_GYK[..., 0]), None, None
-  # One after another, so that no array of all the texts of all tokens is made.
-  wide = lambda k: _taken(slope_GXHK, back_GYK[..., k]).astype(jnp.float32)
-  total = sum(map(wide, range(1, back_GYK.shape[-1])), start=wide(0))
+def _gather_backward(target_GYK: Array, slope_GXHK: Array) -> tuple[Array, None, None]:
+  if target_GYK.shape[-1] == 1:
+    return _gather(slope_GXHK, target_GYK[..., 0]), None, None
+
+  def from_sequence(k: int) -> Array:
+    return _gather(slope_GXHK, target_GYK[..., k]).astype(jnp.float32)
+
+  # One sequence after another: one gather of all would be K times as large. Sums are float32, since
+  # a shared prompt adds up the gradients of all its completions.
+  total = from_sequence(0)
+  for k in range(1, target_GYK.shape[-1]):
+    total = total + from_sequence(k)
   return total.astype(slope_GXHK.dtype), None, None
 
 
-moved.defvjp(_moved_forward, _moved_backward)
+gather_both_ways.defvjp(_gather_forward, _gather_backward)
 
 
 # --- attention ------------------------------------------------------------------------------------
 
 
-class Kind(NamedTuple):
-  """What is the same for all layers.
+class KernelOptions(NamedTuple):
+  """Options of a kernel, the same for all layers.
 
   Attributes:
-    kernel: "cudnn", "splash" or "xla".
-    window: positions back that a token sees, itself included; 0 for all.
-    scale: of query times key; 0 is 1 / sqrt(K).
-    interpret: whether splash is run by the interpreter, on a CPU.
+    kernel: a name in `SEQUENCE_KERNELS`.
+    window: number of positions that a token sees back, its own included; 0 for all.
+    scale: factor of query times key; 0 means 1 / sqrt(K).
+    interpret: whether splash runs in Pallas's interpreter, on a CPU.
   """
 
   kernel: str
@@ -195,61 +219,72 @@ class Kind(NamedTuple):
   interpret: bool = False
 
 
-def attend_texts(q_NLHK: Array, k_NLJK: Array, v_NLJK: Array, texts: Texts, kind: Kind) -> Array:
-  """`attention.attend_blocks` by a kernel: the same but for rounding; 0 in padding: [N, L, H, K].
+def attend_sequences(
+  q_NLHK: Array, k_NLJK: Array, v_NLJK: Array, index: SequenceIndex, options: KernelOptions
+) -> Array:
+  """Computes `attention.attend_blocks` with a kernel, up to rounding: [N, L, H, K], 0 in padding.
 
-  Every device takes its own groups of rows, and its own heads where they are divided.
+  Every device computes its own groups of rows, and its own heads where heads are divided.
   """
-  apart = sharding.for_own_rows(
-    functools.partial(_attend, kind=kind), heads=math.gcd(q_NLHK.shape[2], k_NLJK.shape[2])
+  # Query heads that share a key/value head must stay together, so heads are divided only if both
+  # numbers are divisible.
+  attend = sharding.for_own_rows(
+    functools.partial(_attend, options=options), heads=math.gcd(q_NLHK.shape[2], k_NLJK.shape[2])
   )
-  return apart((q_NLHK, k_NLJK, v_NLJK), texts)
+  return attend((q_NLHK, k_NLJK, v_NLJK), index)
 
 
-def _attend(qkv: tuple[Array, Array, Array], texts: Texts, *, kind: Kind) -> Array:
-  groups, count = texts.length_GT.shape
-  first_GYK = texts.place_GYK[..., :1]
+def _attend(
+  qkv: tuple[Array, Array, Array], index: SequenceIndex, *, options: KernelOptions
+) -> Array:
+  """Computes the attention of the rows of one device."""
+  groups, count = index.length_GT.shape
+  first_GYK = index.place_GYK[..., :1]
 
-  def apart(x_NLHK: Array, back_GYK: Array) -> Array:
+  def to_sequences(x_NLHK: Array, target_GYK: Array) -> Array:
     x_GYHK = x_NLHK.reshape(groups, -1, *x_NLHK.shape[2:])
-    x_GXHK = moved(x_GYHK, texts.token_GX, back_GYK)
+    x_GXHK = gather_both_ways(x_GYHK, index.token_GX, target_GYK)
     return x_GXHK.reshape(groups * count, -1, *x_NLHK.shape[2:])
 
   q_NLHK, k_NLJK, v_NLJK = qkv
-  # A prompt's queries are read in its first text alone: those in others have no gradient.
-  q = apart(q_NLHK, first_GYK)
-  k, v = apart(k_NLJK, texts.place_GYK), apart(v_NLJK, texts.place_GYK)
-  # A text of no token is given one, of zeros: kernels differ in what they make of none.
-  length_X = jnp.maximum(texts.length_GT.reshape(-1), 1)
-  out = _KERNELS[kind.kernel](q, k, v, length_X, kind)
+  # The result of a prompt's token is read from its first sequence, so its queries in the others
+  # have no gradient. Its keys and values have one in every sequence.
+  q = to_sequences(q_NLHK, first_GYK)
+  k, v = to_sequences(k_NLJK, index.place_GYK), to_sequences(v_NLJK, index.place_GYK)
+  # An empty sequence gets one token, of zeros: kernels disagree about sequences without any.
+  length_X = jnp.maximum(index.length_GT.reshape(-1), 1)
+  out = _KERNELS[options.kernel](q, k, v, length_X, options)
   out_GXHK = out.reshape(groups, -1, *q_NLHK.shape[2:]).astype(q_NLHK.dtype)
-  out_GYHK = moved(out_GXHK, first_GYK[..., 0], texts.origin_GX[..., None])
+  out_GYHK = gather_both_ways(out_GXHK, first_GYK[..., 0], index.origin_GX[..., None])
   return out_GYHK.reshape(q_NLHK.shape)
 
 
-# Causal attention over texts: (q_XWHK, k_XWJK, v_XWJK, length_X, kind) -> [X, W, H, K].
+# Each kernel: causal attention over sequences, (q_XWHK, k_XWJK, v_XWJK, length_X, options) ->
+# [X, W, H, K].
 
 
-def _library(q, k, v, length_X, kind: Kind) -> Array:
-  """`jax.nn.dot_product_attention`, by cuDNN or (forming W x W scores) by XLA."""
-  how: dict[str, Any] = {"query_seq_lengths": length_X, "key_value_seq_lengths": length_X}
-  if 0 < kind.window < q.shape[1]:
-    # Padding stands behind a text, where its tokens do not look: lengths only save work. With a
-    # window they are left out, since cuDNN is not known to take both.
-    how = {"local_window_size": (kind.window - 1, 0)}
+def _dot_product_attention(q, k, v, length_X, options: KernelOptions) -> Array:
+  """Calls `jax.nn.dot_product_attention`, by cuDNN or by XLA (which forms W x W scores)."""
+  mask: dict[str, Any] = {"query_seq_lengths": length_X, "key_value_seq_lengths": length_X}
+  if 0 < options.window < q.shape[1]:
+    # Padding stands at the end, where causal attention of real tokens does not look, so lengths
+    # only save work. They are left out with a window, since cuDNN is not known to support both.
+    mask = {"local_window_size": (options.window - 1, 0)}
   return jax.nn.dot_product_attention(
-    q, k, v, scale=kind.scale or None, is_causal=True, implementation=kind.kernel, **how
+    q, k, v, scale=options.scale or None, is_causal=True, implementation=options.kernel, **mask
   )
 
 
-def _splash(q, k, v, length_X, kind: Kind) -> Array:
-  """JAX's kernel for TPUs, a text at a time; padding only sees padding."""
+def _splash(q, k, v, length_X, options: KernelOptions) -> Array:
+  """Calls JAX's kernel for TPUs, one sequence at a time; padding only sees padding."""
+  # Imported here, because Pallas for TPUs takes time to load and few runs need it.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
   width, heads, head_width = q.shape[1:]
   mask: Any = splash.CausalMask((width, width))
-  if 0 < kind.window < width:
-    mask = splash.LocalMask((width, width), (kind.window - 1, 0), 0)
+  if 0 < options.window < width:
+    mask = splash.LocalMask((width, width), (options.window - 1, 0), 0)
+  # Blocks must divide the width, which is a multiple of 128 (see `packing`).
   names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
   sizes: Any = {f"block_{name}": math.gcd(width, 512) for name in names}
   attend = splash.make_splash_mha(
@@ -257,17 +292,19 @@ def _splash(q, k, v, length_X, kind: Kind) -> Array:
     block_sizes=splash.BlockSizes(**sizes),
     head_shards=1,
     q_seq_shards=1,
-    interpret=kind.interpret,
+    interpret=options.interpret,
   )
-  scale = kind.scale or 1 / np.sqrt(head_width)
+  # Splash takes no scale; queries are scaled in float32, so that they are rounded only once.
+  scale = options.scale or 1 / np.sqrt(head_width)
   q = (q.astype(jnp.float32) * scale).astype(q.dtype)
-  of_X = (jnp.arange(width) >= length_X[:, None]).astype(jnp.int32)
-  first = lambda x: x.swapaxes(1, 2)
-  return first(jax.vmap(attend)(first(q), first(k), first(v), splash.SegmentIds(of_X, of_X)))
+  segment_XW = (jnp.arange(width) >= length_X[:, None]).astype(jnp.int32)
+  # Splash wants heads before positions.
+  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+  return jax.vmap(attend)(q, k, v, splash.SegmentIds(segment_XW, segment_XW)).swapaxes(1, 2)
 
 
 _KERNELS: dict[str, Callable[..., Array]] = {
-  "cudnn": _library,
+  "cudnn": _dot_product_attention,
   "splash": _splash,
-  "xla": _library,
+  "xla": _dot_product_attention,
 }

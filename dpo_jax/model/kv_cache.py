@@ -1,4 +1,4 @@
-"""A token at a time: what the decoder remembers of a text, and the two ways to add to it.
+"""The key/value cache of generation, and the two ways to fill it: prefill and decode.
 
 Axes beyond the key in `structs`: `J` key/value heads, `T` columns of the cache.
 """
@@ -16,12 +16,13 @@ from dpo_jax.structs import Array, PyTree
 
 
 class Cache(NamedTuple):
-  """What generation remembers: the keys of every layer, and who the T columns are.
+  """Keys and values of earlier tokens.
 
   Attributes:
-    keys: k and v, [layers, N, J, T, K].
-    tokens: of every column, [N, T]; pair 0, or -1 where the column is padding or not yet written.
-    filled: columns written so far, the same in all rows.
+    keys: k and v of all layers, [layers, N, J, T, K].
+    tokens: the token of each column, [N, T]; its pair is 0, or -1 where the column is padding or
+      not yet written.
+    filled: number of columns written so far, the same in all rows.
   """
 
   keys: Keys
@@ -38,18 +39,22 @@ def prefill(
   columns: int,
   dtype: str = "float32",
 ) -> tuple[Array, Cache]:
-  """Reads prompts, each at the right end of its row.
+  """Runs the model on prompts, and makes a cache of their keys.
 
   Args:
-    ids_NL: prompts, padding on the left.
-    lengths_N: tokens of each prompt.
-    columns: length of the cache to make, at least L.
-    dtype: as in `build`; also that of the cache.
+    config: the model.
+    params: its parameters.
+    ids_NL: prompts, padded on the left.
+    lengths_N: number of tokens of each prompt.
+    columns: number of columns of the cache, at least L.
+    dtype: type of activations and of the cache, as in `transformer.build`.
 
   Returns:
     hidden_ND of the last token of every prompt, and the cache.
   """
+  # Prompts end in the last column, so that all rows go on in the same column of the cache.
   length = ids_NL.shape[1]
+  # Padding has negative positions here; it becomes position 0 of pair -1, which nobody sees.
   position_NL = jnp.arange(length) - (length - lengths_N)[:, None]
   pair_NL = jnp.where(position_NL < 0, -1, 0)
   tokens = Tokens(jnp.maximum(position_NL, 0), pair_NL, jnp.zeros_like(pair_NL))
@@ -61,12 +66,17 @@ def prefill(
 
 
 def widen(cache: Cache, columns: int) -> Cache:
-  """The same cache with room for so many columns."""
-  room = columns - cache.tokens.pair_NL.shape[1]
-  more = lambda x, value: jnp.pad(x, [(0, 0), (0, room)], constant_values=value)
-  keys = Keys(*(jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, room), (0, 0)]) for x in cache.keys))
-  position, pair, branch = cache.tokens
-  return Cache(keys, Tokens(more(position, 0), more(pair, -1), more(branch, 0)), cache.filled)
+  """Returns a cache with the same contents and `columns` columns."""
+  added = columns - cache.tokens.pair_NL.shape[1]
+  keys = Keys(*(jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, added), (0, 0)]) for x in cache.keys))
+
+  def pad(x_NT: Array, value: int) -> Array:
+    return jnp.pad(x_NT, [(0, 0), (0, added)], constant_values=value)
+
+  position_NT, pair_NT, branch_NT = cache.tokens
+  # Pair -1 hides the columns that are not yet written.
+  tokens = Tokens(pad(position_NT, 0), pad(pair_NT, -1), pad(branch_NT, 0))
+  return Cache(keys, tokens, cache.filled)
 
 
 def decode(
@@ -78,16 +88,30 @@ def decode(
   *,
   dtype: str = "float32",
 ) -> tuple[Array, Cache]:
-  """Reads one more token in every row: hidden_ND and the cache with it.
+  """Runs the model on one more token per row.
 
-  The layers only read the cache; what they add is written once, after all of them, so the loop
-  around this updates the cache in place.
+  Args:
+    config: the model.
+    params: its parameters.
+    cache: keys of all earlier tokens.
+    ids_N: the new tokens.
+    position_N: their positions.
+    dtype: as in `prefill`.
+
+  Returns:
+    hidden_ND of the new tokens, and the cache with their keys.
   """
   decoder = Decoder(config, jnp.dtype(dtype), return_keys=True)
   position_N1 = position_N[:, None]
+  # Pair 0 and branch 0, as in `prefill`: a prompt and what continues it are one causal sequence.
   tokens = Tokens(position_N1, jnp.zeros_like(position_N1), jnp.zeros_like(position_N1))
   hidden_N1D, new = decoder.apply(params, ids_N[:, None], tokens, cache.keys, cache.tokens)
-  put = lambda old, x, axis: jax.lax.dynamic_update_slice_in_dim(old, x, cache.filled, axis)
-  keys = Keys(*(put(old, x, 3) for old, x in zip(cache.keys, new, strict=True)))
-  held = Tokens(*(put(old, x, 1) for old, x in zip(cache.tokens, tokens, strict=True)))
-  return hidden_N1D[:, 0], Cache(keys, held, cache.filled + 1)
+
+  def write(old: Array, x: Array, axis: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(old, x, cache.filled, axis)
+
+  # The layers only read the cache. It is written once, after all of them, so that the compiler can
+  # update it in place in the loop around this function instead of copying it.
+  keys = Keys(*(write(old, x, 3) for old, x in zip(cache.keys, new, strict=True)))
+  known = Tokens(*(write(old, x, 1) for old, x in zip(cache.tokens, tokens, strict=True)))
+  return hidden_N1D[:, 0], Cache(keys, known, cache.filled + 1)

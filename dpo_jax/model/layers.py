@@ -1,4 +1,4 @@
-"""The parts of a decoder that have weights: linear maps, norms, tables."""
+"""The parts of a decoder that have weights: linear maps with adapters, norms, tables."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dpo_jax.structs import Array
 from dpo_jax.utils.matmul import NAME, product
 
 
-def scramble(x: Array) -> Array:
-  """uint32 to uint32, one to one and without pattern: MurmurHash3's finaliser. Appleby 2011.
+def hash_uint32(x: Array) -> Array:
+  """Hashes uint32 to uint32, one to one: the finaliser of MurmurHash3 (Appleby 2011).
 
-  Random bits by threefry take twenty times the operations, a cost that dropout would feel.
+  JAX's own generator, threefry, takes twenty times as many operations, which would slow dropout.
   """
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
@@ -25,19 +25,23 @@ def scramble(x: Array) -> Array:
 
 
 def drop_by_code(x_NLD: Array, key: jax.Array, codes_NL: Array, rate: float) -> Array:
-  """Zero with probability `rate`, else x / (1 - rate): a function of key and the token's code."""
-  codes_NL = scramble(codes_NL ^ jax.random.bits(key))
-  # Multiples of an odd number: different for all inputs of a token.
+  """Drops inputs with probability `rate` and scales the others by 1 / (1 - rate): [N, L, D].
+
+  Which inputs are dropped is a function of the key and of each token's code alone.
+  """
+  codes_NL = hash_uint32(codes_NL ^ jax.random.bits(key))
+  # Multiples of an odd number are different for all inputs of a token.
   along_D = jnp.arange(x_NLD.shape[-1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
-  keep_NLD = scramble(codes_NL[..., None] + along_D) >= jnp.uint32(int(rate * 2**32))
+  keep_NLD = hash_uint32(codes_NL[..., None] + along_D) >= jnp.uint32(int(rate * 2**32))
   return jnp.where(keep_NLD, x_NLD / (1 - rate), 0).astype(x_NLD.dtype)
 
 
 class Linear(nn.Module):
-  """y = x @ kernel + bias, accumulated in float32; kernel [in, out].
+  """A linear map, y = x @ kernel + bias with kernel [in, out], accumulated in float32.
 
-  Where the collection "lora" holds an adapter of this map, y = x @ kernel + drop(x) @ a @ b + bias,
-  a [in, rank], b [rank, out] with its scale in it (`lora.attach`). Hu et al. 2021, eq. 3.
+  If the collection "lora" contains an adapter of this map, y = x @ kernel + drop(x) @ a @ b + bias
+  with a [in, rank] and b [rank, out], which includes the scale (`lora.attach`). Hu et al. 2021,
+  eq. 3.
   """
 
   features: int
@@ -56,19 +60,22 @@ class Linear(nn.Module):
       y = y + self.adapter(x, codes_NL)
     if self.bias:
       y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+    # The name stands after the cast, because remat "dots" keeps exactly the array that carries it:
+    # before the cast that would be the float32 sum, twice the bytes of a bfloat16 activation.
     return by_rows(checkpoint_name(y.astype(self.dtype), NAME))
 
   def product(self, x: Array, kernel: Array) -> Array:
-    """x @ kernel, float32."""
+    """Computes x @ kernel in float32."""
     shape = (*x.shape[:-1], kernel.shape[-1])
-    # One row of tokens: the gradient of a product over [N, L] axes is a third slower on CPU. Two
-    # axes that are both divided cannot be joined without sending one of them.
+    # Rows are joined into one, because the gradient of a product with two leading axes is a third
+    # slower on a CPU. Not where a mesh divides both axes: to join them, devices would have to send
+    # activations.
     if sequence_parts(x.shape[-2]) == 1:
       x = x.reshape(-1, x.shape[-1])
     return product(x.astype(self.dtype), kernel).reshape(shape)
 
   def adapter(self, x: Array, codes_NL: Array | None) -> Array:
-    """drop(x) @ a @ b, float32; nothing is dropped without codes."""
+    """Computes drop(x) @ a @ b in float32; without codes nothing is dropped."""
     if codes_NL is not None:
       x = drop_by_code(x, self.make_rng("dropout"), codes_NL, self.dropout)
     for name in ("lora_a", "lora_b"):
@@ -77,7 +84,7 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-  """Root-mean-square or layer normalisation, in float32."""
+  """Root-mean-square norm (Zhang and Sennrich 2019) or layer norm (Ba et al. 2016), in float32."""
 
   kind: str
   eps: float
@@ -91,6 +98,7 @@ class Norm(nn.Module):
     if self.kind == "layer":
       y = y - y.mean(axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    # The stored scale starts at 1 - offset, so that the effective one starts at 1.
     init = nn.initializers.constant(1.0 - self.offset)
     scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
     y = y * (scale.astype(jnp.float32) + self.offset if self.offset else scale)
@@ -100,7 +108,7 @@ class Norm(nn.Module):
 
 
 class Table(nn.Module):
-  """A table of vectors looked up by id: [V, D]."""
+  """A table [V, D] of vectors that are looked up by id."""
 
   entries: int
   width: int
@@ -111,6 +119,7 @@ class Table(nn.Module):
   def __call__(self, ids_NL: Array) -> Array:
     init = nn.initializers.normal(self.std)
     table_VD = self.param("embedding", init, (self.entries, self.width), self.param_dtype)
-    # Ids outside the table give NaN, which no loss survives in silence.
     table_VD = by_vocabulary(table_VD)
+    # mode="fill" returns NaN for ids outside the table, which shows in any loss. Indexing would
+    # clip the ids, in silence.
     return by_rows(jnp.take(table_VD, ids_NL, axis=0, mode="fill"))

@@ -1,8 +1,9 @@
 """Low-rank adapters of the decoder's linear maps: y = x W + s drop(x) a b, only a and b trained.
 
-Hu et al. 2021, "LoRA". What is trained is a tree of its own, {"layers": {"query": {"lora_a",
-"lora_b"}, ...}}, float32 and stacked over layers like the kernels it belongs to. The model reads it
-as a second collection beside its frozen parameters, with the scale s already in b: `attach`.
+Hu et al. 2021, "LoRA". Adapters are a tree of their own, {"layers": {"query": {"lora_a", "lora_b"},
+...}}, float32 and stacked over layers like the kernels they belong to. The model reads them as a
+second collection next to its frozen parameters, with the scale s already multiplied into b: see
+`attach`.
 
 Axes beyond the key in `structs`: `R` rank, `F` outputs of a map; its inputs are `D` here.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,22 +23,24 @@ import numpy as np
 from dpo_jax.model import families
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.layers import Linear
-from dpo_jax.model.transformer import Decoder, _example
+from dpo_jax.model.transformer import Decoder, example_inputs
 from dpo_jax.structs import PyTree, UserError
 
 ALL = "all-linear"
 
 
 class LoRA(NamedTuple):
-  """What adapters are made of.
+  """Settings of adapters.
 
   Attributes:
     rank: R.
-    alpha: the update is scaled by alpha / R.
-    rs: by alpha / sqrt(R) instead, which keeps its size at high ranks. Kalajdzievski 2023.
-    dropout: probability that an adapter does not see an input, in training.
-    target: names of linear maps, or patterns of whole names, separated by commas or |: those here
-      ("query"), those of the model's folder ("q_proj", "mlp.c_proj"), or "all-linear".
+    alpha: the update is multiplied by alpha / R.
+    rs: multiplies by alpha / sqrt(R) instead, which keeps the size of the update at high ranks
+      (rank-stabilised LoRA, Kalajdzievski 2023).
+    dropout: probability that an adapter's input is dropped, in training.
+    target: names of linear maps, or regular expressions for whole names, separated by commas or |.
+      Names are those of this package ("query"), those of the model's folder ("q_proj",
+      "mlp.c_proj"), or "all-linear".
   """
 
   rank: int
@@ -47,15 +51,15 @@ class LoRA(NamedTuple):
 
   @property
   def scale(self) -> float:
-    """s of the formula above."""
+    """The factor s of the formula at the top of this module."""
     return self.alpha / (math.sqrt(self.rank) if self.rs else self.rank)
 
 
 def check(settings: LoRA) -> None:
-  """What can be said against the settings before a model is known.
+  """Checks settings without knowing the model.
 
   Raises:
-    UserError: a value out of range, or a pattern that is none.
+    UserError: a value out of range, or an invalid regular expression.
   """
   if settings.rank < 1:
     raise UserError(f"lora.rank is {settings.rank}; it must be 1 or above, or 0 for no adapters")
@@ -68,39 +72,39 @@ def check(settings: LoRA) -> None:
       re.compile(pattern)
     except re.error as error:
       raise UserError(
-        f"lora.target {pattern!r} is no pattern ({error}); name maps such as q_proj,v_proj"
+        f"lora.target {pattern!r} is not a valid pattern ({error}); name maps such as q_proj,v_proj"
       ) from None
 
 
 def _patterns(target: str) -> list[str]:
-  # A bar inside brackets belongs to its pattern.
+  """Splits a target into its patterns."""
+  # A bar inside brackets is part of a pattern: "(up|down)_proj".
   parts = target.split(",") if "(" in target else re.split(r"[,|]", target)
   return [part.strip() for part in parts if part.strip()]
 
 
-# -- which maps ------------------------------------------------------------------------------------
+# -- linear maps -----------------------------------------------------------------------------------
 
 
 def linear_maps(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Every map that reads an adapter: path in the tree to shape of its kernels, [layers, D, F].
-
-  Taken from the decoder itself: a map that would ignore its adapter is not among them.
-  """
+  """Lists all maps that can have an adapter: path in the tree to kernel shape, [layers, D, F]."""
   found = set()
 
-  def note(call, args, kwargs, context):
+  def record(call, args, kwargs, context):
     if isinstance(context.module, Linear) and context.method_name == "__call__":
       found.add(tuple(context.module.path))
     return call(*args, **kwargs)
 
-  with nn.intercept_methods(note):
-    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), *_example())["params"]
-  kernel = lambda path: _at(shapes, path)["kernel"]
-  return {".".join(path): kernel(path).shape for path in sorted(found)}
+  # Observed in a run of the decoder, not listed by hand: a map that ignored its adapter (a kernel
+  # of experts, say) would train nothing, in silence.
+  with nn.intercept_methods(record):
+    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), *example_inputs())["params"]
+  # Sorted, since `init` numbers the maps to give each a random key of its own.
+  return {".".join(path): _get(shapes, path)["kernel"].shape for path in sorted(found)}
 
 
 def modules(config: ModelConfig) -> dict[str, str]:
-  """Module in the model's folder, `{}` for the layer, that holds each of our maps."""
+  """Returns the module of the model's folder that contains each map, `{}` for the layer."""
   found = {}
   for tensor in families.tensors(config):
     for leaf in tensor.leaves:
@@ -110,19 +114,20 @@ def modules(config: ModelConfig) -> dict[str, str]:
   return found
 
 
-def matched(config: ModelConfig, target: str) -> dict[str, tuple[int, ...]]:
-  """The maps that `target` names, as `linear_maps` has them.
+def select_maps(config: ModelConfig, target: str) -> dict[str, tuple[int, ...]]:
+  """Returns the entries of `linear_maps` that `target` names.
 
   Raises:
-    UserError: a name or pattern that matches nothing; lists the names there are.
+    UserError: a name or pattern matches nothing; the message lists the known names.
   """
   maps, module_of = linear_maps(config), modules(config)
   names = {}
   for path in maps:
+    # Three names each: ours, the folder's within a layer, and the last part of that.
     inside = module_of.get(path, path).split("{}.")[-1]  # "self_attn.q_proj"
     names[path] = (path.removeprefix("layers."), inside, inside.split(".")[-1])
   found = set()
-  for pattern in _patterns(target) or [""]:
+  for pattern in _patterns(target) or [""]:  # an empty target matches nothing, and is refused
     hits = [
       path
       for path in maps
@@ -142,34 +147,39 @@ def matched(config: ModelConfig, target: str) -> dict[str, tuple[int, ...]]:
 
 
 def init(config: ModelConfig, settings: LoRA, seed: int) -> PyTree:
-  """Adapters that change nothing yet, b being zero; a pure function of its arguments, on host.
+  """Makes adapters that do not change the model yet: b is zero. They are NumPy arrays.
 
-  a is uniform in ±1/sqrt(D), as PEFT has it (Kaiming with a slope of sqrt(5)).
+  a is uniform in ±1/sqrt(D), as in PEFT (Kaiming with a slope of sqrt(5)). The result is a pure
+  function of the arguments.
 
   Raises:
     UserError: the target matches nothing, or a map is narrower than the rank.
   """
   tree: PyTree = {}
-  for index, (path, shape) in enumerate(matched(config, settings.target).items()):
+  for index, (path, shape) in enumerate(select_maps(config, settings.target).items()):
     layers, width, features = shape
     if settings.rank > min(width, features):
       raise UserError(
         f"lora.rank is {settings.rank}, but {path.removeprefix('layers.')} maps {width} to"
         f" {features}; a rank above {min(width, features)} adds nothing there"
       )
+    # A key per map: adapters of equal shape start with different numbers.
     key = jax.random.fold_in(jax.random.key(seed), index)
     bound = 1 / math.sqrt(width)
     a = jax.random.uniform(key, (layers, width, settings.rank), jnp.float32, -bound, bound)
+    # b alone is zero. If both were, both gradients would be zero and nothing would ever train.
     b = np.zeros((layers, settings.rank, features), np.float32)
-    put(tree, path, {"lora_a": np.asarray(a), "lora_b": b})
+    set_at(tree, path, {"lora_a": np.asarray(a), "lora_b": b})
   return tree
 
 
 def attach(frozen: PyTree, adapters: PyTree, scale: float) -> PyTree:
-  """What the model takes as parameters: the base of `frozen`, and adapters with the scale in b.
+  """Joins a base and adapters to parameters of the model, with the scale multiplied into b.
 
-  No array of the base is copied. Other adapters that `frozen` holds stay behind.
+  Arrays of the base are shared, not copied. If `frozen` contains adapters, they are left out.
   """
+  # The product with the scale is inside the differentiated function, so gradients are those of the
+  # unscaled b, which is what optimizer and checkpoint store.
   scaled = jax.tree_util.tree_map_with_path(
     lambda path, x: x * np.float32(scale) if path[-1].key == "lora_b" else x, adapters
   )
@@ -177,40 +187,42 @@ def attach(frozen: PyTree, adapters: PyTree, scale: float) -> PyTree:
 
 
 def merge(policy: PyTree) -> PyTree:
-  """One plain tree that computes what `attach`ed parameters do: W + a b, in the base's type."""
+  """Merges `attach`ed adapters into their base: W + a b, in the base's type, on host."""
   merged: PyTree = jax.tree.map(lambda x: x, policy["params"])  # new nodes, the same arrays
-  for path, adapter in flat(policy["lora"]).items():
-    node = _at(merged, path.split("."))
+  for path, adapter in flatten(policy["lora"]).items():
+    node = _get(merged, path.split("."))
     kernel = node["kernel"]
+    # The sum is float32 and rounded once.
     update = np.asarray(adapter["lora_a"]) @ np.asarray(adapter["lora_b"])
     node["kernel"] = (np.asarray(kernel, np.float32) + update).astype(kernel.dtype)
   return {"params": merged}
 
 
-def count(adapters: PyTree) -> int:
-  """Trained parameters."""
+def count_parameters(adapters: PyTree) -> int:
+  """Counts trained parameters."""
   return sum(x.size for x in jax.tree.leaves(adapters))
 
 
-def flat(adapters: PyTree, prefix: str = "") -> dict[str, dict[str, Any]]:
-  """Adapters by the path of their map, sorted."""
+def flatten(adapters: PyTree, prefix: str = "") -> dict[str, dict[str, Any]]:
+  """Returns adapters by the dotted path of their map, sorted."""
   if "lora_a" in adapters:
     return {prefix: adapters}
   found = {}
   for name in sorted(adapters):
-    found |= flat(adapters[name], f"{prefix}.{name}".lstrip("."))
+    found |= flatten(adapters[name], f"{prefix}.{name}".lstrip("."))
   return found
 
 
-def put(tree: PyTree, path: str, node: PyTree) -> None:
-  """Sets the node at a dotted path, making those above it."""
+def set_at(tree: PyTree, path: str, node: PyTree) -> None:
+  """Sets the node at a dotted path, and makes the nodes above it where they are missing."""
   *parents, name = path.split(".")
   for parent in parents:
     tree = tree.setdefault(parent, {})
   tree[name] = node
 
 
-def _at(tree: PyTree, path: Any) -> PyTree:
+def _get(tree: PyTree, path: Iterable[str]) -> PyTree:
+  """Returns the node at a path."""
   for name in path:
     tree = tree[name]
   return tree

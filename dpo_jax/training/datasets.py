@@ -22,11 +22,10 @@ from dpo_jax.data import batches, collate, encode, packing, readers
 from dpo_jax.data import prepared as prepared_data
 from dpo_jax.data.examples import Example, Lazy, Measured, fill_up, lengths, split, with_mismatched
 from dpo_jax.data.tokenizer import Tokenizer
-from dpo_jax.evaluation import evaluate
 from dpo_jax.generation import rewards, rollouts
 from dpo_jax.hf import peft, safetensors_files
 from dpo_jax.model import attention_kernels
-from dpo_jax.model.config import ModelConfig
+from dpo_jax.model.config import ModelConfig, check_positions
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 from dpo_jax.training import on_policy, reference_cache
 
@@ -189,7 +188,7 @@ def _load_rows(config, loss, tokenizer, model_config):
   for some in filter(len, (examples, held_out)):
     if data.row_length and data.layout != "padded":
       collate.check_fits(some, data.layout, data.row_length)
-    evaluate.check_positions(some, model_config)
+    check_positions(some, lengths(some), model_config)
   return examples, held_out, ledger
 
 
@@ -291,7 +290,7 @@ def _reference_key(
     path, types = config.model.path, [config.model.param_dtype, *types]
   weights: Any = {"scratch": config.model.scratch.to_dict(), "seed": config.seed}
   # Attention over rows is one to rounding, as topologies are.
-  kernel = {"attention": attention} if attention in attention_kernels.TEXTS else {}
+  kernel = {"attention": attention} if attention in attention_kernels.SEQUENCE_KERNELS else {}
   return kernel | {
     "weights": safetensors_files.digest(pathlib.Path(path)) if path else weights,
     "adapter": peft.digest(config.lora.path) if config.lora.path else None,

@@ -76,7 +76,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     tokenizer,
     model_config,
     executor.groups,
-    texts=attention in attention_kernels.TEXTS,
+    texts=attention in attention_kernels.SEQUENCE_KERNELS,
   )
   device = executor.devices[0]
   store, lacking, training_data = datasets.stored(
@@ -295,10 +295,10 @@ def _adapted(
   """What is trained, what stays frozen, and what is known of the adapters."""
   path = config.model.path
   base_name = str(pathlib.Path(path).resolve()) if path and pathlib.Path(path).is_dir() else path
-  about = peft.Adapter(settings, base_name, peft.mark_of(base))
+  about = peft.Adapter(settings, base_name, peft.fingerprint_of(base))
   if not config.lora.path:
     return start, base, about
-  peft.check_base(config.lora.path, about.mark)
+  peft.check_base(config.lora.path, about.fingerprint)
   # The adapter one starts from stays in the reference: without it the policy would not start there.
   return start, lora.attach(base, start, settings.scale), about
 
@@ -384,7 +384,7 @@ def describe_model(section: ConfigDict, template: str = "") -> tuple[ModelConfig
     section.tokenizer or section.path,
     template_arguments=chat_template.read_arguments(template, "data.template"),
   )
-  if section.path and peft.holds_one(section.path):
+  if section.path and peft.is_adapter(section.path):
     raise UserError(
       f"model.path={section.path} is an adapter; name its base by model.path, itself by lora.path"
     )

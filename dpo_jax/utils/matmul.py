@@ -12,7 +12,9 @@ import jax.numpy as jnp
 
 from dpo_jax.structs import Array
 
-NAME = "product"  # of what `product` gives, where it is differentiated
+# Callers give this name to an output that remat should keep: a policy does not see the products
+# inside a function with a gradient of its own.
+NAME = "product"
 
 
 @jax.custom_vjp
@@ -44,7 +46,6 @@ def _pulled(x_xD: Array, kernel: Array, axis: int, slope_xF: Array) -> tuple[Arr
 
 
 product.defvjp(
-  # Named, since a policy of what to keep does not see into this function.
   lambda x_xD, kernel_DF: (product(x_xD, kernel_DF), (x_xD, kernel_DF)),
   lambda saved, slope_xF: _pulled(*saved, 0, slope_xF),
 )

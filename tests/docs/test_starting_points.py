@@ -76,10 +76,10 @@ def model_of(shape):
 def adapters_of(settings, shape):
   """Adapters as abstract arrays, with the names that `lora.init` gives them."""
   tree = {}
-  for path, (layers, inputs, outputs) in lora.matched(shape, settings.target).items():
+  for path, (layers, inputs, outputs) in lora.select_maps(shape, settings.target).items():
     array = lambda *axes: jax.ShapeDtypeStruct(axes, jnp.float32)
     a, b = array(layers, inputs, settings.rank), array(layers, settings.rank, outputs)
-    lora.put(tree, path, {"lora_a": a, "lora_b": b})
+    lora.set_at(tree, path, {"lora_a": a, "lora_b": b})
   return tree
 
 

@@ -255,15 +255,6 @@ def test_pairs_are_read_with_and_without_a_reference(models, tmp_path, capsys):
     evaluate.read_pairs(tmp_path / "rows.jsonl", policy, other)
 
 
-def test_a_text_longer_than_learned_positions_is_refused(models):
-  config = dataclasses.replace(models[0].config, positions="learned", max_positions=3)
-  fits = Example(np.array([1]), (np.array([4, 2]), np.array([2])), row=0)
-  too_long = Example(np.array([1, 4]), (np.array([2]), np.array([4, 2])), row=8)
-  evaluate.check_positions([fits], config)
-  with pytest.raises(UserError, match="data row 8 has 4 tokens and the model 3 positions"):
-    evaluate.check_positions([fits, too_long], config)
-
-
 def test_pairs_under_the_reference_itself(models):
   model, _ = models
   examples = [Example(np.array([1, 4]), (np.array([5, 5, 2]), np.array([4, 2])))] * 3

@@ -1,4 +1,4 @@
-"""Model folders: what is written reads back bit for bit, and what is broken is refused by name."""
+"""Model folders read back bit for bit what was written, and broken ones are refused by name."""
 
 import dataclasses
 import itertools
@@ -64,8 +64,8 @@ VARIANTS = {
 
 def random_params(config, dtype=np.float32, seed=0):
   rng = np.random.default_rng(seed)
-  draw = lambda leaf: rng.normal(size=leaf.shape).astype(dtype)
-  return jax.tree.map(draw, transformer.param_shapes(config))
+  shapes = transformer.param_shapes(config)
+  return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(dtype), shapes)
 
 
 def assert_bitwise_equal(left, right):
@@ -77,7 +77,7 @@ def assert_bitwise_equal(left, right):
 
 @pytest.fixture
 def folder(tmp_path):
-  """A small Llama folder to be broken."""
+  """A small Llama folder, for a test to break."""
   hf_checkpoint.save(tmp_path / "model", LLAMA, random_params(LLAMA))
   return tmp_path / "model"
 
@@ -112,7 +112,7 @@ def shard(folder, count=2):
 
 
 def spread(*spec):
-  """A sharding over 2 x 4 devices with axes a and b."""
+  """Makes a sharding over 2 x 4 devices with axes a and b."""
   mesh = jax.make_mesh((2, 4), ("a", "b"), (AxisType.Auto,) * 2)
   return NamedSharding(mesh, PartitionSpec(*spec))
 
@@ -196,20 +196,20 @@ def test_shards_that_disagree_with_their_index(folder):
   index, name = folder / "model.safetensors.index.json", "model.norm.weight"
   (other,) = set(shard_of.values()) - {shard_of[name]}
   index.write_text(json.dumps({"weight_map": shard_of | {name: other}}))
-  refused(folder, f"{shard_of[name]} holds tensor {name}, which the index puts in {other}")
+  refused(folder, f"{shard_of[name]} contains tensor {name}, which the index puts in {other}")
   unnamed = {k: v for k, v in shard_of.items() if k != name}
   index.write_text(json.dumps({"weight_map": unnamed}))
-  refused(folder, f"{shard_of[name]} holds tensor {name}, which the index does not name")
+  refused(folder, f"{shard_of[name]} contains tensor {name}, which the index does not name")
   index.write_text(json.dumps({"weight_map": shard_of | {"a.b": other}}))
   refused(folder, f"{other} lacks tensor a.b, which the index puts there")
 
   index.write_text(json.dumps({"weight_map": shard_of}))
   tensors = load_file(folder / other)
   save_file(tensors | load_file(folder / shard_of[name]), folder / other)
-  refused(folder, "lies in both model-00001-of-00002.safetensors and model-00002-of-00002.s")
+  refused(folder, "is in both model-00001-of-00002.safetensors and model-00002-of-00002.s")
 
 
-# Every place a tensor of these models can be divided: layers, in, out, vocabulary; not at all.
+# Shardings that together divide every axis of these models: layers, inputs, outputs, vocabulary.
 SPREADS = {
   "whole": lambda leaf: spread(),
   "one device": lambda leaf: SingleDeviceSharding(jax.devices()[3]),
@@ -225,14 +225,17 @@ SPREADS = {
 def test_a_model_is_loaded_straight_into_its_shardings(config, places, tmp_path):
   params = random_params(config)
   hf_checkpoint.save(tmp_path / "model", config, params)
-  divides = lambda leaf: all(size % 8 == 0 or size == config.layers for size in leaf.shape)
+
+  def divides(leaf):
+    return all(size % 8 == 0 or size == config.layers for size in leaf.shape)
+
   shardings = jax.tree.map(
     lambda leaf: places(leaf) if divides(leaf) else spread(), transformer.param_shapes(config)
   )
   _, found = hf_checkpoint.load(tmp_path / "model", shardings=shardings)
   jax.tree.map(lambda leaf, sharding: leaf.sharding == sharding or pytest.fail(), found, shardings)
   assert_bitwise_equal(jax.tree.map(np.asarray, found), params)
-  # And out again from where they lie, to the very same files.
+  # Arrays on devices are written to the very same files.
   hf_checkpoint.save(tmp_path / "again", config, found)
   for file in (tmp_path / "model").iterdir():
     assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
@@ -251,7 +254,7 @@ def test_a_process_takes_only_its_part_of_what_a_tensor_joins():
     Leaf((2, 3, 4), Elsewhere(every, every, left), np.dtype(np.float32)),
     Leaf((2, 3, 4), Elsewhere(slice(1, 2), every, right), np.dtype(np.float32)),
   ]
-  assert [leaf.holds((0,)) for leaf in leaves] == [True, False]
+  assert [leaf.needs((0,)) for leaf in leaves] == [True, False]
   stored = np.arange(2 * 8 * 3, dtype=np.float32).reshape(2, 8, 3)
   for layer in (0, 1):
     distribute(stored[layer], (layer,), leaves, True, "tensor")
@@ -337,11 +340,11 @@ def test_a_large_export_is_divided_into_shards(tmp_path):
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     tensors = {file: load_file(tmp_path / "model" / file) for file in files}
     assert index["weight_map"] == {name: file for file in files for name in tensors[file]}
-    sizes = [sum(array.nbytes for array in held.values()) for held in tensors.values()]
+    sizes = [sum(array.nbytes for array in shard.values()) for shard in tensors.values()]
     assert index["metadata"] == {"total_size": sum(x.nbytes for x in jax.tree.leaves(params))}
     assert sum(sizes) == index["metadata"]["total_size"]
-    for size, held in zip(sizes, tensors.values(), strict=True):
-      assert 0 < size <= limit or len(held) == 1
+    for size, shard in zip(sizes, tensors.values(), strict=True):
+      assert 0 < size <= limit or len(shard) == 1
     # The first tensor of a shard would not have fitted into the one before.
     assert all(a + b > limit for a, b in itertools.pairwise(sizes))
     assert_bitwise_equal(hf_checkpoint.load(tmp_path / "model")[1], params)
@@ -368,7 +371,7 @@ def test_tensors_of_several_dtypes_lie_aligned(tmp_path):
       np.testing.assert_array_equal(file.get_tensor(name), array)
 
 
-# Peak of this process's memory, in bytes, beyond what it holds once everything is imported.
+# Prints the peaks of a process's memory, in bytes, beyond what it uses once all is imported.
 MEASURE = """
 import sys
 import jax, numpy as np
@@ -390,7 +393,7 @@ def memory(name):
 
 def peak(act):
   with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak starts again at what is held
+    file.write("5")  # the peak starts again at the present use
   before = memory("VmRSS")
   result = act()
   return result, memory("VmHWM") - before
@@ -606,7 +609,7 @@ def test_a_folder_that_is_not_there_or_not_a_model(folder, tmp_path):
   (folder / "config.json").write_text("{")
   refused(folder, "config.json is not JSON")
   (folder / "config.json").write_text("[]")
-  refused(folder, "config.json holds a list, not an object")
+  refused(folder, "config.json contains a list, not an object")
 
 
 def test_a_folder_without_weights_or_with_pickled_ones(folder):
@@ -638,9 +641,9 @@ def test_tensors_missing_unexpected_or_of_another_shape(folder):
   edit_tensors(folder, lambda tensors: tensors.update({name: big.astype(np.float32)}))
   refused(folder, f"tensor {name} holds numbers that are not finite in float16", dtype="float16")
   edit_tensors(folder, lambda tensors: tensors.update({name: taken[name], "a.b": np.ones(3)}))
-  refused(folder, "holds tensor a.b, which config.json does not account for")
+  refused(folder, "contains tensor a.b, which config.json does not account for")
   edit_config(folder, num_hidden_layers=1)
-  refused(folder, "holds tensor a.b and 9 more")
+  refused(folder, "contains tensor a.b and 9 more")
 
 
 def test_headers_tell_what_is_wrong_before_any_tensor_is_read(folder, monkeypatch):

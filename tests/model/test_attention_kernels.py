@@ -1,4 +1,4 @@
-"""Attention over texts gathered out of rows is that over the rows, in value and gradient."""
+"""Attention over sequences gathered out of rows equals attention over the rows, with gradients."""
 
 import contextlib
 import functools
@@ -46,8 +46,8 @@ from tests.support.small_attention import (
 
 def test_texts_of_a_shared_row_by_hand():
   # Inputs: prompt 5 6 once, then 7 opening each answer: 7 8 9 | 7 and places 0 to 7 of a row.
-  ids = lambda *x: np.array(x, np.int32)
-  pair = Example(ids(5, 6, 7), (ids(1, 2), ids(3)), 1.0, 0)
+  prompt, chosen, rejected = (np.array(x, np.int32) for x in ((5, 6, 7), (1, 2), (3,)))
+  pair = Example(prompt, (chosen, rejected), 1.0, 0)
   batch = collate.collate([pair], layout="shared", row_length=6, texts=True)
   assert batch.ids_NL.tolist() == [[5, 6, 7, 1, 7, 0]]
   assert batch.sequence_GTW.shape == (1, 2, 128) and (batch.sequence_GTW[:, :, 4:] == 6).all()
@@ -113,7 +113,7 @@ def test_hosts_make_the_texts_of_their_own_rows():
 
 
 def by_rows(batch, window=0, scale=0.0):
-  """(q, k, v) -> attention over the rows."""
+  """Returns attention over the rows, a function of q, k and v."""
   tokens = Tokens(batch.position_NL, batch.pair_NL, batch.branch_NL)
 
   def attend(q, k, v):
@@ -123,10 +123,10 @@ def by_rows(batch, window=0, scale=0.0):
   return attend
 
 
-def by_texts(batch, kind):
-  return lambda q, k, v: attention_kernels.attend_texts(
-    q, k, v, attention_kernels.texts_of(batch), kind
-  )
+def by_sequences(batch, options):
+  """Returns attention over the sequences of the rows, a function of q, k and v."""
+  index = attention_kernels.index_sequences(batch)
+  return lambda q, k, v: attention_kernels.attend_sequences(q, k, v, index, options)
 
 
 @pytest.mark.parametrize(
@@ -145,10 +145,10 @@ def test_attention_over_texts_is_that_over_rows(name, completions, window, kv_he
   qkv, slope = rows_of(batch, kv_heads=kv_heads)
   expected = value_and_gradient(by_rows(batch, window, scale=0.3), qkv, slope)
   found = value_and_gradient(
-    by_texts(batch, attention_kernels.Kind("xla", window, 0.3)), qkv, slope
+    by_sequences(batch, attention_kernels.KernelOptions("xla", window, 0.3)), qkv, slope
   )
   close(found, expected)
-  whole = jax.jit(by_texts(batch, attention_kernels.Kind("xla", window)))(*qkv)
+  whole = jax.jit(by_sequences(batch, attention_kernels.KernelOptions("xla", window)))(*qkv)
   assert (np.asarray(whole)[batch.pair_NL < 0] == 0).all()
 
 
@@ -157,8 +157,8 @@ def test_splash_is_the_attention_over_rows(window):
   batch = batch_of(completions=3, count=2, groups=1)
   qkv, slope = rows_of(batch)
   expected = value_and_gradient(by_rows(batch, window, scale=0.3), qkv, slope)
-  kind = attention_kernels.Kind("splash", window, 0.3, interpret=True)
-  close(value_and_gradient(by_texts(batch, kind), qkv, slope), expected)
+  kind = attention_kernels.KernelOptions("splash", window, 0.3, interpret=True)
+  close(value_and_gradient(by_sequences(batch, kind), qkv, slope), expected)
 
 
 @pytest.fixture
@@ -168,8 +168,11 @@ def cudnn_there(monkeypatch):
 
 
 def lowered(platform, attend, *args):
-  """What XLA is given on another platform for attention and its gradient."""
-  value = lambda *qkv: attend(*qkv).astype(jnp.float32).sum()
+  """Returns the program that XLA gets on another platform for attention and its gradient."""
+
+  def value(*qkv):
+    return attend(*qkv).astype(jnp.float32).sum()
+
   traced = jax.jit(jax.value_and_grad(value, (0, 1, 2))).trace(*args)
   return traced.lower(lowering_platforms=(platform,)).as_text()
 
@@ -177,12 +180,14 @@ def lowered(platform, attend, *args):
 @pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("divided", [False, True])
 def test_splash_is_given_what_it_takes(divided, window):
-  """As far as a machine without a TPU can see: the kernels are made, of whole texts and heads."""
+  """Checks, without a TPU, that kernels are made for whole sequences and whole heads."""
   batch = batch_of()
   qkv, _ = rows_of(batch, dtype=jnp.bfloat16)
   mesh = Executor("mesh", 4, fsdp=2, tensor=2).mesh
   with jax.set_mesh(mesh) if divided else contextlib.nullcontext():
-    text = lowered("tpu", by_texts(batch, attention_kernels.Kind("splash", window)), *qkv)
+    text = lowered(
+      "tpu", by_sequences(batch, attention_kernels.KernelOptions("splash", window)), *qkv
+    )
   assert text.count("@tpu_custom_call") == 3  # forward; queries; keys and values
   texts = batch.sequence_GTW.shape[1] if divided else 2 * batch.sequence_GTW.shape[1]
   assert f"tensor<{texts}x{HEADS // 2 if divided else HEADS}x128x{HEAD}xbf16>" in text
@@ -191,15 +196,20 @@ def test_splash_is_given_what_it_takes(divided, window):
 
 @pytest.mark.parametrize("window", [0, 3])
 def test_cudnn_is_given_what_it_takes(cudnn_there, window):
-  """As far as a machine without one can see: types, shapes and the kind of mask."""
+  """Checks, without a GPU, the types, the shapes and the kind of mask that cuDNN gets."""
   batch = batch_of()
   qkv, _ = rows_of(batch, dtype=jnp.bfloat16)
-  text = lowered("cuda", by_texts(batch, attention_kernels.Kind("cudnn", window)), *qkv)
+  text = lowered(
+    "cuda", by_sequences(batch, attention_kernels.KernelOptions("cudnn", window)), *qkv
+  )
   calls = set(re.findall(r"__cudnn\$\w+", text))
   assert calls == {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
-  said = lambda name: set(re.findall(rf'"{name}": "?(\w+)', text.replace(r"\22", '"')))
-  assert said("mask_type") == {"CAUSAL" if window else "PADDING_CAUSAL"}
-  assert said("sliding_window_length") == {str(window)}
+
+  def settings(name):
+    return set(re.findall(rf'"{name}": "?(\w+)', text.replace(r"\22", '"')))
+
+  assert settings("mask_type") == {"CAUSAL" if window else "PADDING_CAUSAL"}
+  assert settings("sliding_window_length") == {str(window)}
   texts = batch.sequence_GTW.shape[0] * batch.sequence_GTW.shape[1]
   assert f"tensor<{texts}x128x{HEADS}x{HEAD}xbf16>" in text
   assert "128x128" not in text  # no length x length
@@ -210,7 +220,7 @@ def test_cudnn_is_given_what_it_takes_on_a_mesh(cudnn_there):
   batch = batch_of()
   qkv, _ = rows_of(batch, dtype=jnp.bfloat16)
   with jax.set_mesh(executor.mesh):
-    text = lowered("cuda", by_texts(batch, attention_kernels.Kind("cudnn")), *qkv)
+    text = lowered("cuda", by_sequences(batch, attention_kernels.KernelOptions("cudnn")), *qkv)
   texts = batch.sequence_GTW.shape[1]  # of one of two groups, half the heads
   assert "__cudnn$fmhaSoftmaxBackward" in text
   assert f"tensor<{texts}x128x{HEADS // 2}x{HEAD}xbf16>" in text
@@ -254,7 +264,7 @@ def test_layers_of_one_window_step_alike():
   [("cudnn", "cuda", "__cudnn$fmhaSoftmax"), ("splash", "tpu", "tpu_custom_call")],
 )
 def test_a_whole_step_is_lowered_for_accelerators(cudnn_there, attention, platform, call):
-  """In bfloat16, and no scores of one of the 160 columns of a row with another."""
+  """The step in bfloat16 has no array of scores between the 160 columns of a row."""
   model = transformer.build(CONFIG, attention=attention, dtype="bfloat16")
   objective = step.Objective(logprobs.make_logps_fn(model), losses.resolve("sigmoid"))
   tx = optax.adamw(1e-3)

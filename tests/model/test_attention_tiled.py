@@ -1,4 +1,4 @@
-"""Attention by tiles is that by blocks, in value and gradient, and looks at what it must."""
+"""Attention by tiles equals attention by blocks, with gradients, and reads every key it needs."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from tests.support.small_attention import CONFIG, close, rows_of, value_and_grad
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-  """Several of them to a row of a test."""
+  """Makes tiles so small that a row of a test has several."""
   monkeypatch.setattr(attention_tiled, "TILE", 8)
 
 
@@ -23,25 +23,29 @@ def tokens_of(batch):
 
 
 def test_widths_grow_by_halves_up_to_all_there_is():
-  assert attention_tiled.widths(1) == (1,)
-  assert attention_tiled.widths(5) == (1, 2, 3, 4, 5)
-  assert attention_tiled.widths(23) == (1, 2, 3, 4, 6, 8, 12, 16, 23)
+  assert attention_tiled.key_widths(1) == (1,)
+  assert attention_tiled.key_widths(5) == (1, 2, 3, 4, 5)
+  assert attention_tiled.key_widths(23) == (1, 2, 3, 4, 6, 8, 12, 16, 23)
 
 
 def test_a_tile_looks_back_to_where_its_first_pair_begins():
   # Tiles of 8; pairs of 20, 10 and 6 tokens in 40 columns: the last 4 are padding.
   pair_NL = np.repeat([0, 1, 2, -1], [20, 10, 6, 4])[None]
-  found = attention_tiled.plan(Tokens(np.zeros_like(pair_NL), pair_NL, np.zeros_like(pair_NL)))
+  found = attention_tiled.plan_tiles(
+    Tokens(np.zeros_like(pair_NL), pair_NL, np.zeros_like(pair_NL))
+  )
   # Columns 0-7, 8-15 and 16-23 see from 0 on: 1, 2 and 3 tiles. 24-31 hold pairs that begin at 20
   # and 30, and see the tile of column 20 and their own; 32-39 that of column 30 and their own.
-  assert attention_tiled.widths(5) == (1, 2, 3, 4, 5)
+  assert attention_tiled.key_widths(5) == (1, 2, 3, 4, 5)
   np.testing.assert_array_equal(found.bounds_X, [0, 1, 4, 5, 5, 5])
   assert found.order_T[0] == 0 and set(found.order_T[1:4].tolist()) == {1, 3, 4}
 
 
 def test_tiles_of_padding_are_passed_over():
   pair_NL = np.repeat([[0, -1]], [8, 24], axis=1)
-  found = attention_tiled.plan(Tokens(np.zeros_like(pair_NL), pair_NL, np.zeros_like(pair_NL)))
+  found = attention_tiled.plan_tiles(
+    Tokens(np.zeros_like(pair_NL), pair_NL, np.zeros_like(pair_NL))
+  )
   np.testing.assert_array_equal(found.bounds_X[jnp.array([0, -1])], [3, 4])
 
 
@@ -49,12 +53,12 @@ def test_tiles_of_padding_are_passed_over():
 def test_no_key_that_is_seen_is_left_out(name):
   batch = small_attention.batch_of(name, 3)
   tokens = tokens_of(batch)
-  found = attention_tiled.plan(tokens)
+  found = attention_tiled.plan_tiles(tokens)
   length = batch.ids_NL.shape[1]
   count = -(-length // attention_tiled.TILE)
   seen_NLL = np.asarray(visible(tokens, tokens)) & (batch.pair_NL >= 0)[:, :, None]
   looked = set()
-  for number, width in enumerate(attention_tiled.widths(count)):
+  for number, width in enumerate(attention_tiled.key_widths(count)):
     for at in range(found.bounds_X[number], found.bounds_X[number + 1]):
       row, place = divmod(int(found.order_T[at]), count)
       looked.add((row, place))
@@ -81,7 +85,12 @@ def test_attention_by_tiles_is_that_by_blocks(name, window, cap, kv_heads):
   def by_tiles(q, k, v):
     keys = Keys(k.swapaxes(1, 2), v.swapaxes(1, 2))
     return attention_tiled.attend_tiles(
-      q, keys, tokens, attention_tiled.plan(tokens), seen, attention_tiled.Kind(0.5, cap)
+      q,
+      keys,
+      tokens,
+      attention_tiled.plan_tiles(tokens),
+      seen,
+      attention_tiled.ScoreOptions(0.5, cap),
     )
 
   found, expected = (value_and_gradient(fn, qkv, slope) for fn in (by_tiles, blocks))
@@ -103,7 +112,7 @@ def test_a_step_by_tiles_is_that_by_blocks(how):
 
 
 def test_bfloat16_stays_near_float32():
-  """Products of bfloat16, sums of float32: log-probs of the same weights."""
+  """Tiles in bfloat16 lose no more precision in log-probs than blocks do, within a half."""
   batch = without_texts(small_attention.batch_of("shared", 2))
 
   def logps(name, dtype):
@@ -112,7 +121,7 @@ def test_bfloat16_stays_near_float32():
 
   tiled, blocked = logps("tiles", "bfloat16"), logps("blocked", "bfloat16")
   exact = logps("blocked", "float32")
-  # Rounding of 2^-9 a product, over sums of tens of nats: no more than blocks lose, within a half.
+  # Each product rounds by 2^-9, and log-probs are sums of tens of nats.
   assert np.abs(tiled - exact).max() <= 1.5 * np.abs(blocked - exact).max()
 
 

@@ -1,4 +1,4 @@
-"""Every family against logits that transformers computed, and against itself in other layouts."""
+"""Every family gives the logits that transformers computed, and the same ones in all layouts."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from tests.support.paths import GOLDEN
 from tests.support.whole_rows import whole_rows
 
 CASES = pytest.mark.parametrize("case", cases.CASES)
-# One of every family, that with the most unusual options.
+# One case of every family: the last, which has the most unusual options.
 FAMILIES = {families.from_hf(fields).family: case for case, fields in cases.CASES.items()}
 
 
@@ -32,7 +32,7 @@ def config_of(case):
 
 @functools.cache
 def model(case):
-  """(config, parameters) read from a folder of tensors as they lie on disk."""
+  """Reads a configuration and parameters from a folder with the tensors of released models."""
   import tempfile
 
   config = config_of(case)
@@ -56,7 +56,7 @@ def shapes(file):
 
 @CASES
 def test_logits_are_those_of_transformers(case):
-  """Largest error in float32, of logits whose standard deviation is 1 to 4."""
+  """Errors are at most 1e-4 in float32, for logits with standard deviations of 1 to 4."""
   config, params = model(case)
   built = transformer.build(config)
   hidden_NLD = jax.jit(built.hidden)(params, whole_rows(cases.IDS_NL))
@@ -84,7 +84,7 @@ def test_folders_come_back_bit_for_bit(case, tmp_path):
 
 @pytest.mark.parametrize("case", FAMILIES.values(), ids=FAMILIES)
 def test_shared_prompts_equal_separate_rows(case):
-  """Texts are longer than the windows, and branches lie further from the prompt than they are."""
+  """Sequences are longer than the windows, and branches stand far behind their prompts in a row."""
   config, params = model(case)
   logps_fn = jax.jit(make_logps_fn(transformer.build(config)))
   examples = tiny.pairs(5, vocab=config.vocab, longest=12)
@@ -140,7 +140,7 @@ def refused(fields, message):
     ("phi3", {"rope_scaling": {"type": "longrope", "factor": 2}}, "rope type 'longrope' is not"),
     ("phi3", {"rope_scaling": cases.YARN}, "rope type 'yarn' is not supported for phi3"),
     ("phi3", {"partial_rotary_factor": 1.5}, r"partial_rotary_factor is 1.5; it must lie in"),
-    ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must hold 3 times 0 or 1"),
+    ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must contain 3 times 0 or 1"),
     ("qwen3_moe", {"mlp_only_layers": [1]}, "mix layers with and without experts"),
     ("qwen3_moe", {"num_experts_per_tok": 9}, "chooses 9 of 6 experts"),
     ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1 is not supported"),
@@ -152,7 +152,7 @@ def test_what_would_not_be_honoured_is_refused_by_name(case, fields, message):
 
 
 def test_experts_divide_the_work_of_one_part_among_them():
-  """Experts that are all alike, weights that sum to 1: a mixture is one feed-forward part."""
+  """A mixture of identical experts, whose weights sum to 1, is one feed-forward part."""
   config, params = model("mixtral")
   layers = dict(params["params"]["layers"])
   experts = dict(layers.pop("experts"))
@@ -164,6 +164,9 @@ def test_experts_divide_the_work_of_one_part_among_them():
   one = {name: {"kernel": alike[name]["kernel"][:, 0]} for name in alike}
   plain = params["params"] | {"layers": layers | one}
   batch = whole_rows(cases.IDS_NL)
-  run = lambda config, tree: transformer.build(config).hidden({"params": tree}, batch)
+
+  def run(config, tree):
+    return transformer.build(config).hidden({"params": tree}, batch)
+
   expected = run(dataclasses.replace(config, experts=None), plain)
   np.testing.assert_allclose(run(config, mixed), expected, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Adapters: by hand, equal to merged weights everywhere, the base neither copied nor touched."""
+"""Adapters by hand, their equality with merged weights, and a base that stays one and unchanged."""
 
 import dataclasses
 import functools
@@ -44,12 +44,12 @@ SETTINGS = LoRA(rank=2, alpha=3.0)
 
 
 def base(config=LLAMA, seed=0):
-  """Parameters on host."""
+  """Returns initial parameters as NumPy arrays."""
   return jax.tree.map(np.asarray, transformer.init_params(config, seed))
 
 
 def moved(config=LLAMA, settings=SETTINGS, seed=0):
-  """Adapters as after some training: b is no longer zero."""
+  """Returns adapters as after some training, with b no longer zero."""
   rng = np.random.default_rng(seed)
   return jax.tree.map(
     lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), lora.init(config, settings, seed)
@@ -101,7 +101,7 @@ def test_a_policy_starts_as_its_base_to_the_bit_and_knows_no_other_maps():
   a = start["layers"]["down"]["lora_a"]
   assert a.shape == (2, 12, 2) and 0.5 / np.sqrt(12) < np.abs(a).max() <= 1 / np.sqrt(12)
   # 2 layers, rank 2: in + out of query, key, value, out, up, gate, down.
-  assert lora.count(start) == 2 * 2 * (16 + 12 + 12 + 16 + 20 + 20 + 20)
+  assert lora.count_parameters(start) == 2 * 2 * (16 + 12 + 12 + 16 + 20 + 20 + 20)
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=lambda c: c.family)
@@ -115,10 +115,13 @@ def test_merged_weights_compute_the_same(config):
 
 
 def test_gradients_are_those_of_the_merged_weights_by_the_chain_rule():
-  """W' = W + s a b, so da = s dW' b^T and db = s a^T dW', in every layer of the scan."""
+  """Since W' = W + s a b, da = s dW' b^T and db = s a^T dW', in every layer of the scan."""
   s, params, own = SETTINGS.scale, base(), moved()
   logps_fn = logprobs.make_logps_fn(transformer.build(LLAMA, remat="full"))
-  total = lambda tree: (logps_fn(tree, batch_of()) * jnp.arange(1.0, 3.0)).sum()
+
+  def total(tree):
+    return (logps_fn(tree, batch_of()) * jnp.arange(1.0, 3.0)).sum()
+
   found = jax.grad(lambda own: total(lora.attach(params, own, s)))(own)
   slope = jax.grad(total)(lora.merge(lora.attach(params, own, s)))["params"]["layers"]
   by_hand = {}
@@ -160,7 +163,7 @@ def test_dropout_goes_by_the_data_row_and_needs_a_key():
   key = jax.random.key(5)
   shared = by_row(batch_of(), key)
   padded = by_row(batch_of(name="padded"), key)
-  # Padded rows hold a slot each, and the slots of a pair stand below each other.
+  # Padded rows have one slot each, and the two rows of a pair are neighbours.
   near(padded, shared)
   plain, other = by_row(batch_of()), by_row(batch_of(), jax.random.key(6))
   near(plain, by_row(batch_of(name="padded")))
@@ -174,27 +177,30 @@ def test_codes_tell_tokens_apart_and_steps_have_masks_of_their_own():
   codes_NL = np.asarray(transformer.token_codes(jax.random.key(0), batch))
   assert len(np.unique(codes_NL)) == len(places) > 60
 
-  noise = lambda key: 0.0 if key is None else jax.random.normal(key)
-  logps_fn = lambda params, batch, key=None: (
-    params["x"] * noise(key) * jnp.arange(2.0) * batch.weight_NS
-  )
+  def logps_fn(params, batch, key=None):
+    noise = 0.0 if key is None else jax.random.normal(key)
+    return params["x"] * noise * jnp.arange(2.0) * batch.weight_NS
+
   made = step.Objective(logps_fn, losses.resolve("sigmoid"), dropout_seed=0)
   state = step.init_state({"x": jnp.ones(())}, TX)
   stacked = collate.collate_many([tiny.pairs(1)], row_length=24)
-  loss = lambda state: step.train_step(state, {"x": jnp.ones(())}, stacked, objective=made, tx=TX)[
-    1
-  ]["loss"]
+
+  def loss(state):
+    reference_params = {"x": jnp.ones(())}
+    return step.train_step(state, reference_params, stacked, objective=made, tx=TX)[1]["loss"]
+
   losses_ = [float(jax.jit(loss)(state._replace(step=jnp.int32(i)))) for i in (0, 0, 1)]
   assert losses_[0] == losses_[1] != losses_[2]
 
 
 def test_without_dropout_the_program_is_the_same():
-  """A rate of zero leaves no trace, with a key or without."""
-  text = lambda fn, *args: jax.jit(fn).lower(*args).as_text()
-  hidden = transformer.build(LLAMA).hidden
+  """A rate of zero, or no key, compiles the program of a model without dropout."""
   args = (lora.attach(base(), moved(), 1.0), batch_of())
-  assert text(hidden, *args) == text(transformer.build(LLAMA, dropout=0.0).hidden, *args)
-  assert text(hidden, *args) == text(transformer.build(LLAMA, dropout=0.5).hidden, *args)
+
+  def program(**options):
+    return jax.jit(transformer.build(LLAMA, **options).hidden).lower(*args).as_text()
+
+  assert program() == program(dropout=0.0) == program(dropout=0.5)
 
 
 # -- steps -----------------------------------------------------------------------------------------
@@ -216,7 +222,7 @@ TX = optimizer.make_optimizer(optax.constant_schedule(1e-2), weight_decay=0.1)
 
 
 def trajectory(mode, devices, accumulate=1, dropout=0.3):
-  """Adapters and losses after three steps, from adapters that already do something."""
+  """Returns adapters and losses after three steps, which start from adapters with an effect."""
   executor = Executor(mode, devices)
   init, own = functools.partial(step.init_state, tx=TX), moved(settings=TWO)
   state = executor.compile_init(init)(executor.place(own))
@@ -268,7 +274,7 @@ def test_weight_decay_shrinks_both_parts():
 
 
 def about(settings=SETTINGS, config=LLAMA):
-  return peft.Adapter(settings, "models/base", peft.mark_of(base(config)))
+  return peft.Adapter(settings, "models/base", peft.fingerprint_of(base(config)))
 
 
 @pytest.mark.parametrize("rs", [False, True])
@@ -285,22 +291,21 @@ def test_an_adapter_comes_back_to_the_bit(tmp_path, config, target, rs):
   same(tree, own)
   assert found._replace(target=target) == settings and found.scale == settings.scale
   assert {p.name for p in tmp_path.iterdir()} == {"a"}
-  peft.check_base(tmp_path / "a", about(settings, config).mark)
+  peft.check_base(tmp_path / "a", about(settings, config).fingerprint)
 
 
 def test_an_adapter_of_other_hands_is_read_as_peft_would(tmp_path):
-  """One A for query, key and value; ranks and scales of modules' own; layers without any."""
+  """The folder has one A for query, key and value, other ranks and scales, and a bare layer."""
   from safetensors.numpy import save_file
 
   rng = np.random.default_rng(0)
-  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
   name = "base_model.model.transformer.h.{}.{}.lora_{}.weight"
   given = {("attn.c_attn", 0): 2, ("attn.c_attn", 1): 2, ("mlp.c_fc", 1): 3}
   widths = {"attn.c_attn": 24, "mlp.c_fc": 32}
   tensors = {}
   for (module, layer), rank in given.items():
-    tensors[name.format(layer, module, "A")] = draw(rank, 8)
-    tensors[name.format(layer, module, "B")] = draw(widths[module], rank)
+    for part, shape in (("A", (rank, 8)), ("B", (widths[module], rank))):
+      tensors[name.format(layer, module, part)] = rng.normal(size=shape).astype(np.float32)
   save_file(tensors, tmp_path / peft.WEIGHTS)
   fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "b"}
   fields |= {"rank_pattern": {"c_fc": 3}, "alpha_pattern": {"c_fc": 12}}
@@ -308,23 +313,26 @@ def test_an_adapter_of_other_hands_is_read_as_peft_would(tmp_path):
 
   settings, tree = peft.load(tmp_path, GPT2)
   merged = lora.merge(lora.attach(base(GPT2), tree, settings.scale))["params"]["layers"]
-  change = lambda leaf, layer: (
-    merged[leaf]["kernel"][layer] - base(GPT2)["params"]["layers"][leaf]["kernel"][layer]
-  )
-  product = lambda module, layer: (
-    (tensors[name.format(layer, module, "B")] @ tensors[name.format(layer, module, "A")]).T
-  )
+
+  def change(leaf, layer):
+    before = base(GPT2)["params"]["layers"][leaf]["kernel"][layer]
+    return merged[leaf]["kernel"][layer] - before
+
+  def product(module, layer):
+    a_RD, b_FR = (tensors[name.format(layer, module, part)] for part in ("A", "B"))
+    return (b_FR @ a_RD).T
+
   joined = np.concatenate([change(leaf, 1) for leaf in ("query", "key", "value")], axis=-1)
   np.testing.assert_allclose(joined, 4 / 2 * product("attn.c_attn", 1), atol=1e-5)
   np.testing.assert_allclose(change("up", 1), 12 / 3 * product("mlp.c_fc", 1), atol=1e-5)
   np.testing.assert_array_equal(change("up", 0), 0)
-  # Written again it is ours: the same function, and from then on the same bits.
+  # Written by us it computes the same, and from then on it comes back to the bit.
   peft.save(tmp_path / "again", GPT2, tree, about(settings, GPT2))
   same(peft.load(tmp_path / "again", GPT2)[1], tree)
 
 
 def spoil(folder: pathlib.Path, **fields) -> pathlib.Path:
-  """An adapter folder with some fields of its configuration changed."""
+  """Writes an adapter folder in which some fields of the configuration are changed."""
   peft.save(folder, LLAMA, moved(), about())
   file = folder / peft.CONFIG
   file.write_text(json.dumps(json.loads(file.read_text()) | fields))
@@ -340,8 +348,12 @@ def spoil(folder: pathlib.Path, **fields) -> pathlib.Path:
     ({"r": 0}, LLAMA, "rank is 0"),
     ({"r": "8"}, LLAMA, "r is '8'"),
     ({}, dataclasses.replace(LLAMA, width=16), r"adapter of models/base: .* has A \[2, 8\]"),
-    ({}, dataclasses.replace(LLAMA, layers=1), "adapter of models/base: it holds model.layers.1"),
-    ({}, GPT2, "adapter of models/base: it holds model.layers.0"),
+    (
+      {},
+      dataclasses.replace(LLAMA, layers=1),
+      "adapter of models/base: it contains model.layers.1",
+    ),
+    ({}, GPT2, "adapter of models/base: it contains model.layers.0"),
   ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_in_one_line(tmp_path, fields, config, words):
@@ -353,9 +365,9 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(tmp_path, fields, c
 def test_an_adapter_of_another_base_of_the_same_shape_is_refused(tmp_path):
   folder = spoil(tmp_path / "a")
   with pytest.raises(UserError, match="adapter of models/base, whose weights are not those"):
-    peft.check_base(folder, peft.mark_of(base(seed=1)))
+    peft.check_base(folder, peft.fingerprint_of(base(seed=1)))
   narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), base())
-  peft.check_base(folder, peft.mark_of(narrow))  # the same one, held in fewer bits
+  peft.check_base(folder, peft.fingerprint_of(narrow))  # the same one, held in fewer bits
   with pytest.raises(UserError, match="has no adapter_config"):
     peft.load(tmp_path, LLAMA)
 
@@ -366,7 +378,7 @@ def test_an_adapter_of_another_base_of_the_same_shape_is_refused(tmp_path):
     ({"rank": -1}, "rank is -1"),
     ({"alpha": 0.0}, "alpha is 0.0"),
     ({"dropout": 1.0}, "dropout is 1.0"),
-    ({"target": "q_proj,(v"}, "is no pattern"),
+    ({"target": "q_proj,(v"}, "is not a valid pattern"),
     ({"target": "q_porj"}, r"'q_porj' matches no .* query \(q_proj\), .*all-linear"),
     ({"target": "q_proj|v_porj"}, "'v_porj' matches no"),
     ({"target": ""}, "matches no linear map"),
@@ -393,7 +405,7 @@ def test_settings_that_make_no_sense_are_refused_in_one_line(settings, words):
   ],
 )
 def test_a_target_names_maps_as_here_or_as_on_disk(config, target, paths):
-  assert set(lora.matched(config, target)) == {f"layers.{path}" for path in paths}
+  assert set(lora.select_maps(config, target)) == {f"layers.{path}" for path in paths}
 
 
 # -- whole runs ------------------------------------------------------------------------------------
@@ -433,7 +445,7 @@ def test_a_run_leaves_an_adapter_and_checkpoints_of_adapters_only(task, straight
 
 
 def test_commands_take_an_adapter_where_they_take_a_model(task, straight):
-  """As its base with the adapter merged; training wants the two by name."""
+  """An adapter folder stands for its base with the adapter merged, except in training."""
   config, params = peft.load_model(straight / "export")
   assert config == peft.read_config(straight / "export") == hf_checkpoint.read_config(task / "base")
   settings, own = peft.load(straight / "export", config)
@@ -444,7 +456,7 @@ def test_commands_take_an_adapter_where_they_take_a_model(task, straight):
 
 
 def test_an_adapter_whose_base_has_gone_says_where_to_write_it(tmp_path):
-  with pytest.raises(UserError, match="adapter of models/base, which is no model folder here"):
+  with pytest.raises(UserError, match="adapter of models/base, which is not a model folder here"):
     peft.load_model(spoil(tmp_path / "a"))
 
 
@@ -490,15 +502,15 @@ def base_of(task):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["mesh", "pmap"])
 def test_the_reference_is_the_base_and_no_second_copy(task, tmp_path, mode, monkeypatch):
-  """Bytes on device at every step: with adapters one model, without them policy and reference."""
-  held = []
+  """Devices store one model with adapters, and two, policy and reference, without them."""
+  stored = []
   compile_step = Executor.compile_step
 
   def counting(self, fn):
     take = compile_step(self, fn)
 
     def counted(*args):
-      held.append(on_device() - before)
+      stored.append(on_device() - before)
       return take(*args)
 
     return counted
@@ -508,12 +520,12 @@ def test_the_reference_is_the_base_and_no_second_copy(task, tmp_path, mode, monk
   model = 2 * sum(x.nbytes for x in jax.tree.leaves(base_of(task)))  # on two devices
 
   def most(**more):
-    held.clear()
+    stored.clear()
     run, trained, reference_params, _ = build(
       configured(task, **changes, **more), tmp_path / str(len(more))
     )
     train.train(run, trained, reference_params, lambda: None)
-    return max(held), 2 * sum(x.nbytes for x in jax.tree.leaves(trained))
+    return max(stored), 2 * sum(x.nbytes for x in jax.tree.leaves(trained))
 
   before = on_device()
   found, own = most()
@@ -525,15 +537,16 @@ def test_the_reference_is_the_base_and_no_second_copy(task, tmp_path, mode, monk
 
 
 def on_device() -> int:
-  """Bytes of all live arrays; a buffer that several arrays of a device share counts once."""
+  """Counts the bytes of all live arrays; a buffer that several arrays share counts once."""
   shards = [shard for x in jax.live_arrays() for shard in x.addressable_shards if shard.data.size]
-  held = {(x.device, x.data.unsafe_buffer_pointer()): x.data.nbytes for x in shards}
-  return sum(held.values())
+  # Keyed by address, since arrays may share a buffer.
+  sizes = {(x.device, x.data.unsafe_buffer_pointer()): x.data.nbytes for x in shards}
+  return sum(sizes.values())
 
 
 @pytest.mark.slow
 def test_policies_with_adapters_are_sampled_from(task):
-  """The probe of samples sees base and adapters; at the start its KL is zero."""
+  """Evaluation samples from base and adapters together; at the start their KL is zero."""
   config = configured(task, **{"eval.samples": 4, "train.steps": 1, "parallel.mode": "pmap"})
   train.execute(config, task / "sampled")
   found = [line["eval/sampled/kl"] for line in read_metrics(task / "sampled" / "metrics.jsonl")]

@@ -1,4 +1,4 @@
-"""A mixture of experts in training: its balance by hand, its gradient, and every topology alike."""
+"""Training a mixture of experts: its balancing loss by hand, its gradient, and all topologies."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ def objective(balance):
 
 
 def one_step(batch, balance, mode="mesh", devices=1):
-  """Parameters after one step of plain descent, and metrics."""
+  """Returns parameters after one step of plain gradient descent, and metrics."""
   executor, tx = Executor(mode, devices), optax.sgd(1.0)
   state = executor.compile_init(functools.partial(step.init_state, tx=tx, loss=LOSS))(
     executor.place(params())
@@ -53,7 +53,7 @@ def one_step(batch, balance, mode="mesh", devices=1):
 
 
 def test_the_balance_by_hand():
-  """Two of three experts, four tokens: chosen 4, 3, 1 times, given 2, 1.5, 0.5 in all."""
+  """Four tokens choose two of three experts: 4, 3 and 1 times, with probabilities 2, 1.5, 0.5."""
   chosen, probs = jnp.array([4.0, 3.0, 1.0]), jnp.array([2.0, 1.5, 0.5])
   routing = step.Routing(chosen, probs, jnp.asarray(4))
   slope_E, sums = step._balance(routing, 0.1)
@@ -68,7 +68,7 @@ def test_every_expert_alike_gives_the_number_chosen():
 
 
 def test_padding_is_routed_nowhere():
-  """Rows twice as long hold the same tokens: the same sums."""
+  """Rows that are twice as long have the same tokens, so the sums are the same."""
   routed = jax.jit(MODEL.routed)
   sums = [
     routed(params(), jax.tree.map(lambda x: x[0], collate_many([EXAMPLES], row_length=length)))[1]
@@ -84,7 +84,7 @@ def test_padding_is_routed_nowhere():
 
 @pytest.mark.slow
 def test_the_step_descends_the_loss_and_the_balance():
-  """The two-part gradient of the step is that of loss + weight x balance, formed at once."""
+  """The step's gradient, computed in two parts, is that of loss + weight x balance."""
   batch = batch_of(1)
   micro = jax.tree.map(lambda x: x[0], batch)
   reference_NS = logprobs.make_logps_fn(MODEL)(params(), micro)
@@ -104,8 +104,10 @@ def test_the_step_descends_the_loss_and_the_balance():
   difference = jax.tree.map(lambda a, b: abs(a - b).max(), found, expected)
   assert max(jax.tree.leaves(difference)) < 1e-5
   without, _ = one_step(batch, 0.0)
-  router = lambda tree: tree["params"]["layers"]["experts"]["router"]["kernel"]
-  assert abs(router(found) - router(without)).max() > 1e-3
+  with_balance, without_balance = (
+    tree["params"]["layers"]["experts"]["router"]["kernel"] for tree in (found, without)
+  )
+  assert abs(with_balance - without_balance).max() > 1e-3
   assert CONFIG.experts.chosen < metrics["router/balance"] < CONFIG.experts.count
 
 

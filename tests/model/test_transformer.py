@@ -1,4 +1,4 @@
-"""The decoder against stored activations, against an oracle in NumPy, and against itself."""
+"""The decoder gives stored activations, equals an oracle in NumPy, and agrees with itself."""
 
 import dataclasses
 import functools
@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from dpo_jax.data import collate
+from dpo_jax.data.examples import Example, lengths
 from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.logprobs import logits, naive_slot_logps
-from dpo_jax.model import attention, families, transformer
+from dpo_jax.model import attention, families, rope, transformer
 from dpo_jax.model import config as configs
 from dpo_jax.structs import TokenBatch, UserError
 from tests.support import tiny
@@ -49,14 +50,16 @@ FAMILIES = pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"
 
 @functools.cache
 def random_params(config, seed=0):
-  """Initial parameters with biases and scales that are not 0 and 1, as NumPy arrays."""
+  """Returns parameters as NumPy arrays, with noise so that no bias is 0 and no scale 1."""
   rng = np.random.default_rng(seed)
-  bump = lambda x: np.asarray(x) + rng.normal(0, 0.1, x.shape).astype(np.float32)
-  return jax.tree.map(bump, transformer.init_params(config, seed))
+  return jax.tree.map(
+    lambda x: np.asarray(x) + rng.normal(0, 0.1, x.shape).astype(np.float32),
+    transformer.init_params(config, seed),
+  )
 
 
 def whole_rows(ids_NL):
-  """One text a row, from its first column to its last."""
+  """Makes rows of one sequence each, from the first column to the last."""
   ids_NL = np.asarray(ids_NL, np.int32)
   zeros = np.zeros_like(ids_NL)
   position_NL = zeros + np.arange(ids_NL.shape[1], dtype=np.int32)
@@ -70,7 +73,7 @@ def random_rows(rows, length, seed=0):
 
 @functools.cache
 def forward(config, block=attention.QUERY_BLOCK, **how):
-  """(params, batch) -> logits of every position, compiled once a shape."""
+  """Returns a compiled function of parameters and batch: the logits of every position."""
   model = transformer.build(config, **how)
   return jax.jit(lambda params, batch: logits(model.hidden(params, batch), model.head(params)))
 
@@ -81,7 +84,10 @@ def all_logits(config, params, batch, **how):
 
 
 def oracle(config, params, ids_L):
-  """Logits [L, V] of one text, a token at a time, float64, without a line of the decoder."""
+  """Computes logits [L, V] of one sequence in float64, a token at a time.
+
+  It shares no code with the decoder.
+  """
   p = jax.tree.map(lambda x: np.asarray(x, np.float64), params["params"])
   heads, size = config.heads, config.head_width
 
@@ -150,8 +156,10 @@ def test_every_stored_activation_of_gpt_nano_sort(shared_data):
   seen = seen["intermediates"]
   layers = {name: out["__call__"][0][0] for name, out in seen["layers"].items() if name[0] != "_"}
   streams = seen["layers"]["__call__"][0][0]
-  heads = lambda x: x.reshape(*x.shape[:2], config.heads, -1).transpose(0, 2, 1, 3)
-  q, k, v = (heads(layers[name]) for name in ("query", "key", "value"))
+  q, k, v = (
+    layers[name].reshape(3, 11, config.heads, -1).transpose(0, 2, 1, 3)
+    for name in ("query", "key", "value")
+  )
   seen_mask = attention.visible(tokens, tokens)
   attended = attention.attend(q.transpose(0, 2, 1, 3), [(attention.Keys(k, v), seen_mask)]).reshape(
     3, 11, -1
@@ -196,7 +204,7 @@ def test_stories260k_gives_its_stored_logits_and_logps(shared_data):
   config, params = hf_checkpoint.load(folder)
   for item in json.loads((folder / "reference_outputs.json").read_text())["items"]:
     ids_L = np.array(item["input_ids"])
-    padded = whole_rows([np.pad(ids_L, (0, 64 - len(ids_L)))])  # one shape for all texts
+    padded = whole_rows([np.pad(ids_L, (0, 64 - len(ids_L)))])  # one shape for all sequences
     logits_LV = all_logits(config, params, padded)[0, : len(ids_L)]
     np.testing.assert_allclose(logits_LV[-1, :8], item["last_logits_first8"], atol=2e-4)
     logps_LV = jax.nn.log_softmax(logits_LV)
@@ -209,14 +217,16 @@ def test_stories260k_gives_its_stored_logits_and_logps(shared_data):
 @FAMILIES
 def test_shared_prompts_equal_separate_rows(config):
   params, examples = random_params(config), tiny.pairs(7)
+  model = transformer.build(config)
+
+  @jax.jit
+  def naive_logps(params, batch):
+    return naive_slot_logps(model.hidden(params, batch), model.head(params), batch)
+
   by_row = {}
   for name in ("padded", "packed", "shared"):
     batch = collate.collate(examples, layout=name, row_length=48)
-    model = transformer.build(config)
-    run = lambda params, batch, m=model: naive_slot_logps(
-      m.hidden(params, batch), m.head(params), batch
-    )
-    logps_NS = jax.jit(run)(params, batch)
+    logps_NS = naive_logps(params, batch)
     pairs, rows = np.reshape(logps_NS, (-1, 2)), np.reshape(batch.row_NS, (-1, 2))[:, 0]
     by_row[name] = pairs[np.argsort(rows)][(rows < 0).sum() :]
     assert by_row[name].shape == (7, 2)
@@ -237,8 +247,8 @@ def test_what_is_kept_for_the_backward_pass_changes_no_gradient(config):
   params, batch = random_params(config), random_rows(2, 11)
 
   def gradient(remat):
-    out = lambda params: jnp.sin(forward(config, remat=remat)(params, batch)).sum()
-    return jax.jit(jax.grad(out))(params)
+    run = forward(config, remat=remat)
+    return jax.jit(jax.grad(lambda params: jnp.sin(run(params, batch)).sum()))(params)
 
   plain = gradient("none")
   for remat in ("dots", "full") if config is LLAMA else ("dots",):
@@ -253,9 +263,9 @@ def test_attention_scores_are_not_kept_for_the_backward_pass():
 
   def temporaries(layers):
     config = dataclasses.replace(LLAMA, layers=layers)
-    out = lambda params: transformer.build(config).hidden(params, batch).sum()
-    shapes = transformer.param_shapes(config)
-    return jax.jit(jax.grad(out)).lower(shapes).compile().memory_analysis().temp_size_in_bytes
+    hidden, shapes = transformer.build(config).hidden, transformer.param_shapes(config)
+    gradient = jax.jit(jax.grad(lambda params: hidden(params, batch).sum()))
+    return gradient.lower(shapes).compile().memory_analysis().temp_size_in_bytes
 
   assert temporaries(6) - temporaries(2) < 4 * scores / 8
 
@@ -265,7 +275,7 @@ def test_bfloat16_activations_stay_near_float32(config):
   params, batch = random_params(config), random_rows(2, 11)
   exact, near = (all_logits(config, params, batch, dtype=d) for d in ("float32", "bfloat16"))
   assert near.dtype == np.float32
-  # 8 bits of mantissa: 2^-8 of the largest logit, a few times over for the depth.
+  # bfloat16 has 8 bits of mantissa: 2^-8 of the largest logit, times a few for the depth.
   assert 0 < abs(near - exact).max() < abs(exact).max() * 2**-8 * 6
 
 
@@ -292,13 +302,15 @@ def test_only_distances_between_rotary_positions_matter():
 
 def test_rotary_frequencies_by_hand():
   plain = dataclasses.replace(LLAMA, head_width=4, rope_theta=100.0)
-  np.testing.assert_allclose(attention.rotary_frequencies(plain), [1.0, 0.1])
-  scaled = lambda kind, **more: attention.rotary_frequencies(
-    dataclasses.replace(plain, rope_scaling=configs.RopeScaling(kind, 8.0, **more))
-  )
+
+  def scaled(kind, **options):
+    scaling = configs.RopeScaling(kind, 8.0, **options)
+    return rope.rotary_frequencies(dataclasses.replace(plain, rope_scaling=scaling))
+
+  np.testing.assert_allclose(rope.rotary_frequencies(plain), [1.0, 0.1])
   np.testing.assert_allclose(scaled("linear"), [0.125, 0.0125])
-  # Turns within 100 positions: 15.9 (over 4: kept) and 1.59, which is (1.59 - 1) / (4 - 1) of the
-  # way from stretched to kept.
+  # Within 100 positions they make 15.9 turns (above 4: kept) and 1.59 turns, which is
+  # (1.59 - 1) / (4 - 1) of the way from divided to kept.
   kept = (10 / (2 * np.pi) - 1) / 3
   expected = [1.0, 0.1 * (kept + (1 - kept) / 8)]
   np.testing.assert_allclose(scaled("llama3", original_positions=100), expected)
@@ -312,9 +324,11 @@ def test_an_id_outside_the_vocabulary_is_not_silent():
 @FAMILIES
 def test_devices_by_pmap_and_by_jit_equal_one(config):
   params, batch = random_params(config), random_rows(8, 11)
-  hidden = lambda params, ids_NL, position_NL, zeros_NL: transformer.build(config).hidden(
-    params, TokenBatch(ids_NL, position_NL, zeros_NL, *[zeros_NL] * 8)
-  )
+
+  def hidden(params, ids_NL, position_NL, zeros_NL):
+    batch = TokenBatch(ids_NL, position_NL, zeros_NL, *[zeros_NL] * 8)
+    return transformer.build(config).hidden(params, batch)
+
   arrays = batch.ids_NL, batch.position_NL, batch.pair_NL
   one = jax.jit(hidden)(params, *arrays)
   mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -329,16 +343,17 @@ def test_devices_by_pmap_and_by_jit_equal_one(config):
 
 def test_initial_parameters_are_a_function_of_the_seed():
   config = dataclasses.replace(LLAMA, width=48, init_std=0.02)
-  init = lambda seed: jax.tree.map(np.asarray, transformer.init_params(config, seed))
-  first, again, other = (init(seed) for seed in (3, 3, 4))
+  first, again, other = (
+    jax.tree.map(np.asarray, transformer.init_params(config, seed)) for seed in (3, 3, 4)
+  )
   same = jax.tree.map(lambda a, b: bool((a == b).all()), first, again)
   assert all(jax.tree.leaves(same))
   assert not (first["params"]["embed"]["embedding"] == other["params"]["embed"]["embedding"]).any()
   layers = first["params"]["layers"]
-  std = lambda name: float(layers[name]["kernel"].std())
-  np.testing.assert_allclose([std("query"), std("up"), std("gate")], 0.02, rtol=0.1)
-  # Two maps a layer write to the residual stream, so each is scaled by 1 / sqrt(2 * 2).
-  np.testing.assert_allclose([std("out"), std("down")], 0.02 / np.sqrt(4), rtol=0.1)
+  std = {name: float(layer["kernel"].std()) for name, layer in layers.items() if "kernel" in layer}
+  np.testing.assert_allclose([std["query"], std["up"], std["gate"]], 0.02, rtol=0.1)
+  # Two maps per layer write to the residual stream, so each is scaled by 1 / sqrt(2 * 2).
+  np.testing.assert_allclose([std["out"], std["down"]], 0.02 / np.sqrt(4), rtol=0.1)
   assert (layers["attention_norm"]["scale"] == 1).all()
   # No layer starts as a copy of another.
   assert not (layers["query"]["kernel"][0] == layers["query"]["kernel"][1]).any()
@@ -363,9 +378,20 @@ def test_an_unknown_remat_is_refused():
   [
     ({"heads": 5}, "5 heads and 2 key/value heads"),
     ({"layers": 0}, "model layers is 0; it must be a positive whole number"),
-    ({"head_width": 3}, "head width 3 turns 3 dimensions"),
+    ({"head_width": 3}, "head width 3 rotates 3 dimensions"),
   ],
 )
 def test_sizes_that_cannot_be_are_refused(change, message):
   with pytest.raises(UserError, match=message):
     dataclasses.replace(LLAMA, **change)
+
+
+def test_an_example_longer_than_learned_positions_is_refused():
+  config = dataclasses.replace(GPT2, max_positions=3)
+  fits = Example(np.array([1]), (np.array([4, 2]), np.array([2])), row=0)
+  too_long = Example(np.array([1, 4]), (np.array([2]), np.array([4, 2])), row=8)
+  configs.check_positions([fits], lengths([fits]), config)
+  both = [fits, too_long]
+  with pytest.raises(UserError, match="data row 8 has 4 tokens and the model 3 positions"):
+    configs.check_positions(both, lengths(both), config)
+  configs.check_positions(both, lengths(both), dataclasses.replace(LLAMA, max_positions=3))

@@ -64,7 +64,7 @@ def test_peft_loads_what_is_written_here(folder, tmp_path, target, rs):
   own = jax.tree.map(
     lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), lora.init(config, settings, 0)
   )
-  about = hf_peft.Adapter(settings, str(folder), hf_peft.mark_of(params))
+  about = hf_peft.Adapter(settings, str(folder), hf_peft.fingerprint_of(params))
   hf_peft.save(tmp_path / "adapter", config, own, about)
 
   model, strays = loaded(folder, tmp_path / "adapter")

@@ -89,7 +89,7 @@ def steps(attention, mode, *mesh, accumulate=1, config=CONFIG, remat="dots"):
   take = executor.compile_step(functools.partial(step.train_step, objective=objective, tx=tx))
   found = []
   sets = [examples(16, 3, seed=index) for index in range(2)]
-  texts = attention in attention_kernels.TEXTS
+  texts = attention in attention_kernels.SEQUENCE_KERNELS
   for batch in tiny.one_shape(sets, executor.groups, accumulate, texts=texts):
     assert (batch.sequence_GTW is None) == (not texts)
     state, means = take(state, reference_params, executor.place_batch(batch))

@@ -1,7 +1,7 @@
-"""The families of decoders: what each writes in `config.json` and how it names its tensors.
+"""The families of decoders: the fields of their `config.json` and the names of their tensors.
 
-A field of `config.json` that is neither read nor known to be without effect on the forward pass is
-refused by name, because honouring half a configuration gives wrong log-probs and no error.
+A field of `config.json` is refused by name if it is neither read nor known to have no effect on the
+forward pass. Half a configuration would give wrong log-probs and no error.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ __all__ = ["FAMILIES", "Tensor", "from_hf", "tensors", "to_hf"]
 
 
 class Family(NamedTuple):
-  """One `model_type`.
+  """One family, known by its `model_type`.
 
   Attributes:
-    architecture: the class that transformers loads it as.
-    read: what its `config.json` means.
-    write: the fields that `read` reads, but for those that all families share.
-    tensors: of its folder.
+    architecture: the class of transformers that loads it.
+    read: (fields of a `config.json`) -> configuration.
+    write: (configuration) -> the fields that `read` reads, without those that `to_hf` writes for
+      all families.
+    tensors: (configuration) -> the tensors of the model's folder.
   """
 
   architecture: str
@@ -53,7 +54,7 @@ FAMILIES = {
 
 
 def from_hf(fields: dict[str, Any]) -> ModelConfig:
-  """Reads the contents of a `config.json`.
+  """Returns the configuration that the contents of a `config.json` describe.
 
   Raises:
     UserError: an unknown architecture, a missing size, or a field that would not be honoured.
@@ -63,6 +64,7 @@ def from_hf(fields: dict[str, Any]) -> ModelConfig:
     raise UserError(
       f"config.json: model_type {family!r} is not known; known are {', '.join(sorted(FAMILIES))}"
     )
+  # A copy, because some readers fill in the defaults of their family.
   read = Fields(dict(fields))
   config = FAMILIES[family].read(read)
   read.refuse_rest()
@@ -70,7 +72,8 @@ def from_hf(fields: dict[str, Any]) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-  """The contents of a `config.json`; `from_hf` of it is `config` again."""
+  """Returns the contents of a `config.json`, from which `from_hf` makes the same configuration."""
+  # Most readers expect a single id as a number, several as a list.
   eos = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None
   family = FAMILIES[config.family]
   return {
@@ -87,5 +90,5 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def tensors(config: ModelConfig) -> list[Tensor]:
-  """Every tensor of the model's folder."""
+  """Lists every tensor of the model's folder."""
   return FAMILIES[config.family].tensors(config)

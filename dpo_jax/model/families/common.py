@@ -1,4 +1,4 @@
-"""What the families have in common that descend from Llama: fields, layers and names of tensors."""
+"""Fields and names of tensors that Llama and the families derived from it have in common."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ KINDS = ("full_attention", "sliding_attention")
 
 
 def read_common(fields: Fields, **defaults: Any) -> dict[str, Any]:
-  """Arguments of `ModelConfig` that all these families name alike.
+  """Reads the arguments of `ModelConfig` whose fields have the same names in all these families.
 
   Args:
-    fields: of the `config.json`.
-    defaults: what the family means by a field that is absent.
+    fields: fields of the `config.json`.
+    **defaults: values of fields that are absent, where the family differs from Llama.
   """
   width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+  # Some models have heads that do not add up to the width.
   head_width = fields.size("head_dim", defaults.get("head_dim", width // heads))
   rope = read_rope(fields, head_width, defaults.get("rope_theta", 10000.0))
   return {
@@ -37,6 +38,7 @@ def read_common(fields: Fields, **defaults: Any) -> dict[str, Any]:
     "positions": "rotary",
     "activation": fields.activation("hidden_act", "silu"),
     "gated": True,
+    # A family that has biases, or a field for them, replaces these three.
     "qkv_bias": False,
     "out_bias": False,
     "mlp_bias": False,
@@ -48,11 +50,12 @@ def read_common(fields: Fields, **defaults: Any) -> dict[str, Any]:
 
 
 def read_windows(fields: Fields, *, sliding: list[bool] | None = None) -> tuple[int, ...]:
-  """Of every layer: the same for all, or by `layer_types`.
+  """Reads the attention window of every layer; () if no layer has one.
 
   Args:
-    fields: of the `config.json`.
-    sliding: which layers have the window where `layer_types` is absent; None for all.
+    fields: fields of the `config.json`.
+    sliding: per layer, whether it has the window, for files without `layer_types`; None means that
+      all layers have it.
   """
   layers = fields.size("num_hidden_layers")
   kinds = fields.get("layer_types")
@@ -65,20 +68,22 @@ def read_windows(fields: Fields, *, sliding: list[bool] | None = None) -> tuple[
     )
   window = fields.get("sliding_window")
   if window is None:
+    # Layers without a window in spite of their type would give other log-probs.
     if kinds and KINDS[1] in kinds:
       raise UserError("config.json: layer_types has sliding_attention, but sliding_window is null")
     return ()
   window = fields.size("sliding_window")
   if window < 1:
+    # 0 would mean "sees everything" in `ModelConfig`, the opposite of what the file says.
     raise UserError(f"config.json: sliding_window is {window}; it must be 1 or more, or null")
   if kinds is not None:
     sliding = [kind == KINDS[1] for kind in kinds]
-  windows = tuple(window if here else 0 for here in sliding or [True] * layers)
+  windows = tuple(window if has_window else 0 for has_window in sliding or [True] * layers)
   return windows if any(windows) else ()
 
 
 def write_common(config: ModelConfig) -> dict[str, Any]:
-  """The fields that `read_common` reads."""
+  """Returns the fields that `read_common` reads."""
   return {
     "hidden_size": config.width,
     "num_hidden_layers": config.layers,
@@ -94,14 +99,17 @@ def write_common(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_windows(config: ModelConfig, *, typed: bool) -> dict[str, Any]:
-  """`sliding_window` and, where a family knows them, `layer_types`."""
+  """Returns `sliding_window` and, if the family has it (`typed`), `layer_types`."""
+  # In these families all windows of a model have one size.
   window = max(config.windows, default=0) or None
   kinds = [KINDS[w > 0] for w in config.windows or [0] * config.layers]
   return {"sliding_window": window} | ({"layer_types": kinds} if typed else {})
 
 
 def norms(config: ModelConfig) -> dict[str, str]:
-  """Names on disk and here of the norms of a layer's stream."""
+  """Maps the norms of a layer from their names on disk to their names here."""
+  # One name has two meanings on disk: with norms before the parts only, the norm before the
+  # feed-forward part is called "post_attention_layernorm"; else the norm after attention is.
   if not config.post_norms:
     return {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
   after = {
@@ -123,19 +131,21 @@ MLP = {"mlp.gate_proj": ("gate",), "mlp.up_proj": ("up",), "mlp.down_proj": ("do
 
 
 def tensors(config: ModelConfig, linear: dict[str, tuple[str, ...]] | None = None) -> list[Tensor]:
-  """Every tensor on disk.
+  """Lists every tensor on disk.
 
   Args:
-    config: of the model.
-    linear: names on disk of a layer's linear maps, each with those that it joins here; without,
-      those of Llama.
+    config: the model.
+    linear: names on disk of a layer's linear maps, each with the maps of this package that it
+      joins; Llama's by default.
   """
+  # Maps that are not listed here belong to the feed-forward part.
   biased = {"query": config.qkv_bias, "key": config.qkv_bias, "value": config.qkv_bias}
   biased |= {"out": config.out_bias}
   found = [Tensor("model.embed_tokens.weight", ("embed.embedding",))]
   for name, leaves in (linear or ATTENTION | MLP).items():
     kernels = tuple(f"layers.{leaf}.kernel" for leaf in leaves)
     found.append(Tensor(f"model.layers.{{}}.{name}.weight", kernels, True))
+    # Maps that share a tensor agree about having a bias.
     if biased.get(leaves[0], config.mlp_bias):
       biases = tuple(f"layers.{leaf}.bias" for leaf in leaves)
       found.append(Tensor(f"model.layers.{{}}.{name}.bias", biases))

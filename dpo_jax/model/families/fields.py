@@ -1,4 +1,4 @@
-"""A `config.json` being read: what is asked for, what is harmless, and what must be refused."""
+"""Reading a `config.json`: which fields are read, which have no effect, and which are refused."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from dpo_jax.structs import UserError
 
 
 class Tensor(NamedTuple):
-  """A tensor on disk.
+  """A tensor on disk, or one for every layer, or for every expert of every layer.
 
   Attributes:
-    name: its name; `{}` stands for the layer where there is one, a second `{}` for the expert.
-    leaves: dotted paths in `params["params"]`, joined along their last axis.
-    transposed: lies as [out, in] on disk, while kernels here are [in, out].
+    name: its name; a first `{}` stands for the number of the layer, a second one for that of the
+      expert.
+    leaves: dotted paths in `params["params"]` of the leaves that it contains, joined along their
+      last axis.
+    transposed: whether it is stored as [out, in]; kernels here are [in, out].
   """
 
   name: str
@@ -23,11 +25,12 @@ class Tensor(NamedTuple):
 
 
 def head(config: ModelConfig) -> list[Tensor]:
-  """The unembedding, where it is not the embedding."""
+  """Lists the tensor of the unembedding, if it is not the embedding."""
   return [] if config.tied else [Tensor("lm_head.weight", ("head.embedding",))]
 
 
-# Names of activations on disk and here. "gelu" there is the exact one.
+# Names of activations on disk and here. On disk "gelu" is the exact one, and "gelu_new" and
+# "gelu_pytorch_tanh" are two names of its approximation by tanh.
 ACTIVATIONS = {
   "silu": "silu",
   "swish": "silu",
@@ -100,7 +103,7 @@ _HARMLESS = frozenset(
   ]
 )
 
-# Fields with an effect that is not offered: only these values leave the forward pass as it is.
+# Fields whose effect is not supported, with the values that leave the forward pass unchanged.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
   "pretraining_tp": (1,),
   "scale_attn_weights": (True,),
@@ -113,18 +116,21 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class Fields:
-  """A `config.json` being read: remembers what was asked for, so that the rest can be refused."""
+  """The fields of a `config.json`. It records which are read, so that the rest can be refused."""
 
   def __init__(self, fields: dict[str, Any]):
     self.fields = fields
     self.read: set[str] = set()
 
   def get(self, name: str, default: Any = None) -> Any:
+    """Returns a field, or the default if it is absent or null."""
     self.read.add(name)
     value = self.fields.get(name)
+    # Files write null for "not set", so it means the same as an absent field.
     return default if value is None else value
 
   def size(self, name: str, default: int | None = None) -> int:
+    """Returns a whole number; without a default the field is required."""
     value = self.get(name, default)
     if value is None:
       raise UserError(f"config.json has no {name!r}; the model folder is incomplete")
@@ -133,12 +139,14 @@ class Fields:
     return value
 
   def number(self, name: str, default: float) -> float:
+    """Returns a real number."""
     value = self.get(name, default)
     if not is_number(value):
       raise UserError(f"config.json: {name} is {value!r}; it must be a number")
     return float(value)
 
   def activation(self, name: str, default: str) -> str:
+    """Returns our name of an activation."""
     value = self.get(name, default)
     if value not in ACTIVATIONS:
       raise UserError(
@@ -147,7 +155,11 @@ class Fields:
     return ACTIVATIONS[value]
 
   def refuse_rest(self) -> None:
-    """Every other field must be harmless or hold its neutral value."""
+    """Refuses a field that was not read, unless it or its value has no effect.
+
+    Raises:
+      UserError: names the first such field.
+    """
     for name, value in self.fields.items():
       if name in self.read or name in _HARMLESS or value is None:
         continue
@@ -163,13 +175,15 @@ class Fields:
 
 
 def activation_name(config: ModelConfig) -> str:
-  """Of the model's activation in a `config.json`."""
+  """Returns the name of the model's activation in a `config.json`."""
   names = [name for name, ours in ACTIVATIONS.items() if ours == config.activation]
-  # The newer families know the approximate form by its newer name.
+  # The table lists the older name first. Only GPT-2 uses "gelu_new".
   return names[-1] if config.activation == "gelu_tanh" and config.family != "gpt2" else names[0]
 
 
 def special_ids(fields: dict[str, Any]) -> dict[str, Any]:
+  """Reads the arguments of `ModelConfig` for special ids."""
+  # "eos_token_id" may be one id or a list of ids.
   eos = fields.get("eos_token_id")
   return {
     "bos_id": fields.get("bos_token_id"),

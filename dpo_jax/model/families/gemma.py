@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 (text): scaled embeddings, norms of scale 1 + w, caps, alternating windows."""
+"""Gemma 1, 2 and 3 (text): scaled embeddings, norms with scale 1 + w, caps, alternating windows."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from dpo_jax.structs import UserError
 
 
 def _read(fields: Fields, **defaults: Any) -> dict[str, Any]:
-  """What the three have in common."""
+  """Reads the arguments of `ModelConfig` that the three have in common."""
   bias = bool(fields.get("attention_bias", False))
   found = read_common(fields, head_dim=256, tie_word_embeddings=True, **defaults)
-  # One name in Gemma 1, the other since; "gelu" was written where the approximate form was meant.
+  # Gemma 1 has the field hidden_act, later ones hidden_activation. Early files say "gelu" and mean
+  # its approximation by tanh, so the name is refused instead of guessed.
   act = fields.get("hidden_activation") or fields.get("hidden_act", "gelu_pytorch_tanh")
   if act == "gelu":
     raise UserError(
@@ -37,6 +38,7 @@ def _read(fields: Fields, **defaults: Any) -> dict[str, Any]:
     "activation": fields.activation("hidden_activation", act),
     "qkv_bias": bias,
     "out_bias": bias,
+    # Norms store w and multiply by 1 + w.
     "norm_offset": 1.0,
     "embed_scale": math.sqrt(found["width"]),
   }
@@ -55,7 +57,7 @@ def write_gemma(config: ModelConfig) -> dict[str, Any]:
 
 
 def _capped(fields: Fields) -> dict[str, Any]:
-  """What Gemma 2 and 3 have in common besides."""
+  """Reads what Gemma 2 and 3 have in common besides: caps, scale of scores, norms of outputs."""
   return {
     "attention_scale": fields.number("query_pre_attn_scalar", 256) ** -0.5,
     "attention_cap": fields.number("attn_logit_softcapping", 0.0),
@@ -66,27 +68,29 @@ def _capped(fields: Fields) -> dict[str, Any]:
 
 def _write_capped(config: ModelConfig) -> dict[str, Any]:
   fields = _write(config) | {
-    # A whole number in every released model.
+    # In every released model this is a whole number, which the two roundings may miss by a little.
     "query_pre_attn_scalar": _whole(config.attention_scale**-2),
     "attn_logit_softcapping": config.attention_cap or None,
     "final_logit_softcapping": config.logit_cap or None,
     "hidden_activation": activation_name(config),
   }
+  # `write_common` wrote the activation under the name that Gemma 2 and 3 do not read.
   del fields["hidden_act"]
   return fields | write_windows(config, typed=True)
 
 
 def _whole(x: float) -> float | int:
+  """Returns the whole number next to x if x differs from it by rounding alone, else x."""
   return round(x) if math.isclose(x, round(x), rel_tol=1e-9) else x
 
 
 def read_gemma2(fields: Fields) -> ModelConfig:
-  # Released models cap both; a file that says nothing means so too.
+  # Transformers fills in these values where a file does not state them.
   fields.fields.setdefault("attn_logit_softcapping", 50.0)
   fields.fields.setdefault("final_logit_softcapping", 30.0)
   fields.fields.setdefault("sliding_window", 4096)
   sliding = [layer % 2 == 0 for layer in range(fields.size("num_hidden_layers"))]
-  own = _capped(fields) | {"windows": read_windows(fields, sliding=sliding)}
+  own: dict[str, Any] = _capped(fields) | {"windows": read_windows(fields, sliding=sliding)}
   return ModelConfig(**_read(fields) | own)
 
 
@@ -99,14 +103,16 @@ def read_gemma3(fields: Fields) -> ModelConfig:
   fields.fields.setdefault("sliding_window", 4096)
   sliding = [(layer + 1) % every != 0 for layer in range(fields.size("num_hidden_layers"))]
   windows = read_windows(fields, sliding=sliding)
+  # Layers with a window have a rotary table of their own.
   names = tuple("local" if window else "main" for window in windows)
   local = fields.number("rope_local_base_freq", 10000.0)
-  own = _capped(fields) | {
+  own: dict[str, Any] = _capped(fields) | {
     "windows": windows,
     "qk_norm": "head",
     "local_theta": local,
     "rotary_layers": names if "local" in names else (),
   }
+  # Newer files have one rotary table per kind of layer, older ones a single table.
   tables = fields.get("rope_parameters", {})
   if not set(tables) & set(KINDS):
     return ModelConfig(**_read(fields, rope_theta=1e6) | own)
@@ -114,7 +120,8 @@ def read_gemma3(fields: Fields) -> ModelConfig:
 
 
 def _by_kind(fields: Fields, tables: dict[str, Any]) -> dict[str, Any]:
-  """`rope_parameters` as newer releases write them, an object for either kind of layer."""
+  """Reads `rope_parameters` of newer files, which have one object for each kind of layer."""
+  # The reader of a single table must not see these objects; what it reads counts as read.
   plain = Fields({k: v for k, v in fields.fields.items() if k != "rope_parameters"})
   found = _read(plain, rope_theta=1e6)
   fields.read |= plain.read

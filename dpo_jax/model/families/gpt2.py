@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, layer norms, linear maps that lie as here."""
+"""GPT-2: learned positions, layer norms, and linear maps stored as [in, out]."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dpo_jax.model.families.fields import Fields, Tensor, activation_name, head,
 
 
 def read_gpt2(fields: Fields) -> ModelConfig:
+  # Defaults are those of GPT-2 small, as in transformers.
   width, heads = fields.size("n_embd", 768), fields.size("n_head", 12)
   return ModelConfig(
     family="gpt2",
@@ -47,7 +48,8 @@ def write_gpt2(config: ModelConfig) -> dict[str, Any]:
 
 
 def gpt2_tensors(config: ModelConfig) -> list[Tensor]:
-  # GPT-2's own linear maps are stored [in, out], with query, key and value side by side.
+  # GPT-2's linear maps are stored as [in, out], like kernels here, so no tensor is transposed.
+  # Query, key and value are one tensor, joined along its columns.
   linear = {
     "attn.c_attn": ("query", "key", "value"),
     "attn.c_proj": ("out",),

@@ -1,4 +1,7 @@
-"""Llama and its nearest relatives: Mistral, Qwen2, Qwen3, Phi-3, OLMo-2, SmolLM3."""
+"""Llama and its closest relatives: Mistral, Qwen2, Qwen3, Phi-3, OLMo-2, SmolLM3.
+
+Each family has a reader of its `config.json` and a writer of the fields that the reader reads.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,13 @@ from dpo_jax.structs import UserError
 
 
 def read_llama(fields: Fields) -> ModelConfig:
+  # One field for all four maps of attention; Qwen2 has biases on three of them, see below.
   bias = bool(fields.get("attention_bias", False))
-  own = {"qkv_bias": bias, "out_bias": bias, "mlp_bias": bool(fields.get("mlp_bias", False))}
+  own: dict[str, Any] = {
+    "qkv_bias": bias,
+    "out_bias": bias,
+    "mlp_bias": bool(fields.get("mlp_bias", False)),
+  }
   return ModelConfig(**read_common(fields) | own)
 
 
@@ -37,7 +45,9 @@ def write_mistral(config: ModelConfig) -> dict[str, Any]:
 
 
 def qwen_windows(fields: Fields) -> tuple[int, ...]:
-  """Of Qwen's layers: a window from layer `max_window_layers` on, if it is used at all."""
+  """Reads the windows of Qwen's layers: from layer `max_window_layers` on, if they are enabled."""
+  # Read before they are known to be enabled: a file with a broken field is refused either way, and
+  # a field that is not read would be refused as unknown.
   first = fields.size("max_window_layers", 28)
   sliding = [layer >= first for layer in range(fields.size("num_hidden_layers"))]
   windows = read_windows(fields, sliding=sliding)
@@ -52,12 +62,15 @@ def qwen_windows(fields: Fields) -> tuple[int, ...]:
 
 
 def write_qwen_windows(config: ModelConfig) -> dict[str, Any]:
+  # `layer_types` says which layers have the window; `max_window_layers` counts only without it.
   window = {"use_sliding_window": any(config.windows), "max_window_layers": config.layers}
   return window | write_windows(config, typed=True)
 
 
 def read_qwen2(fields: Fields) -> ModelConfig:
-  return ModelConfig(**read_common(fields) | {"qkv_bias": True}, windows=qwen_windows(fields))
+  # The biases of queries, keys and values are part of the architecture: no field states them.
+  own: dict[str, Any] = {"qkv_bias": True, "windows": qwen_windows(fields)}
+  return ModelConfig(**read_common(fields) | own)
 
 
 def write_qwen2(config: ModelConfig) -> dict[str, Any]:
@@ -66,7 +79,12 @@ def write_qwen2(config: ModelConfig) -> dict[str, Any]:
 
 def read_qwen3(fields: Fields) -> ModelConfig:
   bias = bool(fields.get("attention_bias", False))
-  own = {"qkv_bias": bias, "out_bias": bias, "qk_norm": "head", "windows": qwen_windows(fields)}
+  own: dict[str, Any] = {
+    "qkv_bias": bias,
+    "out_bias": bias,
+    "qk_norm": "head",
+    "windows": qwen_windows(fields),
+  }
   return ModelConfig(**read_common(fields, head_dim=128) | own)
 
 
@@ -75,10 +93,11 @@ def write_qwen3(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_phi3(fields: Fields) -> ModelConfig:
-  fields.get("original_max_position_embeddings")  # read by the stretch "longrope" alone, refused
+  # Only "longrope" scaling uses this field, and `read_rope` refuses that kind.
+  fields.get("original_max_position_embeddings")
   config = ModelConfig(**read_common(fields, rms_norm_eps=1e-5), windows=read_windows(fields))
   if config.rope_scaling is not None:
-    # There "yarn" and "su" are names of the stretch that depends on the length of a text.
+    # In Phi-3's files "yarn" and "su" mean a scaling that depends on the length of a sequence.
     raise UserError(
       f"config.json: rope type {config.rope_scaling.kind!r} is not supported for phi3; use a model"
       " without rope_scaling"
@@ -86,6 +105,7 @@ def read_phi3(fields: Fields) -> ModelConfig:
   return config
 
 
+# Phi-3 stores joined maps: one product reads the input once instead of three times.
 PHI3 = {
   "self_attn.qkv_proj": ("query", "key", "value"),
   "self_attn.o_proj": ("out",),
@@ -100,7 +120,8 @@ def phi3_tensors(config: ModelConfig) -> list[Tensor]:
 
 def read_olmo2(fields: Fields) -> ModelConfig:
   bias = bool(fields.get("attention_bias", False))
-  own = {"qkv_bias": bias, "out_bias": bias, "qk_norm": "all"}
+  own: dict[str, Any] = {"qkv_bias": bias, "out_bias": bias, "qk_norm": "all"}
+  # OLMo 2 normalises the outputs of attention and feed-forward part instead of their inputs.
   own |= {"pre_norms": False, "post_norms": True}
   return ModelConfig(**read_common(fields, rms_norm_eps=1e-5) | own)
 
@@ -111,24 +132,29 @@ def write_olmo2(config: ModelConfig) -> dict[str, Any]:
 
 def read_smollm3(fields: Fields) -> ModelConfig:
   bias = bool(fields.get("attention_bias", False))
-  own = {"qkv_bias": bias, "out_bias": bias, "mlp_bias": bool(fields.get("mlp_bias", False))}
+  own: dict[str, Any] = {
+    "qkv_bias": bias,
+    "out_bias": bias,
+    "mlp_bias": bool(fields.get("mlp_bias", False)),
+  }
   layers = fields.size("num_hidden_layers")
   every = fields.size("no_rope_layer_interval", 4)
-  turned = fields.get("no_rope_layers", [int((i + 1) % every != 0) for i in range(layers)])
-  if not isinstance(turned, list) or len(turned) != layers or not set(turned) <= {0, 1}:
+  # In spite of its name, a 1 in `no_rope_layers` is a layer with rotary positions.
+  rotary = fields.get("no_rope_layers", [int((i + 1) % every != 0) for i in range(layers)])
+  if not isinstance(rotary, list) or len(rotary) != layers or not set(rotary) <= {0, 1}:
     raise UserError(
-      f"config.json: no_rope_layers must hold {layers} times 0 or 1, one a layer; it is"
-      f" {str(turned)[:80]}"
+      f"config.json: no_rope_layers must contain {layers} times 0 or 1, one per layer; it is"
+      f" {str(rotary)[:80]}"
     )
-  if not all(turned):
-    own["rotary_layers"] = tuple("main" if here else "none" for here in turned)
-  windows = read_windows(fields, sliding=[not here for here in turned])
+  if not all(rotary):
+    own["rotary_layers"] = tuple("main" if x else "none" for x in rotary)
+  windows = read_windows(fields, sliding=[not x for x in rotary])
   if fields.get("use_sliding_window", False):
     own["windows"] = windows
   return ModelConfig(**read_common(fields, rope_theta=2e6, tie_word_embeddings=True) | own)
 
 
 def write_smollm3(config: ModelConfig) -> dict[str, Any]:
-  turned = [int(name == "main") for name in config.rotary_layers or ["main"] * config.layers]
-  own = {"no_rope_layers": turned, "use_sliding_window": any(config.windows)}
+  rotary = [int(name == "main") for name in config.rotary_layers or ["main"] * config.layers]
+  own: dict[str, Any] = {"no_rope_layers": rotary, "use_sliding_window": any(config.windows)}
   return write_llama(config) | own | write_windows(config, typed=True)

@@ -21,7 +21,7 @@ def read_mixtral(fields: Fields) -> ModelConfig:
   experts = Experts(
     count=fields.size("num_local_experts", 8),
     chosen=fields.size("num_experts_per_tok", 2),
-    rescaled=True,
+    rescaled=True,  # Mixtral takes the softmax over the chosen experts alone, which is the same
     balance=fields.number("router_aux_loss_coef", 0.001),
   )
   common = read_common(fields, rms_norm_eps=1e-5, rope_theta=1e6)
@@ -29,8 +29,13 @@ def read_mixtral(fields: Fields) -> ModelConfig:
 
 
 def write_mixtral(config: ModelConfig) -> dict[str, Any]:
-  own = {"num_local_experts": config.experts.count, "num_experts_per_tok": config.experts.chosen}
-  own |= {"router_aux_loss_coef": config.experts.balance}
+  experts = config.experts
+  assert experts is not None
+  own: dict[str, Any] = {
+    "num_local_experts": experts.count,
+    "num_experts_per_tok": experts.chosen,
+  }
+  own |= {"router_aux_loss_coef": experts.balance}
   return write_common(config) | write_windows(config, typed=False) | own
 
 
@@ -47,21 +52,25 @@ def read_qwen3_moe(fields: Fields) -> ModelConfig:
     balance=fields.number("router_aux_loss_coef", 0.001),
   )
   bias = bool(fields.get("attention_bias", False))
-  fields.size("max_window_layers", 0)  # read by dense relatives alone
+  # Files of Qwen3-MoE state these two, but only its dense relatives and files with
+  # use_sliding_window use them. Reading them keeps them from being refused.
+  fields.size("max_window_layers", 0)
   windows = read_windows(fields) if fields.get("use_sliding_window", False) else ()
   fields.get("sliding_window")
-  own = {"qkv_bias": bias, "out_bias": bias, "qk_norm": "head", "windows": windows}
+  own: dict[str, Any] = {"qkv_bias": bias, "out_bias": bias, "qk_norm": "head", "windows": windows}
   common = read_common(fields, head_dim=128)
   own |= {"experts": experts, "mlp_width": fields.size("moe_intermediate_size", 768)}
   return ModelConfig(**common | own)
 
 
 def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
-  own = {
-    "num_experts": config.experts.count,
-    "num_experts_per_tok": config.experts.chosen,
-    "norm_topk_prob": config.experts.rescaled,
-    "router_aux_loss_coef": config.experts.balance,
+  experts = config.experts
+  assert experts is not None
+  own: dict[str, Any] = {
+    "num_experts": experts.count,
+    "num_experts_per_tok": experts.chosen,
+    "norm_topk_prob": experts.rescaled,
+    "router_aux_loss_coef": experts.balance,
     "moe_intermediate_size": config.mlp_width,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
@@ -72,6 +81,13 @@ def write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
 
 
 def _tensors(config: ModelConfig, part: str, names: dict[str, str]) -> list[Tensor]:
+  """Lists every tensor on disk.
+
+  Args:
+    config: the model.
+    part: name on disk of a layer's mixture of experts.
+    names: names on disk of an expert's maps, with those of this package.
+  """
   found = tensors(config, ATTENTION)
   place = f"model.layers.{{}}.{part}."
   found.append(Tensor(f"{place}gate.weight", ("layers.experts.router.kernel",), True))

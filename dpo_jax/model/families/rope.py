@@ -1,4 +1,7 @@
-"""Rotary positions in `config.json`: the older fields, and the newer `rope_parameters`."""
+"""Reading and writing the rotary positions of a `config.json`.
+
+Older files have the fields `rope_theta` and `rope_scaling`, newer ones `rope_parameters`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dpo_jax.model.config import ModelConfig, RopeScaling, is_number
 from dpo_jax.model.families.fields import Fields
 from dpo_jax.structs import UserError
 
-# Of every kind: fields that must be there, and fields that may, by their names here.
+# Required and optional fields of every kind of scaling, with their names in `RopeScaling`.
 REQUIRED = {
   "default": {},
   "linear": {"factor": "factor"},
@@ -31,18 +34,19 @@ OPTIONAL = {
 
 
 def read_rope(fields: Fields, head_width: int, theta: float) -> dict[str, Any]:
-  """Arguments of `ModelConfig` on rotary positions.
+  """Reads the arguments of `ModelConfig` for rotary positions.
 
   Args:
-    fields: of the `config.json`.
-    head_width: dimensions of a head, of which some may not turn.
-    theta: the base where none is given.
+    fields: fields of the `config.json`.
+    head_width: size of a head, which may be rotated only in part.
+    theta: the base if the file states none.
   """
   given: dict[str, Any] = {}
   for name in ("rope_scaling", "rope_parameters"):
     more = fields.get(name, {})
     if not isinstance(more, dict):
       raise UserError(f"config.json: {name} is {more!r}; it must be an object or null")
+    # Where a file has both spellings, the newer one counts.
     given |= more
   return read_table(given, fields, head_width, fields.number("rope_theta", theta))
 
@@ -50,18 +54,22 @@ def read_rope(fields: Fields, head_width: int, theta: float) -> dict[str, Any]:
 def read_table(
   given: dict[str, Any], fields: Fields, head_width: int, theta: float
 ) -> dict[str, Any]:
-  """What one object of `rope_parameters` says, beside the fields around it."""
+  """Reads one object of `rope_parameters`; `theta` is the base if it states none.
+
+  The share of rotated dimensions may also be a field of the file itself.
+  """
   given = {name: value for name, value in given.items() if value is not None}
   found = given.pop("rope_theta", theta)
   share = given.pop("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
   if not is_number(share) or not 0 < share <= 1:
     raise UserError(f"config.json: partial_rotary_factor is {share!r}; it must lie in (0, 1]")
-  turned = int(head_width * share)
-  known = {"rope_theta": found, "rotary_width": 0 if turned == head_width else turned}
+  rotated = int(head_width * share)
+  known = {"rope_theta": found, "rotary_width": 0 if rotated == head_width else rotated}
   return known | {"rope_scaling": _scaling(given)}
 
 
 def _scaling(given: dict[str, Any]) -> RopeScaling | None:
+  """Reads the scaling from what is left of a table's object; None for none."""
   older = given.pop("type", None)
   kind = given.pop("rope_type", None) or older or "default"
   if kind not in REQUIRED:
@@ -69,6 +77,7 @@ def _scaling(given: dict[str, Any]) -> RopeScaling | None:
       f"config.json: rope type {kind!r} is not known; known are {', '.join(REQUIRED)}"
     )
   needed, allowed = REQUIRED[kind], OPTIONAL.get(kind, {})
+  # No field may be left over: each changes the frequencies in one of the kinds.
   if not set(needed) <= set(given) <= set(needed) | set(allowed):
     also = f" and may take {sorted(allowed)}" if allowed else ""
     raise UserError(
@@ -77,18 +86,20 @@ def _scaling(given: dict[str, Any]) -> RopeScaling | None:
   if kind == "default":
     return None
   names = needed | allowed
-  found = {names[name]: value for name, value in given.items()}
-  bounds = {"low_factor": 1.0, "high_factor": 32.0} if kind == "yarn" else {}
+  found: dict[str, Any] = {names[name]: value for name, value in given.items()}
+  # The paper's values for "yarn"; for "llama3" both bounds are required.
+  bounds: dict[str, Any] = {"low_factor": 1.0, "high_factor": 32.0} if kind == "yarn" else {}
   return RopeScaling(kind, **(bounds | found))
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
-  """The older fields, which every release reads."""
+  """Returns the older fields, which every release of transformers reads."""
   fields: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_scaling": None}
   scaling = config.rope_scaling
   if scaling is not None:
     names = REQUIRED[scaling.kind] | OPTIONAL.get(scaling.kind, {})
     values = {name: getattr(scaling, ours) for name, ours in names.items()}
+    # 0 stands for the paper's formula, which a reader applies if the field is absent.
     if not scaling.magnitude:
       values.pop("attention_factor", None)
     fields["rope_scaling"] = {"rope_type": scaling.kind} | values
