@@ -260,14 +260,14 @@ def _stepper(
 
 
 def _stream(run: Run, steps: int) -> Iterator[TokenBatch]:
-  feed = datasets.make_feed(run.config, run.material, None, 0, share=run.executor.share)
+  feed = datasets.make_feed(run.config, run.data, None, 0, share=run.executor.share)
   return (feed(k, None)[0] for k in range(1, steps + 1))
 
 
 def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
   """What is known of every block, in the order in which they ran."""
   stream, results = _stream(run, pace.steps), []
-  by_row = {example.row: example for example in run.material.examples}
+  by_row = {example.row: example for example in run.data.examples}
   for _ in range(pace.warmup):
     take(next(stream))
   for tell in pacing.turns(pace):
@@ -281,7 +281,7 @@ def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
         take(batch)
         seen += batch.row_NS[batch.row_NS >= 0].tolist()
         real, room = real + (batch.pair_NL >= 0).sum(), room + batch.pair_NL.size
-    answers = len(run.material.examples[0].answers)
+    answers = len(run.data.examples[0].answers)
     # Every answer of a row is a slot of its own: each row is seen once an answer.
     counts = np.sum([_tokens(by_row[row]) for row in seen], axis=0) / answers
     counts = [len(seen) / answers, *counts, real, room]
@@ -309,7 +309,7 @@ def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
 
 def _of_all(counts: Sequence[float]) -> list[float]:
   """Added up over the processes of this run."""
-  if not processes.several():
+  if not processes.is_multiprocess():
     return list(map(float, counts))
   return multihost_utils.process_allgather(np.asarray(counts, np.float32)).sum(axis=0).tolist()
 

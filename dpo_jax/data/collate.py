@@ -14,7 +14,7 @@ A batch holds exactly the pairs it is given, whatever the layout. Only the paddi
 rounded, so that few shapes are ever compiled: see `packing.Sizes`.
 
 Prompts with fewer answers than others are filled up to K with absent ones (`examples.fill_up`). An
-absent answer has no tokens, and its slot is an empty one: weight 0, grade 0, data row -1.
+absent answer has no tokens, and its slot is an empty one: weight 0, score 0, data row -1.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def collate(
     sizes: what shapes are rounded up to, from `fit_sizes`; by default what this batch needs.
     share: (i, H) gives the rows of the i-th of H hosts, whose groups they are: put together they
       are the batch, whatever H is. Of examples that know their `lengths`, only those are read.
-    texts: whether texts are listed, `text_GTW` and `place_NLK`; if sizes are given, they say.
+    texts: whether texts are listed, `sequence_GTW` and `place_NLK`; if sizes are given, they say.
 
   Returns:
     The batch, numpy arrays.
@@ -322,7 +322,7 @@ def _slot_arrays(
   layout: str,
   shape: Shape,
 ) -> dict[str, np.ndarray]:
-  """Weights, grades and data rows of the slots."""
+  """Weights, scores and data rows of the slots."""
   answers = tokens_BK.shape[1]
   first_B = places.row_B * shape.slots + (0 if layout == "padded" else places.order_B * answers)
   at_BK = first_B[:, None] + np.arange(answers)
@@ -333,12 +333,12 @@ def _slot_arrays(
   row_X = np.full(shape.rows * shape.slots, -1, np.int32)
   row_B = np.array([example.row for example in examples], np.int32)
   row_X[at_BK] = np.where(present_BK, row_B[:, None], -1)
-  grade_X = np.zeros(shape.rows * shape.slots, np.float32)
-  if examples and examples[0].grades:
-    grade_X[at_BK] = np.array([example.grades for example in examples], np.float32)
+  score_X = np.zeros(shape.rows * shape.slots, np.float32)
+  if examples and examples[0].scores:
+    score_X[at_BK] = np.array([example.scores for example in examples], np.float32)
   return {
     "weight_NS": weight_X.reshape(shape.rows, shape.slots),
-    "grade_NS": grade_X.reshape(shape.rows, shape.slots),
+    "score_NS": score_X.reshape(shape.rows, shape.slots),
     "row_NS": row_X.reshape(shape.rows, shape.slots),
   }
 
@@ -350,7 +350,7 @@ def _slot_arrays(
 
 
 def with_texts(batch: TokenBatch, *, texts: int, width: int, copies: int) -> TokenBatch:
-  """Lists the texts that the rows of a batch hold: `text_GTW` and `place_NLK`.
+  """Lists the texts that the rows of a batch hold: `sequence_GTW` and `place_NLK`.
 
   P lists pairs of a row.
 
@@ -384,8 +384,10 @@ def with_texts(batch: TokenBatch, *, texts: int, width: int, copies: int) -> Tok
   place_XK = np.where(held_XK, number_XK * width + position_X[:, None], texts * width)
   place_NLK[row_X, column_X] = place_XK
   block = rows // groups
-  text_GTW = np.full((groups, texts * width), block * length, np.int32)
+  sequence_GTW = np.full((groups, texts * width), block * length, np.int32)
   group_XK = np.broadcast_to((row_X // block)[:, None], held_XK.shape)
   at_XK = np.broadcast_to((row_X % block * length + column_X)[:, None], held_XK.shape)
-  text_GTW[group_XK[held_XK], place_XK[held_XK]] = at_XK[held_XK]
-  return batch._replace(text_GTW=text_GTW.reshape(groups, texts, width), place_NLK=place_NLK)
+  sequence_GTW[group_XK[held_XK], place_XK[held_XK]] = at_XK[held_XK]
+  return batch._replace(
+    sequence_GTW=sequence_GTW.reshape(groups, texts, width), place_NLK=place_NLK
+  )

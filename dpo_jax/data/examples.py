@@ -25,7 +25,7 @@ class Example(NamedTuple):
       Of an answer judged by itself: that answer, and one to another prompt.
     weight: weight of the pair in losses and metrics.
     row: row of the data set that it came from.
-    grades: what is known of each answer besides its order, as `TokenBatch.grade_NS` has it; or
+    scores: what is known of each answer besides its order, as `TokenBatch.score_NS` has it; or
       nothing.
     reference: float32 [n_k] for each answer, log-probs of its tokens under the reference, nats; or
       nothing.
@@ -35,7 +35,7 @@ class Example(NamedTuple):
   answers: tuple[np.ndarray, ...]
   weight: float = 1.0
   row: int = 0
-  grades: tuple[float, ...] = ()
+  scores: tuple[float, ...] = ()
   reference: tuple[np.ndarray, ...] = ()
 
 
@@ -162,8 +162,8 @@ def fill_up(examples: Sequence[Example], answers: int | None = None) -> list[Exa
 
   def filled(example: Example) -> Example:
     missing = answers - len(example.answers)
-    grades = example.grades + (0.0,) * missing if example.grades else ()
-    return example._replace(answers=example.answers + (absent,) * missing, grades=grades)
+    scores = example.scores + (0.0,) * missing if example.scores else ()
+    return example._replace(answers=example.answers + (absent,) * missing, scores=scores)
 
   return [filled(example) for example in examples]
 
@@ -227,7 +227,7 @@ def with_mismatched(
     seed: of the order.
 
   Returns:
-    The examples in their order, with answers (judged, mismatched) and the label as both grades.
+    The examples in their order, with answers (judged, mismatched) and the label as both scores.
   """
   if not examples:
     return []
@@ -240,7 +240,7 @@ def with_mismatched(
   def read(number: int) -> Example:
     example, other = examples[number], examples[int(other_B[number])]
     answers = example.answers[0], other.answers[0][: tokens_B[number]]
-    return example._replace(answers=answers, grades=example.grades[:1] * 2)
+    return example._replace(answers=answers, scores=example.scores[:1] * 2)
 
   return Lazy(read, (prompt_B, np.stack([tokens_BK[:, 0], tokens_B], axis=1)))
 

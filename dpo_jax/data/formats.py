@@ -144,7 +144,7 @@ def _from_compared(row: Row) -> Preference:
   better, worse = ("answer_a", "answer_b") if mean > 0 else ("answer_b", "answer_a")
   pair = row | {"chosen": row.get(better), "rejected": row.get(worse)}
   form = next(form for form in PAIRS if form.serves(pair))
-  return form.convert(pair)._replace(grades=(abs(mean), 0.0), weight=abs(mean))
+  return form.convert(pair)._replace(scores=(abs(mean), 0.0), weight=abs(mean))
 
 
 def instruction_prompt(instruction: str, context: str = "") -> str:
@@ -184,7 +184,7 @@ def _judged(form: Form) -> Form:
   """The same form with a label that says whether the answer is desirable."""
 
   def convert(row: Row) -> Preference:
-    return form.convert(row)._replace(grades=(row_fields.label_of(row),))
+    return form.convert(row)._replace(scores=(row_fields.label_of(row),))
 
   return Form(f"{form.name} with label", (*form.fields, "label"), _always, convert)
 
@@ -229,7 +229,7 @@ def _by_scores(preference: Preference, row: Row) -> Preference:
     raise RowError("equal scores")
   order = sorted(range(count), key=lambda k: -scores[k])
   return preference._replace(
-    answers=tuple(preference.answers[k] for k in order), grades=tuple(scores[k] for k in order)
+    answers=tuple(preference.answers[k] for k in order), scores=tuple(scores[k] for k in order)
   )
 
 

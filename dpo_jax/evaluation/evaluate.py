@@ -27,8 +27,9 @@ from dpo_jax.evaluation.estimates import (
   preference_metrics,
   sampled_metrics,
 )
+from dpo_jax.generation import rollouts
 from dpo_jax.generation.rewards import Reward
-from dpo_jax.generation.rollouts import Drawn, LanguageModel, draw
+from dpo_jax.generation.rollouts import LanguageModel, Rollout
 from dpo_jax.losses import Loss
 from dpo_jax.model import transformer
 from dpo_jax.model.config import ModelConfig
@@ -144,13 +145,13 @@ def losses_of(
   Raises:
     UserError: the loss reads by how much the chosen answer is better, and the rows do not say.
   """
-  if ask.reads("margin_B") and not examples[0].grades:
+  if ask.reads("margin_B") and not examples[0].scores:
     raise UserError(
       f"loss {ask.name!r} reads by how much the chosen answer is better, and the rows do not say;"
       " give them a field margin, or chosen_score and rejected_score"
     )
-  grades = [example.grades or (0.0, 0.0) for example in examples]
-  margin_B = np.array([chosen - rejected for chosen, rejected in grades])
+  scores = [example.scores or (0.0, 0.0) for example in examples]
+  margin_B = np.array([chosen - rejected for chosen, rejected in scores])
   weight_B = np.array([example.weight for example in examples])
   return np.asarray(ask(policy, reference, margin_B=margin_B, weight_B=weight_B))
 
@@ -230,8 +231,8 @@ def on_samples(
     seed: of the samples.
     shown: prompts whose first answers are kept side by side.
   """
-  # Three seeds, so that nothing drawn for one purpose is drawn again for another.
-  take = functools.partial(draw, reward=reward, max_tokens=max_tokens)
+  # Three seeds, so that nothing sampled for one purpose is sampled again for another.
+  take = functools.partial(rollouts.sample, reward=reward, max_tokens=max_tokens)
   ours = take(policy, prompts, num=num, seed=3 * seed)
   theirs = take(reference, prompts, num=num, seed=3 * seed + 1)
   many = take(reference, prompts[:frontier_prompts], num=frontier_samples, seed=3 * seed + 2)
@@ -273,7 +274,7 @@ def _curve(frontier: Frontier) -> list[Json]:
   ]
 
 
-def _side_by_side(ours: Drawn, theirs: Drawn, count: int) -> list[Json]:
+def _side_by_side(ours: Rollout, theirs: Rollout, count: int) -> list[Json]:
   return [
     {
       "prompt": prompt,

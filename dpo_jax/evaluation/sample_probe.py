@@ -95,11 +95,11 @@ def make_probe(
     params, reference = jax.device_put((params, reference), here)
     answers = [ids for (ids,) in answer(params)]
     array = lambda ids: np.asarray(ids, np.int32)
-    drawn = [Example(array(x), (array(y),)) for x, y in zip(prompts, answers, strict=True)]
-    policy_B, tokens = score(params, drawn), sum(map(len, answers))
+    sampled = [Example(array(x), (array(y),)) for x, y in zip(prompts, answers, strict=True)]
+    policy_B, tokens = score(params, sampled), sum(map(len, answers))
     found = {}
     if reference is not None:
-      ratio_B = policy_B - score(reference, drawn)
+      ratio_B = policy_B - score(reference, sampled)
       found = {"kl": ratio_B.mean(), "kl_per_token": ratio_B.sum() / tokens}
     found |= text_facts(answers, eos_ids) | {"entropy": -policy_B.sum() / tokens}
     return {f"sampled/{name}": float(value) for name, value in found.items()}
@@ -108,11 +108,11 @@ def make_probe(
 
 
 def _score(
-  forward: logprobs.LogpsFn, rows: dict[str, Any], params: PyTree, drawn: Sequence[Example]
+  forward: logprobs.LogpsFn, rows: dict[str, Any], params: PyTree, sampled: Sequence[Example]
 ) -> np.ndarray:
   """Log-probs of whole answers, nats, so many rows at a time as `rows` has."""
   size = rows["sizes"].rows
-  parts = [drawn[i : i + size] for i in range(0, len(drawn), size)]
+  parts = [sampled[i : i + size] for i in range(0, len(sampled), size)]
   found = [forward(params, collate.collate(part, **rows))[: len(part), 0] for part in parts]
   return np.concatenate(found).astype(np.float64)
 

@@ -177,11 +177,13 @@ def _answer(
   if mesh is not None:
     put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
     placed = Batch(*map(put, batch, decoding.specs(mesh)[0]))
-  state, out_RT = decoding.read(params, knobs, placed, **setting)
+  state, out_RT = decoding.prefill(params, knobs, placed, **setting)
   out_RT = np.asarray(out_RT)
   for tokens in _growth(max_tokens):
     columns = batch.ids_NL.shape[1] + out_RT.shape[1] + tokens
-    state, more_RT = decoding.write(params, knobs, state, columns=columns, tokens=tokens, **setting)
+    state, more_RT = decoding.decode(
+      params, knobs, state, columns=columns, tokens=tokens, **setting
+    )
     out_RT = np.concatenate([out_RT, more_RT], axis=1)
     done_R = np.array(state.done_R)
     if ends is not None:

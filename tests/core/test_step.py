@@ -89,7 +89,7 @@ def test_layout_and_padding_change_nothing():
 
 
 def ragged(answers, size=6):
-  """Rows of so many answers, with weights and grades that every objective can read."""
+  """Rows of so many answers, with weights and scores that every objective can read."""
   rng = np.random.default_rng(answers)
   text = lambda most: rng.integers(1, tiny.VOCAB, rng.integers(1, most)).astype(np.int32)
   return [
@@ -99,7 +99,7 @@ def ragged(answers, size=6):
       row=i,
       weight=0.5 + i % 3,
       # Alike in judged answers, which are two: the answer and a mismatched one.
-      grades=(float(i % 2),) * 2 if answers == 2 else tuple(rng.normal(size=answers)),
+      scores=(float(i % 2),) * 2 if answers == 2 else tuple(rng.normal(size=answers)),
     )
     for i in range(size)
   ]
@@ -184,9 +184,9 @@ def test_slots_whose_loss_is_not_finite_are_named():
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired", "kto"])
 def test_a_batch_wide_loss_sees_all_micro_batches(name):
   """Sorted or pooled over the global batch: micro-batches change nothing."""
-  grades = lambda i: (float(i % 2),) * 2
+  scores = lambda i: (float(i % 2),) * 2
   sets = [
-    [e._replace(weight=1.0, grades=grades(i)) for i, e in enumerate(tiny.pairs(8, seed))]
+    [e._replace(weight=1.0, scores=scores(i)) for i, e in enumerate(tiny.pairs(8, seed))]
     for seed in range(2)
   ]
   given = {"name": name, "beta": 2.0, "tx": optax.sgd(0.5)}
@@ -228,7 +228,7 @@ def test_delta_is_the_running_mean_of_the_rewards_before():
 
 
 def test_a_running_kl_replaces_the_estimate_of_the_batch():
-  examples = [e._replace(grades=(1.0, 1.0)) for e in tiny.pairs(4)]
+  examples = [e._replace(scores=(1.0, 1.0)) for e in tiny.pairs(4)]
   batch = stack([examples])
   states, reports = state_after([batch] * 3, "kto", beta=1.0, running_decay=0.5, tx=optax.sgd(2.0))
   kl = 0.0

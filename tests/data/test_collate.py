@@ -134,18 +134,18 @@ def test_a_batch_holds_exactly_its_pairs(name, seed, size, answers, groups):
 
 
 def ragged(size, seed=0, *, most=4):
-  """Examples of 1 to `most` answers, with grades."""
+  """Examples of 1 to `most` answers, with scores."""
   rng = np.random.default_rng(seed)
   some = [example(rng, row, answers=int(rng.integers(1, most + 1))) for row in range(size)]
-  return [e._replace(grades=tuple(rng.normal(size=len(e.answers)).tolist())) for e in some]
+  return [e._replace(scores=tuple(rng.normal(size=len(e.answers)).tolist())) for e in some]
 
 
 def test_absent_answers_by_hand():
   one = Example(ids(5, 6, 7), (ids(8, 9),), 2.0, 41, (0.5,))
   (filled,) = fill_up([one], 3)
-  assert [len(answer) for answer in filled.answers] == [2, 0, 0] and filled.grades == (0.5, 0, 0)
+  assert [len(answer) for answer in filled.answers] == [2, 0, 0] and filled.scores == (0.5, 0, 0)
   assert fill_up([one]) == [one] and fill_up([]) == []
-  assert fill_up([one._replace(grades=())], 2)[0].grades == ()
+  assert fill_up([one._replace(scores=())], 2)[0].scores == ()
   with pytest.raises(ValueError, match="an example has 1 answers, 0 are wanted"):
     fill_up([one], 0)
   for name in ("shared", "packed"):  # one answer is laid out alike in both
@@ -154,7 +154,7 @@ def test_absent_answers_by_hand():
     assert batch.target_NL.tolist() == [[0, 0, 8, 9, 0, 0]]
     assert batch.pair_NL.tolist() == [[0, 0, 0, 0, -1, -1]]
     assert batch.weight_NS.tolist() == [[2, 0, 0]]
-    assert batch.grade_NS.tolist() == [[0.5, 0, 0]]
+    assert batch.score_NS.tolist() == [[0.5, 0, 0]]
     assert batch.row_NS.tolist() == [[41, -1, -1]]
   # Padded, absent answers are rows of padding.
   batch = collate([filled], layout="padded", row_length=6)
@@ -187,16 +187,16 @@ def test_a_batch_of_ragged_answers_holds_exactly_those_there_are(name, seed, siz
   assert read_back(batch) == expected(some)
   # Neighbouring slots are one prompt's; those that are there stand first.
   by_row = {e.row: e for e in some}
-  kept = (x.reshape(-1, answers) for x in (batch.row_NS, batch.weight_NS, batch.grade_NS))
-  for row_K, weight_K, grade_K in zip(*kept, strict=True):
+  kept = (x.reshape(-1, answers) for x in (batch.row_NS, batch.weight_NS, batch.score_NS))
+  for row_K, weight_K, score_K in zip(*kept, strict=True):
     if row_K[0] < 0:
-      assert (row_K < 0).all() and not weight_K.any() and not grade_K.any()
+      assert (row_K < 0).all() and not weight_K.any() and not score_K.any()
       continue
     e = by_row.pop(int(row_K[0]))
     missing = answers - len(e.answers)
     assert row_K.tolist() == [e.row] * len(e.answers) + [-1] * missing
     assert weight_K.tolist() == [float(np.float32(e.weight))] * len(e.answers) + [0] * missing
-    np.testing.assert_array_equal(grade_K, np.float32((*e.grades, *[0] * missing)))
+    np.testing.assert_array_equal(score_K, np.float32((*e.scores, *[0] * missing)))
   assert not by_row
 
 

@@ -113,7 +113,7 @@ def test_judged_answers_and_pairs_taken_apart(rows_file, tokenizer):
   ]
   found, ledger, form = encode.load_examples(paths, tokenizer, kind="unpaired")
   assert form == "completion with label, strings"
-  assert [(e.row, e.grades) for e in found] == [(0, (1,)), (1, (0,)), (3, (1,)), (3, (0,))]
+  assert [(e.row, e.scores) for e in found] == [(0, (1,)), (1, (0,)), (3, (1,)), (3, (0,))]
   texts = [tokenizer.decode(e.answers[0]) for e in found]
   assert texts == ["good", "bad", "good", "bad"] and all(len(e.answers) == 1 for e in found)
   assert found[2].prompt.tolist() == found[3].prompt.tolist()
@@ -137,7 +137,7 @@ def test_ranked_answers_are_filled_up_to_the_most(rows_file, tokenizer):
   texts = lambda e: [tokenizer.decode(answer) for answer in e.answers]
   assert form == "ranked" and "labels" not in ledger.to_json()
   assert [texts(e) for e in found] == [["good", "bad", "", ""], ["is", "good", "bad", "so"]]
-  assert [e.grades for e in found] == [(2, 1, 0, 0), (4, 3, 2, 1)]
+  assert [e.scores for e in found] == [(2, 1, 0, 0), (4, 3, 2, 1)]
   assert ledger.dropped == {"fewer than two answers": 1, "equal answers": 1}
   # Copies of the prompt that shared rows save: one for the row of two, three for the row of four.
   assert ledger.tokens["shared"] == (1 + 3) * (len(found[0].prompt) - 1)
@@ -145,7 +145,7 @@ def test_ranked_answers_are_filled_up_to_the_most(rows_file, tokenizer):
   both = [path, rows_file([pair(chosen_score=2, rejected_score=1)], "pairs")]
   found, ledger, form = encode.load_examples(both, tokenizer, kind="ranked")
   assert form == "ranked, strings" and texts(found[-1]) == ["good", "bad", "", ""]
-  assert found[-1].grades == (2, 1, 0, 0)
+  assert found[-1].scores == (2, 1, 0, 0)
   (batch,) = batches.eval_batches(found, batch_size=8)
   assert sorted({*batch.row_NS.ravel().tolist()} - {-1}) == [0, 1, 4]
 
@@ -159,15 +159,15 @@ def test_ranked_answers_may_become_equal_by_cutting(rows_file, tokenizer):
   assert ledger.dropped == {"equal answers after cutting": 1}
 
 
-def test_margins_and_scores_are_grades(rows_file, tokenizer):
-  grades = lambda *rows: [e.grades for e in encode.load_examples(rows_file(rows), tokenizer)[0]]
-  assert grades(pair()) == [()]
-  assert grades(pair(margin=2), pair(margin=0)) == [(2, 0), (0, 0)]
-  assert grades(pair(chosen_score=1, rejected_score=3)) == [(1, 3)]
+def test_margins_and_scores_are_scores(rows_file, tokenizer):
+  scores = lambda *rows: [e.scores for e in encode.load_examples(rows_file(rows), tokenizer)[0]]
+  assert scores(pair()) == [()]
+  assert scores(pair(margin=2), pair(margin=0)) == [(2, 0), (0, 0)]
+  assert scores(pair(chosen_score=1, rejected_score=3)) == [(1, 3)]
   rewarded = rows_file([pair(chosen_reward=1.5, rejected_reward=-1)])
   some, _, _ = encode.load_examples(rewarded, tokenizer)
   (batch,) = batches.eval_batches(some, batch_size=1)
-  assert batch.grade_NS.tolist() == [[1.5, -1]]
+  assert batch.score_NS.tolist() == [[1.5, -1]]
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_margins_and_scores_are_grades(rows_file, tokenizer):
     ([ranked(" a")] * 2, "ranked", r"no row is of use .* dropped fewer than two answers: 2"),
   ],
 )
-def test_bad_grades_and_labels_are_one_line(rows_file, tokenizer, rows, kind, line):
+def test_bad_scores_and_labels_are_one_line(rows_file, tokenizer, rows, kind, line):
   with pytest.raises(UserError, match=line) as raised:
     encode.load_examples(rows_file(rows), tokenizer, kind=kind)
   assert "\n" not in str(raised.value)
@@ -235,7 +235,7 @@ def test_a_mismatched_answer_is_to_another_prompt(prompts, seed):
   assert len(found) == len(whole) == len(some)
   for before, cut, after in zip(some, found, whole, strict=True):
     assert (after.weight, after.row, after.prompt) == (before.weight, before.row, before.prompt)
-    assert after.answers[0] is before.answers[0] and after.grades == before.grades * 2
+    assert after.answers[0] is before.answers[0] and after.scores == before.scores * 2
     source = some[int(after.answers[1][0])]
     assert source.prompt.tolist() != before.prompt.tolist()
     assert after.answers[1].tolist() == source.answers[0].tolist()

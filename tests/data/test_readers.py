@@ -148,7 +148,7 @@ def test_a_field_map_names_what_is_what():
   assert convert(row, fields=fields, kind="unpaired")[1] == Preference("q", ("a",), (1.0,))
   assert readers.detect_kind(row, fields) == "unpaired"
   row = {"q": "a", "chosen": "b", "rejected": "c", "gap": 2}
-  assert convert(row, fields={"prompt": "q", "margin": "gap"})[1].grades == (2.0, 0.0)
+  assert convert(row, fields={"prompt": "q", "margin": "gap"})[1].scores == (2.0, 0.0)
 
 
 def test_columns_joined_by_a_plus_are_a_list():
@@ -252,7 +252,7 @@ def test_real_judged_answers(shared_data):
   form = detect(read[0], kind="unpaired")
   found = [form.convert(row) for row in read]
   assert form.name == "chat with label" and len(found) == 236
-  assert sum(preference.grades == (1.0,) for preference in found) == 113
+  assert sum(preference.scores == (1.0,) for preference in found) == 113
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_one_compilation_for_policy_reference_and_every_call():
 @pytest.mark.parametrize("mode", MODES)
 def test_trees_placed_for_training_are_taken_one_copy_of(mode, monkeypatch):
   executor = Executor(mode)
-  placed = [executor.single(executor.place(params(seed))) for seed in (1, 0)]
+  placed = [executor.unreplicate(executor.place(params(seed))) for seed in (1, 0)]
   held_by = []
   generate = sample_probe.sampler.generate
 

@@ -57,9 +57,9 @@ OPTIONS = {
 NO_REFERENCE = {"simpo", "cpo", "orpo", "sft"}
 WHOLE_BATCH = {"aot", "aot_unpaired"}
 OTHER_DATA = {"kto", "plackett_luce", "policy_gradient"}
-# Losses that read the pair through m = c - r alone, and so take a link.
+# Losses that read the pair through m = c - r alone, and so take a divergence.
 OF_THE_MARGIN = ("sigmoid", "cdpo", "robust", "hinge", "exo_pair", "discopop", "odpo")
-LINKS = (
+DIVERGENCES = (
   {"link": "reverse_kl"},
   {"link": "forward_kl"},
   {"link": "jensen_shannon"},
@@ -220,7 +220,7 @@ def test_sft_weight_adds_the_mean_log_prob_of_a_chosen_token(dtype):
 @PRECISIONS
 def test_links(dtype):
   cases = []
-  for name, link in itertools.product(OF_THE_MARGIN, LINKS):
+  for name, link in itertools.product(OF_THE_MARGIN, DIVERGENCES):
     own, supplied = _first(name)
     # A small β: e^8 is 3000 and belongs inside the sigmoid's range.
     cases.append(_resolved(name, ((1.0, name),), own | {"beta": 0.01} | link, supplied))
@@ -232,7 +232,7 @@ def test_exponentials_go_on_as_their_tangent(dtype):
   """Log-ratios to 60 nats either way, where the loss is as steep as the tangent at 20."""
   _, q, n = _draw(17, dtype)
   away = np.random.default_rng(18).uniform(-60, 60, q.shape).astype(np.float32)
-  given = [("sigmoid", {"beta": 1e-3} | link) for link in LINKS]
+  given = [("sigmoid", {"beta": 1e-3} | link) for link in DIVERGENCES]
   given.append(("chi_po", {"beta": 1e-3, "clip": 1e9}))
   cases = [_resolved(name, ((1.0, name),), own) for name, own in given]
   _compare_pairs(cases, q + away, q, n)

@@ -194,17 +194,17 @@ def test_sigmoid_reaches_the_optimum_with_the_projects_transformer():
 
 # --- every loss with a closed form ----------------------------------------------------------------
 
-# Two grades of answers, and a better grade that wins nine times in ten, or always.
+# Two scores of answers, and a better score that wins nine times in ten, or always.
 GOOD = np.random.default_rng(2).permuted(np.tile([0.0, 0, 0, 0, 1, 1, 1], (3, 1)), axis=1)
 SIDE = GOOD[:, :, None] - GOOD[:, None, :]
 
 
-def graded():
-  """The preferences of `population` with an answer's grade beside it."""
-  grades = list(itertools.product(*(range(n) for n in (*BETTER.shape,))))
+def with_scores():
+  """The preferences of `population` with an answer's score beside it."""
+  scores = list(itertools.product(*(range(n) for n in (*BETTER.shape,))))
   pick = lambda x, y, z: (OFFSET[x, y], OFFSET[x, z])
   return [
-    example._replace(grades=pick(*grades[example.row])) for example in population(mu=ELSEWHERE)
+    example._replace(scores=pick(*scores[example.row])) for example in population(mu=ELSEWHERE)
   ]
 
 
@@ -275,7 +275,7 @@ def all_cases():
   ref, tilted, s = REFERENCE, closed_forms.tilted, REWARD / BETA
   uniform = np.zeros_like(ref)
   own, away = population(), population(mu=ELSEWHERE)
-  two_grades = lambda share: population(preference=0.5 + SIDE * (share - 0.5), mu=ELSEWHERE)
+  two_scores = lambda share: population(preference=0.5 + SIDE * (share - 0.5), mu=ELSEWHERE)
   won = closed_forms.better_than_mu(REFERENCE, BETTER)
   won_away = closed_forms.better_than_mu(ELSEWHERE, BETTER)
   # A loss of pairs beside the likelihood of the chosen answer: pairs for which both want the same.
@@ -292,15 +292,17 @@ def all_cases():
     "plackett_luce": ("plackett_luce", {}, rankings(), OPTIMUM),
     "sft": ("sft", {}, texts(), OPTIMUM),
     "wpo": ("sigmoid", {"wpo": True}, away, OPTIMUM),
-    # Offsets of the size of what was graded move the reward by as much.
-    "odpo": ("odpo", {"margin_scale": 0.7}, graded(), tilted(ref, (REWARD + 0.7 * OFFSET) / BETA)),
+    # Offsets of the size of what was scored move the reward by as much.
+    "odpo": (
+      "odpo", {"margin_scale": 0.7}, with_scores(), tilted(ref, (REWARD + 0.7 * OFFSET) / BETA)
+    ),
     "chi_po": ("chi_po", {}, away, closed_forms.linked(ref, s, closed_forms.LINKS["chi_po"])),
-    # Labels without error between two grades: the margin stays finite.
-    "cdpo": ("cdpo", smooth, two_grades(1.0), tilted(ref, GOOD * odds / BETA)),
-    "exo_pair": ("exo_pair", smooth, two_grades(0.9), tilted(ref, GOOD * 0.8 * odds / BETA)),
-    "hinge": ("hinge", {}, two_grades(0.9), tilted(ref, GOOD / BETA)),
+    # Labels without error between two scores: the margin stays finite.
+    "cdpo": ("cdpo", smooth, two_scores(1.0), tilted(ref, GOOD * odds / BETA)),
+    "exo_pair": ("exo_pair", smooth, two_scores(0.9), tilted(ref, GOOD * 0.8 * odds / BETA)),
+    "hinge": ("hinge", {}, two_scores(0.9), tilted(ref, GOOD / BETA)),
     "discopop": (
-      "discopop", {"tau": 1.0}, two_grades(0.9),
+      "discopop", {"tau": 1.0}, two_scores(0.9),
       tilted(ref, GOOD * margin_of(discopop, 0.9) / BETA),
     ),
     # Answers from the reference, at β = 1: twice as likely as the reference times the win rate.
@@ -440,7 +442,7 @@ def scored_pairs():
   """Every two answers with their rewards."""
   places = itertools.product(*(range(n) for n in BETTER.shape))
   return [
-    example._replace(grades=(REWARD[x, y], REWARD[x, z]))
+    example._replace(scores=(REWARD[x, y], REWARD[x, z]))
     for example, (x, y, z) in zip(finite_worlds.tuples(WORLD), places, strict=True)
   ]
 
@@ -472,7 +474,7 @@ def test_the_expected_policy_gradient_is_that_of_the_assumed_objective():
 
   expected = np.asarray(jax.jit(jax.grad(assumed))(table))
   found = expected_gradient(table)
-  # Grades are stored in float32.
+  # Scores are stored in float32.
   np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
   assert np.abs(expected).max() > 0.01
   optimal = closed_forms.unwalk(OPTIMUM, WORLD, table)

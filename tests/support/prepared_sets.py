@@ -43,7 +43,7 @@ def prepare(out, paths, encoder, **how):
 def same(found, expected):
   assert len(found) == len(expected)
   for left, right in zip(found, expected, strict=True):
-    assert (left.row, left.weight, left.grades) == (right.row, right.weight, right.grades)
+    assert (left.row, left.weight, left.scores) == (right.row, right.weight, right.scores)
     for one, other in zip(
       (left.prompt, *left.answers), (right.prompt, *right.answers), strict=True
     ):

@@ -42,7 +42,7 @@ def batch_of(name="shared", answers=2, groups=2, count=5):
 
 
 def without_texts(batch):
-  return batch._replace(text_GTW=None, place_NLK=None)
+  return batch._replace(sequence_GTW=None, place_NLK=None)
 
 
 def close(found, expected):
@@ -91,10 +91,10 @@ def steps(attention, mode, *mesh, accumulate=1, config=CONFIG, remat="dots"):
   sets = [examples(16, 3, seed=index) for index in range(2)]
   texts = attention in attention_kernels.TEXTS
   for batch in tiny.one_shape(sets, executor.groups, accumulate, texts=texts):
-    assert (batch.text_GTW is None) == (not texts)
+    assert (batch.sequence_GTW is None) == (not texts)
     state, means = take(state, reference_params, executor.place_batch(batch))
     found.append(float(executor.metrics_to_host(means)["loss"]))
-  return executor.fetch(state.params), found
+  return executor.to_host(state.params), found
 
 
 @functools.cache

@@ -55,7 +55,7 @@ def pairs(count, seed=0, answers=2, vocab=VOCAB, longest=9):
 def labelled(count, seed):
   """`pairs` with labels for kto, every second row of them desirable; others do not read them."""
   return [
-    pair._replace(grades=(float(i % 2),) * 2) for i, pair in enumerate(pairs(count, seed=seed))
+    pair._replace(scores=(float(i % 2),) * 2) for i, pair in enumerate(pairs(count, seed=seed))
   ]
 
 
