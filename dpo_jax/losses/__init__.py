@@ -8,9 +8,9 @@ To add a loss: write the function, with formula, units and source in its docstri
 """
 
 from dpo_jax.losses.registry import (
-  FREE,
   LOSSES,
-  OF_MARGIN,
+  MARGIN_LOSSES,
+  REFERENCE_FREE,
   Loss,
   arguments,
   kind_of,
@@ -20,9 +20,9 @@ from dpo_jax.losses.registry import (
 from dpo_jax.structs import PairLogps, RankedLogps, UnpairedLogps
 
 __all__ = [
-  "FREE",
   "LOSSES",
-  "OF_MARGIN",
+  "MARGIN_LOSSES",
+  "REFERENCE_FREE",
   "Loss",
   "PairLogps",
   "RankedLogps",

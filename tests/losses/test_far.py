@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.losses import LOSSES, OF_MARGIN, arguments, resolve
+from dpo_jax.losses import LOSSES, MARGIN_LOSSES, arguments, resolve
 from dpo_jax.structs import PairLogps, RankedLogps, UnpairedLogps
 from tests.support.small_logps import DIVERGENCES, PAIRED
 
@@ -46,7 +46,7 @@ def test_value_and_slope_stay_finite(name):
 
 
 @pytest.mark.parametrize("link", DIVERGENCES)
-@pytest.mark.parametrize("name", sorted(OF_MARGIN))
+@pytest.mark.parametrize("name", sorted(MARGIN_LOSSES))
 def test_value_and_slope_stay_finite_with_every_divergence(name, link):
   _far_pairs(resolve(name, beta=1.0, link=link))
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.losses import LOSSES, OF_MARGIN, resolve
+from dpo_jax.losses import LOSSES, MARGIN_LOSSES, resolve
 from dpo_jax.structs import PairLogps, RankedLogps, UnpairedLogps
 from tests.support.small_logps import (
   DIVERGENCES,
@@ -250,7 +250,7 @@ def test_kto_at_the_reference_is_half_the_weight():
 
 
 @pytest.mark.parametrize("link", DIVERGENCES)
-@pytest.mark.parametrize("name", sorted(OF_MARGIN))
+@pytest.mark.parametrize("name", sorted(MARGIN_LOSSES))
 def test_a_divergence_changes_nothing_at_the_reference(name, link):
   linked = resolve(name, link=link)(POLICY, POLICY)
   np.testing.assert_allclose(linked, LOSSES[name](POLICY, POLICY), rtol=1e-6)
@@ -259,7 +259,7 @@ def test_a_divergence_changes_nothing_at_the_reference(name, link):
 # --- facts ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*sorted(OF_MARGIN), "ipo", "aot"])
+@pytest.mark.parametrize("name", [*sorted(MARGIN_LOSSES), "ipo", "aot"])
 def test_only_margins_count(name):
   """Adding f(x) to both answers of a prompt changes no loss of the margin: Z(x) cancels."""
   policy, reference = random_logps()
