@@ -115,7 +115,7 @@ def test_probabilities_of_all_answers_add_up_to_one(models):
 @pytest.mark.slow
 def test_sampled_measures_agree_with_the_listed_language(models):
   policy, reference = models
-  found = evaluate.on_samples(
+  found = evaluate.evaluate_samples(
     policy,
     reference,
     PROMPTS,
@@ -152,7 +152,7 @@ def test_sampled_measures_agree_with_the_listed_language(models):
 
 def test_a_policy_that_is_its_reference_is_nowhere(models):
   model, _ = models
-  found = evaluate.on_samples(
+  found = evaluate.evaluate_samples(
     model,
     model,
     PROMPTS,
@@ -218,15 +218,15 @@ def test_equal_answers_make_no_pair():
 def test_rows_of_scores(models):
   policy, reference = models
   examples = [Example(np.array([1, 4]), (np.array([5, 5, 2]), np.array([4, 2])), row=7)]
-  ask = evaluate.objective("sigmoid", 0.5)
-  (row,) = evaluate.score_rows(policy, reference, examples, ask)
+  ask = evaluate.resolve_pair_loss("sigmoid", 0.5)
+  (row,) = evaluate.score_pairs(policy, reference, examples, ask)
   assert (row["chosen_tokens"], row["rejected_tokens"]) == (3, 2)
   np.testing.assert_allclose(
     row["chosen_reward"], 0.5 * (row["chosen_logp"] - row["ref_chosen_logp"])
   )
   margin = row["chosen_reward"] - row["rejected_reward"]
   np.testing.assert_allclose(row["loss"], np.log1p(np.exp(-margin)), rtol=1e-5)
-  (alone,) = evaluate.score_rows(policy, None, examples, ask)
+  (alone,) = evaluate.score_pairs(policy, None, examples, ask)
   assert row["row"] == alone["row"] == 7
   assert set(alone) == {"row", "chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens"}
 
@@ -263,7 +263,9 @@ def test_a_text_longer_than_learned_positions_is_refused(models):
 def test_pairs_under_the_reference_itself(models):
   model, _ = models
   examples = [Example(np.array([1, 4]), (np.array([5, 5, 2]), np.array([4, 2])))] * 3
-  found = evaluate.on_pairs(model, model, examples, evaluate.objective("sigmoid", 0.1))
+  found = evaluate.evaluate_pairs(
+    model, model, examples, evaluate.resolve_pair_loss("sigmoid", 0.1)
+  )
   assert (found["pairs"], found["eval_accuracy"], found["eval_margin"]) == (3, 0.5, 0)
   np.testing.assert_allclose(found["eval_loss"], np.log(2), rtol=1e-6)
 
@@ -273,16 +275,16 @@ def test_a_loss_of_scored_pairs_reads_the_scores(models):
   model, _ = models
   plain = Example(np.array([1, 4]), (np.array([5, 5, 2]), np.array([4, 2])))
   scored = plain._replace(scores=(2.0, 0.5))
-  ask = evaluate.objective("odpo", 0.1)
-  found = evaluate.on_pairs(model, model, [scored] * 2, ask)
+  ask = evaluate.resolve_pair_loss("odpo", 0.1)
+  found = evaluate.evaluate_pairs(model, model, [scored] * 2, ask)
   np.testing.assert_allclose(found["eval_loss"], np.log1p(np.exp(1.5)), rtol=1e-6)
   with pytest.raises(UserError, match="give them a field margin"):
-    evaluate.on_pairs(model, model, [plain] * 2, ask)
+    evaluate.evaluate_pairs(model, model, [plain] * 2, ask)
 
 
 def test_a_supervised_loss_is_no_loss_of_pairs():
   with pytest.raises(UserError, match="not computed from pairs"):
-    evaluate.objective("sft", 0.1)
+    evaluate.resolve_pair_loss("sft", 0.1)
 
 
 # --- Rewards by name ------------------------------------------------------------------------------
