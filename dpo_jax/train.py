@@ -398,7 +398,7 @@ def prove(
     )
   if run.data.sampler is None:
     example, decode = run.data.examples[0], run.tokenizer.decode
-    print(f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.answers[0])[:60]!r}")
+    print(f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.completions[0])[:60]!r}")
   if not run.objective.loss.needs_reference:
     return
   stored_fn = run.objective.stored_fn

@@ -250,9 +250,9 @@ def fraction_of_gain(
     for _ in range(resamples)
   ]
   # A resample whose KL or best gain is not above 0 gives nan and is left out of the interval.
-  low, high = (
-    np.nanquantile(resampled, [0.025, 0.975]) if np.isfinite(resampled).any() else [np.nan] * 2
-  )
+  low, high = np.nan, np.nan
+  if np.isfinite(resampled).any():
+    low, high = np.nanquantile(resampled, [0.025, 0.975])
   return Estimate(fraction(prompts, measured), float(low), float(high))
 
 

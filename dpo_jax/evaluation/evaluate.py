@@ -76,14 +76,14 @@ def make_scorer(model: Model, *, batch_size: int = 64) -> Callable[..., Scores]:
   def score(params: PyTree, examples: Sequence[Example]) -> Scores:
     # Rows of a file may have been dropped, so examples get their place in the list as their row.
     numbered = [example._replace(row=i) for i, example in enumerate(examples)]
-    answers = len(examples[0].answers)
-    logp_BK = np.full((len(examples), answers), np.nan)
+    completions = len(examples[0].completions)
+    logp_BK = np.full((len(examples), completions), np.nan)
     for batch in batches.eval_batches(numbered, batch_size=batch_size):
-      row_BK = batch.row_NS.reshape(-1, answers)
-      batch_logp_BK = np.asarray(logps_fn(params, batch), np.float64).reshape(-1, answers)
+      row_BK = batch.row_NS.reshape(-1, completions)
+      batch_logp_BK = np.asarray(logps_fn(params, batch), np.float64).reshape(-1, completions)
       present_B = row_BK[:, 0] >= 0  # the others are padding of the batch
       logp_BK[row_BK[present_B, 0]] = batch_logp_BK[present_B]
-    tokens = [[len(answer) for answer in example.answers] for example in examples]
+    tokens = [[len(completion) for completion in example.completions] for example in examples]
     return Scores(logp_BK, np.array(tokens))
 
   return score
@@ -300,8 +300,8 @@ def _side_by_side(ours: Rollout, theirs: Rollout, count: int) -> list[Json]:
   return [
     {
       "prompt": prompt,
-      "reference": theirs.answers[x][0],
-      "policy": ours.answers[x][0],
+      "reference": theirs.completions[x][0],
+      "policy": ours.completions[x][0],
       "reference_reward": float(theirs.reward_XS[x, 0]),
       "policy_reward": float(ours.reward_XS[x, 0]),
     }

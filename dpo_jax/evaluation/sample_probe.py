@@ -69,10 +69,10 @@ def make_probe(
       completion.
   """
   if samples < 1:
-    raise UserError(f"samples is {samples}; a probe needs 1 answer or more")
+    raise UserError(f"samples is {samples}; a probe needs 1 sample or more")
   if not examples:
     raise UserError("there is no held-out example to take prompts from; set some aside")
-  max_tokens = max_tokens or max(len(ids) for example in examples for ids in example.answers)
+  max_tokens = max_tokens or max(len(ids) for example in examples for ids in example.completions)
   prompts = _prompts(examples, samples, max_tokens, config)
   size = min(batch_size, samples)
   rows = {
@@ -81,7 +81,7 @@ def make_probe(
     "sizes": collate.Sizes(rows=size, rows_step=size, scored=max_tokens, slots=1),
   }
   score = functools.partial(_score, jax.jit(logps_fn), rows)
-  answer = functools.partial(
+  generate = functools.partial(
     sampler.generate,
     config,
     prompts=prompts,
@@ -96,15 +96,17 @@ def make_probe(
     # One device is enough. Parameters on several devices would make all of them compute the same.
     device = jax.local_devices()[0]
     params, reference = jax.device_put((params, reference), device)
-    answers = [ids for (ids,) in answer(params)]
-    array = lambda ids: np.asarray(ids, np.int32)
-    sampled = [Example(array(x), (array(y),)) for x, y in zip(prompts, answers, strict=True)]
-    policy_B, tokens = score(params, sampled), sum(map(len, answers))
+    completions = [ids for (ids,) in generate(params)]
+    sampled = [
+      Example(np.asarray(prompt, np.int32), (np.asarray(completion, np.int32),))
+      for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    policy_B, tokens = score(params, sampled), sum(map(len, completions))
     facts = {}
     if reference is not None:
       ratio_B = policy_B - score(reference, sampled)
       facts = {"kl": ratio_B.mean(), "kl_per_token": ratio_B.sum() / tokens}
-    facts |= text_facts(answers, eos_ids) | {"entropy": -policy_B.sum() / tokens}
+    facts |= text_facts(completions, eos_ids) | {"entropy": -policy_B.sum() / tokens}
     return {f"sampled/{name}": float(value) for name, value in facts.items()}
 
   return probe
@@ -123,14 +125,14 @@ def _score(
 def _prompts(
   examples: Sequence[Example], samples: int, max_tokens: int, config: ModelConfig
 ) -> list[list[int]]:
-  """Lists `samples` prompts: distinct ones that leave positions for a completion, repeated in order."""
+  """Lists `samples` prompts that leave positions for a completion, distinct ones first."""
   room = config.max_positions - max_tokens if config.positions == "learned" else None
   distinct_prompts = dict.fromkeys(tuple(example.prompt.tolist()) for example in examples)
   fitting_prompts = [list(ids) for ids in distinct_prompts if room is None or len(ids) <= room]
   if not fitting_prompts:
     raise UserError(
-      f"no held-out prompt leaves room for an answer of {max_tokens} tokens in the model's"
-      f" {config.max_positions} positions; sample shorter answers"
+      f"no held-out prompt leaves room for a completion of {max_tokens} tokens in the model's"
+      f" {config.max_positions} positions; set a lower max_tokens"
     )
   # A sample's random numbers depend on its place in the list, so a repeated prompt gets another
   # completion.
@@ -140,10 +142,10 @@ def _prompts(
 # --- metrics of the sampled tokens ----------------------------------------------------------------
 
 
-def text_facts(answers: Sequence[Sequence[int]], eos_ids: Sequence[int]) -> dict[str, float]:
+def text_facts(completions: Sequence[Sequence[int]], eos_ids: Sequence[int]) -> dict[str, float]:
   """Computes diversity, repetition and length of completions; n-grams exclude the end token."""
-  ended = [bool(ids) and ids[-1] in eos_ids for ids in answers]
-  texts = [ids[: len(ids) - end] for ids, end in zip(answers, ended, strict=True)]
+  ended = [bool(ids) and ids[-1] in eos_ids for ids in completions]
+  texts = [ids[: len(ids) - end] for ids, end in zip(completions, ended, strict=True)]
   bigrams = [gram for text in texts for gram in ngrams(text, 2)]
   fourgrams = [ngrams(text, 4) for text in texts]
   return {
@@ -151,8 +153,8 @@ def text_facts(answers: Sequence[Sequence[int]], eos_ids: Sequence[int]) -> dict
     "repetition": _share(
       sum(len(grams) - len(set(grams)) for grams in fourgrams), sum(map(len, fourgrams))
     ),
-    "tokens": _share(sum(map(len, answers)), len(answers)),
-    "ended": _share(sum(ended), len(answers)),
+    "tokens": _share(sum(map(len, completions)), len(completions)),
+    "ended": _share(sum(ended), len(completions)),
   }
 
 

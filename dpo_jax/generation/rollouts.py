@@ -60,21 +60,21 @@ class Rollout(NamedTuple):
   Attributes:
     prompts: X texts.
     prompt_ids: X lists of token ids.
-    answers: X lists of S texts.
-    answer_ids: X lists of S lists of ids, the end token included where the model ended.
+    completions: X lists of S texts.
+    completion_ids: X lists of S lists of ids, the end token included where the model ended.
     reward_XS: their rewards.
   """
 
   prompts: list[str]
   prompt_ids: list[list[int]]
-  answers: list[list[str]]
-  answer_ids: list[list[list[int]]]
+  completions: list[list[str]]
+  completion_ids: list[list[list[int]]]
   reward_XS: np.ndarray
 
   def examples(self) -> list[Example]:
     """One example a prompt, with all its answers."""
     array = functools.partial(np.asarray, dtype=np.int32)
-    texts = zip(self.prompt_ids, self.answer_ids, strict=True)
+    texts = zip(self.prompt_ids, self.completion_ids, strict=True)
     return [Example(array(prompt), tuple(map(array, ids))) for prompt, ids in texts]
 
 
@@ -163,11 +163,13 @@ def rows_of(
   stops: Stops,
   prompts: Sequence[Any],
   prompt_ids: Sequence[Sequence[int]],
-  answers: Sequence[Sequence[Sequence[int]]],
+  completions: Sequence[Sequence[Sequence[int]]],
 ) -> Iterator[dict[str, Any]]:
   """A row an answer, as `scripts/sample.py` writes them."""
   decode = stops.tokenizer.decode
-  for index, (prompt, ids, samples) in enumerate(zip(prompts, prompt_ids, answers, strict=True)):
+  for index, (prompt, ids, samples) in enumerate(
+    zip(prompts, prompt_ids, completions, strict=True)
+  ):
     given = decode(ids) if isinstance(prompt, str) else ""
     asked = {"prompt": prompt}
     if isinstance(prompt, Conversation):
@@ -214,7 +216,7 @@ def sample(
   """
   tokenizer = model.tokenizer
   prompt_ids = encode_prompts(tokenizer, prompts)
-  answer_ids = sampler.generate(
+  completion_ids = sampler.generate(
     model.config,
     model.params,
     prompt_ids,
@@ -228,10 +230,10 @@ def sample(
   )
   pairs = zip(prompts, prompt_ids, strict=True)
   texts = [prompt if isinstance(prompt, str) else tokenizer.decode(ids) for prompt, ids in pairs]
-  answers = [[tokenizer.decode(ids) for ids in each] for each in answer_ids]
+  completions = [[tokenizer.decode(ids) for ids in each] for each in completion_ids]
   repeated = [text for text in texts for _ in range(num)]
-  reward_Y = rewards.values(reward, repeated, [answer for each in answers for answer in each])
-  return Rollout(texts, prompt_ids, answers, answer_ids, reward_Y.reshape(len(texts), num))
+  reward_Y = rewards.values(reward, repeated, [answer for each in completions for answer in each])
+  return Rollout(texts, prompt_ids, completions, completion_ids, reward_Y.reshape(len(texts), num))
 
 
 def label(rollout: Rollout, *, seed: int = 0) -> list[dict[str, Any]]:
@@ -242,22 +244,22 @@ def label(rollout: Rollout, *, seed: int = 0) -> list[dict[str, Any]]:
   rng = np.random.default_rng(seed)
   rows = []
   for x, prompt in enumerate(rollout.prompts):
-    for a in range(0, len(rollout.answers[x]) - 1, 2):
+    for a in range(0, len(rollout.completions[x]) - 1, 2):
       margin = rollout.reward_XS[x, a] - rollout.reward_XS[x, a + 1]
       # Logistic noise: the margin beats it with probability σ(margin), and nothing overflows.
       chosen, rejected = (a, a + 1) if margin > rng.logistic() else (a + 1, a)
-      if rollout.answer_ids[x][a] == rollout.answer_ids[x][a + 1]:
+      if rollout.completion_ids[x][a] == rollout.completion_ids[x][a + 1]:
         continue
       rows.append(
         {
           "prompt": prompt,
-          "chosen": rollout.answers[x][chosen],
-          "rejected": rollout.answers[x][rejected],
+          "chosen": rollout.completions[x][chosen],
+          "rejected": rollout.completions[x][rejected],
           "chosen_reward": float(rollout.reward_XS[x, chosen]),
           "rejected_reward": float(rollout.reward_XS[x, rejected]),
           "prompt_ids": [int(id) for id in rollout.prompt_ids[x]],
-          "chosen_ids": [int(id) for id in rollout.answer_ids[x][chosen]],
-          "rejected_ids": [int(id) for id in rollout.answer_ids[x][rejected]],
+          "chosen_ids": [int(id) for id in rollout.completion_ids[x][chosen]],
+          "rejected_ids": [int(id) for id in rollout.completion_ids[x][rejected]],
         }
       )
   return rows

@@ -113,12 +113,12 @@ def load(
       groups=groups,
       balance=config.data.balance,
     )
-    return TrainingData(examples, held_out, len(examples[0].answers), batching, None), ledger
+    return TrainingData(examples, held_out, len(examples[0].completions), batching, None), ledger
 
   prompts, held_out, longest, ledger = _load_prompts(config, tokenizer, model_config)
-  answers = 2 if loss.kind == "pairs" else config.on_policy.num
+  completions = 2 if loss.kind == "pairs" else config.on_policy.num
   # Room for the longest prompt with answers that take all they may.
-  copies = 1 if config.data.layout == "padded" else answers
+  copies = 1 if config.data.layout == "padded" else completions
   need = packing.round_up(longest + copies * config.on_policy.max_tokens, 64)
   batching["row_length"] = config.data.row_length or need
   settings = dict(config.on_policy)
@@ -135,7 +135,7 @@ def load(
     batching=batching,
     **settings,
   )
-  return TrainingData(prompts, held_out, answers, batching, sampler), ledger
+  return TrainingData(prompts, held_out, completions, batching, sampler), ledger
 
 
 def _check_named(field: str, path: str) -> None:
@@ -318,7 +318,7 @@ def digest(training_data: TrainingData) -> str:
     for i in np.linspace(0, len(side) - 1, min(len(side), 1000), dtype=np.int64):
       example = side[int(i)]
       found.update(repr((example.scores, example.weight)).encode())
-      for ids in (example.prompt, *example.answers):
+      for ids in (example.prompt, *example.completions):
         found.update(np.asarray(ids, np.int32).tobytes())
   return found.hexdigest()
 

@@ -114,7 +114,7 @@ class Sampler:
       example._replace(row=row, scores=tuple(reward_S.tolist()))
       for example, row, reward_S in zip(rollout.examples(), picked, rollout.reward_XS, strict=True)
     ]
-    lengths = [len(ids) for example in rows for ids in example.answers]
+    lengths = [len(ids) for example in rows for ids in example.completions]
     facts = {"reward": float(rollout.reward_XS.mean()), "tokens": float(np.mean(lengths))}
     if self.loss.kind == "pairs":
       rows = self._pairs(rows, np.random.default_rng([self.seed, index]))
@@ -150,10 +150,10 @@ def _extremes(scores: Sequence[float]) -> list[int]:
 
 def _pick(row: Example, order: Sequence[int] | np.ndarray) -> Example:
   """The answers of a row in an order; a pair of equal answers counts nothing."""
-  answers = tuple(row.answers[i] for i in order)
-  same = len(order) == 2 and np.array_equal(*answers)
+  completions = tuple(row.completions[i] for i in order)
+  same = len(order) == 2 and np.array_equal(*completions)
   return row._replace(
-    answers=answers,
+    completions=completions,
     scores=tuple(row.scores[i] for i in order),
     weight=0.0 if same else row.weight,
   )

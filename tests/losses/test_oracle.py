@@ -395,7 +395,7 @@ BIGRAM = Model(_hidden_of_the_last_token, lambda p: Head(p["head"], p["bias"]), 
 def _answers(params, examples):
   """(logits_TV, targets_T) of both answers of every example, float64."""
   wide = {key: np.float64(params[key]) for key in ("embed", "head", "bias")}
-  texts = [[(np.append(e.prompt[-1:], ids[:-1]), ids) for ids in e.answers] for e in examples]
+  texts = [[(np.append(e.prompt[-1:], ids[:-1]), ids) for ids in e.completions] for e in examples]
   logits = lambda ids: wide["embed"][ids] @ wide["head"].T + wide["bias"]
   return [[(logits(before), ids) for before, ids in text] for text in texts]
 
@@ -416,12 +416,12 @@ def test_tokens_beyond_the_shorter_answer(layout, alpha):
   batch = collate(examples, layout=layout, row_length=48)
   logps_fn = make_logps_fn(BIGRAM, beyond_shorter=alpha)
   expected, slope = np.zeros((8, 2)), np.zeros(tiny.VOCAB)
-  for at, answers in enumerate(_answers(params, examples)):
-    shorter = min(len(targets) for _, targets in answers)
-    for which, (logits, targets) in enumerate(answers):
+  for at, completions in enumerate(_answers(params, examples)):
+    shorter = min(len(targets) for _, targets in completions)
+    for which, (logits, targets) in enumerate(completions):
       expected[at, which], by_logits = oracle.desensitised(logits, targets, shorter, alpha)
       slope += (1 + which) * by_logits.sum(0)
-  lengths = np.array([[len(ids) for ids in e.answers] for e in examples])
+  lengths = np.array([[len(ids) for ids in e.completions] for e in examples])
   assert (lengths[:, 0] < lengths[:, 1]).any() and (lengths[:, 0] > lengths[:, 1]).any()
   # Chosen answers once, rejected ones twice, empty slots not at all.
   factor_NS = np.resize([1.0, 2.0], batch.row_NS.shape) * (batch.row_NS >= 0)

@@ -234,11 +234,11 @@ def test_values_at_the_reference_that_depend_on_more_than_beta(epsilon):
   np.testing.assert_allclose(at("odpo", margin_B=epsilon), softplus(epsilon), rtol=1e-6)
 
 
-@pytest.mark.parametrize("answers", [2, 3, 5])
-def test_ranking_at_the_reference_is_log_of_the_number_of_rankings(answers):
-  logps = RankedLogps(-np.arange(3.0 * answers).reshape(3, answers))
+@pytest.mark.parametrize("completions", [2, 3, 5])
+def test_ranking_at_the_reference_is_log_of_the_number_of_rankings(completions):
+  logps = RankedLogps(-np.arange(3.0 * completions).reshape(3, completions))
   found = LOSSES["plackett_luce"](logps, logps)
-  np.testing.assert_allclose(found, math.log(math.factorial(answers)), rtol=1e-6)
+  np.testing.assert_allclose(found, math.log(math.factorial(completions)), rtol=1e-6)
 
 
 def test_kto_at_the_reference_is_half_the_weight():
