@@ -132,7 +132,7 @@ def _prompts(
   if not fitting_prompts:
     raise UserError(
       f"no held-out prompt leaves room for a completion of {max_tokens} tokens in the model's"
-      f" {config.max_positions} positions; set a lower max_tokens"
+      f" {config.max_positions} positions; sample shorter completions"
     )
   # A sample's random numbers depend on its place in the list, so a repeated prompt gets another
   # completion.

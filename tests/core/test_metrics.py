@@ -1,4 +1,4 @@
-"""What is reported of a batch: every number by hand, and the same however the batch is cut."""
+"""Tests of metrics: every value by hand, and equal values however the batch is divided."""
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def test_without_token_counts_what_depends_on_lengths_is_left_out():
 
 
 def test_at_the_reference_nothing_has_drifted():
-  """Also where log-probs are so large that their own sum would round."""
+  """Pair mass is exact even where a sum of log-probs would round it away."""
   at = PairLogps(array(-1e4, -3), array(-1.0001e4, -900), array(9, 2), array(8, 7))
   found = means(metrics.pair_sums(at, at, array(0, 0), array(1, 1), beta=0.1))
   for name in ("drift/chosen", "drift/rejected", "drift/both_fell", "drift/pair_mass"):
@@ -111,7 +111,7 @@ def test_no_pair_of_a_kind_is_not_a_number():
   assert all(np.isfinite(v) for k, v in found.items() if not k.startswith("margins/"))
 
 
-# --- answers judged by themselves -----------------------------------------------------------------
+# --- unpaired completions -------------------------------------------------------------------------
 
 
 def test_unpaired_by_hand():
@@ -138,7 +138,7 @@ def test_a_batch_of_one_label_has_no_mean_of_the_other():
   assert found["rewards/desirable"] == 0 and np.isnan(found["rewards/undesirable"])
 
 
-# --- K answers ------------------------------------------------------------------------------------
+# --- K completions --------------------------------------------------------------------------------
 
 RANKED = RankedLogps(np.array([[-3, -4, -5], [-3, -2, 0]], np.float32))
 RANKED_REFERENCE = RankedLogps(np.array([[-4, -4, -2], [-4, -5, 0]], np.float32))
@@ -187,7 +187,7 @@ def test_two_ranked_answers_are_a_pair():
     np.testing.assert_allclose(found[name], pairs[other], rtol=1e-6)
 
 
-# --- texts, and what holds of all -----------------------------------------------------------------
+# --- supervised examples, and facts of all sums ---------------------------------------------------
 
 
 def test_text_loss_is_a_mean_over_tokens_and_log_probs_over_texts():
@@ -197,7 +197,7 @@ def test_text_loss_is_a_mean_over_tokens_and_log_probs_over_texts():
 
 
 def _all_kinds(part):
-  """Sums of every kind over a slice of a batch of eight."""
+  """Computes sums of every kind over a slice of a batch of eight."""
   rng = np.random.default_rng(1)
   draw = lambda *shape: rng.normal(-20, 3, shape).astype(np.float32)[part]
   count = lambda *shape: rng.integers(1, 9, shape).astype(np.float32)[part]

@@ -1,4 +1,4 @@
-"""Held-out measures against closed forms: intervals, wins, and the exact frontier."""
+"""Tests of estimates against closed forms: intervals, win rates, and the exact frontier."""
 
 import numpy as np
 import pytest

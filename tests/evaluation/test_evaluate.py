@@ -1,4 +1,4 @@
-"""Scores, samples and labels against a language so small that every answer can be listed."""
+"""Tests of evaluation on a language so small that every completion can be listed."""
 
 import dataclasses
 import itertools
@@ -33,13 +33,13 @@ SIZES = {"num": 1024, "frontier_prompts": 3, "frontier_samples": 2048, "max_toke
 
 
 def wanted(prompt, answer):
-  """A reward for the tests: a is good, b is bad, the more so after a full stop."""
+  """Returns a reward for the tests: a is good, b is bad, and both count more after a full stop."""
   return answer.count("a") - answer.count("b") * (1.5 if "." in prompt else 1.0)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-  """Model folders of one shape and tokenizer: seed -> path."""
+  """Makes model folders of one shape and tokenizer: seed -> path."""
   root = tmp_path_factory.mktemp("models")
   word_tokenizer.write(root / "tokenizer", WORDS)
   fields = {
@@ -69,14 +69,14 @@ def models(folders):
 
 
 def every_answer():
-  """All answers of at most LONGEST tokens: ended, or cut."""
+  """Lists all completions of at most LONGEST tokens, ended or cut."""
   others = [id for id in range(6) if id != END]
   ended = [(*start, END) for n in range(LONGEST) for start in itertools.product(others, repeat=n)]
   return ended + list(itertools.product(others, repeat=LONGEST))
 
 
 def log_probs(model, prompt):
-  """Of every answer to a prompt, nats."""
+  """Computes log π(y|x) of every completion to a prompt, in nats."""
   ids = np.array(model.tokenizer.encode_prompt(prompt), np.int32)
   examples = [Example(ids, (np.array(answer, np.int32),)) for answer in every_answer()]
   return evaluate.scorer(model.config)(model.params, examples).logp_BK[:, 0]
@@ -87,7 +87,7 @@ def log_probs(model, prompt):
 
 @pytest.mark.parametrize("completions", [1, 2, 3])
 def test_scorer_gives_every_answer_its_own_log_prob(completions):
-  # Ragged batches and packed rows against one example a batch through the naive path.
+  # Compares ragged batches and packed rows with the naive path, one example per batch.
   examples = tiny.pairs(7, completions=completions)
   params = tiny.init()
   scores = evaluate.make_scorer(tiny.MODEL, batch_size=3)(params, examples)
@@ -136,7 +136,7 @@ def test_sampled_measures_agree_with_the_listed_language(models):
     log_z = np.logaddexp.reduce(tilted, axis=1)
     best = np.exp(tilted - log_z[:, None]) @ reward_Y
     points.append((best / betas[:, 0] - log_z, best))
-  # A standard deviation of one prompt's mean is about 1.5 / √1024 = 0.05.
+  # The standard deviation of one prompt's mean is about 1.5 / √1024 = 0.05.
   np.testing.assert_allclose(found["kl"], np.mean(kl), atol=0.1)
   np.testing.assert_allclose(found["reward_policy"], np.mean(ours), atol=0.1)
   np.testing.assert_allclose(found["reward_reference"], np.mean(theirs), atol=0.1)
@@ -184,7 +184,7 @@ def test_drawn_answers_are_what_was_sampled(models):
 
 
 def _rollout(reward_XS):
-  """Answers told apart by their ids, of the given rewards."""
+  """Makes a rollout of distinct completions with the given rewards."""
   reward_XS = np.asarray(reward_XS, np.float64)
   names = [[f"{s}" for s in range(reward_XS.shape[1])]] * len(reward_XS)
   ids = [[[s] for s in range(reward_XS.shape[1])]] * len(reward_XS)

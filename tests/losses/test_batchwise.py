@@ -1,4 +1,4 @@
-"""Losses that see a whole batch, or several answers of a prompt."""
+"""Tests of losses of a whole batch, and of several completions to a prompt."""
 
 import functools
 import itertools
@@ -76,7 +76,7 @@ def test_rows_of_weight_zero_leave_the_estimate_behind_kto_alone():
   np.testing.assert_allclose(found[:2], expected, rtol=1e-6)
 
 
-# --- several answers ------------------------------------------------------------------------------
+# --- several completions --------------------------------------------------------------------------
 
 
 def test_a_ranking_of_two_is_a_pair():
@@ -129,7 +129,7 @@ def test_equal_returns_give_no_gradient():
 
 
 def test_a_lone_sample_gives_no_gradient():
-  """Without another sample there is no baseline, and so nothing to compare with."""
+  """A single sample has no other to be compared with."""
   loss = lambda p: LOSSES["policy_gradient"](
     RankedLogps(p),
     RankedLogps(jnp.zeros((1, 3))),
