@@ -121,6 +121,7 @@ def rearranged_objective(
 
   It equals the assumed objective divided by β. Rafailov et al. 2023, appendix A.1.
   """
+  # The target does not sum to 1, so this KL may be negative: it is KL(π ‖ π*) - log Z.
   log_target_XY = unnormalized_target(log_reference_XY, reward_XY, beta=beta)
   return _mean_over_prompts(kl_divergence(log_policy_XY, log_target_XY), weight_X)
 
@@ -172,6 +173,8 @@ def kl_form(
   log Z(x) does not depend on the policy. The KL is 0 where π = π* and positive elsewhere, so π* is
   the only optimum. Rafailov et al. 2023, appendix A.1.
   """
+  # The only term that depends on the policy is the KL: minimising the objective and minimising this
+  # KL are the same problem.
   log_optimal_XY = optimal_policy(log_reference_XY, reward_XY, beta=beta)
   log_z_X = partition_function(log_reference_XY, reward_XY, beta=beta)
   return beta * _mean_over_prompts(kl_divergence(log_policy_XY, log_optimal_XY) - log_z_X, weight_X)
@@ -215,6 +218,7 @@ def frontier(
       -loss_part(log_optimal_XY, reward_XY, weight_X=weight_X), _mean_over_prompts(kl_X, weight_X)
     )
 
+  # vmap over β: each point is independent, and one program serves all of them.
   return jax.vmap(point)(jnp.atleast_1d(jnp.asarray(beta_F)))
 
 
@@ -312,6 +316,7 @@ def descend(
 
 def _check_beta(beta: object) -> None:
   """Raises ValueError if a Python number is not above 0; arrays, maybe traced, are not checked."""
+  # `not beta > 0` also catches nan, for which `beta <= 0` is false.
   if isinstance(beta, (int, float)) and not beta > 0:
     raise ValueError(f"beta is {beta}; it must be above 0, such as 0.1")
 

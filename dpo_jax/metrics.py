@@ -44,6 +44,7 @@ def pair_sums(
       margins/chosen_shorter         mean margin of pairs whose chosen completion has fewer tokens
   """
   zero_B = jnp.zeros_like(policy.chosen_B)
+  # Without a reference the log-ratios are log-probs: rewards are then β log π.
   chosen_B, rejected_B = _log_ratios(policy, reference or PairLogps(zero_B, zero_B))
   margin_B = beta * (chosen_B - rejected_B)
   values = {
@@ -108,6 +109,7 @@ def unpaired_sums(
     "loss": _weighted(loss_B, weight_B),
     "kl": _weighted(policy.mismatched_B - reference.mismatched_B, weight_B),
   }
+  # Each label has its own count: a batch without one of them gives nan there, and not 0.
   for name, in_class_B in (("desirable", label_B > 0), ("undesirable", label_B <= 0)):
     sums[f"rewards/{name}"] = _weighted(beta * ratio_B, weight_B * in_class_B)
     sums[f"logps/{name}"] = _weighted(policy.completion_B, weight_B * in_class_B)
@@ -148,11 +150,13 @@ def ranked_sums(
   weight_BK = weight_B[:, None] * present_BK
   sums = {"loss": _weighted(loss_B, weight_B)}
   if reward_BK is not None:
+    # Samples are in no order, so a best one and accuracies have no meaning.
     return sums | {
       "reward": _weighted(reward_BK, weight_BK),
       "kl": _weighted(ratio_BK, weight_BK),
       "objective": _weighted(beta * ratio_BK - reward_BK, weight_BK),
     }
+  # The first completion is the best one. The rest counts per completion, not per prompt.
   for name, part in (("best", slice(0, 1)), ("rest", slice(1, None))):
     sums[f"rewards/{name}"] = _weighted(beta * ratio_BK[:, part], weight_BK[:, part])
     sums[f"logps/{name}"] = _weighted(policy.completions_BK[:, part], weight_BK[:, part])
@@ -166,6 +170,7 @@ def ranked_sums(
 def text_sums(logps_B: Array, tokens_B: Array, loss_B: Array, weight_B: Array) -> Sums:
   """Sums the metrics of supervised examples: loss per token, log-probs per completion."""
   return {
+    # The count is tokens, so that the quotient is the mean over all tokens of the global batch.
     "loss": _per_token(loss_B, tokens_B, weight_B),
     "logps/chosen": _weighted(logps_B, weight_B),
   }
@@ -175,6 +180,7 @@ def divide(sums: Sums) -> dict[str, Array]:
   """Divides every sum by its count; nan where the count is 0."""
   means = {}
   for name, (total, count) in sums.items():
+    # A count of 0 is normal: a batch may have no pair whose chosen completion is longer.
     positive_count = jnp.where(count > 0, count, 1.0)
     means[name] = jnp.where(count > 0, total / positive_count, jnp.nan)
   return means
@@ -189,6 +195,8 @@ def _log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Array, Array]:
 
 def _accuracy(margin_x: Array) -> Array:
   """Returns 1 where the margin is above zero, 0 where it is below, and one half at a tie."""
+  # At step 0 every margin is exactly 0. Counted as wrong, they would show an accuracy of 0 and not
+  # the 0.5 of a coin.
   return (margin_x > 0) + 0.5 * (margin_x == 0)
 
 

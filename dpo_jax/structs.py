@@ -69,8 +69,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+# Data code makes numpy arrays and compiled code takes jax arrays; every record accepts both.
 Array = jax.Array | np.ndarray
 PyTree = Any
+
+# The records are NamedTuples: jax treats them as pytrees without registration, so they pass through
+# jit, vmap and grad as they are. A field that is None has no leaves.
 
 
 class PairLogps(NamedTuple):
@@ -152,6 +156,7 @@ class TokenBatch(NamedTuple):
       size 1 where sequences share no tokens.
   """
 
+  # int32 and float32 throughout: jax without x64 would narrow wider types at every transfer.
   ids_NL: Array
   position_NL: Array
   pair_NL: Array
@@ -163,6 +168,7 @@ class TokenBatch(NamedTuple):
   weight_NS: Array
   score_NS: Array
   row_NS: Array
+  # With and without these fields, a batch has another tree structure and compiles another program.
   reference_NL: Array | None = None
   sequence_GTW: Array | None = None
   place_NLK: Array | None = None

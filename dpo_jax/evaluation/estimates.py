@@ -94,6 +94,7 @@ def preference_metrics(
     Estimates of `accuracy` (a margin of 0 counts one half), `margin`, `chosen_reward`,
     `rejected_reward`, in reward units, and `loss`.
   """
+  # The order is important, as in `losses.paired.margins`: policy minus reference comes first.
   chosen_B = beta * (np.asarray(policy.chosen_B) - np.asarray(reference.chosen_B))
   rejected_B = beta * (np.asarray(policy.rejected_B) - np.asarray(reference.rejected_B))
   margin_B = chosen_B - rejected_B
@@ -114,6 +115,8 @@ def wins(policy_XS: np.ndarray, reference_XR: np.ndarray) -> np.ndarray:
 
   A tie counts one half.
   """
+  # All pairs of samples of a prompt, not only those of equal index: less variance from the same
+  # samples.
   difference_XSR = policy_XS[:, :, None] - reference_XR[:, None, :]
   return ((np.sign(difference_XSR) + 1) / 2).mean((1, 2))
 
@@ -133,6 +136,8 @@ def sampled_metrics(
   return {
     "reward_policy": mean_estimate(policy_XS.mean(1)),
     "reward_reference": mean_estimate(reference_XR.mean(1)),
+    # A normal interval of a share may reach beyond 0 and 1. Wilson's does not apply: per-prompt win
+    # rates are not trials of 0 or 1.
     "win_rate": _clipped(mean_estimate(wins(policy_XS, reference_XR)), 0.0, 1.0),
     "kl": mean_estimate(log_ratio_XS.mean(1)),
   }
@@ -179,6 +184,7 @@ class Frontier(NamedTuple):
     return float(self.kl_XF.mean(0)[enough_F].max(initial=0.0))
 
 
+# From nearly the reference, β = 50, to nearly the best completion alone, β = 0.1, at equal ratios.
 BETAS = tuple(np.geomspace(50.0, 0.1, 64).tolist())
 
 
@@ -198,11 +204,13 @@ def exact_frontier(reward_XS: np.ndarray, betas: Sequence[float] = BETAS) -> Fro
   Raises:
     UserError: a β is not above 0.
   """
+  # Falling β, so that KL rises along F: np.interp needs rising points.
   beta_F = np.concatenate([[np.inf], np.sort(np.asarray(betas, np.float64))[::-1]])
   if not beta_F[-1] > 0:
     raise UserError(f"β is {beta_F[-1]}; a frontier needs β above 0")
   curves = []
   for beta in beta_F:
+    # At β = inf all weights are equal, as r/β is 0: the reference itself.
     log_w_XS = reward_XS / beta
     # The largest is subtracted before exp: r/β may be in the thousands.
     log_w_XS = log_w_XS - log_w_XS.max(1, keepdims=True)
@@ -263,5 +271,7 @@ def _select_prompts(frontier: Frontier, x: np.ndarray) -> Frontier:
 
 
 def _fraction_at(policy: float, reference: float, kl: float, frontier: Frontier) -> float:
+  # The gain is measured from the policy's own reference samples, not from the frontier's first
+  # point, whose samples and prompts are others.
   best = frontier.reward_at(kl) - reference
   return float((policy - reference) / best) if kl > 0 and best > 0 else float("nan")

@@ -57,6 +57,7 @@ class Scores(NamedTuple):
     return PairLogps(*self.logp_BK.T, *self.tokens_BK.T)
 
 
+# Cached by configuration, which is hashable: jit compiles once per function object.
 @functools.cache
 def scorer(config: ModelConfig) -> Callable[..., Scores]:
   """Returns the score function of a model shape, compiled once for policy and reference."""
@@ -77,6 +78,7 @@ def make_scorer(model: Model, *, batch_size: int = 64) -> Callable[..., Scores]:
     # Rows of a file may have been dropped, so examples get their place in the list as their row.
     numbered = [example._replace(row=i) for i, example in enumerate(examples)]
     completions = len(examples[0].completions)
+    # nan, so that an example that no batch contained cannot pass for a scored one.
     logp_BK = np.full((len(examples), completions), np.nan)
     for batch in batches.eval_batches(numbered, batch_size=batch_size):
       row_BK = batch.row_NS.reshape(-1, completions)
@@ -137,6 +139,8 @@ def read_pairs(
     UserError: policy and reference differ in tokenizer or vocabulary, or a pair is longer than the
       positions of a model.
   """
+  # The order is important: 1. tokenizers, 2. vocabularies, 3. lengths. Lengths mean nothing in the
+  # tokens of another tokenizer.
   models = [policy] if reference is None else [policy, reference]
   if reference is not None and not policy.tokenizer.same_ids(reference.tokenizer):
     raise UserError(
@@ -152,6 +156,7 @@ def read_pairs(
   for model in models:
     check_positions(examples, model.config)
   if ledger.dropped or ledger.truncated:
+    # On stderr: stdout may carry the results of a command.
     print(encode.tell(path, ledger.to_json()), file=sys.stderr)
   return examples
 
@@ -169,6 +174,7 @@ def pair_losses(
       f"loss {loss.name!r} reads by how much the chosen completion is better, and the rows have no"
       " scores; give them a field margin, or chosen_score and rejected_score"
     )
+  # Without scores the differences are 0, and the loss reads none of them.
   scores = [example.scores or (0.0, 0.0) for example in examples]
   margin_B = np.array([chosen - rejected for chosen, rejected in scores])
   weight_B = np.array([example.weight for example in examples])
@@ -202,6 +208,7 @@ def score_pairs(
       "rejected_reward": loss.beta * (policy_logps.rejected_B - reference_logps.rejected_B),
       "loss": pair_losses(loss, policy_logps, reference_logps, examples),
     }
+  # tolist: JSON takes Python numbers, not numpy scalars.
   values = zip(*(column.tolist() for column in columns.values()), strict=True)
   return [dict(zip(columns, row, strict=True)) for row in values]
 
@@ -210,11 +217,14 @@ def evaluate_pairs(
   policy: LanguageModel, reference: LanguageModel, examples: Sequence[Example], loss: Loss
 ) -> Json:
   """Computes accuracy, margins and loss of held-out pairs, with 95% intervals, as `eval_…`."""
-  scores = [scorer(model.config)(model.params, examples).pairs() for model in (policy, reference)]
+  policy_logps, reference_logps = (
+    scorer(model.config)(model.params, examples).pairs() for model in (policy, reference)
+  )
   estimates = preference_metrics(
-    *scores,
+    policy_logps,
+    reference_logps,
     beta=loss.beta,
-    loss_B=pair_losses(loss, *scores, examples),
+    loss_B=pair_losses(loss, policy_logps, reference_logps, examples),
     weight_B=np.array([example.weight for example in examples]),
   )
   return {"pairs": len(examples)} | _plain(
@@ -263,6 +273,7 @@ def evaluate_samples(
   log_ratio_XS = logps[0] - logps[1]
 
   estimates = sampled_metrics(ours.reward_XS, theirs.reward_XS, log_ratio_XS)
+  # The frontier needs many samples per prompt, and so may rest on fewer prompts.
   frontier = exact_frontier(many.reward_XS)
   estimates["fraction_of_frontier_gain"] = fraction_of_gain(
     ours.reward_XS.mean(1), theirs.reward_XS.mean(1), log_ratio_XS.mean(1), frontier
@@ -292,7 +303,7 @@ def _curve(frontier: Frontier) -> list[Json]:
   return [
     {"beta": _number(beta), "kl": float(kl), "reward": float(reward), "effective_samples": float(n)}
     for beta, kl, reward, n in points
-    if kl <= frontier.reach
+    if kl <= frontier.reach  # beyond it, too few effective samples are left
   ]
 
 
@@ -360,5 +371,6 @@ def print_summary(summary: Json, shown: int) -> None:
     )
   for sample in summary.get("samples", [])[:shown]:
     console.print(f"\n[bold]{sample['prompt']}[/bold]")
+    # highlight=False: rich would colour numbers and quotes inside the samples.
     for who in ("reference", "policy"):
       console.print(f"  {who:<9} {sample[who + '_reward']:+.2f} {sample[who]}", highlight=False)

@@ -74,6 +74,7 @@ def make_probe(
     raise UserError("there is no held-out example to take prompts from; set some aside")
   max_tokens = max_tokens or max(len(ids) for example in examples for ids in example.completions)
   prompts = _prompts(examples, samples, max_tokens, config)
+  # One shape for all calls, so that nothing compiles again during training.
   size = min(batch_size, samples)
   rows = {
     "layout": "padded",
@@ -101,6 +102,8 @@ def make_probe(
       Example(np.asarray(prompt, np.int32), (np.asarray(completion, np.int32),))
       for prompt, completion in zip(prompts, completions, strict=True)
     ]
+    # The policy's log-probs are computed anew: sampling uses the cache and `dtype`, which round
+    # otherwise, and the KL is a small difference.
     policy_B, tokens = score(params, sampled), sum(map(len, completions))
     facts = {}
     if reference is not None:
@@ -117,8 +120,10 @@ def _score(
 ) -> np.ndarray:
   """Computes log-probs of whole completions, in nats: [B]. Batches have the size in `rows`."""
   size = rows["sizes"].rows
+  # The last part has fewer rows than `size`; collate fills it up, and the rows behind are cut off.
   parts = [sampled[i : i + size] for i in range(0, len(sampled), size)]
   facts = [forward(params, collate.collate(part, **rows))[: len(part), 0] for part in parts]
+  # float64 for the sums over samples.
   return np.concatenate(facts).astype(np.float64)
 
 
@@ -127,6 +132,8 @@ def _prompts(
 ) -> list[list[int]]:
   """Lists `samples` prompts that leave positions for a completion, distinct ones first."""
   room = config.max_positions - max_tokens if config.positions == "learned" else None
+  # A dict keeps the order of first occurrence, so the choice does not depend on hashes. Preference
+  # data repeats prompts.
   distinct_prompts = dict.fromkeys(tuple(example.prompt.tolist()) for example in examples)
   fitting_prompts = [list(ids) for ids in distinct_prompts if room is None or len(ids) <= room]
   if not fitting_prompts:
@@ -144,6 +151,7 @@ def _prompts(
 
 def text_facts(completions: Sequence[Sequence[int]], eos_ids: Sequence[int]) -> dict[str, float]:
   """Computes diversity, repetition and length of completions; n-grams exclude the end token."""
+  # A completion that was cut at `max_tokens` has no end token to remove.
   ended = [bool(ids) and ids[-1] in eos_ids for ids in completions]
   texts = [ids[: len(ids) - end] for ids, end in zip(completions, ended, strict=True)]
   bigrams = [gram for text in texts for gram in ngrams(text, 2)]

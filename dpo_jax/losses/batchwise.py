@@ -121,6 +121,7 @@ def kto(
     )
   # A KL divergence is never negative, but its estimate from few completions may be.
   z0 = jax.lax.stop_gradient(jnp.maximum(kl, 0.0))
+  # 1 - σ(v) is written σ(-v): exact where σ(v) is close to 1.
   desirable_B = desirable_weight * jax.nn.sigmoid(-beta * (ratio_B - z0))
   return jnp.where(
     label_B > 0.5, desirable_B, undesirable_weight * jax.nn.sigmoid(beta * (ratio_B - z0))
@@ -177,6 +178,7 @@ def policy_gradient(
   if present_BK is None:
     present_BK = jnp.ones(ratio_BK.shape, bool)
   return_BK = jnp.where(present_BK, reward_BK - beta * ratio_BK, 0.0)
+  # Absent completions count neither in the sum nor in its divisor; 1 avoids 0 / 0 in empty rows.
   count_B1 = jnp.maximum(present_BK.sum(axis=1, keepdims=True), 1)
   # The mean of the others: at a single completion there is none, and its baseline is 0.
   baseline_BK = (return_BK.sum(axis=1, keepdims=True) - return_BK) / jnp.maximum(count_B1 - 1, 1)

@@ -110,6 +110,8 @@ def robust(
   `label_smoothing` is ε, in [0, 1/2). The loss of a single pair has no lower bound: it falls
   without end as z grows. log 2 where policy equals reference. Chowdhury et al. 2024, eq. 12.
   """
+  # Of flipped and unflipped labels together, the expectation of this difference is the clean loss
+  # times 1-2ε.
   z_B = beta * margins(policy, reference)
   clean_B = -(1 - label_smoothing) * jax.nn.log_sigmoid(z_B)
   return (clean_B + label_smoothing * jax.nn.log_sigmoid(-z_B)) / (1 - 2 * label_smoothing)
@@ -133,6 +135,7 @@ def hinge(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) 
 
   1 where policy equals reference. Zhao et al. 2023, eq. 1, in the form of Liu et al. 2023, eq. 9.
   """
+  # jax's relu has gradient 0 at the kink itself.
   return jax.nn.relu(1 - beta * margins(policy, reference))
 
 
@@ -151,6 +154,7 @@ def exo_pair(
   -log 2 - (log ε + log(1-ε))/2 where policy equals reference. Ji et al. 2024 (EXO).
   """
   z_B = beta * margins(policy, reference)
+  # log1p keeps the digits of log(1-ε) at small ε, such as the default 1e-3.
   log_1_e, log_e = jnp.log1p(-label_smoothing), jnp.log(label_smoothing)
   won_B = jax.nn.sigmoid(z_B) * (jax.nn.log_sigmoid(z_B) - log_1_e)
   return won_B + jax.nn.sigmoid(-z_B) * (jax.nn.log_sigmoid(-z_B) - log_e)
@@ -187,6 +191,7 @@ def odpo(
   scorer's units. `margin_scale` is α, reward units per unit of score.
   log(1 + exp(αΔ)) where policy equals reference. Amini et al. 2024.
   """
+  # Δ is in units of score, so β must not scale it: it is subtracted after β m is formed.
   return -jax.nn.log_sigmoid(beta * margins(policy, reference) - margin_scale * margin_B)
 
 
@@ -201,6 +206,7 @@ def nca_pair(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.
   2 log 2 where policy equals reference. Chen et al. 2024 (NCA), with two completions.
   """
   c_B, r_B = log_ratios(policy, reference)
+  # These terms lower both log-ratios, with half the weight of the term that raises c.
   pushed_B = jax.nn.log_sigmoid(-beta * c_B) + jax.nn.log_sigmoid(-beta * r_B)
   return -jax.nn.log_sigmoid(beta * c_B) - 0.5 * pushed_B
 
@@ -220,6 +226,7 @@ def bco_pair(
   batches. It gets no gradient. 2 log 2 where policy equals reference and δ is 0. Jung et al. 2024.
   """
   c_B, r_B = log_ratios(policy, reference)
+  # A gradient through δ would move the threshold instead of the rewards.
   delta = jax.lax.stop_gradient(delta)
   return -jax.nn.log_sigmoid(beta * c_B - delta) - jax.nn.log_sigmoid(delta - beta * r_B)
 
@@ -269,6 +276,7 @@ def dpop(
   `penalty` is λ >= 0. log 2 where policy equals reference. Pal et al. 2024.
   """
   c_B, r_B = log_ratios(policy, reference)
+  # relu has gradient 0 at 0: at the reference, where c = 0, the penalty has no effect yet.
   return -jax.nn.log_sigmoid(beta * (c_B - r_B - penalty * jax.nn.relu(-c_B)))
 
 
@@ -283,6 +291,8 @@ def tangent_exp(u: Array) -> Array:
   It is finite and increasing everywhere, and its gradient is never 0 in that region, unlike that of
   a clipped exponential.
   """
+  # The minimum keeps inf out of both value and gradient: exp sees at most the cap. Above it, the
+  # factor 1 + u - low is the tangent.
   low = jnp.minimum(u, EXP_CAP)
   return jnp.exp(low) * (1 + u - low)
 
@@ -350,6 +360,7 @@ def simpo(
   `gamma` is the target margin γ, in reward units; β is in reward units per (nat per token).
   Meng et al. 2024, eq. 6.
   """
+  # Accepted and ignored, here and below, so that all losses can be called in the same way.
   del reference
   c_B, r_B = mean_ratios(policy, None)
   return -jax.nn.log_sigmoid(beta * (c_B - r_B) - gamma)
@@ -369,6 +380,7 @@ def cpo(
   `sft_weight` is λ; it multiplies the log-prob summed over tokens. Xu et al. 2024 (λ = 1).
   """
   del reference
+  # A sum over tokens, unlike `sft_mean`: the paper's likelihood term is not averaged.
   return -jax.nn.log_sigmoid(beta * margins(policy, None)) - sft_weight * policy.chosen_B
 
 
@@ -388,6 +400,7 @@ def orpo(
 
 def _log_odds(log_p: Array) -> Array:
   """Computes log p/(1-p) from log p, with p limited to exp(-1e-6): the odds of 1 are infinite."""
+  # The limit also cuts the gradient of a completion that is certain, which would be infinite.
   log_p = jnp.minimum(log_p, -1e-6)
   # expm1 keeps the digits of 1 - p where p is close to 1.
   return log_p - jnp.log(-jnp.expm1(log_p))

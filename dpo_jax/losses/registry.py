@@ -228,11 +228,13 @@ def resolve(name: str, **options: Any) -> Loss:
   decays = [_DECAYS[n] for n in names if n in _DECAYS]
   running = float(options.get("running_decay", max(decays, default=0.0)))
   free = bool(extra.get("reference_free")) or all(n in REFERENCE_FREE for n in names)
+  # With a running mean, kto's z0 comes from earlier batches and no longer from this one.
   wide = [n for n in names if n in _BATCH_WIDE and not (n == "kto" and running > 0)]
   return Loss(
     name=name,
     terms=tuple(terms),
     kind=kind_of(names[0]) if len(names) == 1 else "pairs",
+    # Rewards of a sum are reported in the β of its first term that has one.
     beta=betas[0] if betas else 1.0,
     needs_reference=not free,
     batch_wide=bool(wide),
@@ -252,6 +254,7 @@ def _parse(name: str) -> list[tuple[float, str]]:
       number = float(weight) if star else 1.0
     except ValueError:
       number = math.nan
+    # This comparison also refuses nan, which a failed conversion gives.
     if not 0 < number < math.inf:
       raise UserError(
         f"loss.name is {name!r}: {weight.strip()!r} is no weight above 0; a sum is written as in"
@@ -294,6 +297,7 @@ def _check_known(names: list[str], options: Mapping[str, Any]) -> None:
       hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(LOSSES)}"
       raise UserError(f"loss.name is {name!r}, which is not a known loss; {hint}")
   known = {key for name in names for key in arguments(name)}
+  # A setting that nothing reads would be ignored in silence, such as label_smoothing of sigmoid.
   for key, value in options.items():
     if key not in known and key not in modifiers():
       takes = f"takes {', '.join(sorted(known))}" if known else "takes no argument"
@@ -314,6 +318,7 @@ def _check_sum(names: list[str]) -> None:
       )
   if len(set(names)) < len(names):
     raise UserError(f"loss.name {'+'.join(names)!r} contains a loss twice; add their weights")
+  # `sft` alone combines with either kind: it reports no reward.
   if len({name in REFERENCE_FREE for name in names if name != "sft"}) > 1:
     raise UserError(
       f"loss.name {'+'.join(names)!r} mixes losses with and without a reference; their rewards"
@@ -350,7 +355,7 @@ def _check_ranges(names: list[str], options: Mapping[str, Any]) -> None:
       reached, what = False, "above 0 and below 0.5 for exo_pair, which takes its logarithm"
     try:
       in_range = least <= value < below and (reached or value > least)
-    except TypeError:
+    except TypeError:  # a text or a list, which does not compare with a number
       in_range = False
     if not in_range:
       raise UserError(f"loss.{key} is {value!r}; it must be {what}")
@@ -362,6 +367,7 @@ def _check_combination(names: list[str], extra: Mapping[str, Any]) -> None:
   def refuse(key: str, why: str) -> None:
     raise UserError(f"loss.{key} = {extra[key]!r} does not combine with {'+'.join(names)}: {why}")
 
+  # In a sum every term is of pairs, or sft, by `_check_sum`.
   wrong_kind = kind_of(names[0]) != "pairs" if len(names) == 1 else False
   for key in ("sft_weight", "ld_alpha", "wpo", "link", "link_alpha", "reference_free"):
     # 0.0 is a value; False and None are the modifier left out.
