@@ -190,6 +190,7 @@ def divide(sums: Sums) -> dict[str, Array]:
 
 
 def _log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Array, Array]:
+  """Computes log π/π_ref of chosen and rejected completions, in nats: [B] each."""
   return policy.chosen_B - reference.chosen_B, policy.rejected_B - reference.rejected_B
 
 
@@ -206,5 +207,5 @@ def _weighted(value_x: Array, weight_x: Array) -> tuple[Array, Array]:
 
 
 def _per_token(value_B: Array, tokens_B: Array, weight_B: Array) -> tuple[Array, Array]:
-  """Returns the sum of values and the number of tokens; in their ratio every token counts alike."""
+  """Returns the sum of values and of tokens; in their ratio every token counts the same."""
   return jnp.sum(value_B * weight_B), jnp.sum(tokens_B * weight_B)

@@ -144,6 +144,7 @@ def sampled_metrics(
 
 
 def _clipped(estimate: Estimate, low: float, high: float) -> Estimate:
+  """Limits the mean and the interval to [low, high]."""
   return Estimate(*(float(np.clip(x, low, high)) for x in estimate))
 
 
@@ -265,12 +266,14 @@ def fraction_of_gain(
 
 
 def _select_prompts(frontier: Frontier, x: np.ndarray) -> Frontier:
+  """Returns the frontier of the prompts with these indices."""
   return Frontier(
     frontier.beta_F, frontier.reward_XF[x], frontier.kl_XF[x], frontier.effective_XF[x]
   )
 
 
 def _fraction_at(policy: float, reference: float, kl: float, frontier: Frontier) -> float:
+  """Computes the gain in reward over the best gain at this KL; nan if either is not above 0."""
   # The gain is measured from the policy's own reference samples, not from the frontier's first
   # point, whose samples and prompts are others.
   best = frontier.reward_at(kl) - reference

@@ -308,6 +308,7 @@ def _curve(frontier: Frontier) -> list[Json]:
 
 
 def _side_by_side(ours: Rollout, theirs: Rollout, count: int) -> list[Json]:
+  """Lists the first completion of policy and reference to each of the first prompts."""
   return [
     {
       "prompt": prompt,

@@ -172,4 +172,5 @@ def ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
 
 
 def _share(part: int, whole: int) -> float:
+  """Returns part / whole, or nan if there is nothing to count."""
   return part / whole if whole else float("nan")

@@ -291,6 +291,7 @@ def _divergence(extra: Mapping[str, Any]) -> Callable[[Array], Array] | None:
 
 
 def _check_known(names: list[str], options: Mapping[str, Any]) -> None:
+  """Refuses unknown losses, and arguments that none of the losses reads."""
   for name in names:
     if name not in LOSSES:
       near = difflib.get_close_matches(name, LOSSES, n=1)
@@ -308,6 +309,7 @@ def _check_known(names: list[str], options: Mapping[str, Any]) -> None:
 
 
 def _check_sum(names: list[str]) -> None:
+  """Refuses sums whose terms read different examples, repeat a loss, or differ in their rewards."""
   if len(names) == 1:
     return
   for name in names:
@@ -347,6 +349,7 @@ _RANGES: dict[str, tuple[float, bool, float, str]] = {
 
 
 def _check_ranges(names: list[str], options: Mapping[str, Any]) -> None:
+  """Refuses values outside the range of their argument."""
   for key, value in options.items():
     if key not in _RANGES:
       continue

@@ -36,7 +36,10 @@ class World(NamedTuple):
 
 def make_world(seed=0, size=(3, 5), scale=1.0):
   rng = np.random.default_rng(seed)
-  draw = lambda: jax.nn.log_softmax(jnp.asarray(rng.normal(size=size)))
+
+  def draw():
+    return jax.nn.log_softmax(jnp.asarray(rng.normal(size=size)))
+
   reward = jnp.asarray(scale * rng.normal(size=size))
   return World(draw(), reward, jnp.asarray(rng.dirichlet(np.ones(size[0]))), draw())
 
@@ -89,7 +92,10 @@ def test_objectives_by_hand(coin):
   reference, reward = coin
   policy = jnp.log(jnp.array([[0.9, 0.1]]))
   kl = 0.9 * np.log(1.8) + 0.1 * np.log(0.2)
-  near = lambda value, expected: np.testing.assert_allclose(value, expected, rtol=1e-12)
+
+  def near(value, expected):
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+
   near(chain.kl_divergence(policy, reference), [kl])
   near(chain.loss_part(policy, reward), -0.9 * np.log(3))
   near(chain.penalty_part(policy, reference, beta=2.0), 2 * kl)
@@ -108,7 +114,10 @@ def test_objectives_by_hand(coin):
 def test_expected_dpo_loss_by_hand(coin):
   reference, reward = coin
   preference = chain.bradley_terry(reward)
-  loss = lambda policy: chain.expected_dpo_loss(policy, reference, preference, beta=1.0)
+
+  def loss(policy):
+    return chain.expected_dpo_loss(policy, reference, preference, beta=1.0)
+
   np.testing.assert_allclose(loss(reference), np.log(2))
   # Half of the pairs compare a completion with itself: log 2. The others have the entropy of 3/4.
   entropy = -0.75 * np.log(0.75) - 0.25 * np.log(0.25)
@@ -163,7 +172,10 @@ def test_assumed_is_beta_times_kl_less_log_z(world, beta):
 def test_assumed_is_the_mean_of_its_sampled_terms(world, beta):
   given = {"beta": beta, "weight_X": world.weight}
   loss, penalty = chain.sampled_terms(world.policy, world.reference, world.reward, beta=beta)
-  mean = lambda value: world.weight @ (np.exp(world.policy) * value).sum(1)
+
+  def mean(value):
+    return world.weight @ (np.exp(world.policy) * value).sum(1)
+
   parts = (
     chain.loss_part(world.policy, world.reward, weight_X=world.weight),
     chain.penalty_part(world.policy, world.reference, **given),
@@ -196,7 +208,10 @@ def test_implicit_reward_of_the_optimum_is_the_reward_less_a_function_of_x(world
 @pytest.mark.parametrize("beta", BETAS)
 def test_a_function_of_x_changes_neither_optimum_nor_preferences(world, beta):
   moved = world.reward + jnp.array([[5.0], [-100.0], [1e3]])
-  optimal = lambda reward: chain.optimal_policy(world.reference, reward, beta=beta)
+
+  def optimal(reward):
+    return chain.optimal_policy(world.reference, reward, beta=beta)
+
   np.testing.assert_allclose(optimal(moved), optimal(world.reward), rtol=1e-9, atol=1e-11)
   np.testing.assert_allclose(
     chain.bradley_terry(moved), chain.bradley_terry(world.reward), atol=1e-12
@@ -243,7 +258,9 @@ def test_weights_default_to_uniform(world):
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_no_other_policy_does_better(world, beta):
-  cost = lambda policy: chain.assumed_objective(policy, world.reference, world.reward, beta=beta)
+  def cost(policy):
+    return chain.assumed_objective(policy, world.reference, world.reward, beta=beta)
+
   optimal = chain.optimal_policy(world.reference, world.reward, beta=beta)
   for others in (policies(world.reward.shape, 200), beside(optimal, 200)):
     assert (jax.vmap(cost)(others) > cost(optimal)).all()
@@ -263,7 +280,10 @@ def random_search(cost, start, seed=0, rounds=100, width=200):
 @pytest.mark.parametrize("beta", [0.5, 5.0])
 def test_random_search_ends_at_the_optimum(world, beta):
   reference, reward = world.reference[:1], world.reward[:1]
-  cost = lambda policy: chain.assumed_objective(policy, reference, reward, beta=beta)
+
+  def cost(policy):
+    return chain.assumed_objective(policy, reference, reward, beta=beta)
+
   found = random_search(cost, reference)
   optimal = chain.optimal_policy(reference, reward, beta=beta)
   assert chain.kl_divergence(found, optimal)[0] < 1e-6
@@ -292,7 +312,10 @@ def test_descent_ends_at_the_optimum_of_every_form(world, which, beta):
 @pytest.mark.parametrize("beta", BETAS)
 def test_expected_dpo_loss_is_least_at_the_optimum_alone(world, beta):
   preference = chain.bradley_terry(world.reward)
-  loss = lambda policy: chain.expected_dpo_loss(policy, world.reference, preference, beta=beta)
+
+  def loss(policy):
+    return chain.expected_dpo_loss(policy, world.reference, preference, beta=beta)
+
   optimal = chain.optimal_policy(world.reference, world.reward, beta=beta)
   slope = jax.grad(lambda logits: loss(jax.nn.log_softmax(logits)))(optimal)
   np.testing.assert_allclose(slope / beta, 0, atol=1e-12)
@@ -303,9 +326,10 @@ def test_the_optimum_of_dpo_does_not_depend_on_which_pairs_are_compared(world):
   # A ring of comparisons connects all five completions; most pairs never occur.
   ring = jnp.zeros((3, 5, 5)).at[:, jnp.arange(5), (jnp.arange(5) + 1) % 5].set(0.2)
   preference = chain.bradley_terry(world.reward)
-  loss = lambda policy: chain.expected_dpo_loss(
-    policy, world.reference, preference, beta=0.5, pair_XYY=ring
-  )
+
+  def loss(policy):
+    return chain.expected_dpo_loss(policy, world.reference, preference, beta=0.5, pair_XYY=ring)
+
   optimal = chain.optimal_policy(world.reference, world.reward, beta=0.5)
   slope = jax.grad(lambda logits: loss(jax.nn.log_softmax(logits)))(optimal)
   np.testing.assert_allclose(slope, 0, atol=1e-12)
@@ -450,7 +474,10 @@ def test_gradients_are_finite_where_answers_never_come(holes):
       assert np.isfinite(slope(at)).all()
       assert slope(at)[0, 3] == 0
   preference = chain.bradley_terry(reward)
-  loss = lambda p: chain.expected_dpo_loss(p, reference, preference, beta=0.5)
+
+  def loss(p):
+    return chain.expected_dpo_loss(p, reference, preference, beta=0.5)
+
   assert np.isfinite(loss(optimal))
   assert np.isfinite(jax.grad(loss)(optimal)).all()
   assert loss(policy) == np.inf  # a completion that wins comparisons has probability 0
@@ -468,9 +495,10 @@ def test_a_policy_with_answers_the_reference_lacks_is_infinitely_far(holes):
 @pytest.mark.parametrize("kind", [list, tuple, np.asarray])
 def test_weights_are_any_sequence_of_numbers(world, kind):
   reference, reward, weight, policy = world
-  of = lambda weight: derivation.assumed_objective(
-    policy, reference, reward, beta=0.5, weight_X=weight
-  )
+
+  def of(weight):
+    return derivation.assumed_objective(policy, reference, reward, beta=0.5, weight_X=weight)
+
   np.testing.assert_allclose(of(kind(weight.tolist())), of(weight))
 
 

@@ -124,10 +124,16 @@ def _long_pair():
 def _temporaries(logps, vocab, width=64):
   """Measures bytes of temporaries of value and gradient at 4 rows of 512 tokens."""
   rng = np.random.default_rng(0)
-  ids = lambda n: rng.integers(0, vocab, n).astype(np.int32)
+
+  def ids(n):
+    return rng.integers(0, vocab, n).astype(np.int32)
+
   examples = [Example(ids(200), (ids(150), ids(150))) for _ in range(4)]
   batch = collate(examples, layout="shared", row_length=512)
-  loss = lambda hidden, kernel: logps(hidden, Head(kernel), batch).sum()
+
+  def loss(hidden, kernel):
+    return logps(hidden, Head(kernel), batch).sum()
+
   shapes = (
     jax.ShapeDtypeStruct((4, 512, width), jnp.float32),
     jax.ShapeDtypeStruct((vocab, width), jnp.float32),
@@ -140,8 +146,11 @@ def test_memory_is_a_fraction_of_the_naive_path_and_flat_in_the_vocabulary():
   naive = _temporaries(logprobs.naive_slot_logps, 50_000)
   again = functools.partial(logprobs.slot_logps, budget=logprobs.LogitBudget(2**22, 0))
   assert _temporaries(again, 50_000) <= naive / 5
+
   # The rest of the memory is the gradient of the head.
-  beside = lambda vocab: _temporaries(again, vocab) - vocab * 64 * 4
+  def beside(vocab):
+    return _temporaries(again, vocab) - vocab * 64 * 4
+
   assert beside(100_000) <= 1.15 * beside(25_000)
 
 

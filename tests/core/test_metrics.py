@@ -19,7 +19,10 @@ def close(found, expected):
     np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-array = lambda *values: np.array(values, np.float32)
+def array(*values):
+  return np.array(values, np.float32)
+
+
 # Log-ratios: (2, -1), (-1, -3), (0, 0); tokens of chosen and rejected: (4, 2), (5, 10), (3, 3).
 POLICY = PairLogps(array(-8, -21, -5), array(-6, -43, -6), array(4, 5, 3), array(2, 10, 3))
 REFERENCE = PairLogps(array(-10, -20, -5), array(-5, -40, -6))
@@ -84,11 +87,17 @@ def test_at_the_reference_nothing_has_drifted():
 
 def test_pair_mass_lies_between_the_two_log_ratios_and_stays_finite():
   rng = np.random.default_rng(0)
-  draw = lambda scale: rng.normal(0, scale, 100).astype(np.float32)
+
+  def draw(scale):
+    return rng.normal(0, scale, 100).astype(np.float32)
+
   for scale in (1.0, 1e4):
     policy, reference = PairLogps(draw(scale), draw(scale)), PairLogps(draw(scale), draw(scale))
     for i in range(100):
-      one = lambda logps, i=i: PairLogps(logps.chosen_B[i : i + 1], logps.rejected_B[i : i + 1])
+
+      def one(logps, i=i):
+        return PairLogps(logps.chosen_B[i : i + 1], logps.rejected_B[i : i + 1])
+
       sums = metrics.pair_sums(one(policy), one(reference), array(0), array(1), beta=1.0)
       found = means(sums)
       low, high = sorted((found["rewards/chosen"], found["rewards/rejected"]))
@@ -99,7 +108,10 @@ def test_pair_mass_lies_between_the_two_log_ratios_and_stays_finite():
 def test_a_weight_is_so_many_copies_and_zero_is_none():
   weighted = metrics.pair_sums(POLICY, REFERENCE, LOSS, array(3, 1, 0), beta=0.5)
   copies = np.array([0, 0, 0, 1])
-  take = lambda logps: jax.tree.map(lambda x: x[copies], logps)
+
+  def take(logps):
+    return jax.tree.map(lambda x: x[copies], logps)
+
   copied = metrics.pair_sums(take(POLICY), take(REFERENCE), LOSS[copies], np.ones(4), beta=0.5)
   close(means(weighted), means(copied))
 
@@ -171,7 +183,9 @@ def test_samples_and_their_rewards_by_hand():
 
 
 def test_two_ranked_answers_are_a_pair():
-  stack = lambda logps: RankedLogps(np.stack([logps.chosen_B, logps.rejected_B], axis=1))
+  def stack(logps):
+    return RankedLogps(np.stack([logps.chosen_B, logps.rejected_B], axis=1))
+
   ranked = metrics.ranked_sums(
     stack(POLICY), stack(REFERENCE), LOSS, ONES, np.ones((3, 2), np.float32), beta=0.5
   )
@@ -199,8 +213,13 @@ def test_text_loss_is_a_mean_over_tokens_and_log_probs_over_texts():
 def _all_kinds(part):
   """Computes sums of every kind over a slice of a batch of eight."""
   rng = np.random.default_rng(1)
-  draw = lambda *shape: rng.normal(-20, 3, shape).astype(np.float32)[part]
-  count = lambda *shape: rng.integers(1, 9, shape).astype(np.float32)[part]
+
+  def draw(*shape):
+    return rng.normal(-20, 3, shape).astype(np.float32)[part]
+
+  def count(*shape):
+    return rng.integers(1, 9, shape).astype(np.float32)[part]
+
   weight, loss = rng.uniform(0.1, 2, 8).astype(np.float32)[part], draw(8)
   pairs = PairLogps(draw(8), draw(8), count(8), count(8))
   single, label = UnpairedLogps(draw(8), draw(8)), (np.arange(8) % 2)[part]

@@ -340,7 +340,10 @@ def test_rewards_of_every_kind_of_number():
 def test_a_reward_that_fails_is_named():
   with pytest.raises(UserError, match=r"the reward sub fails with TypeError: .* for prompt 'p'"):
     rewards.values(rewards.resolve("operator:sub"), ["p"], ["a"])
-  leaves = lambda prompt, answer: sys.exit(3)
+
+  def leaves(prompt, answer):
+    sys.exit(3)
+
   with pytest.raises(UserError, match=r"fails with SystemExit: 3, for prompt 'p' and answer 'a'"):
     rewards.values(leaves, ["p"], ["a"])
 

@@ -41,7 +41,10 @@ def test_value_and_slope_stay_finite(name):
   if "beta" not in arguments(name):
     _far_pairs(LOSSES[name])
     return
-  at = lambda pair: jax.vmap(lambda beta: LOSSES[name](*pair, beta=beta))
+
+  def at(pair):
+    return jax.vmap(lambda beta: LOSSES[name](*pair, beta=beta))
+
   _far_pairs(lambda *pair: at(pair)(jnp.array([0.1, 1.0])).sum(0))
 
 

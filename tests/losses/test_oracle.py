@@ -74,7 +74,10 @@ def _draw(seed, dtype, shape=(2, PAIRS)):
   Rounded to float32 first, so that both precisions and the oracle see the same numbers exactly.
   """
   rng = np.random.default_rng(seed)
-  exact = lambda x: np.asarray(x, np.float32).astype(dtype)
+
+  def exact(x):
+    return np.asarray(x, np.float32).astype(dtype)
+
   q = exact(-rng.uniform(1, 300, shape))
   p = exact(np.minimum(q + rng.uniform(-8, 8, shape), -rng.uniform(0.3, 1.3, shape)))
   n = exact(np.ceil(-q / rng.uniform(0.4, 6, shape)))
@@ -148,12 +151,18 @@ def _check_pairs(cases, found, p, q, n):
   dtype, (p, q, n) = p.dtype, _wide(p, q, n)
   for (what, expected, reads), (loss_B, slopes) in zip(cases, found, strict=True):
     assert loss_B.dtype == dtype and loss_B.shape == (PAIRS,), what
-    value = lambda p, expected=expected: expected(p, q, n)
+
+    def value(p, expected=expected):
+      return expected(p, q, n)
+
     sizes = tuple(np.abs(p - q)) if reads else tuple(np.abs(p))
     _agree(loss_B, value, tuple(p), sizes, 1.0, what)
     top = np.abs(oracle.slopes(value, p)).max()
     for k in range(2):
-      slope = lambda p, k=k, value=value: oracle.slopes(value, p)[k]
+
+      def slope(p, k=k, value=value):
+        return oracle.slopes(value, p)[k]
+
       _agree(slopes[k], slope, tuple(p), sizes, top, f"{what}, slope {k}")
 
 
@@ -184,8 +193,13 @@ def test_orpo_near_probability_one(dtype):
   """Computed from p itself, log(1 - p) would have no correct digit at probability 0.99999."""
   p, q, n = _draw(15, dtype)
   p = np.float32(-(10 ** np.random.default_rng(16).uniform(-5, 0.5, p.shape))).astype(dtype)
-  loss = lambda *pair: LOSSES["orpo"](*pair, odds_weight=1.0)
-  expected = lambda p, q, n: oracle.orpo(p, q, n, odds_weight=1.0)
+
+  def loss(*pair):
+    return LOSSES["orpo"](*pair, odds_weight=1.0)
+
+  def expected(p, q, n):
+    return oracle.orpo(p, q, n, odds_weight=1.0)
+
   _compare_pairs([("orpo", loss, expected, False)], p, q, np.ones_like(n))
 
 
@@ -293,12 +307,21 @@ def _compare_batch(loss, expected, options, p, q, cotangent, *, record, sizes):
   p, counts = _wide(*p), cotangent != 0
   for own, (loss_B, slopes) in zip(options, found, strict=True):
     assert loss_B.dtype == dtype and np.isfinite(loss_B).all(), own
-    value = lambda p, own=own: expected(p, **own)
+
+    def value(p, own=own):
+      return expected(p, **own)
+
     _agree(loss_B[counts], lambda p, f=value: f(p)[counts], p, sizes, 1.0, str(own))
-    slopes_of = lambda p, f=value: oracle.slopes_of_batch(f, p, cotangent)
+
+    def slopes_of(p, f=value):
+      return oracle.slopes_of_batch(f, p, cotangent)
+
     top = max(own["beta"], *(np.abs(slope).max() for slope in slopes_of(p)))
     for k in range(len(p)):
-      slope = lambda p, k=k, f=slopes_of: f(p)[k]
+
+      def slope(p, k=k, f=slopes_of):
+        return f(p)[k]
+
       _agree(slopes[k], slope, p, sizes, top, f"{own}, slope {k}")
 
 
@@ -397,7 +420,10 @@ def _answers(params, examples):
   """Returns (logits_TV, targets_T) of both completions of every example, in float64."""
   wide = {key: np.float64(params[key]) for key in ("embed", "head", "bias")}
   texts = [[(np.append(e.prompt[-1:], ids[:-1]), ids) for ids in e.completions] for e in examples]
-  logits = lambda ids: wide["embed"][ids] @ wide["head"].T + wide["bias"]
+
+  def logits(ids):
+    return wide["embed"][ids] @ wide["head"].T + wide["bias"]
+
   return [[(logits(before), ids) for before, ids in text] for text in texts]
 
 
@@ -490,7 +516,10 @@ def test_one_step_with_modifiers_of_tokens(wpo, alpha):
     weight = example.weight / count
     if wpo:
       weight *= np.exp(min(0, sum(oracle.alignment(*text) for text in own)))
-    value = lambda p, q=q: oracle.sigmoid(p, q, None, 0.5)
+
+    def value(p, q=q):
+      return oracle.sigmoid(p, q, None, 0.5)
+
     total += weight * value(p)
     for by_logp, by_logit in zip(oracle.slopes(value, p), by_logits, strict=True):
       slope += weight * by_logp * by_logit.sum(0)

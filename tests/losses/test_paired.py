@@ -224,7 +224,9 @@ def test_policy_equal_to_reference(name, beta):
 
 @pytest.mark.parametrize("epsilon", [0.01, 0.2])
 def test_values_at_the_reference_that_depend_on_more_than_beta(epsilon):
-  at = lambda name, **given: LOSSES[name](POLICY, POLICY, **given)[0]
+  def at(name, **given):
+    return LOSSES[name](POLICY, POLICY, **given)[0]
+
   for name in ("cdpo", "robust", "aot", "aot_unpaired"):
     np.testing.assert_allclose(at(name, label_smoothing=epsilon), math.log(2), rtol=1e-6)
   expected = _exo_at_reference(0.1, epsilon)
@@ -303,7 +305,10 @@ def test_what_apo_does_to_each_answer():
 
 def test_robust_is_unbiased_under_flipped_labels():
   """(1-ε) robust(m) + ε robust(-m) is the clean loss: Chowdhury et al. 2024, lemma 3.1."""
-  swap = lambda p: PairLogps(p.rejected_B, p.chosen_B)
+
+  def swap(p):
+    return PairLogps(p.rejected_B, p.chosen_B)
+
   clean = LOSSES["sigmoid"](POLICY, REFERENCE, beta=0.7)
   kept = LOSSES["robust"](POLICY, REFERENCE, beta=0.7, label_smoothing=0.3)
   flipped = LOSSES["robust"](swap(POLICY), swap(REFERENCE), beta=0.7, label_smoothing=0.3)
@@ -407,7 +412,10 @@ def test_delta_shifts_both_rewards():
   lower = policy._replace(chosen_B=policy.chosen_B - 2, rejected_B=policy.rejected_B - 2)
   found = LOSSES["bco_pair"](policy, reference, beta=0.3, delta=0.6)
   np.testing.assert_allclose(found, LOSSES["bco_pair"](lower, reference, beta=0.3), rtol=1e-5)
-  total = lambda delta: LOSSES["bco_pair"](policy, reference, beta=0.3, delta=delta).sum()
+
+  def total(delta):
+    return LOSSES["bco_pair"](policy, reference, beta=0.3, delta=delta).sum()
+
   assert jax.grad(total)(0.6) == 0
 
 
