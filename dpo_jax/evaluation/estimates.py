@@ -273,7 +273,7 @@ def _select_prompts(frontier: Frontier, x: np.ndarray) -> Frontier:
 
 
 def _fraction_at(policy: float, reference: float, kl: float, frontier: Frontier) -> float:
-  """Computes the gain in reward over the best gain at this KL; nan if either is not above 0."""
+  """Divides the gain in reward by the best gain at this KL; nan unless KL and best gain are > 0."""
   # The gain is measured from the policy's own reference samples, not from the frontier's first
   # point, whose samples and prompts are others.
   best = frontier.reward_at(kl) - reference
