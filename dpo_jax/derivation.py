@@ -1,23 +1,24 @@
-"""The derivation of DPO on a finite world, step by step in its order, every step a function.
+"""The derivation of DPO on a finite world: one function per step, in the order of the paper.
 
   assumed objective -> rearranged -> target π_ref exp(r/β) -> Z -> π* -> KL form
   -> implicit reward -> Bradley-Terry -> DPO loss
 
-X lists prompts, Y all answers to a prompt, F values of β, T steps of descent. Everything is in nats
-or reward units. A policy is its log-probabilities, `log_policy_XY`; an answer it never gives has
--inf, and 0 log 0 is 0. Every logarithm stays one: r/β may be 10^6, where exp(r/β) has no
-floating-point number. `weight_X` holds probabilities of the prompts, an array or a list of numbers,
-uniform where None.
+A finite world has X prompts and Y completions to each; F is the number of values of β. All
+quantities are in nats or reward units. A policy is an array of log-probabilities, `log_policy_XY`.
+A completion of probability 0 has log-probability -inf, and 0 log 0 counts as 0. `weight_X` contains
+the probabilities of the prompts, as an array or a list of numbers; None means uniform.
 
-β is above 0. A Python number that is not is a ValueError; an array, traced or not, is not looked
-at, and one that breaks the rule gives whatever the formula gives.
+Logarithms are never exponentiated on the way: r/β may be 10^6, and exp(10^6) overflows.
 
-Without `jax.config.update("jax_enable_x64", True)` jax computes in float32 whatever it is given;
-float64 below means with it, or within `jax.enable_x64(True)`.
+β must be above 0. A Python number that is not raises ValueError. The value of an array is not
+checked, because it may be traced; a wrong one gives whatever the formula gives.
 
-The functions are finite, with their gradients, in float32 and float64 for β from 1e-3 to 1e6 and
-rewards to ±1e3. A rounded KL times β is β times as wrong: at β = 1e6 float32 knows the objective at
-π* to a tenth of a reward unit.
+jax computes in float32 unless `jax.config.update("jax_enable_x64", True)` is set. Where float64 is
+mentioned below, it is set, or the code runs within `jax.enable_x64(True)`.
+
+All functions and their gradients are finite in float32 and float64 for β from 1e-3 to 1e6 and
+rewards up to ±1e3. Multiplying a rounded KL by β multiplies its error by β: at β = 1e6, float32
+gives the objective at π* to a tenth of a reward unit.
 
 Rafailov et al. 2023, section 4 and appendix A.1 to A.2.
 """
@@ -35,11 +36,11 @@ from dpo_jax.structs import Array
 Real = float | Array
 Weights = Array | Sequence[float]
 
-# --- 1. What is assumed to be minimised -----------------------------------------------------------
+# --- 1. The assumed objective ---------------------------------------------------------------------
 
 
 class Terms(NamedTuple):
-  """The two terms of the assumed objective that a sampled answer is charged, reward units."""
+  """The two terms of the assumed objective for each completion, in reward units."""
 
   loss_XY: Array
   penalty_XY: Array
@@ -48,14 +49,17 @@ class Terms(NamedTuple):
 def sampled_terms(
   log_policy_XY: Array, log_reference_XY: Array, reward_XY: Array, *, beta: Real
 ) -> Terms:
-  """Loss -r(x,y) and penalty β (log π(y|x) - log π_ref(y|x)), answer by answer."""
+  """Computes -r(x,y) and β (log π(y|x) - log π_ref(y|x)) of every completion.
+
+  The assumed objective is the expectation of their sum under the policy.
+  """
   _check_beta(beta)
-  return Terms(-reward_XY, beta * _difference(log_policy_XY, log_reference_XY))
+  return Terms(-reward_XY, beta * _log_ratio(log_policy_XY, log_reference_XY))
 
 
 def loss_part(log_policy_XY: Array, reward_XY: Array, *, weight_X: Weights | None = None) -> Array:
-  """E_x E_{y~π} [-r(x,y)]: a number."""
-  return -_mean(_expected(log_policy_XY, reward_XY), weight_X)
+  """Computes E_x E_{y~π} [-r(x,y)], a scalar in reward units."""
+  return -_mean_over_prompts(_expectation(log_policy_XY, reward_XY), weight_X)
 
 
 def penalty_part(
@@ -65,9 +69,9 @@ def penalty_part(
   beta: Real,
   weight_X: Weights | None = None,
 ) -> Array:
-  """E_x E_{y~π} [β (log π(y|x) - log π_ref(y|x))] = β E_x KL(π ‖ π_ref): a number."""
+  """Computes E_x E_{y~π} [β (log π(y|x) - log π_ref(y|x))] = β E_x KL(π ‖ π_ref), a scalar."""
   _check_beta(beta)
-  return beta * _mean(kl_divergence(log_policy_XY, log_reference_XY), weight_X)
+  return beta * _mean_over_prompts(kl_divergence(log_policy_XY, log_reference_XY), weight_X)
 
 
 def assumed_objective(
@@ -78,24 +82,29 @@ def assumed_objective(
   beta: Real,
   weight_X: Weights | None = None,
 ) -> Array:
-  """E_x E_{y~π} [-r(x,y) + β (log π(y|x) - log π_ref(y|x))]: a number, in reward units.
+  """Computes E_x E_{y~π} [-r(x,y) + β (log π(y|x) - log π_ref(y|x))].
 
   Args:
-    log_policy_XY: log π(y|x).
-    log_reference_XY: log π_ref(y|x).
-    reward_XY: r(x,y), the conceptual reward.
-    beta: above 0, reward units a nat; larger holds the policy nearer the reference.
-    weight_X: probability of each prompt; they sum to 1.
+    log_policy_XY: log π(y|x), in nats.
+    log_reference_XY: log π_ref(y|x), in nats.
+    reward_XY: r(x,y), the conceptual reward, in reward units.
+    beta: β > 0, in reward units per nat; a larger β keeps the policy nearer the reference.
+    weight_X: probability of each prompt; they sum to 1. None means uniform.
+
+  Returns:
+    A scalar in reward units. DPO minimises it without ever computing it.
+
+  Rafailov et al. 2023, eq. 3, with the sign of a loss.
   """
   penalty = penalty_part(log_policy_XY, log_reference_XY, beta=beta, weight_X=weight_X)
   return loss_part(log_policy_XY, reward_XY, weight_X=weight_X) + penalty
 
 
-# --- 2. The same, rearranged around a fixed target ------------------------------------------------
+# --- 2. The objective rearranged around a fixed target --------------------------------------------
 
 
 def unnormalized_target(log_reference_XY: Array, reward_XY: Array, *, beta: Real) -> Array:
-  """The logarithm of π_ref(y|x) exp(r(x,y)/β): [X, Y]. No policy is in it."""
+  """Computes log (π_ref(y|x) exp(r(x,y)/β)): [X, Y]. It does not depend on the policy."""
   _check_beta(beta)
   return log_reference_XY + reward_XY / beta
 
@@ -108,34 +117,47 @@ def rearranged_objective(
   beta: Real,
   weight_X: Weights | None = None,
 ) -> Array:
-  """E_x E_{y~π} [log π(y|x) - log(π_ref(y|x) exp(r(x,y)/β))], the assumed objective over β."""
+  """Computes E_x E_{y~π} [log π(y|x) - log(π_ref(y|x) exp(r(x,y)/β))], a scalar in nats.
+
+  It equals the assumed objective divided by β. Rafailov et al. 2023, appendix A.1.
+  """
+  # The target does not sum to 1, so this KL may be negative: it is KL(π ‖ π*) - log Z.
   log_target_XY = unnormalized_target(log_reference_XY, reward_XY, beta=beta)
-  return _mean(kl_divergence(log_policy_XY, log_target_XY), weight_X)
+  return _mean_over_prompts(kl_divergence(log_policy_XY, log_target_XY), weight_X)
 
 
-# --- 3. The target normalised: the optimum --------------------------------------------------------
+# --- 3. The normalized target is the optimal policy -----------------------------------------------
 
 
 def partition_function(log_reference_XY: Array, reward_XY: Array, *, beta: Real) -> Array:
-  """The logarithm of Z(x) = Σ_y π_ref(y|x) exp(r(x,y)/β): [X]."""
+  """Computes log Z(x), where Z(x) = Σ_y π_ref(y|x) exp(r(x,y)/β): [X]."""
   log_target_XY = unnormalized_target(log_reference_XY, reward_XY, beta=beta)
   return jax.nn.logsumexp(log_target_XY, axis=-1)
 
 
 def optimal_policy(log_reference_XY: Array, reward_XY: Array, *, beta: Real) -> Array:
-  """log π*(y|x), with π*(y|x) = π_ref(y|x) exp(r(x,y)/β) / Z(x): [X, Y]."""
-  # A function of x alone changes nothing, so the best possible reward is taken away first: a
-  # float32 of size 10^6 would round log π* to a sixteenth of a nat.
+  """Computes log π*(y|x), where π*(y|x) = π_ref(y|x) exp(r(x,y)/β) / Z(x): [X, Y].
+
+  Rafailov et al. 2023, eq. 4.
+  """
+  # Adding a function of x alone to the reward does not change π*, so the best reward is subtracted
+  # first: at r/β = 10^6, float32 would round log π* to a sixteenth of a nat.
   possible_XY = jnp.isfinite(log_reference_XY)
+  # Only completions that the reference can give count: another one may have a larger reward.
   best_X = jnp.max(reward_XY, axis=-1, where=possible_XY, initial=-jnp.inf, keepdims=True)
-  behind_XY = reward_XY - jax.lax.stop_gradient(best_X)
-  log_z_X = partition_function(log_reference_XY, behind_XY, beta=beta)
-  return unnormalized_target(log_reference_XY, behind_XY, beta=beta) - log_z_X[:, None]
+  # The shift cancels, so its gradient is zero; without stop_gradient it would be computed twice
+  # and cancel only up to rounding.
+  shifted_XY = reward_XY - jax.lax.stop_gradient(best_X)
+  log_z_X = partition_function(log_reference_XY, shifted_XY, beta=beta)
+  return unnormalized_target(log_reference_XY, shifted_XY, beta=beta) - log_z_X[:, None]
 
 
 def kl_divergence(log_policy_XY: Array, log_other_XY: Array) -> Array:
-  """KL(π ‖ q) = E_{y~π} [log π(y|x) - log q(y|x)], nats: [X]; q need not be normalised."""
-  return _expected(log_policy_XY, _difference(log_policy_XY, log_other_XY))
+  """Computes KL(π ‖ q) = E_{y~π} [log π(y|x) - log q(y|x)], in nats: [X].
+
+  q need not be normalized: `rearranged_objective` passes the unnormalized target.
+  """
+  return _expectation(log_policy_XY, _log_ratio(log_policy_XY, log_other_XY))
 
 
 def kl_form(
@@ -146,17 +168,25 @@ def kl_form(
   beta: Real,
   weight_X: Weights | None = None,
 ) -> Array:
-  """E_x [β (KL(π ‖ π*) - log Z(x))]: the assumed objective once more.
+  """Computes E_x [β (KL(π ‖ π*) - log Z(x))], which equals the assumed objective.
 
-  log Z(x) holds no policy, and a KL is least, 0, at equality alone: hence π* is the optimum.
+  log Z(x) does not depend on the policy. The KL is 0 where π = π* and positive elsewhere, so π* is
+  the only optimum. Rafailov et al. 2023, appendix A.1.
   """
+  # The only term that depends on the policy is the KL: minimising the objective and minimising this
+  # KL are the same problem.
   log_optimal_XY = optimal_policy(log_reference_XY, reward_XY, beta=beta)
   log_z_X = partition_function(log_reference_XY, reward_XY, beta=beta)
-  return beta * _mean(kl_divergence(log_policy_XY, log_optimal_XY) - log_z_X, weight_X)
+  return beta * _mean_over_prompts(kl_divergence(log_policy_XY, log_optimal_XY) - log_z_X, weight_X)
 
 
 class Frontier(NamedTuple):
-  """Means over prompts under π* of each β: no policy has more reward at the same KL."""
+  """Mean reward and KL of the optimal policy of each β; no policy has more reward at that KL.
+
+  Attributes:
+    reward_F: E[r] under π*, in reward units, a mean over prompts.
+    kl_F: KL(π* ‖ π_ref), in nats, a mean over prompts.
+  """
 
   reward_F: Array
   kl_F: Array
@@ -169,34 +199,49 @@ def frontier(
   *,
   weight_X: Weights | None = None,
 ) -> Frontier:
-  """(E[r], KL(π* ‖ π_ref)) as β runs; β = inf is the reference itself, one number is F = 1."""
+  """Computes E[r] and KL(π* ‖ π_ref) of the optimal policy of every given β.
+
+  Args:
+    log_reference_XY: log π_ref(y|x), in nats.
+    reward_XY: r(x,y), in reward units.
+    beta_F: values of β > 0, in reward units per nat; one number counts as an array of one, and inf
+      gives the reference itself.
+    weight_X: probability of each prompt.
+  """
   for beta in beta_F if isinstance(beta_F, (list, tuple)) else [beta_F]:
     _check_beta(beta)
 
   def point(beta: Array) -> Frontier:
     log_optimal_XY = optimal_policy(log_reference_XY, reward_XY, beta=beta)
     kl_X = kl_divergence(log_optimal_XY, log_reference_XY)
-    return Frontier(-loss_part(log_optimal_XY, reward_XY, weight_X=weight_X), _mean(kl_X, weight_X))
+    return Frontier(
+      -loss_part(log_optimal_XY, reward_XY, weight_X=weight_X), _mean_over_prompts(kl_X, weight_X)
+    )
 
+  # vmap over β: each point is independent, and one program serves all of them.
   return jax.vmap(point)(jnp.atleast_1d(jnp.asarray(beta_F)))
 
 
-# --- 4. Solved for the reward, and the reward removed ---------------------------------------------
+# --- 4. The reward as a function of the policy, then eliminated -----------------------------------
 
 
 def implicit_reward(log_policy_XY: Array, log_reference_XY: Array, *, beta: Real) -> Array:
-  """β log(π(y|x)/π_ref(y|x)): [X, Y], the reward of which π is the optimum, less β log Z(x).
+  """Computes β log(π(y|x)/π_ref(y|x)): [X, Y], in reward units.
 
-  Solving π* for the reward, r(x,y) = β log(π*(y|x)/π_ref(y|x)) + β log Z(x). Of an answer that
-  neither policy nor reference ever gives, nothing is known; it has 0.
+  Solving the formula of π* for the reward gives r(x,y) = β log(π*(y|x)/π_ref(y|x)) + β log Z(x).
+  The implicit reward is that reward without β log Z(x). It is 0 for a completion that has
+  probability 0 under both policy and reference. Rafailov et al. 2023, eq. 5.
   """
   _check_beta(beta)
-  return beta * _difference(log_policy_XY, log_reference_XY)
+  return beta * _log_ratio(log_policy_XY, log_reference_XY)
 
 
 def bradley_terry(reward_XY: Array) -> Array:
-  """Pr(y ≻ y' | x) = σ(r(x,y) - r(x,y')): [X, Y, Y'], a probability; a function of x cancels."""
-  return jax.nn.sigmoid(_margins(reward_XY))
+  """Computes the probability Pr(y ≻ y' | x) = σ(r(x,y) - r(x,y')): [X, Y, Y'].
+
+  A term of the reward that depends on x alone cancels. Rafailov et al. 2023, eq. 1.
+  """
+  return jax.nn.sigmoid(_differences(reward_XY))
 
 
 def expected_dpo_loss(
@@ -208,87 +253,99 @@ def expected_dpo_loss(
   pair_XYY: Array | None = None,
   weight_X: Weights | None = None,
 ) -> Array:
-  """E_x E_{y,y'} [-Pr(y ≻ y'|x) log σ(z) - Pr(y' ≻ y|x) log σ(-z)], nats: a number.
+  """Computes E_x E_{y,y'} [-Pr(y ≻ y'|x) log σ(z) - Pr(y' ≻ y|x) log σ(-z)], a scalar in nats.
 
     z = β [log π(y|x)/π_ref(y|x) - log π(y'|x)/π_ref(y'|x)]
 
-  No reward is in it: the preferences stand where the reward stood, and Z(x) has cancelled. With
-  the preferences of `bradley_terry(reward_XY)` it is least at π*, and there alone if the pairs
-  connect all answers.
+  It contains no reward: preferences replace it, and Z(x) cancels. With the preferences of
+  `bradley_terry(reward_XY)` its minimum is at π*. The minimum is unique if the pairs connect all
+  completions of a prompt.
 
   Args:
-    log_policy_XY: log π(y|x).
-    log_reference_XY: log π_ref(y|x).
-    preference_XYY: Pr(y ≻ y'|x); what stands at (y', y) is 1 less it.
-    beta: above 0, reward units a nat.
-    pair_XYY: probability that y and y' are compared, which sums to 1 for every prompt. Where
-      None, both are drawn from the reference; the same answer twice costs log 2 under any policy.
+    log_policy_XY: log π(y|x), in nats.
+    log_reference_XY: log π_ref(y|x), in nats.
+    preference_XYY: Pr(y ≻ y'|x) at (y, y'); the entry at (y', y) must be 1 minus that.
+    beta: β > 0, in reward units per nat.
+    pair_XYY: probability that y and y' are compared; sums to 1 for every prompt. None means that
+      both are sampled from the reference, independently; a completion paired with itself adds log 2
+      under any policy.
     weight_X: probability of each prompt.
+
+  Rafailov et al. 2023, eq. 7, as an expectation over all pairs.
   """
   if pair_XYY is None:
     pair_XYY = jnp.exp(log_reference_XY[:, :, None] + log_reference_XY[:, None, :])
-  z_XYY = _margins(implicit_reward(log_policy_XY, log_reference_XY, beta=beta))
-  # Two labels a pair, each with its probability; log_sigmoid is finite at any finite margin.
-  wins_XYY = _times(pair_XYY * preference_XYY, jax.nn.log_sigmoid(z_XYY))
-  loses_XYY = _times(pair_XYY * (1 - preference_XYY), jax.nn.log_sigmoid(-z_XYY))
-  return -_mean((wins_XYY + loses_XYY).sum((1, 2)), weight_X)
+  z_XYY = _differences(implicit_reward(log_policy_XY, log_reference_XY, beta=beta))
+  # Either completion may be the chosen one, each label with its probability. log_sigmoid, unlike
+  # log(sigmoid), is finite at any finite margin.
+  wins_XYY = _safe_product(pair_XYY * preference_XYY, jax.nn.log_sigmoid(z_XYY))
+  loses_XYY = _safe_product(pair_XYY * (1 - preference_XYY), jax.nn.log_sigmoid(-z_XYY))
+  return -_mean_over_prompts((wins_XYY + loses_XYY).sum((1, 2)), weight_X)
 
 
-# --- Descent, for those who would rather see than believe -----------------------------------------
+# --- Gradient descent, to watch the optimum being reached -----------------------------------------
 
 
 def descend(
   objective: Callable[[Array], Array], log_start_XY: Array, *, rate: float, steps: int
 ) -> Array:
-  """Plain gradient descent over policies, by their logits: log π after each step, [T, X, Y].
+  """Runs plain gradient descent on the logits of a policy.
 
   Args:
-    objective: from log_policy_XY to a number.
-    log_start_XY: the first policy.
-    rate: step size.
-    steps: how many.
+    objective: maps log_policy_XY to a scalar.
+    log_start_XY: log-probabilities of the first policy, in nats.
+    rate: learning rate.
+    steps: number of steps.
+
+  Returns:
+    log π after each step, in nats: [steps, X, Y].
   """
-  slope = jax.grad(lambda logits_XY: objective(jax.nn.log_softmax(logits_XY)))
+  # The softmax is inside the differentiated function: a step on logits stays on the simplex, while
+  # a step on log-probabilities would leave it.
+  gradient = jax.grad(lambda logits_XY: objective(jax.nn.log_softmax(logits_XY)))
 
   def step(logits_XY: Array, _: None) -> tuple[Array, Array]:
-    logits_XY = logits_XY - rate * slope(logits_XY)
+    logits_XY = logits_XY - rate * gradient(logits_XY)
     return logits_XY, jax.nn.log_softmax(logits_XY)
 
   return jax.lax.scan(step, log_start_XY, length=steps)[1]
 
 
-# --- Parts ----------------------------------------------------------------------------------------
+# --- Helpers --------------------------------------------------------------------------------------
 
 
 def _check_beta(beta: object) -> None:
-  """Of a Python number, for an array may be traced."""
+  """Raises ValueError if a Python number is not above 0; arrays, maybe traced, are not checked."""
+  # `not beta > 0` also catches nan, for which `beta <= 0` is false.
   if isinstance(beta, (int, float)) and not beta > 0:
     raise ValueError(f"beta is {beta}; it must be above 0, such as 0.1")
 
 
-def _times(prob: Array, value: Array) -> Array:
-  """prob * value, where what never happens counts nothing, be it infinite; so in the gradient."""
-  happens = prob > 0
-  # The inner `where` keeps inf away from the product's gradient, which would be 0 * inf.
-  return jnp.where(happens, prob * jnp.where(happens, value, 0), 0)
+def _safe_product(prob: Array, value: Array) -> Array:
+  """Computes prob * value, with 0 where prob is 0 even if the value is infinite."""
+  possible = prob > 0
+  # The inner `where` is for the gradient: the outer one sends a cotangent of 0 into the product,
+  # where 0 * inf would be nan.
+  return jnp.where(possible, prob * jnp.where(possible, value, 0), 0)
 
 
-def _difference(log_a: Array, log_b: Array) -> Array:
-  """log a - log b, and 0 where both are log 0."""
+def _log_ratio(log_a: Array, log_b: Array) -> Array:
+  """Computes log a - log b, with 0 where both are log 0."""
   neither = jnp.isneginf(log_a) & jnp.isneginf(log_b)
+  # The inner `where` avoids -inf - -inf: jax_debug_nans reports a nan even if it is not selected.
   return jnp.where(neither, 0, log_a - jnp.where(neither, 0, log_b))
 
 
-def _margins(value_XY: Array) -> Array:
-  """value(y) - value(y'): [X, Y, Y']."""
-  return _difference(value_XY[:, :, None], value_XY[:, None, :])
+def _differences(value_XY: Array) -> Array:
+  """Computes value(y) - value(y') for all pairs of completions: [X, Y, Y']."""
+  return _log_ratio(value_XY[:, :, None], value_XY[:, None, :])
 
 
-def _expected(log_policy_XY: Array, value_XY: Array) -> Array:
-  """E_{y~π} [value]: [X]."""
-  return _times(jnp.exp(log_policy_XY), value_XY).sum(-1)
+def _expectation(log_policy_XY: Array, value_XY: Array) -> Array:
+  """Computes E_{y~π} [value]: [X]."""
+  return _safe_product(jnp.exp(log_policy_XY), value_XY).sum(-1)
 
 
-def _mean(value_X: Array, weight_X: Weights | None) -> Array:
-  """E_x [value]."""
+def _mean_over_prompts(value_X: Array, weight_X: Weights | None) -> Array:
+  """Computes E_x [value], a scalar."""
   return value_X.mean() if weight_X is None else (jnp.asarray(weight_X) * value_X).sum()

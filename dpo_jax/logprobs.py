@@ -1,9 +1,10 @@
-"""From hidden states to the log-probability of every answer.
+"""Log-probability of every completion, computed from hidden states.
 
-The head is the largest product of a small model and its logits the largest array of any model, so
-the production path runs it only where a token is scored, a chunk at a time. For the backward pass
-it keeps the logits where they are few, and forms each chunk's again where they are many. The naive
-path forms every logit; it is the oracle.
+The head is the largest product of a small model, and its logits are the largest array of any model.
+So the production path runs the head only at scored tokens, one chunk of them at a time; no array
+[N, L, V] exists, forward or backward. For the backward pass it stores the logits if they fit a
+budget, and otherwise recomputes each chunk. The naive path forms every logit; tests use it as the
+oracle.
 """
 
 from __future__ import annotations
@@ -31,26 +32,27 @@ from dpo_jax.utils.matmul import product_of_rows
 
 
 class LogitBudget(NamedTuple):
-  """float32 logits that one group of rows may hold.
+  """Numbers of float32 logits that may be in memory for one group of rows.
 
   Attributes:
-    chunk: at once, while they are formed.
-    kept: of all scored tokens, for the backward pass; where they are more, each chunk's are formed
-      again.
+    chunk: most logits that are formed at once.
+    kept: most logits that are stored for the backward pass, over all scored tokens of the group; if
+      there are more, none is stored and the backward pass recomputes each chunk.
   """
 
   chunk: int
   kept: int
 
 
-# 32 MiB on a CPU, 512 MiB elsewhere, where products of few rows are slow; kept 256 and 512 MiB.
+# A chunk takes 32 MiB on CPU. Elsewhere it takes 512 MiB, because products of few rows are slow
+# there. Stored logits take up to 256 MiB on CPU and 512 MiB elsewhere.
 LOGIT_BUDGET = {"cpu": LogitBudget(2**23, 2**26)}
 LOGIT_BUDGET_ELSEWHERE = LogitBudget(2**27, 2**27)
-_NOWHERE = 2**31 - 1  # no place in any batch
+_PAST_END = 2**31 - 1  # an index beyond any batch: reads give the fill value
 
 
 def logits(hidden_xD: Array, head: Head) -> Array:
-  """Scores of every vocabulary entry, float32 or wider: [..., V]."""
+  """Computes the logits of every vocabulary entry, in float32 or wider: [..., V]."""
   out_xV = product_of_rows(jnp.asarray(hidden_xD), jnp.asarray(head.kernel_VD))
   if head.bias_V is not None:
     out_xV = out_xV + head.bias_V.astype(out_xV.dtype)
@@ -60,21 +62,28 @@ def logits(hidden_xD: Array, head: Head) -> Array:
 
 
 def token_logps(logits_xV: Array, target_x: Array) -> Array:
-  """Log-probability of each target token, in nats, float32 or wider: [...]."""
+  """Computes the log-probability of each target token, in nats, float32 or wider: [...]."""
   logits_xV = _at_least_float32(logits_xV)
   picked_x = jnp.take_along_axis(logits_xV, target_x[..., None], axis=-1)[..., 0]
   return picked_x - jax.nn.logsumexp(logits_xV, axis=-1)
 
 
 def token_alignment(logits_xV: Array, target_x: Array) -> Array:
-  """log π(y_t) - log Σ_v π(v)²: how likely a token is beside what the policy would draw, nats."""
+  """Computes log π(y_t) - log Σ_v π(v)², in nats: [...].
+
+  It compares a token's log-probability with the expected probability of a token sampled from the
+  policy. Zhou et al. 2024 (WPO).
+  """
   logits_xV = _at_least_float32(logits_xV)
   norm_x = jax.nn.logsumexp(logits_xV, axis=-1)
   picked_x = jnp.take_along_axis(logits_xV, target_x[..., None], axis=-1)[..., 0]
+  # With z the logits and n their log-sum-exp: (z_t - n) - (logsumexp(2z) - 2n) = z_t + n - ...
   return picked_x + norm_x - jax.nn.logsumexp(2 * logits_xV, axis=-1)
 
 
 def _at_least_float32(x: Array) -> Array:
+  """Returns x as float32, or as it is if its type is wider."""
+  # In bfloat16, sums of log-probs over 400 tokens were 0.5 to 6 nats off.
   return jnp.asarray(x, jnp.promote_types(jnp.asarray(x).dtype, jnp.float32))
 
 
@@ -82,9 +91,9 @@ TokenFn = Callable[[Array, Array], Array]
 
 
 def naive_slot_logps(hidden_NLD: Array, head: Head, batch: TokenBatch) -> Array:
-  """Summed log-prob of every slot through the full [N, L, V] logits: [N, S], nats."""
+  """Computes the summed log-prob of every slot from all [N, L, V] logits: [N, S], in nats."""
   logps_NL = token_logps(logits(hidden_NLD, head), batch.target_NL)
-  return _by_slot(jax.ops.segment_sum, logps_NL * batch.weight_NL, batch)
+  return _reduce_by_slot(jax.ops.segment_sum, logps_NL * batch.weight_NL, batch)
 
 
 def slot_logps(
@@ -95,29 +104,35 @@ def slot_logps(
   budget: LogitBudget | None = None,
   token_fn: TokenFn = token_logps,
 ) -> Array:
-  """Summed log-prob of every slot, the head run at scored tokens only: [N, S], nats.
+  """Computes the summed log-prob of every slot, running the head at scored tokens only.
 
-  Equal to `naive_slot_logps` in value and gradient. Memory holds the logits that there is room for,
-  independent of the vocabulary.
+  Value and gradient equal those of `naive_slot_logps`. The memory for logits is bounded by `budget`
+  whatever the size of the vocabulary.
 
   Args:
     hidden_NLD: input of the head.
     head: the unembedding.
-    batch: rows; `scored_GM` says where the head runs.
-    budget: of logits; what suits the platform unless given.
-    token_fn: what is summed over the tokens of a slot; their log-prob unless given.
+    batch: rows of tokens; `scored_GM` lists the tokens where the head runs.
+    budget: numbers of logits in memory; None takes that of the platform.
+    token_fn: (logits_xV, target_x) -> values that are summed over the tokens of a slot.
 
   Returns:
-    logps_NS: float32 or wider, zero in empty slots.
+    logps_NS: in nats, float32 or wider; 0 in empty slots.
   """
   logps_GM = scored_logps(hidden_NLD, head, batch, budget=budget, token_fn=token_fn)
   groups = len(batch.scored_GM)
   rows, slots = batch.weight_NS.shape
-  pick = _picker(batch)
+  at_scored = _scored_values(batch)
+  # Rows count within their group: a group's sums stay on the device that has its rows.
   row_NL = jnp.broadcast_to(jnp.arange(rows)[:, None] % (rows // groups), batch.slot_NL.shape)
-  owner_GM = pick(row_NL * slots + batch.slot_NL)
-  sums = lambda x, owner: jax.ops.segment_sum(x, owner, (rows // groups) * slots)
-  return jax.vmap(sums)(logps_GM * pick(batch.weight_NL), owner_GM).reshape(rows, slots)
+  owner_GM = at_scored(row_NL * slots + batch.slot_NL)
+
+  def sum_by_owner(x_M: Array, owner_M: Array) -> Array:
+    return jax.ops.segment_sum(x_M, owner_M, (rows // groups) * slots)
+
+  # Padding of scored_GM reads owner 0 and weight 0, so it adds nothing to slot 0.
+  weighted_GM = logps_GM * at_scored(batch.weight_NL)
+  return jax.vmap(sum_by_owner)(weighted_GM, owner_GM).reshape(rows, slots)
 
 
 def scored_logps(
@@ -128,136 +143,190 @@ def scored_logps(
   budget: LogitBudget | None = None,
   token_fn: TokenFn = token_logps,
 ) -> Array:
-  """Log-prob of every scored token, where `scored_GM` has it: [G, M], nats; arguments as above."""
+  """Computes the log-prob of every scored token: [G, M], in nats, in the order of `scored_GM`.
+
+  The arguments are those of `slot_logps`.
+  """
   parts = sequence_parts(batch.ids_NL.shape[1])
   groups, scored = batch.scored_GM.shape
-  at_GM = jnp.pad(batch.scored_GM, ((0, 0), (0, -scored % parts)), constant_values=_NOWHERE)
-  pick = _picker(batch._replace(scored_GM=at_GM))
-  # Devices that divide the tokens of a row divide those that are scored, too.
-  divide = lambda x_GM: x_GM.reshape(groups * parts, -1, *x_GM.shape[2:])
-  hidden_GMD, target_GM = divide(by_rows(pick(hidden_NLD))), divide(pick(batch.target_NL))
+  at_GM = jnp.pad(batch.scored_GM, ((0, 0), (0, -scored % parts)), constant_values=_PAST_END)
+  at_scored = _scored_values(batch._replace(scored_GM=at_GM))
+
+  def divide(x_GM: Array) -> Array:
+    # Devices that share the positions of a row share its scored tokens, too: each takes a part as a
+    # group of its own.
+    return x_GM.reshape(groups * parts, -1, *x_GM.shape[2:])
+
+  hidden_GMD, target_GM = divide(by_rows(at_scored(hidden_NLD))), divide(at_scored(batch.target_NL))
   head = head._replace(kernel_VD=by_vocabulary(head.kernel_VD))
   budget = budget or LOGIT_BUDGET.get(jax.default_backend(), LOGIT_BUDGET_ELSEWHERE)
-  each_group, vocab = target_GM.shape[1], head.kernel_VD.shape[0]
-  chunks, size = _chunking(each_group, budget.chunk // vocab)
-  cut = functools.partial(_cut, chunks=chunks, size=size)
+  per_group, vocab = target_GM.shape[1], head.kernel_VD.shape[0]
+  chunks, size = _chunking(per_group, budget.chunk // vocab)
+  cut = functools.partial(_into_chunks, chunks=chunks, size=size)
   count: Array | int = chunks
   if chunks > 1 and groups * parts == 1:
-    # No need to run where nothing is scored. Devices that work together do the same turns.
+    # Skips the chunks that are all padding. With several groups it does not: devices that work
+    # together must run the same number of chunks.
     at_end = batch.ids_NL.size
     count = -(-(at_GM < at_end).sum() // size)
   elif chunks > 1:
+    # A copy of the table per group: the loop then adds up gradients locally, and they are summed
+    # over devices once at the end instead of once per chunk.
     head = head._replace(kernel_VD=for_each_group(head.kernel_VD, groups * parts))
   if token_fn is token_logps:
-    kept = each_group * vocab <= budget.kept
+    kept = per_group * vocab <= budget.kept
     logps_cGm = _head_logps(kept, cut(hidden_GMD), head, cut(target_GM), count)
   else:
-    fn = jax.checkpoint(lambda x_GmD, at_Gm, head: token_fn(_group_logits(x_GmD, head), at_Gm))
-    logps_cGm = jax.lax.map(lambda x: fn(*x, head), (cut(hidden_GMD), cut(target_GM)))
-  logps_GM = jnp.moveaxis(logps_cGm, 0, 1).reshape(groups * parts, -1)[:, :each_group]
+
+    @jax.checkpoint  # recomputes each chunk's logits in the backward pass: they are not stored
+    def chunk_values(x_GmD: Array, target_Gm: Array, head: Head) -> Array:
+      return token_fn(_group_logits(x_GmD, head), target_Gm)
+
+    chunked = cut(hidden_GMD), cut(target_GM)
+    logps_cGm = jax.lax.map(lambda chunk: chunk_values(*chunk, head), chunked)
+  logps_GM = jnp.moveaxis(logps_cGm, 0, 1).reshape(groups * parts, -1)[:, :per_group]
   return logps_GM.reshape(groups, -1)[:, :scored]
 
 
 def _chunking(tokens: int, budget: int) -> tuple[int, int]:
-  """How many chunks, and tokens of each: evenly, no more than there is room for."""
+  """Returns the number of chunks and the tokens per chunk, evenly divided.
+
+  Args:
+    tokens: scored tokens of a group.
+    budget: most tokens per chunk; rounding the size up may exceed it by up to 31.
+  """
   chunks = max(1, -(-tokens // max(1, min(budget, tokens))))
   size = -(-tokens // chunks)
   # Products of an odd number of rows run at half the speed in bfloat16.
   return chunks, size + (-size % 32 if size > 128 else 0)
 
 
-def _cut(x_GM: Array, chunks: int, size: int) -> Array:
-  """[G, M, …] -> [c, G, m, …], zeros at the end."""
+def _into_chunks(x_GM: Array, chunks: int, size: int) -> Array:
+  """Splits [G, M, …] into chunks, [c, G, m, …], with zeros at the end of the last one."""
   short = [(0, 0), (0, size * chunks - x_GM.shape[1])] + [(0, 0)] * (x_GM.ndim - 2)
   x_GM = jnp.pad(x_GM, short).reshape(len(x_GM), chunks, size, *x_GM.shape[2:])
   return jnp.moveaxis(x_GM, 1, 0)
 
 
 def _group_logits(hidden_GmD: Array, head: Head) -> Array:
-  """`logits`, by one table for all groups or one for each."""
+  """Computes `logits`, with one table for all groups or a table per group."""
   if head.kernel_VD.ndim == 2:
     return logits(hidden_GmD, head)
-  own = lambda x_mD, kernel_VD: logits(x_mD, head._replace(kernel_VD=kernel_VD))
-  return jax.vmap(own)(hidden_GmD, head.kernel_VD)
+
+  def logits_of_group(x_mD: Array, kernel_VD: Array) -> Array:
+    return logits(x_mD, head._replace(kernel_VD=kernel_VD))
+
+  return jax.vmap(logits_of_group)(hidden_GmD, head.kernel_VD)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _head_logps(
   kept: bool, hidden_cGmD: Array, head: Head, target_cGm: Array, count: Array | int
 ) -> Array:
-  """`token_logps` of `logits`, a chunk at a time; 0 in those from `count` on.
+  """Computes `token_logps` of `logits`, one chunk at a time.
 
-  The gradient takes one pass over the logits, kept or formed again.
+  It has a gradient rule of its own, because jax cannot differentiate a loop whose number of turns
+  is an array. The rule takes one pass over the logits, stored or recomputed.
+
+  Args:
+    kept: whether the backward pass uses stored logits.
+    hidden_cGmD: input of the head, in chunks.
+    head: the unembedding; its table is [V, D], or [G, V, D] with a copy per group.
+    target_cGm: target tokens.
+    count: number of chunks to run; the log-probs of later chunks are 0.
   """
+  # False: without a gradient no logits are stored.
   return _head_forward(False, hidden_cGmD, head, target_cGm, count)[0]
 
 
 def _head_forward(kept, hidden_cGmD, head, target_cGm, count):
-  def one(i, done):
+  """Returns the log-probs, and what the backward pass needs: the inputs, norms and logits."""
+
+  def chunk_step(i, carry):
     logits_GmV = _group_logits(hidden_cGmD[i], head)
     norm_Gm = jax.nn.logsumexp(logits_GmV, axis=-1)
     picked_Gm = jnp.take_along_axis(logits_GmV, target_cGm[i][..., None], axis=-1)[..., 0]
-    found = picked_Gm - norm_Gm, norm_Gm, logits_GmV if kept else None
-    return jax.tree.map(lambda all_c, new: all_c.at[i].set(new), done, found)
+    new_values = picked_Gm - norm_Gm, norm_Gm, logits_GmV if kept else None
+    return jax.tree.map(lambda all_c, new: all_c.at[i].set(new), carry, new_values)
 
+  # The log-sum-exps are stored in any case: they take 1/V of the memory of the logits.
   zeros = jnp.zeros(target_cGm.shape, jnp.promote_types(hidden_cGmD.dtype, jnp.float32))
   vocab = head.kernel_VD.shape[-2]
   logits_cGmV = jnp.zeros((*zeros.shape, vocab), zeros.dtype) if kept else None
-  logps_cGm, *saved = jax.lax.fori_loop(0, count, one, (zeros, zeros, logits_cGmV))
+  logps_cGm, *saved = jax.lax.fori_loop(0, count, chunk_step, (zeros, zeros, logits_cGmV))
   return logps_cGm, (hidden_cGmD, head, target_cGm, count, *saved)
 
 
-def _head_backward(kept, saved, slope_cGm):
+def _head_backward(kept, saved, cotangent_cGm):
+  """Returns the gradients of hidden states and head, one chunk at a time."""
   hidden_cGmD, head, target_cGm, count, norm_cGm, logits_cGmV = saved
 
-  def one(i, done):
-    dhidden_cGmD, dhead = done
+  def chunk_step(i, carry):
+    hidden_grad_cGmD, head_grad = carry
     logits_GmV, pull = jax.vjp(_group_logits, hidden_cGmD[i], head)
+    # If logits are stored, those of the vjp go unused, and without a soft cap the compiler drops
+    # their product.
     logits_GmV = logits_cGmV[i] if kept else logits_GmV
-    hit_GmV = target_cGm[i][..., None] == jnp.arange(logits_GmV.shape[-1])
+    is_target_GmV = target_cGm[i][..., None] == jnp.arange(logits_GmV.shape[-1])
     # d log π(target) / d logit_v = [v is the target] - π(v).
     prob_GmV = jnp.exp(logits_GmV - norm_cGm[i][..., None])
-    dhidden_GmD, more = pull(slope_cGm[i][..., None] * (hit_GmV - prob_GmV))
-    return dhidden_cGmD.at[i].set(dhidden_GmD), jax.tree.map(jnp.add, dhead, more)
+    hidden_grad_GmD, more = pull(cotangent_cGm[i][..., None] * (is_target_GmV - prob_GmV))
+    return hidden_grad_cGmD.at[i].set(hidden_grad_GmD), jax.tree.map(jnp.add, head_grad, more)
 
   zeros = jax.tree.map(jnp.zeros_like, (hidden_cGmD, head))
-  return *jax.lax.fori_loop(0, count, one, zeros), None, None
+  # None: targets and count are integers and have no gradient.
+  return *jax.lax.fori_loop(0, count, chunk_step, zeros), None, None
 
 
 _head_logps.defvjp(_head_forward, _head_backward)
 
 
-def _picker(batch: TokenBatch) -> Callable[[Array], Array]:
-  """[N, L, …] -> [G, M, …], what stands at the scored tokens; 0 where there is none."""
-  groups = len(batch.scored_GM)
-  flat = lambda x_NL: x_NL.reshape(groups, -1, *x_NL.shape[2:])
-  take = jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=0))
-  return lambda x_NL: take(flat(x_NL), batch.scored_GM)
+def _scored_values(batch: TokenBatch) -> Callable[[Array], Array]:
+  """Returns a function from [N, L, …] to [G, M, …] that reads the values at the scored tokens.
+
+  It gives 0 where `scored_GM` is padding.
+  """
+
+  def at_scored(x_NL: Array) -> Array:
+    x_GNl = x_NL.reshape(len(batch.scored_GM), -1, *x_NL.shape[2:])
+    # Padding points past the end of the group, where "fill" reads 0.
+    read = jax.vmap(lambda x_Nl, at_M: x_Nl.at[at_M].get(mode="fill", fill_value=0))
+    return read(x_GNl, batch.scored_GM)
+
+  return at_scored
 
 
 def slot_tokens(batch: TokenBatch) -> Array:
-  """Weight of the scored tokens of every slot (their number, unless reweighted): [N, S]."""
-  return _by_slot(jax.ops.segment_sum, batch.weight_NL, batch)
+  """Sums the weights of the tokens of every slot: [N, S]; their number if all weights are 1."""
+  return _reduce_by_slot(jax.ops.segment_sum, batch.weight_NL, batch)
 
 
-def _by_slot(fn: Callable[..., Array], x_NL: Array, batch: TokenBatch) -> Array:
-  """A sum (or the like) of the values of every slot: [N, S]."""
+def _reduce_by_slot(fn: Callable[..., Array], x_NL: Array, batch: TokenBatch) -> Array:
+  """Reduces the values of every slot's tokens by a segment function, such as a sum: [N, S]."""
   slots = batch.weight_NS.shape[1]
   return jax.vmap(lambda x, slot: fn(x, slot, slots))(x_NL, batch.slot_NL)
 
 
-def shorter_answer_weights(batch: TokenBatch, beyond: float) -> TokenBatch:
-  """Pairs whose answer tokens count `beyond` where the other answer has already ended (LD-DPO).
+def shorter_completion_weights(batch: TokenBatch, beyond: float) -> TokenBatch:
+  """Multiplies by `beyond` the weight of tokens beyond the length of the shorter completion.
 
-  The k-th token of an answer keeps its weight if both answers have k tokens. Liu et al. 2024.
+  The k-th token of a completion keeps its weight if both completions of the pair have k tokens.
+  Liu et al. 2024 (LD-DPO).
   """
   rows, slots = batch.weight_NS.shape
   scored_NL = batch.weight_NL > 0
-  tokens_NS = _by_slot(jax.ops.segment_sum, scored_NL.astype(jnp.int32), batch)
-  far = jnp.iinfo(jnp.int32).max
-  first_NS = _by_slot(jax.ops.segment_min, jnp.where(scored_NL, batch.position_NL, far), batch)
+  tokens_NS = _reduce_by_slot(jax.ops.segment_sum, scored_NL.astype(jnp.int32), batch)
+  largest = jnp.iinfo(jnp.int32).max
+  first_NS = _reduce_by_slot(
+    jax.ops.segment_min, jnp.where(scored_NL, batch.position_NL, largest), batch
+  )
   shorter_NS = jnp.repeat(tokens_NS.reshape(-1, 2).min(axis=1), 2).reshape(rows, slots)
-  of_slot = lambda x_NS: jnp.take_along_axis(x_NS, batch.slot_NL, axis=1)
+
+  def of_slot(x_NS: Array) -> Array:
+    return jnp.take_along_axis(x_NS, batch.slot_NL, axis=1)
+
+  # Positions count from the prompt's start, so the difference from the first scored one is the
+  # token's index within its completion.
   inside_NL = batch.position_NL - of_slot(first_NS) < of_slot(shorter_NS)
   return batch._replace(weight_NL=batch.weight_NL * jnp.where(inside_NL, 1.0, beyond))
 
@@ -268,32 +337,37 @@ LogpsFn = Callable[..., Array]
 def make_logps_fn(
   model: Model, *, budget: LogitBudget | None = None, beyond_shorter: float = 1.0
 ) -> LogpsFn:
-  """The production path as one function: (params, batch, key=None) -> logps_NS, nats.
+  """Makes the production path: a function (params, batch, key=None) -> logps_NS, in nats.
 
-  The key is for dropout, of a model that has any.
+  The key is for dropout; None means no dropout.
 
   Args:
     model: the language model.
-    budget: of logits; what suits the platform unless given.
-    beyond_shorter: weight of answer tokens beyond the length of the pair's shorter answer.
+    budget: numbers of logits in memory; None takes that of the platform.
+    beyond_shorter: weight of the tokens of a completion beyond the length of the pair's shorter
+      completion (LD-DPO); 1 changes nothing.
   """
   scored_fn = make_scored_fn(model, budget=budget, beyond_shorter=beyond_shorter)
-  return lambda params, batch, key=None: scored_fn(params, batch, key).logps_NS
+
+  def logps_fn(params: PyTree, batch: TokenBatch, key: jax.Array | None = None) -> Array:
+    return scored_fn(params, batch, key).logps_NS
+
+  return logps_fn
 
 
 def make_stored_fn(*, beyond_shorter: float = 1.0) -> Callable[[TokenBatch], Array]:
-  """batch -> logps_NS, nats, of log-probs that the batch itself brings along."""
+  """Makes a function batch -> logps_NS, in nats, that sums the stored `batch.reference_NL`."""
 
   def stored_fn(batch: TokenBatch) -> Array:
     if beyond_shorter != 1:
-      batch = shorter_answer_weights(batch, beyond_shorter)
-    return _by_slot(jax.ops.segment_sum, batch.reference_NL * batch.weight_NL, batch)
+      batch = shorter_completion_weights(batch, beyond_shorter)
+    return _reduce_by_slot(jax.ops.segment_sum, batch.reference_NL * batch.weight_NL, batch)
 
   return stored_fn
 
 
 def make_token_fn(model: Model, *, budget: LogitBudget | None = None) -> LogpsFn:
-  """(params, batch) -> log-probs of the scored tokens one by one, [G, M], nats: `scored_logps`."""
+  """Makes a function (params, batch) -> log-probs of the scored tokens: [G, M], in nats."""
 
   def token_fn(params: PyTree, batch: TokenBatch) -> Array:
     hidden_NLD = model.hidden(params, batch)
@@ -303,13 +377,13 @@ def make_token_fn(model: Model, *, budget: LogitBudget | None = None) -> LogpsFn
 
 
 class Scored(NamedTuple):
-  """What one forward pass says of a batch.
+  """The results of one forward pass over a batch.
 
   Attributes:
-    logps_NS: summed log-prob of every slot, nats.
-    alignment_NS: mean alignment of the tokens of every slot, nats, without a gradient; None where
-      nobody asks.
-    routing: of a mixture of experts; None for other models.
+    logps_NS: summed log-prob of every slot, in nats.
+    alignment_NS: mean of `token_alignment` over the tokens of every slot, in nats, without a
+      gradient; None unless requested.
+    routing: load of the experts; None unless the model is a mixture of experts.
   """
 
   logps_NS: Array
@@ -324,42 +398,46 @@ def make_scored_fn(
   beyond_shorter: float = 1.0,
   aligned: bool = False,
 ) -> Callable[..., Scored]:
-  """(params, batch, key=None) -> `Scored`. Arguments as in `make_logps_fn`, and
+  """Makes a function (params, batch, key=None) -> `Scored`.
 
-  aligned: whether alignments are wanted, which takes another pass through the head.
+  Args:
+    model, budget, beyond_shorter: as in `make_logps_fn`.
+    aligned: whether to compute alignments, which takes another pass through the head.
   """
 
   def scored_fn(params: PyTree, batch: TokenBatch, key: jax.Array | None = None) -> Scored:
-    # A model without dropout need not know of keys.
+    # Passes a key only if there is one: a model without dropout need not accept it.
     keys = () if key is None else (key,)
     hidden_NLD, routing = (
       (model.hidden(params, batch, *keys), None)
       if model.routed is None
       else model.routed(params, batch, *keys)
     )
-    sums = functools.partial(slot_logps, head=model.head(params), budget=budget)
+    slot_sums = functools.partial(slot_logps, head=model.head(params), budget=budget)
+    # The order is important: 1. alignments, with the batch's own weights, 2. the weights of LD-DPO,
+    # 3. the log-probs, with those weights.
     alignment_NS = None
     if aligned:
-      fixed_NLD = jax.lax.stop_gradient(hidden_NLD)
-      sum_NS = sums(fixed_NLD, batch=batch, token_fn=token_alignment)
+      constant_NLD = jax.lax.stop_gradient(hidden_NLD)
+      sum_NS = slot_sums(constant_NLD, batch=batch, token_fn=token_alignment)
       alignment_NS = jax.lax.stop_gradient(sum_NS / jnp.maximum(slot_tokens(batch), 1.0))
     if beyond_shorter != 1:
-      batch = shorter_answer_weights(batch, beyond_shorter)
-    return Scored(sums(hidden_NLD, batch=batch), alignment_NS, routing)
+      batch = shorter_completion_weights(batch, beyond_shorter)
+    return Scored(slot_sums(hidden_NLD, batch=batch), alignment_NS, routing)
 
   return scored_fn
 
 
-# --- slots to what a loss reads -------------------------------------------------------------------
+# --- from slots to the inputs of a loss -----------------------------------------------------------
 
 
 class Slots(NamedTuple):
-  """What is known of every slot beside its log-probs; arrays of one shape, [..., N, S].
+  """The facts of every slot other than its log-probs, as arrays of one shape, [..., N, S].
 
   Attributes:
-    tokens_NS: scored tokens.
-    weight_NS: weight of the row; 0 is an empty slot.
-    score_NS: see `TokenBatch`.
+    tokens_NS: sum of the scored tokens' weights; their number if all weights are 1.
+    weight_NS: weight of the slot's pair; 0 for an empty slot.
+    score_NS: score of the slot's completion, as in `TokenBatch`.
   """
 
   tokens_NS: Array
@@ -368,26 +446,27 @@ class Slots(NamedTuple):
 
 
 def slots_of(batch: TokenBatch) -> Slots:
-  """The slots of a batch; with micro-batches, [A, N, S]."""
+  """Returns the slots of a batch, arrays [N, S], or [A, N, S] for a batch of micro-batches."""
   tokens = jax.vmap(slot_tokens) if batch.ids_NL.ndim == 3 else slot_tokens
   return Slots(tokens(batch), batch.weight_NS, batch.score_NS)
 
 
 def to_pairs(logps_NS: Array, slots: Slots) -> PairLogps:
-  """Lists neighbouring slots as pairs: N * S / 2 of them, empty ones included (weight 0)."""
+  """Lists neighbouring slots as N * S / 2 pairs, including empty ones, which have weight 0."""
   logps_B2 = logps_NS.reshape(-1, 2)
-  # An empty slot has no token; one keeps length averages finite, and its weight is zero.
+  # An empty slot has no tokens. Its averages over tokens divide by 1 instead of 0, because its
+  # weight of 0 would not remove a nan.
   tokens_B2 = jnp.maximum(slots.tokens_NS, 1.0).reshape(-1, 2)
   return PairLogps(logps_B2[:, 0], logps_B2[:, 1], tokens_B2[:, 0], tokens_B2[:, 1])
 
 
 def to_unpaired(logps_NS: Array) -> UnpairedLogps:
-  """Lists neighbouring slots as a judged answer and a mismatched one."""
+  """Lists neighbouring slots as a labelled completion and a mismatched one."""
   logps_B2 = logps_NS.reshape(-1, 2)
   return UnpairedLogps(logps_B2[:, 0], logps_B2[:, 1])
 
 
 def to_ranked(logps_NS: Array, slots: Slots, completions: int) -> RankedLogps:
-  """Lists runs of `completions` slots as rankings, absent answers included (weight 0)."""
+  """Lists runs of `completions` slots as rankings, including absent ones, which have weight 0."""
   tokens_BK = jnp.maximum(slots.tokens_NS, 1.0).reshape(-1, completions)
   return RankedLogps(logps_NS.reshape(-1, completions), tokens_BK)

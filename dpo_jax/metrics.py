@@ -1,7 +1,7 @@
-"""What is reported of a batch: sums, each with its own count, added up wherever, divided once.
+"""Metrics of a batch, as sums with counts that are added up anywhere and divided once.
 
-Means of means are wrong for ragged batches, packed rows and uneven shards; sums are not. Rewards
-are β log π/π_ref, in reward units; log-probs and log-ratios are in nats.
+Means of means are wrong for ragged batches, packed rows and uneven shards; ratios of sums are not.
+Rewards are β log π/π_ref, in reward units. Log-probs and log-ratios are in nats.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dpo_jax.structs import Array, PairLogps, RankedLogps, UnpairedLogps
 
-# A sum and the count it is divided by; both add up over micro-batches and devices.
+# Metric name to (sum, count); both are added up over micro-batches and devices before `divide`.
 Sums = dict[str, tuple[Array, Array]]
 
 
@@ -22,56 +22,64 @@ def pair_sums(
   weight_B: Array,
   beta: float,
 ) -> Sums:
-  """Loss, rewards and log-probs of pairs, and where the policy's probability goes.
+  """Sums the loss, rewards and log-probs of pairs, and the drift of the policy's probability.
 
-  A pair preferred to neither side (a margin of exactly zero, as everywhere at the start of a run)
-  counts one half towards accuracy. Drift is told where there is a reference, and what depends on
-  lengths where these are known.
+  A margin of exactly zero counts one half towards accuracy; at the start of a run all margins are
+  zero. Drift metrics need a reference, and metrics that depend on length need token counts; they
+  are left out otherwise.
 
   Args:
-    policy, reference: summed log-probs; with None for a reference, rewards are β log π.
-    loss_B: of each pair.
-    weight_B: what a pair counts; 0 is an empty place.
-    beta: reward units per nat.
+    policy, reference: summed log-probs, in nats; with None for the reference, rewards are β log π.
+    loss_B: loss of each pair.
+    weight_B: weight of each pair in all sums; 0 for an empty slot.
+    beta: β, in reward units per nat.
 
   Returns:
-    Means over pairs, once divided, of `loss`, `rewards/…`, `logps/…` and
+    Sums and counts. Once divided they are means over pairs of `loss`, `rewards/…`, `logps/…`, and
 
-      drift/chosen, drift/rejected   Σ log π/π_ref over Σ tokens, nats a token
-      drift/both_fell                share of pairs whose answers both lost probability
-      drift/pair_mass                log (π(y_w)+π(y_l)) / (π_ref(y_w)+π_ref(y_l)), nats
-      margins/chosen_longer          margin of rewards where the chosen answer has more tokens
-      margins/chosen_shorter         where it has fewer
+      drift/chosen, drift/rejected   Σ log π/π_ref over Σ tokens, in nats per token
+      drift/both_fell                share of pairs whose completions both lost probability
+      drift/pair_mass                log (π(y_w)+π(y_l)) / (π_ref(y_w)+π_ref(y_l)), in nats
+      margins/chosen_longer          mean margin of pairs whose chosen completion has more tokens
+      margins/chosen_shorter         mean margin of pairs whose chosen completion has fewer tokens
   """
   zero_B = jnp.zeros_like(policy.chosen_B)
+  # Without a reference the log-ratios are log-probs: rewards are then β log π.
   chosen_B, rejected_B = _log_ratios(policy, reference or PairLogps(zero_B, zero_B))
   margin_B = beta * (chosen_B - rejected_B)
   values = {
     "loss": loss_B,
     "rewards/chosen": beta * chosen_B,
     "rewards/rejected": beta * rejected_B,
-    "rewards/accuracies": _above(margin_B),
+    "rewards/accuracies": _accuracy(margin_B),
     "rewards/margins": margin_B,
     "logps/chosen": policy.chosen_B,
     "logps/rejected": policy.rejected_B,
   }
   if reference is not None:
     values["drift/both_fell"] = (chosen_B < 0) & (rejected_B < 0)
-    # In terms of log-ratios, exact near the reference: a sum of large log-probs would round.
-    odds_B = reference.chosen_B - reference.rejected_B
+    # With p = π_ref(y_w) / (π_ref(y_w) + π_ref(y_l)) this is log (p e^c + (1-p) e^r). It needs only
+    # log-ratios, which are small near the reference; sums of log-probs of hundreds of nats would
+    # round a small drift away.
+    log_odds_B = reference.chosen_B - reference.rejected_B
     values["drift/pair_mass"] = jnp.logaddexp(
-      jax.nn.log_sigmoid(odds_B) + chosen_B, jax.nn.log_sigmoid(-odds_B) + rejected_B
+      jax.nn.log_sigmoid(log_odds_B) + chosen_B, jax.nn.log_sigmoid(-log_odds_B) + rejected_B
     )
   sums = {name: _weighted(value_B, weight_B) for name, value_B in values.items()}
 
-  long_B, short_B = policy.chosen_tokens_B, policy.rejected_tokens_B
-  if long_B is None or short_B is None:
+  # Pairs of equal length are in neither part.
+  chosen_tokens_B, rejected_tokens_B = policy.chosen_tokens_B, policy.rejected_tokens_B
+  if chosen_tokens_B is None or rejected_tokens_B is None:
     return sums
-  sums["margins/chosen_longer"] = _weighted(margin_B, weight_B * (long_B > short_B))
-  sums["margins/chosen_shorter"] = _weighted(margin_B, weight_B * (long_B < short_B))
+  sums["margins/chosen_longer"] = _weighted(
+    margin_B, weight_B * (chosen_tokens_B > rejected_tokens_B)
+  )
+  sums["margins/chosen_shorter"] = _weighted(
+    margin_B, weight_B * (chosen_tokens_B < rejected_tokens_B)
+  )
   if reference is not None:
-    sums["drift/chosen"] = _a_token(chosen_B, long_B, weight_B)
-    sums["drift/rejected"] = _a_token(rejected_B, short_B, weight_B)
+    sums["drift/chosen"] = _per_token(chosen_B, chosen_tokens_B, weight_B)
+    sums["drift/rejected"] = _per_token(rejected_B, rejected_tokens_B, weight_B)
   return sums
 
 
@@ -83,18 +91,28 @@ def unpaired_sums(
   label_B: Array,
   beta: float,
 ) -> Sums:
-  """The same for answers judged by themselves; `label_B` is 1 where desirable, 0 where not.
+  """Sums the loss, rewards and log-probs of unpaired completions, by label.
 
-  `kl` is the mean log-ratio of the mismatched answers, nats, before any clipping at zero.
+  Args:
+    policy, reference: summed log-probs, in nats.
+    loss_B: loss of each completion.
+    weight_B: weight of each completion in all sums.
+    label_B: 1 where the completion is desirable, 0 where it is not.
+    beta: β, in reward units per nat.
+
+  Returns:
+    Sums and counts of `loss`, `rewards/…` and `logps/…` of either label, and of `kl`: the mean
+    log-ratio of the mismatched completions, in nats, before it is limited to 0 or above.
   """
   ratio_B = policy.completion_B - reference.completion_B
   sums = {
     "loss": _weighted(loss_B, weight_B),
     "kl": _weighted(policy.mismatched_B - reference.mismatched_B, weight_B),
   }
-  for name, held_B in (("desirable", label_B > 0), ("undesirable", label_B <= 0)):
-    sums[f"rewards/{name}"] = _weighted(beta * ratio_B, weight_B * held_B)
-    sums[f"logps/{name}"] = _weighted(policy.completion_B, weight_B * held_B)
+  # Each label has its own count: a batch without one of them gives nan there, and not 0.
+  for name, in_class_B in (("desirable", label_B > 0), ("undesirable", label_B <= 0)):
+    sums[f"rewards/{name}"] = _weighted(beta * ratio_B, weight_B * in_class_B)
+    sums[f"logps/{name}"] = _weighted(policy.completion_B, weight_B * in_class_B)
   return sums
 
 
@@ -107,76 +125,87 @@ def ranked_sums(
   beta: float,
   reward_BK: Array | None = None,
 ) -> Sums:
-  """The same for K answers a prompt: listed best first or, with their rewards, in no order.
+  """Sums the metrics of K completions per prompt, ranked best first or sampled with rewards.
 
   Args:
-    policy, reference: summed log-probs.
-    loss_B: of each prompt.
-    weight_B: what a prompt counts.
-    present_BK: 1 where there is an answer.
-    beta: reward units per nat.
-    reward_BK: of answers sampled from the policy.
+    policy, reference: summed log-probs, in nats.
+    loss_B: loss of each prompt.
+    weight_B: weight of each prompt in all sums.
+    present_BK: 1 where there is a completion, 0 where there is padding.
+    beta: β, in reward units per nat.
+    reward_BK: rewards of completions sampled from the policy, in reward units; None for ranked
+      completions.
 
   Returns:
-    Of ranked answers `rewards/best`, `rewards/rest`, `logps/best`, `logps/rest`, and of the best
-    against each of the rest `rewards/accuracies` and `rewards/margins`; of samples, means of
+    Sums and counts. For ranked completions: `rewards/best`, `rewards/rest`, `logps/best`,
+    `logps/rest`, and `rewards/accuracies` and `rewards/margins` of the best one against each of the
+    rest. For samples:
 
-      reward      r
-      kl          log π/π_ref, nats
-      objective   -r + β log π/π_ref, what on-policy training minimises
+      reward      mean of r
+      kl          mean of log π/π_ref, in nats
+      objective   mean of -r + β log π/π_ref, which on-policy training minimises
   """
   ratio_BK = policy.completions_BK - reference.completions_BK
+  # Every completion that is present counts with its prompt's weight.
   weight_BK = weight_B[:, None] * present_BK
   sums = {"loss": _weighted(loss_B, weight_B)}
   if reward_BK is not None:
+    # Samples are in no order, so a best one and accuracies have no meaning.
     return sums | {
       "reward": _weighted(reward_BK, weight_BK),
       "kl": _weighted(ratio_BK, weight_BK),
       "objective": _weighted(beta * ratio_BK - reward_BK, weight_BK),
     }
+  # The first completion is the best one. The rest counts per completion, not per prompt.
   for name, part in (("best", slice(0, 1)), ("rest", slice(1, None))):
     sums[f"rewards/{name}"] = _weighted(beta * ratio_BK[:, part], weight_BK[:, part])
     sums[f"logps/{name}"] = _weighted(policy.completions_BK[:, part], weight_BK[:, part])
   margin_BK = beta * (ratio_BK[:, :1] - ratio_BK[:, 1:])
   return sums | {
-    "rewards/accuracies": _weighted(_above(margin_BK), weight_BK[:, 1:]),
+    "rewards/accuracies": _weighted(_accuracy(margin_BK), weight_BK[:, 1:]),
     "rewards/margins": _weighted(margin_BK, weight_BK[:, 1:]),
   }
 
 
 def text_sums(logps_B: Array, tokens_B: Array, loss_B: Array, weight_B: Array) -> Sums:
-  """The same for supervised rows: the loss is a mean over tokens, log-probs over sequences."""
+  """Sums the metrics of supervised examples: loss per token, log-probs per completion."""
   return {
-    "loss": _a_token(loss_B, tokens_B, weight_B),
+    # The count is tokens, so that the quotient is the mean over all tokens of the global batch.
+    "loss": _per_token(loss_B, tokens_B, weight_B),
     "logps/chosen": _weighted(logps_B, weight_B),
   }
 
 
 def divide(sums: Sums) -> dict[str, Array]:
-  """Means from sums; not a number where nothing was counted."""
-  safe = lambda count: jnp.where(count > 0, count, 1.0)
-  return {
-    name: jnp.where(count > 0, total / safe(count), jnp.nan)
-    for name, (total, count) in sums.items()
-  }
+  """Divides every sum by its count; nan where the count is 0."""
+  means = {}
+  for name, (total, count) in sums.items():
+    # A count of 0 is normal: a batch may have no pair whose chosen completion is longer.
+    positive_count = jnp.where(count > 0, count, 1.0)
+    means[name] = jnp.where(count > 0, total / positive_count, jnp.nan)
+  return means
 
 
-# -- parts ---------------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 def _log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Array, Array]:
+  """Computes log π/π_ref of chosen and rejected completions, in nats: [B] each."""
   return policy.chosen_B - reference.chosen_B, policy.rejected_B - reference.rejected_B
 
 
-def _above(margin_x: Array) -> Array:
-  """1 above zero, 0 below, one half at a tie."""
+def _accuracy(margin_x: Array) -> Array:
+  """Returns 1 where the margin is above zero, 0 where it is below, and one half at a tie."""
+  # At step 0 every margin is exactly 0. Counted as wrong, they would show an accuracy of 0 and not
+  # the 0.5 of a coin.
   return (margin_x > 0) + 0.5 * (margin_x == 0)
 
 
 def _weighted(value_x: Array, weight_x: Array) -> tuple[Array, Array]:
+  """Returns the weighted sum of values and the sum of weights."""
   return jnp.sum(value_x * weight_x), jnp.sum(weight_x)
 
 
-def _a_token(value_B: Array, tokens_B: Array, weight_B: Array) -> tuple[Array, Array]:
-  """Summed values over the tokens of all answers: a long answer counts as much as it is long."""
+def _per_token(value_B: Array, tokens_B: Array, weight_B: Array) -> tuple[Array, Array]:
+  """Returns the sum of values and of tokens; in their ratio every token counts the same."""
   return jnp.sum(value_B * weight_B), jnp.sum(tokens_B * weight_B)

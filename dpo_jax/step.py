@@ -129,7 +129,7 @@ def batch_sums(
     reference = logprobs.to_ranked(reference_NS, slots, completions)
     present_BK = weight_BK > 0
     loss_B = loss(policy, reference, present_BK=present_BK, reward_BK=score_BK, **supplied)
-    reward_BK = score_BK if loss.samples else None
+    reward_BK = score_BK if loss.is_on_policy else None
     sums = metrics.ranked_sums(
       policy, reference, loss_B, weight_B, present_BK, loss.beta, reward_BK
     )

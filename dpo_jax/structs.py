@@ -1,16 +1,64 @@
-"""The words everything else is written in: axis letters and the records passed between layers.
+"""The axis key, the records passed between layers of the package, and the user's error.
 
-Names of arrays end in their axes:
+Names of arrays end in their axes, in order: `logps_NS` is an array [N, S]. Every letter has one
+meaning in the whole package; tests/core/test_axes.py compares all names with this key.
 
-  A micro-batches of a step   B pairs               N rows of tokens     L positions of a row
-  S slots of a row            G groups of rows      M scored tokens of a group
-  D width                     H query heads         V vocabulary
-  T texts of a group          W positions of a text
-  K answers to a prompt; in the model, head size
+  A   micro-batches of a step
+  B   examples: pairs, unpaired completions, or prompts with K completions
+  N   rows of tokens
+  L   positions of a row
+  S   slots of a row
+  K   completions to a prompt
+  P   pieces of an example in its row: the prompt and each completion
+  Pr  pairs of a row
+  G   groups of rows
+  M   scored tokens of a group
+  T   sequences of a group
+  W   positions of a sequence
+  Tw  positions of all sequences of a group, in one list of T * W
+  Nl  positions of all rows of a group, in one list of (N / G) * L
+  Tk  tokens, in one list
 
-A *slot* is one answer whose log-probability is wanted. A *group* is a run of consecutive rows that
-one device holds; scored tokens are listed a group at a time, so gathering them is never
-communication.
+  D   width of the model
+  Ff  width between the two maps of a feed-forward layer; output width of any map
+  V   vocabulary
+  H   query heads
+  J   key/value heads
+  Hj  query heads that share a key/value head
+  Hd  size of a head
+  Q   queries of one block of attention
+  C   keys of one block or tile of attention
+  Ti  tiles of queries
+  Qh  queries of a tile times the query heads that share a key/value head
+  E   experts
+  Ek  experts chosen for a token
+  As  assignments of tokens to experts, in one list of Tk * Ek
+  R   rank of a LoRA adapter
+
+  Sa  completions that are sampled at once: N prompts times K
+  Lc  sampled tokens of a completion
+  Rc  records of a file of stored log-probs
+  Dv  devices that share the positions of a row
+  Pc  processes
+  Ph  phrases of the controlled task
+  U   random numbers of a review of the controlled task
+
+  X   prompts of a finite world, or prompts that are sampled from
+  Y   all completions that exist in a finite world
+  F   values of β on a frontier
+  Lv  distinct levels of reward
+  Sz  sizes of a data set
+  Rs  data sets that are sampled anew
+
+  c   chunks of scored tokens
+  m   scored tokens of a chunk
+  l   positions of a row on one device
+  n   factors of a product
+  x   one list of anything, or any number of leading axes
+
+A digit is an axis of that size. A *slot* is one completion whose log-probability is wanted. A
+*sequence* is a prompt with one completion. A *group* is a run of consecutive rows on one device;
+scored tokens are listed group by group, so that gathering them needs no communication.
 """
 
 from __future__ import annotations
@@ -21,14 +69,22 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+# Data code makes numpy arrays and compiled code takes jax arrays; every record accepts both.
 Array = jax.Array | np.ndarray
 PyTree = Any
 
+# The records are NamedTuples: jax treats them as pytrees without registration, so they pass through
+# jit, vmap and grad as they are. A field that is None has no leaves.
+
 
 class PairLogps(NamedTuple):
-  """Log-probabilities of B pairs of answers, summed over answer tokens, in nats.
+  """Log-probabilities of B pairs of completions, summed over completion tokens, in nats.
 
-  Token counts are only read by losses that average over length; None where nobody asks.
+  Attributes:
+    chosen_B: log π(y_w|x) of the chosen completions.
+    rejected_B: log π(y_l|x) of the rejected completions.
+    chosen_tokens_B, rejected_tokens_B: numbers of completion tokens. Only losses and metrics that
+      average over length read them; None where they are not known.
   """
 
   chosen_B: Array
@@ -38,12 +94,12 @@ class PairLogps(NamedTuple):
 
 
 class UnpairedLogps(NamedTuple):
-  """Summed log-probabilities, in nats, of B answers that were each judged by themselves.
+  """Summed log-probabilities, in nats, of B unpaired completions, each with its own label.
 
   Attributes:
-    completion_B: of the judged answer to its own prompt.
-    mismatched_B: of an answer to another prompt behind this prompt, from which the distance
-      between policy and reference is estimated.
+    completion_B: of the labelled completion to its prompt.
+    mismatched_B: of a completion of another prompt after this prompt; KTO estimates the KL
+      divergence between policy and reference from it.
   """
 
   completion_B: Array
@@ -51,9 +107,13 @@ class UnpairedLogps(NamedTuple):
 
 
 class RankedLogps(NamedTuple):
-  """Summed log-probabilities, in nats, of K answers to each of B prompts, best first.
+  """Summed log-probabilities, in nats, of K completions to each of B prompts, best first.
 
-  Token counts as in `PairLogps`. Rows of fewer than K answers are filled up at their end.
+  A prompt with fewer than K completions is padded at the end.
+
+  Attributes:
+    completions_BK: log π(y_k|x) of every completion.
+    tokens_BK: numbers of completion tokens; None where they are not known.
   """
 
   completions_BK: Array
@@ -61,38 +121,42 @@ class RankedLogps(NamedTuple):
 
 
 class TokenBatch(NamedTuple):
-  """Rows of tokens: the one layout of padded, packed and prefix-shared data.
+  """Rows of tokens, in one layout for padded, packed and prefix-shared data.
 
-  A query may attend to a key when both have the same `pair`, the key's `position` is not later,
-  and the key's `branch` is 0 or the query's own. `target` is always the next token of the same
-  branch: the last prompt token is repeated at the head of every branch, and the last answer token
-  is a target but never an input.
+  The mask rule: a query attends to a key if both have the same `pair`, the key's `position` is not
+  later than the query's, and the key's `branch` is 0 or the query's own.
+
+  `target` is the next token of the same branch. Two consequences: the last prompt token is repeated
+  at the start of every branch, because it predicts the first token of every completion; and the
+  last completion token is a target but never an input.
 
   Attributes:
     ids_NL: int32 input tokens; 0 in padding.
-    position_NL: int32 position of the token within its own text; rotary and learned positions.
-    pair_NL: int32 which pair of the row the token belongs to; -1 is padding.
-    branch_NL: int32 0 shared prompt, 1 chosen, 2 rejected, ... K.
-    slot_NL: int32 which slot of the row the target counts towards, in [0, S).
+    position_NL: int32 position of the token within its own sequence, for rotary or learned
+      positions.
+    pair_NL: int32 index of the token's pair within the row; -1 is padding.
+    branch_NL: int32 branch of the token: 0 shared prompt, 1 chosen, 2 rejected, ... K.
+    slot_NL: int32 index of the slot whose sum contains the target, in [0, S).
     target_NL: int32 the next token of the branch; 0 where nothing is scored.
-    weight_NL: float32 weight of the target's log-prob in its slot's sum; 0 is not scored.
+    weight_NL: float32 weight of the target's log-prob in its slot's sum; 0 means not scored.
     scored_GM: int32 flat positions (row * L + column) of the scored tokens within each group's
-      N / G rows; (N / G) * L, one past the end, fills what is left over.
-    weight_NS: float32 weight of the pair that the slot belongs to; 0 is an empty slot, or one whose
-      answer is absent because another row has more. The K slots of a pair are neighbours, chosen
-      first, so `reshape(-1, K)` of any [N, S] array lists pairs.
-    score_NS: float32 what is known of the answer in the slot besides its order: its reward, or for
-      an answer judged by itself 1 if it is desirable and 0 if not; 0 where nothing is known.
-    row_NS: int32 row of the data set that the slot came from; -1 is an empty or absent one.
-    reference_NL: float32 log-prob of the target under the reference, nats, where that is stored; 0
-      where nothing is scored. None where the reference is computed along.
+      N / G rows; the rest is padded with (N / G) * L, one past the end.
+    weight_NS: float32 weight of the slot's pair; 0 for an empty slot, and for a completion that is
+      absent because another example of the batch has more of them. The K slots of a pair are
+      neighbours, chosen first, so `reshape(-1, K)` of any [N, S] array lists pairs.
+    score_NS: float32 score of the slot's completion: its reward, or for an unpaired completion 1 if
+      it is desirable and 0 if not; 0 where no score is known.
+    row_NS: int32 row of the data set that the slot came from; -1 for an empty or absent slot.
+    reference_NL: float32 log-prob of the target under the reference, in nats; 0 where nothing is
+      scored. None unless the reference's log-probs are stored.
     sequence_GTW: int32 flat position, as in `scored_GM`, of the token at each position of each
-      sequence, a prompt with one answer; one past the end behind the sequence. None where attention
-      takes the rows as they are.
-    place_NLK: int32 flat place (text * W + position) of the token in each of its group's texts that
-      has it, those first; T * W fills what is left over. K is 1 where no text shares a token.
+      sequence; one past the end behind the end of the sequence. None where attention reads rows.
+    place_NLK: int32 flat place (sequence * W + position) of the token in each of the group's
+      sequences that contain it; these come first, and the rest is padded with T * W. The axis has
+      size 1 where sequences share no tokens.
   """
 
+  # int32 and float32 throughout: jax without x64 would narrow wider types at every transfer.
   ids_NL: Array
   position_NL: Array
   pair_NL: Array
@@ -104,13 +168,20 @@ class TokenBatch(NamedTuple):
   weight_NS: Array
   score_NS: Array
   row_NS: Array
+  # With and without these fields, a batch has another tree structure and compiles another program.
   reference_NL: Array | None = None
   sequence_GTW: Array | None = None
   place_NLK: Array | None = None
 
 
 class Head(NamedTuple):
-  """The unembedding: logits = cap(hidden @ kernel.T + bias), cap(z) = c tanh(z / c) if c is set."""
+  """The unembedding: logits = cap(hidden @ kernel.T + bias).
+
+  Attributes:
+    kernel_VD: one vector per vocabulary entry.
+    bias_V: None for no bias.
+    soft_cap: c in cap(z) = c tanh(z / c); None for no cap.
+  """
 
   kernel_VD: Array
   bias_V: Array | None = None
@@ -118,12 +189,12 @@ class Head(NamedTuple):
 
 
 class Routing(NamedTuple):
-  """How tokens were spread over the experts of a mixture, as sums over tokens and layers.
+  """Load of the experts of a mixture, as sums over tokens and layers.
 
   Attributes:
-    chosen_E: how often each expert was chosen; no gradient.
-    probs_E: what the router gave each.
-    tokens: how many tokens the sums are over, once a layer.
+    chosen_E: number of times each expert was chosen; it has no gradient.
+    probs_E: summed router probability of each expert.
+    tokens: number of summed terms: every token counts once per layer.
   """
 
   chosen_E: Array
@@ -132,14 +203,15 @@ class Routing(NamedTuple):
 
 
 class Model(NamedTuple):
-  """Any language model: pure functions of a parameter tree.
+  """Any language model, as pure functions of a parameter tree.
 
   Attributes:
     hidden: (params, batch: TokenBatch) -> hidden_NLD, the input of the head at every position. A
-      model with dropout takes a random key as third argument, and drops nothing without.
+      model with dropout takes a random key as third argument; without a key it drops nothing.
     head: (params) -> Head.
     vocab: number of token ids the head can score.
-    routed: as `hidden`, with the `Routing` beside it; None but for a mixture of experts.
+    routed: like `hidden`, but returns (hidden_NLD, Routing); None unless the model is a mixture of
+      experts.
   """
 
   hidden: Callable[..., Array]
@@ -149,4 +221,4 @@ class Model(NamedTuple):
 
 
 class UserError(Exception):
-  """Bad input. Its message is one line: the value, the rule it breaks and the way out."""
+  """Wrong input from the user. The message is one line: the value, the rule, and a way out."""

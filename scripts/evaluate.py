@@ -62,14 +62,14 @@ def main(_):
     raise UserError("--reward and --prompts go together: give both, or neither")
   if OUT.value:
     rollouts.check_out(OUT.value)
-  ask = evaluate.objective(LOSS.value, BETA.value)
+  ask = evaluate.resolve_pair_loss(LOSS.value, BETA.value)
   reward = rewards.resolve(REWARD.value) if REWARD.value else None
   prompts = rollouts.read_prompts(PROMPTS.value) if PROMPTS.value else None
   policy, reference = rollouts.load(MODEL.value), rollouts.load(REFERENCE.value)
   examples = evaluate.read_pairs(DATA.value, policy, reference, max_length=MAX_LENGTH.value)
-  summary = evaluate.on_pairs(policy, reference, examples, ask)
+  summary = evaluate.evaluate_pairs(policy, reference, examples, ask)
   if reward is not None and prompts is not None:
-    summary |= evaluate.on_samples(
+    summary |= evaluate.evaluate_samples(
       policy,
       reference,
       prompts,
@@ -81,7 +81,7 @@ def main(_):
       seed=SEED.value,
     )
   summary["seconds"] = time.time() - started
-  evaluate.show(summary, SHOWN)
+  evaluate.print_summary(summary, SHOWN)
   if OUT.value:
     out = pathlib.Path(OUT.value)
     rollouts.write_whole(out, [json.dumps(summary, indent=1, ensure_ascii=False) + "\n"])

@@ -34,11 +34,11 @@ def main(_):
   rollouts.check_out(OUT.value)
   if not REFERENCE.value and (LOSS.value or BETA.value):
     raise UserError("--loss and --beta are for losses and rewards, which need a --reference")
-  ask = evaluate.objective(LOSS.value or "sigmoid", BETA.value)
+  ask = evaluate.resolve_pair_loss(LOSS.value or "sigmoid", BETA.value)
   policy = rollouts.load(MODEL.value)
   reference = rollouts.load(REFERENCE.value) if REFERENCE.value else None
   examples = evaluate.read_pairs(DATA.value, policy, reference, max_length=MAX_LENGTH.value)
-  rows = evaluate.score_rows(policy, reference, examples, ask)
+  rows = evaluate.score_pairs(policy, reference, examples, ask)
   rollouts.write_rows(OUT.value, rows)
   print(f"{OUT.value}: {len(rows)} pairs scored")
 

@@ -1,7 +1,6 @@
-"""Held-out measures: of preferences, of samples under a known reward, and the best there can be.
+"""Estimates with 95% intervals: preference metrics, rewards of samples, and the reward-KL frontier.
 
-Everything is estimated from independent units (pairs, prompts), and comes with a 95% interval.
-X lists prompts, S samples of a prompt, F values of β.
+All estimates treat pairs, or prompts, as the independent units.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ import numpy as np
 
 from dpo_jax.structs import PairLogps, UserError
 
-Z = 1.959964  # 97.5% quantile of the normal distribution
-# Fewer effective samples a prompt than this, and the frontier there is a guess.
+NORMAL_QUANTILE = 1.959964  # of 97.5%: the half-width of a 95% interval in standard errors
+# With fewer effective samples per prompt, importance weights rest on a few samples, and the
+# frontier is not trusted.
 MIN_EFFECTIVE = 10.0
 
 
@@ -23,7 +23,7 @@ MIN_EFFECTIVE = 10.0
 
 
 class Estimate(NamedTuple):
-  """A mean and its 95% interval."""
+  """A mean and the bounds of its 95% interval, which may be nan."""
 
   mean: float
   low: float
@@ -31,29 +31,40 @@ class Estimate(NamedTuple):
 
 
 def mean_estimate(value_B: np.ndarray, weight_B: np.ndarray | None = None) -> Estimate:
-  """Weighted mean of independent values, with a normal interval; not a number for a single one."""
+  """Computes the weighted mean of independent values, with a normal interval.
+
+  The interval is nan if fewer than two values have a weight.
+  """
   value_B = np.asarray(value_B, np.float64)
   share_B = _shares(value_B, weight_B)
   mean = float(share_B @ value_B)
   count = np.count_nonzero(share_B)
   if count < 2:
     return Estimate(mean, np.nan, np.nan)
-  half = Z * math.sqrt(share_B**2 @ (value_B - mean) ** 2 * count / (count - 1))
+  # count / (count - 1) is Bessel's correction: the mean is estimated from the same values.
+  half = NORMAL_QUANTILE * math.sqrt(share_B**2 @ (value_B - mean) ** 2 * count / (count - 1))
   return Estimate(mean, mean - half, mean + half)
 
 
 def share_estimate(value_B: np.ndarray, weight_B: np.ndarray | None = None) -> Estimate:
-  """Share of successes among independent trials, ties as one half, with Wilson's interval."""
+  """Computes the share of successes among independent trials, with Wilson's interval.
+
+  Values are 1 for a success, 0 for a failure, and one half for a tie. Unlike a normal interval,
+  Wilson's has a width above 0 at shares of 0 and 1. Wilson 1927.
+  """
   value_B = np.asarray(value_B, np.float64)
   share_B = _shares(value_B, weight_B)
-  # Rounding may carry a sum of shares a little past 1.
+  z = NORMAL_QUANTILE
+  # 1. Rounding may carry a sum of shares a little past 1, hence the clip. 2. With unequal weights,
+  # 1 / Σ share² is the effective number of trials (Kish).
   share, count = float(np.clip(share_B @ value_B, 0, 1)), 1 / float(share_B @ share_B)
-  centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
-  half = Z / (1 + Z**2 / count) * math.sqrt(share * (1 - share) / count + (Z / (2 * count)) ** 2)
+  centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+  half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
   return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def _shares(value_B: np.ndarray, weight_B: np.ndarray | None) -> np.ndarray:
+  """Returns weights that sum to 1; None means equal weights."""
   weight_B = np.ones(len(value_B)) if weight_B is None else np.asarray(weight_B, np.float64)
   if not weight_B.sum() > 0:
     raise UserError("nothing to evaluate: no pair or prompt with a positive weight")
@@ -71,7 +82,19 @@ def preference_metrics(
   loss_B: np.ndarray,
   weight_B: np.ndarray | None = None,
 ) -> dict[str, Estimate]:
-  """How a policy tells chosen from rejected answers; rewards are β log π/π_ref, a tie one half."""
+  """Computes how well a policy's rewards β log π/π_ref separate chosen from rejected completions.
+
+  Args:
+    policy, reference: summed log-probs, in nats.
+    beta: β, in reward units per nat.
+    loss_B: loss of each pair.
+    weight_B: weight of each pair; None means 1 for all.
+
+  Returns:
+    Estimates of `accuracy` (a margin of 0 counts one half), `margin`, `chosen_reward`,
+    `rejected_reward`, in reward units, and `loss`.
+  """
+  # The order is important, as in `losses.paired.margins`: policy minus reference comes first.
   chosen_B = beta * (np.asarray(policy.chosen_B) - np.asarray(reference.chosen_B))
   rejected_B = beta * (np.asarray(policy.rejected_B) - np.asarray(reference.rejected_B))
   margin_B = chosen_B - rejected_B
@@ -88,7 +111,12 @@ def preference_metrics(
 
 
 def wins(policy_XS: np.ndarray, reference_XR: np.ndarray) -> np.ndarray:
-  """Share of (policy sample, reference sample) that the policy wins, ties as one half: [X]."""
+  """Computes the share of pairs (policy sample, reference sample) that the policy wins: [X].
+
+  A tie counts one half.
+  """
+  # All pairs of samples of a prompt, not only those of equal index: less variance from the same
+  # samples.
   difference_XSR = policy_XS[:, :, None] - reference_XR[:, None, :]
   return ((np.sign(difference_XSR) + 1) / 2).mean((1, 2))
 
@@ -96,25 +124,27 @@ def wins(policy_XS: np.ndarray, reference_XR: np.ndarray) -> np.ndarray:
 def sampled_metrics(
   policy_XS: np.ndarray, reference_XR: np.ndarray, log_ratio_XS: np.ndarray
 ) -> dict[str, Estimate]:
-  """Reward and distance of a policy from samples of it and of its reference on the same prompts.
-
-  Samples of one prompt are averaged first: the prompts are what is independent.
+  """Computes reward, win rate and KL of a policy from samples of it and of its reference.
 
   Args:
-    policy_XS: true rewards of the policy's samples.
-    reference_XR: those of the reference's.
-    log_ratio_XS: log π(y|x) - log π_ref(y|x) of the policy's samples, in nats; its mean is
-      KL(π ‖ π_ref) over whole answers.
+    policy_XS: true rewards of the policy's samples for each prompt.
+    reference_XR: true rewards of the reference's samples for the same prompts.
+    log_ratio_XS: log π(y|x) - log π_ref(y|x) of the policy's samples, in nats. Its mean estimates
+      KL(π ‖ π_ref) over whole completions.
   """
+  # Samples of one prompt are averaged first: prompts are independent, samples of a prompt are not.
   return {
     "reward_policy": mean_estimate(policy_XS.mean(1)),
     "reward_reference": mean_estimate(reference_XR.mean(1)),
+    # A normal interval of a share may reach beyond 0 and 1. Wilson's does not apply: per-prompt win
+    # rates are not trials of 0 or 1.
     "win_rate": _clipped(mean_estimate(wins(policy_XS, reference_XR)), 0.0, 1.0),
     "kl": mean_estimate(log_ratio_XS.mean(1)),
   }
 
 
 def _clipped(estimate: Estimate, low: float, high: float) -> Estimate:
+  """Limits the mean and the interval to [low, high]."""
   return Estimate(*(float(np.clip(x, low, high)) for x in estimate))
 
 
@@ -122,13 +152,13 @@ def _clipped(estimate: Estimate, low: float, high: float) -> Estimate:
 
 
 class Frontier(NamedTuple):
-  """The best trade of reward for distance, prompt by prompt; β falls along F, from infinity.
+  """The best possible reward at each KL, per prompt; β falls along F, from infinity.
 
   Attributes:
-    beta_F: reward units per nat.
-    reward_XF: E[r] under π* of this β.
-    kl_XF: KL(π* ‖ π_ref), nats.
-    effective_XF: effective number of samples behind them.
+    beta_F: values of β, in reward units per nat.
+    reward_XF: E[r] under π* of this β, in reward units.
+    kl_XF: KL(π* ‖ π_ref), in nats.
+    effective_XF: effective number of samples that the two are estimated from.
   """
 
   beta_F: np.ndarray
@@ -137,44 +167,53 @@ class Frontier(NamedTuple):
   effective_XF: np.ndarray
 
   def reward_at(self, kl: float) -> float:
-    """The highest mean reward of any policy `kl` nats from the reference, by interpolation.
+    """Interpolates the highest mean reward of any policy at a KL of `kl` nats.
 
-    Beyond the last β it stays at that β's reward: compare `kl` with `reach`.
+    Beyond the KL of the last β it returns that β's reward, which is a lower bound; compare `kl`
+    with `reach`.
     """
     return float(np.interp(kl, self.kl_XF.mean(0), self.reward_XF.mean(0)))
 
   def effective_at(self, kl: float) -> float:
-    """Effective samples a prompt behind `reward_at(kl)`."""
+    """Interpolates the effective samples per prompt that `reward_at(kl)` is estimated from."""
     return float(np.interp(kl, self.kl_XF.mean(0), self.effective_XF.mean(0)))
 
   @property
   def reach(self) -> float:
-    """The KL up to which at least `MIN_EFFECTIVE` effective samples a prompt stand behind it."""
+    """The largest KL, in nats, with at least `MIN_EFFECTIVE` effective samples per prompt."""
     enough_F = self.effective_XF.mean(0) >= MIN_EFFECTIVE
     return float(self.kl_XF.mean(0)[enough_F].max(initial=0.0))
 
 
+# From nearly the reference, β = 50, to nearly the best completion alone, β = 0.1, at equal ratios.
 BETAS = tuple(np.geomspace(50.0, 0.1, 64).tolist())
 
 
 def exact_frontier(reward_XS: np.ndarray, betas: Sequence[float] = BETAS) -> Frontier:
-  """(E[r], KL) of π* ∝ π_ref exp(r/β) by self-normalised importance weights.
+  """Estimates E[r] and KL of π* ∝ π_ref exp(r/β) by self-normalized importance sampling.
 
-    w_s ∝ exp(r_s/β),  E[r] = Σ w_s r_s,  KL = Σ w_s log(S w_s),  effective samples 1/Σ w_s²
+    w_k ∝ exp(r_k/β),  E[r] = Σ w_k r_k,  KL = Σ w_k log(K w_k),  effective samples 1/Σ w_k²
 
-  With one β for all prompts this is the frontier of the two means over prompts. Few effective
-  samples bias both down together, along the frontier, so that E[r] at a given KL suffers little.
+  With one β for all prompts, it is the frontier of mean reward against mean KL over prompts. Few
+  effective samples bias both down together, along the frontier, so E[r] at a given KL changes
+  little.
 
   Args:
-    reward_XS: true rewards of S samples of the reference for each of X prompts.
-    betas: positive, any order; infinity, the reference itself, is put before them.
+    reward_XS: true rewards of K samples of the reference for each of X prompts.
+    betas: values of β > 0, in any order. Infinity, the reference itself, is added before them.
+
+  Raises:
+    UserError: a β is not above 0.
   """
+  # Falling β, so that KL rises along F: np.interp needs rising points.
   beta_F = np.concatenate([[np.inf], np.sort(np.asarray(betas, np.float64))[::-1]])
   if not beta_F[-1] > 0:
     raise UserError(f"β is {beta_F[-1]}; a frontier needs β above 0")
   curves = []
   for beta in beta_F:
+    # At β = inf all weights are equal, as r/β is 0: the reference itself.
     log_w_XS = reward_XS / beta
+    # The largest is subtracted before exp: r/β may be in the thousands.
     log_w_XS = log_w_XS - log_w_XS.max(1, keepdims=True)
     log_w_XS -= np.log(np.exp(log_w_XS).sum(1, keepdims=True))
     w_XS = np.exp(log_w_XS)
@@ -192,38 +231,50 @@ def fraction_of_gain(
   resamples: int = 1000,
   seed: int = 0,
 ) -> Estimate:
-  """The policy's gain in reward over the frontier's at the policy's KL; 1 is the best there is.
+  """Computes the policy's gain in reward, divided by the frontier's gain at the policy's KL.
 
   Args:
     policy_X: mean true reward of the policy on each prompt.
-    reference_X: that of the reference.
-    kl_X: mean log-ratio of the policy's samples, nats.
-    frontier: from samples of the reference, on these prompts or some of them.
-    resamples: of prompts, for the bootstrap interval.
-    seed: of the resampling.
+    reference_X: mean true reward of the reference on each prompt.
+    kl_X: mean log-ratio of the policy's samples, in nats.
+    frontier: estimated from samples of the reference, on these prompts or some of them.
+    resamples: number of bootstrap samples of the prompts, for the interval.
+    seed: random seed of the bootstrap.
 
   Returns:
-    The fraction; not a number where the policy is no distance from the reference.
+    The fraction, 1 for an optimal policy; nan if the policy's KL is not above 0.
   """
   rng = np.random.default_rng(seed)
-  fraction = lambda x, on: _fraction(
-    policy_X[x].mean(), reference_X[x].mean(), kl_X[x].mean(), _of_prompts(frontier, on)
-  )
-  everyone, measured = np.arange(len(policy_X)), np.arange(len(frontier.kl_XF))
-  draws = [
-    fraction(rng.choice(everyone, len(everyone)), rng.choice(measured, len(measured)))
+
+  def fraction(x: np.ndarray, on: np.ndarray) -> float:
+    return _fraction_at(
+      policy_X[x].mean(), reference_X[x].mean(), kl_X[x].mean(), _select_prompts(frontier, on)
+    )
+
+  # Prompts are resampled, not completions: they are the independent units. The frontier's prompts
+  # are resampled separately, because they may be fewer.
+  prompts, measured = np.arange(len(policy_X)), np.arange(len(frontier.kl_XF))
+  resampled = [
+    fraction(rng.choice(prompts, len(prompts)), rng.choice(measured, len(measured)))
     for _ in range(resamples)
   ]
-  low, high = np.nanquantile(draws, [0.025, 0.975]) if np.isfinite(draws).any() else [np.nan] * 2
-  return Estimate(fraction(everyone, measured), float(low), float(high))
+  # A resample whose KL or best gain is not above 0 gives nan and is left out of the interval.
+  low, high = np.nan, np.nan
+  if np.isfinite(resampled).any():
+    low, high = np.nanquantile(resampled, [0.025, 0.975])
+  return Estimate(fraction(prompts, measured), float(low), float(high))
 
 
-def _of_prompts(frontier: Frontier, x: np.ndarray) -> Frontier:
+def _select_prompts(frontier: Frontier, x: np.ndarray) -> Frontier:
+  """Returns the frontier of the prompts with these indices."""
   return Frontier(
     frontier.beta_F, frontier.reward_XF[x], frontier.kl_XF[x], frontier.effective_XF[x]
   )
 
 
-def _fraction(policy: float, reference: float, kl: float, frontier: Frontier) -> float:
+def _fraction_at(policy: float, reference: float, kl: float, frontier: Frontier) -> float:
+  """Divides the gain in reward by the best gain at this KL; nan unless KL and best gain are > 0."""
+  # The gain is measured from the policy's own reference samples, not from the frontier's first
+  # point, whose samples and prompts are others.
   best = frontier.reward_at(kl) - reference
   return float((policy - reference) / best) if kl > 0 and best > 0 else float("nan")

@@ -1,6 +1,7 @@
-"""What a trained model is worth: scored on held-out pairs, sampled on unseen prompts.
+"""Evaluation of a trained model: preference metrics on held-out pairs, and samples under a reward.
 
-X lists prompts, S samples of a prompt.
+A model is compared with its reference. Samples are scored by a known reward, and the reward that
+they gain is compared with the best possible gain at the same KL.
 """
 
 from __future__ import annotations
@@ -41,41 +42,50 @@ Json = dict[str, Any]
 
 
 class Scores(NamedTuple):
-  """Log-probs of K answers to each of B prompts, in nats, and how many tokens they sum."""
+  """Scores of K completions to each of B prompts.
+
+  Attributes:
+    logp_BK: log π(y|x) of every completion, summed over its tokens, in nats.
+    tokens_BK: tokens of every completion.
+  """
 
   logp_BK: np.ndarray
   tokens_BK: np.ndarray
 
   def pairs(self) -> PairLogps:
-    """The first answer as chosen, the second as rejected."""
+    """Returns the first completion as chosen and the second as rejected; K must be 2."""
     return PairLogps(*self.logp_BK.T, *self.tokens_BK.T)
 
 
+# Cached by configuration, which is hashable: jit compiles once per function object.
 @functools.cache
 def scorer(config: ModelConfig) -> Callable[..., Scores]:
-  """The score function of all models of one shape: policy and reference share its compilation."""
+  """Returns the score function of a model shape, compiled once for policy and reference."""
   return make_scorer(transformer.build(config))
 
 
 def make_scorer(model: Model, *, batch_size: int = 64) -> Callable[..., Scores]:
-  """The production log-probs as score(params, examples) -> Scores.
+  """Makes a function score(params, examples) -> Scores from the production log-probs.
 
   Args:
     model: the language model.
-    batch_size: examples at a time; all of a call share one number K of answers.
+    batch_size: examples per batch. All examples of a call must have the same number K of
+      completions.
   """
   logps_fn = jax.jit(logprobs.make_logps_fn(model))
 
   def score(params: PyTree, examples: Sequence[Example]) -> Scores:
+    # Rows of a file may have been dropped, so examples get their place in the list as their row.
     numbered = [example._replace(row=i) for i, example in enumerate(examples)]
     completions = len(examples[0].completions)
+    # nan, so that an example that no batch contained cannot pass for a scored one.
     logp_BK = np.full((len(examples), completions), np.nan)
     for batch in batches.eval_batches(numbered, batch_size=batch_size):
-      row_XK = batch.row_NS.reshape(-1, completions)
-      logp_XK = np.asarray(logps_fn(params, batch), np.float64).reshape(-1, completions)
-      filled_X = row_XK[:, 0] >= 0
-      logp_BK[row_XK[filled_X, 0]] = logp_XK[filled_X]
-    tokens = [[len(answer) for answer in example.completions] for example in examples]
+      row_BK = batch.row_NS.reshape(-1, completions)
+      batch_logp_BK = np.asarray(logps_fn(params, batch), np.float64).reshape(-1, completions)
+      present_B = row_BK[:, 0] >= 0  # the others are padding of the batch
+      logp_BK[row_BK[present_B, 0]] = batch_logp_BK[present_B]
+    tokens = [[len(completion) for completion in example.completions] for example in examples]
     return Scores(logp_BK, np.array(tokens))
 
   return score
@@ -84,15 +94,21 @@ def make_scorer(model: Model, *, batch_size: int = 64) -> Callable[..., Scores]:
 # --- Pairs ----------------------------------------------------------------------------------------
 
 
-def objective(name: str, beta: float | None = None) -> Loss:
-  """A loss of pairs by name; rewards are told in β, which is the loss's own unless given."""
+def resolve_pair_loss(name: str, beta: float | None = None) -> Loss:
+  """Resolves a loss of pairs by name.
+
+  Args:
+    name: a name or weighted sum, as in `losses.resolve`.
+    beta: β of the loss, if it has one, and of the reported rewards; None takes the loss's default.
+  """
   names = [part.rpartition("*")[2].strip() for part in name.split("+")]
-  takes = beta is not None and any(
+  takes_beta = beta is not None and any(
     "beta" in losses.arguments(part) for part in names if part in losses.LOSSES
   )
-  loss = losses.resolve(name, **({"beta": beta} if takes else {}))
+  loss = losses.resolve(name, **({"beta": beta} if takes_beta else {}))
   if loss.kind != "pairs":
     raise UserError(f"loss {name!r} is not computed from pairs; name a loss of pairs")
+  # A loss without β still reports rewards, in the β that was asked for.
   return loss if beta is None else dataclasses.replace(loss, beta=beta)
 
 
@@ -103,7 +119,14 @@ def read_pairs(
   *,
   max_length: int | None = None,
 ) -> list[Example]:
-  """The pairs of a file in the policy's tokens, known to fit both; says what was left out."""
+  """Reads the pairs of a file as tokens, and reports dropped and truncated rows on stderr.
+
+  Raises:
+    UserError: policy and reference differ in tokenizer or vocabulary, or a pair is longer than the
+      positions of a model.
+  """
+  # The order is important: 1. tokenizers, 2. vocabularies, 3. lengths. Lengths mean nothing in the
+  # tokens of another tokenizer.
   models = [policy] if reference is None else [policy, reference]
   if reference is not None and not policy.tokenizer.same_ids(reference.tokenizer):
     raise UserError(
@@ -119,69 +142,75 @@ def read_pairs(
   for model in models:
     check_positions(examples, lengths(examples), model.config)
   if ledger.dropped or ledger.truncated:
+    # On stderr: stdout may carry the results of a command.
     print(encode.tell(path, ledger.to_json()), file=sys.stderr)
   return examples
 
 
-def losses_of(
-  ask: Loss, policy: PairLogps, reference: PairLogps, examples: Sequence[Example]
+def pair_losses(
+  loss: Loss, policy: PairLogps, reference: PairLogps, examples: Sequence[Example]
 ) -> np.ndarray:
-  """The loss of every pair, with what the rows say of it.
+  """Computes the loss of every pair, with the scores and weights of its example: [B].
 
   Raises:
-    UserError: the loss reads by how much the chosen answer is better, and the rows do not say.
+    UserError: the loss reads the difference of scores, and the examples have no scores.
   """
-  if ask.reads("margin_B") and not examples[0].scores:
+  if loss.reads("margin_B") and not examples[0].scores:
     raise UserError(
-      f"loss {ask.name!r} reads by how much the chosen answer is better, and the rows do not say;"
-      " give them a field margin, or chosen_score and rejected_score"
+      f"loss {loss.name!r} reads by how much the chosen completion is better, and the rows have no"
+      " scores; give them a field margin, or chosen_score and rejected_score"
     )
+  # Without scores the differences are 0, and the loss reads none of them.
   scores = [example.scores or (0.0, 0.0) for example in examples]
   margin_B = np.array([chosen - rejected for chosen, rejected in scores])
   weight_B = np.array([example.weight for example in examples])
-  return np.asarray(ask(policy, reference, margin_B=margin_B, weight_B=weight_B))
+  return np.asarray(loss(policy, reference, margin_B=margin_B, weight_B=weight_B))
 
 
-def score_rows(
+def score_pairs(
   policy: LanguageModel,
   reference: LanguageModel | None,
   examples: Sequence[Example],
-  ask: Loss,
+  loss: Loss,
 ) -> list[Json]:
-  """One object a pair: its data row, log-probs in nats, token counts.
+  """Returns one JSON object per pair: its row in the file, log-probs in nats, token counts.
 
-  With a reference also implicit rewards and the loss.
+  With a reference, it also contains the reference's log-probs, implicit rewards and the loss.
   """
-  ours = scorer(policy.config)(policy.params, examples).pairs()
+  policy_logps = scorer(policy.config)(policy.params, examples).pairs()
   columns = {
     "row": np.array([example.row for example in examples]),
-    "chosen_logp": ours.chosen_B,
-    "rejected_logp": ours.rejected_B,
-    "chosen_tokens": ours.chosen_tokens_B,
-    "rejected_tokens": ours.rejected_tokens_B,
+    "chosen_logp": policy_logps.chosen_B,
+    "rejected_logp": policy_logps.rejected_B,
+    "chosen_tokens": policy_logps.chosen_tokens_B,
+    "rejected_tokens": policy_logps.rejected_tokens_B,
   }
   if reference is not None:
-    theirs = scorer(reference.config)(reference.params, examples).pairs()
+    reference_logps = scorer(reference.config)(reference.params, examples).pairs()
     columns |= {
-      "ref_chosen_logp": theirs.chosen_B,
-      "ref_rejected_logp": theirs.rejected_B,
-      "chosen_reward": ask.beta * (ours.chosen_B - theirs.chosen_B),
-      "rejected_reward": ask.beta * (ours.rejected_B - theirs.rejected_B),
-      "loss": losses_of(ask, ours, theirs, examples),
+      "ref_chosen_logp": reference_logps.chosen_B,
+      "ref_rejected_logp": reference_logps.rejected_B,
+      "chosen_reward": loss.beta * (policy_logps.chosen_B - reference_logps.chosen_B),
+      "rejected_reward": loss.beta * (policy_logps.rejected_B - reference_logps.rejected_B),
+      "loss": pair_losses(loss, policy_logps, reference_logps, examples),
     }
+  # tolist: JSON takes Python numbers, not numpy scalars.
   values = zip(*(column.tolist() for column in columns.values()), strict=True)
   return [dict(zip(columns, row, strict=True)) for row in values]
 
 
-def on_pairs(
-  policy: LanguageModel, reference: LanguageModel, examples: Sequence[Example], ask: Loss
+def evaluate_pairs(
+  policy: LanguageModel, reference: LanguageModel, examples: Sequence[Example], loss: Loss
 ) -> Json:
-  """Accuracy, margins and loss of held-out pairs, with intervals, as `eval_…`."""
-  scores = [scorer(model.config)(model.params, examples).pairs() for model in (policy, reference)]
+  """Computes accuracy, margins and loss of held-out pairs, with 95% intervals, as `eval_…`."""
+  policy_logps, reference_logps = (
+    scorer(model.config)(model.params, examples).pairs() for model in (policy, reference)
+  )
   estimates = preference_metrics(
-    *scores,
-    beta=ask.beta,
-    loss_B=losses_of(ask, *scores, examples),
+    policy_logps,
+    reference_logps,
+    beta=loss.beta,
+    loss_B=pair_losses(loss, policy_logps, reference_logps, examples),
     weight_B=np.array([example.weight for example in examples]),
   )
   return {"pairs": len(examples)} | _plain(
@@ -192,7 +221,7 @@ def on_pairs(
 # --- Samples --------------------------------------------------------------------------------------
 
 
-def on_samples(
+def evaluate_samples(
   policy: LanguageModel,
   reference: LanguageModel,
   prompts: Sequence[Any],
@@ -205,28 +234,32 @@ def on_samples(
   seed: int,
   shown: int = 12,
 ) -> Json:
-  """Reward, win rate and KL of a policy, and its share of what was possible at that KL.
+  """Computes reward, win rate and KL of a policy, and its share of the best possible gain.
 
   Args:
     policy, reference: models of one vocabulary.
     prompts: texts or lists of messages.
     reward: the true reward.
-    num: answers of either to every prompt.
-    frontier_prompts, frontier_samples: how many answers of the reference the frontier rests on.
-    max_tokens: of an answer.
-    seed: of the samples.
-    shown: prompts whose first answers are kept side by side.
+    num: completions per prompt, of policy and of reference.
+    frontier_prompts, frontier_samples: prompts, and completions of the reference per prompt, from
+      which the frontier is estimated.
+    max_tokens: most tokens of a completion.
+    seed: random seed of the samples.
+    shown: prompts whose first completions are returned side by side.
   """
-  # Three seeds, so that nothing sampled for one purpose is sampled again for another.
-  take = functools.partial(rollouts.sample, reward=reward, max_tokens=max_tokens)
-  ours = take(policy, prompts, num=num, seed=3 * seed)
-  theirs = take(reference, prompts, num=num, seed=3 * seed + 1)
-  many = take(reference, prompts[:frontier_prompts], num=frontier_samples, seed=3 * seed + 2)
+  # Three seeds, for three independent sets: with one seed, the frontier would be estimated from the
+  # very samples of the reference that it is compared with.
+  sample = functools.partial(rollouts.sample, reward=reward, max_tokens=max_tokens)
+  ours = sample(policy, prompts, num=num, seed=3 * seed)
+  theirs = sample(reference, prompts, num=num, seed=3 * seed + 1)
+  many = sample(reference, prompts[:frontier_prompts], num=frontier_samples, seed=3 * seed + 2)
+  # Both models score the policy's samples: KL(π ‖ π_ref) is an expectation under the policy.
   examples = ours.examples()
   logps = [scorer(x.config)(x.params, examples).logp_BK for x in (policy, reference)]
   log_ratio_XS = logps[0] - logps[1]
 
   estimates = sampled_metrics(ours.reward_XS, theirs.reward_XS, log_ratio_XS)
+  # The frontier needs many samples per prompt, and so may rest on fewer prompts.
   frontier = exact_frontier(many.reward_XS)
   estimates["fraction_of_frontier_gain"] = fraction_of_gain(
     ours.reward_XS.mean(1), theirs.reward_XS.mean(1), log_ratio_XS.mean(1), frontier
@@ -245,7 +278,7 @@ def on_samples(
 
 
 def _curve(frontier: Frontier) -> list[Json]:
-  """The frontier as far as its samples reach; β is null where it is infinite."""
+  """Returns the points of the frontier up to its reach; an infinite β becomes null."""
   points = zip(
     frontier.beta_F,
     frontier.kl_XF.mean(0),
@@ -256,11 +289,12 @@ def _curve(frontier: Frontier) -> list[Json]:
   return [
     {"beta": _number(beta), "kl": float(kl), "reward": float(reward), "effective_samples": float(n)}
     for beta, kl, reward, n in points
-    if kl <= frontier.reach
+    if kl <= frontier.reach  # beyond it, too few effective samples are left
   ]
 
 
 def _side_by_side(ours: Rollout, theirs: Rollout, count: int) -> list[Json]:
+  """Lists the first completion of policy and reference to each of the first prompts."""
   return [
     {
       "prompt": prompt,
@@ -277,12 +311,12 @@ def _side_by_side(ours: Rollout, theirs: Rollout, count: int) -> list[Json]:
 
 
 def _number(value: float) -> float | None:
-  """A float for JSON, which has none that is not finite."""
+  """Returns a float for JSON, or None if it is not finite: JSON has no nan and no infinity."""
   return float(value) if math.isfinite(value) else None
 
 
 def _plain(estimates: dict[str, Estimate]) -> Json:
-  """name: mean, and name_interval: [low, high] or null."""
+  """Returns {name: mean, name_interval: [low, high] or None} of every estimate."""
   out: Json = {}
   for name, (mean, low, high) in estimates.items():
     out[name] = _number(mean)
@@ -290,11 +324,11 @@ def _plain(estimates: dict[str, Estimate]) -> Json:
   return out
 
 
-_ROWS = (  # key, what it is called, how it is written
+_SUMMARY_ROWS = (  # key of the summary, label, format
   ("reward_reference", "mean true reward, reference", "{:.3f}"),
   ("reward_policy", "mean true reward, policy", "{:.3f}"),
   ("win_rate", "win rate against the reference", "{:.1%}"),
-  ("kl", "KL(π ‖ π_ref), nats an answer", "{:.3f}"),
+  ("kl", "KL(π ‖ π_ref), nats per completion", "{:.3f}"),
   ("frontier_reward_at_kl", "best possible reward at this KL", "{:.3f}"),
   ("fraction_of_frontier_gain", "share of the best possible gain", "{:.1%}"),
   ("eval_accuracy", "accuracy on held-out pairs", "{:.1%}"),
@@ -303,14 +337,15 @@ _ROWS = (  # key, what it is called, how it is written
 )
 
 
-def show(summary: Json, shown: int) -> None:
-  """Prints one table of a summary, and some samples of both models side by side."""
+def print_summary(summary: Json, shown: int) -> None:
+  """Prints the table of a summary, and samples of both models side by side."""
+  # Imported here: rich is needed for the terminal only.
   from rich.console import Console
   from rich.table import Table
 
   console = Console()
   table = Table("", "value", "95% interval", title="On unseen data", title_justify="left")
-  for key, label, form in _ROWS:
+  for key, label, form in _SUMMARY_ROWS:
     if summary.get(key) is not None:
       interval = summary.get(f"{key}_interval")
       within = " to ".join(form.format(x) for x in interval) if interval else ""
@@ -323,5 +358,6 @@ def show(summary: Json, shown: int) -> None:
     )
   for sample in summary.get("samples", [])[:shown]:
     console.print(f"\n[bold]{sample['prompt']}[/bold]")
+    # highlight=False: rich would colour numbers and quotes inside the samples.
     for who in ("reference", "policy"):
       console.print(f"  {who:<9} {sample[who + '_reward']:+.2f} {sample[who]}", highlight=False)

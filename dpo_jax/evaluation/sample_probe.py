@@ -1,6 +1,7 @@
-"""What a policy writes while it is trained: a few sampled answers, and numbers of them.
+"""Samples a policy during training and measures the samples: KL, entropy, diversity, length.
 
-Pairs show how likely the policy finds given answers; only its own samples show what it has become.
+Metrics of pairs show how likely the policy finds given completions. Only its own samples show what
+it generates.
 """
 
 from __future__ import annotations
@@ -34,43 +35,46 @@ def make_probe(
   batch_size: int = 64,
   dtype: str = "float32",
 ) -> Probe:
-  """A function (params, reference) -> facts of answers sampled from the policy at temperature 1.
+  """Makes a function (params, reference) -> metrics of completions sampled at temperature 1.
 
-  Its prompts and random numbers are the same at every call, so that what changes is the policy.
-  Policy and reference share one compiled function, and all calls one shape.
+  Prompts and random numbers are the same at every call, so that only the policy changes. Policy and
+  reference share one compiled function, and all calls have the same shapes.
 
   Args:
-    config: the model's.
-    logps_fn: (params, batch) -> logps_NS, nats, as training has it.
-    examples: whose prompts are answered, in turn and each of them once before any of them twice.
-    samples: answers.
-    eos_ids: an answer ends with the first of these.
-    max_tokens: most tokens of an answer; 0 is the longest answer of the examples.
-    seed: of the random numbers.
-    batch_size: answers at a time.
-    dtype: of activations while sampling.
+    config: architecture of the model.
+    logps_fn: (params, batch) -> logps_NS, in nats, as in training.
+    examples: the source of the prompts. Every prompt is used once before any is used twice.
+    samples: number of completions.
+    eos_ids: end tokens; a completion ends with the first of them.
+    max_tokens: most tokens of a completion; 0 takes the longest completion of the examples.
+    seed: random seed of the samples.
+    batch_size: completions per batch.
+    dtype: type of activations while sampling.
 
   Returns:
-    probe(params, reference), of trees that are not divided among devices, nor have a device axis.
-    Without a reference (None) there is no `kl`. Its facts, NaN where nothing is counted:
+    probe(params, reference), for parameter trees that are neither divided among devices nor have a
+    device axis. With None for the reference, the metrics contain no KL. A metric is nan where
+    nothing is counted:
 
-      sampled/kl            mean of log π/π_ref over whole answers: KL(π ‖ π_ref), nats
-      sampled/kl_per_token  the same over tokens, nats a token
-      sampled/entropy       mean of -log π over tokens, nats a token
-      sampled/distinct_2    distinct share of all bigrams; it falls with `samples` too
-      sampled/repetition    share of 4-grams that occurred before in their answer
-      sampled/tokens        mean length of an answer, end token included
-      sampled/ended         share of answers that ended; the others were cut at `max_tokens`
+      sampled/kl            mean of log π/π_ref per completion: KL(π ‖ π_ref), in nats
+      sampled/kl_per_token  mean of log π/π_ref per token, in nats per token
+      sampled/entropy       mean of -log π per token, in nats per token
+      sampled/distinct_2    share of distinct bigrams among all; it also falls with `samples`
+      sampled/repetition    share of 4-grams that occurred before in their completion
+      sampled/tokens        mean tokens of a completion, end token included
+      sampled/ended         share of completions that ended; the others were cut at `max_tokens`
 
   Raises:
-    UserError: fewer than one sample, no example, or no prompt that leaves room for an answer.
+    UserError: `samples` is below 1, there is no example, or no prompt leaves positions for a
+      completion.
   """
   if samples < 1:
-    raise UserError(f"samples is {samples}; a probe needs 1 answer or more")
+    raise UserError(f"samples is {samples}; a probe needs 1 sample or more")
   if not examples:
     raise UserError("there is no held-out example to take prompts from; set some aside")
   max_tokens = max_tokens or max(len(ids) for example in examples for ids in example.completions)
   prompts = _prompts(examples, samples, max_tokens, config)
+  # One shape for all calls, so that nothing compiles again during training.
   size = min(batch_size, samples)
   rows = {
     "layout": "padded",
@@ -78,7 +82,7 @@ def make_probe(
     "sizes": collate.Sizes(rows=size, rows_step=size, scored=max_tokens, slots=1),
   }
   score = functools.partial(_score, jax.jit(logps_fn), rows)
-  answer = functools.partial(
+  generate = functools.partial(
     sampler.generate,
     config,
     prompts=prompts,
@@ -90,19 +94,23 @@ def make_probe(
   )
 
   def probe(params: PyTree, reference: PyTree | None) -> dict[str, float]:
-    # One device is enough, and a tree that several hold would make all of them do the same.
-    here = jax.local_devices()[0]
-    params, reference = jax.device_put((params, reference), here)
-    completions = [ids for (ids,) in answer(params)]
-    array = lambda ids: np.asarray(ids, np.int32)
-    sampled = [Example(array(x), (array(y),)) for x, y in zip(prompts, completions, strict=True)]
+    # One device is enough. Parameters on several devices would make all of them compute the same.
+    device = jax.local_devices()[0]
+    params, reference = jax.device_put((params, reference), device)
+    completions = [ids for (ids,) in generate(params)]
+    sampled = [
+      Example(np.asarray(prompt, np.int32), (np.asarray(completion, np.int32),))
+      for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    # The policy's log-probs are computed anew: sampling uses the cache and `dtype`, which round
+    # otherwise, and the KL is a small difference.
     policy_B, tokens = score(params, sampled), sum(map(len, completions))
-    found = {}
+    facts = {}
     if reference is not None:
       ratio_B = policy_B - score(reference, sampled)
-      found = {"kl": ratio_B.mean(), "kl_per_token": ratio_B.sum() / tokens}
-    found |= text_facts(completions, eos_ids) | {"entropy": -policy_B.sum() / tokens}
-    return {f"sampled/{name}": float(value) for name, value in found.items()}
+      facts = {"kl": ratio_B.mean(), "kl_per_token": ratio_B.sum() / tokens}
+    facts |= text_facts(completions, eos_ids) | {"entropy": -policy_B.sum() / tokens}
+    return {f"sampled/{name}": float(value) for name, value in facts.items()}
 
   return probe
 
@@ -110,42 +118,48 @@ def make_probe(
 def _score(
   forward: logprobs.LogpsFn, rows: dict[str, Any], params: PyTree, sampled: Sequence[Example]
 ) -> np.ndarray:
-  """Log-probs of whole answers, nats, so many rows at a time as `rows` has."""
+  """Computes log-probs of whole completions, in nats: [B]. Batches have the size in `rows`."""
   size = rows["sizes"].rows
+  # The last part has fewer rows than `size`; collate fills it up, and the rows behind are cut off.
   parts = [sampled[i : i + size] for i in range(0, len(sampled), size)]
-  found = [forward(params, collate.collate(part, **rows))[: len(part), 0] for part in parts]
-  return np.concatenate(found).astype(np.float64)
+  facts = [forward(params, collate.collate(part, **rows))[: len(part), 0] for part in parts]
+  # float64 for the sums over samples.
+  return np.concatenate(facts).astype(np.float64)
 
 
 def _prompts(
   examples: Sequence[Example], samples: int, max_tokens: int, config: ModelConfig
 ) -> list[list[int]]:
-  """So many prompts: the different ones that leave room for an answer, in order, over and over."""
+  """Lists `samples` prompts that leave positions for a completion, distinct ones first."""
   room = config.max_positions - max_tokens if config.positions == "learned" else None
-  different = dict.fromkeys(tuple(example.prompt.tolist()) for example in examples)
-  fitting = [list(ids) for ids in different if room is None or len(ids) <= room]
-  if not fitting:
+  # A dict keeps the order of first occurrence, so the choice does not depend on hashes. Preference
+  # data repeats prompts.
+  distinct_prompts = dict.fromkeys(tuple(example.prompt.tolist()) for example in examples)
+  fitting_prompts = [list(ids) for ids in distinct_prompts if room is None or len(ids) <= room]
+  if not fitting_prompts:
     raise UserError(
-      f"no held-out prompt leaves room for an answer of {max_tokens} tokens in the model's"
-      f" {config.max_positions} positions; sample shorter answers"
+      f"no held-out prompt leaves room for a completion of {max_tokens} tokens in the model's"
+      f" {config.max_positions} positions; sample shorter completions"
     )
-  # A sample's random numbers come from its place in the list: a prompt repeated is answered anew.
-  return [fitting[i % len(fitting)] for i in range(samples)]
+  # A sample's random numbers depend on its place in the list, so a repeated prompt gets another
+  # completion.
+  return [fitting_prompts[i % len(fitting_prompts)] for i in range(samples)]
 
 
-# -- answers as text -----------------------------------------------------------------------------
+# --- metrics of the sampled tokens ----------------------------------------------------------------
 
 
 def text_facts(completions: Sequence[Sequence[int]], eos_ids: Sequence[int]) -> dict[str, float]:
-  """Diversity, repetition and length of answers; the end token is no part of an n-gram."""
+  """Computes diversity, repetition and length of completions; n-grams exclude the end token."""
+  # A completion that was cut at `max_tokens` has no end token to remove.
   ended = [bool(ids) and ids[-1] in eos_ids for ids in completions]
   texts = [ids[: len(ids) - end] for ids, end in zip(completions, ended, strict=True)]
   bigrams = [gram for text in texts for gram in ngrams(text, 2)]
-  fours = [ngrams(text, 4) for text in texts]
+  fourgrams = [ngrams(text, 4) for text in texts]
   return {
     "distinct_2": _share(len(set(bigrams)), len(bigrams)),
     "repetition": _share(
-      sum(len(grams) - len(set(grams)) for grams in fours), sum(map(len, fours))
+      sum(len(grams) - len(set(grams)) for grams in fourgrams), sum(map(len, fourgrams))
     ),
     "tokens": _share(sum(map(len, completions)), len(completions)),
     "ended": _share(sum(ended), len(completions)),
@@ -153,9 +167,10 @@ def text_facts(completions: Sequence[Sequence[int]], eos_ids: Sequence[int]) -> 
 
 
 def ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
-  """All runs of n neighbours."""
+  """Lists all runs of n consecutive ids."""
   return list(zip(*(ids[i:] for i in range(n)), strict=False))
 
 
 def _share(part: int, whole: int) -> float:
+  """Returns part / whole, or nan if there is nothing to count."""
   return part / whole if whole else float("nan")

@@ -1,14 +1,16 @@
-"""Every objective, once: log-probabilities in, one number a pair out.
+"""All training losses, as pure functions from log-probabilities to one loss per pair.
 
-`LOSSES` names the functions; `resolve` binds arguments, adds modifiers and refuses what makes no
-sense. To add a loss: write the function (formula, units and source in its docstring), name it in
-`LOSSES`, test it by hand and against an oracle, and give it a row in the README's table.
+`LOSSES` maps names to functions. `resolve` binds arguments, adds modifiers, and refuses
+combinations that make no sense.
+
+To add a loss: write the function, with formula, units and source in its docstring; name it in
+`LOSSES`; test it by hand and against an oracle; add a row to the table in the documentation.
 """
 
 from dpo_jax.losses.registry import (
-  FREE,
   LOSSES,
-  OF_MARGIN,
+  MARGIN_LOSSES,
+  REFERENCE_FREE,
   Loss,
   arguments,
   kind_of,
@@ -18,9 +20,9 @@ from dpo_jax.losses.registry import (
 from dpo_jax.structs import PairLogps, RankedLogps, UnpairedLogps
 
 __all__ = [
-  "FREE",
   "LOSSES",
-  "OF_MARGIN",
+  "MARGIN_LOSSES",
+  "REFERENCE_FREE",
   "Loss",
   "PairLogps",
   "RankedLogps",

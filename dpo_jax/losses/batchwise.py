@@ -1,7 +1,7 @@
-"""Losses that see more than a pair: a ranking, an answer judged by itself, a whole batch.
+"""Losses of a whole batch, of unpaired completions, and of several completions to a prompt.
 
-Where a loss depends on the batch, that is the global batch: the caller hands over the log-probs of
-all micro-batches and devices at once.
+Where a loss depends on the batch, that is the global batch: the caller passes the log-probs of all
+micro-batches and devices in one call.
 """
 
 from __future__ import annotations
@@ -12,20 +12,26 @@ import jax.numpy as jnp
 from dpo_jax.losses.paired import log_ratios, smoothed_sigmoid
 from dpo_jax.structs import Array, PairLogps, RankedLogps, UnpairedLogps
 
-# --- the whole batch ------------------------------------------------------------------------------
+# --- losses of the whole batch --------------------------------------------------------------------
 
 
-def _ranked_together(first_B: Array, second_B: Array, weight_B: Array | None) -> Array:
-  """first - second, each sorted, as the pair that holds the rank in `first`: [B].
+def _sorted_differences(first_B: Array, second_B: Array, weight_B: Array | None) -> Array:
+  """Computes sort(first) - sort(second), each entry placed at the pair with that rank in `first`.
 
-  Pairs of weight 0 rank behind all others on both sides, and so only meet each other.
+  Pairs of weight 0 are sorted behind all others in both arrays, so they are subtracted only from
+  each other.
+
+  Returns:
+    difference_B, in the units of the inputs.
   """
   first_B, second_B = jnp.asarray(first_B), jnp.asarray(second_B)
   absent_B = jnp.zeros(first_B.shape, bool) if weight_B is None else jnp.asarray(weight_B) <= 0
+  # lexsort: the last key decides first, so `absent` comes before the value.
   order_B = jnp.lexsort((first_B, absent_B))
   partner_B = jnp.lexsort((second_B, absent_B))
-  gap_B = first_B[order_B] - second_B[partner_B]
-  return jnp.zeros_like(gap_B).at[order_B].set(gap_B)
+  difference_B = first_B[order_B] - second_B[partner_B]
+  # Undoes the sort of `first`, so that the loss of rank i is weighted with its own pair.
+  return jnp.zeros_like(difference_B).at[order_B].set(difference_B)
 
 
 def aot(
@@ -36,18 +42,19 @@ def aot(
   label_smoothing: float = 0.0,
   weight_B: Array | None = None,
 ) -> Array:
-  """AOT for pairs: the policy's margins as a distribution shall dominate the reference's.
+  """AOT for pairs: the distribution of the policy's margins should dominate the reference's.
 
-    loss = -(1-ε) log σ(βd) - ε log σ(-βd),   d = sort(log π(y_w)/π(y_l)) - sort(the same of π_ref)
+    loss = -(1-ε) log σ(βd) - ε log σ(-βd)
+    d = sort(log π(y_w)/π(y_l)) - sort(log π_ref(y_w)/π_ref(y_l))
 
-  Sorted over the global batch; `loss_B` is at the pair whose policy margin has the rank. Pairs of
-  weight 0 are left out. Equal to cdpo's value where policy equals reference: log 2.
-  Melnyk et al. 2024.
+  Both are sorted over the global batch; an entry of `loss_B` belongs to the pair whose policy
+  margin has that rank. `label_smoothing` is ε, in [0, 1/2). Pairs of weight 0 in `weight_B` are
+  left out. log 2 where policy equals reference, as for `cdpo`. Melnyk et al. 2024.
   """
-  gap_B = _ranked_together(
+  difference_B = _sorted_differences(
     policy.chosen_B - policy.rejected_B, reference.chosen_B - reference.rejected_B, weight_B
   )
-  return smoothed_sigmoid(beta * gap_B, label_smoothing)
+  return smoothed_sigmoid(beta * difference_B, label_smoothing)
 
 
 def aot_unpaired(
@@ -58,19 +65,21 @@ def aot_unpaired(
   label_smoothing: float = 0.0,
   weight_B: Array | None = None,
 ) -> Array:
-  """AOT for unpaired answers: the rewards of all chosen shall dominate those of all rejected.
+  """AOT for unpaired data: rewards of chosen completions should dominate those of rejected ones.
 
     loss = -(1-ε) log σ(βd) - ε log σ(-βd),   d = sort(c) - sort(r)
 
-  Sorted over the global batch; `loss_B` is at the pair whose c has the rank. Pairs of weight 0 are
-  left out. log 2 where policy equals reference. Melnyk et al. 2024.
+  c and r, the log-ratios of the chosen and rejected completions, are sorted over the global batch;
+  an entry of `loss_B` belongs to the pair whose c has that rank. `label_smoothing` is ε, in
+  [0, 1/2). Pairs of weight 0 in `weight_B` are left out. log 2 where policy equals reference.
+  Melnyk et al. 2024.
   """
   return smoothed_sigmoid(
-    beta * _ranked_together(*log_ratios(policy, reference), weight_B), label_smoothing
+    beta * _sorted_differences(*log_ratios(policy, reference), weight_B), label_smoothing
   )
 
 
-# --- answers judged by themselves -----------------------------------------------------------------
+# --- losses of unpaired completions ---------------------------------------------------------------
 
 
 def kto(
@@ -84,34 +93,42 @@ def kto(
   weight_B: Array | None = None,
   kl: Array | None = None,
 ) -> Array:
-  """KTO: the value of a gain or a loss, as Kahneman and Tversky have it, against a reference point.
+  """KTO: Kahneman and Tversky's value of a gain or a loss, relative to a reference point z0.
 
     loss = λ_D (1 - σ(β (a - z0))) if desirable, λ_U (1 - σ(β (z0 - a))) if not,
-    a = log π(y)/π_ref(y),   z0 = max(0, mean of a over mismatched answers)
+    a = log π(y)/π_ref(y),   z0 = max(0, mean of a over mismatched completions)
 
   Args:
-    policy, reference: log-probs of the judged and of the mismatched answers, nats.
-    beta: reward units per nat.
+    policy, reference: log-probs of the labelled and of the mismatched completions, in nats.
+    beta: β, in reward units per nat.
     desirable_weight, undesirable_weight: λ_D and λ_U.
-    label_B: 1 where the answer is desirable, 0 where it is not.
-    weight_B: weights of the rows, in the mean behind z0 too.
-    kl: z0 before its maximum with 0, nats, in place of the global batch's mean.
+    label_B: 1 where the completion is desirable, 0 where it is not.
+    weight_B: weights of the examples; they also weight the mean in z0. None means 1 for all.
+    kl: z0 before the maximum with 0, in nats; None means the mean over the global batch.
 
   Returns:
-    loss_B; λ/2 where policy equals reference. z0 gets no gradient.
+    loss_B: one loss per completion; λ/2 where policy equals reference. z0 gets no gradient.
 
   Ethayarajh et al. 2024.
   """
-  gain_B = policy.completion_B - reference.completion_B
+  ratio_B = policy.completion_B - reference.completion_B
   if kl is None:
-    apart_B = policy.mismatched_B - reference.mismatched_B
-    kl = apart_B.mean() if weight_B is None else (apart_B * weight_B).sum() / weight_B.sum()
+    mismatched_ratio_B = policy.mismatched_B - reference.mismatched_B
+    kl = (
+      mismatched_ratio_B.mean()
+      if weight_B is None
+      else (mismatched_ratio_B * weight_B).sum() / weight_B.sum()
+    )
+  # A KL divergence is never negative, but its estimate from few completions may be.
   z0 = jax.lax.stop_gradient(jnp.maximum(kl, 0.0))
-  good_B = desirable_weight * jax.nn.sigmoid(-beta * (gain_B - z0))
-  return jnp.where(label_B > 0.5, good_B, undesirable_weight * jax.nn.sigmoid(beta * (gain_B - z0)))
+  # 1 - σ(v) is written σ(-v): exact where σ(v) is close to 1.
+  desirable_B = desirable_weight * jax.nn.sigmoid(-beta * (ratio_B - z0))
+  return jnp.where(
+    label_B > 0.5, desirable_B, undesirable_weight * jax.nn.sigmoid(beta * (ratio_B - z0))
+  )
 
 
-# --- several answers to a prompt ------------------------------------------------------------------
+# --- losses of several completions to a prompt ----------------------------------------------------
 
 
 def plackett_luce(
@@ -121,19 +138,23 @@ def plackett_luce(
   beta: float = 0.1,
   present_BK: Array | None = None,
 ) -> Array:
-  """DPO for rankings: minus the log-likelihood that the answers come in this order.
+  """DPO for rankings: minus the log-likelihood of the given order under Plackett-Luce.
 
     loss = -Σ_k [z_k - log Σ_{j>=k} exp z_j],   z = β log π(y)/π_ref(y), best first
 
-  `present_BK` tells answers from the filling behind them. Equal to sigmoid for two answers; log K!
-  where policy equals reference. Rafailov et al. 2023, appendix A.3.
+  `beta` is β, in reward units per nat. `present_BK` is true for completions and false for the
+  padding behind them; None means that all K are present. With two completions it equals `sigmoid`;
+  log K! where policy equals reference. Rafailov et al. 2023, appendix A.3.
   """
   z_BK = beta * _ranked_ratios(policy, reference)
   if present_BK is None:
     present_BK = jnp.ones(z_BK.shape, bool)
+  # -1e30, not -inf: exp of both is 0, but a log-sum-exp over padding alone would then be -inf, with
+  # a nan gradient.
   z_BK = jnp.where(present_BK, z_BK, -1e30)
-  left_BK = jax.lax.cumlogsumexp(z_BK, axis=1, reverse=True)
-  return jnp.where(present_BK, left_BK - z_BK, 0.0).sum(axis=1)
+  # The k-th completion competes with those from k on, hence log-sum-exps from the end.
+  remaining_BK = jax.lax.cumlogsumexp(z_BK, axis=1, reverse=True)
+  return jnp.where(present_BK, remaining_BK - z_BK, 0.0).sum(axis=1)
 
 
 def policy_gradient(
@@ -144,26 +165,30 @@ def policy_gradient(
   reward_BK: Array,
   present_BK: Array | None = None,
 ) -> Array:
-  """The assumed objective itself, by the score function with a leave-one-out baseline.
+  """The assumed objective's policy gradient, with a leave-one-out baseline (RLOO).
 
     loss = -1/K Σ_k (R_k - mean_{j≠k} R_j) log π(y_k),   R = r - β log π(y)/π_ref(y)
 
-  The answers are samples of the policy; R gets no gradient. The gradient's expectation is that of
-  E[-r + β (log π - log π_ref)], but its value is not the objective's. `reward_BK` is r, reward
-  units. Kool et al. 2019; Ahmadian et al. 2024 (RLOO).
+  The completions must be samples of the current policy. The gradient of the loss is an unbiased
+  estimate of the gradient of E[-r + β (log π - log π_ref)]; its value does not estimate the
+  objective. R gets no gradient. `beta` is β, in reward units per nat; `reward_BK` is r, in reward
+  units; `present_BK` is as in `plackett_luce`. Kool et al. 2019; Ahmadian et al. 2024 (RLOO).
   """
   ratio_BK = _ranked_ratios(policy, reference)
   if present_BK is None:
     present_BK = jnp.ones(ratio_BK.shape, bool)
   return_BK = jnp.where(present_BK, reward_BK - beta * ratio_BK, 0.0)
+  # Absent completions count neither in the sum nor in its divisor; 1 avoids 0 / 0 in empty rows.
   count_B1 = jnp.maximum(present_BK.sum(axis=1, keepdims=True), 1)
-  others_BK = (return_BK.sum(axis=1, keepdims=True) - return_BK) / jnp.maximum(count_B1 - 1, 1)
-  lead_BK = jax.lax.stop_gradient(jnp.where(present_BK, return_BK - others_BK, 0.0))
-  return -(lead_BK * policy.completions_BK).sum(axis=1) / count_B1[:, 0]
+  # The mean of the others: at a single completion there is none, and its baseline is 0.
+  baseline_BK = (return_BK.sum(axis=1, keepdims=True) - return_BK) / jnp.maximum(count_B1 - 1, 1)
+  # Without stop_gradient, the log π inside R would add a second gradient.
+  advantage_BK = jax.lax.stop_gradient(jnp.where(present_BK, return_BK - baseline_BK, 0.0))
+  return -(advantage_BK * policy.completions_BK).sum(axis=1) / count_B1[:, 0]
 
 
 def _ranked_ratios(policy: RankedLogps, reference: RankedLogps | None) -> Array:
-  """log π/π_ref of every answer, nats: [B, K]."""
+  """Computes log π/π_ref of every completion, in nats: [B, K]."""
   if reference is None:
     return jnp.asarray(policy.completions_BK)
   return policy.completions_BK - reference.completions_BK

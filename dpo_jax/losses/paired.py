@@ -1,9 +1,18 @@
-"""Losses of a pair: chosen against rejected, policy against reference, one number a pair.
+"""Losses of a pair: they compare chosen with rejected, and policy with reference.
 
-With c = log π(y_w|x)/π_ref(y_w|x), r the same of y_l, m = c - r and z = βm, all in nats and summed
-over answer tokens. Every function takes `PairLogps` of policy and reference, [B] arrays, and
-returns loss_B; the caller takes the mean. β is reward units per nat; larger holds the policy nearer
-the reference. A reference of None counts as log-probs of zero: the loss of the policy alone.
+The docstrings use these symbols:
+
+  y_w, y_l   the chosen and the rejected completion of prompt x; |y| is the number of tokens of y
+  c          log π(y_w|x)/π_ref(y_w|x), the log-ratio of the chosen completion, in nats
+  r          log π(y_l|x)/π_ref(y_l|x), the log-ratio of the rejected completion, in nats
+  m = c - r  the margin, in nats
+  z = βm     the margin of implicit rewards, in reward units
+  β          reward units per nat; a larger β keeps the policy nearer the reference
+
+Log-probabilities are summed over completion tokens. Every function takes the `PairLogps` of policy
+and reference, arrays [B], and returns loss_B, one loss per pair; the caller takes the mean. A
+reference of None counts as log-probs of zero, so that c and r are log-probs of the policy alone.
+All losses and their gradients are finite in float32 at log-probs of ±1e4.
 """
 
 from __future__ import annotations
@@ -15,27 +24,26 @@ from dpo_jax.structs import Array, PairLogps
 
 
 def log_ratios(policy: PairLogps, reference: PairLogps | None) -> tuple[Array, Array]:
-  """c and r, nats: [B] each."""
+  """Computes the log-ratios c and r, in nats: [B] each."""
   if reference is None:
     return jnp.asarray(policy.chosen_B), jnp.asarray(policy.rejected_B)
   return policy.chosen_B - reference.chosen_B, policy.rejected_B - reference.rejected_B
 
 
 def margins(policy: PairLogps, reference: PairLogps | None) -> Array:
-  """m: how much more than the reference the policy prefers chosen to rejected, nats: [B].
-
-  Policy is compared with reference within an answer first: the two are close, so their difference
-  is exact where the difference between answers would have rounded it away.
-  """
+  """Computes the margin m = c - r, in nats: [B]."""
+  # The order is important: 1. policy minus reference, 2. chosen minus rejected. Policy and
+  # reference are close, so the first difference is exact in floating point. Chosen minus rejected
+  # may be hundreds of nats; taken first, it would round away digits that the margin needs.
   c_B, r_B = log_ratios(policy, reference)
   return c_B - r_B
 
 
 def mean_ratios(policy: PairLogps, reference: PairLogps | None) -> tuple[Array, Array]:
-  """c/|y_w| and r/|y_l|, nats a token: [B] each.
+  """Computes c/|y_w| and r/|y_l|, in nats per token: [B] each.
 
   Raises:
-    ValueError: the policy's token counts are not given.
+    ValueError: `policy` has no token counts.
   """
   if policy.chosen_tokens_B is None or policy.rejected_tokens_B is None:
     raise ValueError("this loss averages over tokens; give PairLogps both token counts")
@@ -43,7 +51,7 @@ def mean_ratios(policy: PairLogps, reference: PairLogps | None) -> tuple[Array, 
   return c_B / policy.chosen_tokens_B, r_B / policy.rejected_tokens_B
 
 
-# --- of the margin alone --------------------------------------------------------------------------
+# --- losses of the margin alone -------------------------------------------------------------------
 
 
 def sigmoid(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> Array:
@@ -53,11 +61,11 @@ def sigmoid(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1
 
   Args:
     policy: completion log-probs under the policy being trained, summed, in nats.
-    reference: the same under the frozen reference.
-    beta: reward units per nat; larger holds the policy nearer the reference.
+    reference: completion log-probs under the frozen reference, summed, in nats.
+    beta: β, in reward units per nat; a larger β keeps the policy nearer the reference.
 
   Returns:
-    loss_B: one loss a pair; the caller takes the mean. log 2 where policy equals reference.
+    loss_B: one loss per pair; the caller takes the mean. log 2 where policy equals reference.
 
   Rafailov et al. 2023, eq. 7.
   """
@@ -66,7 +74,7 @@ def sigmoid(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1
 
 
 def smoothed_sigmoid(z_B: Array, epsilon: float) -> Array:
-  """Cross-entropy of σ(z) against labels that are wrong with probability ε."""
+  """Computes the cross-entropy of σ(z) against labels that are wrong with probability ε: [B]."""
   return -(1 - epsilon) * jax.nn.log_sigmoid(z_B) - epsilon * jax.nn.log_sigmoid(-z_B)
 
 
@@ -81,8 +89,9 @@ def cdpo(
 
     loss = -(1-ε) log σ(z) - ε log σ(-z)
 
-  The margin is drawn to the finite log((1-ε)/ε)/β. `label_smoothing` is ε, in [0, 1/2). log 2 at
-  the reference. Mitchell 2023, "A note on DPO with noisy preferences", eq. 4.
+  The minimum is at the finite margin m = log((1-ε)/ε)/β. `label_smoothing` is ε, in [0, 1/2).
+  log 2 where policy equals reference.
+  Mitchell 2023, "A note on DPO with noisy preferences", eq. 4.
   """
   return smoothed_sigmoid(beta * margins(policy, reference), label_smoothing)
 
@@ -94,36 +103,39 @@ def robust(
   beta: float = 0.1,
   label_smoothing: float = 0.1,
 ) -> Array:
-  """Robust DPO: unbiased for the loss on clean labels when a share ε of them was flipped.
+  """Robust DPO: an unbiased estimate of DPO's loss on clean labels when a share ε is flipped.
 
     loss = (-(1-ε) log σ(z) + ε log σ(-z)) / (1-2ε)
 
-  Unbounded below on a single pair; log 2 where policy equals reference. `label_smoothing` is ε, in
-  [0, 1/2). Chowdhury et al. 2024, eq. 12.
+  `label_smoothing` is ε, in [0, 1/2). The loss of a single pair has no lower bound: it falls
+  without end as z grows. log 2 where policy equals reference. Chowdhury et al. 2024, eq. 12.
   """
+  # Of flipped and unflipped labels together, the expectation of this difference is the clean loss
+  # times 1-2ε.
   z_B = beta * margins(policy, reference)
   clean_B = -(1 - label_smoothing) * jax.nn.log_sigmoid(z_B)
   return (clean_B + label_smoothing * jax.nn.log_sigmoid(-z_B)) / (1 - 2 * label_smoothing)
 
 
 def ipo(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> Array:
-  """IPO: the margin itself, in nats, is regressed onto 1/(2β).
+  """IPO: the squared distance of the margin, in nats, from 1/(2β).
 
     loss = (m - 1/(2β))²
 
-  β is the paper's τ; sums over tokens, not averages. 1/(4β²) where policy equals reference.
-  Azar et al. 2023, eq. 17.
+  β is the paper's τ. Log-probs are summed over tokens, not averaged (`ipo_mean` averages).
+  1/(4β²) where policy equals reference. Azar et al. 2023, eq. 17.
   """
   return jnp.square(margins(policy, reference) - 1 / (2 * beta))
 
 
 def hinge(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> Array:
-  """SLiC's hinge on DPO's margin.
+  """The hinge loss of SLiC, applied to DPO's margin.
 
     loss = max(0, 1 - z)
 
-  One where policy equals reference. Zhao et al. 2023, eq. 1, in the form of Liu et al. 2023, eq. 9.
+  1 where policy equals reference. Zhao et al. 2023, eq. 1, in the form of Liu et al. 2023, eq. 9.
   """
+  # jax's relu has gradient 0 at the kink itself.
   return jax.nn.relu(1 - beta * margins(policy, reference))
 
 
@@ -134,14 +146,15 @@ def exo_pair(
   beta: float = 0.1,
   label_smoothing: float = 1e-3,
 ) -> Array:
-  """EXO for pairs: the reverse KL from the policy's preference to the smoothed label.
+  """EXO for pairs: the reverse KL divergence, from the policy's preference to the smoothed label.
 
     loss = σ(z) (log σ(z) - log(1-ε)) + σ(-z) (log σ(-z) - log ε)
 
-  `label_smoothing` is ε, in (0, 1/2): with 0 the loss would be infinite. -log 2 - (log ε +
-  log(1-ε))/2 where policy equals reference. Ji et al. 2024 (EXO).
+  `label_smoothing` is ε, in (0, 1/2); at 0 the loss would be infinite.
+  -log 2 - (log ε + log(1-ε))/2 where policy equals reference. Ji et al. 2024 (EXO).
   """
   z_B = beta * margins(policy, reference)
+  # log1p keeps the digits of log(1-ε) at small ε, such as the default 1e-3.
   log_1_e, log_e = jnp.log1p(-label_smoothing), jnp.log(label_smoothing)
   won_B = jax.nn.sigmoid(z_B) * (jax.nn.log_sigmoid(z_B) - log_1_e)
   return won_B + jax.nn.sigmoid(-z_B) * (jax.nn.log_sigmoid(-z_B) - log_e)
@@ -150,7 +163,7 @@ def exo_pair(
 def discopop(
   policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1, tau: float = 0.05
 ) -> Array:
-  """DiscoPOP: the log-ratio modulated mixture of logistic and exponential loss.
+  """DiscoPOP: a mixture of the logistic and the exponential loss, weighted by the log-ratio.
 
     loss = -log σ(z) (1-g) + exp(-z) g,   g = σ(z/τ)
 
@@ -158,7 +171,7 @@ def discopop(
   """
   z_B = beta * margins(policy, reference)
   logistic_B = -jax.nn.log_sigmoid(z_B) * jax.nn.sigmoid(-z_B / tau)
-  # exp(-z) alone overflows; its product with g does not.
+  # exp(-z) alone overflows at large negative z; its product with g, formed in logarithms, does not.
   return logistic_B + jnp.exp(jax.nn.log_sigmoid(z_B / tau) - z_B)
 
 
@@ -170,27 +183,30 @@ def odpo(
   margin_scale: float = 1.0,
   margin_B: Array | float = 0.0,
 ) -> Array:
-  """DPO with an offset: better by more must be told apart by more.
+  """ODPO: DPO that asks for a larger margin where the chosen completion is better by more.
 
     loss = -log σ(z - αΔ)
 
-  `margin_B` is Δ >= 0, how much better the chosen answer was scored, in the scorer's units;
-  `margin_scale` is α. log(1 + exp(αΔ)) where policy equals reference. Amini et al. 2024.
+  `margin_B` is Δ >= 0, the score of the chosen completion minus that of the rejected one, in the
+  scorer's units. `margin_scale` is α, reward units per unit of score.
+  log(1 + exp(αΔ)) where policy equals reference. Amini et al. 2024.
   """
+  # Δ is in units of score, so β must not scale it: it is subtracted after β m is formed.
   return -jax.nn.log_sigmoid(beta * margins(policy, reference) - margin_scale * margin_B)
 
 
-# --- of both log-ratios ---------------------------------------------------------------------------
+# --- losses of both log-ratios --------------------------------------------------------------------
 
 
 def nca_pair(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> Array:
-  """NCA for pairs: raises the chosen answer's own likelihood, not its lead alone.
+  """NCA for pairs: it raises the likelihood of the chosen completion, not its margin alone.
 
     loss = -log σ(βc) - ½ log σ(-βc) - ½ log σ(-βr)
 
-  2 log 2 where policy equals reference. Chen et al. 2024 (NCA), with two answers.
+  2 log 2 where policy equals reference. Chen et al. 2024 (NCA), with two completions.
   """
   c_B, r_B = log_ratios(policy, reference)
+  # These terms lower both log-ratios, with half the weight of the term that raises c.
   pushed_B = jax.nn.log_sigmoid(-beta * c_B) + jax.nn.log_sigmoid(-beta * r_B)
   return -jax.nn.log_sigmoid(beta * c_B) - 0.5 * pushed_B
 
@@ -202,20 +218,21 @@ def bco_pair(
   beta: float = 0.1,
   delta: Array | float = 0.0,
 ) -> Array:
-  """BCO on pairs: a binary classifier whose logit is the reward less its running mean.
+  """BCO on pairs: a binary classifier whose logit is the reward minus its running mean.
 
     loss = -log σ(βc - δ) - log σ(-(βr - δ))
 
-  `delta` is δ, reward units: in training the running mean of the rewards of earlier batches, which
-  gets no gradient. 2 log 2 where policy equals reference and δ is 0. Jung et al. 2024.
+  `delta` is δ, in reward units: during training, the running mean of the rewards of earlier
+  batches. It gets no gradient. 2 log 2 where policy equals reference and δ is 0. Jung et al. 2024.
   """
   c_B, r_B = log_ratios(policy, reference)
+  # A gradient through δ would move the threshold instead of the rewards.
   delta = jax.lax.stop_gradient(delta)
   return -jax.nn.log_sigmoid(beta * c_B - delta) - jax.nn.log_sigmoid(delta - beta * r_B)
 
 
 def sppo_hard(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> Array:
-  """SPPO with hard labels: both log-ratios, in nats, are regressed onto ±1/(2β).
+  """SPPO with hard labels: the squared distances of c and r, in nats, from 1/(2β) and -1/(2β).
 
     loss = (c - 1/(2β))² + (r + 1/(2β))²
 
@@ -226,22 +243,24 @@ def sppo_hard(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0
 
 
 def apo_zero(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> Array:
-  """APO-zero: chosen answers up, rejected ones down; for chosen better than the policy's own.
+  """APO-zero: it raises chosen completions and lowers rejected ones.
 
     loss = 1 - σ(βc) + σ(βr)
 
-  One where policy equals reference. D'Oosterlinck et al. 2024.
+  It suits data whose chosen completions are better than the policy's own.
+  1 where policy equals reference. D'Oosterlinck et al. 2024.
   """
   c_B, r_B = log_ratios(policy, reference)
   return 1 - jax.nn.sigmoid(beta * c_B) + jax.nn.sigmoid(beta * r_B)
 
 
 def apo_down(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> Array:
-  """APO-down: both down, rejected ones further; for chosen worse than the policy's own.
+  """APO-down: it lowers both completions, the rejected one further.
 
     loss = σ(βc) + 1 - σ(z)
 
-  One where policy equals reference. D'Oosterlinck et al. 2024.
+  It suits data whose chosen completions are worse than the policy's own.
+  1 where policy equals reference. D'Oosterlinck et al. 2024.
   """
   c_B, r_B = log_ratios(policy, reference)
   return jax.nn.sigmoid(beta * c_B) + 1 - jax.nn.sigmoid(beta * (c_B - r_B))
@@ -250,69 +269,81 @@ def apo_down(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.
 def dpop(
   policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1, penalty: float = 50.0
 ) -> Array:
-  """DPO-Positive: a chosen answer that falls below the reference costs extra.
+  """DPO-Positive: DPO with a penalty where the chosen completion falls below the reference.
 
     loss = -log σ(β (m - λ max(0, -c)))
 
   `penalty` is λ >= 0. log 2 where policy equals reference. Pal et al. 2024.
   """
   c_B, r_B = log_ratios(policy, reference)
+  # relu has gradient 0 at 0: at the reference, where c = 0, the penalty has no effect yet.
   return -jax.nn.log_sigmoid(beta * (c_B - r_B - penalty * jax.nn.relu(-c_B)))
 
 
-CAP = 20.0
+# Nats above which `tangent_exp` is linear. exp(20) is 5e8, so that its products stay well within
+# float32.
+EXP_CAP = 20.0
 
 
 def tangent_exp(u: Array) -> Array:
-  """exp(u), continued by its tangent above `CAP`: finite, rising, with a gradient, everywhere."""
-  low = jnp.minimum(u, CAP)
+  """Computes exp(u), continued by its tangent above `EXP_CAP`.
+
+  It is finite and increasing everywhere, and its gradient is never 0 in that region, unlike that of
+  a clipped exponential.
+  """
+  # The minimum keeps inf out of both value and gradient: exp sees at most the cap. Above it, the
+  # factor 1 + u - low is the tangent.
+  low = jnp.minimum(u, EXP_CAP)
   return jnp.exp(low) * (1 + u - low)
 
 
 def chi_po(
   policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1, clip: float = 10.0
 ) -> Array:
-  """χPO: DPO with the link of KL mixed with χ², which holds back from answers hardly covered.
+  """χPO: DPO with a mixture of KL and χ² divergence, which penalises poorly covered completions.
 
     loss = -log σ(clip(β (φ(c) - φ(r)))),   φ(u) = e^u + u
 
-  `clip` > 0 bounds the difference of rewards from either side (the paper's 2 R_max); beyond it
-  there is no gradient. log 2 where policy equals reference. Huang et al. 2024, algorithm 1.
+  `clip` > 0 bounds the difference of rewards on both sides (the paper's 2 R_max), in reward units;
+  beyond it the gradient is 0. log 2 where policy equals reference.
+  Huang et al. 2024, algorithm 1.
   """
   c_B, r_B = log_ratios(policy, reference)
-  # m apart from the exponentials: exact where they are large and close.
+  # The log-ratios and the exponentials are subtracted separately: where e^c is large, the sum
+  # e^c + c would round c away.
   gap_B = (c_B - r_B) + (tangent_exp(c_B) - tangent_exp(r_B))
   return -jax.nn.log_sigmoid(jnp.clip(beta * gap_B, -clip, clip))
 
 
-# --- averaged over tokens -------------------------------------------------------------------------
+# --- losses of averages over tokens ---------------------------------------------------------------
 
 
 def ipo_mean(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> Array:
-  """IPO on averages over tokens: the form that several systems call ipo.
+  """IPO with log-probs averaged over tokens, the form that several systems call ipo.
 
     loss = (c/|y_w| - r/|y_l| - 1/(2β))²
 
-  β is per nat a token here. 1/(4β²) where policy equals reference. Azar et al. 2023, eq. 17, with
-  log-probs averaged.
+  β is in reward units per (nat per token) here. 1/(4β²) where policy equals reference.
+  Azar et al. 2023, eq. 17, with log-probs averaged.
   """
   c_B, r_B = mean_ratios(policy, reference)
   return jnp.square(c_B - r_B - 1 / (2 * beta))
 
 
 def sigmoid_norm(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> Array:
-  """Length-normalised DPO.
+  """Length-normalized DPO: DPO with log-probs averaged over tokens.
 
     loss = -log σ(β (c/|y_w| - r/|y_l|))
 
-  β is per nat a token here: 5 and more are usual. log 2 where policy equals reference.
+  β is in reward units per (nat per token) here; 5 or more is usual. log 2 where policy equals
+  reference.
   Lambert et al. 2024 (Tülu 3).
   """
   c_B, r_B = mean_ratios(policy, reference)
   return -jax.nn.log_sigmoid(beta * (c_B - r_B))
 
 
-# --- without a reference --------------------------------------------------------------------------
+# --- losses without a reference -------------------------------------------------------------------
 
 
 def simpo(
@@ -322,12 +353,14 @@ def simpo(
   beta: float = 2.0,
   gamma: float = 1.0,
 ) -> Array:
-  """SimPO: average log-probs themselves are the reward; no reference is read.
+  """SimPO: DPO whose reward is the average log-prob of a completion; it needs no reference.
 
     loss = -log σ(β (log π(y_w)/|y_w| - log π(y_l)/|y_l|) - γ)
 
-  `gamma` is the target margin γ, reward units. Meng et al. 2024, eq. 6.
+  `gamma` is the target margin γ, in reward units; β is in reward units per (nat per token).
+  Meng et al. 2024, eq. 6.
   """
+  # Accepted and ignored, here and below, so that all losses can be called in the same way.
   del reference
   c_B, r_B = mean_ratios(policy, None)
   return -jax.nn.log_sigmoid(beta * (c_B - r_B) - gamma)
@@ -340,20 +373,21 @@ def cpo(
   beta: float = 0.1,
   sft_weight: float = 1.0,
 ) -> Array:
-  """CPO: DPO under a uniform reference, and the likelihood of the chosen answer.
+  """CPO: DPO with a uniform reference, plus the negative log-likelihood of the chosen completion.
 
     loss = -log σ(β (log π(y_w) - log π(y_l))) - λ log π(y_w)
 
-  `sft_weight` is λ, of the log-prob summed over tokens. Xu et al. 2024 (λ = 1).
+  `sft_weight` is λ; it multiplies the log-prob summed over tokens. Xu et al. 2024 (λ = 1).
   """
   del reference
+  # A sum over tokens, unlike `sft_mean`: the paper's likelihood term is not averaged.
   return -jax.nn.log_sigmoid(beta * margins(policy, None)) - sft_weight * policy.chosen_B
 
 
 def orpo(
   policy: PairLogps, reference: PairLogps | None = None, *, odds_weight: float = 0.1
 ) -> Array:
-  """ORPO: supervised loss and the log of the odds ratio, one stage, no reference.
+  """ORPO: the supervised loss plus a loss of the log odds ratio; it needs no reference.
 
     loss = -log p_w - λ log σ(log p_w/(1-p_w) - log p_l/(1-p_l)),   p = π(y)^(1/|y|)
 
@@ -365,24 +399,31 @@ def orpo(
 
 
 def _log_odds(log_p: Array) -> Array:
-  """log p/(1-p); p is kept a little below 1, where the odds are infinite."""
+  """Computes log p/(1-p) from log p, with p limited to exp(-1e-6): the odds of 1 are infinite."""
+  # The limit also cuts the gradient of a completion that is certain, which would be infinite.
   log_p = jnp.minimum(log_p, -1e-6)
+  # expm1 keeps the digits of 1 - p where p is close to 1.
   return log_p - jnp.log(-jnp.expm1(log_p))
 
 
 def sft(policy: PairLogps, reference: PairLogps | None = None) -> Array:
-  """Supervised training on the chosen answer; the reference is not read.
+  """The negative log-likelihood of the chosen completion, for supervised fine-tuning.
 
-  loss = -log π(y_w|x), nats a sequence; the caller divides by the tokens of the whole batch.
+    loss = -log π(y_w|x)
+
+  In nats per completion. The caller divides the sum by the tokens of the global batch, so that
+  every token counts the same. `reference` is ignored.
   """
   del reference
   return -policy.chosen_B
 
 
 def sft_mean(policy: PairLogps, reference: PairLogps | None = None) -> Array:
-  """The supervised term beside a paired loss: -log π(y_w|x)/|y_w|, nats a token.
+  """The supervised term that is added to a paired loss.
 
-  Pang et al. 2024 (RPO); Wang et al. 2024 (MPO).
+    loss = -log π(y_w|x)/|y_w|
+
+  In nats per token. `reference` is ignored. Pang et al. 2024 (RPO); Wang et al. 2024 (MPO).
   """
   del reference
   return -mean_ratios(policy, None)[0]

@@ -1,4 +1,4 @@
-"""A name and its arguments become a loss, or one line that says why not."""
+"""Builds a loss from its name and arguments, or refuses them with a one-line reason."""
 
 from __future__ import annotations
 
@@ -50,37 +50,39 @@ LOSSES: dict[str, LossFn] = {
   )
 }
 
-# What a loss wants; all others want "pairs".
+# The kind of example a loss is computed from; losses not listed take "pairs".
 _KINDS = {"sft": "text", "kto": "unpaired", "plackett_luce": "ranked", "policy_gradient": "ranked"}
-# Losses that read no reference.
-FREE = frozenset({"simpo", "cpo", "orpo", "sft"})
-# Losses that read the two log-ratios by their difference alone, so that f' of a divergence may
-# replace them.
-OF_MARGIN = frozenset({"sigmoid", "cdpo", "robust", "hinge", "exo_pair", "discopop", "odpo"})
-# Losses that a policy without reference still has a meaning for.
-_MAY_BE_FREE = OF_MARGIN | {"ipo", "ipo_mean", "sigmoid_norm"}
-# Losses of the sorted or pooled global batch.
+# Losses that do not read the reference.
+REFERENCE_FREE = frozenset({"simpo", "cpo", "orpo", "sft"})
+# Losses that depend on the log-ratios only through their difference. In these f' of another
+# divergence may replace the log-ratio.
+MARGIN_LOSSES = frozenset({"sigmoid", "cdpo", "robust", "hinge", "exo_pair", "discopop", "odpo"})
+# Losses that keep a meaning when the reference is uniform.
+_ALLOW_REFERENCE_FREE = MARGIN_LOSSES | {"ipo", "ipo_mean", "sigmoid_norm"}
+# Losses of a pair that depend on the other pairs of the global batch.
 _BATCH_WIDE = frozenset({"aot", "aot_unpaired", "kto"})
 # Losses that divide by the number of tokens.
-_AVERAGED = frozenset({"ipo_mean", "sigmoid_norm", "simpo", "orpo"})
-# Arguments that come with the batch or the state of training, not from the user.
+_LENGTH_AVERAGED = frozenset({"ipo_mean", "sigmoid_norm", "simpo", "orpo"})
+# Arguments that come from the batch or the training state, not from the user.
 SUPPLIED = frozenset({"delta", "kl", "label_B", "margin_B", "present_BK", "reward_BK", "weight_B"})
 
-# Running means over the batches before: what a loss calls it, and its next value from the metrics.
+# Running statistics over earlier batches, by loss: the argument of the loss that receives it, and
+# the function that computes the value of one batch from the step's metrics.
 _RUNNING_STATS: dict[str, tuple[str, Callable[[Mapping[str, Array]], Array]]] = {
   "bco_pair": ("delta", lambda m: (m["rewards/chosen"] + m["rewards/rejected"]) / 2),
   "kto": ("kl", lambda m: jnp.maximum(m["kl"], 0.0)),
 }
+# Share of the running mean that a step keeps by default; with 0 `kto` uses the batch's own mean.
 _DECAYS = {"bco_pair": 0.9, "kto": 0.0}
 
 
 def kind_of(name: str) -> str:
-  """What a loss is computed from: "pairs", "text", "unpaired" or "ranked"."""
+  """Returns the kind of example a loss reads: "pairs", "text", "unpaired" or "ranked"."""
   return _KINDS.get(name, "pairs")
 
 
 def arguments(name: str) -> dict[str, Any]:
-  """The keyword arguments a user gives a loss, with their defaults."""
+  """Returns the keyword arguments of a loss that a user may set, with their defaults."""
   parameters = inspect.signature(LOSSES[name]).parameters.values()
   return {
     p.name: p.default
@@ -90,7 +92,7 @@ def arguments(name: str) -> dict[str, Any]:
 
 
 def modifiers() -> dict[str, type]:
-  """What `resolve` takes beside the arguments of losses, with the type of each."""
+  """Returns the modifiers that `resolve` takes in addition to arguments of losses, with types."""
   return {
     "sft_weight": float,
     "ld_alpha": float,
@@ -104,18 +106,20 @@ def modifiers() -> dict[str, type]:
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-  """A loss with its arguments bound: (policy, reference, **supplied) -> loss_B.
+  """A loss with its arguments bound: a function (policy, reference, **supplied) -> loss_B.
 
   Attributes:
-    name: as it was given.
+    name: name or weighted sum that the user gave.
     terms: (weight, name of a loss, the loss with its arguments bound); the loss is their sum.
-    kind: "pairs", "text", "unpaired" or "ranked": what is in a row.
-    beta: reward units per nat, of the rewards that are reported.
-    needs_reference: whether log-probs of the reference are read.
+    kind: the kind of example: "pairs", "text", "unpaired" or "ranked".
+    beta: β of the reported rewards, in reward units per nat.
+    needs_reference: whether the loss reads log-probs of the reference.
     batch_wide: whether the loss of a pair depends on the other pairs of the global batch.
-    divergence: takes the place of the log-ratio of either answer, in losses of the margin.
-    ld_alpha: weight of answer tokens beyond the length of the shorter answer (LD-DPO).
-    wpo: whether pairs are weighted by how likely the policy is to give them (WPO).
+    divergence: f' as a function of the log-ratio; it replaces the log-ratio of both completions in
+      losses of the margin. None means reverse KL.
+    ld_alpha: weight of the tokens of a completion beyond the length of the pair's shorter
+      completion (LD-DPO).
+    wpo: whether pairs are weighted by their likelihood under the policy (WPO).
     running_decay: share of a running mean that a step keeps.
   """
 
@@ -131,36 +135,40 @@ class Loss:
   running_decay: float = 0.0
 
   def __call__(self, policy: Any, reference: Any = None, **supplied: Any) -> Array:
-    """One loss a pair, nats or what the loss is measured in: [B].
+    """Computes one loss per pair, in the unit of the loss: [B].
 
-    `supplied` may hold more than the loss reads (`SUPPLIED` has the names).
+    Args:
+      policy, reference: `PairLogps`, `UnpairedLogps` or `RankedLogps`, by `kind`.
+      **supplied: arguments from the batch or the training state, named in `SUPPLIED`. Those that
+        no term reads are ignored.
     """
     if not self.needs_reference:
       reference = None
     total = None
     for weight, name, fn in self.terms:
       pair = (policy, reference)
-      if self.divergence is not None and name in OF_MARGIN:
+      if self.divergence is not None and name in MARGIN_LOSSES:
         pair = with_divergence(policy, reference, self.divergence)
-      wanted = inspect.signature(fn).parameters.keys() & supplied.keys() & SUPPLIED
-      value = fn(*pair, **{key: supplied[key] for key in wanted})
+      keys = inspect.signature(fn).parameters.keys() & supplied.keys() & SUPPLIED
+      value = fn(*pair, **{key: supplied[key] for key in keys})
+      # A single loss of weight 1 is returned as it is: a plain name compiles to its formula alone.
       value = value if weight == 1 else weight * value
       total = value if total is None else total + value
     assert total is not None
     return total
 
   def reads(self, supplied: str) -> bool:
-    """Whether a term reads this of what comes with the batch or the state of training."""
+    """Returns whether a term reads this argument of `SUPPLIED`."""
     return any(supplied in inspect.signature(fn).parameters for _, _, fn in self.terms)
 
   @property
-  def samples(self) -> bool:
-    """Whether the answers must be samples of the policy as it is, with their rewards."""
+  def is_on_policy(self) -> bool:
+    """True if the completions must be samples of the current policy, with their rewards."""
     return any(name == "policy_gradient" for _, name, _ in self.terms)
 
   @property
   def running_stats(self) -> dict[str, float]:
-    """Running means that live in the state of training, at their start."""
+    """Returns the initial running statistics for the training state: {} for most losses."""
     return {
       _RUNNING_STATS[name][0]: 0.0
       for _, name, _ in self.terms
@@ -170,55 +178,63 @@ class Loss:
   def update_running_stats(
     self, running_stats: Mapping[str, Array], means: Mapping[str, Array]
   ) -> dict[str, Array]:
-    """The running means after a step, from the step's own means."""
-    seen = {key: read(means) for key, read in _RUNNING_STATS.values() if key in running_stats}
+    """Returns the running statistics after a step, from the means in the step's metrics."""
     keep = self.running_decay
-    mix = lambda old, new: (keep * old + (1 - keep) * new).astype(old.dtype)
-    return {key: mix(running_stats[key], value) for key, value in seen.items()}
+    updated = {}
+    for key, batch_value in _RUNNING_STATS.values():
+      if key in running_stats:
+        old = running_stats[key]
+        # The type stays that of the state, or the step would compile anew for its own output.
+        updated[key] = (keep * old + (1 - keep) * batch_value(means)).astype(old.dtype)
+    return updated
 
 
-def resolve(name: str, **given: Any) -> Loss:
-  """A loss by name, or a weighted sum of several, with arguments and modifiers bound.
+def resolve(name: str, **options: Any) -> Loss:
+  """Builds a loss, or a weighted sum of losses, with arguments and modifiers bound.
 
   Args:
-    name: as in `LOSSES`; or a sum such as "0.8*sigmoid + 0.2*bco_pair + 1*sft" (MPO), in which
-      `sft` is -log π(y_w)/|y_w|.
-    **given: arguments of the losses, by name; and modifiers:
-      sft_weight: adds so much of -log π(y_w)/|y_w| (RPO).
-      ld_alpha: in [0, 1], weight of answer tokens beyond the length of the shorter answer, in
-        policy and reference (LD-DPO, Liu et al. 2024); 1 changes nothing.
-      wpo: weights pairs by the likelihood under the policy (WPO, Zhou et al. 2024).
-      link, link_alpha: an f-divergence in place of the reverse KL; see `divergences`.
-      reference_free: the reference counts as uniform.
-      running_decay: in [0, 1), of the running mean behind bco_pair's δ (0.9 unless given) or kto's
-        z0 (0 unless given: the mean of the batch itself).
+    name: a name in `LOSSES`, or a sum such as "0.8*sigmoid + 0.2*bco_pair + 1*sft" (MPO). In a sum
+      `sft` is -log π(y_w)/|y_w|, in nats per token.
+    **options: arguments of the losses, by name, and modifiers:
+      sft_weight: weight of an added term -log π(y_w)/|y_w| (RPO).
+      ld_alpha: in [0, 1], weight of the tokens of a completion beyond the length of the pair's
+        shorter completion, in policy and reference (LD-DPO, Liu et al. 2024); 1 changes nothing.
+      wpo: weights pairs by their likelihood under the policy (WPO, Zhou et al. 2024).
+      link, link_alpha: the f-divergence that replaces the reverse KL; see `divergences`.
+      reference_free: treats the reference as uniform.
+      running_decay: in [0, 1), share that a step keeps of the running mean behind bco_pair's δ
+        (default 0.9) or kto's z0 (default 0, which uses the batch's own mean).
 
   Raises:
-    UserError: a name that is not in `LOSSES`, an argument no term reads, a value out of range, or
-      a combination without a meaning; said before anything is loaded.
+    UserError: a name that is not in `LOSSES`, an argument that no term reads, a value out of range,
+      or a combination that makes no sense. It is raised before anything is loaded.
   """
+  # The order is important: 1. names, 2. which argument belongs to a loss and which is a modifier,
+  # 3. values, 4. combinations. Each check relies on those before it.
   parts = _parse(name)
   names = [part for _, part in parts]
-  _check_known(names, given)
+  _check_known(names, options)
   _check_sum(names)
-  bound, extra = {}, dict(given)
-  for key in given:
+  bound, extra = {}, dict(options)
+  for key in options:
     if any(key in arguments(part) for part in names):
       bound[key] = extra.pop(key)
-  _check_ranges(names, given)
+  _check_ranges(names, options)
   _check_combination(names, extra)
   terms = [(weight, part, _bind(part, bound, len(parts) > 1)) for weight, part in parts]
   if extra.get("sft_weight"):
     terms.append((float(extra["sft_weight"]), "sft", paired.sft_mean))
   betas = [bound.get("beta", arguments(n)["beta"]) for n in names if "beta" in arguments(n)]
   decays = [_DECAYS[n] for n in names if n in _DECAYS]
-  running = float(given.get("running_decay", max(decays, default=0.0)))
-  free = bool(extra.get("reference_free")) or all(n in FREE for n in names)
+  running = float(options.get("running_decay", max(decays, default=0.0)))
+  free = bool(extra.get("reference_free")) or all(n in REFERENCE_FREE for n in names)
+  # With a running mean, kto's z0 comes from earlier batches and no longer from this one.
   wide = [n for n in names if n in _BATCH_WIDE and not (n == "kto" and running > 0)]
   return Loss(
     name=name,
     terms=tuple(terms),
     kind=kind_of(names[0]) if len(names) == 1 else "pairs",
+    # Rewards of a sum are reported in the β of its first term that has one.
     beta=betas[0] if betas else 1.0,
     needs_reference=not free,
     batch_wide=bool(wide),
@@ -230,7 +246,7 @@ def resolve(name: str, **given: Any) -> Loss:
 
 
 def _parse(name: str) -> list[tuple[float, str]]:
-  """ "0.8*sigmoid + bco_pair" as [(0.8, "sigmoid"), (1.0, "bco_pair")]."""
+  """Parses "0.8*sigmoid + bco_pair" into [(0.8, "sigmoid"), (1.0, "bco_pair")]."""
   parts = []
   for part in str(name).split("+"):
     weight, star, loss = part.rpartition("*")
@@ -238,6 +254,7 @@ def _parse(name: str) -> list[tuple[float, str]]:
       number = float(weight) if star else 1.0
     except ValueError:
       number = math.nan
+    # This comparison also refuses nan, which a failed conversion gives.
     if not 0 < number < math.inf:
       raise UserError(
         f"loss.name is {name!r}: {weight.strip()!r} is no weight above 0; a sum is written as in"
@@ -253,12 +270,15 @@ def _parse(name: str) -> list[tuple[float, str]]:
 
 
 def _bind(name: str, bound: dict[str, Any], in_sum: bool) -> LossFn:
+  """Returns the loss with those of the given arguments bound that belong to it."""
+  # Within a sum `sft` is a mean over tokens, on the scale of the losses it is added to.
   fn = paired.sft_mean if name == "sft" and in_sum else LOSSES[name]
   own = {key: value for key, value in bound.items() if key in arguments(name)}
   return functools.partial(fn, **own) if own else fn
 
 
 def _divergence(extra: Mapping[str, Any]) -> Callable[[Array], Array] | None:
+  """Returns f' of the divergence that the modifiers name; None for the reverse KL."""
   name = extra.get("link") or "reverse_kl"
   if name == "reverse_kl":
     return None
@@ -267,17 +287,19 @@ def _divergence(extra: Mapping[str, Any]) -> Callable[[Array], Array] | None:
   return DIVERGENCES[name]
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- checks of names, values and combinations -----------------------------------------------------
 
 
-def _check_known(names: list[str], given: Mapping[str, Any]) -> None:
+def _check_known(names: list[str], options: Mapping[str, Any]) -> None:
+  """Refuses unknown losses, and arguments that none of the losses reads."""
   for name in names:
     if name not in LOSSES:
       near = difflib.get_close_matches(name, LOSSES, n=1)
       hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(LOSSES)}"
-      raise UserError(f"loss.name is {name!r}, which is no loss of this project; {hint}")
+      raise UserError(f"loss.name is {name!r}, which is not a known loss; {hint}")
   known = {key for name in names for key in arguments(name)}
-  for key, value in given.items():
+  # A setting that nothing reads would be ignored in silence, such as label_smoothing of sigmoid.
+  for key, value in options.items():
     if key not in known and key not in modifiers():
       takes = f"takes {', '.join(sorted(known))}" if known else "takes no argument"
       raise UserError(
@@ -287,24 +309,27 @@ def _check_known(names: list[str], given: Mapping[str, Any]) -> None:
 
 
 def _check_sum(names: list[str]) -> None:
+  """Refuses sums whose terms read different examples, repeat a loss, or differ in their rewards."""
   if len(names) == 1:
     return
   for name in names:
     if kind_of(name) not in ("pairs", "text"):
       raise UserError(
-        f"loss {name!r} is computed from rows of another kind and cannot be a term of a sum;"
+        f"loss {name!r} is computed from another kind of example and cannot be a term of a sum;"
         " train with it alone"
       )
   if len(set(names)) < len(names):
-    raise UserError(f"loss.name {'+'.join(names)!r} names a loss twice; add their weights")
-  if len({name in FREE for name in names if name != "sft"}) > 1:
+    raise UserError(f"loss.name {'+'.join(names)!r} contains a loss twice; add their weights")
+  # `sft` alone combines with either kind: it reports no reward.
+  if len({name in REFERENCE_FREE for name in names if name != "sft"}) > 1:
     raise UserError(
       f"loss.name {'+'.join(names)!r} mixes losses with and without a reference; their rewards"
       " would not be the same quantity"
     )
 
 
-# Argument: (least, whether it may be that, upper bound not reached, what it is)
+# Argument: (lower bound, whether the bound is allowed, excluded upper bound, description). An upper
+# bound of 1 + 1e-9 allows 1 itself.
 _RANGES: dict[str, tuple[float, bool, float, str]] = {
   "beta": (0, False, math.inf, "a number above 0, such as 0.1"),
   "label_smoothing": (0, True, 0.5, "the share of wrong labels, from 0 to below 0.5"),
@@ -323,52 +348,59 @@ _RANGES: dict[str, tuple[float, bool, float, str]] = {
 }
 
 
-def _check_ranges(names: list[str], given: Mapping[str, Any]) -> None:
-  for key, value in given.items():
+def _check_ranges(names: list[str], options: Mapping[str, Any]) -> None:
+  """Refuses values outside the range of their argument."""
+  for key, value in options.items():
     if key not in _RANGES:
       continue
     least, reached, below, what = _RANGES[key]
     if key == "label_smoothing" and "exo_pair" in names:
       reached, what = False, "above 0 and below 0.5 for exo_pair, which takes its logarithm"
     try:
-      fits = least <= value < below and (reached or value > least)
-    except TypeError:
-      fits = False
-    if not fits:
+      in_range = least <= value < below and (reached or value > least)
+    except TypeError:  # a text or a list, which does not compare with a number
+      in_range = False
+    if not in_range:
       raise UserError(f"loss.{key} is {value!r}; it must be {what}")
 
 
 def _check_combination(names: list[str], extra: Mapping[str, Any]) -> None:
+  """Refuses modifiers that would be ignored, or would change the meaning of a loss."""
+
   def refuse(key: str, why: str) -> None:
     raise UserError(f"loss.{key} = {extra[key]!r} does not combine with {'+'.join(names)}: {why}")
 
+  # In a sum every term is of pairs, or sft, by `_check_sum`.
   wrong_kind = kind_of(names[0]) != "pairs" if len(names) == 1 else False
   for key in ("sft_weight", "ld_alpha", "wpo", "link", "link_alpha", "reference_free"):
     # 0.0 is a value; False and None are the modifier left out.
     if wrong_kind and extra.get(key) is not None and extra[key] is not False:
       refuse(key, "it modifies losses of pairs")
   if extra.get("sft_weight") and "orpo" in names:
-    refuse("sft_weight", "orpo has that term already; odds_weight says how much counts the rest")
+    refuse("sft_weight", "orpo already contains that term; odds_weight weights the other one")
   if extra.get("sft_weight") and "sft" in names:
-    refuse("sft_weight", "sft is a term already; give it the weight")
+    refuse("sft_weight", "sft is already a term of the sum; set its weight there")
   if extra.get("ld_alpha") is not None and (extra.get("sft_weight") or {"sft", "cpo"} & {*names}):
-    refuse("ld_alpha", "the supervised term would lose the tokens it weighs down")
+    refuse("ld_alpha", "it would also reduce the weight of tokens in the supervised term")
   for name in names:
-    if extra.get("ld_alpha") is not None and name in _AVERAGED:
-      refuse("ld_alpha", f"{name} averages over tokens, which already takes the length out")
+    if extra.get("ld_alpha") is not None and name in _LENGTH_AVERAGED:
+      refuse("ld_alpha", f"{name} averages over tokens, which already removes the effect of length")
     if extra.get("wpo") and name in _BATCH_WIDE:
-      refuse("wpo", f"{name} sorts the batch, where a pair's weight has no meaning")
-    if extra.get("reference_free") and name in FREE and name != "sft":
-      refuse("reference_free", f"{name} reads no reference as it is")
-    if extra.get("reference_free") and name not in _MAY_BE_FREE | FREE:
-      refuse("reference_free", f"{name} is about the ratio to a reference")
-    if extra.get("link") and name not in OF_MARGIN | {"sft"}:
-      refuse("link", f"links replace the log-ratio in {', '.join(sorted(OF_MARGIN))}")
+      refuse(
+        "wpo",
+        f"{name} compares pairs of the whole batch, where the weight of one pair has no meaning",
+      )
+    if extra.get("reference_free") and name in REFERENCE_FREE and name != "sft":
+      refuse("reference_free", f"{name} does not read a reference anyway")
+    if extra.get("reference_free") and name not in _ALLOW_REFERENCE_FREE | REFERENCE_FREE:
+      refuse("reference_free", f"{name} needs the ratio to a reference")
+    if extra.get("link") and name not in MARGIN_LOSSES | {"sft"}:
+      refuse("link", f"it replaces the log-ratio only in {', '.join(sorted(MARGIN_LOSSES))}")
   if extra.get("link") and extra["link"] not in DIVERGENCES:
     raise UserError(f"loss.link is {extra['link']!r}; known: {', '.join(DIVERGENCES)}")
   if extra.get("link") and extra.get("reference_free"):
-    refuse("link", "without a reference there is no ratio; leave reference_free out")
+    refuse("link", "without a reference there is no ratio; leave out reference_free")
   if extra.get("link_alpha") is not None and extra.get("link") != "alpha":
-    refuse("link_alpha", "it is read by loss.link=alpha alone")
+    refuse("link_alpha", "only loss.link=alpha reads it")
   if extra.get("running_decay") is not None and not set(names) & _DECAYS.keys():
-    refuse("running_decay", f"it is read by {', '.join(_DECAYS)} alone")
+    refuse("running_decay", f"only {', '.join(_DECAYS)} read it")

@@ -53,7 +53,7 @@ def check(config: ConfigDict, loss: losses.Loss) -> None:
   """Settings of on-policy training, or that the loss can do without it; and of the store."""
   if config.on_policy.reward:
     on_policy.check(loss, **config.on_policy)
-  elif loss.samples:
+  elif loss.is_on_policy:
     raise UserError(
       f"loss {loss.name!r} learns from samples of the policy itself; name a reward for them,"
       " --config.on_policy.reward=NAME, and prompts, --config.data.path=FILE"

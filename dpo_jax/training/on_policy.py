@@ -118,7 +118,7 @@ class Sampler:
     facts = {"reward": float(rollout.reward_XS.mean()), "tokens": float(np.mean(lengths))}
     if self.loss.kind == "pairs":
       rows = self._pairs(rows, np.random.default_rng([self.seed, index]))
-    elif not self.loss.samples:
+    elif not self.loss.is_on_policy:
       rows = [_ranked(row) for row in rows]
     if not any(row.weight for row in rows):
       raise UserError(
@@ -179,7 +179,7 @@ def check(
       f"loss {loss.name!r} is not computed from samples that a reward compares; name"
       " policy_gradient, plackett_luce or a loss of pairs"
     )
-  if loss.samples and temperature != 1:
+  if loss.is_on_policy and temperature != 1:
     raise UserError(
       f"on_policy.temperature is {temperature}; policy_gradient needs samples of the policy itself,"
       " at temperature 1"

@@ -1,4 +1,4 @@
-"""The derivation of DPO: every step of the chain as an identity, and π* as the only optimum."""
+"""Tests the derivation of DPO: each step is an identity, and π* is the only optimum."""
 
 import inspect
 import types
@@ -12,7 +12,7 @@ import pytest
 from dpo_jax import derivation, losses
 from dpo_jax.structs import PairLogps
 
-# Compiled once each for all tests; that they can be is part of what is claimed.
+# Every function is compiled once for all tests, which also shows that it can be traced.
 chain = types.SimpleNamespace(
   **{
     name: jax.jit(function)
@@ -26,7 +26,7 @@ EXTREMES = [1e-3, 1.0, 1e6]
 
 
 class World(NamedTuple):
-  """Three prompts of unequal weight, five answers each."""
+  """Three prompts of unequal weight, with five completions each."""
 
   reference: jax.Array
   reward: jax.Array
@@ -36,26 +36,29 @@ class World(NamedTuple):
 
 def make_world(seed=0, size=(3, 5), scale=1.0):
   rng = np.random.default_rng(seed)
-  draw = lambda: jax.nn.log_softmax(jnp.asarray(rng.normal(size=size)))
+
+  def draw():
+    return jax.nn.log_softmax(jnp.asarray(rng.normal(size=size)))
+
   reward = jnp.asarray(scale * rng.normal(size=size))
   return World(draw(), reward, jnp.asarray(rng.dirichlet(np.ones(size[0]))), draw())
 
 
 @pytest.fixture
 def world():
-  """A world in float64, and float64 for as long as the test lasts."""
+  """Yields a world in float64, with float64 enabled for the test."""
   with jax.enable_x64(True):
     yield make_world()
 
 
 def policies(shape, count, seed=1):
-  """Many policies, from nearly even ones to nearly certain ones: [count, X, Y]."""
+  """Samples policies from nearly uniform to nearly deterministic: [count, X, Y]."""
   rng = np.random.default_rng(seed)
   return jax.nn.log_softmax(rng.uniform(0.1, 8, (count, 1, 1)) * rng.normal(size=(count, *shape)))
 
 
 def beside(policy, count, seed=3):
-  """Many neighbours of a policy, at distances from 0.001 to 5 nats: [count, X, Y]."""
+  """Samples neighbours of a policy, with logits changed by 0.001 to 5 nats: [count, X, Y]."""
   rng = np.random.default_rng(seed)
   scale = np.geomspace(1e-3, 5, count)[:, None, None]
   return jax.nn.log_softmax(policy + scale * rng.normal(size=(count, *policy.shape)))
@@ -66,7 +69,7 @@ def beside(policy, count, seed=3):
 
 @pytest.fixture
 def coin():
-  """One prompt, two answers: π_ref = (1/2, 1/2), r = (log 3, 0), so π* = (3/4, 1/4) at β = 1."""
+  """One prompt, 2 completions: π_ref = (1/2, 1/2), r = (log 3, 0), so π* = (3/4, 1/4) at β = 1."""
   with jax.enable_x64(True):
     yield jnp.log(jnp.array([[0.5, 0.5]])), jnp.array([[np.log(3.0), 0.0]])
 
@@ -89,7 +92,10 @@ def test_objectives_by_hand(coin):
   reference, reward = coin
   policy = jnp.log(jnp.array([[0.9, 0.1]]))
   kl = 0.9 * np.log(1.8) + 0.1 * np.log(0.2)
-  near = lambda value, expected: np.testing.assert_allclose(value, expected, rtol=1e-12)
+
+  def near(value, expected):
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+
   near(chain.kl_divergence(policy, reference), [kl])
   near(chain.loss_part(policy, reward), -0.9 * np.log(3))
   near(chain.penalty_part(policy, reference, beta=2.0), 2 * kl)
@@ -97,7 +103,7 @@ def test_objectives_by_hand(coin):
     chain.assumed_objective(policy, reference, reward, beta=2.0),
     -0.9 * np.log(3) + 2 * kl,
   )
-  # At the reference the penalty is nothing; at π* what is left is -β log Z.
+  # At the reference the penalty is 0; at π* the objective is -β log Z.
   near(chain.assumed_objective(reference, reference, reward, beta=1.0), -np.log(3) / 2)
   near(
     chain.assumed_objective(jnp.log(jnp.array([[0.75, 0.25]])), reference, reward, beta=1.0),
@@ -108,9 +114,12 @@ def test_objectives_by_hand(coin):
 def test_expected_dpo_loss_by_hand(coin):
   reference, reward = coin
   preference = chain.bradley_terry(reward)
-  loss = lambda policy: chain.expected_dpo_loss(policy, reference, preference, beta=1.0)
+
+  def loss(policy):
+    return chain.expected_dpo_loss(policy, reference, preference, beta=1.0)
+
   np.testing.assert_allclose(loss(reference), np.log(2))
-  # Half of the pairs are of one answer with itself, log 2; the others have the entropy of 3/4.
+  # Half of the pairs compare a completion with itself: log 2. The others have the entropy of 3/4.
   entropy = -0.75 * np.log(0.75) - 0.25 * np.log(0.25)
   optimal = jnp.log(jnp.array([[0.75, 0.25]]))
   np.testing.assert_allclose(loss(optimal), (np.log(2) + entropy) / 2)
@@ -163,7 +172,10 @@ def test_assumed_is_beta_times_kl_less_log_z(world, beta):
 def test_assumed_is_the_mean_of_its_sampled_terms(world, beta):
   given = {"beta": beta, "weight_X": world.weight}
   loss, penalty = chain.sampled_terms(world.policy, world.reference, world.reward, beta=beta)
-  mean = lambda value: world.weight @ (np.exp(world.policy) * value).sum(1)
+
+  def mean(value):
+    return world.weight @ (np.exp(world.policy) * value).sum(1)
+
   parts = (
     chain.loss_part(world.policy, world.reward, weight_X=world.weight),
     chain.penalty_part(world.policy, world.reference, **given),
@@ -196,7 +208,10 @@ def test_implicit_reward_of_the_optimum_is_the_reward_less_a_function_of_x(world
 @pytest.mark.parametrize("beta", BETAS)
 def test_a_function_of_x_changes_neither_optimum_nor_preferences(world, beta):
   moved = world.reward + jnp.array([[5.0], [-100.0], [1e3]])
-  optimal = lambda reward: chain.optimal_policy(world.reference, reward, beta=beta)
+
+  def optimal(reward):
+    return chain.optimal_policy(world.reference, reward, beta=beta)
+
   np.testing.assert_allclose(optimal(moved), optimal(world.reward), rtol=1e-9, atol=1e-11)
   np.testing.assert_allclose(
     chain.bradley_terry(moved), chain.bradley_terry(world.reward), atol=1e-12
@@ -216,7 +231,7 @@ def test_expected_dpo_loss_is_the_mean_of_the_loss_that_trains(world):
       for z in range(5):
         pairs = [PairLogps(logp[x, y], logp[x, z]) for logp in (policy, ref)]
         loss = losses.LOSSES["sigmoid"](*pairs, beta=0.7)
-        # Each ordered pair once as (winner, loser), and from both orders in which it is drawn.
+        # Each ordered pair occurs once as (winner, loser), from both orders in which it is sampled.
         total += weight * np.exp(ref[x, y] + ref[x, z]) * 2 * preference[x, y, z] * loss
   found = chain.expected_dpo_loss(
     world.policy, world.reference, preference, beta=0.7, weight_X=world.weight
@@ -243,14 +258,16 @@ def test_weights_default_to_uniform(world):
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_no_other_policy_does_better(world, beta):
-  cost = lambda policy: chain.assumed_objective(policy, world.reference, world.reward, beta=beta)
+  def cost(policy):
+    return chain.assumed_objective(policy, world.reference, world.reward, beta=beta)
+
   optimal = chain.optimal_policy(world.reference, world.reward, beta=beta)
   for others in (policies(world.reward.shape, 200), beside(optimal, 200)):
     assert (jax.vmap(cost)(others) > cost(optimal)).all()
 
 
 def random_search(cost, start, seed=0, rounds=100, width=200):
-  """Keeps the best of many random neighbours; the steps shrink when nothing better turns up."""
+  """Keeps the best of many random neighbours, and halves the steps when none is better."""
   rng, policy, scale, many = np.random.default_rng(seed), start, 1.0, jax.jit(jax.vmap(cost))
   for _ in range(rounds):
     noise = scale * rng.normal(size=(width, *start.shape))
@@ -263,7 +280,10 @@ def random_search(cost, start, seed=0, rounds=100, width=200):
 @pytest.mark.parametrize("beta", [0.5, 5.0])
 def test_random_search_ends_at_the_optimum(world, beta):
   reference, reward = world.reference[:1], world.reward[:1]
-  cost = lambda policy: chain.assumed_objective(policy, reference, reward, beta=beta)
+
+  def cost(policy):
+    return chain.assumed_objective(policy, reference, reward, beta=beta)
+
   found = random_search(cost, reference)
   optimal = chain.optimal_policy(reference, reward, beta=beta)
   assert chain.kl_divergence(found, optimal)[0] < 1e-6
@@ -292,7 +312,10 @@ def test_descent_ends_at_the_optimum_of_every_form(world, which, beta):
 @pytest.mark.parametrize("beta", BETAS)
 def test_expected_dpo_loss_is_least_at_the_optimum_alone(world, beta):
   preference = chain.bradley_terry(world.reward)
-  loss = lambda policy: chain.expected_dpo_loss(policy, world.reference, preference, beta=beta)
+
+  def loss(policy):
+    return chain.expected_dpo_loss(policy, world.reference, preference, beta=beta)
+
   optimal = chain.optimal_policy(world.reference, world.reward, beta=beta)
   slope = jax.grad(lambda logits: loss(jax.nn.log_softmax(logits)))(optimal)
   np.testing.assert_allclose(slope / beta, 0, atol=1e-12)
@@ -300,12 +323,13 @@ def test_expected_dpo_loss_is_least_at_the_optimum_alone(world, beta):
 
 
 def test_the_optimum_of_dpo_does_not_depend_on_which_pairs_are_compared(world):
-  # A ring of comparisons connects all five answers; most pairs never occur.
+  # A ring of comparisons connects all five completions; most pairs never occur.
   ring = jnp.zeros((3, 5, 5)).at[:, jnp.arange(5), (jnp.arange(5) + 1) % 5].set(0.2)
   preference = chain.bradley_terry(world.reward)
-  loss = lambda policy: chain.expected_dpo_loss(
-    policy, world.reference, preference, beta=0.5, pair_XYY=ring
-  )
+
+  def loss(policy):
+    return chain.expected_dpo_loss(policy, world.reference, preference, beta=0.5, pair_XYY=ring)
+
   optimal = chain.optimal_policy(world.reference, world.reward, beta=0.5)
   slope = jax.grad(lambda logits: loss(jax.nn.log_softmax(logits)))(optimal)
   np.testing.assert_allclose(slope, 0, atol=1e-12)
@@ -318,7 +342,7 @@ def test_frontier_is_monotone_and_no_policy_is_beyond_it(world):
   assert (np.diff(found.kl_F) > 0).all()
   assert (np.diff(found.reward_F) > 0).all()
   slope = np.diff(found.reward_F) / np.diff(found.kl_F)
-  assert (np.diff(slope) < 0).all()  # ever less reward for a nat: its slope is β
+  assert (np.diff(slope) < 0).all()  # each nat gains less reward: the slope is β
   inner = slice(5, 40)
   np.testing.assert_allclose(slope[inner], np.sqrt(betas[1:] * betas[:-1])[inner], rtol=1e-2)
   many = policies(world.reward.shape, 500)
@@ -326,7 +350,7 @@ def test_frontier_is_monotone_and_no_policy_is_beyond_it(world):
   loss = jax.vmap(lambda p: chain.loss_part(p, world.reward, weight_X=world.weight))(many)
   within = kl < found.kl_F[-1]
   assert within.sum() > 100
-  # A chord lies below the curve, by less than this.
+  # The interpolation is a chord, which lies below the curve by less than 1e-3.
   assert (-loss < np.interp(kl, found.kl_F, found.reward_F) + 1e-3)[within].all()
 
 
@@ -344,7 +368,7 @@ def test_limits_of_beta(world):
 
 
 def every_function(reference, reward, beta):
-  """Every function of the chain, as one of (policy or reference, reward): name -> function."""
+  """Returns every function of the chain as a function of (policy or reference, reward), by name."""
   d = chain
   preference = d.bradley_terry(reward)
   return {
@@ -364,7 +388,7 @@ def every_function(reference, reward, beta):
 
 @jax.jit
 def values_and_slopes(policy, reference, reward, beta):
-  """name -> (value, gradients of its sum by policy and reward)."""
+  """Returns name -> (value, gradients of its sum with respect to policy and reward)."""
   return {
     name: (f(policy, reward), *jax.grad(lambda p, r, f=f: f(p, r).sum(), (0, 1))(policy, reward))
     for name, f in every_function(reference, reward, beta).items()
@@ -388,12 +412,12 @@ def test_extremes_are_finite_with_their_gradients(beta, double):
 
 
 def test_float32_keeps_its_digits_where_the_rewards_are_far_from_zero():
-  # r/β = 10^6: rounded to a sixteenth of a nat, if it were not for the reward taken away first.
+  # r/β = 10^6 would be rounded to a sixteenth of a nat unless the best reward is subtracted first.
   reference = jnp.log(jnp.array([[0.3, 0.7, 1e-9]]))
   optimal = chain.optimal_policy(reference, jnp.full((1, 3), 1e3), beta=1e-3)
   assert optimal.dtype == jnp.float32
   np.testing.assert_allclose(optimal, reference, rtol=1e-6)
-  # Nor does the reward of an answer that never comes take the digits of the others.
+  # The reward of a completion of probability 0 does not take the digits of the others either.
   reference = jnp.log(jnp.array([[0.3, 0.7, 0.0]]))
   optimal = chain.optimal_policy(reference, jnp.array([[0.0, 0.0, 1e3]]), beta=1e-3)
   np.testing.assert_allclose(optimal, reference, rtol=1e-6)
@@ -409,17 +433,17 @@ def test_float32_agrees_with_float64(beta):
 
   single, double = every(False), every(True)
   for name, (value, *_) in double.items():
-    # Terms of a few nats, times β or 1/β of a reward, are rounded to 24 bits.
+    # Terms of a few nats, multiplied by β or divided by it, are rounded to 24 bits.
     given = {"rtol": 1e-6} if name == "optimal" else {"atol": 2e-6 * max(beta, 1 / beta)}
     np.testing.assert_allclose(single[name][0], value, err_msg=name, **given)
 
 
-# --- Answers that never come ----------------------------------------------------------------------
+# --- Completions of probability 0 -----------------------------------------------------------------
 
 
 @pytest.fixture
 def holes():
-  """The reference never gives the last answer, the policy neither it nor the one before."""
+  """The reference gives the last completion probability 0; the policy also the one before it."""
   with jax.enable_x64(True):
     reference = jnp.log(jnp.array([[0.5, 0.3, 0.2, 0.0]]))
     policy = jnp.log(jnp.array([[0.4, 0.6, 0.0, 0.0]]))
@@ -431,7 +455,7 @@ def test_what_never_comes_counts_nothing(holes):
   kl = 0.4 * np.log(0.4 / 0.5) + 0.6 * np.log(0.6 / 0.3)
   np.testing.assert_allclose(chain.kl_divergence(policy, reference), [kl])
   np.testing.assert_allclose(chain.loss_part(policy, reward), -0.4 + 1.2)
-  # Not even a reward of 1000 brings back what the reference never says.
+  # Not even a reward of 1000 gives probability to a completion that has none under the reference.
   optimal = chain.optimal_policy(reference, reward, beta=0.5)
   bare = chain.optimal_policy(reference[:, :3], reward[:, :3], beta=0.5)
   np.testing.assert_allclose(optimal[:, :3], bare)
@@ -450,10 +474,13 @@ def test_gradients_are_finite_where_answers_never_come(holes):
       assert np.isfinite(slope(at)).all()
       assert slope(at)[0, 3] == 0
   preference = chain.bradley_terry(reward)
-  loss = lambda p: chain.expected_dpo_loss(p, reference, preference, beta=0.5)
+
+  def loss(p):
+    return chain.expected_dpo_loss(p, reference, preference, beta=0.5)
+
   assert np.isfinite(loss(optimal))
   assert np.isfinite(jax.grad(loss)(optimal)).all()
-  assert loss(policy) == np.inf  # it denies an answer that wins comparisons
+  assert loss(policy) == np.inf  # a completion that wins comparisons has probability 0
 
 
 def test_a_policy_with_answers_the_reference_lacks_is_infinitely_far(holes):
@@ -462,15 +489,16 @@ def test_a_policy_with_answers_the_reference_lacks_is_infinitely_far(holes):
   assert chain.assumed_objective(policy, reference, reward, beta=0.5) == np.inf
 
 
-# --- What may be given ----------------------------------------------------------------------------
+# --- Types of the arguments -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [list, tuple, np.asarray])
 def test_weights_are_any_sequence_of_numbers(world, kind):
   reference, reward, weight, policy = world
-  of = lambda weight: derivation.assumed_objective(
-    policy, reference, reward, beta=0.5, weight_X=weight
-  )
+
+  def of(weight):
+    return derivation.assumed_objective(policy, reference, reward, beta=0.5, weight_X=weight)
+
   np.testing.assert_allclose(of(kind(weight.tolist())), of(weight))
 
 

@@ -1,4 +1,4 @@
-"""The production path equals the naive one in value, gradient and nothing else: not in memory."""
+"""Tests that the production path equals the naive one in value and gradient, with less memory."""
 
 import functools
 
@@ -38,7 +38,7 @@ def test_a_uniform_head_gives_minus_log_vocabulary_a_token():
 
 
 def test_log_probs_of_all_answers_of_two_tokens_sum_to_one():
-  """Σ_y π(y|x) = 1 over every y of exactly two tokens: this is a distribution."""
+  """Σ_y π(y|x) = 1 over all y of exactly two tokens, as for any distribution."""
   vocab = 5
   params = tiny.init(vocab=vocab)
   everything = [
@@ -106,7 +106,7 @@ def test_soft_cap_and_bias_are_part_of_the_head():
 
 
 def test_bfloat16_hidden_states_still_sum_in_float32():
-  """400 tokens of log(1/37): a bfloat16 sum would be nats off."""
+  """With 400 tokens of log(1/37), a bfloat16 sum would be nats off."""
   logps_NS = logprobs.slot_logps(
     jnp.zeros((1, 512, 4), jnp.bfloat16),
     Head(jnp.zeros((tiny.VOCAB, 4), jnp.bfloat16)),
@@ -122,12 +122,18 @@ def _long_pair():
 
 
 def _temporaries(logps, vocab, width=64):
-  """Bytes of temporaries of value and gradient at 4 rows of 512 tokens."""
+  """Measures bytes of temporaries of value and gradient at 4 rows of 512 tokens."""
   rng = np.random.default_rng(0)
-  ids = lambda n: rng.integers(0, vocab, n).astype(np.int32)
+
+  def ids(n):
+    return rng.integers(0, vocab, n).astype(np.int32)
+
   examples = [Example(ids(200), (ids(150), ids(150))) for _ in range(4)]
   batch = collate(examples, layout="shared", row_length=512)
-  loss = lambda hidden, kernel: logps(hidden, Head(kernel), batch).sum()
+
+  def loss(hidden, kernel):
+    return logps(hidden, Head(kernel), batch).sum()
+
   shapes = (
     jax.ShapeDtypeStruct((4, 512, width), jnp.float32),
     jax.ShapeDtypeStruct((vocab, width), jnp.float32),
@@ -140,13 +146,16 @@ def test_memory_is_a_fraction_of_the_naive_path_and_flat_in_the_vocabulary():
   naive = _temporaries(logprobs.naive_slot_logps, 50_000)
   again = functools.partial(logprobs.slot_logps, budget=logprobs.LogitBudget(2**22, 0))
   assert _temporaries(again, 50_000) <= naive / 5
-  # What is left beside the logits is the head's own gradient.
-  beside = lambda vocab: _temporaries(again, vocab) - vocab * 64 * 4
+
+  # The rest of the memory is the gradient of the head.
+  def beside(vocab):
+    return _temporaries(again, vocab) - vocab * 64 * 4
+
   assert beside(100_000) <= 1.15 * beside(25_000)
 
 
 def test_logits_that_are_kept_are_what_keeping_costs():
-  """1,200 scored tokens of 50,000 logits each, once and not twice."""
+  """The logits of 1,200 scored tokens, 50,000 each, are in memory once and not twice."""
   kept, again = (
     _temporaries(
       functools.partial(logprobs.slot_logps, budget=logprobs.LogitBudget(2**22, kept)), 50_000

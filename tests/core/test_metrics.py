@@ -1,4 +1,4 @@
-"""What is reported of a batch: every number by hand, and the same however the batch is cut."""
+"""Tests of metrics: every value by hand, and equal values however the batch is divided."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,10 @@ def close(found, expected):
     np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-array = lambda *values: np.array(values, np.float32)
+def array(*values):
+  return np.array(values, np.float32)
+
+
 # Log-ratios: (2, -1), (-1, -3), (0, 0); tokens of chosen and rejected: (4, 2), (5, 10), (3, 3).
 POLICY = PairLogps(array(-8, -21, -5), array(-6, -43, -6), array(4, 5, 3), array(2, 10, 3))
 REFERENCE = PairLogps(array(-10, -20, -5), array(-5, -40, -6))
@@ -74,7 +77,7 @@ def test_without_token_counts_what_depends_on_lengths_is_left_out():
 
 
 def test_at_the_reference_nothing_has_drifted():
-  """Also where log-probs are so large that their own sum would round."""
+  """Pair mass is exact even where a sum of log-probs would round it away."""
   at = PairLogps(array(-1e4, -3), array(-1.0001e4, -900), array(9, 2), array(8, 7))
   found = means(metrics.pair_sums(at, at, array(0, 0), array(1, 1), beta=0.1))
   for name in ("drift/chosen", "drift/rejected", "drift/both_fell", "drift/pair_mass"):
@@ -84,11 +87,17 @@ def test_at_the_reference_nothing_has_drifted():
 
 def test_pair_mass_lies_between_the_two_log_ratios_and_stays_finite():
   rng = np.random.default_rng(0)
-  draw = lambda scale: rng.normal(0, scale, 100).astype(np.float32)
+
+  def draw(scale):
+    return rng.normal(0, scale, 100).astype(np.float32)
+
   for scale in (1.0, 1e4):
     policy, reference = PairLogps(draw(scale), draw(scale)), PairLogps(draw(scale), draw(scale))
     for i in range(100):
-      one = lambda logps, i=i: PairLogps(logps.chosen_B[i : i + 1], logps.rejected_B[i : i + 1])
+
+      def one(logps, i=i):
+        return PairLogps(logps.chosen_B[i : i + 1], logps.rejected_B[i : i + 1])
+
       sums = metrics.pair_sums(one(policy), one(reference), array(0), array(1), beta=1.0)
       found = means(sums)
       low, high = sorted((found["rewards/chosen"], found["rewards/rejected"]))
@@ -99,7 +108,10 @@ def test_pair_mass_lies_between_the_two_log_ratios_and_stays_finite():
 def test_a_weight_is_so_many_copies_and_zero_is_none():
   weighted = metrics.pair_sums(POLICY, REFERENCE, LOSS, array(3, 1, 0), beta=0.5)
   copies = np.array([0, 0, 0, 1])
-  take = lambda logps: jax.tree.map(lambda x: x[copies], logps)
+
+  def take(logps):
+    return jax.tree.map(lambda x: x[copies], logps)
+
   copied = metrics.pair_sums(take(POLICY), take(REFERENCE), LOSS[copies], np.ones(4), beta=0.5)
   close(means(weighted), means(copied))
 
@@ -111,7 +123,7 @@ def test_no_pair_of_a_kind_is_not_a_number():
   assert all(np.isfinite(v) for k, v in found.items() if not k.startswith("margins/"))
 
 
-# --- answers judged by themselves -----------------------------------------------------------------
+# --- unpaired completions -------------------------------------------------------------------------
 
 
 def test_unpaired_by_hand():
@@ -138,7 +150,7 @@ def test_a_batch_of_one_label_has_no_mean_of_the_other():
   assert found["rewards/desirable"] == 0 and np.isnan(found["rewards/undesirable"])
 
 
-# --- K answers ------------------------------------------------------------------------------------
+# --- K completions --------------------------------------------------------------------------------
 
 RANKED = RankedLogps(np.array([[-3, -4, -5], [-3, -2, 0]], np.float32))
 RANKED_REFERENCE = RankedLogps(np.array([[-4, -4, -2], [-4, -5, 0]], np.float32))
@@ -171,7 +183,9 @@ def test_samples_and_their_rewards_by_hand():
 
 
 def test_two_ranked_answers_are_a_pair():
-  stack = lambda logps: RankedLogps(np.stack([logps.chosen_B, logps.rejected_B], axis=1))
+  def stack(logps):
+    return RankedLogps(np.stack([logps.chosen_B, logps.rejected_B], axis=1))
+
   ranked = metrics.ranked_sums(
     stack(POLICY), stack(REFERENCE), LOSS, ONES, np.ones((3, 2), np.float32), beta=0.5
   )
@@ -187,7 +201,7 @@ def test_two_ranked_answers_are_a_pair():
     np.testing.assert_allclose(found[name], pairs[other], rtol=1e-6)
 
 
-# --- texts, and what holds of all -----------------------------------------------------------------
+# --- supervised examples, and facts of all sums ---------------------------------------------------
 
 
 def test_text_loss_is_a_mean_over_tokens_and_log_probs_over_texts():
@@ -197,10 +211,15 @@ def test_text_loss_is_a_mean_over_tokens_and_log_probs_over_texts():
 
 
 def _all_kinds(part):
-  """Sums of every kind over a slice of a batch of eight."""
+  """Computes sums of every kind over a slice of a batch of eight."""
   rng = np.random.default_rng(1)
-  draw = lambda *shape: rng.normal(-20, 3, shape).astype(np.float32)[part]
-  count = lambda *shape: rng.integers(1, 9, shape).astype(np.float32)[part]
+
+  def draw(*shape):
+    return rng.normal(-20, 3, shape).astype(np.float32)[part]
+
+  def count(*shape):
+    return rng.integers(1, 9, shape).astype(np.float32)[part]
+
   weight, loss = rng.uniform(0.1, 2, 8).astype(np.float32)[part], draw(8)
   pairs = PairLogps(draw(8), draw(8), count(8), count(8))
   single, label = UnpairedLogps(draw(8), draw(8)), (np.arange(8) % 2)[part]

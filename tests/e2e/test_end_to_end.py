@@ -230,7 +230,7 @@ def test_every_loss_is_reached_from_the_configuration(task, name):
     config.data.path = write_rows(task / "p.jsonl", [{"prompt": row["prompt"]} for row in rows])
   run, _, reference, _ = build(config, task / "never")
   assert run.objective.loss.name == name
-  assert (reference is None) == (name in losses.FREE)
+  assert (reference is None) == (name in losses.REFERENCE_FREE)
   assert run.objective.completions == {"sft": 1, "policy_gradient": 4}.get(name, 2)
 
 

@@ -1,4 +1,4 @@
-"""Held-out measures against closed forms: intervals, wins, and the exact frontier."""
+"""Tests of estimates against closed forms: intervals, win rates, and the exact frontier."""
 
 import numpy as np
 import pytest
@@ -100,7 +100,10 @@ def test_more_samples_of_a_prompt_are_not_more_prompts():
   rng = np.random.default_rng(0)
   policy_XS, reference_XR, ratio_XS = rng.normal(size=(3, 40, 2))
   once = estimates.sampled_metrics(policy_XS, reference_XR, ratio_XS)
-  repeat = lambda x: np.repeat(x, 5, axis=1)
+
+  def repeat(x):
+    return np.repeat(x, 5, axis=1)
+
   again = estimates.sampled_metrics(repeat(policy_XS), repeat(reference_XR), repeat(ratio_XS))
   for name in ("reward_policy", "reward_reference", "win_rate", "kl"):
     np.testing.assert_allclose(once[name], again[name])

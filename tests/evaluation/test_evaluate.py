@@ -1,4 +1,4 @@
-"""Scores, samples and labels against a language so small that every answer can be listed."""
+"""Tests of evaluation on a language so small that every completion can be listed."""
 
 import dataclasses
 import itertools
@@ -33,13 +33,13 @@ SIZES = {"num": 1024, "frontier_prompts": 3, "frontier_samples": 2048, "max_toke
 
 
 def wanted(prompt, answer):
-  """A reward for the tests: a is good, b is bad, the more so after a full stop."""
+  """Returns a reward for the tests: a is good, b is bad, and both count more after a full stop."""
   return answer.count("a") - answer.count("b") * (1.5 if "." in prompt else 1.0)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-  """Model folders of one shape and tokenizer: seed -> path."""
+  """Makes model folders of one shape and tokenizer: seed -> path."""
   root = tmp_path_factory.mktemp("models")
   word_tokenizer.write(root / "tokenizer", WORDS)
   fields = {
@@ -69,14 +69,14 @@ def models(folders):
 
 
 def every_answer():
-  """All answers of at most LONGEST tokens: ended, or cut."""
+  """Lists all completions of at most LONGEST tokens, ended or cut."""
   others = [id for id in range(6) if id != END]
   ended = [(*start, END) for n in range(LONGEST) for start in itertools.product(others, repeat=n)]
   return ended + list(itertools.product(others, repeat=LONGEST))
 
 
 def log_probs(model, prompt):
-  """Of every answer to a prompt, nats."""
+  """Computes log π(y|x) of every completion to a prompt, in nats."""
   ids = np.array(model.tokenizer.encode_prompt(prompt), np.int32)
   examples = [Example(ids, (np.array(answer, np.int32),)) for answer in every_answer()]
   return evaluate.scorer(model.config)(model.params, examples).logp_BK[:, 0]
@@ -87,7 +87,7 @@ def log_probs(model, prompt):
 
 @pytest.mark.parametrize("completions", [1, 2, 3])
 def test_scorer_gives_every_answer_its_own_log_prob(completions):
-  # Ragged batches and packed rows against one example a batch through the naive path.
+  # Compares ragged batches and packed rows with the naive path, one example per batch.
   examples = tiny.pairs(7, completions=completions)
   params = tiny.init()
   scores = evaluate.make_scorer(tiny.MODEL, batch_size=3)(params, examples)
@@ -115,7 +115,7 @@ def test_probabilities_of_all_answers_add_up_to_one(models):
 @pytest.mark.slow
 def test_sampled_measures_agree_with_the_listed_language(models):
   policy, reference = models
-  found = evaluate.on_samples(
+  found = evaluate.evaluate_samples(
     policy,
     reference,
     PROMPTS,
@@ -136,7 +136,7 @@ def test_sampled_measures_agree_with_the_listed_language(models):
     log_z = np.logaddexp.reduce(tilted, axis=1)
     best = np.exp(tilted - log_z[:, None]) @ reward_Y
     points.append((best / betas[:, 0] - log_z, best))
-  # A standard deviation of one prompt's mean is about 1.5 / √1024 = 0.05.
+  # The standard deviation of one prompt's mean is about 1.5 / √1024 = 0.05.
   np.testing.assert_allclose(found["kl"], np.mean(kl), atol=0.1)
   np.testing.assert_allclose(found["reward_policy"], np.mean(ours), atol=0.1)
   np.testing.assert_allclose(found["reward_reference"], np.mean(theirs), atol=0.1)
@@ -152,7 +152,7 @@ def test_sampled_measures_agree_with_the_listed_language(models):
 
 def test_a_policy_that_is_its_reference_is_nowhere(models):
   model, _ = models
-  found = evaluate.on_samples(
+  found = evaluate.evaluate_samples(
     model,
     model,
     PROMPTS,
@@ -184,7 +184,7 @@ def test_drawn_answers_are_what_was_sampled(models):
 
 
 def _rollout(reward_XS):
-  """Answers told apart by their ids, of the given rewards."""
+  """Makes a rollout of distinct completions with the given rewards."""
   reward_XS = np.asarray(reward_XS, np.float64)
   names = [[f"{s}" for s in range(reward_XS.shape[1])]] * len(reward_XS)
   ids = [[[s] for s in range(reward_XS.shape[1])]] * len(reward_XS)
@@ -218,15 +218,15 @@ def test_equal_answers_make_no_pair():
 def test_rows_of_scores(models):
   policy, reference = models
   examples = [Example(np.array([1, 4]), (np.array([5, 5, 2]), np.array([4, 2])), row=7)]
-  ask = evaluate.objective("sigmoid", 0.5)
-  (row,) = evaluate.score_rows(policy, reference, examples, ask)
+  ask = evaluate.resolve_pair_loss("sigmoid", 0.5)
+  (row,) = evaluate.score_pairs(policy, reference, examples, ask)
   assert (row["chosen_tokens"], row["rejected_tokens"]) == (3, 2)
   np.testing.assert_allclose(
     row["chosen_reward"], 0.5 * (row["chosen_logp"] - row["ref_chosen_logp"])
   )
   margin = row["chosen_reward"] - row["rejected_reward"]
   np.testing.assert_allclose(row["loss"], np.log1p(np.exp(-margin)), rtol=1e-5)
-  (alone,) = evaluate.score_rows(policy, None, examples, ask)
+  (alone,) = evaluate.score_pairs(policy, None, examples, ask)
   assert row["row"] == alone["row"] == 7
   assert set(alone) == {"row", "chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens"}
 
@@ -258,7 +258,9 @@ def test_pairs_are_read_with_and_without_a_reference(models, tmp_path, capsys):
 def test_pairs_under_the_reference_itself(models):
   model, _ = models
   examples = [Example(np.array([1, 4]), (np.array([5, 5, 2]), np.array([4, 2])))] * 3
-  found = evaluate.on_pairs(model, model, examples, evaluate.objective("sigmoid", 0.1))
+  found = evaluate.evaluate_pairs(
+    model, model, examples, evaluate.resolve_pair_loss("sigmoid", 0.1)
+  )
   assert (found["pairs"], found["eval_accuracy"], found["eval_margin"]) == (3, 0.5, 0)
   np.testing.assert_allclose(found["eval_loss"], np.log(2), rtol=1e-6)
 
@@ -268,16 +270,16 @@ def test_a_loss_of_scored_pairs_reads_the_scores(models):
   model, _ = models
   plain = Example(np.array([1, 4]), (np.array([5, 5, 2]), np.array([4, 2])))
   scored = plain._replace(scores=(2.0, 0.5))
-  ask = evaluate.objective("odpo", 0.1)
-  found = evaluate.on_pairs(model, model, [scored] * 2, ask)
+  ask = evaluate.resolve_pair_loss("odpo", 0.1)
+  found = evaluate.evaluate_pairs(model, model, [scored] * 2, ask)
   np.testing.assert_allclose(found["eval_loss"], np.log1p(np.exp(1.5)), rtol=1e-6)
   with pytest.raises(UserError, match="give them a field margin"):
-    evaluate.on_pairs(model, model, [plain] * 2, ask)
+    evaluate.evaluate_pairs(model, model, [plain] * 2, ask)
 
 
 def test_a_supervised_loss_is_no_loss_of_pairs():
   with pytest.raises(UserError, match="not computed from pairs"):
-    evaluate.objective("sft", 0.1)
+    evaluate.resolve_pair_loss("sft", 0.1)
 
 
 # --- Rewards by name ------------------------------------------------------------------------------
@@ -329,7 +331,10 @@ def test_rewards_of_every_kind_of_number():
 def test_a_reward_that_fails_is_named():
   with pytest.raises(UserError, match=r"the reward sub fails with TypeError: .* for prompt 'p'"):
     rewards.values(rewards.resolve("operator:sub"), ["p"], ["a"])
-  leaves = lambda prompt, answer: sys.exit(3)
+
+  def leaves(prompt, answer):
+    sys.exit(3)
+
   with pytest.raises(UserError, match=r"fails with SystemExit: 3, for prompt 'p' and answer 'a'"):
     rewards.values(leaves, ["p"], ["a"])
 

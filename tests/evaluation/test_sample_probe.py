@@ -1,4 +1,4 @@
-"""Facts of sampled answers, against a language so small that every answer can be listed."""
+"""Tests of sample metrics on a language so small that every completion can be listed."""
 
 import dataclasses
 import functools
@@ -47,14 +47,14 @@ def make(**changed):
 
 
 def every_answer():
-  """All answers of at most LONGEST tokens: ended, or cut."""
+  """Lists all completions of at most LONGEST tokens, ended or cut."""
   others = [id for id in range(VOCAB) if id != END]
   ended = [(*start, END) for n in range(LONGEST) for start in itertools.product(others, repeat=n)]
   return ended + list(itertools.product(others, repeat=LONGEST))
 
 
 def log_probs(seed, prompt):
-  """Of every answer to a prompt, nats, through another layout than the probe's."""
+  """Computes log π(y|x) of every completion, in nats, in another layout than the probe's."""
   examples = [Example(prompt, (ids(answer),), row=i) for i, answer in enumerate(every_answer())]
   batch = collate.collate(examples, layout="packed", row_length=64)
   out = np.zeros(len(examples))
@@ -207,5 +207,6 @@ def test_prompts_that_leave_no_room_are_passed_over():
   found = sample_probe._prompts(EXAMPLES, 3, LONGEST, learned)
   assert found == [[1, 3], [4], [1, 3]]
   tight = dataclasses.replace(learned, max_positions=LONGEST)
-  with pytest.raises(UserError, match=r"no held-out prompt leaves room for an answer of 3 tokens"):
+  refusal = "no held-out prompt leaves room for a completion of 3 tokens"
+  with pytest.raises(UserError, match=refusal):
     sample_probe._prompts(EXAMPLES, 3, LONGEST, tight)

@@ -1,4 +1,4 @@
-"""Losses that see a whole batch, or several answers of a prompt."""
+"""Tests of losses of a whole batch, and of several completions to a prompt."""
 
 import functools
 import itertools
@@ -59,7 +59,10 @@ def test_pairs_of_weight_zero_change_no_sorted_loss(name):
 
 def test_the_estimate_behind_kto_gets_no_gradient():
   label = np.array([1.0, 0.0])
-  loss = lambda p, **given: LOSSES["kto"](p, KTO_REFERENCE, label_B=label, **given).sum()
+
+  def loss(p, **given):
+    return LOSSES["kto"](p, KTO_REFERENCE, label_B=label, **given).sum()
+
   found = jax.grad(loss)(jax.tree.map(jnp.asarray, KTO))
   np.testing.assert_array_equal(found.mismatched_B, 0)
   fixed = jax.grad(lambda p: loss(p, kl=1.0))(jax.tree.map(jnp.asarray, KTO))  # the mean is 1
@@ -76,14 +79,21 @@ def test_rows_of_weight_zero_leave_the_estimate_behind_kto_alone():
   np.testing.assert_allclose(found[:2], expected, rtol=1e-6)
 
 
-# --- several answers ------------------------------------------------------------------------------
+# --- several completions --------------------------------------------------------------------------
 
 
 def test_a_ranking_of_two_is_a_pair():
   policy, reference = random_logps()
-  stack = lambda p: RankedLogps(jnp.stack([p.chosen_B, p.rejected_B], axis=1))
-  pair = lambda p, q: LOSSES["sigmoid"](p, q, beta=0.3)
-  ranked = lambda p, q: LOSSES["plackett_luce"](stack(p), stack(q), beta=0.3)
+
+  def stack(p):
+    return RankedLogps(jnp.stack([p.chosen_B, p.rejected_B], axis=1))
+
+  def pair(p, q):
+    return LOSSES["sigmoid"](p, q, beta=0.3)
+
+  def ranked(p, q):
+    return LOSSES["plackett_luce"](stack(p), stack(q), beta=0.3)
+
   np.testing.assert_allclose(ranked(policy, reference), pair(policy, reference), rtol=1e-5)
   for found, expected in zip(
     slopes_of(ranked, policy, reference), slopes_of(pair, policy, reference), strict=True
@@ -124,18 +134,24 @@ def test_equal_returns_give_no_gradient():
   reference = RankedLogps(jnp.array([[-3.0, -3.0, -3.0]]))
   # r = β log π/π_ref + 7: the policy is optimal already
   reward = 0.5 * (policy.completions_BK - reference.completions_BK) + 7
-  loss = lambda p: LOSSES["policy_gradient"](p, reference, beta=0.5, reward_BK=reward).sum()
+
+  def loss(p):
+    return LOSSES["policy_gradient"](p, reference, beta=0.5, reward_BK=reward).sum()
+
   np.testing.assert_allclose(jax.jit(jax.grad(loss))(policy).completions_BK, 0, atol=1e-6)
 
 
 def test_a_lone_sample_gives_no_gradient():
-  """Without another sample there is no baseline, and so nothing to compare with."""
-  loss = lambda p: LOSSES["policy_gradient"](
-    RankedLogps(p),
-    RankedLogps(jnp.zeros((1, 3))),
-    reward_BK=jnp.ones((1, 3)),
-    present_BK=np.array([[True, False, False]]),
-  ).sum()
+  """A single sample has no other to be compared with."""
+
+  def loss(p):
+    return LOSSES["policy_gradient"](
+      RankedLogps(p),
+      RankedLogps(jnp.zeros((1, 3))),
+      reward_BK=jnp.ones((1, 3)),
+      present_BK=np.array([[True, False, False]]),
+    ).sum()
+
   slope = jax.jit(jax.grad(loss))(jnp.array([[-1.0, -2.0, -3.0]]))
   np.testing.assert_array_equal(slope[:, 1:], 0)
   assert np.isfinite(slope).all()

@@ -1,4 +1,4 @@
-"""Losses far out: value and slope stay finite."""
+"""Tests that losses and their gradients stay finite at extreme log-probs."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.losses import LOSSES, OF_MARGIN, arguments, resolve
+from dpo_jax.losses import LOSSES, MARGIN_LOSSES, arguments, resolve
 from dpo_jax.structs import PairLogps, RankedLogps, UnpairedLogps
 from tests.support.small_logps import DIVERGENCES, PAIRED
 
@@ -16,7 +16,7 @@ FAR = np.array(list(itertools.product([-1e4, -3.0, 1e4], repeat=4)), np.float32)
 
 
 def _assert_finite(loss, *arrays):
-  """Value and slope with respect to every array, float32 under jit."""
+  """Asserts finite value and gradients with respect to every array, in float32 under jit."""
 
   def total(arrays):
     loss_B = loss(*arrays)
@@ -41,12 +41,15 @@ def test_value_and_slope_stay_finite(name):
   if "beta" not in arguments(name):
     _far_pairs(LOSSES[name])
     return
-  at = lambda pair: jax.vmap(lambda beta: LOSSES[name](*pair, beta=beta))
+
+  def at(pair):
+    return jax.vmap(lambda beta: LOSSES[name](*pair, beta=beta))
+
   _far_pairs(lambda *pair: at(pair)(jnp.array([0.1, 1.0])).sum(0))
 
 
 @pytest.mark.parametrize("link", DIVERGENCES)
-@pytest.mark.parametrize("name", sorted(OF_MARGIN))
+@pytest.mark.parametrize("name", sorted(MARGIN_LOSSES))
 def test_value_and_slope_stay_finite_with_every_divergence(name, link):
   _far_pairs(resolve(name, beta=1.0, link=link))
 
@@ -84,7 +87,7 @@ def test_value_and_slope_of_rankings_stay_finite(present):
 
 
 def test_nobody_present_is_finite():
-  """An empty row has no answer; its weight is zero, and zero times infinity would not be."""
+  """An empty slot has no tokens and weight 0; its loss must be finite, for 0 times inf is nan."""
   nobody = np.zeros((1, 4), bool)
   logps = jnp.full((1, 4), -3.0)
   for name, known in (("plackett_luce", {}), ("policy_gradient", {"reward_BK": np.ones((1, 4))})):

@@ -1,4 +1,4 @@
-"""Every loss and every option equal the oracle in value and slope, in float32 and in float64.
+"""Tests that losses with all options equal the oracle in value and gradient, in both float types.
 
 In float64 the two agree to 1e-9. What float32 allows is derived in `_agree`.
 """
@@ -30,7 +30,7 @@ def _grid(**values):
 
 OFFSETS = np.random.default_rng(20).uniform(-2, 3, PAIRS).astype(np.float32)
 
-# Every loss of pairs, and every value of its own arguments that is tried.
+# Every loss of pairs, with the values of its own arguments that are tested.
 OPTIONS = {
   "sigmoid": _grid(beta=BETAS),
   "cdpo": _grid(beta=BETAS, label_smoothing=FLIPS),
@@ -57,7 +57,7 @@ OPTIONS = {
 NO_REFERENCE = {"simpo", "cpo", "orpo", "sft"}
 WHOLE_BATCH = {"aot", "aot_unpaired"}
 OTHER_DATA = {"kto", "plackett_luce", "policy_gradient"}
-# Losses that read the pair through m = c - r alone, and so take a divergence.
+# Losses that read the pair only through m = c - r, and so accept a divergence.
 OF_THE_MARGIN = ("sigmoid", "cdpo", "robust", "hinge", "exo_pair", "discopop", "odpo")
 DIVERGENCES = (
   {"link": "reverse_kl"},
@@ -69,12 +69,15 @@ DIVERGENCES = (
 
 
 def _draw(seed, dtype, shape=(2, PAIRS)):
-  """Log-probs of answers of 1 to 300 nats under policy and reference, and their ragged lengths.
+  """Samples log-probs of 1 to 300 nats under policy and reference, with ragged lengths.
 
   Rounded to float32 first, so that both precisions and the oracle see the same numbers exactly.
   """
   rng = np.random.default_rng(seed)
-  exact = lambda x: np.asarray(x, np.float32).astype(dtype)
+
+  def exact(x):
+    return np.asarray(x, np.float32).astype(dtype)
+
   q = exact(-rng.uniform(1, 300, shape))
   p = exact(np.minimum(q + rng.uniform(-8, 8, shape), -rng.uniform(0.3, 1.3, shape)))
   n = exact(np.ceil(-q / rng.uniform(0.4, 6, shape)))
@@ -86,7 +89,7 @@ def _wide(*arrays):
 
 
 def _agree(found, function, p, sizes, floor, what):
-  """`found`, from an implementation, is `function(p)`, from the oracle.
+  """Asserts that `found`, from an implementation, equals `function(p)`, from the oracle.
 
   float64: to 1e-9. float32: an operation errs by at most u = 2^-24 of its result. The first
   differences are of the size of a log-ratio, or of a log-prob where no reference is subtracted
@@ -111,7 +114,7 @@ def _agree(found, function, p, sizes, floor, what):
 
 
 def _of_a_pair(loss, p, q, n):
-  """Value and slopes of an implementation on pairs; each loss reads its own pair only."""
+  """Returns value and gradients of an implementation on pairs; a loss reads only its own pair."""
 
   def total(chosen_B, rejected_B):
     reference = None if q is None else PairLogps(q[0], q[1], n[0], n[1])
@@ -123,7 +126,7 @@ def _of_a_pair(loss, p, q, n):
 
 
 def _compare_pairs(cases, p, q, n):
-  """`cases`: (what, implementation, oracle of (p, q, n), whether the reference is read).
+  """Compares `cases`: (name, implementation, oracle of (p, q, n), whether it reads the reference).
 
   Run operation by operation: compiling so many small functions would take longer than all else.
   """
@@ -134,7 +137,7 @@ def _compare_pairs(cases, p, q, n):
 
 
 def _each_option(one, options, dtype, *arrays):
-  """[one(own, *arrays) for own in options], compiled once: options go in as arrays."""
+  """Returns [one(own, *arrays) for own in options], compiled once: options are traced arrays."""
   stacked = {key: np.array([own[key] for own in options], dtype) for key in options[0]}
   with jax.enable_x64(dtype is np.float64):
     if not stacked:
@@ -148,12 +151,18 @@ def _check_pairs(cases, found, p, q, n):
   dtype, (p, q, n) = p.dtype, _wide(p, q, n)
   for (what, expected, reads), (loss_B, slopes) in zip(cases, found, strict=True):
     assert loss_B.dtype == dtype and loss_B.shape == (PAIRS,), what
-    value = lambda p, expected=expected: expected(p, q, n)
+
+    def value(p, expected=expected):
+      return expected(p, q, n)
+
     sizes = tuple(np.abs(p - q)) if reads else tuple(np.abs(p))
     _agree(loss_B, value, tuple(p), sizes, 1.0, what)
     top = np.abs(oracle.slopes(value, p)).max()
     for k in range(2):
-      slope = lambda p, k=k, value=value: oracle.slopes(value, p)[k]
+
+      def slope(p, k=k, value=value):
+        return oracle.slopes(value, p)[k]
+
       _agree(slopes[k], slope, tuple(p), sizes, top, f"{what}, slope {k}")
 
 
@@ -181,11 +190,16 @@ def test_loss_of_a_pair(name, dtype):
 
 @PRECISIONS
 def test_orpo_near_probability_one(dtype):
-  """log(1 - p) from p itself would keep no digit of a token of probability 0.99999."""
+  """Computed from p itself, log(1 - p) would have no correct digit at probability 0.99999."""
   p, q, n = _draw(15, dtype)
   p = np.float32(-(10 ** np.random.default_rng(16).uniform(-5, 0.5, p.shape))).astype(dtype)
-  loss = lambda *pair: LOSSES["orpo"](*pair, odds_weight=1.0)
-  expected = lambda p, q, n: oracle.orpo(p, q, n, odds_weight=1.0)
+
+  def loss(*pair):
+    return LOSSES["orpo"](*pair, odds_weight=1.0)
+
+  def expected(p, q, n):
+    return oracle.orpo(p, q, n, odds_weight=1.0)
+
   _compare_pairs([("orpo", loss, expected, False)], p, q, np.ones_like(n))
 
 
@@ -201,7 +215,7 @@ def _resolved(name, terms, given, supplied=None):
 
 
 def _first(name):
-  """The options of a loss that `resolve` is given, and what is supplied with the batch."""
+  """Splits options of a loss into those for `resolve` and those that come with the batch."""
   own = dict(OPTIONS[name][-1])
   supplied = {k: own.pop(k) for k in ("margin_B", "delta") if k in own}
   return own, supplied
@@ -222,14 +236,14 @@ def test_links(dtype):
   cases = []
   for name, link in itertools.product(OF_THE_MARGIN, DIVERGENCES):
     own, supplied = _first(name)
-    # A small β: e^8 is 3000 and belongs inside the sigmoid's range.
+    # A small β: e^8 is 3000, and β e^8 must stay within the range where the sigmoid is not flat.
     cases.append(_resolved(name, ((1.0, name),), own | {"beta": 0.01} | link, supplied))
   _compare_pairs(cases, *_draw(3, dtype))
 
 
 @PRECISIONS
 def test_exponentials_go_on_as_their_tangent(dtype):
-  """Log-ratios to 60 nats either way, where the loss is as steep as the tangent at 20."""
+  """Beyond 20 nats the loss follows the tangent; log-ratios go up to ±60 nats."""
   _, q, n = _draw(17, dtype)
   away = np.random.default_rng(18).uniform(-60, 60, q.shape).astype(np.float32)
   given = [("sigmoid", {"beta": 1e-3} | link) for link in DIVERGENCES]
@@ -269,12 +283,13 @@ def test_weighted_sums_of_losses(dtype):
   _compare_pairs(cases, *_draw(5, dtype))
 
 
-# --- losses of a whole batch, and of other data ---------------------------------------------------
+# --- losses of a whole batch, and of other kinds of examples --------------------------------------
 
 
 def _compare_batch(loss, expected, options, p, q, cotangent, *, record, sizes):
-  """Like `test_loss_of_a_pair`, any input moving any loss; compared where the cotangent is not 0.
+  """Like `test_loss_of_a_pair`, but any input may change any loss.
 
+  Gradients are compared where the cotangent is not 0.
   `loss` takes (policy, reference, **own) and `expected` (p, **own). Where every sigmoid of the
   batch is saturated, 1 - σ is still a piece of size 1 in a slope of size β.
   """
@@ -292,17 +307,26 @@ def _compare_batch(loss, expected, options, p, q, cotangent, *, record, sizes):
   p, counts = _wide(*p), cotangent != 0
   for own, (loss_B, slopes) in zip(options, found, strict=True):
     assert loss_B.dtype == dtype and np.isfinite(loss_B).all(), own
-    value = lambda p, own=own: expected(p, **own)
+
+    def value(p, own=own):
+      return expected(p, **own)
+
     _agree(loss_B[counts], lambda p, f=value: f(p)[counts], p, sizes, 1.0, str(own))
-    slopes_of = lambda p, f=value: oracle.slopes_of_batch(f, p, cotangent)
+
+    def slopes_of(p, f=value):
+      return oracle.slopes_of_batch(f, p, cotangent)
+
     top = max(own["beta"], *(np.abs(slope).max() for slope in slopes_of(p)))
     for k in range(len(p)):
-      slope = lambda p, k=k, f=slopes_of: f(p)[k]
+
+      def slope(p, k=k, f=slopes_of):
+        return f(p)[k]
+
       _agree(slopes[k], slope, p, sizes, top, f"{own}, slope {k}")
 
 
 def _weights(seed, count):
-  """Weights of pairs, a third of them 0."""
+  """Samples weights of pairs, a third of them 0."""
   rng = np.random.default_rng(seed)
   return (rng.uniform(0.5, 2, count) * (np.arange(count) % 3 > 0)).astype(np.float32)
 
@@ -388,20 +412,23 @@ def _hidden_of_the_last_token(params, batch):
   return params["embed"][batch.ids_NL]
 
 
-# Sees the token before and no further, so that an answer's logits follow without any layout.
+# It sees only the previous token, so a completion's logits need no layout.
 BIGRAM = Model(_hidden_of_the_last_token, lambda p: Head(p["head"], p["bias"]), tiny.VOCAB)
 
 
 def _answers(params, examples):
-  """(logits_TV, targets_T) of both answers of every example, float64."""
+  """Returns (logits_TV, targets_T) of both completions of every example, in float64."""
   wide = {key: np.float64(params[key]) for key in ("embed", "head", "bias")}
   texts = [[(np.append(e.prompt[-1:], ids[:-1]), ids) for ids in e.completions] for e in examples]
-  logits = lambda ids: wide["embed"][ids] @ wide["head"].T + wide["bias"]
+
+  def logits(ids):
+    return wide["embed"][ids] @ wide["head"].T + wide["bias"]
+
   return [[(logits(before), ids) for before, ids in text] for text in texts]
 
 
 def _in_order(x_NS, batch):
-  """[B, 2] in the order of the examples."""
+  """Returns log-probs [B, 2] in the order of the examples."""
   row_X = np.asarray(batch.row_NS).reshape(-1)
   order = np.argsort(row_X, kind="stable")
   return np.asarray(x_NS).reshape(-1)[order][row_X[order] >= 0].reshape(-1, 2)
@@ -423,7 +450,7 @@ def test_tokens_beyond_the_shorter_answer(layout, alpha):
       slope += (1 + which) * by_logits.sum(0)
   lengths = np.array([[len(ids) for ids in e.completions] for e in examples])
   assert (lengths[:, 0] < lengths[:, 1]).any() and (lengths[:, 0] > lengths[:, 1]).any()
-  # Chosen answers once, rejected ones twice, empty slots not at all.
+  # Chosen completions count once, rejected ones twice, empty slots not at all.
   factor_NS = np.resize([1.0, 2.0], batch.row_NS.shape) * (batch.row_NS >= 0)
 
   @jax.jit
@@ -442,7 +469,7 @@ def test_alignment(layout):
   params, examples = jax.device_put(tiny.init()), tiny.pairs(8)
   batch = collate(examples, layout=layout, row_length=48)
   expected = [[oracle.alignment(*text) for text in texts] for texts in _answers(params, examples)]
-  # A weight of tokens beyond the shorter answer does not enter: alignment is a mean over all.
+  # The weight of tokens beyond the shorter completion does not matter: alignment averages over all.
   scored_fn = make_scored_fn(BIGRAM, beyond_shorter=0.3, aligned=True)
 
   @jax.jit
@@ -459,7 +486,7 @@ def test_alignment(layout):
 
 @pytest.mark.parametrize(("wpo", "alpha"), [(False, 0.3), (True, 1.0), (True, 0.3)])
 def test_one_step_with_modifiers_of_tokens(wpo, alpha):
-  """The bias after one step of gradient descent; WPO's weights count as constants."""
+  """Returns the bias after one step of gradient descent, with WPO's weights as constants."""
   given = (
     {"beta": 0.5} | ({"wpo": True} if wpo else {}) | ({"ld_alpha": alpha} if alpha < 1 else {})
   )
@@ -489,7 +516,10 @@ def test_one_step_with_modifiers_of_tokens(wpo, alpha):
     weight = example.weight / count
     if wpo:
       weight *= np.exp(min(0, sum(oracle.alignment(*text) for text in own)))
-    value = lambda p, q=q: oracle.sigmoid(p, q, None, 0.5)
+
+    def value(p, q=q):
+      return oracle.sigmoid(p, q, None, 0.5)
+
     total += weight * value(p)
     for by_logp, by_logit in zip(oracle.slopes(value, p), by_logits, strict=True):
       slope += weight * by_logp * by_logit.sum(0)

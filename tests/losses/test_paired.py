@@ -1,4 +1,4 @@
-"""Losses by hand, at the reference, and against what their papers promise."""
+"""Tests of paired losses: values by hand, values at the reference, and facts from their papers."""
 
 import functools
 import math
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.losses import LOSSES, OF_MARGIN, resolve
+from dpo_jax.losses import LOSSES, MARGIN_LOSSES, resolve
 from dpo_jax.structs import PairLogps, RankedLogps, UnpairedLogps
 from tests.support.small_logps import (
   DIVERGENCES,
@@ -29,12 +29,12 @@ LOG_3 = math.log(3)  # σ(log 3) = 3/4, σ(log 9) = 9/10
 
 
 def softplus(x):
-  """-log σ(-x)."""
+  """Computes -log σ(-x)."""
   return math.log1p(math.exp(x))
 
 
 def ratios(c, r, tokens=(1.0, 1.0)):
-  """Log-ratios c and r against a reference of zeros."""
+  """Makes a policy with log-ratios c and r to a reference of zeros."""
   ones = jnp.ones(np.shape(c))
   return PairLogps(jnp.asarray(c), jnp.asarray(r), tokens[0] * ones, tokens[1] * ones)
 
@@ -77,7 +77,7 @@ def zeros_of(count):
     ("apo_zero", {"beta": LOG_3}, 1 - 0.75 + 0.25),
     ("apo_down", {"beta": LOG_3}, 0.75 + 1 - 0.9),
     ("sppo_hard", {"beta": 0.25}, (1 - 2) ** 2 + (-1 + 2) ** 2),
-    # Of one pair, sorting changes nothing.
+    # Sorting a single pair changes nothing.
     ("aot", {"beta": 0.5}, softplus(-1)),
     ("aot_unpaired", {"beta": 0.5, "label_smoothing": 0.2}, 0.8 * softplus(-1) + 0.2 * softplus(1)),
     ("sigmoid_norm", {"beta": LOG_3 / 0.75}, -math.log(0.75)),
@@ -224,7 +224,9 @@ def test_policy_equal_to_reference(name, beta):
 
 @pytest.mark.parametrize("epsilon", [0.01, 0.2])
 def test_values_at_the_reference_that_depend_on_more_than_beta(epsilon):
-  at = lambda name, **given: LOSSES[name](POLICY, POLICY, **given)[0]
+  def at(name, **given):
+    return LOSSES[name](POLICY, POLICY, **given)[0]
+
   for name in ("cdpo", "robust", "aot", "aot_unpaired"):
     np.testing.assert_allclose(at(name, label_smoothing=epsilon), math.log(2), rtol=1e-6)
   expected = _exo_at_reference(0.1, epsilon)
@@ -250,7 +252,7 @@ def test_kto_at_the_reference_is_half_the_weight():
 
 
 @pytest.mark.parametrize("link", DIVERGENCES)
-@pytest.mark.parametrize("name", sorted(OF_MARGIN))
+@pytest.mark.parametrize("name", sorted(MARGIN_LOSSES))
 def test_a_divergence_changes_nothing_at_the_reference(name, link):
   linked = resolve(name, link=link)(POLICY, POLICY)
   np.testing.assert_allclose(linked, LOSSES[name](POLICY, POLICY), rtol=1e-6)
@@ -259,9 +261,9 @@ def test_a_divergence_changes_nothing_at_the_reference(name, link):
 # --- facts ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*sorted(OF_MARGIN), "ipo", "aot"])
+@pytest.mark.parametrize("name", [*sorted(MARGIN_LOSSES), "ipo", "aot"])
 def test_only_margins_count(name):
-  """Adding f(x) to both answers of a prompt changes no loss of the margin: Z(x) cancels."""
+  """Adding f(x) to both completions of a prompt changes no loss of the margin: Z(x) cancels."""
   policy, reference = random_logps()
   shift = np.linspace(-9, 9, 6)
   moved = policy._replace(chosen_B=policy.chosen_B + shift, rejected_B=policy.rejected_B + shift)
@@ -303,7 +305,10 @@ def test_what_apo_does_to_each_answer():
 
 def test_robust_is_unbiased_under_flipped_labels():
   """(1-ε) robust(m) + ε robust(-m) is the clean loss: Chowdhury et al. 2024, lemma 3.1."""
-  swap = lambda p: PairLogps(p.rejected_B, p.chosen_B)
+
+  def swap(p):
+    return PairLogps(p.rejected_B, p.chosen_B)
+
   clean = LOSSES["sigmoid"](POLICY, REFERENCE, beta=0.7)
   kept = LOSSES["robust"](POLICY, REFERENCE, beta=0.7, label_smoothing=0.3)
   flipped = LOSSES["robust"](swap(POLICY), swap(REFERENCE), beta=0.7, label_smoothing=0.3)
@@ -407,7 +412,10 @@ def test_delta_shifts_both_rewards():
   lower = policy._replace(chosen_B=policy.chosen_B - 2, rejected_B=policy.rejected_B - 2)
   found = LOSSES["bco_pair"](policy, reference, beta=0.3, delta=0.6)
   np.testing.assert_allclose(found, LOSSES["bco_pair"](lower, reference, beta=0.3), rtol=1e-5)
-  total = lambda delta: LOSSES["bco_pair"](policy, reference, beta=0.3, delta=delta).sum()
+
+  def total(delta):
+    return LOSSES["bco_pair"](policy, reference, beta=0.3, delta=delta).sum()
+
   assert jax.grad(total)(0.6) == 0
 
 
@@ -479,7 +487,7 @@ def test_alpha_runs_from_reverse_to_forward_kl():
 
 
 def test_jensen_shannon_is_bounded_for_the_chosen_answer():
-  """log(2t/(1+t)) < log 2: no chosen answer, however likely, is worth more than β log 2."""
+  """log(2t/(1+t)) < log 2: no chosen completion has a reward above β log 2."""
   loss = resolve("sigmoid", beta=1.0, link="jensen_shannon")
   found = loss(ratios(np.array([1e4]), np.zeros(1)), zeros_of(1))
   np.testing.assert_allclose(found, [-math.log(2 / 3)], rtol=1e-6)

@@ -1,4 +1,4 @@
-"""From a name and arguments to a loss: what is read, refused and said."""
+"""Tests of `resolve`: names, sums, arguments, and the reasons of refusals."""
 
 import inspect
 import re
@@ -63,12 +63,12 @@ def test_a_loss_ignores_what_it_is_supplied_but_does_not_read():
     ("-1*sigmoid", {}, "above 0"),
     ("nan*sigmoid", {}, "above 0"),
     ("sigmoid+sigmoid", {}, "twice"),
-    # data of another kind, and rewards of another kind
+    # losses of other examples, or with other rewards
     ("sigmoid+kto", {}, "'kto' .* cannot be a term"),
     ("sigmoid+plackett_luce", {}, "'plackett_luce' .* cannot be a term"),
     ("sigmoid+policy_gradient", {}, "'policy_gradient' .* cannot be a term"),
     ("sigmoid+simpo", {}, "with and without a reference"),
-    # arguments that nobody reads
+    # arguments that no loss reads
     ("sigmoid", {"label_smoothing": 0.1}, "does not read label_smoothing"),
     ("sigmoid+hinge", {"label_smoothing": 0.1}, "does not read label_smoothing"),
     ("sft", {"beta": 0.1}, "takes no argument"),
@@ -89,7 +89,7 @@ def test_a_loss_ignores_what_it_is_supplied_but_does_not_read():
     ("exo_pair", {"label_smoothing": 0.0}, "above 0 and below 0.5"),
     ("exo_pair", {"label_smoothing": 0.5}, "above 0 and below 0.5"),
     ("discopop", {"tau": 0.0}, "above 0"),
-    # e^-z g runs away below z = 0 if τ > 1
+    # with τ > 1, e^-z g grows without bound below z = 0
     ("discopop", {"tau": 1.5}, "at most 1"),
     ("dpop", {"penalty": -1.0}, "0 or above"),
     ("chi_po", {"clip": 0.0}, "above 0"),
@@ -100,7 +100,7 @@ def test_a_loss_ignores_what_it_is_supplied_but_does_not_read():
     ("sigmoid", {"ld_alpha": -0.5}, "from 0 to 1"),
     ("sigmoid", {"link": "alpha", "link_alpha": 0.0}, "above 0 and below 1"),
     ("sigmoid", {"link": "hellinger"}, "known: reverse_kl"),
-    # modifiers that mean nothing together
+    # modifiers that do not combine
     *[(name, {"reference_free": True}, "does not combine") for name in ("simpo", "cpo", "orpo")],
     *[(name, {"reference_free": True}, "does not combine") for name in ("kto", "plackett_luce")],
     *[(name, {"reference_free": True}, "does not combine") for name in ("nca_pair", "dpop", "aot")],
