@@ -25,10 +25,10 @@ from ml_collections import ConfigDict, config_flags
 
 from dpo_jax import logprobs, metrics, step
 from dpo_jax.data import batches
-from dpo_jax.distributed import executor, memory, preemption, processes
-from dpo_jax.distributed.arrays import gathered
+from dpo_jax.distributed import executor, heartbeat, memory, preemption, processes
+from dpo_jax.distributed.gather import gather_to_host
 from dpo_jax.evaluation import sample_probe
-from dpo_jax.generation import rollouts
+from dpo_jax.generation import stopping
 from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.hf import peft, safetensors_files
 from dpo_jax.monitoring import report
@@ -58,7 +58,7 @@ def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
   """
   section = config.parallel
   processes.start(section.coordinator, section.processes, section.process)
-  with processes.Touch(), processes.quiet(), contextlib.ExitStack() as stack:
+  with heartbeat.Heartbeat(), processes.quiet(), contextlib.ExitStack() as stack:
     workdirs.check(workdir, config.to_json_best_effort())
     if workdir.exists() and processes.first():
       stack.enter_context(workdirs.alone(workdir))
@@ -90,7 +90,7 @@ def _export(run: Run, final: PyTree) -> None:
   out, source = workdir / "export", config.model.path or config.model.tokenizer
   print(f"exporting to {out}", flush=True)
   if run.adapter:
-    final = jax.tree.map(gathered, final)
+    final = jax.tree.map(gather_to_host, final)
   if processes.first():
     if run.adapter:
       peft.save(out, run.model_config, final, run.adapter, source=source)
@@ -295,7 +295,7 @@ def _probe(run: Run) -> sample_probe.Probe | None:
     run.objective.logps_fn,
     run.material.held_out,
     samples=run.config.eval.samples,
-    eos_ids=rollouts.eos_ids(run.model_config, run.tokenizer),
+    eos_ids=stopping.eos_ids(run.model_config, run.tokenizer),
     max_tokens=run.config.on_policy.max_tokens if run.material.sampler else 0,
     seed=run.config.seed,
   )

@@ -22,7 +22,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dpo_jax.distributed import memory
 from dpo_jax.distributed import sharding as shardings
-from dpo_jax.distributed.arrays import gathered
+from dpo_jax.distributed.gather import gather_to_host
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 
 MODES = ("mesh", "pmap")
@@ -239,7 +239,7 @@ class Executor:
 
   def fetch(self, tree: PyTree) -> PyTree:
     """One copy of a placed tree, on host. All processes call it together."""
-    return jax.tree.map(gathered, self.single(tree))
+    return jax.tree.map(gather_to_host, self.single(tree))
 
   def single(self, tree: PyTree) -> PyTree:
     """One copy of a placed tree, still on devices: what a checkpoint takes."""

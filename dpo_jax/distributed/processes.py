@@ -8,28 +8,23 @@ once, with a line that says which.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import hashlib
 import json
 import os
 import pathlib
-import secrets
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import connection
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
 from jax._src import distributed  # no public name ends the service apart from the client
 from jax.experimental import multihost_utils
 
-from dpo_jax.distributed.preemption import AGAIN
 from dpo_jax.structs import UserError
 
 AUTO = "auto"
@@ -181,119 +176,6 @@ def code_digest() -> str:
   for path in sorted(folder.rglob("*.py")):
     found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
   return found.hexdigest()
-
-
-# --- in touch -------------------------------------------------------------------------------------
-
-
-class Touch:
-  """While it is open, the end of one process ends the others: a context manager.
-
-  One that leaves with an error tells the others, who print it and exit with status 1. One that is
-  gone without a word, or silent for `SILENCE` seconds, is lost: the others say so and exit with
-  status 75, for what was saved can be gone on from.
-  """
-
-  def __enter__(self) -> Self:
-    self._lines: dict[int, connection.Connection] = {}
-    self._lock, self._over = threading.Lock(), threading.Event()
-    if several():
-      self._connect()
-      threading.Thread(target=self._beat, daemon=True).start()
-    return self
-
-  def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-    if not several():
-      return
-    if error is None or isinstance(error, SystemExit):  # which all of them come to together
-      wait("leaving")
-      self._over.set()
-      self._tell(_BYE)
-      return
-    # If another is lost, that is why; it is known by then, and `_end` says so.
-    if self._over.wait(0.5 if isinstance(error, UserError) else 2.0):
-      time.sleep(SILENCE)
-    self._over.set()
-    self._tell(f"1 {self._name()} stopped: {' '.join(str(error).split()) or kind.__name__}")
-    # JAX would wait for the others when Python exits.
-    atexit.register(os._exit, 130 if kind is KeyboardInterrupt else 1)
-
-  def _connect(self) -> None:
-    """All others connect to the first, at an address that it shares through the devices."""
-    about = np.zeros(4 + 2 + 32, np.uint8)
-    server = None
-    if first():
-      token = secrets.token_bytes(32)
-      server = connection.Listener(("0.0.0.0", 0), authkey=token, backlog=jax.process_count())
-      port = server.address[1].to_bytes(2, "big")
-      about = np.frombuffer(socket.inet_aton(_own_address()) + port + token, np.uint8)
-    about = np.asarray(multihost_utils.broadcast_one_to_all(about)).astype(np.uint8).tobytes()
-    if server is None:
-      place = socket.inet_ntoa(about[:4]), int.from_bytes(about[4:6], "big")
-      line = connection.Client(place, authkey=about[6:])
-      line.send_bytes(self._name().encode())
-      self._hear(0, "process 0", line)
-      return
-    for _ in range(jax.process_count() - 1):
-      line = server.accept()
-      name = line.recv_bytes().decode()
-      self._hear(int(name.split()[1]), name, line)
-    server.close()
-
-  def _hear(self, index: int, name: str, line: connection.Connection) -> None:
-    self._lines[index] = line
-    threading.Thread(target=self._listen, args=(name, line), daemon=True).start()
-
-  def _listen(self, name: str, line: connection.Connection) -> None:
-    while True:
-      try:
-        word = line.recv_bytes().decode() if line.poll(SILENCE) else None
-      except (EOFError, OSError):
-        return self._end(f"{name} is gone without a word", AGAIN)
-      if word is None:
-        return self._end(f"{name} gave no sign of life for {SILENCE:.0f} seconds", AGAIN)
-      if word == _BYE:
-        return None
-      if word != _ALIVE:
-        status, _, sentence = word.partition(" ")
-        # The others lose none but the first. If it hears that it was lost, nobody waits for it.
-        return self._end(sentence, int(status), linger=int(status) != AGAIN)
-
-  def _beat(self) -> None:
-    while not self._over.wait(BEAT):
-      self._tell(_ALIVE)
-
-  def _end(self, sentence: str, status: int, linger: bool = True) -> None:
-    """Passes on why it is over, and exits: the first process only when the others could say so."""
-    if self._over.is_set():
-      return
-    self._over.set()
-    self._tell(f"{status} {sentence}")
-    more = "; run the same command again to go on from what was saved" if status == AGAIN else ""
-    os.write(2, f"error: {sentence}{more}\n".encode())
-    if first() and linger:
-      time.sleep(1.0)  # JAX ends the others as soon as this one is gone; let them say why before
-    os._exit(status)
-
-  def _tell(self, word: str) -> None:
-    with self._lock:
-      for line in self._lines.values():
-        with contextlib.suppress(OSError):
-          line.send_bytes(word.encode())
-
-  @staticmethod
-  def _name() -> str:
-    return f"process {jax.process_index()} ({socket.gethostname()})"
-
-
-def _own_address() -> str:
-  """Of this machine as others see it, 127.0.0.1 if none do."""
-  with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-    try:
-      probe.connect(("10.255.255.255", 1))  # of UDP: nothing is sent
-      return probe.getsockname()[0]
-    except OSError:
-      return "127.0.0.1"
 
 
 def on_first(fn: Callable[[], None], name: str) -> None:
