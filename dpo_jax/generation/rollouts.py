@@ -5,13 +5,9 @@ X lists prompts, S samples of a prompt.
 
 from __future__ import annotations
 
-import bisect
-import contextlib
 import functools
-import json
-import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +19,10 @@ from dpo_jax.data.examples import Example
 from dpo_jax.data.fields import Conversation
 from dpo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_jax.generation import rewards, sampler
+from dpo_jax.generation.stopping import Stops, eos_ids
 from dpo_jax.hf import peft
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, UserError
-from dpo_jax.utils import files
 
 
 class LanguageModel(NamedTuple):
@@ -109,56 +105,6 @@ def _read_lines(path: pathlib.Path) -> list[str]:
   return lines
 
 
-def eos_ids(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-  """What ends an answer: the tokenizer's end tokens and those of the model's configuration."""
-  return tuple(dict.fromkeys((*tokenizer.end_ids, *config.eos_ids)))
-
-
-class Stops:
-  """What ends answers, and which of it did.
-
-  Attributes:
-    tokenizer: to read the answers with.
-    end_ids: tokens that end a text.
-    ids: other tokens that shall end an answer.
-    texts: what shall end an answer wherever it begins, within tokens too.
-  """
-
-  def __init__(
-    self,
-    tokenizer: Tokenizer,
-    end_ids: Sequence[int],
-    ids: Sequence[int] = (),
-    texts: Sequence[str] = (),
-  ):
-    if not all(texts):
-      raise UserError("a text to stop at is empty; name what an answer shall end with")
-    self.tokenizer, self.end_ids = tokenizer, tuple(end_ids)
-    self.ids, self.texts = tuple(ids), tuple(texts)
-
-  def ends(self, ids: Sequence[int]) -> int | None:
-    """Tokens up to the one that completes the first of the texts: for `sampler.generate`."""
-
-    def holds(length: int) -> bool:
-      text = self.tokenizer.decode(ids[:length], special=True)
-      return any(stop in text for stop in self.texts)
-
-    if not holds(len(ids)):
-      return None
-    return bisect.bisect_left(range(len(ids) + 1), True, key=holds)
-
-  def finish(self, ids: Sequence[int]) -> str:
-    """What ended an answer: "end" a token of `end_ids`, "stop" what was asked for, or "length"."""
-    if ids[-1] in self.end_ids:
-      return "end"
-    return "stop" if ids[-1] in self.ids or self.ends(ids) else "length"
-
-  def cut(self, text: str) -> str:
-    """The text up to the first of the texts."""
-    found = [at for stop in self.texts if (at := text.find(stop)) >= 0]
-    return text[: min(found, default=len(text))]
-
-
 def rows_of(
   stops: Stops,
   prompts: Sequence[Any],
@@ -177,9 +123,9 @@ def rows_of(
       whole = decode([*ids, *answer]) if given else ""
       text = whole[len(given) :] if whole.startswith(given) and given else decode(answer)
       yield {"index": index, **asked, "sample": sample} | {
-        "text": stops.cut(text),
+        "text": stops.truncate(text),
         "tokens": len(answer),
-        "finish": stops.finish(answer),
+        "finish": stops.finish_reason(answer),
       }
 
 
@@ -261,36 +207,3 @@ def label(drawn: Drawn, *, seed: int = 0) -> list[dict[str, Any]]:
         }
       )
   return rows
-
-
-def check_out(path: str | pathlib.Path) -> None:
-  """A file can be written there, as far as can be told before anything is.
-
-  Raises:
-    UserError: it is a folder or a device, lies in what is no folder, or may not be written.
-  """
-  path = pathlib.Path(path)
-  if path.exists() and not path.is_file():
-    raise UserError(f"--out={path} is {'a folder' if path.is_dir() else 'no file'}; name a file")
-  files.check_writable(path, f"--out={path}")
-
-
-def write_rows(path: str | pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
-  """Writes JSON lines, as `write_whole` does."""
-  write_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_whole(path: str | pathlib.Path, parts: Iterable[str]) -> None:
-  """Writes a text; a file of that name is replaced only by a whole one."""
-  path = pathlib.Path(path)
-  partial = path.with_name(path.name + ".partial")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", encoding="utf-8") as file:
-      file.writelines(parts)
-    os.replace(partial, path)
-  except OSError as error:  # what the user named is `path`
-    raise OSError(error.errno, error.strerror, str(path)) from error
-  finally:
-    with contextlib.suppress(OSError):
-      partial.unlink(missing_ok=True)

@@ -134,7 +134,7 @@ def _batches(
     (members,) = np.nonzero(widths == width)
     for start in range(0, len(members), rows):
       chosen = members[start : start + rows]
-      size = rows if fixed else min(rows, share(_power_of_two(len(chosen))))
+      size = rows if fixed else min(rows, share(_next_power_of_two(len(chosen))))
       ids_NL = np.zeros((size, width), np.int32)
       lengths_N = np.ones(size, np.int32)
       prompt_N = np.full(size, -1, np.int32)
@@ -153,7 +153,7 @@ def _round_up(length: int) -> int:
   return -(-length // step) * step
 
 
-def _power_of_two(n: int) -> int:
+def _next_power_of_two(n: int) -> int:
   return 1 << (n - 1).bit_length()
 
 

@@ -17,13 +17,6 @@ from dpo_jax.utils import files
 _OURS = ("metrics.jsonl", "data.json", "checkpoints", "export", "report.html")
 
 
-def write(path: pathlib.Path, text: str) -> None:
-  """Writes a file so that a reader sees the old one or the new one, never half of it."""
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(text, encoding="utf-8")
-  os.replace(partial, path)
-
-
 def check(workdir: pathlib.Path, config: str) -> None:
   """Refuses a folder that holds something other than this very run.
 
@@ -99,8 +92,8 @@ def claim(workdir: pathlib.Path, config: str, ledger: dict) -> None:
         " Choose a new --workdir"
       )
     return
-  write(data, text)
-  write(workdir / "config.json", config + "\n")
+  files.write_text(data, text)
+  files.write_text(workdir / "config.json", config + "\n")
 
 
 def _wherever(config: dict) -> dict:

@@ -250,7 +250,7 @@ def test_an_answer_ends_where_it_is_said_to(monkeypatch):
     return next((i + 2 for i in range(len(ids) - 1) if ids[i] == ids[i + 1]), None)
 
   whole = sampler.generate(LLAMA, params_of(LLAMA), PROMPTS, **settings)
-  found = sampler.generate(LLAMA, params_of(LLAMA), PROMPTS, ends=ends, **settings)
+  found = sampler.generate(LLAMA, params_of(LLAMA), PROMPTS, stop_fn=ends, **settings)
   assert found == [[answer[: ends(answer)] for answer in answers] for answers in whole]
   assert found != whole
 
