@@ -89,7 +89,7 @@ def main(_):
   )
 
   _, params = peft.load_model(MODEL.value, shardings=executor.Executor().home)
-  answers = sampler.generate(
+  completions = sampler.generate(
     config,
     params,
     prompt_ids,
@@ -97,7 +97,7 @@ def main(_):
     stop_fn=stops.stop_length if stops.texts else None,
     **knobs,
   )
-  rows = rollouts.rows_of(stops, prompts, prompt_ids, answers)
+  rows = rollouts.rows_of(stops, prompts, prompt_ids, completions)
   if OUT.value:
     files.write_json_lines(OUT.value, rows)
     print(f"{len(prompts) * NUM.value} samples of {len(prompts)} prompts in {OUT.value}")

@@ -45,13 +45,13 @@ class Heartbeat:
     # The lock keeps two threads from mixing their bytes on one connection. The event is set once:
     # it stops the heartbeat, and keeps a second reason from replacing the first.
     self._lock, self._over = threading.Lock(), threading.Event()
-    if processes.several():
+    if processes.is_multiprocess():
       self._connect()
       threading.Thread(target=self._beat, daemon=True).start()
     return self
 
   def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-    if not processes.several():
+    if not processes.is_multiprocess():
       return
     # SystemExit is the end that all processes reach together, after a preemption notice.
     if error is None or isinstance(error, SystemExit):
@@ -76,7 +76,7 @@ class Heartbeat:
     """Connects all others to process 0, at an address and port that it sends over the devices."""
     about = np.zeros(4 + 2 + 32, np.uint8)  # IPv4 address, port, secret
     server = None
-    if processes.first():
+    if processes.is_main_process():
       # The port is open to the network: only holders of the secret are accepted.
       token = secrets.token_bytes(32)
       server = connection.Listener(("0.0.0.0", 0), authkey=token, backlog=jax.process_count())
@@ -132,7 +132,7 @@ class Heartbeat:
     # os.write and os._exit: this is not the main thread, which may hang in a collective and hold
     # Python's stream locks. sys.exit would end the thread alone.
     os.write(2, f"error: {sentence}{more}\n".encode())
-    if processes.first() and linger:
+    if processes.is_main_process() and linger:
       time.sleep(1.0)  # JAX ends the others as soon as process 0 is gone; let them print first
     os._exit(status)
 

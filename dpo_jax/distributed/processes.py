@@ -109,26 +109,26 @@ def _give_up(coordinator: str) -> None:
   os._exit(1)
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
   """Whether there are more than this one."""
   return jax.process_count() > 1
 
 
-def first() -> bool:
+def is_main_process() -> bool:
   """Whether this is the process that writes and speaks."""
   return jax.process_index() == 0
 
 
 def wait(name: str) -> None:
   """Returns when every process has come to this point."""
-  if several():
+  if is_multiprocess():
     multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
 def quiet() -> Any:
   """Prints nothing in processes other than the first."""
-  if first():
+  if is_main_process():
     yield
     return
   with (
@@ -142,7 +142,7 @@ def quiet() -> Any:
 # --- agreement ------------------------------------------------------------------------------------
 
 
-def agree(facts: dict[str, Any]) -> None:
+def assert_consistent(facts: dict[str, Any]) -> None:
   """Refuses processes that differ in what all must have alike.
 
   Args:
@@ -151,7 +151,7 @@ def agree(facts: dict[str, Any]) -> None:
   Raises:
     UserError: in every process; names what differs, and in which of them.
   """
-  if not several():
+  if not is_multiprocess():
     return
   text = lambda value: json.dumps(value, sort_keys=True, default=str).encode()
   digests = [hashlib.blake2b(text(value), digest_size=16).digest() for value in facts.values()]
@@ -178,8 +178,8 @@ def code_digest() -> str:
   return found.hexdigest()
 
 
-def on_first(fn: Callable[[], None], name: str) -> None:
+def on_main_process(fn: Callable[[], None], name: str) -> None:
   """Calls `fn` in the first process, while the others wait for it."""
-  if first():
+  if is_main_process():
     fn()
   wait(name)
