@@ -171,7 +171,7 @@ def train(
       if start:
         log.say(f"resuming after step {start} of {run.steps}")
       feed = feed_after(start, share=run.executor.share)
-      with memory.told(parts, memory.limit()):
+      with memory.explain_out_of_memory(parts, memory.device_capacity()):
         state = _loop(run, state, reference_params, feed, start, checkpoints, log, notice)
   finally:
     checkpoints.close()

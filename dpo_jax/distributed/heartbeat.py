@@ -58,7 +58,7 @@ class Heartbeat:
       # The order is important: 1. wait until all have come here, still beating, so that none is
       # taken for lost; 2. stop the heartbeat; 3. say goodbye, so that the others do not take the
       # closed connection for a loss.
-      processes.wait("leaving")
+      processes.barrier("leaving")
       self._over.set()
       self._send_all(_BYE)
       return

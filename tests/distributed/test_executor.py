@@ -89,7 +89,7 @@ def test_only_the_moments_are_kept_on_the_host():
   assert {x.sharding.memory_kind for x in jax.tree.leaves(moments)} == {memory.HOST}
   others = state._replace(opt_state=None)
   assert memory.HOST not in {x.sharding.memory_kind for x in jax.tree.leaves(others)}
-  assert memory.held(moments) == 0 < memory.kept(state)
+  assert memory.device_bytes(moments) == 0 < memory.host_bytes(state)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -150,7 +150,7 @@ def test_settings_that_name_no_run_are_refused(settings, words):
 
 def test_one_that_is_waited_for_in_vain_is_said_to_be():
   program = (
-    "from dpo_jax.distributed import processes; processes.WAIT = 1.0;"
+    "from dpo_jax.distributed import processes; processes.START_TIMEOUT = 1.0;"
     " processes.start('127.0.0.1:{port}', 2, {index})"
   )
   for index in (0, 1):
