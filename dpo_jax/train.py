@@ -199,7 +199,7 @@ def _loop(run, state, reference_params, feed, start, checkpoints, log, notice) -
     state, means = take(state, reference_params, run.executor.place_batch(batch))
     meter.add(index, means, facts, batch)
     evaluating = judge.ready and (index == run.steps or _due(index, run.config.eval.every))
-    leaving = notice.leaving(index) and index < run.steps
+    leaving = notice.should_stop(index) and index < run.steps
     saving = leaving or index == run.steps or _due(index, run.config.checkpoint.every)
     if not (evaluating or saving):
       continue
@@ -211,7 +211,7 @@ def _loop(run, state, reference_params, feed, start, checkpoints, log, notice) -
       checkpoints.save(index, run.executor.unreplicate(state), scores)
     if leaving:
       checkpoints.wait()
-      preemption.leave(index)
+      preemption.exit_saved(index)
     meter.restart()
   return state
 

@@ -115,8 +115,8 @@ def attend_blocks(
   if parts == 1:
     return blocks(q_NLHK, tokens, 0)
   # Every device has a part of the queries and all keys, of which the last part sees all.
-  keys = Keys(*map(sharding.whole_rows, keys))
-  own = jax.tree.map(lambda x: sharding.in_parts(x, parts), (q_NLHK, tokens))
+  keys = Keys(*map(sharding.gather_sequence, keys))
+  own = jax.tree.map(lambda x: sharding.split_sequence(x, parts), (q_NLHK, tokens))
   each = functools.partial(blocks, last=length - length // parts)
   return jax.vmap(each, in_axes=1, out_axes=1)(*own).reshape(q_NLHK.shape)
 

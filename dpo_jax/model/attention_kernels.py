@@ -200,7 +200,7 @@ def attend_texts(q_NLHK: Array, k_NLJK: Array, v_NLJK: Array, texts: Texts, kind
 
   Every device takes its own groups of rows, and its own heads where they are divided.
   """
-  apart = sharding.for_own_rows(
+  apart = sharding.map_over_shards(
     functools.partial(_attend, kind=kind), heads=math.gcd(q_NLHK.shape[2], k_NLJK.shape[2])
   )
   return apart((q_NLHK, k_NLJK, v_NLJK), texts)

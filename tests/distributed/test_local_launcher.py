@@ -30,10 +30,10 @@ def start(*words, **how):
 
 
 def test_processors_are_shared_out_evenly():
-  assert local_launcher.shares(2, range(5)) == [[0, 1], [2, 3, 4]]
-  assert local_launcher.shares(3, [4, 6, 8]) == [[4], [6], [8]]
+  assert local_launcher.divide_cores(2, range(5)) == [[0, 1], [2, 3, 4]]
+  assert local_launcher.divide_cores(3, [4, 6, 8]) == [[4], [6], [8]]
   with pytest.raises(UserError, match="3 processes: this machine lends 2 processors; give 1 to 2"):
-    local_launcher.shares(3, [0, 1])
+    local_launcher.divide_cores(3, [0, 1])
 
 
 def test_every_process_is_told_who_it_is_before_a_pace():
