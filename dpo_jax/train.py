@@ -61,7 +61,7 @@ def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
   with heartbeat.Heartbeat(), processes.quiet(), contextlib.ExitStack() as stack:
     workdirs.check(workdir, config.to_json_best_effort())
     if workdir.exists() and processes.is_main_process():
-      stack.enter_context(workdirs.alone(workdir))
+      stack.enter_context(workdirs.lock(workdir))
     _execute(config, workdir, stack)
 
 
@@ -77,7 +77,7 @@ def _execute(config: ConfigDict, workdir: pathlib.Path, stack: contextlib.ExitSt
   def claim() -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     if new:
-      stack.enter_context(workdirs.alone(workdir))
+      stack.enter_context(workdirs.lock(workdir))
     workdirs.claim(workdir, config.to_json_best_effort(indent=2), ledger)
 
   final = train(run, trained, reference_params, lambda: processes.on_main_process(claim, "claim"))

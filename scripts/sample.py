@@ -62,7 +62,7 @@ def main(_):
   }
   if (PROMPT.value is None) == (PROMPTS.value is None):
     raise UserError("give either --prompt=TEXT or --prompts=FILE")
-  sampler.check_knobs(**knobs)
+  sampler.check_sampling(**knobs)
   narrowed = [flag.name for flag in (TOP_K, TOP_P, MIN_P) if flag.value != flag.default]
   if TEMPERATURE.value == 0 and narrowed:
     raise UserError(

@@ -1,6 +1,6 @@
-"""Answers sampled from a model and scored by a reward, and the preference pairs made of them.
+"""Rollouts: completions sampled from a model, their rewards, and preference pairs made of them.
 
-X lists prompts, S samples of a prompt.
+Axes: X prompts, S samples of each prompt.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dpo_jax.structs import PyTree, UserError
 
 
 class LanguageModel(NamedTuple):
-  """A Hugging Face folder, loaded."""
+  """Configuration, parameters and tokenizer of a Hugging Face folder."""
 
   config: ModelConfig
   params: PyTree
@@ -36,7 +36,15 @@ class LanguageModel(NamedTuple):
 def describe(
   path: str | pathlib.Path, *, template_arguments: Mapping[str, Any] | None = None
 ) -> tuple[ModelConfig, Tokenizer]:
-  """Model and tokenizer of a folder, or adapter, without its weights, as `load` takes them."""
+  """Returns the configuration and tokenizer of a model or adapter folder, without its weights.
+
+  Args:
+    path: a Hugging Face folder, or the folder of an adapter.
+    template_arguments: variables for the chat template.
+
+  Raises:
+    UserError: the folder lacks something, or the tokenizer has ids that the model does not know.
+  """
   config = peft.read_config(path)
   tokenizer = load_tokenizer(path, template_arguments=template_arguments)
   encode.check_vocabulary(tokenizer, config.vocab)
@@ -44,21 +52,22 @@ def describe(
 
 
 def load(path: str | pathlib.Path) -> LanguageModel:
-  """Model and tokenizer of a folder, in float32; an adapter is merged into its base."""
+  """Loads a model folder in float32 to one device; an adapter is merged into its base."""
+  # First what can fail quickly: weights may take minutes to read.
   _, tokenizer = describe(path)
-  here = SingleDeviceSharding(jax.local_devices()[0])
-  return LanguageModel(*peft.load_model(path, shardings=here), tokenizer)
+  one_device = SingleDeviceSharding(jax.local_devices()[0])
+  return LanguageModel(*peft.load_model(path, shardings=one_device), tokenizer)
 
 
 class Rollout(NamedTuple):
-  """S answers to each of X prompts.
+  """S completions of each of X prompts, with rewards.
 
   Attributes:
     prompts: X texts.
     prompt_ids: X lists of token ids.
     completions: X lists of S texts.
-    answer_ids: X lists of S lists of ids, the end token included where the model ended.
-    reward_XS: their rewards.
+    completion_ids: X lists of S lists of token ids, with the end token if the model produced it.
+    reward_XS: the reward of each completion.
   """
 
   prompts: list[str]
@@ -68,16 +77,22 @@ class Rollout(NamedTuple):
   reward_XS: np.ndarray
 
   def examples(self) -> list[Example]:
-    """One example a prompt, with all its answers."""
+    """Returns one example per prompt, with all its completions."""
     array = functools.partial(np.asarray, dtype=np.int32)
-    texts = zip(self.prompt_ids, self.completion_ids, strict=True)
-    return [Example(array(prompt), tuple(map(array, ids))) for prompt, ids in texts]
+    all_ids = zip(self.prompt_ids, self.completion_ids, strict=True)
+    return [Example(array(prompt), tuple(map(array, ids))) for prompt, ids in all_ids]
 
 
 def read_prompts(path: str | pathlib.Path, field: str = "") -> list[Any]:
-  """The prompt of every row of files, a text or a list of messages; of `field`, or `prompt`.
+  """Reads the prompt of every row of some files; each is a text or a list of messages.
 
-  Of a file named .txt, every line is a prompt, but for those that are blank.
+  Args:
+    path: files as `data.readers.files` finds them. In a .txt file every line that is not blank is
+      a prompt.
+    field: the field of a row that contains the prompt; "" for `prompt`.
+
+  Raises:
+    UserError: a row has no usable prompt; it names the file and line.
   """
   prompts = []
   for file in readers.files(path):
@@ -93,7 +108,9 @@ def read_prompts(path: str | pathlib.Path, field: str = "") -> list[Any]:
 
 
 def _read_lines(path: pathlib.Path) -> list[str]:
+  """Returns the lines of a text file that are not blank."""
   lines = []
+  # Split before decoding, so that an error can name the line. utf-8-sig drops a byte order mark.
   for number, line in enumerate(path.read_bytes().splitlines(), 1):
     try:
       lines.append(line.decode("utf-8-sig"))
@@ -111,37 +128,50 @@ def rows_of(
   prompt_ids: Sequence[Sequence[int]],
   completions: Sequence[Sequence[Sequence[int]]],
 ) -> Iterator[dict[str, Any]]:
-  """A row an answer, as `scripts/sample.py` writes them."""
+  """Yields one row per completion, in the format that the sampling command writes.
+
+  Args:
+    stops: the stopping rules; a text is cut at the first stop text.
+    prompts: texts, message lists or conversations.
+    prompt_ids: token ids of each prompt.
+    completions: ids[prompt][sample].
+  """
   decode = stops.tokenizer.decode
   for index, (prompt, ids, samples) in enumerate(
     zip(prompts, prompt_ids, completions, strict=True)
   ):
-    given = decode(ids) if isinstance(prompt, str) else ""
-    asked = {"prompt": prompt}
+    prompt_text = decode(ids) if isinstance(prompt, str) else ""
+    fields = {"prompt": prompt}
     if isinstance(prompt, Conversation):
-      asked = {"prompt": prompt.messages, "tools": prompt.tools}
-    for number, answer in enumerate(samples):
-      # Behind the prompt: some tokenizers drop the space before a text's first word.
-      whole = decode([*ids, *answer]) if given else ""
-      text = whole[len(given) :] if whole.startswith(given) and given else decode(answer)
-      yield {"index": index, **asked, "sample": number} | {
+      fields = {"prompt": prompt.messages, "tools": prompt.tools}
+    for number, completion in enumerate(samples):
+      # Decoded together with a prompt of text, because some tokenizers drop the space before the
+      # first word of what they decode.
+      sequence = decode([*ids, *completion]) if prompt_text else ""
+      follows = prompt_text and sequence.startswith(prompt_text)
+      text = sequence[len(prompt_text) :] if follows else decode(completion)
+      yield {"index": index, **fields, "sample": number} | {
         "text": stops.truncate(text),
-        "tokens": len(answer),
-        "finish": stops.finish_reason(answer),
+        "tokens": len(completion),
+        "finish": stops.finish_reason(completion),
       }
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Any]) -> list[list[int]]:
-  """Token ids to sample from, at least one a prompt."""
-  found = []
+  """Returns the token ids of every prompt, at least one each.
+
+  Raises:
+    UserError: a prompt cannot be encoded, or has no token.
+  """
+  encoded = []
   for index, prompt in enumerate(prompts):
     try:
-      found.append(tokenizer.encode_prompt(prompt))
+      encoded.append(tokenizer.encode_prompt(prompt))
     except readers.RowError as error:
-      raise UserError(f"prompt {index}: {error}; mend the prompt or the model folder") from None
-    if not found[-1]:
-      raise UserError(f"prompt {index} has no token; an answer's first token needs one to follow")
-  return found
+      raise UserError(f"prompt {index}: {error}; correct the prompt or the model folder") from None
+    if not encoded[-1]:
+      raise UserError(f"prompt {index} has no token; a completion needs one to follow")
+  return encoded
 
 
 def sample(
@@ -156,9 +186,18 @@ def sample(
   batch_size: int = 256,
   width: int = 0,
 ) -> Rollout:
-  """Samples `num` answers a prompt and scores them; a prompt of messages is scored as rendered.
+  """Samples `num` completions per prompt and computes their rewards.
 
-  Arguments as those of `sampler.generate`.
+  The reward of a prompt of messages gets the text that the chat template made of it.
+
+  Args:
+    model: the model to sample from.
+    prompts: texts or message lists.
+    reward: a function (prompt, completion) -> number.
+    num, max_tokens, temperature, seed, batch_size, width: as in `sampler.generate`.
+
+  Raises:
+    UserError: a prompt cannot be encoded, or the reward fails.
   """
   tokenizer = model.tokenizer
   prompt_ids = encode_prompts(tokenizer, prompts)
@@ -174,26 +213,34 @@ def sample(
     batch_size=batch_size,
     width=width,
   )
-  pairs = zip(prompts, prompt_ids, strict=True)
-  texts = [prompt if isinstance(prompt, str) else tokenizer.decode(ids) for prompt, ids in pairs]
+  texts = [
+    prompt if isinstance(prompt, str) else tokenizer.decode(ids)
+    for prompt, ids in zip(prompts, prompt_ids, strict=True)
+  ]
   completions = [[tokenizer.decode(ids) for ids in each] for each in completion_ids]
   repeated = [text for text in texts for _ in range(num)]
-  reward_Y = rewards.values(reward, repeated, [answer for each in completions for answer in each])
-  return Rollout(texts, prompt_ids, completions, completion_ids, reward_Y.reshape(len(texts), num))
+  reward_B = rewards.values(reward, repeated, [text for each in completions for text in each])
+  return Rollout(texts, prompt_ids, completions, completion_ids, reward_B.reshape(len(texts), num))
 
 
 def label(rollout: Rollout, *, seed: int = 0) -> list[dict[str, Any]]:
-  """Preference rows from neighbouring samples, by Bradley and Terry under their rewards.
+  """Makes preference rows of samples 0 and 1, 2 and 3, ... of each prompt.
 
-  Of samples a and b, a is chosen with probability σ(r(a) - r(b)). Equal answers make no row.
+  Of samples a and b, a is chosen with probability σ(r(a) - r(b)): Bradley and Terry 1952. Two equal
+  completions make no row.
+
+  Args:
+    rollout: completions with rewards.
+    seed: random seed of the labels.
   """
   rng = np.random.default_rng(seed)
   rows = []
   for x, prompt in enumerate(rollout.prompts):
     for a in range(0, len(rollout.completions[x]) - 1, 2):
       margin = rollout.reward_XS[x, a] - rollout.reward_XS[x, a + 1]
-      # Logistic noise: the margin beats it with probability σ(margin), and nothing overflows.
+      # Logistic noise is below the margin with probability σ(margin), and nothing overflows.
       chosen, rejected = (a, a + 1) if margin > rng.logistic() else (a + 1, a)
+      # After the random number, so that equal completions do not change the labels of later pairs.
       if rollout.completion_ids[x][a] == rollout.completion_ids[x][a + 1]:
         continue
       rows.append(

@@ -309,7 +309,7 @@ def test_rewards_by_name_and_by_path():
       "no_such_module:f",
       "no module named 'no_such_module' is in the current folder, on",
     ),
-    ("math:no_such", "'math'.* holds no 'no_such'"),
+    ("math:no_such", "'math'.* has no 'no_such'"),
     ("math:pi", "no function but float"),
     ("os:getcwd", r"'os:getcwd' takes \(\); it must take \(prompt, answer\)"),
     ("json:dumps", r"'json:dumps' takes \(obj, .* it must take"),
@@ -325,7 +325,9 @@ def test_a_reward_that_does_not_exist(name, message):
   "value", [float("nan"), None, "good", "0.5", b"1", [1.0, 2.0], 1e300, -(10**400)]
 )
 def test_a_reward_that_is_no_number(value):
-  says = re.escape(f"gave {value!r} for prompt 'p' and answer 'a'; it must give one finite number")
+  says = re.escape(
+    f"gave {value!r} for prompt 'p' and completion 'a'; it must give one finite number"
+  )
   with pytest.raises(UserError, match=says):
     rewards.values(lambda prompt, answer: value, ["p"], ["a"])
 
@@ -340,7 +342,9 @@ def test_a_reward_that_fails_is_named():
   with pytest.raises(UserError, match=r"the reward sub fails with TypeError: .* for prompt 'p'"):
     rewards.values(rewards.resolve("operator:sub"), ["p"], ["a"])
   leaves = lambda prompt, answer: sys.exit(3)
-  with pytest.raises(UserError, match=r"fails with SystemExit: 3, for prompt 'p' and answer 'a'"):
+  with pytest.raises(
+    UserError, match=r"fails with SystemExit: 3, for prompt 'p' and completion 'a'"
+  ):
     rewards.values(leaves, ["p"], ["a"])
 
 

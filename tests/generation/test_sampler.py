@@ -201,7 +201,7 @@ def test_samples_follow_the_distribution(knobs, kept):
 def test_what_is_kept_by_hand():
   probs_V = np.array([0.1, 0.4, 0.2, 0.3])
   kept = lambda k, p: np.isfinite(
-    np.asarray(decoding._keep_ranks(np.log(probs_V)[None], np.array(k), np.array(p)))[0]
+    np.asarray(decoding._apply_top_k_top_p(np.log(probs_V)[None], np.array(k), np.array(p)))[0]
   )
   assert kept(0, 1.0).tolist() == [True] * 4
   assert kept(2, 1.0).tolist() == [False, True, False, True]
@@ -217,7 +217,7 @@ def test_what_is_kept_by_hand():
 def test_what_is_near_the_likeliest_by_hand():
   probs_V = np.array([0.1, 0.4, 0.2, 0.3])
   near = lambda p, logits_V: np.isfinite(
-    np.asarray(decoding._keep_near(logits_V[None], np.array(p)))[0]
+    np.asarray(decoding._apply_min_p(logits_V[None], np.array(p)))[0]
   )
   kept = lambda p: near(p, np.log(probs_V))
   assert kept(0.0).tolist() == [True] * 4
@@ -302,7 +302,7 @@ def test_few_shapes_and_every_sample_once():
   ("prompts", "change", "message"),
   [
     ([[]], {}, "prompt 0 has no tokens"),
-    ([[1], [5]], {}, "prompt 1 holds an id outside the model's vocabulary of 5"),
+    ([[1], [5]], {}, "prompt 1 contains an id outside the model's vocabulary of 5"),
     ([[1] * 30], {}, "prompt 0 has 30 tokens; with max_tokens 4 that exceeds .* 32 positions"),
     ([[1]], {"max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
     ([[1]], {"num": 0}, "num is 0; it must be at least 1"),
