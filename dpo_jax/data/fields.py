@@ -34,7 +34,7 @@ class Preference(NamedTuple):
   message; token ids stand as they are.
 
   Attributes:
-    prompt, answers: see above.
+    prompt, completions: see above.
     scores: a number for each answer: its score, or its label as 1 or 0; or nothing.
     weight: how much the row counts.
   """
