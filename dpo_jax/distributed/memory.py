@@ -65,6 +65,7 @@ def _gib(count: int) -> str:
 def _describe(parts: dict[str, PyTree], capacity: int | None) -> str:
   """Returns the line: sizes of the parts, the three largest buffers, and the settings to change."""
   sums = ", ".join(f"{name} {_gib(device_bytes(tree))}" for name, tree in parts.items())
+  # The largest single buffers often name the cause, such as a table of the vocabulary.
   leaves = [
     (_shard_bytes(leaf), f"{name}.{jax.tree_util.keystr(path, simple=True, separator='.')}")
     for name, tree in parts.items()

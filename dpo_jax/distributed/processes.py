@@ -188,7 +188,7 @@ def _digest(value: Any) -> bytes:
 def code_digest() -> str:
   """Returns a digest of this package's source files and of the versions of JAX and Python."""
   found = hashlib.blake2b(f"{jax.__version__} {sys.version}".encode(), digest_size=16)
-  folder = pathlib.Path(__file__).parents[1]  # the whole package, not distributed/ alone
+  folder = pathlib.Path(__file__).parents[1]  # of the package dpo_jax, not of distributed/ alone
   for path in sorted(folder.rglob("*.py")):  # sorted: each file system lists in its own order
     found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
   return found.hexdigest()

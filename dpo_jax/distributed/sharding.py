@@ -71,7 +71,7 @@ def spec(path: tuple[Any, ...], shape: tuple[int, ...], sizes: dict[str, int]) -
 
 # --- activations ----------------------------------------------------------------------------------
 
-# Constraints say where arrays lie and change no value. Outside a mesh of these axes, or within a
+# Constraints set where arrays are stored and change no value. Outside a mesh of these axes, or in a
 # `shard_map`, they do nothing, so models and losses also run without a mesh.
 
 _FREE = PartitionSpec.UNCONSTRAINED  # the compiler chooses
@@ -141,7 +141,7 @@ def map_over_shards(fn: Callable[..., Array], *, heads: int) -> Callable[..., Ar
   if mesh is None:
     return fn
   divided = PartitionSpec(ROWS, None, None if heads % mesh.shape["tensor"] else "tensor")
-  # check_vma=False: a custom kernel does not say along which axes its output varies.
+  # check_vma=False: a custom kernel does not declare along which axes its output varies.
   return jax.shard_map(
     fn, in_specs=(divided, PartitionSpec(ROWS)), out_specs=divided, check_vma=False
   )
@@ -155,7 +155,7 @@ def _mesh() -> Any:
 
 
 def _constrain(x: Array, *axes: Any) -> Array:
-  """Constrains the sharding of x; a dimension that its axes do not divide evenly stays whole."""
+  """Constrains the sharding of x; axes that do not divide their dimension evenly are left out."""
   mesh = _mesh()
   if mesh is None:
     return x

@@ -209,10 +209,12 @@ def _decode_rows(
 ) -> tuple[State, Array]:
   first, filled = state.step, state.cache.filled
   state = state._replace(cache=kv_cache.widen(state.cache, columns))
+  # Filled with -1 from the start: the loop may end before it has written every column.
   out_RT = jnp.full((len(state.token_R), tokens), -1, jnp.int32)
 
   def continues(carry: tuple[State, Array]) -> Array:
     state, _ = carry
+    # Under shard_map these are the rows of this device alone.
     return (state.step < first + tokens) & ~state.done_R.all()
 
   def advance(carry: tuple[State, Array]) -> tuple[State, Array]:

@@ -101,6 +101,7 @@ def read_prompts(path: str | pathlib.Path, field: str = "") -> list[Any]:
       continue
     for where, row in readers.read_rows(file):
       try:
+        # As the field `prompt`, so that one reader checks every kind of prompt.
         prompts.append(readers.read_prompt(row | {"prompt": row.get(field)} if field else row))
       except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -118,7 +119,7 @@ def _read_lines(path: pathlib.Path) -> list[str]:
       raise UserError(f"{path}:{number}: not UTF-8; save the file as UTF-8") from None
   lines = [line for line in lines if line.strip()]
   if not lines:
-    raise UserError(f"{path} holds no prompts; write one a line")
+    raise UserError(f"{path} holds no prompts; write one per line")
   return lines
 
 
@@ -218,6 +219,7 @@ def sample(
     for prompt, ids in zip(prompts, prompt_ids, strict=True)
   ]
   completions = [[tokenizer.decode(ids) for ids in each] for each in completion_ids]
+  # In the order of `generate`, all samples of a prompt after one another, for the reshape below.
   repeated = [text for text in texts for _ in range(num)]
   reward_B = rewards.values(reward, repeated, [text for each in completions for text in each])
   return Rollout(texts, prompt_ids, completions, completion_ids, reward_B.reshape(len(texts), num))

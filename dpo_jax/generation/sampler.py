@@ -91,6 +91,7 @@ def generate(
   check_prompts(config, prompts, max_tokens)
   if width and width < max(map(len, prompts), default=0):
     raise ValueError(f"width is {width} and the longest prompt has {max(map(len, prompts))} tokens")
+  # Once for all batches: arrays on the host would be copied to the device at every call.
   params = jax.tree.map(jnp.asarray, params)
   sampling = decoding.sampling_params(seed, temperature, top_k, top_p, min_p)
   plan = Plan(
@@ -118,6 +119,7 @@ def generate(
 def _collect(completions: list[list[Ids]], batch: Batch, out_RT: np.ndarray) -> None:
   """Stores the rows of a batch under prompt and sample, without rows that only fill the batch."""
   samples = batch.sample_S.tolist()
+  # Rows are ordered by prompt, then sample; the last batch may have samples beyond `num`.
   out_NST = out_RT.reshape(len(batch.prompt_N), len(samples), -1)
   for prompt, out_ST in zip(batch.prompt_N.tolist(), out_NST, strict=True):
     for sample, out_T in zip(samples, out_ST, strict=True):
@@ -145,8 +147,10 @@ def _batches(
   def round_to_devices(rows: int) -> int:
     return -(-rows // devices) * devices
 
+  # The shape of a row depends on its own prompt alone, so a prompt is computed in the same way
+  # whatever is sampled with it.
   widths = np.array([fixed or _round_up(len(prompt)) for prompt in prompts])
-  samples = min(num, batch_size)
+  samples = min(num, batch_size)  # of one prompt in one batch; the rest follow in further batches
   rows = round_to_devices(max(1, batch_size // samples))
   for width in np.unique(widths):
     (members,) = np.nonzero(widths == width)
@@ -300,6 +304,7 @@ def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_tok
         f"prompt {index} contains an id outside the model's vocabulary of {config.vocab}; "
         "use the model's own tokenizer"
       )
+    # Only a learned table of positions ends; rotary positions can be computed for any length.
     if config.positions == "learned" and len(prompt) + max_tokens > config.max_positions:
       raise UserError(
         f"prompt {index} has {len(prompt)} tokens; with max_tokens {max_tokens} that exceeds the "

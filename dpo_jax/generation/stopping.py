@@ -37,7 +37,7 @@ class Stops:
   ):
     # The empty string is part of every text and would end each completion before its first token.
     if not all(texts):
-      raise UserError("a text to stop at is empty; name what an answer shall end with")
+      raise UserError("a text to stop at is empty; name a text at which to stop")
     self.tokenizer, self.end_ids = tokenizer, tuple(end_ids)
     self.ids, self.texts = tuple(ids), tuple(texts)
 

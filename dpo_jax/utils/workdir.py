@@ -74,6 +74,7 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
     except OSError:  # a file system without locks, such as some network ones: train without
       yield
       return
+    # For the error message of another process: this one now owns the lock.
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -115,6 +116,7 @@ def _without_parallel(config: dict) -> dict:
 def _differences(before: object, now: object, name: str = "") -> list[str]:
   """Returns the leaves that differ between two JSON values, each as "a.b was 1, now 2"."""
   if isinstance(before, dict) and isinstance(now, dict):
+    # Keys of both, each once: a field that one side lacks counts as None there.
     keys = list(before) + [k for k in now if k not in before]
     return [
       line

@@ -1,4 +1,4 @@
-"""What is held on a device, by hand; and running out of it, for real."""
+"""Bytes on a device, counted by hand, and a real out-of-memory error."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ TREE = {
 }
 
 
-def test_what_is_held_by_hand():
+def test_device_bytes_by_hand():
   assert memory.device_bytes(TREE) == 4 * (16 * 8 + 8)
   divided = executor.Executor("mesh", 8, fsdp=8).place(TREE)
   assert memory.device_bytes(divided) == 4 * (16 * 8 // 8 + 8)  # the norm stays whole

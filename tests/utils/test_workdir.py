@@ -1,4 +1,4 @@
-"""A folder is claimed by one configuration and its data, and by no other."""
+"""A work folder belongs to one configuration with its data, and is refused to others."""
 
 import json
 import os
