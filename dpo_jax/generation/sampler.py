@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -200,9 +201,11 @@ def _generate_batch(
   setting = {"plan": plan, "mesh": mesh if replicated else None}
   placed = batch
   if mesh is not None:
-    specs, _ = decoding.specs(mesh)
-    arrays = zip(batch, specs, strict=True)
-    placed = Batch(*(jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in arrays))
+
+    def place(x: Any, spec: Any) -> jax.Array:
+      return jax.device_put(x, NamedSharding(mesh, spec))
+
+    placed = Batch(*map(place, batch, decoding.specs(mesh)[0]))
   state, out_RT = decoding.prefill(params, sampling, placed, **setting)
   out_RT = np.asarray(out_RT)
   # Decoding runs in pieces, with a larger cache for each. Between two of them the host looks for
