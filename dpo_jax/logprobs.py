@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.distributed.sharding import by_rows, by_vocabulary, for_each_group, sequence_parts
+from dpo_jax.distributed.sharding import by_rows, by_vocabulary, copy_per_group, sequence_parts
 from dpo_jax.structs import (
   Array,
   Head,
@@ -172,7 +172,7 @@ def scored_logps(
   elif chunks > 1:
     # A copy of the table per group: the loop then adds up gradients locally, and they are summed
     # over devices once at the end instead of once per chunk.
-    head = head._replace(kernel_VD=for_each_group(head.kernel_VD, groups * parts))
+    head = head._replace(kernel_VD=copy_per_group(head.kernel_VD, groups * parts))
   if token_fn is token_logps:
     kept = per_group * vocab <= budget.kept
     logps_cGm = _head_logps(kept, cut(hidden_GMD), head, cut(target_GM), count)

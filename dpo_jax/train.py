@@ -25,10 +25,10 @@ from ml_collections import ConfigDict, config_flags
 
 from dpo_jax import logprobs, metrics, step
 from dpo_jax.data import batches
-from dpo_jax.distributed import executor, memory, preemption, processes
-from dpo_jax.distributed.arrays import gathered
+from dpo_jax.distributed import executor, heartbeat, memory, preemption, processes
+from dpo_jax.distributed.gather import gather_to_host
 from dpo_jax.evaluation import sample_probe
-from dpo_jax.generation import rollouts
+from dpo_jax.generation import stopping
 from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.hf import peft, safetensors_files
 from dpo_jax.monitoring import report
@@ -58,10 +58,10 @@ def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
   """
   section = config.parallel
   processes.start(section.coordinator, section.processes, section.process)
-  with processes.Touch(), processes.quiet(), contextlib.ExitStack() as stack:
+  with heartbeat.Heartbeat(), processes.quiet(), contextlib.ExitStack() as stack:
     workdirs.check(workdir, config.to_json_best_effort())
     if workdir.exists() and processes.is_main_process():
-      stack.enter_context(workdirs.alone(workdir))
+      stack.enter_context(workdirs.lock(workdir))
     _execute(config, workdir, stack)
 
 
@@ -77,7 +77,7 @@ def _execute(config: ConfigDict, workdir: pathlib.Path, stack: contextlib.ExitSt
   def claim() -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     if new:
-      stack.enter_context(workdirs.alone(workdir))
+      stack.enter_context(workdirs.lock(workdir))
     workdirs.claim(workdir, config.to_json_best_effort(indent=2), ledger)
 
   final = train(run, trained, reference_params, lambda: processes.on_main_process(claim, "claim"))
@@ -90,7 +90,7 @@ def _export(run: Run, final: PyTree) -> None:
   out, source = workdir / "export", config.model.path or config.model.tokenizer
   print(f"exporting to {out}", flush=True)
   if run.adapter:
-    final = jax.tree.map(gathered, final)
+    final = jax.tree.map(gather_to_host, final)
   if processes.is_main_process():
     if run.adapter:
       peft.save(out, run.model_config, final, run.adapter, source=source)
@@ -171,7 +171,7 @@ def train(
       if start:
         log.say(f"resuming after step {start} of {run.steps}")
       feed = feed_after(start, share=run.executor.share)
-      with memory.told(parts, memory.limit()):
+      with memory.explain_out_of_memory(parts, memory.device_capacity()):
         state = _loop(run, state, reference_params, feed, start, checkpoints, log, notice)
   finally:
     checkpoints.close()
@@ -199,7 +199,7 @@ def _loop(run, state, reference_params, feed, start, checkpoints, log, notice) -
     state, means = take(state, reference_params, run.executor.place_batch(batch))
     meter.add(index, means, facts, batch)
     evaluating = judge.ready and (index == run.steps or _due(index, run.config.eval.every))
-    leaving = notice.leaving(index) and index < run.steps
+    leaving = notice.should_stop(index) and index < run.steps
     saving = leaving or index == run.steps or _due(index, run.config.checkpoint.every)
     if not (evaluating or saving):
       continue
@@ -211,7 +211,7 @@ def _loop(run, state, reference_params, feed, start, checkpoints, log, notice) -
       checkpoints.save(index, run.executor.unreplicate(state), scores)
     if leaving:
       checkpoints.wait()
-      preemption.leave(index)
+      preemption.exit_saved(index)
     meter.restart()
   return state
 
@@ -293,7 +293,7 @@ def _probe(run: Run) -> sample_probe.Probe | None:
     run.objective.logps_fn,
     run.data.held_out,
     samples=run.config.eval.samples,
-    eos_ids=rollouts.eos_ids(run.model_config, run.tokenizer),
+    eos_ids=stopping.eos_ids(run.model_config, run.tokenizer),
     max_tokens=run.config.on_policy.max_tokens if run.data.sampler else 0,
     seed=run.config.seed,
   )

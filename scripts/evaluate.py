@@ -57,11 +57,12 @@ def main(_):
   from dpo_jax.generation import rewards, rollouts
   from dpo_jax.monitoring import report
   from dpo_jax.structs import UserError
+  from dpo_jax.utils import files
 
   if bool(REWARD.value) != bool(PROMPTS.value):
     raise UserError("--reward and --prompts go together: give both, or neither")
   if OUT.value:
-    rollouts.check_out(OUT.value)
+    files.check_output_file(OUT.value)
   ask = evaluate.resolve_pair_loss(LOSS.value, BETA.value)
   reward = rewards.resolve(REWARD.value) if REWARD.value else None
   prompts = rollouts.read_prompts(PROMPTS.value) if PROMPTS.value else None
@@ -84,7 +85,7 @@ def main(_):
   evaluate.print_summary(summary, SHOWN)
   if OUT.value:
     out = pathlib.Path(OUT.value)
-    rollouts.write_whole(out, [json.dumps(summary, indent=1, ensure_ascii=False) + "\n"])
+    files.write_text(out, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     print(f"{out}: the numbers")
     if out.name == "summary.json" and reward is not None:
       print(f"{report.write(out.parent)}: the report")

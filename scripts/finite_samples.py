@@ -28,11 +28,11 @@ def main(_):
   import numpy as np
 
   from dpo_jax.experiments import finite_worlds
-  from dpo_jax.generation import rollouts
   from dpo_jax.structs import UserError
+  from dpo_jax.utils import files
 
   path = pathlib.Path(OUT.value)
-  rollouts.check_out(path)
+  files.check_output_file(path)
   _check_format(path)
   try:
     betas = list(dict.fromkeys(float(beta) for beta in BETAS.value))

@@ -34,10 +34,11 @@ SEED = flags.DEFINE_integer("seed", 0, "of samples and labels", lower_bound=0)
 def main(_):
   from dpo_jax.generation import rewards, rollouts
   from dpo_jax.structs import UserError
+  from dpo_jax.utils import files
 
   if NUM.value % 2:
     raise UserError(f"--num={NUM.value} answers do not pair up; give an even number")
-  rollouts.check_out(OUT.value)
+  files.check_output_file(OUT.value)
   reward = rewards.resolve(REWARD.value)
   every = rollouts.read_prompts(PROMPTS.value)
   prompts = every[SKIP.value :][: LIMIT.value]
@@ -58,7 +59,7 @@ def main(_):
       f"every pair of answers is equal, so {OUT.value} is not written; raise --temperature"
       " or --max_tokens, or give other --prompts"
     )
-  rollouts.write_rows(OUT.value, rows)
+  files.write_json_lines(OUT.value, rows)
   total = len(prompts) * NUM.value // 2
   better = sum(row["chosen_reward"] > row["rejected_reward"] for row in rows)
   print(

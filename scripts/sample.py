@@ -46,9 +46,10 @@ OUT = flags.DEFINE_string("out", "", "file to write the samples to, instead of p
 def main(_):
   from dpo_jax.data import chat_template
   from dpo_jax.distributed import executor
-  from dpo_jax.generation import rollouts, sampler
+  from dpo_jax.generation import rollouts, sampler, stopping
   from dpo_jax.hf import peft
   from dpo_jax.structs import UserError
+  from dpo_jax.utils import files
 
   knobs = {
     "max_tokens": MAX_TOKENS.value,
@@ -61,14 +62,14 @@ def main(_):
   }
   if (PROMPT.value is None) == (PROMPTS.value is None):
     raise UserError("give either --prompt=TEXT or --prompts=FILE")
-  sampler.check_knobs(**knobs)
+  sampler.check_sampling(**knobs)
   narrowed = [flag.name for flag in (TOP_K, TOP_P, MIN_P) if flag.value != flag.default]
   if TEMPERATURE.value == 0 and narrowed:
     raise UserError(
       f"--temperature=0 takes the likeliest token, which --{narrowed[0]} cannot change; keep one"
     )
   if OUT.value:
-    rollouts.check_out(OUT.value)
+    files.check_output_file(OUT.value)
   prompts = [PROMPT.value] if PROMPTS.value is None else rollouts.read_prompts(PROMPTS.value)
   if CHAT.value:
     turn = lambda text: [{"role": "user", "content": text}]
@@ -83,8 +84,8 @@ def main(_):
     )
   prompt_ids = rollouts.encode_prompts(tokenizer, prompts)
   sampler.check_prompts(config, prompt_ids, MAX_TOKENS.value)
-  stops = rollouts.Stops(
-    tokenizer, rollouts.eos_ids(config, tokenizer), _stop_ids(config.vocab), STOP.value
+  stops = stopping.Stops(
+    tokenizer, stopping.eos_ids(config, tokenizer), _stop_ids(config.vocab), STOP.value
   )
 
   _, params = peft.load_model(MODEL.value, shardings=executor.Executor().home)
@@ -93,12 +94,12 @@ def main(_):
     params,
     prompt_ids,
     eos_ids=(*stops.end_ids, *stops.ids),
-    ends=stops.ends if stops.texts else None,
+    stop_fn=stops.stop_length if stops.texts else None,
     **knobs,
   )
   rows = rollouts.rows_of(stops, prompts, prompt_ids, completions)
   if OUT.value:
-    rollouts.write_rows(OUT.value, rows)
+    files.write_json_lines(OUT.value, rows)
     print(f"{len(prompts) * NUM.value} samples of {len(prompts)} prompts in {OUT.value}")
     return
   for row in rows:

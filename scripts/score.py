@@ -30,8 +30,9 @@ def main(_):
   from dpo_jax.evaluation import evaluate
   from dpo_jax.generation import rollouts
   from dpo_jax.structs import UserError
+  from dpo_jax.utils import files
 
-  rollouts.check_out(OUT.value)
+  files.check_output_file(OUT.value)
   if not REFERENCE.value and (LOSS.value or BETA.value):
     raise UserError("--loss and --beta are for losses and rewards, which need a --reference")
   ask = evaluate.resolve_pair_loss(LOSS.value or "sigmoid", BETA.value)
@@ -39,7 +40,7 @@ def main(_):
   reference = rollouts.load(REFERENCE.value) if REFERENCE.value else None
   examples = evaluate.read_pairs(DATA.value, policy, reference, max_length=MAX_LENGTH.value)
   rows = evaluate.score_pairs(policy, reference, examples, ask)
-  rollouts.write_rows(OUT.value, rows)
+  files.write_json_lines(OUT.value, rows)
   print(f"{OUT.value}: {len(rows)} pairs scored")
 
 

@@ -136,9 +136,9 @@ def plan(config: ConfigDict, lengths: Lengths) -> dict[str, Any]:
   about = run.compile().memory_analysis()
   kept = run.state.reference  # of one that follows the policy
   held = {
-    "params": memory.held(run.state.params),
-    "reference": memory.held(run.reference if kept is None else kept),
-    "optimiser": memory.held(run.state.opt_state),
+    "params": memory.device_bytes(run.state.params),
+    "reference": memory.device_bytes(run.reference if kept is None else kept),
+    "optimiser": memory.device_bytes(run.state.opt_state),
     "step": about.temp_size_in_bytes + about.output_size_in_bytes - about.alias_size_in_bytes,
   }
   count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
@@ -152,7 +152,7 @@ def plan(config: ConfigDict, lengths: Lengths) -> dict[str, Any]:
     "trained": count(run.state.params),
     "devices": len(run.executor.devices),
     "bytes_per_device": held | {"total": sum(held.values())},
-    "kept_on_host": memory.kept(run.state),
+    "kept_on_host": memory.host_bytes(run.state),
     "flops_per_step": flops(int((batch.pair_NL >= 0).sum()), int((batch.weight_NL > 0).sum())),
     "rows": batch.ids_NL.shape[1],
     "row_length": batch.ids_NL.shape[2],

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from dpo_jax import defaults
 from dpo_jax.benchmarking import planner
 from dpo_jax.structs import UserError
+from dpo_jax.utils import files
 
 
 class Axis(NamedTuple):
@@ -101,9 +102,7 @@ def read(file: pathlib.Path) -> list[dict[str, Any]]:
 
 def write(file: pathlib.Path, points: Sequence[dict[str, Any]]) -> None:
   """Writes them all, in place of what is there, or leaves that."""
-  scratch = file.with_name(f".{file.name}.new")
-  scratch.write_text(json.dumps({"points": points}, indent=1) + "\n")
-  scratch.replace(file)
+  files.write_text(file, json.dumps({"points": points}, indent=1) + "\n")
 
 
 def measure(axis: str, value: int) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def fit(
   if layout == "padded":  # rows do not vary: whole groups of whole pairs
     step = groups * completions
   else:
-    step = groups * power_of_two(int(np.median(taken)) // groups // steps)
+    step = groups * largest_power_of_two_up_to(int(np.median(taken)) // groups // steps)
   rows = round_up(int(np.quantile(taken, quantile, method="higher")), step)
   scored, most_texts = 0.0, 0
   for place in places:
@@ -177,7 +177,7 @@ def fit(
     scored = max(scored, most * groups / held)
     most_texts = max(most_texts, int(of_groups(dealt, dealt.texts_B, held, groups).max()))
   pairs = max(int(place.order_B.max()) + 1 for place in places)
-  slots = 1 if layout == "padded" else completions * power_of_two(2 * pairs - 1)
+  slots = 1 if layout == "padded" else completions * largest_power_of_two_up_to(2 * pairs - 1)
   sizes = Sizes(rows, step, int(np.ceil(scored)), slots)
   if not texts:
     return sizes
@@ -229,10 +229,10 @@ def of_groups(places: Places, count_B: np.ndarray, rows: int, groups: int) -> np
 
 def widened(tokens: int) -> int:
   """Columns for texts of so many tokens: a multiple of 128, in steps of a quarter or less."""
-  return round_up(tokens, max(128, power_of_two(tokens) // 4))
+  return round_up(tokens, max(128, largest_power_of_two_up_to(tokens) // 4))
 
 
-def power_of_two(x: int) -> int:
+def largest_power_of_two_up_to(x: int) -> int:
   """The largest power of two not above x, and 1 for x < 1."""
   return 1 << max(0, int(x).bit_length() - 1)
 

@@ -25,7 +25,7 @@ from dpo_jax.data import encode, external
 from dpo_jax.data.encode import Encoder, Ledger
 from dpo_jax.data.examples import Example, Lazy, Measured, fill_up
 from dpo_jax.structs import UserError
-from dpo_jax.utils.files import check_writable, replacing
+from dpo_jax.utils.files import check_writable, replacing_folder
 
 NAME = "tfds_pairs"
 LENGTHS = external.PREPARED
@@ -68,7 +68,7 @@ def prepare(
   check_writable(out, str(out))
   ledger = Ledger()
   with contextlib.ExitStack() as stack:
-    new = stack.enter_context(replacing(out))
+    new = stack.enter_context(replacing_folder(out))
     aside = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(dir=new.parent)))
     spools = {name: _Spool(stack.enter_context((aside / name).open("w+b"))) for name in SPLITS}
     for example in encode.stream_examples(paths, encoder, ledger, limit=limit, workers=workers):

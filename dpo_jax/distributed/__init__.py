@@ -1,1 +1,1 @@
-"""Devices and processes: shardings, the executor that compiles a step, memory, preemption."""
+"""Devices and processes: shardings, the executor, memory, heartbeat, preemption."""

@@ -1,10 +1,11 @@
-"""Who compiles the step, and where its arguments live.
+"""The executor: places arrays on devices and compiles the pure step for them.
 
-Devices are those of all processes; each process places its part of what it has on host.
+The same pure functions run in two modes. "mesh" is `jax.jit` over a mesh with the axes and rules of
+`sharding`. "pmap" is `jax.pmap`: every device has all parameters and a part of the batch.
 
-The same pure functions run under `jax.jit` over a mesh of the axes of `sharding` ("mesh", divided
-by its rules) and under `jax.pmap` ("pmap", replicated data parallelism). The
-reference is placed in buffers of its own and never donated; the state is donated to its successor.
+The devices are those of all processes. Each process copies its own part of a host array to its own
+devices. The state is donated to the next state, so that both never exist at once. The reference is
+never donated, and has buffers of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dpo_jax.distributed import memory
 from dpo_jax.distributed import sharding as shardings
-from dpo_jax.distributed.arrays import gathered
+from dpo_jax.distributed.gather import gather_to_host
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 
 MODES = ("mesh", "pmap")
@@ -30,8 +31,13 @@ AXIS = "data"
 
 
 def pick_devices(count: int) -> list[jax.Device]:
-  """The first `count` devices; all of them, of all processes, for 0."""
+  """Returns the first `count` devices, or for 0 all devices of all processes.
+
+  Raises:
+    UserError: there are not so many, or `count` leaves some out in a run of several processes.
+  """
   devices, processes = jax.devices(), jax.process_count()
+  # With several processes a prefix of the list could leave a process without any device.
   if processes > 1 and count not in (0, len(devices)):
     raise UserError(
       f"parallel.devices is {count}; {processes} processes have {len(devices)} and use all of them:"
@@ -46,28 +52,29 @@ def pick_devices(count: int) -> list[jax.Device]:
 
 
 def assert_separate(state: PyTree, reference: PyTree) -> None:
-  """Refuses a policy and a reference that share memory: donating one would destroy the other.
+  """Checks that policy and reference share no buffer: donating one would destroy the other.
 
   Raises:
-    ValueError: naming the first shared leaf.
+    ValueError: two leaves share a buffer; it names the first such pair.
   """
 
-  def buffers(tree):
+  def buffers(tree: PyTree) -> Iterator[tuple[int, str]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
       for shard in leaf.addressable_shards:
-        if shard.data.size:
+        if shard.data.size:  # empty arrays may all have the same address
           yield shard.data.unsafe_buffer_pointer(), jax.tree_util.keystr(path)
 
-  held = dict(buffers(state))
+  of_state = dict(buffers(state))
   for pointer, name in buffers(reference):
-    if pointer in held:
+    if pointer in of_state:
       raise ValueError(
-        f"reference{name} shares its buffer with state{held[pointer]}; place both from host arrays"
+        f"reference{name} shares its buffer with state{of_state[pointer]}; place both from host"
+        " arrays"
       )
 
 
 def _mesh_shape(mode: str, devices: int, **sizes: int) -> tuple[int, ...]:
-  """Devices along data, fsdp, sequence and tensor."""
+  """Returns the number of devices along data, fsdp, sequence and tensor; data gets the rest."""
   for name, size in sizes.items():
     if size < 1:
       raise UserError(f"parallel.{name} is {size}; it must be 1 or more")
@@ -83,6 +90,7 @@ def _mesh_shape(mode: str, devices: int, **sizes: int) -> tuple[int, ...]:
 
 
 def _check_offload(mode: str, device: jax.Device) -> None:
+  """Checks that the optimizer's state can be stored in the host's memory."""
   if mode == "pmap":
     raise UserError("parallel.offload_optimizer needs parallel.mode=mesh, and it is pmap")
   if memory.HOST not in (kind.kind for kind in device.addressable_memories()):
@@ -95,13 +103,17 @@ def _check_offload(mode: str, device: jax.Device) -> None:
 _copy = jax.jit(jnp.copy)
 
 
+def _abstract(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
 class Executor:
   """Places trees on devices and compiles functions of them.
 
   Attributes:
-    groups: shards of a batch; rows, and groups of scored tokens, are divided among them.
-    share: (i, H), which part of the rows of a batch is to be made by this process: the i-th of H.
-    home: where an array goes that every device holds whole.
+    groups: the number of shards of a batch. Rows, and groups of scored tokens, are divided by it.
+    share: (i, H): this process prepares the i-th of H equal parts of the rows of a batch.
+    home: the sharding of an array of which every device has a complete copy.
   """
 
   SETTINGS = ("mode", "devices", "fsdp", "tensor", "sequence", "offload_optimizer")
@@ -115,9 +127,16 @@ class Executor:
     sequence: int = 1,
     offload_optimizer: bool = False,
   ):
-    """`devices` are all there are for 0; those that the other axes leave are for data.
+    """Makes the mesh.
 
-    With `offload_optimizer` the optimiser's state of a `TrainState` is kept on the host.
+    Args:
+      mode: "mesh" or "pmap".
+      devices: how many to use, 0 for all.
+      fsdp, tensor, sequence: devices along these axes of the mesh; the data axis gets the rest.
+      offload_optimizer: store the optimizer's state of a `TrainState` in the host's memory.
+
+    Raises:
+      UserError: the sizes do not divide the devices, or the mode cannot do what is set.
     """
     if mode not in MODES:
       raise UserError(f"parallel.mode is {mode!r}; known: {', '.join(MODES)}")
@@ -130,20 +149,27 @@ class Executor:
     shape = _mesh_shape(mode, len(self.devices), fsdp=fsdp, sequence=sequence, tensor=tensor)
     self.groups = shape[0] * shape[1]
     if mode == "pmap":
+      # pmap has no named mesh; this one describes its stacked arrays [devices, ...] to the rest.
       shape, axes = shape[:1], (AXIS,)
     self.mesh = jax.make_mesh(shape, axes, (AxisType.Auto,) * len(shape), devices=self.devices)
     self.home = self._shard()
     self.share = self._own_share()
 
   def _own_share(self) -> tuple[int, int]:
-    """Every process makes its rows alone, if each has a run of them as long as the others'."""
+    """Returns (i, H) if each of H groups of processes needs one equal run of rows, else (0, 1).
+
+    (0, 1) means that every process prepares all rows, and copies only what its devices need.
+    """
     rows = self._shard(AXIS if self.mode == "pmap" else shardings.ROWS)
-    held: dict[int, set[int]] = {}
+    # An array with one row per group shows which groups the devices of each process need.
+    groups_of: dict[int, set[int]] = {}
     for device, (piece,) in rows.devices_indices_map((self.groups,)).items():
-      held.setdefault(device.process_index, set()).add(piece.indices(self.groups)[0])
-    mine = held[jax.process_index()]
+      groups_of.setdefault(device.process_index, set()).add(piece.indices(self.groups)[0])
+    mine = groups_of[jax.process_index()]
+    # The mesh may give a process scattered groups, or give two processes the same ones (when tensor
+    # or sequence crosses processes). The second is fine: both prepare the same rows.
     runs = [set(range(i, i + len(mine))) for i in range(0, self.groups, len(mine))]
-    if any(groups not in runs for groups in held.values()):
+    if any(groups not in runs for groups in groups_of.values()):
       return 0, 1
     return runs.index(mine), len(runs)
 
@@ -153,9 +179,9 @@ class Executor:
   # -- placing ---------------------------------------------------------------------------------
 
   def shardings(self, tree: PyTree) -> PyTree:
-    """Where every leaf of a tree of parameters, or of a state made of them, is read to.
+    """Returns the sharding of every leaf of a tree of parameters, or of a state with parameters.
 
-    Under pmap each device takes it whole, for `place` to stack.
+    Under pmap every leaf is complete on each device; `place` then adds the device axis.
     """
     if self.mode == "pmap":
       return jax.tree.map(lambda _: self.home, tree)
@@ -163,21 +189,21 @@ class Executor:
 
     def one(path: tuple[Any, ...], x: Any) -> NamedSharding:
       place = self._shard(*shardings.spec(path, x.shape, sizes))
-      kept = self.offload and x.ndim and getattr(path[0], "name", None) == "opt_state"
-      return place.with_memory_kind(memory.HOST) if kept else place
+      # Scalars such as the count of updates stay on the device: moving them would save nothing.
+      offloaded = self.offload and x.ndim and getattr(path[0], "name", None) == "opt_state"
+      return place.with_memory_kind(memory.HOST) if offloaded else place
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
   def abstract(self, tree: PyTree) -> PyTree:
-    """Shapes and types of a tree, and where `shardings` has it."""
-    shaped = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-    return jax.tree.map(shaped, tree, self.shardings(tree))
+    """Returns shapes, types and shardings of a tree, in place of its arrays."""
+    return jax.tree.map(_abstract, tree, self.shardings(tree))
 
   def place(self, tree: PyTree) -> PyTree:
-    """A tree on the devices, divided as `shardings` has it; under pmap with a leading device axis.
+    """Returns the tree on the devices, sharded as `shardings` says; pmap adds a device axis.
 
-    Arrays on host are copied into fresh buffers. Those on devices are taken over, and lie where
-    `shardings` has them: under pmap, what was given is gone.
+    Arrays on the host are copied into new buffers. Arrays on devices are used as they are, and must
+    already have the right sharding. Under pmap they are deleted.
     """
     if self.mode == "pmap":
       return jax.tree.map(self._stack, tree)
@@ -185,28 +211,36 @@ class Executor:
 
   @staticmethod
   def _take_over(x: Any, sharding: NamedSharding) -> jax.Array:
-    # device_put may alias host memory, and two trees of one host tree would then share buffers: a
-    # compiled copy never does. A leaf at a time, so that only one is held twice.
     if isinstance(x, jax.Array):
       return x
     x = np.asarray(x)
+    # On a CPU, JAX may alias host memory, and policy and reference placed from one host tree would
+    # share buffers: a compiled copy never does. One leaf at a time, so that only one exists twice.
     return _copy(jax.make_array_from_callback(x.shape, sharding, x.__getitem__))
 
   def _stack(self, x: Any) -> jax.Array:
+    """Returns x with a leading device axis: [devices, ...], one copy on each."""
     shape = (self.groups, *np.shape(x))
     if not isinstance(x, jax.Array):
       return self._take_over(np.broadcast_to(x, shape), self._shard(AXIS))
     rows = [jnp.expand_dims(shard.data, 0) for shard in x.addressable_shards]
     stacked = jax.make_array_from_single_device_arrays(shape, self._shard(AXIS), rows)
+    # expand_dims copies. The order is important: 1. wait for the copies; 2. free the source, so
+    # that two complete trees never lie on a device.
     stacked.block_until_ready()
     x.delete()
     return stacked
 
   def place_batch(self, batch: TokenBatch, share: tuple[int, int] | None = None) -> TokenBatch:
-    """A host batch, rows divided among the devices. Axes of every array: [A, rows or groups, …].
+    """Returns a host batch on the devices, with its rows divided among them.
 
-    `share` says which part of the rows it has, (0, 1) all of them; that of this process unless
-    given.
+    Args:
+      batch: arrays [A, rows or groups, ...], A micro-batches.
+      share: the part of the rows that `batch` has, (i, H) as in `Executor.share`, which is the
+        default; (0, 1) if it has all of them.
+
+    Raises:
+      UserError: the tokens of a row do not divide among the devices of the sequence axis.
     """
     share = self.share if share is None else share
     length, parts = batch.ids_NL.shape[-1], self.mesh.shape.get("sequence", 1)
@@ -220,11 +254,13 @@ class Executor:
     return jax.tree.map(lambda x: self._place_rows(x, 1, share), batch)
 
   def _place_rows(self, x: np.ndarray, axis: int, share: tuple[int, int]) -> jax.Array:
-    """An array of which this process has the i-th of H parts along an axis."""
+    """Returns a global array of which `x` is the i-th of H parts along an axis."""
     (part, parts), size = share, x.shape[axis]
     shape = (*x.shape[:axis], size * parts, *x.shape[axis + 1 :])
 
     def piece(index: tuple[slice, ...]) -> np.ndarray:
+      # JAX asks only for pieces of this process's devices, in global indices; `x` starts at its
+      # own part.
       start, end, _ = index[axis].indices(shape[axis])
       own = slice(start - part * size, end - part * size)
       return x[(*index[:axis], own, *index[axis + 1 :])]
@@ -233,21 +269,23 @@ class Executor:
     return jax.make_array_from_callback(shape, place, piece)
 
   def _split(self, x: np.ndarray, share: tuple[int, int]) -> np.ndarray:
-    """[A, N, …] to [devices, A, N / devices, …], of the devices of a share."""
+    """Returns [A, N, ...] as [devices, A, N / devices, ...], for the devices of a share."""
     devices = self.groups // share[1]
     return np.moveaxis(x.reshape(len(x), devices, -1, *x.shape[2:]), 1, 0)
 
   def to_host(self, tree: PyTree) -> PyTree:
-    """One copy of a placed tree, on host. All processes call it together."""
-    return jax.tree.map(gathered, self.unreplicate(tree))
+    """Returns a placed tree as NumPy arrays. All processes call it together."""
+    return jax.tree.map(gather_to_host, self.unreplicate(tree))
 
   def unreplicate(self, tree: PyTree) -> PyTree:
-    """One copy of a placed tree, still on devices: what a checkpoint takes."""
+    """Returns a placed tree on devices without pmap's device axis, as a checkpoint stores it."""
     if self.mode == "mesh":
       return tree
     if jax.process_count() == 1:
       return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
 
+    # With several processes x[0] exists in one of them alone, and slicing would be a computation of
+    # all. Every device has the same copy, so together they are one replicated array.
     def joined(x: jax.Array) -> jax.Array:
       rows = [shard.data[0] for shard in x.addressable_shards]
       return jax.make_array_from_single_device_arrays(x.shape[1:], self.home, rows)
@@ -255,24 +293,29 @@ class Executor:
     return jax.tree.map(joined, tree)
 
   def local_copy(self, tree: PyTree) -> PyTree:
-    """One copy of a placed tree that this process can use by itself: see `gather_locally`."""
+    """Returns a placed tree that this process can use without the others: `gather_locally`."""
     return self.gather_locally(self.unreplicate(tree))
 
   def gather_locally(self, tree: PyTree) -> PyTree:
-    """One copy of a tree, as `place` takes it, that this process can use without the others.
+    """Returns a tree, before `place` adds an axis, that this process can use without the others.
 
-    All processes call it together. In a run of several it is on this one's first device, whole.
+    All processes call it together. In a run of several processes, every leaf is then complete on
+    the first device of each process.
     """
     if jax.process_count() == 1:
       return tree
-    whole = jax.jit(lambda x: x, out_shardings=self.home)
-    own = lambda x: whole(x).addressable_shards[0].data if isinstance(x, jax.Array) else x
+    # An identity whose output is replicated: compiling it makes XLA gather what is sharded.
+    replicate = jax.jit(lambda x: x, out_shardings=self.home)
+
+    def own(x: Any) -> Any:
+      return replicate(x).addressable_shards[0].data if isinstance(x, jax.Array) else x
+
     return jax.tree.map(own, tree)
 
   # -- compiling -------------------------------------------------------------------------------
 
   def compile_init(self, fn: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
-    """fn(params) -> state, both placed; the parameters are donated."""
+    """Compiles fn(params) -> state for placed parameters, which are donated to the state."""
     if self.mode == "pmap":
       return jax.pmap(fn, AXIS, devices=self.devices, donate_argnums=0)
 
@@ -283,57 +326,66 @@ class Executor:
     return init
 
   def compile_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
-    """step(state, reference_params, batch, axis_name=…) -> (state, metrics), the state donated.
+    """Compiles step(state, reference_params, batch, axis_name=...) -> (state, metrics).
 
-    Metrics come back as `metrics_to_host` understands them.
+    The state is donated, the reference is not. `metrics_to_host` reads the metrics.
     """
     if self.mode == "pmap":
       mapped = functools.partial(step, axis_name=AXIS)
       return jax.pmap(mapped, AXIS, devices=self.devices, donate_argnums=0)
-    known: dict[Any, Any] = {}
+    # Output shardings follow the structure of the state, which is known only at the first call.
+    compiled: dict[Any, Any] = {}
 
-    def take(state: PyTree, *rest: Any) -> Any:
+    def train_step_fn(state: PyTree, *rest: Any) -> Any:
       structure = jax.tree.structure(state)
-      if structure not in known:
-        known[structure] = self._jit_step(step, state)
+      if structure not in compiled:
+        compiled[structure] = self._jit_step(step, state)
       with jax.set_mesh(self.mesh):
-        return known[structure](state, *rest)
+        return compiled[structure](state, *rest)
 
-    return take
+    return train_step_fn
 
   def _jit_step(self, step: Callable[..., Any], state: PyTree) -> Any:
-    alone = functools.partial(step, axis_name=None)
-    return jax.jit(alone, donate_argnums=0, out_shardings=(self.shardings(state), self.home))
+    step = functools.partial(step, axis_name=None)  # jit reduces over its mesh by itself
+    # The new state must have the shardings of the old one: donation reuses a buffer only then, and
+    # another sharding would compile again at the next step.
+    return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings(state), self.home))
 
   def lower_step(self, step: Callable[..., Any], state: PyTree, *rest: Any) -> jax.stages.Lowered:
-    """What `compile_step` compiles on a mesh, of shapes in place of arrays."""
+    """Lowers the step of `compile_step` on a mesh; the arguments may be shapes, not arrays."""
     with jax.set_mesh(self.mesh):
       return self._jit_step(step, state).lower(state, *rest)
 
   def abstract_batch(self, batch: TokenBatch) -> TokenBatch:
-    """The shapes of `place_batch` on a mesh."""
+    """Returns shapes, types and shardings of what `place_batch` makes on a mesh."""
     place = self._shard(None, shardings.ROWS)
-    shaped = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-    return jax.tree.map(shaped, batch)
+    return jax.tree.map(functools.partial(_abstract, sharding=place), batch)
 
   def metrics_to_host(self, metrics: dict[str, jax.Array]) -> dict[str, np.ndarray]:
-    """Step metrics on host; all devices have them alike."""
+    """Returns the metrics of a step as NumPy arrays; every device has the same values."""
     return {name: self._first_copy(x) for name, x in metrics.items()}
 
   def _first_copy(self, x: jax.Array) -> np.ndarray:
-    """What all devices have alike, on host."""
+    """Returns the copy of this process's first device, of an array that is replicated."""
     mine = np.asarray(x.addressable_shards[0].data)
     return mine if self.mode == "mesh" else mine[0]
 
   def compile_forward(self, fn: Callable[[PyTree, TokenBatch], jax.Array]) -> Callable[..., Any]:
-    """fn(params, batch) -> [N, S], for placed params and a host batch with axes [1, …].
+    """Compiles fn(params, batch) -> [N, S] for placed parameters and host batches.
 
-    The batch is whole in every process, and so is the result, on host as [N, S].
+    The batch has one micro-batch, arrays [1, rows or groups, ...], and all its rows in every
+    process. Each process gets the complete result as a NumPy array.
     """
-    first = lambda params, batch: fn(params, jax.tree.map(lambda x: x[0], batch))
+
+    def first(params: PyTree, batch: TokenBatch) -> jax.Array:
+      return fn(params, jax.tree.map(lambda x: x[0], batch))
+
+    def gathered(params: PyTree, batch: TokenBatch) -> jax.Array:
+      # tiled: the rows of all devices in one axis, in their order, without a device axis.
+      return jax.lax.all_gather(first(params, batch), AXIS, tiled=True)
+
     if self.mode == "pmap":
-      everywhere = lambda *args: jax.lax.all_gather(first(*args), AXIS, tiled=True)
-      mapped = jax.pmap(everywhere, AXIS, devices=self.devices)
+      mapped = jax.pmap(gathered, AXIS, devices=self.devices)
     else:
       mapped = jax.jit(first, out_shardings=self.home)
 

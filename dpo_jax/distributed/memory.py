@@ -1,4 +1,4 @@
-"""What a run holds on a device, and what to do where that is too much."""
+"""Bytes that arrays take on a device, and the error message when a device runs out of memory."""
 
 from __future__ import annotations
 
@@ -11,70 +11,80 @@ import jax
 from dpo_jax.structs import PyTree, UserError
 
 GIB = 2**30
-HOST = "pinned_host"  # JAX's name of the host's memory that devices read directly
+HOST = "pinned_host"  # JAX's name for memory of the host that devices can read directly
 
 
-def held(tree: PyTree) -> int:
-  """Bytes of a tree that lie on the fullest device, without what is kept on the host.
+def device_bytes(tree: PyTree) -> int:
+  """Returns the bytes of a tree on one device, without leaves that are stored on the host.
 
-  Leaves are arrays, or shapes that know their sharding; one without is whole on a device.
+  Leaves are arrays or shapes. A leaf without a sharding counts as complete on the device.
   """
-  return sum(_held(leaf) for leaf in jax.tree.leaves(tree) if not _is_kept(leaf))
+  return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if not _is_on_host(leaf))
 
 
-def kept(tree: PyTree) -> int:
-  """Bytes of a tree that lie in the host's memory for one device."""
-  return sum(_held(leaf) for leaf in jax.tree.leaves(tree) if _is_kept(leaf))
+def host_bytes(tree: PyTree) -> int:
+  """Returns the bytes of a tree that are stored in the host's memory for one device."""
+  return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if _is_on_host(leaf))
 
 
-def _is_kept(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
+def _is_on_host(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
   return getattr(getattr(leaf, "sharding", None), "memory_kind", None) == HOST
 
 
-def _held(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
+def _shard_bytes(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
+  # Shards of one array are all equally large, so any of them stands for the fullest device.
   sharding = getattr(leaf, "sharding", None)
   shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
   return math.prod(shape) * leaf.dtype.itemsize
 
 
 @contextlib.contextmanager
-def told(parts: dict[str, PyTree], room: int | None = None) -> Iterator[None]:
-  """Makes one line of running out of memory: what is held, the largest buffers, the ways out.
+def explain_out_of_memory(parts: dict[str, PyTree], capacity: int | None = None) -> Iterator[None]:
+  """Turns an out-of-memory error inside the block into one line that says what to change.
 
   Args:
-    parts: what it is called, and the tree.
-    room: bytes of a device, where known.
+    parts: name to tree, for what the run stores on the devices.
+    capacity: bytes of a device, if known.
 
   Raises:
-    UserError: in place of the error of JAX.
+    UserError: in place of JAX's error, with the size of each part and the largest buffers.
   """
   try:
     yield
   except (jax.errors.JaxRuntimeError, MemoryError) as error:
+    # JAX has no class of its own for this error; the status code in the message is all there is.
     if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    raise UserError(_line(parts, room)) from error
+    raise UserError(_describe(parts, capacity)) from error
 
 
-def _line(parts: dict[str, PyTree], room: int | None) -> str:
-  size = lambda count: f"{count / GIB:.2f} GiB"
-  sums = ", ".join(f"{name} {size(held(tree))}" for name, tree in parts.items())
+def _gib(count: int) -> str:
+  return f"{count / GIB:.2f} GiB"
+
+
+def _describe(parts: dict[str, PyTree], capacity: int | None) -> str:
+  """Returns the line: sizes of the parts, the three largest buffers, and the settings to change."""
+  sums = ", ".join(f"{name} {_gib(device_bytes(tree))}" for name, tree in parts.items())
+  # The largest single buffers often name the cause, such as a table of the vocabulary.
   leaves = [
-    (_held(leaf), f"{name}.{jax.tree_util.keystr(path, simple=True, separator='.')}")
+    (_shard_bytes(leaf), f"{name}.{jax.tree_util.keystr(path, simple=True, separator='.')}")
     for name, tree in parts.items()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    if not _is_kept(leaf)
+    if not _is_on_host(leaf)
   ]
-  largest = ", ".join(f"{name} {size(count)}" for count, name in sorted(leaves, reverse=True)[:3])
-  whole = f" of {size(room)}" if room else ""
+  largest = ", ".join(f"{name} {_gib(count)}" for count, name in sorted(leaves, reverse=True)[:3])
+  total = f" of {_gib(capacity)}" if capacity else ""
   return (
-    f"out of memory{whole} a device. Held on each: {sums}; the largest buffers: {largest}. The rest"
-    " is activations, which fall with a higher train.accumulate, model.remat=full and a lower"
-    " data.max_length; what is held falls with parallel.fsdp, lora.rank, model.param_dtype and"
-    " reference.param_dtype bfloat16, parallel.offload_optimizer and a reference.store"
+    f"out of memory{total} per device. Stored on each: {sums}; the largest buffers: {largest}. The"
+    " rest is activations: reduce them with a higher train.accumulate, model.remat=full or a lower"
+    " data.max_length. Reduce what is stored with parallel.fsdp, lora.rank, model.param_dtype and"
+    " reference.param_dtype bfloat16, parallel.offload_optimizer or a reference.store"
   )
 
 
-def limit() -> int | None:
-  """Bytes that a device of this process has for arrays, None where it does not say."""
+def device_capacity() -> int | None:
+  """Returns the bytes that a device of this process has for arrays, or None if unknown.
+
+  GPUs and TPUs report it; the CPU does not.
+  """
   return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

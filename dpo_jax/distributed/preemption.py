@@ -1,4 +1,4 @@
-"""A run that is asked to leave: it hears SIGTERM between steps, and saves before it goes."""
+"""Preemption: after SIGTERM a run finishes its step, saves a checkpoint and exits."""
 
 from __future__ import annotations
 
@@ -10,32 +10,36 @@ from typing import Any, NoReturn, Self
 import jax
 from jax.experimental import multihost_utils
 
-# Exit status of a run that saved and left (EX_TEMPFAIL of sysexits.h): start it again.
+# Exit status of a run that saved and stopped, and can be started again (EX_TEMPFAIL of sysexits.h).
 AGAIN = 75
 
 
 class Notice:
-  """Hears SIGTERM, as schedulers send it before they take a machine away.
+  """Records SIGTERM, which schedulers send before they take a machine away.
 
-  In a run of one process the first one is remembered; another ends the process as it would have
-  before. In a run of several, JAX's preemption service hears it and has all leave at one step.
+  In a run of one process the first SIGTERM is recorded, and a second one ends the process. In a run
+  of several processes JAX's preemption service catches it, and makes all stop after the same step.
   """
 
   def __enter__(self) -> Self:
     self._given = False
     self._before: Any = None
+    # Python allows signal handlers in the main thread alone. With several processes JAX's service
+    # has a handler already, and this one would replace it.
     if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-      self._before = signal.signal(signal.SIGTERM, self._hear)
+      self._before = signal.signal(signal.SIGTERM, self._record)
     return self
 
-  def _hear(self, number: int, frame: Any) -> None:
+  def _record(self, number: int, frame: Any) -> None:
     del number, frame
     self._given = True
+    # The earlier handler comes back, so that a second SIGTERM does not wait for a long step.
     signal.signal(signal.SIGTERM, self._before)
 
-  def leaving(self, step: int) -> bool:
-    """Whether to leave after this step; asked at every one."""
+  def should_stop(self, step: int) -> bool:
+    """Returns True if the run is to stop after this step. It must be called at every step."""
     if jax.process_count() > 1:
+      # The service agrees on a step that no process has passed; it counts on being asked each time.
       return multihost_utils.reached_preemption_sync_point(step)
     return self._given
 
@@ -44,7 +48,7 @@ class Notice:
       signal.signal(signal.SIGTERM, self._before)
 
 
-def leave(step: int) -> NoReturn:
-  """Ends the process, everything being saved."""
-  print(f"asked to stop: saved after step {step}; run the same command again to go on", flush=True)
+def exit_saved(step: int) -> NoReturn:
+  """Prints that the run stopped after `step` and exits with status 75; all must be saved before."""
+  print(f"stopped: saved after step {step}; run the same command again to continue", flush=True)
   sys.exit(AGAIN)

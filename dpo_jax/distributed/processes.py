@@ -1,55 +1,50 @@
-"""Several processes that train one model: how they find each other, agree, and part.
+"""Runs of several processes: how they find each other, and checks that they do the same work.
 
-Every process runs the same program on the same files and holds some of the devices. The first one
-alone writes and speaks. Beside JAX's own service, which ends a run some time after a process has
-gone, every process is in touch with the first: one that fails or falls silent ends the others at
-once, with a line that says which.
+Every process runs the same program on the same files and owns some of the devices. Process 0, the
+main process, is the only one that writes files and prints. `heartbeat` ends the others when one of
+them fails.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import hashlib
 import json
 import os
 import pathlib
-import secrets
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing import connection
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
 from jax._src import distributed  # no public name ends the service apart from the client
 from jax.experimental import multihost_utils
 
-from dpo_jax.distributed.preemption import AGAIN
 from dpo_jax.structs import UserError
 
 AUTO = "auto"
-WAIT = 300.0  # seconds for all to come
-BEAT, SILENCE = 5.0, 60.0  # seconds between signs of life, and without one until a process is lost
-LINGER = 1.0  # seconds that JAX's service outlives the last that left it
-_ALIVE, _BYE = "alive", "bye"
+START_TIMEOUT = 300.0  # seconds within which all processes must have started
+LINGER = 1.0  # seconds that JAX's service stays up after this process has disconnected from it
 
 
 def start(coordinator: str, processes: int, process: int, *, notice: bool = True) -> None:
-  """Joins the others of a run; returns when all are there.
+  """Connects this process to the others of the run, and returns when all have started.
+
+  It must be called before anything else uses a device of JAX.
 
   Args:
-    coordinator: "HOST:PORT" of the first process; "auto" where a TPU pod, SLURM or Open MPI says
-      who there is; "" for a run of one process.
-    processes, process: how many there are and which this is, from 0, with an address.
-    notice: whether SIGTERM is only remembered, for `preemption.Notice`; else it ends the process.
+    coordinator: "HOST:PORT" of process 0; "auto" where a TPU pod, SLURM or Open MPI provides the
+      addresses; "" for a run of one process.
+    processes: the number of processes, with an address.
+    process: the index of this one, from 0, with an address.
+    notice: True if SIGTERM is only recorded, for `preemption.Notice`; False if it ends the process.
 
   Raises:
-    UserError: settings that do not belong together, or not all came.
+    UserError: the settings contradict each other, or some processes did not start.
   """
   if not coordinator:
     if processes or process:
@@ -72,14 +67,18 @@ def start(coordinator: str, processes: int, process: int, *, notice: bool = True
       "coordinator_address": coordinator,
       "num_processes": processes,
       "process_id": process,
+      # Otherwise JAX asks SLURM or a TPU pod for what is not given here, such as local devices.
       "cluster_detection_method": "deactivate",
     }
+  # Before `initialize`, which starts the service that catches SIGTERM.
   jax.config.update("jax_enable_preemption_service", notice)
-  late = threading.Timer(WAIT, _give_up, [coordinator])
+  # JAX gets 30 seconds more than the timer, so that the timer always comes first: when JAX gives up
+  # it ends the process with a trace.
+  late = threading.Timer(START_TIMEOUT, _give_up, [coordinator])
   late.daemon = True
   late.start()
   try:
-    jax.distributed.initialize(**given, initialization_timeout=int(WAIT) + 30)
+    jax.distributed.initialize(**given, initialization_timeout=int(START_TIMEOUT) + 30)
   except (RuntimeError, ValueError) as error:
     line = str(error).strip().splitlines()[0]
     raise UserError(
@@ -93,7 +92,10 @@ def start(coordinator: str, processes: int, process: int, *, notice: bool = True
 
 
 class _Lingering:
-  """JAX's service, in the first process: ended while another still sends, it aborts this one."""
+  """JAX's coordination service in process 0, shut down with a delay.
+
+  If it is shut down while another process is still sending, it aborts this process.
+  """
 
   def __init__(self, service: Any):
     self._service = service
@@ -104,35 +106,37 @@ class _Lingering:
 
 
 def _give_up(coordinator: str) -> None:
-  """Before JAX does, which ends the process with a trace of its own."""
+  """Prints one line and exits, shortly before JAX would end the process with a trace."""
+  # This runs in the timer's thread while the main thread waits inside JAX, where no Python
+  # exception reaches it: so a direct write and an immediate exit.
   os.write(
     2,
     f"error: parallel.coordinator={coordinator}: not all processes of this run came within"
-    f" {WAIT:.0f} seconds; start all of them, with one address that every one of them can"
+    f" {START_TIMEOUT:.0f} seconds; start all of them, with one address that every one of them can"
     " reach\n".encode(),
   )
   os._exit(1)
 
 
 def is_multiprocess() -> bool:
-  """Whether there are more than this one."""
+  """Returns True if the run has more than one process."""
   return jax.process_count() > 1
 
 
 def is_main_process() -> bool:
-  """Whether this is the process that writes and speaks."""
+  """Returns True in process 0, which alone writes files and prints."""
   return jax.process_index() == 0
 
 
-def wait(name: str) -> None:
-  """Returns when every process has come to this point."""
+def barrier(name: str) -> None:
+  """Waits until every process has called it with this name."""
   if is_multiprocess():
     multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
 def quiet() -> Any:
-  """Prints nothing in processes other than the first."""
+  """Discards what is printed inside the block, in every process but the main one."""
   if is_main_process():
     yield
     return
@@ -144,22 +148,24 @@ def quiet() -> Any:
     yield
 
 
-# --- agreement ------------------------------------------------------------------------------------
+# --- consistency ----------------------------------------------------------------------------------
 
 
 def assert_consistent(facts: dict[str, Any]) -> None:
-  """Refuses processes that differ in what all must have alike.
+  """Checks that facts such as the configuration are equal in all processes.
+
+  All processes call it together, with the same names in the same order.
 
   Args:
-    facts: what it is called, and its value as JSON has it.
+    facts: name of a fact, for the error message, to its value, which JSON can represent.
 
   Raises:
-    UserError: in every process; names what differs, and in which of them.
+    UserError: a fact differs. It is raised in every process, and names the fact and the processes.
   """
   if not is_multiprocess():
     return
-  text = lambda value: json.dumps(value, sort_keys=True, default=str).encode()
-  digests = [hashlib.blake2b(text(value), digest_size=16).digest() for value in facts.values()]
+  # Only digests travel: gathered arrays must have one shape in all processes, values need not.
+  digests = [_digest(value) for value in facts.values()]
   mine = np.frombuffer(b"".join(digests), np.uint8).reshape(len(facts), -1)
   everyone = np.asarray(multihost_utils.process_allgather(mine))
   for name, digest_P in zip(facts, np.swapaxes(everyone, 0, 1), strict=True):
@@ -173,131 +179,23 @@ def assert_consistent(facts: dict[str, Any]) -> None:
       )
 
 
+def _digest(value: Any) -> bytes:
+  text = json.dumps(value, sort_keys=True, default=str)
+  return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
 @functools.cache
 def code_digest() -> str:
-  """Of the program's own files, and of the versions of JAX and Python."""
+  """Returns a digest of this package's source files and of the versions of JAX and Python."""
   found = hashlib.blake2b(f"{jax.__version__} {sys.version}".encode(), digest_size=16)
-  folder = pathlib.Path(__file__).parents[1]  # the whole package, not distributed/ alone
-  for path in sorted(folder.rglob("*.py")):
+  folder = pathlib.Path(__file__).parents[1]  # of the package dpo_jax, not of distributed/ alone
+  for path in sorted(folder.rglob("*.py")):  # sorted: each file system lists in its own order
     found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
   return found.hexdigest()
 
 
-# --- in touch -------------------------------------------------------------------------------------
-
-
-class Touch:
-  """While it is open, the end of one process ends the others: a context manager.
-
-  One that leaves with an error tells the others, who print it and exit with status 1. One that is
-  gone without a word, or silent for `SILENCE` seconds, is lost: the others say so and exit with
-  status 75, for what was saved can be gone on from.
-  """
-
-  def __enter__(self) -> Self:
-    self._lines: dict[int, connection.Connection] = {}
-    self._lock, self._over = threading.Lock(), threading.Event()
-    if is_multiprocess():
-      self._connect()
-      threading.Thread(target=self._beat, daemon=True).start()
-    return self
-
-  def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-    if not is_multiprocess():
-      return
-    if error is None or isinstance(error, SystemExit):  # which all of them come to together
-      wait("leaving")
-      self._over.set()
-      self._tell(_BYE)
-      return
-    # If another is lost, that is why; it is known by then, and `_end` says so.
-    if self._over.wait(0.5 if isinstance(error, UserError) else 2.0):
-      time.sleep(SILENCE)
-    self._over.set()
-    self._tell(f"1 {self._name()} stopped: {' '.join(str(error).split()) or kind.__name__}")
-    # JAX would wait for the others when Python exits.
-    atexit.register(os._exit, 130 if kind is KeyboardInterrupt else 1)
-
-  def _connect(self) -> None:
-    """All others connect to the first, at an address that it shares through the devices."""
-    about = np.zeros(4 + 2 + 32, np.uint8)
-    server = None
-    if is_main_process():
-      token = secrets.token_bytes(32)
-      server = connection.Listener(("0.0.0.0", 0), authkey=token, backlog=jax.process_count())
-      port = server.address[1].to_bytes(2, "big")
-      about = np.frombuffer(socket.inet_aton(_own_address()) + port + token, np.uint8)
-    about = np.asarray(multihost_utils.broadcast_one_to_all(about)).astype(np.uint8).tobytes()
-    if server is None:
-      place = socket.inet_ntoa(about[:4]), int.from_bytes(about[4:6], "big")
-      line = connection.Client(place, authkey=about[6:])
-      line.send_bytes(self._name().encode())
-      self._hear(0, "process 0", line)
-      return
-    for _ in range(jax.process_count() - 1):
-      line = server.accept()
-      name = line.recv_bytes().decode()
-      self._hear(int(name.split()[1]), name, line)
-    server.close()
-
-  def _hear(self, index: int, name: str, line: connection.Connection) -> None:
-    self._lines[index] = line
-    threading.Thread(target=self._listen, args=(name, line), daemon=True).start()
-
-  def _listen(self, name: str, line: connection.Connection) -> None:
-    while True:
-      try:
-        word = line.recv_bytes().decode() if line.poll(SILENCE) else None
-      except (EOFError, OSError):
-        return self._end(f"{name} is gone without a word", AGAIN)
-      if word is None:
-        return self._end(f"{name} gave no sign of life for {SILENCE:.0f} seconds", AGAIN)
-      if word == _BYE:
-        return None
-      if word != _ALIVE:
-        status, _, sentence = word.partition(" ")
-        # The others lose none but the first. If it hears that it was lost, nobody waits for it.
-        return self._end(sentence, int(status), linger=int(status) != AGAIN)
-
-  def _beat(self) -> None:
-    while not self._over.wait(BEAT):
-      self._tell(_ALIVE)
-
-  def _end(self, sentence: str, status: int, linger: bool = True) -> None:
-    """Passes on why it is over, and exits: the first process only when the others could say so."""
-    if self._over.is_set():
-      return
-    self._over.set()
-    self._tell(f"{status} {sentence}")
-    more = "; run the same command again to go on from what was saved" if status == AGAIN else ""
-    os.write(2, f"error: {sentence}{more}\n".encode())
-    if is_main_process() and linger:
-      time.sleep(1.0)  # JAX ends the others as soon as this one is gone; let them say why before
-    os._exit(status)
-
-  def _tell(self, word: str) -> None:
-    with self._lock:
-      for line in self._lines.values():
-        with contextlib.suppress(OSError):
-          line.send_bytes(word.encode())
-
-  @staticmethod
-  def _name() -> str:
-    return f"process {jax.process_index()} ({socket.gethostname()})"
-
-
-def _own_address() -> str:
-  """Of this machine as others see it, 127.0.0.1 if none do."""
-  with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-    try:
-      probe.connect(("10.255.255.255", 1))  # of UDP: nothing is sent
-      return probe.getsockname()[0]
-    except OSError:
-      return "127.0.0.1"
-
-
 def on_main_process(fn: Callable[[], None], name: str) -> None:
-  """Calls `fn` in the first process, while the others wait for it."""
+  """Calls `fn` in the main process, while the others wait at the barrier `name`."""
   if is_main_process():
     fn()
-  wait(name)
+  barrier(name)

@@ -1,12 +1,14 @@
-"""Which part of what a device holds, on a mesh of four axes.
+"""Sharding rules: how parameters and activations are divided over a mesh of four axes.
 
-  data      copies of everything; rows of a batch are divided
-  fsdp      rows of a batch are divided, and parameters too: each is gathered where it is used
-  sequence  the tokens of a row are divided; keys and values are gathered, a layer at a time
-  tensor    parameters are divided, and the products with them: rows are not
+  data      divides the rows of a batch; every device along it has a copy of the parameters
+  fsdp      divides the rows of a batch and the parameters; each parameter is gathered for its use
+  sequence  divides the tokens of a row; keys and values are gathered, one layer at a time
+  tensor    divides the parameters and the matrix products with them, but not the rows
 
-Parameters, reference, gradients and optimiser state follow the same rules, by the end of their path
-in the tree. Where a dimension does not divide by its axis, it stays whole.
+Parameters, reference, gradients and optimizer state follow the same rules, which match the end of
+a leaf's path in the tree. A dimension that its axis does not divide evenly stays undivided.
+
+This module depends on structs alone, so that the mathematics and the models can use it.
 """
 
 from __future__ import annotations
@@ -22,16 +24,20 @@ from jax.sharding import PartitionSpec
 from dpo_jax.structs import Array
 
 AXES = ("data", "fsdp", "sequence", "tensor")
-ROWS = ("data", "fsdp")
+ROWS = ("data", "fsdp")  # the axes that divide the rows of a batch
 _SEQUENCE = ("sequence",)
 
-# The first that matches the end of a path; its axes are those of the last dimensions, those before
-# (layers, experts) stay whole. What matches none is held whole.
+# The order is important: the first pattern that matches the end of a path decides, so special cases
+# stand before the general "kernel". The axes are those of the last dimensions; dimensions before
+# them (layers, experts) stay undivided, because layers are scanned over one by one. A leaf that
+# matches no pattern is replicated.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"(embed|head)/embedding", ("tensor", "fsdp")),  # the vocabulary is divided
   (r"positions/embedding", (None, "fsdp")),
-  (r"router/kernel", ("fsdp", None)),
-  (r"(out|down)/kernel", ("tensor", "fsdp")),  # its input is what the maps before it divided
+  (r"router/kernel", ("fsdp", None)),  # every device must see the scores of all experts
+  # The input of these two is the divided output of the maps before them. With the same axis on
+  # their input dimension, only their sum has to be communicated, once per block.
+  (r"(out|down)/kernel", ("tensor", "fsdp")),
   (r"(out|down)/lora_a", ("tensor", None)),
   (r"(out|down)/lora_b", (None, "fsdp")),
   (r"kernel", ("fsdp", "tensor")),
@@ -42,12 +48,12 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def spec(path: tuple[Any, ...], shape: tuple[int, ...], sizes: dict[str, int]) -> PartitionSpec:
-  """How one leaf is divided.
+  """Returns the partition spec of one leaf.
 
   Args:
-    path: of the leaf, as `jax.tree_util.tree_map_with_path` gives it.
-    shape: of the leaf.
-    sizes: devices along every axis of the mesh.
+    path: the leaf's path, as `jax.tree_util.tree_map_with_path` passes it.
+    shape: the leaf's shape.
+    sizes: number of devices along each axis of the mesh.
   """
   name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
   for pattern, axes in RULES:
@@ -56,86 +62,100 @@ def spec(path: tuple[Any, ...], shape: tuple[int, ...], sizes: dict[str, int]) -
   else:
     return PartitionSpec()
   axes = (None,) * (len(shape) - len(axes)) + axes
-  fits = lambda axis, size: axis if axis and sizes[axis] > 1 and size % sizes[axis] == 0 else None
+
+  def fits(axis: str | None, size: int) -> str | None:
+    return axis if axis and sizes[axis] > 1 and size % sizes[axis] == 0 else None
+
   return PartitionSpec(*map(fits, axes, shape))
 
 
-_FREE = PartitionSpec.UNCONSTRAINED
+# --- activations ----------------------------------------------------------------------------------
+
+# Constraints set where arrays are stored and change no value. Outside a mesh of these axes, or in a
+# `shard_map`, they do nothing, so models and losses also run without a mesh.
+
+_FREE = PartitionSpec.UNCONSTRAINED  # the compiler chooses
 
 
 def by_rows(x_NLD: Array) -> Array:
-  """Says that rows and their tokens are divided, and leaves the last axis as it is.
-
-  Without it the compiler may divide activations as it finds the parameters, and send those instead.
-  Like its neighbours it changes nothing outside a mesh of these axes, or within a `shard_map`.
-  """
+  """Divides rows over data and fsdp, and tokens over sequence; the last axis is left free."""
+  # Without this the compiler may divide activations like the parameters, along the width, and then
+  # communicate activations in place of parameters.
   return _constrain(x_NLD, ROWS, _SEQUENCE, _FREE)
 
 
 def by_heads(x_NLHK: Array) -> Array:
-  """Rows and tokens divided, and heads over tensor if they divide by it: never a head in itself."""
+  """Divides rows and tokens, and the heads over tensor if possible; never within a head."""
   return _constrain(x_NLHK, ROWS, _SEQUENCE, ("tensor",), None)
 
 
-def whole_rows(x_NJLK: Array) -> Array:
-  """Keys or values of whole rows, on each of the devices that divide their tokens."""
+def gather_sequence(x_NJLK: Array) -> Array:
+  """Gathers keys or values of complete rows on every device of the sequence axis."""
   return _constrain(x_NJLK, ROWS, ("tensor",), None, None)
 
 
 def sequence_parts(length: int) -> int:
-  """Among how many devices so many tokens of a row are divided: 1 outside a mesh of these axes."""
+  """Returns over how many devices a row of `length` tokens is divided; 1 outside a mesh."""
   mesh = _mesh()
   parts = mesh.shape["sequence"] if mesh else 1
   return 1 if length % parts else parts
 
 
-def in_parts(x_NL: Array, parts: int) -> Array:
-  """[N, L, …] to [N, P, L / P, …], a part on each of the devices that divide the tokens."""
+def split_sequence(x_NL: Array, parts: int) -> Array:
+  """Reshapes [N, L, ...] to [N, P, L / P, ...], with one part per device of the sequence axis."""
   rows, length, *rest = x_NL.shape
   x_NPl = x_NL.reshape(rows, parts, length // parts, *rest)
   return _constrain(x_NPl, ROWS, _SEQUENCE, None, *(_FREE,) * len(rest))
 
 
 def by_vocabulary(table_VD: Array) -> Array:
-  """A table as it is used: gathered over fsdp once, its entries divided over tensor."""
+  """Gathers a table over fsdp and divides its vocabulary over tensor."""
+  # Before a loop over chunks, so that the table is gathered once and not once per chunk.
   return _constrain(table_VD, ("tensor",), None)
 
 
-def for_each_group(table_VD: Array, groups: int) -> Array:
-  """A table once for every group of tokens, [G, V, D], so that each sums its own gradient.
+def copy_per_group(table_VD: Array, groups: int) -> Array:
+  """Broadcasts a table to one copy per group of tokens: [G, V, D].
 
-  Devices hold one of them, as of `by_vocabulary`; what they sum up is added once, at the end.
+  Each device stores only the copy of its own group, divided as in `by_vocabulary`.
   """
+  # With copies of its own, each group sums its gradient over all chunks locally. The transpose of
+  # this broadcast then adds the groups up: one all-reduce per step, not one per chunk.
   table_GVD = jax.numpy.broadcast_to(table_VD, (groups, *table_VD.shape))
   return _constrain(table_GVD, ROWS + _SEQUENCE, ("tensor",), None)
 
 
-def for_own_rows(fn: Callable[..., Array], *, heads: int) -> Callable[..., Array]:
-  """`fn` of its own rows, groups and heads on each device, for what no compiler divides.
+def map_over_shards(fn: Callable[..., Array], *, heads: int) -> Callable[..., Array]:
+  """Makes `fn` run on every device with its own rows, groups and heads.
+
+  It serves custom kernels, which the compiler cannot divide.
 
   Args:
-    fn: (arrays [N, L, H, K], tree of arrays [G, …]) -> [N, L, H, K], nothing across rows.
-    heads: they are divided over tensor if this divides by it, and else whole on each.
+    fn: (arrays [N, L, H, K], tree of arrays [G, ...]) -> [N, L, H, K], computed row by row.
+    heads: the heads are divided over tensor if their number allows it, else replicated.
 
   Returns:
-    The same function of whole arrays; `fn` itself outside a mesh of these axes.
+    A function of the complete arrays; outside a mesh of these axes, `fn` itself.
   """
   mesh = _mesh()
   if mesh is None:
     return fn
   divided = PartitionSpec(ROWS, None, None if heads % mesh.shape["tensor"] else "tensor")
+  # check_vma=False: a custom kernel does not declare along which axes its output varies.
   return jax.shard_map(
     fn, in_specs=(divided, PartitionSpec(ROWS)), out_specs=divided, check_vma=False
   )
 
 
 def _mesh() -> Any:
-  """That of the devices at work, if it has the axes of this module."""
+  """Returns the mesh around the traced code, None if it lacks these axes or is in a shard_map."""
   mesh = jax.sharding.get_abstract_mesh()
+  # manual_axes are those of a shard_map, inside which arrays are local and have no sharding.
   return None if not set(AXES) <= set(mesh.axis_names) or mesh.manual_axes else mesh
 
 
 def _constrain(x: Array, *axes: Any) -> Array:
+  """Constrains the sharding of x; axes that do not divide their dimension evenly are left out."""
   mesh = _mesh()
   if mesh is None:
     return x

@@ -1,1 +1,1 @@
-"""Sampling from a model: the sampler, its decoding loop, rollouts, rewards."""
+"""Sampling from a model: the sampler and its programs, stopping rules, rollouts, rewards."""

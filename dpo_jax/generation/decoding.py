@@ -1,7 +1,7 @@
-"""The programs of generation: one that reads prompts, one that writes some tokens of the answers.
+"""The two compiled programs of generation: prefill of the prompts, and decoding of some tokens.
 
-Both run over all rows of a batch, or on every device over rows of its own. The random numbers of a
-row are a function of (seed, prompt index, sample index) alone.
+Both run over all rows of a batch, or on every device over its own rows. The random numbers of a row
+are a function of (seed, prompt index, sample index) alone.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import Array, PyTree
 
 
-class Knobs(NamedTuple):
-  """Numbers that shape the distribution; traced, so that no value of them compiles anew.
+class SamplingParams(NamedTuple):
+  """The numbers that shape the distribution. They are traced: a new value does not recompile.
 
-  The seed is two words of 32 bits, the upper first.
+  The seed is two words of 32 bits, the upper one first: by default JAX has no 64-bit integers.
   """
 
   seed: Array
@@ -34,36 +34,43 @@ class Knobs(NamedTuple):
   min_p: Array
 
 
-def knobs(seed: int, temperature: float, top_k: int, top_p: float, min_p: float) -> Knobs:
-  """Those of `sampler.generate`, as arrays; greedy decoding reads no temperature."""
+def sampling_params(
+  seed: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> SamplingParams:
+  """Returns the arguments of `sampler.generate` as arrays."""
   words = np.array([seed >> 32, seed % 2**32], np.uint32)
+  # Greedy decoding (0) ignores the temperature; 1 avoids a division by zero in the program.
   numbers = map(jnp.asarray, (temperature or 1.0, top_k, top_p, min_p))
-  return Knobs(jnp.asarray(words), *numbers)
+  return SamplingParams(jnp.asarray(words), *numbers)
 
 
 class Plan(NamedTuple):
-  """What programs are compiled for, beside shapes.
+  """Static arguments: a program is compiled for each value of them and each shape.
 
   Attributes:
-    ranked: whether tokens are kept by rank (top-k, top-p), which takes a sort.
-    near: whether they are kept by their probability beside the likeliest's (min-p).
+    config: the model.
+    eos_ids: tokens that end a completion.
+    greedy: take the most likely token, without random numbers.
+    by_rank: apply top-k and top-p. False leaves out a sort over the vocabulary.
+    by_ratio: apply min-p, a threshold on the ratio to the most likely token's probability.
+    dtype: of activations and cache.
   """
 
   config: ModelConfig
   eos_ids: tuple[int, ...]
   greedy: bool
-  ranked: bool
-  near: bool
+  by_rank: bool
+  by_ratio: bool
   dtype: str
 
 
 class Batch(NamedTuple):
-  """N prompts, each to be answered S times.
+  """N prompts with S samples each.
 
   Attributes:
-    ids_NL: prompts at the right end of their rows.
-    lengths_N: tokens of each.
-    prompt_N: index of each prompt; -1 fills the batch.
+    ids_NL: token ids, each prompt at the right end of its row.
+    lengths_N: tokens of each prompt.
+    prompt_N: index of each prompt; -1 for a row that only fills the batch.
     sample_S: indices of the samples.
   """
 
@@ -74,15 +81,15 @@ class Batch(NamedTuple):
 
 
 class State(NamedTuple):
-  """R = N * S answers under way.
+  """R = N * S completions that are being generated.
 
   Attributes:
-    cache: of all tokens but the last.
-    token_R: the last token of each.
-    position_R: its position.
-    keys_R: of the random numbers.
-    done_R: whether the answer is whole.
-    step: tokens so far, of the answers that are not.
+    cache: keys and values of all tokens but the last.
+    token_R: the last token of each completion.
+    position_R: the position of that token.
+    keys_R: one random key per completion.
+    done_R: True for a completion that has ended.
+    step: the number of tokens so far of each completion that has not ended.
   """
 
   cache: kv_cache.Cache
@@ -94,7 +101,7 @@ class State(NamedTuple):
 
 
 def specs(mesh: Mesh) -> tuple[Batch, State]:
-  """How the arrays of both are divided over the devices: by rows."""
+  """Returns the partition specs of batch and state: rows are divided over all devices."""
   rows, everywhere = PartitionSpec(mesh.axis_names), PartitionSpec()
   cache = kv_cache.Cache(PartitionSpec(None, mesh.axis_names), rows, everywhere)
   return Batch(rows, rows, rows, everywhere), State(cache, rows, rows, rows, rows, everywhere)
@@ -102,25 +109,29 @@ def specs(mesh: Mesh) -> tuple[Batch, State]:
 
 @functools.partial(jax.jit, static_argnames=("plan", "mesh"))
 def prefill(
-  params: PyTree, knobs: Knobs, batch: Batch, *, plan: Plan, mesh: Mesh | None = None
+  params: PyTree, sampling: SamplingParams, batch: Batch, *, plan: Plan, mesh: Mesh | None = None
 ) -> tuple[State, Array]:
   """Prefills the cache with the prompts of a batch.
 
   Args:
-    params, knobs, batch, plan: the model, what is asked of it, and of what.
-    mesh: devices, each with all parameters, among which the rows are divided.
+    params: parameters of the model.
+    sampling: temperature and the other numbers.
+    batch: the prompts.
+    plan: static arguments.
+    mesh: divide the rows over these devices, each of which has all parameters. None: one device, or
+      parameters that are themselves divided.
 
   Returns:
-    The state at the first token of all answers, and that token, [R, 1].
+    The state after the first token of every completion, and these tokens [R, 1].
   """
   rows = functools.partial(_prefill_rows, plan)
-  return _each(mesh, rows, specs(mesh)[0] if mesh else None)(params, knobs, batch)
+  return _on_each_device(mesh, rows, specs(mesh)[0] if mesh else None)(params, sampling, batch)
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "tokens", "plan", "mesh"))
 def decode(
   params: PyTree,
-  knobs: Knobs,
+  sampling: SamplingParams,
   state: State,
   *,
   columns: int,
@@ -128,24 +139,35 @@ def decode(
   plan: Plan,
   mesh: Mesh | None = None,
 ) -> tuple[State, Array]:
-  """The state some tokens later, and the tokens, -1 beyond the end of an answer: [R, tokens].
+  """Generates `tokens` more tokens of every completion that has not ended.
 
   Args:
-    params, knobs, state: of the batch so far.
-    columns: of the cache from here on, with room for these tokens.
-    tokens: to write, of answers that do not end before.
-    plan, mesh: as in `prefill`.
+    params, sampling, plan, mesh: as in `prefill`.
+    state: the state after the tokens so far.
+    columns: the number of columns of the cache from here on, with space for these tokens.
+    tokens: how many tokens to generate at most.
+
+  Returns:
+    The new state, and the tokens [R, tokens], -1 after the end of a completion.
   """
   rows = functools.partial(_decode_rows, plan, columns, tokens)
-  return _each(mesh, rows, specs(mesh)[1] if mesh else None)(params, knobs, state)
+  return _on_each_device(mesh, rows, specs(mesh)[1] if mesh else None)(params, sampling, state)
 
 
-def _each(mesh: Mesh | None, fn: Callable, given: PyTree) -> Callable:
-  """fn(params, knobs, rows), on every device by itself: none waits for another's rows."""
+def _on_each_device(mesh: Mesh | None, fn: Callable, given: PyTree) -> Callable:
+  """Makes fn(params, sampling, rows) run on every device with its own rows.
+
+  Args:
+    mesh: the devices; None returns `fn` itself.
+    fn: the program of one device.
+    given: partition specs of its third argument.
+  """
   if mesh is None:
     return fn
   of_batch, of_state = specs(mesh)
   everywhere = PartitionSpec()
+  # shard_map, not shardings: jit would make one loop for all devices, and each would wait in every
+  # iteration for the others, until the longest completion has ended.
   return jax.shard_map(
     fn,
     mesh=mesh,
@@ -155,7 +177,9 @@ def _each(mesh: Mesh | None, fn: Callable, given: PyTree) -> Callable:
   )
 
 
-def _prefill_rows(plan: Plan, params: PyTree, knobs: Knobs, batch: Batch) -> tuple[State, Array]:
+def _prefill_rows(
+  plan: Plan, params: PyTree, sampling: SamplingParams, batch: Batch
+) -> tuple[State, Array]:
   hidden_ND, cache = kv_cache.prefill(
     plan.config,
     params,
@@ -164,43 +188,51 @@ def _prefill_rows(plan: Plan, params: PyTree, knobs: Knobs, batch: Batch) -> tup
     columns=batch.ids_NL.shape[1],
     dtype=plan.dtype,
   )
-  # A prompt is read once, whatever the number of its samples.
-  each = lambda x, axis=0: jnp.repeat(x, len(batch.sample_S), axis=axis)
+
+  # The prompt goes through the model once; only then are its keys and values repeated per sample.
+  def each(x: Array, axis: int = 0) -> Array:
+    return jnp.repeat(x, len(batch.sample_S), axis=axis)
+
   cache = kv_cache.Cache(
     jax.tree.map(lambda x: each(x, 1), cache.keys), jax.tree.map(each, cache.tokens), cache.filled
   )
-  keys_R, none_R = _keys(knobs.seed, batch), each(batch.prompt_N < 0)
+  # Rows that only fill the batch start as ended, so that no loop waits for them.
+  keys_R, none_R = _keys(sampling.seed, batch), each(batch.prompt_N < 0)
   step = jnp.asarray(1)
-  token_R = _pick(plan, params, knobs, each(hidden_ND), keys_R, step - 1)
-  out_R, done_R = _note(plan, token_R, none_R)
+  token_R = _next_token(plan, params, sampling, each(hidden_ND), keys_R, step - 1)
+  out_R, done_R = _record(plan, token_R, none_R)
   return State(cache, token_R, each(batch.lengths_N), keys_R, done_R, step), out_R[:, None]
 
 
 def _decode_rows(
-  plan: Plan, columns: int, tokens: int, params: PyTree, knobs: Knobs, state: State
+  plan: Plan, columns: int, tokens: int, params: PyTree, sampling: SamplingParams, state: State
 ) -> tuple[State, Array]:
   first, filled = state.step, state.cache.filled
   state = state._replace(cache=kv_cache.widen(state.cache, columns))
+  # Filled with -1 from the start: the loop may end before it has written every column.
   out_RT = jnp.full((len(state.token_R), tokens), -1, jnp.int32)
 
-  def going_on(carry) -> Array:
+  def continues(carry: tuple[State, Array]) -> Array:
     state, _ = carry
+    # Under shard_map these are the rows of this device alone.
     return (state.step < first + tokens) & ~state.done_R.all()
 
-  def advance(carry):
+  def advance(carry: tuple[State, Array]) -> tuple[State, Array]:
     state, out_RT = carry
     hidden_RD, cache = kv_cache.decode(
       plan.config, params, state.cache, state.token_R, state.position_R, dtype=plan.dtype
     )
-    token_R = _pick(plan, params, knobs, hidden_RD, state.keys_R, state.step)
-    out_R, done_R = _note(plan, token_R, state.done_R)
+    token_R = _next_token(plan, params, sampling, hidden_RD, state.keys_R, state.step)
+    out_R, done_R = _record(plan, token_R, state.done_R)
     at = state.step - first
     out_RT = jax.lax.dynamic_update_slice_in_dim(out_RT, out_R[:, None], at, axis=1)
     rest = (state.position_R + 1, state.keys_R, done_R, state.step + 1)
     return State(cache, token_R, *rest), out_RT
 
-  state, out_RT = jax.lax.while_loop(going_on, advance, (state, out_RT))
-  # Devices leave the loop apart; one that leaves early has no answer left that would read these.
+  state, out_RT = jax.lax.while_loop(continues, advance, (state, out_RT))
+  # Devices leave the loop after different numbers of tokens, but these two are replicated and must
+  # be equal. On a device that left early all completions have ended, so nothing reads the columns
+  # that it skipped.
   cache = state.cache._replace(filled=filled + tokens)
   return state._replace(cache=cache, step=first + tokens), out_RT
 
@@ -208,52 +240,66 @@ def _decode_rows(
 # --- one token ------------------------------------------------------------------------------------
 
 
-def _pick(
-  plan: Plan, params: PyTree, knobs: Knobs, hidden_RD: Array, keys_R: Array, step: Array
+def _next_token(
+  plan: Plan, params: PyTree, sampling: SamplingParams, hidden_RD: Array, keys_R: Array, step: Array
 ) -> Array:
-  """A token for every row, the likeliest or drawn: [R]."""
+  """Returns the next token of every row, the most likely one or a random one: [R]."""
   logits_RV = logits(hidden_RD, transformer.head(plan.config, params))
   if plan.greedy:
     return logits_RV.argmax(axis=-1).astype(jnp.int32)
-  logits_RV = logits_RV / knobs.temperature
-  if plan.ranked:
-    logits_RV = _keep_ranks(logits_RV, knobs.top_k, knobs.top_p)
-  if plan.near:
-    logits_RV = _keep_near(logits_RV, knobs.min_p)
+  # The order is important: 1. temperature; 2. top-k, then top-p of what is left; 3. min-p. This is
+  # the order of transformers, and top-p depends on the temperature.
+  logits_RV = logits_RV / sampling.temperature
+  if plan.by_rank:
+    logits_RV = _apply_top_k_top_p(logits_RV, sampling.top_k, sampling.top_p)
+  if plan.by_ratio:
+    logits_RV = _apply_min_p(logits_RV, sampling.min_p)
+  # A key per row and step, so that neither other rows nor the batch's shape change a sample.
   keys = jax.vmap(jax.random.fold_in, (0, None))(keys_R, step)
   return jax.vmap(jax.random.categorical)(keys, logits_RV).astype(jnp.int32)
 
 
-def _note(plan: Plan, token_R: Array, done_R: Array) -> tuple[Array, Array]:
-  """What is written of these tokens, -1 where the answer was whole, and who is done after them."""
+def _record(plan: Plan, token_R: Array, done_R: Array) -> tuple[Array, Array]:
+  """Returns the tokens, -1 for completions that had ended before, and the new `done_R`."""
   ended_R = jnp.isin(token_R, jnp.array(plan.eos_ids, jnp.int32))
   return jnp.where(done_R, -1, token_R).astype(jnp.int32), done_R | ended_R
 
 
 def _keys(seed: Array, batch: Batch) -> Array:
-  """A random key a row, of (seed, prompt index, sample index): [R]."""
+  """Returns one random key per row, from (seed, prompt index, sample index): [R]."""
   fold = jax.random.fold_in
+  # threefry by name: another default generator of JAX must not change the samples of a seed.
   key = jax.random.wrap_key_data(jnp.asarray(seed), impl="threefry2x32")
   of_prompt = jax.vmap(fold, (None, 0))(key, batch.prompt_N)
   of_sample = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(of_prompt, batch.sample_S)
   return of_sample.reshape(-1)
 
 
-def _keep_ranks(logits_RV: Array, top_k: Array, top_p: Array) -> Array:
-  """Leaves the k likeliest tokens, and of them the likeliest that reach probability p together."""
+def _apply_top_k_top_p(logits_RV: Array, top_k: Array, top_p: Array) -> Array:
+  """Sets to -inf all but the k most likely tokens, and of these all beyond a total probability p.
+
+  Args:
+    logits_RV: logits after the temperature.
+    top_k: k, 0 for all tokens.
+    top_p: p, 1 for all tokens; Holtzman et al. 2020.
+  """
   vocab = logits_RV.shape[-1]
   sorted_RV = -jnp.sort(-logits_RV, axis=-1)
   kept_k = jnp.arange(vocab) < jnp.where(top_k > 0, top_k, vocab)
   sorted_RV = jnp.where(kept_k, sorted_RV, -jnp.inf)
   probs_RV = jax.nn.softmax(sorted_RV, axis=-1)
-  # A token stays while those before it fall short of p: the first always does.
+  # A token stays if the tokens before it have less than p together: so the first always stays, and
+  # the one that reaches p is included.
   before_RV = jnp.cumsum(probs_RV, axis=-1) - probs_RV
   kept_RV = kept_k & ((before_RV < top_p) | (top_p >= 1))
+  # Back to the original order by value: tokens as likely as the last one kept stay too.
   floor_R1 = jnp.where(kept_RV, sorted_RV, jnp.inf).min(axis=-1, keepdims=True)
   return jnp.where(logits_RV >= floor_R1, logits_RV, -jnp.inf)
 
 
-def _keep_near(logits_RV: Array, min_p: Array) -> Array:
-  """Leaves the tokens of probability at least min_p times the likeliest's."""
+def _apply_min_p(logits_RV: Array, min_p: Array) -> Array:
+  """Sets to -inf the tokens less likely than min_p times the most likely; Nguyen et al. 2024."""
+  # In logits, where a ratio of probabilities is a difference: no softmax is needed, and tokens that
+  # top-k removed do not matter.
   floor_R1 = logits_RV.max(axis=-1, keepdims=True) + jnp.log(min_p)
   return jnp.where(logits_RV >= floor_R1, logits_RV, -jnp.inf)

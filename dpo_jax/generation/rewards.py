@@ -1,4 +1,4 @@
-"""Rewards by name: functions of (prompt, answer) that give a real number."""
+"""Rewards by name: functions (prompt, completion) -> real number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from dpo_jax.structs import UserError
 
 Reward = Callable[[str, str], float]
 
-LARGEST = float(np.finfo(np.float32).max)  # what training and measures compute with
+# Training and evaluation compute in float32: a larger reward would become infinite there.
+LARGEST = float(np.finfo(np.float32).max)
 
 REWARDS: dict[str, Reward] = {
   "controlled": reviews.reward,
@@ -25,10 +26,10 @@ REWARDS: dict[str, Reward] = {
 
 
 def resolve(name: str) -> Reward:
-  """A reward by its name in `REWARDS`, or imported from `module:function`.
+  """Returns a reward by its name in `REWARDS`, or imports `module:function`.
 
-  The current folder is added to the end of `sys.path`, where scripts/ and installed commands do not
-  look by themselves.
+  The current folder is added to the end of `sys.path`, since scripts and installed commands do not
+  search it by themselves.
 
   Raises:
     UserError: no such name, module or function, or a module that fails when it is imported.
@@ -43,23 +44,27 @@ def resolve(name: str) -> Reward:
   if not module or not function:
     missing = "function" if module else "module"
     raise UserError(f"reward {name!r} names no {missing}; write it as module:function")
+  # At the end, so that no file of the current folder can hide an installed module.
   if not {"", os.getcwd()} & {*sys.path}:
     sys.path.append(os.getcwd())
   try:
     imported = importlib.import_module(module)
     found = getattr(imported, function, None)
-  except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+  except (Exception, SystemExit) as error:  # users' modules may raise anything, or call exit()
+    # Two cases that need different help: the module itself is missing, or it is found and its own
+    # imports fail.
     absent = error.name if isinstance(error, ModuleNotFoundError) else None
     if absent and f"{module}.".startswith(f"{absent}."):
       raise UserError(
         f"reward {name!r}: no module named {absent!r} is in the current folder, on PYTHONPATH or"
         " installed; go to the folder that holds it, or put that on PYTHONPATH"
       ) from None
-    raise UserError(f"reward {name!r}: importing {module!r} fails with {_said(error)}") from error
+    reason = _describe(error)
+    raise UserError(f"reward {name!r}: importing {module!r} fails with {reason}") from error
   if found is None:
     where = getattr(imported, "__file__", None)
     raise UserError(
-      f"reward {name!r}: {module!r}{f' ({where})' if where else ''} holds no {function!r}; name a"
+      f"reward {name!r}: {module!r}{f' ({where})' if where else ''} has no {function!r}; name a"
       " function of that module"
     )
   if not callable(found):
@@ -68,47 +73,48 @@ def resolve(name: str) -> Reward:
   return cast(Reward, found)
 
 
-def _said(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
   return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _check_signature(name: str, found: Callable) -> None:
-  """It takes two arguments, where Python can tell."""
+  """Checks that a function takes two arguments, if Python knows its signature."""
   try:
     signature = inspect.signature(found)
-  except (TypeError, ValueError):  # compiled, and silent about itself
+  except (TypeError, ValueError):  # a compiled function may have no signature
     return
   try:
-    signature.bind("prompt", "answer")
+    signature.bind("prompt", "completion")
   except TypeError:
     raise UserError(
-      f"reward {name!r} takes {signature}; it must take (prompt, answer), two texts"
+      f"reward {name!r} takes {signature}; it must take (prompt, completion), two texts"
     ) from None
 
 
 def values(reward: Reward, prompts: Iterable[str], completions: Iterable[str]) -> np.ndarray:
-  """The reward of each (prompt, answer): float64 [B].
+  """Returns the reward of each prompt and completion: float64 [B].
 
   Raises:
-    UserError: the reward failed, or gave something else than a real number within float32.
+    UserError: the reward failed, or returned something other than a real number within float32.
   """
   rewards = []
-  for prompt, answer in zip(prompts, completions, strict=True):
+  for prompt, completion in zip(prompts, completions, strict=True):
     try:
-      value = reward(prompt, answer)
+      value = reward(prompt, completion)
     except (Exception, SystemExit) as error:
       name = getattr(reward, "__name__", type(reward).__name__)
       raise UserError(
-        f"the reward {name} fails with {_said(error)}, for prompt {prompt!r} and answer {answer!r}"
+        f"the reward {name} fails with {_describe(error)}, for prompt {prompt!r} and completion"
+        f" {completion!r}"
       ) from error
     try:
-      # float() reads "0.5", but a reward that gives texts is one whose author forgot something.
+      # float() accepts the text "0.5", but a reward that returns a text has a mistake in it.
       number = None if isinstance(value, (str, bytes, bytearray)) else float(value)
     except (TypeError, ValueError, OverflowError):
       number = None
-    if number is None or not abs(number) <= LARGEST:  # nan is not
+    if number is None or not abs(number) <= LARGEST:  # false for nan, too
       raise UserError(
-        f"the reward gave {value!r} for prompt {prompt!r} and answer {answer!r};"
+        f"the reward gave {value!r} for prompt {prompt!r} and completion {completion!r};"
         f" it must give one finite number, of size {LARGEST:.1e} at most"
       )
     rewards.append(number)

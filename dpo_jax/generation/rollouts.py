@@ -1,17 +1,13 @@
-"""Answers sampled from a model and scored by a reward, and the preference pairs made of them.
+"""Rollouts: completions sampled from a model, their rewards, and preference pairs made of them.
 
-X lists prompts, S samples of a prompt.
+Axes: X prompts, S samples of each prompt.
 """
 
 from __future__ import annotations
 
-import bisect
-import contextlib
 import functools
-import json
-import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,14 +19,14 @@ from dpo_jax.data.examples import Example
 from dpo_jax.data.fields import Conversation
 from dpo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_jax.generation import rewards, sampler
+from dpo_jax.generation.stopping import Stops, eos_ids
 from dpo_jax.hf import peft
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, UserError
-from dpo_jax.utils import files
 
 
 class LanguageModel(NamedTuple):
-  """A Hugging Face folder, loaded."""
+  """Configuration, parameters and tokenizer of a Hugging Face folder."""
 
   config: ModelConfig
   params: PyTree
@@ -40,7 +36,15 @@ class LanguageModel(NamedTuple):
 def describe(
   path: str | pathlib.Path, *, template_arguments: Mapping[str, Any] | None = None
 ) -> tuple[ModelConfig, Tokenizer]:
-  """Model and tokenizer of a folder, or adapter, without its weights, as `load` takes them."""
+  """Returns the configuration and tokenizer of a model or adapter folder, without its weights.
+
+  Args:
+    path: a Hugging Face folder, or the folder of an adapter.
+    template_arguments: variables for the chat template.
+
+  Raises:
+    UserError: the folder lacks something, or the tokenizer has ids that the model does not know.
+  """
   config = peft.read_config(path)
   tokenizer = load_tokenizer(path, template_arguments=template_arguments)
   encode.check_vocabulary(tokenizer, config.vocab)
@@ -48,21 +52,22 @@ def describe(
 
 
 def load(path: str | pathlib.Path) -> LanguageModel:
-  """Model and tokenizer of a folder, in float32; an adapter is merged into its base."""
+  """Loads a model folder in float32 to one device; an adapter is merged into its base."""
+  # First what can fail quickly: weights may take minutes to read.
   _, tokenizer = describe(path)
-  here = SingleDeviceSharding(jax.local_devices()[0])
-  return LanguageModel(*peft.load_model(path, shardings=here), tokenizer)
+  one_device = SingleDeviceSharding(jax.local_devices()[0])
+  return LanguageModel(*peft.load_model(path, shardings=one_device), tokenizer)
 
 
 class Rollout(NamedTuple):
-  """S answers to each of X prompts.
+  """S completions of each of X prompts, with rewards.
 
   Attributes:
     prompts: X texts.
     prompt_ids: X lists of token ids.
     completions: X lists of S texts.
-    completion_ids: X lists of S lists of ids, the end token included where the model ended.
-    reward_XS: their rewards.
+    completion_ids: X lists of S lists of token ids, with the end token if the model produced it.
+    reward_XS: the reward of each completion.
   """
 
   prompts: list[str]
@@ -72,16 +77,22 @@ class Rollout(NamedTuple):
   reward_XS: np.ndarray
 
   def examples(self) -> list[Example]:
-    """One example a prompt, with all its answers."""
+    """Returns one example per prompt, with all its completions."""
     array = functools.partial(np.asarray, dtype=np.int32)
-    texts = zip(self.prompt_ids, self.completion_ids, strict=True)
-    return [Example(array(prompt), tuple(map(array, ids))) for prompt, ids in texts]
+    all_ids = zip(self.prompt_ids, self.completion_ids, strict=True)
+    return [Example(array(prompt), tuple(map(array, ids))) for prompt, ids in all_ids]
 
 
 def read_prompts(path: str | pathlib.Path, field: str = "") -> list[Any]:
-  """The prompt of every row of files, a text or a list of messages; of `field`, or `prompt`.
+  """Reads the prompt of every row of some files; each is a text or a list of messages.
 
-  Of a file named .txt, every line is a prompt, but for those that are blank.
+  Args:
+    path: files as `data.readers.files` finds them. In a .txt file every line that is not blank is
+      a prompt.
+    field: the field of a row that contains the prompt; "" for `prompt`.
+
+  Raises:
+    UserError: a row has no usable prompt; it names the file and line.
   """
   prompts = []
   for file in readers.files(path):
@@ -90,6 +101,7 @@ def read_prompts(path: str | pathlib.Path, field: str = "") -> list[Any]:
       continue
     for where, row in readers.read_rows(file):
       try:
+        # As the field `prompt`, so that one reader checks every kind of prompt.
         prompts.append(readers.read_prompt(row | {"prompt": row.get(field)} if field else row))
       except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -97,7 +109,9 @@ def read_prompts(path: str | pathlib.Path, field: str = "") -> list[Any]:
 
 
 def _read_lines(path: pathlib.Path) -> list[str]:
+  """Returns the lines of a text file that are not blank."""
   lines = []
+  # Split before decoding, so that an error can name the line. utf-8-sig drops a byte order mark.
   for number, line in enumerate(path.read_bytes().splitlines(), 1):
     try:
       lines.append(line.decode("utf-8-sig"))
@@ -105,58 +119,8 @@ def _read_lines(path: pathlib.Path) -> list[str]:
       raise UserError(f"{path}:{number}: not UTF-8; save the file as UTF-8") from None
   lines = [line for line in lines if line.strip()]
   if not lines:
-    raise UserError(f"{path} holds no prompts; write one a line")
+    raise UserError(f"{path} holds no prompts; write one per line")
   return lines
-
-
-def eos_ids(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
-  """What ends an answer: the tokenizer's end tokens and those of the model's configuration."""
-  return tuple(dict.fromkeys((*tokenizer.end_ids, *config.eos_ids)))
-
-
-class Stops:
-  """What ends answers, and which of it did.
-
-  Attributes:
-    tokenizer: to read the answers with.
-    end_ids: tokens that end a text.
-    ids: other tokens that shall end an answer.
-    texts: what shall end an answer wherever it begins, within tokens too.
-  """
-
-  def __init__(
-    self,
-    tokenizer: Tokenizer,
-    end_ids: Sequence[int],
-    ids: Sequence[int] = (),
-    texts: Sequence[str] = (),
-  ):
-    if not all(texts):
-      raise UserError("a text to stop at is empty; name what an answer shall end with")
-    self.tokenizer, self.end_ids = tokenizer, tuple(end_ids)
-    self.ids, self.texts = tuple(ids), tuple(texts)
-
-  def ends(self, ids: Sequence[int]) -> int | None:
-    """Tokens up to the one that completes the first of the texts: for `sampler.generate`."""
-
-    def holds(length: int) -> bool:
-      text = self.tokenizer.decode(ids[:length], special=True)
-      return any(stop in text for stop in self.texts)
-
-    if not holds(len(ids)):
-      return None
-    return bisect.bisect_left(range(len(ids) + 1), True, key=holds)
-
-  def finish(self, ids: Sequence[int]) -> str:
-    """What ended an answer: "end" a token of `end_ids`, "stop" what was asked for, or "length"."""
-    if ids[-1] in self.end_ids:
-      return "end"
-    return "stop" if ids[-1] in self.ids or self.ends(ids) else "length"
-
-  def cut(self, text: str) -> str:
-    """The text up to the first of the texts."""
-    found = [at for stop in self.texts if (at := text.find(stop)) >= 0]
-    return text[: min(found, default=len(text))]
 
 
 def rows_of(
@@ -165,37 +129,50 @@ def rows_of(
   prompt_ids: Sequence[Sequence[int]],
   completions: Sequence[Sequence[Sequence[int]]],
 ) -> Iterator[dict[str, Any]]:
-  """A row an answer, as `scripts/sample.py` writes them."""
+  """Yields one row per completion, in the format that the sampling command writes.
+
+  Args:
+    stops: the stopping rules; a text is cut at the first stop text.
+    prompts: texts, message lists or conversations.
+    prompt_ids: token ids of each prompt.
+    completions: ids[prompt][sample].
+  """
   decode = stops.tokenizer.decode
   for index, (prompt, ids, samples) in enumerate(
     zip(prompts, prompt_ids, completions, strict=True)
   ):
-    given = decode(ids) if isinstance(prompt, str) else ""
-    asked = {"prompt": prompt}
+    prompt_text = decode(ids) if isinstance(prompt, str) else ""
+    fields = {"prompt": prompt}
     if isinstance(prompt, Conversation):
-      asked = {"prompt": prompt.messages, "tools": prompt.tools}
-    for number, answer in enumerate(samples):
-      # Behind the prompt: some tokenizers drop the space before a text's first word.
-      whole = decode([*ids, *answer]) if given else ""
-      text = whole[len(given) :] if whole.startswith(given) and given else decode(answer)
-      yield {"index": index, **asked, "sample": number} | {
-        "text": stops.cut(text),
-        "tokens": len(answer),
-        "finish": stops.finish(answer),
+      fields = {"prompt": prompt.messages, "tools": prompt.tools}
+    for number, completion in enumerate(samples):
+      # Decoded together with a prompt of text, because some tokenizers drop the space before the
+      # first word of what they decode.
+      sequence = decode([*ids, *completion]) if prompt_text else ""
+      follows = prompt_text and sequence.startswith(prompt_text)
+      text = sequence[len(prompt_text) :] if follows else decode(completion)
+      yield {"index": index, **fields, "sample": number} | {
+        "text": stops.truncate(text),
+        "tokens": len(completion),
+        "finish": stops.finish_reason(completion),
       }
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Any]) -> list[list[int]]:
-  """Token ids to sample from, at least one a prompt."""
-  found = []
+  """Returns the token ids of every prompt, at least one each.
+
+  Raises:
+    UserError: a prompt cannot be encoded, or has no token.
+  """
+  encoded = []
   for index, prompt in enumerate(prompts):
     try:
-      found.append(tokenizer.encode_prompt(prompt))
+      encoded.append(tokenizer.encode_prompt(prompt))
     except readers.RowError as error:
-      raise UserError(f"prompt {index}: {error}; mend the prompt or the model folder") from None
-    if not found[-1]:
-      raise UserError(f"prompt {index} has no token; an answer's first token needs one to follow")
-  return found
+      raise UserError(f"prompt {index}: {error}; correct the prompt or the model folder") from None
+    if not encoded[-1]:
+      raise UserError(f"prompt {index} has no token; a completion needs one to follow")
+  return encoded
 
 
 def sample(
@@ -210,9 +187,18 @@ def sample(
   batch_size: int = 256,
   width: int = 0,
 ) -> Rollout:
-  """Samples `num` answers a prompt and scores them; a prompt of messages is scored as rendered.
+  """Samples `num` completions per prompt and computes their rewards.
 
-  Arguments as those of `sampler.generate`.
+  The reward of a prompt of messages gets the text that the chat template made of it.
+
+  Args:
+    model: the model to sample from.
+    prompts: texts or message lists.
+    reward: a function (prompt, completion) -> number.
+    num, max_tokens, temperature, seed, batch_size, width: as in `sampler.generate`.
+
+  Raises:
+    UserError: a prompt cannot be encoded, or the reward fails.
   """
   tokenizer = model.tokenizer
   prompt_ids = encode_prompts(tokenizer, prompts)
@@ -228,26 +214,35 @@ def sample(
     batch_size=batch_size,
     width=width,
   )
-  pairs = zip(prompts, prompt_ids, strict=True)
-  texts = [prompt if isinstance(prompt, str) else tokenizer.decode(ids) for prompt, ids in pairs]
+  texts = [
+    prompt if isinstance(prompt, str) else tokenizer.decode(ids)
+    for prompt, ids in zip(prompts, prompt_ids, strict=True)
+  ]
   completions = [[tokenizer.decode(ids) for ids in each] for each in completion_ids]
+  # In the order of `generate`, all samples of a prompt after one another, for the reshape below.
   repeated = [text for text in texts for _ in range(num)]
-  reward_Y = rewards.values(reward, repeated, [answer for each in completions for answer in each])
-  return Rollout(texts, prompt_ids, completions, completion_ids, reward_Y.reshape(len(texts), num))
+  reward_B = rewards.values(reward, repeated, [text for each in completions for text in each])
+  return Rollout(texts, prompt_ids, completions, completion_ids, reward_B.reshape(len(texts), num))
 
 
 def label(rollout: Rollout, *, seed: int = 0) -> list[dict[str, Any]]:
-  """Preference rows from neighbouring samples, by Bradley and Terry under their rewards.
+  """Makes preference rows of samples 0 and 1, 2 and 3, ... of each prompt.
 
-  Of samples a and b, a is chosen with probability σ(r(a) - r(b)). Equal answers make no row.
+  Of samples a and b, a is chosen with probability σ(r(a) - r(b)): Bradley and Terry 1952. Two equal
+  completions make no row.
+
+  Args:
+    rollout: completions with rewards.
+    seed: random seed of the labels.
   """
   rng = np.random.default_rng(seed)
   rows = []
   for x, prompt in enumerate(rollout.prompts):
     for a in range(0, len(rollout.completions[x]) - 1, 2):
       margin = rollout.reward_XS[x, a] - rollout.reward_XS[x, a + 1]
-      # Logistic noise: the margin beats it with probability σ(margin), and nothing overflows.
+      # Logistic noise is below the margin with probability σ(margin), and nothing overflows.
       chosen, rejected = (a, a + 1) if margin > rng.logistic() else (a + 1, a)
+      # After the random number, so that equal completions do not change the labels of later pairs.
       if rollout.completion_ids[x][a] == rollout.completion_ids[x][a + 1]:
         continue
       rows.append(
@@ -263,36 +258,3 @@ def label(rollout: Rollout, *, seed: int = 0) -> list[dict[str, Any]]:
         }
       )
   return rows
-
-
-def check_out(path: str | pathlib.Path) -> None:
-  """A file can be written there, as far as can be told before anything is.
-
-  Raises:
-    UserError: it is a folder or a device, lies in what is no folder, or may not be written.
-  """
-  path = pathlib.Path(path)
-  if path.exists() and not path.is_file():
-    raise UserError(f"--out={path} is {'a folder' if path.is_dir() else 'no file'}; name a file")
-  files.check_writable(path, f"--out={path}")
-
-
-def write_rows(path: str | pathlib.Path, rows: Iterable[dict[str, Any]]) -> None:
-  """Writes JSON lines, as `write_whole` does."""
-  write_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_whole(path: str | pathlib.Path, parts: Iterable[str]) -> None:
-  """Writes a text; a file of that name is replaced only by a whole one."""
-  path = pathlib.Path(path)
-  partial = path.with_name(path.name + ".partial")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", encoding="utf-8") as file:
-      file.writelines(parts)
-    os.replace(partial, path)
-  except OSError as error:  # what the user named is `path`
-    raise OSError(error.errno, error.strerror, str(path)) from error
-  finally:
-    with contextlib.suppress(OSError):
-      partial.unlink(missing_ok=True)

@@ -1,10 +1,10 @@
-"""Generation: token ids sampled from a model, batch by batch.
+"""Generation: samples completions, as token ids, batch by batch.
 
-The random numbers of a sample are a function of (seed, prompt index, sample index) alone, so what
-is sampled beside it, in which order and on which device, changes nothing.
+The random numbers of a sample are a function of (seed, prompt index, sample index) alone. It does
+not depend on the other samples, on their order, on batch sizes or on devices.
 
-Rows are divided over the devices that hold the parameters. The cache grows as answers do, so that
-short ones never pay for the longest that was allowed.
+Rows are divided over the devices that store the parameters. The cache grows with the completions,
+so that short ones do not pay for the longest that is allowed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dpo_jax.generation import decoding
-from dpo_jax.generation.decoding import Batch, Knobs, Plan
+from dpo_jax.generation.decoding import Batch, Plan, SamplingParams
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, UserError
 
 Ids = list[int]
 
-FIRST_TOKENS = 64  # of the answers that the first cache has room for; each later one has twice that
+FIRST_TOKENS = 64  # completion tokens for which the first cache has space; each next has twice that
 
 
 def generate(
@@ -40,41 +41,45 @@ def generate(
   min_p: float = 0.0,
   seed: int = 0,
   eos_ids: Sequence[int] = (),
-  ends: Callable[[Ids], int | None] | None = None,
+  stop_fn: Callable[[Ids], int | None] | None = None,
   num: int = 1,
   batch_size: int = 256,
   width: int = 0,
   dtype: str = "float32",
 ) -> list[list[Ids]]:
-  """Samples `num` answers to every prompt.
+  """Samples `num` completions of every prompt.
 
-  Of the distribution at the temperature, what top_k keeps is cut by top_p, and that by min_p.
+  The temperature is applied first, then top_k, then top_p to what is left, then min_p.
 
   Args:
-    config, params: the model. Where several devices hold copies of the parameters, each generates
-      its share of every batch; of parameters that are themselves divided, every device holds its
-      part and they compute together.
-    prompts: token ids, at least one a prompt.
-    max_tokens: most tokens of an answer.
-    temperature: divides the logits; 0 takes the likeliest token.
-    top_k: keep the k likeliest tokens; 0 keeps all.
-    top_p: keep the likeliest tokens up to this probability; 1 keeps all.
-    min_p: keep the tokens at least this times as likely as the likeliest; 0 keeps all.
+    config: the model.
+    params: its parameters. If several devices have complete copies, each generates its share of
+      every batch. If the parameters are divided, all devices compute every row together.
+    prompts: token ids, at least one per prompt.
+    max_tokens: the maximum number of tokens of a completion.
+    temperature: divides the logits; 0 takes the most likely token.
+    top_k: keep the k most likely tokens; 0 keeps all.
+    top_p: keep the most likely tokens up to this total probability; 1 keeps all.
+    min_p: keep tokens with at least this ratio to the most likely token's probability; 0 keeps all.
       Nguyen et al. 2024.
-    seed: of the random numbers, below 2**64.
-    eos_ids: an answer ends with the first of these.
-    ends: of the ids of an answer so far, how many of them are the whole answer, or None if it goes
-      on; the same whatever follows them. Asked now and then, not at every token.
-    num: answers a prompt.
+    seed: random seed, below 2**64.
+    eos_ids: a completion ends with the first of these tokens.
+    stop_fn: takes the ids of a completion so far and returns how many of them are the finished
+      completion, None if it is not finished. Further ids must not change that number, since it is
+      called only after some tokens, not after each.
+    num: completions per prompt.
     batch_size: rows generated at once, rounded up to as many prompts as there are devices.
-    width: at least the longest prompt's tokens: every batch is filled up to it and to its full
-      size, so that all calls share one compiled shape; 0 chooses few shapes that suit the prompts.
+    width: pad every prompt to this many tokens and every batch to its full size, so that all calls
+      share one compiled shape; at least the longest prompt. 0 chooses few shapes by the prompts.
     dtype: of activations and cache.
 
   Returns:
-    ids[prompt][sample], the end token included where it was produced.
+    ids[prompt][sample], with the end token if the model produced one.
+
+  Raises:
+    UserError: an argument is out of range, or a prompt does not suit the model.
   """
-  check_knobs(
+  check_sampling(
     max_tokens=max_tokens,
     temperature=temperature,
     top_k=top_k,
@@ -87,31 +92,35 @@ def generate(
   check_prompts(config, prompts, max_tokens)
   if width and width < max(map(len, prompts), default=0):
     raise ValueError(f"width is {width} and the longest prompt has {max(map(len, prompts))} tokens")
+  # Once for all batches: arrays on the host would be copied to the device at every call.
   params = jax.tree.map(jnp.asarray, params)
-  knobs = decoding.knobs(seed, temperature, top_k, top_p, min_p)
+  sampling = decoding.sampling_params(seed, temperature, top_k, top_p, min_p)
   plan = Plan(
     config,
     tuple(eos_ids),
     greedy=temperature == 0,
-    ranked=top_k > 0 or top_p < 1,
-    near=min_p > 0,
+    by_rank=top_k > 0 or top_p < 1,
+    by_ratio=min_p > 0,
     dtype=dtype,
   )
   mesh = _mesh_of(params)
-  answer = functools.partial(_answer, plan, mesh, params, knobs, max_tokens, ends)
+  generate_batch = functools.partial(
+    _generate_batch, plan, mesh, params, sampling, max_tokens, stop_fn
+  )
   batches = _batches(prompts, num, batch_size, width, 1 if mesh is None else mesh.size)
   completions: list[list[Ids]] = [[[] for _ in range(num)] for _ in prompts]
-  # A step of the loop is too small for two cores; two batches at a time are not. Two programs that
-  # each wait for all devices could wait for each other.
+  # One decoding step is too small to keep several cores busy, so two batches run at a time. Not on
+  # several devices: two programs that each wait for all devices could wait for each other.
   with futures.ThreadPoolExecutor(max_workers=2 if mesh is None else 1) as pool:
-    for batch, out_RT in pool.map(answer, batches):
+    for batch, out_RT in pool.map(generate_batch, batches):
       _collect(completions, batch, out_RT)
   return completions
 
 
 def _collect(completions: list[list[Ids]], batch: Batch, out_RT: np.ndarray) -> None:
-  """Files the rows of a batch under their prompts and samples; those that fill it are left out."""
+  """Stores the rows of a batch under prompt and sample, without rows that only fill the batch."""
   samples = batch.sample_S.tolist()
+  # Rows are ordered by prompt, then sample; the last batch may have samples beyond `num`.
   out_NST = out_RT.reshape(len(batch.prompt_N), len(samples), -1)
   for prompt, out_ST in zip(batch.prompt_N.tolist(), out_NST, strict=True):
     for sample, out_T in zip(samples, out_ST, strict=True):
@@ -125,20 +134,35 @@ def _collect(completions: list[list[Ids]], batch: Batch, out_RT: np.ndarray) -> 
 def _batches(
   prompts: Sequence[Sequence[int]], num: int, batch_size: int, fixed: int = 0, devices: int = 1
 ) -> Iterator[Batch]:
-  """Prompts of like length together, in few shapes; shapes do not depend on the other prompts."""
-  share = lambda rows: -(-rows // devices) * devices
+  """Yields batches of prompts with similar lengths, in few shapes, since each shape is compiled.
+
+  Args:
+    prompts: token ids.
+    num: samples per prompt.
+    batch_size: rows, prompts times samples, of a batch.
+    fixed: pad every prompt to this width and every batch to its full size; 0 for widths and sizes
+      of a short list.
+    devices: the number of prompts of a batch is a multiple of it.
+  """
+
+  def round_to_devices(rows: int) -> int:
+    return -(-rows // devices) * devices
+
+  # The shape of a row depends on its own prompt alone, so a prompt is computed in the same way
+  # whatever is sampled with it.
   widths = np.array([fixed or _round_up(len(prompt)) for prompt in prompts])
-  samples = min(num, batch_size)
-  rows = share(max(1, batch_size // samples))
+  samples = min(num, batch_size)  # of one prompt in one batch; the rest follow in further batches
+  rows = round_to_devices(max(1, batch_size // samples))
   for width in np.unique(widths):
     (members,) = np.nonzero(widths == width)
     for start in range(0, len(members), rows):
       chosen = members[start : start + rows]
-      size = rows if fixed else min(rows, share(_power_of_two(len(chosen))))
+      size = rows if fixed else min(rows, round_to_devices(_next_power_of_two(len(chosen))))
       ids_NL = np.zeros((size, width), np.int32)
       lengths_N = np.ones(size, np.int32)
       prompt_N = np.full(size, -1, np.int32)
       for row, prompt in enumerate(chosen):
+        # At the right end, so that the last token of every prompt is in the same column.
         ids_NL[row, width - len(prompts[prompt]) :] = prompts[prompt]
         lengths_N[row], prompt_N[row] = len(prompts[prompt]), prompt
       for first in range(0, num, samples):
@@ -146,48 +170,56 @@ def _batches(
 
 
 def _round_up(length: int) -> int:
-  """The next of 8, 16, 24, 32, 48, 64, 96, 128, 192, ...: at most half is padding beyond 8."""
+  """Rounds up to 8, 16, 24, 32, 48, 64, 96, 128, 192, ...; above 8, less than half is padding."""
   step = 8
   while length > 4 * step:
     step *= 2
   return -(-length // step) * step
 
 
-def _power_of_two(n: int) -> int:
+def _next_power_of_two(n: int) -> int:
+  """Returns the smallest power of two that is at least n, for n >= 1."""
   return 1 << (n - 1).bit_length()
 
 
 # --- one batch ------------------------------------------------------------------------------------
 
 
-def _answer(
+def _generate_batch(
   plan: Plan,
   mesh: Mesh | None,
   params: PyTree,
-  knobs: Knobs,
+  sampling: SamplingParams,
   max_tokens: int,
-  ends: Callable[[Ids], int | None] | None,
+  stop_fn: Callable[[Ids], int | None] | None,
   batch: Batch,
 ) -> tuple[Batch, np.ndarray]:
-  """The batch and its answers, -1 beyond the end of each: [R, T], T at most `max_tokens`."""
-  # Where every device has all parameters, none need wait for another.
-  whole = all(x.sharding.is_fully_replicated for x in jax.tree.leaves(params))
-  setting = {"plan": plan, "mesh": mesh if whole else None}
+  """Returns the batch and its completions [R, T], -1 after the end of each, T <= `max_tokens`."""
+  # If every device has all parameters, each decodes its rows by itself. Divided parameters need
+  # one program for all devices.
+  replicated = all(x.sharding.is_fully_replicated for x in jax.tree.leaves(params))
+  setting = {"plan": plan, "mesh": mesh if replicated else None}
   placed = batch
   if mesh is not None:
-    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
-    placed = Batch(*map(put, batch, decoding.specs(mesh)[0]))
-  state, out_RT = decoding.prefill(params, knobs, placed, **setting)
+
+    def place(x: Any, spec: Any) -> jax.Array:
+      return jax.device_put(x, NamedSharding(mesh, spec))
+
+    placed = Batch(*map(place, batch, decoding.specs(mesh)[0]))
+  state, out_RT = decoding.prefill(params, sampling, placed, **setting)
   out_RT = np.asarray(out_RT)
+  # Decoding runs in pieces, with a larger cache for each. Between two of them the host looks for
+  # stop texts, and ends the loop as soon as all completions are finished.
   for tokens in _growth(max_tokens):
     columns = batch.ids_NL.shape[1] + out_RT.shape[1] + tokens
     state, more_RT = decoding.decode(
-      params, knobs, state, columns=columns, tokens=tokens, **setting
+      params, sampling, state, columns=columns, tokens=tokens, **setting
     )
     out_RT = np.concatenate([out_RT, more_RT], axis=1)
     done_R = np.array(state.done_R)
-    if ends is not None:
-      _cut(out_RT, done_R, ends)
+    if stop_fn is not None:
+      _apply_stops(out_RT, done_R, stop_fn)
+      # The device must know, or it would go on with what the host has ended.
       state = state._replace(done_R=jax.device_put(done_R, state.done_R.sharding))
     if done_R.all():
       break
@@ -195,34 +227,40 @@ def _answer(
 
 
 def _growth(max_tokens: int) -> Iterator[int]:
-  """Tokens by which answers and cache grow, from the first token on: 63, 64, 128, 256, ..."""
-  so_far, room = 1, FIRST_TOKENS
+  """Yields how many tokens each call of `decode` generates: 63, 64, 128, 256, ...
+
+  The first is 63 since `prefill` generates one token. Doubling keeps the number of compiled shapes
+  logarithmic in `max_tokens`, and a cache at most twice as long as its completions.
+  """
+  so_far, capacity = 1, FIRST_TOKENS
   while so_far < max_tokens:
-    yield min(room, max_tokens) - so_far
-    so_far, room = min(room, max_tokens), 2 * room
+    yield min(capacity, max_tokens) - so_far
+    so_far, capacity = min(capacity, max_tokens), 2 * capacity
 
 
-def _cut(out_RT: np.ndarray, done_R: np.ndarray, ends: Callable[[Ids], int | None]) -> None:
-  """Ends the answers that `ends` says are whole, in place."""
+def _apply_stops(
+  out_RT: np.ndarray, done_R: np.ndarray, stop_fn: Callable[[Ids], int | None]
+) -> None:
+  """Ends, in place, the completions that `stop_fn` reports as finished."""
   for row, out_T in enumerate(out_RT):
     ids = out_T[out_T >= 0].tolist()
-    length = ends(ids) if ids else None
+    length = stop_fn(ids) if ids else None
     if length is not None:
       out_T[length:] = -1
       done_R[row] = True
 
 
 def _mesh_of(params: PyTree) -> Mesh | None:
-  """The devices that hold the parameters; None for a single one."""
+  """Returns the mesh of the devices that store the parameters, None for a single device."""
   sharding = jax.tree.leaves(params)[0].sharding
-  several = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
-  return sharding.mesh if several else None
+  on_mesh = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
+  return sharding.mesh if on_mesh else None
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
-def check_knobs(
+def check_sampling(
   *,
   max_tokens: int,
   temperature: float = 1.0,
@@ -233,7 +271,7 @@ def check_knobs(
   num: int = 1,
   batch_size: int = 1,
 ) -> None:
-  """What can be said against the arguments of `generate` without a model.
+  """Checks the arguments of `generate` that need no model.
 
   Raises:
     UserError: one is out of range.
@@ -255,19 +293,21 @@ def check_knobs(
 
 
 def check_prompts(config: ModelConfig, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
-  """What can be said against prompts without the weights of the model.
+  """Checks prompts against the model's configuration; its weights are not needed.
 
   Raises:
-    UserError: one is empty, holds an id that the model does not know, or leaves no room.
+    UserError: a prompt is empty, contains an id outside the vocabulary, or leaves too few positions
+      for `max_tokens`.
   """
   for index, prompt in enumerate(prompts):
     if not len(prompt):
-      raise UserError(f"prompt {index} has no tokens; an answer needs one to be predicted from")
+      raise UserError(f"prompt {index} has no tokens; a completion needs one to follow")
     if min(prompt) < 0 or max(prompt) >= config.vocab:
       raise UserError(
-        f"prompt {index} holds an id outside the model's vocabulary of {config.vocab}; "
+        f"prompt {index} contains an id outside the model's vocabulary of {config.vocab}; "
         "use the model's own tokenizer"
       )
+    # Only a learned table of positions ends; rotary positions can be computed for any length.
     if config.positions == "learned" and len(prompt) + max_tokens > config.max_positions:
       raise UserError(
         f"prompt {index} has {len(prompt)} tokens; with max_tokens {max_tokens} that exceeds the "

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from dpo_jax.distributed.arrays import Lead, gathered
+from dpo_jax.distributed.gather import Lead, gather_to_host
 from dpo_jax.hf.loading import Leaf, distribute
 from dpo_jax.hf.safetensors_files import (
   DTYPES,
@@ -33,7 +33,7 @@ from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.families import Tensor
 from dpo_jax.model.transformer import param_shapes
 from dpo_jax.structs import PyTree, UserError
-from dpo_jax.utils.files import replacing
+from dpo_jax.utils.files import replacing_folder
 
 GENERATION = "generation_config.json"
 # Files that an export copies unchanged from the folder the model came from.
@@ -223,7 +223,7 @@ def save(
   """
   source = None if source is None else pathlib.Path(source)
   # Everything is written next to the folder's place, and renamed when it is complete.
-  with replacing(path) as new:
+  with replacing_folder(path) as new:
     entries = _entries(config, _flatten(params["params"]))
     fields = _config_fields(config, source, str(entries[0].dtype))
     _write_json(new / "config.json", fields)
@@ -256,7 +256,7 @@ def _entries(config: ModelConfig, leaves: dict[str, Any]) -> list[Entry]:
 
 def _fetch(leaves: list[Any], lead: Lead, transposed: bool) -> np.ndarray:
   """Returns one tensor as it is stored on disk."""
-  parts = [gathered(leaf, lead) for leaf in leaves]
+  parts = [gather_to_host(leaf, lead) for leaf in leaves]
   joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
   return joined.T if transposed else joined
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from dpo_jax.distributed.arrays import Lead
+from dpo_jax.distributed.gather import Lead
 from dpo_jax.structs import UserError
 
 # Numbers that are checked at a time when a whole tensor is checked.

@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Sharding
 from safetensors import SafetensorError, safe_open
 
-from dpo_jax.distributed.arrays import gathered
+from dpo_jax.distributed.gather import gather_to_host
 from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.hf import safetensors_files
 from dpo_jax.hf.safetensors_files import Entry, read_json, write_file
@@ -34,7 +34,7 @@ from dpo_jax.model import families, lora
 from dpo_jax.model.config import ModelConfig, is_number
 from dpo_jax.model.lora import LoRA
 from dpo_jax.structs import PyTree, UserError
-from dpo_jax.utils.files import replacing
+from dpo_jax.utils.files import replacing_folder
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -63,7 +63,7 @@ def fingerprint_of(params: PyTree) -> str:
     digest.update(f"{jax.tree_util.keystr(path)}{leaf.shape}".encode())
     # Two rows instead of all: a base may be tens of gigabytes, and training changes every row.
     for end in (0, -1):
-      row = gathered(leaf, (end,) * (leaf.ndim - 1)).astype(jnp.bfloat16)
+      row = gather_to_host(leaf, (end,) * (leaf.ndim - 1)).astype(jnp.bfloat16)
       digest.update(row.tobytes())
   return digest.hexdigest()[:16]
 
@@ -114,7 +114,7 @@ def save(
     source: folder whose tokenizer is copied unchanged.
   """
   arrays, fields, split = _to_peft(config, adapters, about)
-  with replacing(path) as new:
+  with replacing_folder(path) as new:
     (new / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
     hf_checkpoint.copy_companions(None if source is None else pathlib.Path(source), new)
     entries = [Entry(name, x.shape, x.dtype, lambda x=x: x) for name, x in sorted(arrays.items())]

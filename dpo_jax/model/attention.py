@@ -147,7 +147,7 @@ def attend_blocks(
     return attend_part(q_NLHK, tokens, 0)
   # Every device has one part of the queries and all keys. All parts run the same program, so each
   # takes as many keys as the last part needs; the mask hides those that come too late.
-  keys = Keys(*map(sharding.whole_rows, keys))
-  own = jax.tree.map(lambda x: sharding.in_parts(x, parts), (q_NLHK, tokens))
+  keys = Keys(*map(sharding.gather_sequence, keys))
+  own = jax.tree.map(lambda x: sharding.split_sequence(x, parts), (q_NLHK, tokens))
   each_part = functools.partial(attend_part, offset=length - length // parts)
   return jax.vmap(each_part, in_axes=1, out_axes=1)(*own).reshape(q_NLHK.shape)

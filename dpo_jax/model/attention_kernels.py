@@ -228,7 +228,7 @@ def attend_sequences(
   """
   # Query heads that share a key/value head must stay together, so heads are divided only if both
   # numbers are divisible.
-  attend = sharding.for_own_rows(
+  attend = sharding.map_over_shards(
     functools.partial(_attend, options=options), heads=math.gcd(q_NLHK.shape[2], k_NLJK.shape[2])
   )
   return attend((q_NLHK, k_NLJK, v_NLJK), index)

@@ -25,6 +25,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from dpo_jax.monitoring import alerts
 from dpo_jax.structs import UserError
+from dpo_jax.utils import files
 
 METRICS = "metrics.jsonl"
 
@@ -185,9 +186,7 @@ class _Lines:
     self._last: tuple[int, int] | None = None  # step and offset of the last line
     if path.exists():
       kept = [(line, r) for line, r in _records(path) if start_step and r["step"] <= start_step]
-      temporary = path.with_suffix(".tmp")
-      temporary.write_text("".join(line for line, _ in kept), encoding="utf-8")
-      os.replace(temporary, path)
+      files.write_text(path, (line for line, _ in kept))
       if kept:
         line, record = kept[-1]
         self._last = record["step"], path.stat().st_size - len(line.encode())

@@ -16,7 +16,7 @@ from typing import Any
 
 from dpo_jax.monitoring import alerts, loggers, plots
 from dpo_jax.structs import UserError
-from dpo_jax.utils import workdir
+from dpo_jax.utils import files
 
 _STYLE = pathlib.Path(__file__).with_name("report.css")
 
@@ -49,7 +49,7 @@ def write(folder: str | os.PathLike[str]) -> pathlib.Path:
     parts += _summary_section(summary, folder / "plots")
   for key, run in named.items():
     parts += _run_section(run, records[key], folder / "plots", key)
-  workdir.write(folder / "report.html", _page(name, parts))
+  files.write_text(folder / "report.html", _page(name, parts))
   return folder / "report.html"
 
 

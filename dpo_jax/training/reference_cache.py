@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pathlib
 import time
 import uuid
@@ -27,6 +26,7 @@ from safetensors.numpy import save_file
 from dpo_jax.data import batches
 from dpo_jax.data.examples import Example, Lazy, lengths
 from dpo_jax.structs import TokenBatch, UserError
+from dpo_jax.utils import files
 
 VERSION = 1
 MARK = "reference_store.json"
@@ -124,17 +124,13 @@ class Store:
       "ids": np.concatenate(ids).astype(np.int32),
       "logps": np.concatenate(logps).astype(np.float32),
     }
-    name = uuid.uuid4().hex
-    partial = self.folder / f".{name}"
     try:
-      save_file(arrays, partial)
-      os.replace(partial, self.folder / f"{name}.safetensors")
+      with files.replacing_file(self.folder / f"{uuid.uuid4().hex}.safetensors") as partial:
+        save_file(arrays, partial)
     except SafetensorError as error:
       raise UserError(
         f"{self.folder} cannot be written ({error}); make room, or name another reference.store"
       ) from None
-    finally:
-      partial.unlink(missing_ok=True)
     self.refresh()
 
 
@@ -181,9 +177,7 @@ def _open(path: pathlib.Path) -> _Part:
 def _write(path: pathlib.Path, text: str) -> None:
   """A small file, whole or not there, that others may be writing too."""
   if not path.exists():
-    partial = path.with_name(f".{uuid.uuid4().hex}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    files.write_text(path, text)
 
 
 def _digest(ids: np.ndarray) -> np.ndarray:

@@ -212,7 +212,7 @@ def fill_store(run: Run, reference_params: PyTree | None) -> PyTree | None:
         print(f"reference store: {done:,} of {len(examples):,} examples computed", file=sys.stderr)
   if run.lacking:
     print(f"reference store: filled in {time.perf_counter() - started:.1f} s", file=sys.stderr)
-  processes.wait("reference store")
+  processes.barrier("reference store")
   run.store.refresh()
   if run.adapter:
     return reference_params

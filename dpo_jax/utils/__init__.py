@@ -1,1 +1,1 @@
-"""Helpers that know nothing of training: command lines, files, work folders, products, malloc."""
+"""Helpers that know nothing of training: flags, files, work folders, matrix products, malloc."""

@@ -1,8 +1,8 @@
-"""Matrix products of narrow inputs, added up in float32: forward and backward.
+"""Matrix products of narrow inputs with sums in float32, forward and backward.
 
-Differentiating a product of bfloat16 inputs with a float32 result would multiply float32 cotangents
-by bfloat16 inputs, in float32, at a fraction of the speed. Here a cotangent is first rounded to the
-type of the inputs, as they are; sums, and the gradient of a float32 kernel, stay float32.
+JAX's own gradient of a product of bfloat16 inputs with a float32 result multiplies in float32, at a
+fraction of the speed, because the cotangent is float32. Here the cotangent is first rounded to the
+type of the inputs. Sums, and the gradient of a float32 kernel, stay float32.
 """
 
 from __future__ import annotations
@@ -19,26 +19,37 @@ NAME = "product"
 
 @jax.custom_vjp
 def product(x_xD: Array, kernel_DF: Array) -> Array:
-  """x @ kernel of any leading axes, in the type of x, float32 or wider: [..., F]."""
+  """Computes x @ kernel with inputs in the type of x, and the result in float32 or wider.
+
+  Args:
+    x_xD: [..., D], any leading axes.
+    kernel_DF: [D, F], cast to the type of x.
+
+  Returns:
+    [..., F].
+  """
   return _dot(x_xD, kernel_DF.astype(x_xD.dtype), 0)
 
 
 @jax.custom_vjp
 def product_of_rows(x_xD: Array, table_VD: Array) -> Array:
-  """x @ table.T, likewise: [..., V]."""
+  """Computes x @ table.T in the same way as `product`: [..., V]."""
   return _dot(x_xD, table_VD.astype(x_xD.dtype), 1)
 
 
 def _dot(x_xD: Array, kernel: Array, axis: int) -> Array:
+  """Contracts the last axis of x with an axis of the kernel, and adds up in float32 or wider."""
   wide = jnp.promote_types(x_xD.dtype, jnp.float32)
   dims = (((x_xD.ndim - 1,), (axis,)), ((), ()))
   return jax.lax.dot_general(x_xD, kernel, dims, preferred_element_type=wide)
 
 
 def _pulled(x_xD: Array, kernel: Array, axis: int, slope_xF: Array) -> tuple[Array, Array]:
-  slope_xF = slope_xF.astype(x_xD.dtype)
+  """Returns the gradients with respect to x and the kernel, given that of the result."""
+  slope_xF = slope_xF.astype(x_xD.dtype)  # both products below then have narrow inputs
   dx_xD = _dot(slope_xF, kernel.astype(x_xD.dtype), 1 - axis).astype(x_xD.dtype)
   leading = tuple(range(x_xD.ndim - 1))
+  # The order decides which axis comes first: [D, F] for a kernel, [V, D] for a table.
   pair = (x_xD, slope_xF) if axis == 0 else (slope_xF, x_xD)
   wide = jnp.promote_types(x_xD.dtype, jnp.float32)
   dkernel = jax.lax.dot_general(*pair, ((leading, leading), ((), ())), preferred_element_type=wide)

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and files that are either whole or absent."""
+"""The work folder of a run: which run owns it, and the lock against a second process."""
 
 from __future__ import annotations
 
@@ -13,73 +13,68 @@ from collections.abc import Iterator
 from dpo_jax.structs import UserError
 from dpo_jax.utils import files
 
-# What a run writes; a folder that has one of these without a config.json is not ours to fill.
-_OURS = ("metrics.jsonl", "data.json", "checkpoints", "export", "report.html")
-
-
-def write(path: pathlib.Path, text: str) -> None:
-  """Writes a file so that a reader sees the old one or the new one, never half of it."""
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(text, encoding="utf-8")
-  os.replace(partial, path)
+# Files of a run. A folder with one of them but without config.json belongs to something else.
+_RUN_FILES = ("metrics.jsonl", "data.json", "checkpoints", "export", "report.html")
 
 
 def check(workdir: pathlib.Path, config: str) -> None:
-  """Refuses a folder that holds something other than this very run.
+  """Checks that a folder is new, or contains this same run.
 
-  On which devices it runs may change: a run goes on on others than it began on.
+  The section `parallel` may differ: a run can be resumed on other devices.
 
   Args:
     workdir: the folder; it need not exist.
     config: the resolved configuration, JSON.
 
   Raises:
-    UserError: naming the fields that differ, or the file that is in the way.
+    UserError: the folder has another run, or files of something else; it names what differs.
   """
   files.check_folder(workdir, f"--workdir={workdir}")
-  held = workdir / "config.json"
-  if not held.is_file():
-    for name in _OURS:
+  stored = workdir / "config.json"
+  if not stored.is_file():
+    for name in _RUN_FILES:
       if (workdir / name).exists():
         raise UserError(
-          f"{workdir} holds {name} but no config.json, so it is no run to resume;"
+          f"{workdir} contains {name} but no config.json, so it is no run to resume;"
           " choose another --workdir"
         )
     return
   try:
-    before = json.loads(held.read_text(encoding="utf-8"))
+    before = json.loads(stored.read_text(encoding="utf-8"))
   except ValueError:
-    raise UserError(f"{held} is not JSON; choose another --workdir") from None
-  changed = _differences(_wherever(before), _wherever(json.loads(config)))
+    raise UserError(f"{stored} is not JSON; choose another --workdir") from None
+  changed = _differences(_without_parallel(before), _without_parallel(json.loads(config)))
   if changed:
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     raise UserError(
-      f"{workdir} holds a run with another configuration: {'; '.join(changed[:3])}{more}."
+      f"{workdir} contains a run with another configuration: {'; '.join(changed[:3])}{more}."
       " Choose a new --workdir, or the same values to resume"
     )
 
 
 @contextlib.contextmanager
-def alone(workdir: pathlib.Path) -> Iterator[None]:
-  """Keeps other processes from training into an existing folder meanwhile.
+def lock(workdir: pathlib.Path) -> Iterator[None]:
+  """Locks an existing folder against other processes that would train into it.
 
   Raises:
-    UserError: one is at it.
+    UserError: another process has the lock.
   """
-  lock = workdir / ".lock"
-  with lock.open("a+", encoding="utf-8") as file:
+  # flock, not a file that exists or not: the system frees it however the process ends. "a+" creates
+  # the file, and keeps the name that the owner of the lock wrote into it.
+  with (workdir / ".lock").open("a+", encoding="utf-8") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       file.seek(0)
-      who = file.read().strip()
+      owner = file.read().strip()
       raise UserError(
-        f"{workdir} is being trained into by another process{who and f' ({who})'}; wait for it, or"
-        " choose another --workdir"
+        f"{workdir} is being trained into by another process{owner and f' ({owner})'}; wait for it,"
+        " or choose another --workdir"
       ) from None
-    except OSError:  # a file system that knows no locks
+    except OSError:  # a file system without locks, such as some network ones: train without
       yield
       return
+    # For the error message of another process: this one now owns the lock.
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -87,7 +82,16 @@ def alone(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def claim(workdir: pathlib.Path, config: str, ledger: dict) -> None:
-  """Writes config.json and data.json; on resume, refuses data that changed meanwhile."""
+  """Makes the folder and writes config.json and data.json, or on resume compares the data.
+
+  Args:
+    workdir: the folder.
+    config: the resolved configuration, JSON.
+    ledger: counts of the rows read, kept and dropped.
+
+  Raises:
+    UserError: the data differ from those that the run in this folder began with.
+  """
   workdir.mkdir(parents=True, exist_ok=True)
   data = workdir / "data.json"
   text = json.dumps(ledger, indent=2, ensure_ascii=False) + "\n"
@@ -99,17 +103,20 @@ def claim(workdir: pathlib.Path, config: str, ledger: dict) -> None:
         " Choose a new --workdir"
       )
     return
-  write(data, text)
-  write(workdir / "config.json", config + "\n")
+  # The order is important: config.json comes last and marks a folder as complete. A run that was
+  # killed between the two writes both again.
+  files.write_text(data, text)
+  files.write_text(workdir / "config.json", config + "\n")
 
 
-def _wherever(config: dict) -> dict:
+def _without_parallel(config: dict) -> dict:
   return {name: section for name, section in config.items() if name != "parallel"}
 
 
 def _differences(before: object, now: object, name: str = "") -> list[str]:
-  """Leaves that differ between two JSON values, each as `a.b was 1, now 2`."""
+  """Returns the leaves that differ between two JSON values, each as "a.b was 1, now 2"."""
   if isinstance(before, dict) and isinstance(now, dict):
+    # Keys of both, each once: a field that one side lacks counts as None there.
     keys = list(before) + [k for k in now if k not in before]
     return [
       line

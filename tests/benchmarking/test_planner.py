@@ -57,14 +57,16 @@ def test_what_is_held_by_hand():
 
 
 def test_fsdp_divides_all_but_the_norms():
-  held = lambda run: memory.held(run.state.params)
+  held = lambda run: memory.device_bytes(run.state.params)
   whole, eighth = (
     planner.outline(configured(**{"parallel.devices": 8, "parallel.fsdp": size}), LENGTHS)
     for size in (1, 8)
   )
   norms = 4 * (2 * 7 + 1) * 128
   assert held(eighth) == (held(whole) - norms) // 8 + norms
-  assert memory.held(eighth.state.opt_state) < memory.held(whole.state.opt_state) // 7
+  assert (
+    memory.device_bytes(eighth.state.opt_state) < memory.device_bytes(whole.state.opt_state) // 7
+  )
 
 
 @pytest.mark.parametrize(
@@ -77,24 +79,24 @@ def test_fsdp_divides_all_but_the_norms():
 )
 def test_what_the_reference_takes(changes, share):
   run = planner.outline(configured(**changes), LENGTHS)
-  count = memory.held(run.state.params) // 4
-  assert (memory.held(run.reference) if run.reference else 0) == share * count
+  count = memory.device_bytes(run.state.params) // 4
+  assert (memory.device_bytes(run.reference) if run.reference else 0) == share * count
   assert (run.batch.reference_NL is not None) == ("reference.store" in changes)
 
 
 def test_a_reference_that_follows_is_part_of_the_state():
   run = planner.outline(configured(**{"reference.sync_every": 4}), LENGTHS)
   assert run.reference is None
-  assert memory.held(run.state.reference) == memory.held(run.state.params)
+  assert memory.device_bytes(run.state.reference) == memory.device_bytes(run.state.params)
 
 
 def test_adapters_are_trained_and_their_base_is_the_reference(base):
   changes = {"model.path": str(base), "lora.rank": 4, "model.scratch": {}}
   run = planner.outline(configured(**changes), LENGTHS)
-  assert memory.held(run.reference) == memory.held(run.policy)
+  assert memory.device_bytes(run.reference) == memory.device_bytes(run.policy)
   # a and b of every map: rank times its inputs and outputs.
   maps = [(256, 256), (256, 128), (256, 128), (256, 256), (256, 768), (256, 768), (768, 256)]
-  assert memory.held(run.state.params) == 4 * 4 * 4 * sum(a + b for a, b in maps)
+  assert memory.device_bytes(run.state.params) == 4 * 4 * 4 * sum(a + b for a, b in maps)
 
 
 def test_pmap_is_planned_as_a_mesh():

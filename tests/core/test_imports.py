@@ -33,6 +33,7 @@ FLOORS = {
   "defaults": {"structs", "losses"},
   "training": {
     "structs",
+    "utils",
     "losses",
     "logprobs",
     "step",
@@ -57,6 +58,7 @@ FLOORS = {
   },
   "benchmarking": {
     "structs",
+    "utils",
     "losses",
     "step",
     "model",

@@ -1,4 +1,4 @@
-"""Topology changes nothing: pmap, jit over a mesh and one device take the same steps."""
+"""Executor: pmap, jit over a mesh and one device take the same steps."""
 
 import functools
 
@@ -18,7 +18,7 @@ from tests.support.small_steps import close, objective
 
 
 def trajectory(mode, devices, *, accumulate=1, steps=4, name="sigmoid", offload=False):
-  """Parameters and losses after a few steps on ragged, weighted pairs."""
+  """Returns parameters and losses after a few steps on weighted pairs of unequal lengths."""
   executor = Executor(mode, devices, offload_optimizer=offload)
   tx = optimizer.from_host(optax.adamw(1e-2)) if offload else optax.adamw(1e-2)
   state = executor.compile_init(functools.partial(step.init_state, tx=tx))(
@@ -26,12 +26,12 @@ def trajectory(mode, devices, *, accumulate=1, steps=4, name="sigmoid", offload=
   )
   reference = executor.place(tiny.init())
   assert_separate(state, reference)
-  take = executor.compile_step(
+  train_step_fn = executor.compile_step(
     functools.partial(step.train_step, objective=objective(name, beta=0.5), tx=tx)
   )
   reports = []
   for batch in tiny.batches(steps, executor.groups, accumulate):
-    state, report = take(state, reference, executor.place_batch(batch))
+    state, report = train_step_fn(state, reference, executor.place_batch(batch))
     reports.append(executor.metrics_to_host(report))
   unchanged = executor.to_host(reference)
   for key, value in tiny.init().items():
@@ -75,13 +75,13 @@ def test_every_topology_takes_the_steps_of_one_device(mode, devices, accumulate,
     assert (found["rows"], found["tokens"]) == (wanted["rows"], wanted["tokens"])
 
 
-def test_an_optimiser_whose_state_is_kept_on_the_host_takes_the_same_steps():
+def test_an_optimizer_whose_state_is_stored_on_the_host_takes_the_same_steps():
   (params, reports), (expected, wanted) = trajectory("mesh", 1, offload=True), one_device("sigmoid")
   jax.tree.map(np.testing.assert_array_equal, params, expected)
   assert [report["loss"] for report in reports] == [report["loss"] for report in wanted]
 
 
-def test_only_the_moments_are_kept_on_the_host():
+def test_only_the_moments_are_stored_on_the_host():
   executor = Executor("mesh", 4, fsdp=4, offload_optimizer=True)
   init = functools.partial(step.init_state, tx=optimizer.from_host(optax.adamw(1e-2)))
   state = executor.compile_init(init)(executor.place(tiny.init()))
@@ -89,7 +89,7 @@ def test_only_the_moments_are_kept_on_the_host():
   assert {x.sharding.memory_kind for x in jax.tree.leaves(moments)} == {memory.HOST}
   others = state._replace(opt_state=None)
   assert memory.HOST not in {x.sharding.memory_kind for x in jax.tree.leaves(others)}
-  assert memory.held(moments) == 0 < memory.kept(state)
+  assert memory.device_bytes(moments) == 0 < memory.host_bytes(state)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -134,7 +134,7 @@ def test_a_single_copy_leaves_and_comes_back(mode):
     ("pmap", 8, {"offload_optimizer": True}, "needs parallel.mode=mesh"),
   ],
 )
-def test_what_cannot_be_is_said_in_one_line(mode, devices, more, words):
+def test_impossible_settings_are_refused_in_one_line(mode, devices, more, words):
   with pytest.raises(UserError, match=words):
     Executor(mode, devices, **more)
 

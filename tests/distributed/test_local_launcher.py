@@ -1,4 +1,4 @@
-"""Several processes of one command on this machine."""
+"""Local launcher: several processes of one command on this machine."""
 
 import json
 import os
@@ -30,13 +30,13 @@ def start(*words, **how):
 
 
 def test_processors_are_shared_out_evenly():
-  assert local_launcher.shares(2, range(5)) == [[0, 1], [2, 3, 4]]
-  assert local_launcher.shares(3, [4, 6, 8]) == [[4], [6], [8]]
+  assert local_launcher.divide_cores(2, range(5)) == [[0, 1], [2, 3, 4]]
+  assert local_launcher.divide_cores(3, [4, 6, 8]) == [[4], [6], [8]]
   with pytest.raises(UserError, match="3 processes: this machine lends 2 processors; give 1 to 2"):
-    local_launcher.shares(3, [0, 1])
+    local_launcher.divide_cores(3, [0, 1])
 
 
-def test_every_process_is_told_who_it_is_before_a_pace():
+def test_every_process_gets_its_index_before_a_pace():
   first, second = local_launcher.commands(
     ["python", "train.py", "--config=x", '{"blocks": 1}'], 2, 4321
   )
@@ -62,14 +62,14 @@ def test_every_process_is_told_who_it_is_before_a_pace():
 )
 def test_what_cannot_be_started_is_one_line(words, line):
   process = start(*words)
-  said, errors = process.communicate(timeout=60)
-  assert (process.returncode, said) == (1, "")
+  output, errors = process.communicate(timeout=60)
+  assert (process.returncode, output) == (1, "")
   assert errors.startswith("error: ")
   assert line in errors
   assert errors.count("\n") == 1
 
 
-def test_a_process_that_a_signal_ended_is_told_with_the_status_of_shells():
+def test_a_process_that_a_signal_ended_is_reported_with_the_status_of_shells():
   process = start("1", "sh", "-c", "kill -9 $$")
   _, errors = process.communicate(timeout=60)
   assert (process.returncode, errors) == (137, "error: signal 9 ended process 0\n")
@@ -84,29 +84,29 @@ sys.exit(int(number))
 
 
 @TWO
-def test_all_read_the_first_speaks_and_a_failure_is_the_status():
+def test_all_read_process_0_prints_and_a_failure_is_the_status():
   process = start("2", sys.executable, "-c", WHO)
-  said, errors = process.communicate("go\nstop\n", timeout=60)
+  output, errors = process.communicate("go\nstop\n", timeout=60)
   share = CORES // 2
-  assert (process.returncode, said, errors) == (1, f"0 {share} {share} ['go', 'stop']\n", "")
+  assert (process.returncode, output, errors) == (1, f"0 {share} {share} ['go', 'stop']\n", "")
 
 
 @TWO
 @pytest.mark.parametrize(
-  ("last", "told"),
+  ("last", "both"),
   [("sys.exit(1)", False), ("sys.exit(3 * number)", True), ("1 / 0", True), ("pass", False)],
 )
-def test_an_error_of_all_is_told_once(last, told):
-  """And one that only another process has is told, too."""
+def test_an_error_of_all_is_printed_once(last, both):
+  """An error that only one of the other processes has is printed, too."""
   say = f"print('first' if number == 0 else 'second', file=sys.stderr); {last}"
   program = "import sys; number = int(sys.argv[-1].partition('=')[2]); " + say
   _, errors = start("2", sys.executable, "-c", program).communicate(timeout=60)
   assert errors.startswith("first\n")
-  assert ("second\n" in errors) == told
+  assert ("second\n" in errors) == both
 
 
 @TWO
-def test_what_asks_one_to_stop_asks_all():
+def test_sigterm_reaches_all_processes():
   waits = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
@@ -124,7 +124,7 @@ time.sleep(60)
 @TWO
 @pytest.mark.slow
 def test_the_benchmark_counts_the_rows_of_all():
-  """Two processes, each with half the rows of a batch, and the counts of one with all of them."""
+  """Two processes with half a batch each report the counts of one process with all of it."""
   config = ["scripts/benchmark.py", "--config=configs/benchmark.py:controlled"]
   small = ["--config.train.batch_size=8", "--config.synthetic.pairs=32"]
   pace = '{"lockstep": true, "blocks": 1, "block_steps": 2}'
@@ -146,8 +146,8 @@ def test_the_benchmark_counts_the_rows_of_all():
 
 @TWO
 @pytest.mark.slow
-def test_a_benchmark_that_is_asked_to_stop_stops():
-  """It saves nothing, so it ends as by itself: only training waits for the end of its step."""
+def test_a_benchmark_ends_at_sigterm():
+  """A benchmark has nothing to save, so SIGTERM ends it at once; only training finishes a step."""
   small = ["--config.train.batch_size=8", "--config.synthetic.pairs=32"]
   command = ["scripts/benchmark.py", "--config=configs/benchmark.py:controlled", *small]
   with start("2", sys.executable, *command, '{"lockstep": true}') as process:

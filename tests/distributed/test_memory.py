@@ -1,4 +1,4 @@
-"""What is held on a device, by hand; and running out of it, for real."""
+"""Bytes on a device, counted by hand, and a real out-of-memory error."""
 
 import jax
 import jax.numpy as jnp
@@ -14,24 +14,30 @@ TREE = {
 }
 
 
-def test_what_is_held_by_hand():
-  assert memory.held(TREE) == 4 * (16 * 8 + 8)
+def test_device_bytes_by_hand():
+  assert memory.device_bytes(TREE) == 4 * (16 * 8 + 8)
   divided = executor.Executor("mesh", 8, fsdp=8).place(TREE)
-  assert memory.held(divided) == 4 * (16 * 8 // 8 + 8)  # the norm stays whole
-  assert memory.held(executor.Executor("pmap", 8).place(TREE)) == 4 * (16 * 8 + 8)
+  assert memory.device_bytes(divided) == 4 * (16 * 8 // 8 + 8)  # the norm stays whole
+  assert memory.device_bytes(executor.Executor("pmap", 8).place(TREE)) == 4 * (16 * 8 + 8)
   shapes = executor.Executor("mesh", 8, fsdp=2, tensor=2).abstract(TREE)
-  assert memory.held(shapes) == 4 * (16 * 8 // 4 + 8)
+  assert memory.device_bytes(shapes) == 4 * (16 * 8 // 4 + 8)
 
 
 def test_running_out_is_one_line_that_names_the_largest():
-  with pytest.raises(UserError) as raised, memory.told({"policy": TREE, "reference": {}}, 2**34):
+  with (
+    pytest.raises(UserError) as raised,
+    memory.explain_out_of_memory({"policy": TREE, "reference": {}}, 2**34),
+  ):
     jax.block_until_ready(jnp.zeros(2**46, jnp.float32))
   line = str(raised.value)
-  assert line.startswith("out of memory of 16.00 GiB a device. Held on each: policy 0.00 GiB")
+  assert line.startswith("out of memory of 16.00 GiB per device. Stored on each: policy 0.00 GiB")
   assert "the largest buffers: policy.head.embedding 0.00 GiB, policy.norm.scale" in line
   assert "train.accumulate" in line and "\n" not in line
 
 
 def test_other_errors_pass():
-  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), memory.told({}):
+  with (
+    pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
+    memory.explain_out_of_memory({}),
+  ):
     raise jax.errors.JaxRuntimeError("INTERNAL: something else")

@@ -1,4 +1,4 @@
-"""Divided parameters change nothing but where they lie and what is sent."""
+"""Sharding: divided parameters change where arrays are stored and what is sent, but no result."""
 
 import functools
 import math
@@ -48,7 +48,7 @@ def objective(name):
 
 
 def start(executor, name="sigmoid"):
-  """State, reference and the step, uncompiled."""
+  """Returns the state, the reference and the step, which is not compiled."""
   loss = losses.resolve(name, beta=0.5)
   init = executor.compile_init(functools.partial(step.init_state, tx=TX, loss=loss))
   fn = functools.partial(step.train_step, objective=objective(name), tx=TX)
@@ -60,13 +60,13 @@ def batch_of(executor):
 
 
 def trajectory(*mesh, name="sigmoid", accumulate=1, steps=3):
-  """`mesh` is devices, fsdp, tensor and sequence."""
+  """Returns the state and losses after some steps; `mesh` is devices, fsdp, tensor and sequence."""
   executor = Executor("mesh", *mesh)
   state, reference, fn = start(executor, name)
-  take, found = executor.compile_step(fn), []
+  train_step_fn, found = executor.compile_step(fn), []
   host = tiny.batches(3, executor.groups, accumulate)
   for index in range(steps):
-    state, means = take(state, reference, executor.place_batch(host[index % 3]))
+    state, means = train_step_fn(state, reference, executor.place_batch(host[index % 3]))
     found.append(float(means["loss"]))
   wanted = jax.tree.map(lambda x: x.sharding, executor.abstract(state))
   jax.tree.map(lambda x, place: x.sharding == place or pytest.fail(), state, wanted)
@@ -114,7 +114,7 @@ def test_every_mesh_takes_the_steps_of_one_device(mesh, name, accumulate, steps)
 
 @pytest.mark.parametrize("case", cases.CASES)
 def test_every_matrix_of_every_family_is_divided(case):
-  """Layers stay whole, and no two axes divide one dimension."""
+  """Layers stay undivided, and no two axes divide one dimension."""
   shapes = transformer.param_shapes(families.from_hf(cases.CASES[case]))
   sizes = {"data": 1, "fsdp": 2, "tensor": 2}
   for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
@@ -139,10 +139,10 @@ def test_what_does_not_divide_stays_whole():
 def test_a_device_holds_its_share_of_parameters_and_moments():
   executor = Executor("mesh", 8, fsdp=8)
   state, _, _ = start(executor)
-  whole = lambda path: path[-1].key == "scale"
   for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state[0].mu)):
-    (held,) = {shard.data.size for shard in leaf.addressable_shards}
-    assert held * (1 if whole(path) else 8) == leaf.size, jax.tree_util.keystr(path)
+    (size,) = {shard.data.size for shard in leaf.addressable_shards}
+    parts = 1 if path[-1].key == "scale" else 8
+    assert size * parts == leaf.size, jax.tree_util.keystr(path)
 
 
 # --- what is sent ---------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_a_device_holds_its_share_of_parameters_and_moments():
 
 @functools.cache
 def collectives(*mesh):
-  """(operation, shapes of what comes out, where it was asked for) of the compiled step."""
+  """Returns (operation, shapes of its output, source operation) of the compiled step."""
   executor = Executor("mesh", *mesh)
   state, reference, fn = start(executor)
   text = executor.lower_step(fn, state, reference, batch_of(executor)).compile().as_text()
@@ -160,17 +160,17 @@ def collectives(*mesh):
       r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\(", line
     )
     if call:
-      asked = re.search(r'op_name="([^"]*)"', line)
+      source = re.search(r'op_name="([^"]*)"', line)
       shapes = [
         tuple(map(int, filter(None, dims.split(","))))
         for dims in re.findall(r"f32\[([\d,]*)\]", call[1])
       ]
-      found.append((call[2], shapes, asked[1] if asked else ""))
+      found.append((call[2], shapes, source[1] if source else ""))
   return found
 
 
 def of_kind(found, kind):
-  return [(shapes, asked) for operation, shapes, asked in found if operation == kind]
+  return [(shapes, source) for operation, shapes, source in found if operation == kind]
 
 
 def test_copies_of_everything_only_add_up():
@@ -195,13 +195,13 @@ def test_fsdp_gathers_one_layer_at_a_time_and_no_activation():
 def test_the_gradient_of_the_head_is_added_up_once_and_not_in_every_chunk(mesh):
   table = {(VOCAB, WIDTH), (VOCAB // mesh[2], WIDTH), (VOCAB, WIDTH // mesh[1])}
   table |= {(VOCAB // mesh[2], WIDTH // mesh[1])}
-  for shapes, asked in of_kind(collectives(*mesh), "all-reduce"):
-    in_a_chunk = "vd->...v" in asked  # the head's product, which only chunks have
-    assert not (in_a_chunk and table & set(shapes)), asked
+  for shapes, source in of_kind(collectives(*mesh), "all-reduce"):
+    in_a_chunk = "vd->...v" in source  # the head's product, which only chunks have
+    assert not (in_a_chunk and table & set(shapes)), source
 
 
 def test_tensor_never_gathers_the_head_its_logits_or_a_layer():
-  """Heads of keys that do not divide are gathered, their axes in any order, and nothing larger."""
+  """Only key heads whose number does not divide are gathered, in any order of their axes."""
   found = collectives(8, 1, 4)
   gathered = [shape for shapes, _ in of_kind(found, "all-gather") for shape in shapes]
   rows, length = batch_of(Executor("mesh", 8, tensor=4)).ids_NL.shape[1:]
@@ -215,9 +215,9 @@ def test_tensor_never_gathers_the_head_its_logits_or_a_layer():
 def test_sequence_gathers_keys_and_values_in_a_layer_and_once_what_the_head_reads():
   found = collectives(8, 1, 1, 8)
   keys, states = set(), 0
-  for shapes, asked in of_kind(found, "all-gather"):
+  for shapes, source in of_kind(found, "all-gather"):
     for shape in shapes:
-      if "/layers/" in asked:
+      if "/layers/" in source:
         keys.add(shape[2:])
       else:
         states += shape[2:] == (WIDTH,)
@@ -231,7 +231,7 @@ def test_sequence_gathers_keys_and_values_in_a_layer_and_once_what_the_head_read
 
 
 def test_long_rows_in_parts_are_attended_to_as_whole_ones(monkeypatch):
-  """Value and gradient, several blocks of queries on each of four devices."""
+  """Compares value and gradient, with several blocks of queries on each of four devices."""
   monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
   executor = Executor("mesh", 4, sequence=4)
   rows = collate.collate(tiny.pairs(16, seed=3), row_length=192)
@@ -244,10 +244,9 @@ def test_long_rows_in_parts_are_attended_to_as_whole_ones(monkeypatch):
     keys = attention.Keys(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
     return (attention.attend_blocks(q, keys, tokens, np.int32(40)) * w).sum()
 
-  fn = lambda: jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
-  whole = fn()(q, k, v)
-  with jax.set_mesh(executor.mesh):
-    parts = fn()(q, k, v)
+  whole = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
+  with jax.set_mesh(executor.mesh):  # a new jit, since the first compiled without the mesh
+    parts = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(y).max()),
     *(parts, whole),

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from dpo_jax import train
-from dpo_jax.distributed import executor, preemption, processes
+from dpo_jax.distributed import executor, heartbeat, preemption, processes
 from dpo_jax.monitoring.loggers import read_metrics
 from dpo_jax.structs import UserError
 from dpo_jax.training.checkpoint import latest_step
@@ -79,8 +79,8 @@ GONE = "is gone without a word"
 # Training that counts another as lost sooner.
 IMPATIENT = """
 import runpy
-from dpo_jax.distributed import processes
-processes.BEAT, processes.SILENCE = 0.5, 6.0
+from dpo_jax.distributed import heartbeat
+heartbeat.INTERVAL, heartbeat.TIMEOUT = 0.5, 6.0
 runpy.run_module("dpo_jax.train", run_name="__main__")
 """
 
@@ -125,12 +125,12 @@ def test_one_that_is_lost_ends_the_others_who_say_which(task, lost, sent, words)
 )
 def test_the_first_waits_for_others_to_speak_unless_it_was_lost(monkeypatch, word, status, waited):
   ended, slept = [], []
-  monkeypatch.setattr(processes.os, "_exit", ended.append)
-  monkeypatch.setattr(processes.time, "sleep", slept.append)
+  monkeypatch.setattr(heartbeat.os, "_exit", ended.append)
+  monkeypatch.setattr(heartbeat.time, "sleep", slept.append)
   ours, theirs = multiprocessing.Pipe()
   theirs.send_bytes(word.encode())
-  with processes.Touch() as touch:
-    touch._listen("process 1 (there)", ours)
+  with heartbeat.Heartbeat() as beat:
+    beat._listen("process 1 (there)", ours)
   assert (ended, slept) == ([status], waited)
 
 
@@ -150,7 +150,7 @@ def test_settings_that_name_no_run_are_refused(settings, words):
 
 def test_one_that_is_waited_for_in_vain_is_said_to_be():
   program = (
-    "from dpo_jax.distributed import processes; processes.WAIT = 1.0;"
+    "from dpo_jax.distributed import processes; processes.START_TIMEOUT = 1.0;"
     " processes.start('127.0.0.1:{port}', 2, {index})"
   )
   for index in (0, 1):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dpo_jax.data.tokenizer import load_tokenizer
-from dpo_jax.generation import rollouts, sampler
+from dpo_jax.generation import rollouts, sampler, stopping
 from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.model import families, transformer
 from dpo_jax.structs import UserError
@@ -73,15 +73,15 @@ def test_samples_in_a_file_are_those_of_the_package(folder, tmp_path):
   assert [(row["index"], row["sample"]) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
   assert [row["prompt"] for row in rows] == [one["prompt"] for one in asked for _ in range(2)]
   model = rollouts.load(folder)
-  stops = rollouts.Stops(model.tokenizer, (2,), (7, 9), ("e",))
+  stops = stopping.Stops(model.tokenizer, (2,), (7, 9), ("e",))
   ids = rollouts.encode_prompts(model.tokenizer, [one["prompt"] for one in asked])
   completions = sampler.generate(
     model.config, model.params, ids, max_tokens=12, min_p=0.01, seed=5, num=2,
-    eos_ids=(2, 7, 9), ends=stops.ends,
+    eos_ids=(2, 7, 9), stop_fn=stops.stop_length,
   )  # fmt: skip
   assert [row["tokens"] for row in rows] == [len(ids) for each in completions for ids in each]
   assert [row["finish"] for row in rows] == [
-    stops.finish(ids) for each in completions for ids in each
+    stops.finish_reason(ids) for each in completions for ids in each
   ]
   assert not any("e" in row["text"] for row in rows)
 
@@ -89,18 +89,18 @@ def test_samples_in_a_file_are_those_of_the_package(folder, tmp_path):
 def test_a_text_ends_an_answer_within_a_token(folder):
   tokenizer = load_tokenizer(folder)
   ids = tokenizer.encode_prompt("the answer is good")
-  stops = rollouts.Stops(tokenizer, (2,), (5,), ("swer i", "zz"))
-  kept = stops.ends(ids)
+  stops = stopping.Stops(tokenizer, (2,), (5,), ("swer i", "zz"))
+  kept = stops.stop_length(ids)
   assert "swer i" in tokenizer.decode(ids[:kept]) and "swer i" not in tokenizer.decode(
     ids[: kept - 1]
   )
-  assert stops.ends(ids[: kept - 1]) is None
-  assert stops.cut("the answer is good") == "the an"
+  assert stops.stop_length(ids[: kept - 1]) is None
+  assert stops.truncate("the answer is good") == "the an"
   # The end token is known by its text, too.
-  assert rollouts.Stops(tokenizer, (), (), ("<|im_end|>",)).ends([4, 2, 4]) == 2
-  assert [stops.finish(ids) for ids in ([4, 2], [4, 5], [4, 4])] == ["end", "stop", "length"]
+  assert stopping.Stops(tokenizer, (), (), ("<|im_end|>",)).stop_length([4, 2, 4]) == 2
+  assert [stops.finish_reason(ids) for ids in ([4, 2], [4, 5], [4, 4])] == ["end", "stop", "length"]
   with pytest.raises(UserError, match="a text to stop at is empty"):
-    rollouts.Stops(tokenizer, (), (), ("",))
+    stopping.Stops(tokenizer, (), (), ("",))
 
 
 def test_prompts_of_every_kind_of_file(tmp_path):

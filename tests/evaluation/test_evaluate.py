@@ -23,6 +23,7 @@ from dpo_jax.generation import rewards, rollouts
 from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.model import families, transformer
 from dpo_jax.structs import UserError
+from dpo_jax.utils import files
 from tests.support import tiny
 from tests.support.paths import ROOT
 
@@ -237,7 +238,7 @@ def test_pairs_are_read_with_and_without_a_reference(models, tmp_path, capsys):
     {"prompt": " a", "chosen": " a", "rejected": " b"},
     {"prompt": " a", "chosen": " a", "rejected": " a"},
   ]
-  rollouts.write_rows(tmp_path / "rows.jsonl", rows)
+  files.write_json_lines(tmp_path / "rows.jsonl", rows)
   (example,) = evaluate.read_pairs(tmp_path / "rows.jsonl", policy, None)
   assert "2 rows (strings), 1 kept, 1 dropped: equal answers" in capsys.readouterr().err
   assert [x.tolist() for x in (example.prompt, *example.completions)] == [
@@ -301,7 +302,7 @@ def test_rewards_by_name_and_by_path():
       "no_such_module:f",
       "no module named 'no_such_module' is in the current folder, on",
     ),
-    ("math:no_such", "'math'.* holds no 'no_such'"),
+    ("math:no_such", "'math'.* has no 'no_such'"),
     ("math:pi", "no function but float"),
     ("os:getcwd", r"'os:getcwd' takes \(\); it must take \(prompt, answer\)"),
     ("json:dumps", r"'json:dumps' takes \(obj, .* it must take"),
@@ -317,7 +318,9 @@ def test_a_reward_that_does_not_exist(name, message):
   "value", [float("nan"), None, "good", "0.5", b"1", [1.0, 2.0], 1e300, -(10**400)]
 )
 def test_a_reward_that_is_no_number(value):
-  says = re.escape(f"gave {value!r} for prompt 'p' and answer 'a'; it must give one finite number")
+  says = re.escape(
+    f"gave {value!r} for prompt 'p' and completion 'a'; it must give one finite number"
+  )
   with pytest.raises(UserError, match=says):
     rewards.values(lambda prompt, answer: value, ["p"], ["a"])
 
@@ -335,7 +338,9 @@ def test_a_reward_that_fails_is_named():
   def leaves(prompt, answer):
     sys.exit(3)
 
-  with pytest.raises(UserError, match=r"fails with SystemExit: 3, for prompt 'p' and answer 'a'"):
+  with pytest.raises(
+    UserError, match=r"fails with SystemExit: 3, for prompt 'p' and completion 'a'"
+  ):
     rewards.values(leaves, ["p"], ["a"])
 
 
@@ -379,7 +384,7 @@ def _run(script, **options):
 @pytest.mark.slow
 def test_pairs_scores_and_summary_by_command(folders, tmp_path):
   prompts, pairs = tmp_path / "prompts.jsonl", tmp_path / "pairs.jsonl"
-  rollouts.write_rows(prompts, [{"prompt": prompt} for prompt in PROMPTS * 4])
+  files.write_json_lines(prompts, [{"prompt": prompt} for prompt in PROMPTS * 4])
   models = {"model": folders(1), "reference": folders(0)}
   sampling = {"prompts": prompts, "reward": "controlled", "max_tokens": 6}
   done = _run("make_pairs", model=folders(0), out=pairs, **sampling)
@@ -427,34 +432,13 @@ def test_pairs_scores_and_summary_by_command(folders, tmp_path):
 )
 def test_bad_input_is_one_line_and_nothing_written(folders, tmp_path, script, change, message):
   prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-  rollouts.write_rows(prompts, [{"prompt": PROMPTS[0]}])
+  files.write_json_lines(prompts, [{"prompt": PROMPTS[0]}])
   options = {"model": folders(0), "prompts": prompts, "reward": "controlled", "out": out}
   done = _run(script, **options | change)
   assert done.returncode == 1
   assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
   assert message in done.stderr
   assert not out.exists()
-
-
-def test_where_to_write_is_checked_first(tmp_path):
-  rollouts.check_out(tmp_path / "new" / "folder" / "x.jsonl")
-  with pytest.raises(UserError, match=r"is a folder; name a file"):
-    rollouts.check_out(tmp_path)
-  (tmp_path / "file").write_text("kept")
-  with pytest.raises(UserError, match=r"file is no folder"):
-    rollouts.check_out(tmp_path / "file" / "x.jsonl")
-
-
-def test_a_failed_write_leaves_the_older_file_and_nothing_beside_it(tmp_path):
-  out = tmp_path / "out.jsonl"
-  rollouts.write_rows(out, [{"a": 1}])
-  with pytest.raises(TypeError):
-    rollouts.write_rows(out, [{"a": 2}, {"a": object()}])
-  assert out.read_text() == '{"a": 1}\n' and list(tmp_path.iterdir()) == [out]
-  (tmp_path / "folder").mkdir()
-  with pytest.raises(OSError) as raised:
-    rollouts.write_rows(tmp_path / "folder", [])
-  assert raised.value.filename == str(tmp_path / "folder")
 
 
 def test_prompts_that_no_model_can_read(models, tmp_path):

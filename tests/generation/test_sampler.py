@@ -1,4 +1,4 @@
-"""Generation against the whole forward pass: the same distribution, whatever is sampled beside."""
+"""Generation follows the distribution of the full forward pass, whatever else is sampled."""
 
 import dataclasses
 import functools
@@ -52,7 +52,7 @@ def params_of(config):
 
 @functools.cache
 def forward(config):
-  """(params, ids_NL) -> logits_NLV of whole texts from the training path."""
+  """Returns a function (params, ids_NL) -> logits_NLV of complete texts, by the training path."""
   model = transformer.build(config)
 
   def run(params, ids_NL):
@@ -64,7 +64,7 @@ def forward(config):
 
 
 def whole_logits(config, ids_L):
-  """Logits [L, V] of one text of at most 8 tokens."""
+  """Returns the logits [L, V] of one text of at most 8 tokens."""
   ids_NL = np.array([[*ids_L] + [0] * (8 - len(ids_L))], np.int32)
   return np.asarray(forward(config)(params_of(config), ids_NL))[0, : len(ids_L)]
 
@@ -111,18 +111,19 @@ def test_greedy_text_of_stories260k(shared_data):
 @pytest.mark.slow
 def test_a_sample_is_a_function_of_seed_prompt_index_and_sample_index():
   params = params_of(LLAMA)
-  draw = lambda prompts, **more: sampler.generate(
-    LLAMA, params, prompts, max_tokens=12, eos_ids=(0,), seed=3, **more
-  )
-  together = draw(PROMPTS, num=5)
-  assert draw(PROMPTS, num=5) == together
-  assert draw(PROMPTS, num=5, batch_size=3) == together
-  assert draw(PROMPTS[:2], num=5, batch_size=16) == together[:2]
+
+  def sample(prompts, **more):
+    return sampler.generate(LLAMA, params, prompts, max_tokens=12, eos_ids=(0,), seed=3, **more)
+
+  together = sample(PROMPTS, num=5)
+  assert sample(PROMPTS, num=5) == together
+  assert sample(PROMPTS, num=5, batch_size=3) == together
+  assert sample(PROMPTS[:2], num=5, batch_size=16) == together[:2]
   # Other prompts at the other indices: the last is unmoved.
-  assert draw([[2], [2], [2], [2], [2], PROMPTS[5]], num=5)[5] == together[5]
-  assert draw(PROMPTS[::-1], num=5)[0] != together[5]
+  assert sample([[2], [2], [2], [2], [2], PROMPTS[5]], num=5)[5] == together[5]
+  assert sample(PROMPTS[::-1], num=5)[0] != together[5]
   # A prompt of another length, read in a batch of its own.
-  assert draw([*PROMPTS[:5], PROMPTS[5], [1] * 9], num=5)[:6] == together
+  assert sample([*PROMPTS[:5], PROMPTS[5], [1] * 9], num=5)[:6] == together
   other = sampler.generate(LLAMA, params, PROMPTS, max_tokens=12, eos_ids=(0,), seed=4, num=5)
   assert other != together
   # The samples of a prompt differ among themselves, and so do equal prompts.
@@ -131,10 +132,11 @@ def test_a_sample_is_a_function_of_seed_prompt_index_and_sample_index():
 
 
 def test_every_bit_of_a_large_seed_counts():
-  draw = lambda seed: sampler.generate(
-    GPT2, params_of(GPT2), [[1]] * 8, max_tokens=4, temperature=9.0, seed=seed
+  params = params_of(GPT2)
+  small, large, other = (
+    sampler.generate(GPT2, params, [[1]] * 8, max_tokens=4, temperature=9.0, seed=seed)
+    for seed in (7, 7 + 2**40, 7 + 2**63)
   )
-  small, large, other = draw(7), draw(7 + 2**40), draw(7 + 2**63)
   assert small != large != other != small
   batch = decoding.Batch(None, None, np.arange(2), np.arange(3))
   keys = decoding._keys(np.array([0, 7], np.uint32), batch)
@@ -200,9 +202,11 @@ def test_samples_follow_the_distribution(knobs, kept):
 
 def test_what_is_kept_by_hand():
   probs_V = np.array([0.1, 0.4, 0.2, 0.3])
-  kept = lambda k, p: np.isfinite(
-    np.asarray(decoding._keep_ranks(np.log(probs_V)[None], np.array(k), np.array(p)))[0]
-  )
+
+  def kept(k, p):
+    logits_RV = np.log(probs_V)[None]
+    return np.isfinite(decoding._apply_top_k_top_p(logits_RV, np.array(k), np.array(p)))[0]
+
   assert kept(0, 1.0).tolist() == [True] * 4
   assert kept(2, 1.0).tolist() == [False, True, False, True]
   assert kept(0, 0.65).tolist() == [False, True, False, True]  # 0.4 + 0.3 reach 0.65
@@ -216,10 +220,13 @@ def test_what_is_kept_by_hand():
 
 def test_what_is_near_the_likeliest_by_hand():
   probs_V = np.array([0.1, 0.4, 0.2, 0.3])
-  near = lambda p, logits_V: np.isfinite(
-    np.asarray(decoding._keep_near(logits_V[None], np.array(p)))[0]
-  )
-  kept = lambda p: near(p, np.log(probs_V))
+
+  def near(p, logits_V):
+    return np.isfinite(decoding._apply_min_p(logits_V[None], np.array(p)))[0]
+
+  def kept(p):
+    return near(p, np.log(probs_V))
+
   assert kept(0.0).tolist() == [True] * 4
   assert kept(0.2).tolist() == [True] * 4  # 0.2 times 0.4 is 0.08
   assert kept(0.4).tolist() == [False, True, True, True]  # 0.16
@@ -232,14 +239,16 @@ def test_what_is_near_the_likeliest_by_hand():
 
 
 def test_a_cache_that_grows_changes_nothing(monkeypatch):
-  draw = lambda: sampler.generate(
-    GPT2, params_of(GPT2), [[1], [2, 3]], max_tokens=10, eos_ids=(0,), num=9, seed=2
-  )
-  at_once = draw()
+
+  def sample():
+    params = params_of(GPT2)
+    return sampler.generate(GPT2, params, [[1], [2, 3]], max_tokens=10, eos_ids=(0,), num=9, seed=2)
+
+  at_once = sample()
   assert list(sampler._growth(21)) == [20] and list(sampler._growth(1)) == []
   monkeypatch.setattr(sampler, "FIRST_TOKENS", 3)
   assert list(sampler._growth(10)) == [2, 3, 4]
-  assert draw() == at_once
+  assert sample() == at_once
   lengths = {len(answer) for completions in at_once for answer in completions}
   assert min(lengths) < 3 and max(lengths) == 10
 
@@ -252,7 +261,7 @@ def test_an_answer_ends_where_it_is_said_to(monkeypatch):
     return next((i + 2 for i in range(len(ids) - 1) if ids[i] == ids[i + 1]), None)
 
   whole = sampler.generate(LLAMA, params_of(LLAMA), PROMPTS, **settings)
-  found = sampler.generate(LLAMA, params_of(LLAMA), PROMPTS, ends=ends, **settings)
+  found = sampler.generate(LLAMA, params_of(LLAMA), PROMPTS, stop_fn=ends, **settings)
   assert found == [[answer[: ends(answer)] for answer in completions] for completions in whole]
   assert found != whole
 
@@ -302,7 +311,7 @@ def test_few_shapes_and_every_sample_once():
   ("prompts", "change", "message"),
   [
     ([[]], {}, "prompt 0 has no tokens"),
-    ([[1], [5]], {}, "prompt 1 holds an id outside the model's vocabulary of 5"),
+    ([[1], [5]], {}, "prompt 1 contains an id outside the model's vocabulary of 5"),
     ([[1] * 30], {}, "prompt 0 has 30 tokens; with max_tokens 4 that exceeds .* 32 positions"),
     ([[1]], {"max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
     ([[1]], {"num": 0}, "num is 0; it must be at least 1"),

@@ -111,7 +111,7 @@ def test_an_unfinished_last_line_is_passed_over_and_mended(tmp_path):
   assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
   write_steps(tmp_path, 5, 6)
   assert [json.loads(line)["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
-  assert not list(tmp_path.glob("*.tmp"))
+  assert not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("line", ["{broken", "[1]", '{"loss": 1}', "\udcff"])

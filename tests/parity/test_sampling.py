@@ -92,8 +92,8 @@ def test_what_is_left_of_a_distribution(knobs):
   for warper in chain:
     theirs = warper(None, theirs)
   ours = logits_RV / knobs.get("temperature", 1.0)
-  ours = decoding._keep_ranks(ours, knobs.get("top_k", 0), knobs.get("top_p", 1.0))
-  ours = decoding._keep_near(ours, knobs.get("min_p", 0.0))
+  ours = decoding._apply_top_k_top_p(ours, knobs.get("top_k", 0), knobs.get("top_p", 1.0))
+  ours = decoding._apply_min_p(ours, knobs.get("min_p", 0.0))
   left = lambda x_RV: torch.softmax(torch.tensor(np.asarray(x_RV)), dim=-1).numpy()
   np.testing.assert_allclose(left(ours), left(theirs.numpy()), atol=1e-6)
   assert (np.isfinite(np.asarray(ours)) == np.isfinite(theirs.numpy())).all()

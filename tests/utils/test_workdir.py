@@ -1,4 +1,4 @@
-"""A folder is claimed by one configuration and its data, and by no other."""
+"""A work folder belongs to one configuration with its data, and is refused to others."""
 
 import json
 import os
@@ -30,9 +30,9 @@ def test_another_configuration_is_refused_and_nothing_is_overwritten(tmp_path):
 
 def test_one_process_at_a_time(tmp_path):
   said = r"is being trained into by another process \(process \d+ on"
-  with workdir.alone(tmp_path), pytest.raises(UserError, match=said), workdir.alone(tmp_path):
+  with workdir.lock(tmp_path), pytest.raises(UserError, match=said), workdir.lock(tmp_path):
     pass
-  with workdir.alone(tmp_path):
+  with workdir.lock(tmp_path):
     pass
 
 

@@ -36,7 +36,7 @@ from dpo_jax.experiments.frontier.settings import (
 )
 from dpo_jax.experiments.frontier.yardstick import Json, best_of_n_points, make_yardstick
 from dpo_jax.monitoring import plots
-from dpo_jax.utils import workdir
+from dpo_jax.utils import files
 
 __all__ = [
   "BEST_OF_N",
@@ -89,6 +89,6 @@ def study(
     points.append(point)
   points.sort(key=lambda point: point["method"] == BEST_OF_N)  # the trained ones first
   summary = summarise(settings, yardstick, points)
-  workdir.write(out / "frontier.json", json.dumps(summary, indent=1) + "\n")
+  files.write_text(out / "frontier.json", json.dumps(summary, indent=1) + "\n")
   plots.save_png(draw(summary), out / "frontier.png")
   return summary

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 
 from dpo_jax.experiments.frontier.settings import MAX_TOKENS, METHODS, Settings, Task
 from dpo_jax.experiments.frontier.yardstick import Json, Yardstick
-from dpo_jax.generation import rollouts
 from dpo_jax.structs import UserError
-from dpo_jax.utils import workdir
+from dpo_jax.utils import files
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]  # of the project: the runs start there
 
@@ -107,7 +106,7 @@ def make_training_pairs(task: Task, study: pathlib.Path) -> None:
   own = out.with_name(f"{task.name}.own.jsonl")
   make_pairs(task.first.folder(study) / "export", prompts, own, seed=2 + 2 * task.seed)
   lines = (path.read_text(encoding="utf-8") for path in (training_pairs(task.first, study), own))
-  rollouts.write_whole(out, lines)
+  files.write_text(out, lines)
 
 
 def learning_rate(task: Task) -> float | None:
@@ -155,5 +154,5 @@ def train_point(task: Task, study: pathlib.Path, settings: Settings, yardstick: 
   seconds = run(command(task, study, settings), folder.with_name(f"{task.name}.log"))
   point = {"method": task.method, "beta": task.beta, "seed": task.seed, "n": None}
   point |= yardstick.measure(folder / "export", seed=task.seed) | {"seconds": seconds}
-  workdir.write(kept, json.dumps(point, indent=1) + "\n")
+  files.write_text(kept, json.dumps(point, indent=1) + "\n")
   return point

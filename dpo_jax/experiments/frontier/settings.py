@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dpo_jax.monitoring import plots
 from dpo_jax.structs import UserError
-from dpo_jax.utils import files, workdir
+from dpo_jax.utils import files
 
 MAX_TOKENS = 48  # of an answer
 
@@ -276,4 +276,4 @@ def claim(study: pathlib.Path, settings: Settings) -> None:
       )
     return
   study.mkdir(parents=True, exist_ok=True)
-  workdir.write(held, json.dumps(now, indent=1) + "\n")
+  files.write_text(held, json.dumps(now, indent=1) + "\n")

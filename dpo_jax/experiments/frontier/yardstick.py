@@ -17,7 +17,7 @@ from dpo_jax.evaluation import evaluate
 from dpo_jax.evaluation.estimates import Frontier, exact_frontier, fraction_of_gain, mean_estimate
 from dpo_jax.experiments.frontier.settings import BEST_OF_N, MAX_TOKENS, Settings
 from dpo_jax.generation import rewards, rollouts
-from dpo_jax.utils import workdir
+from dpo_jax.utils import files
 
 Json = dict[str, Any]
 
@@ -99,7 +99,7 @@ def make_yardstick(study: pathlib.Path, settings: Settings, say=print) -> Yardst
     everyday = take(prompts, num=EVERYDAY, seed=0)
     many = take(prompts[: settings.frontier_prompts], num=settings.frontier_samples, seed=1)
     found = {"everyday": everyday.reward_XS.tolist(), "many": many.reward_XS.tolist()}
-    workdir.write(kept, json.dumps(found) + "\n")
+    files.write_text(kept, json.dumps(found) + "\n")
   found = json.loads(kept.read_text(encoding="utf-8"))
   many_XS = np.array(found["many"])
   return Yardstick(
