@@ -1,4 +1,4 @@
-"""What a step has to compute at the least, and how fast this machine computes it."""
+"""FLOPs that the objective needs per step, and the rate of this machine's matrix products."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from dpo_jax.model.config import ModelConfig
 def step_flops(
   config: ModelConfig, *, reference: bool, adapters: int = 0
 ) -> Callable[[float, float], float]:
-  """(distinct tokens, scored tokens) -> FLOPs of the matrix products of a step.
+  """Returns a function (distinct tokens, scored tokens) -> FLOPs of a step's matrix products.
 
-  A forward pass takes 2 a parameter and token, a backward pass as much for the gradient of inputs
-  and as much for that of parameters: 6 in all, 4 where parameters are frozen beneath adapters. The
-  head is counted at scored tokens. Of experts those count that are chosen. Attention scores are
-  left out.
+  A forward pass takes 2 FLOPs per parameter and token. A backward pass takes 2 for the gradient of
+  the inputs and 2 for that of the parameters: 6 in all, or 4 for frozen parameters under adapters.
+  The head counts at scored tokens only, and of experts only the chosen ones. Attention scores are
+  left out, so the figure is a lower bound.
 
   Args:
-    config: the policy's.
-    reference: whether the reference is computed along, 2 a parameter and token.
-    adapters: numbers in the adapters that are trained in place of the model; 0 trains the model.
+    config: the policy's configuration.
+    reference: True if the step also computes the reference, 2 FLOPs per parameter and token.
+    adapters: number of trained adapter parameters; 0 trains the model itself.
   """
   body = 0.0
   layers = transformer.param_shapes(config)["params"]["layers"]
@@ -44,18 +44,18 @@ def step_flops(
 
 
 def product_rate(dtype: str) -> tuple[float, str]:
-  """FLOPs a second of the quickest of several large matrix products, on all devices together.
+  """Measures the fastest of several large square matrix products, on all devices together.
 
-  Tried are square products of a few sizes, of inputs of `dtype` to results of it and to float32. A
-  CPU also tries float32 throughout: what it has no units for is computed so.
+  Inputs have type `dtype`, results `dtype` or float32. A CPU also tries float32 throughout: types
+  without hardware support are computed in it.
 
   Returns:
-    The rate, and which product it was, such as `2048 bfloat16 to float32`.
+    FLOPs per second, and the product that reached them, such as `2048 bfloat16 to float32`.
   """
   cpu = jax.default_backend() == "cpu"
   sizes = (1024, 2048) if cpu else (4096, 8192, 12288)
   kinds = {(dtype, dtype), (dtype, "float32")} | ({("float32", "float32")} if cpu else set())
-  # Devices of a CPU share its cores.
+  # CPU devices share the same cores, so their rates do not add up.
   devices = 1 if cpu else len(jax.local_devices())
   tried = [
     (devices * _rate(size, *kind), f"{size} {kind[0]} to {kind[1]}")
@@ -66,10 +66,10 @@ def product_rate(dtype: str) -> tuple[float, str]:
 
 
 def _rate(size: int, dtype: str, result: str, repeats: int = 8) -> float:
-  """FLOPs a second of a square product, the best of several."""
+  """Returns FLOPs per second of a square product, the best of several runs."""
   x = jnp.ones((size, size), dtype)
   product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.dtype(result)))
-  product(x, x).block_until_ready()
+  product(x, x).block_until_ready()  # compiles
   times = []
   for _ in range(repeats):
     before = time.perf_counter()

@@ -1,9 +1,10 @@
-"""Programs timed in turns on one machine, and what came of each beside the best of the peers.
+"""Times programs in turns on one machine, and compares each with the fastest peer.
 
-A contestant speaks the protocol of `pacing`: its last argument is a pace. Rates on a shared
-machine swing by more than what is to be told apart, so what counts is the ratio of two programs in
-one round, and its median over rounds. Rates are of tokens, told in pairs of mean length: the rows
-of one block are longer than those of another. A contestant that fails is a row that says so.
+A contestant follows the protocol of `pacing`; its last argument is a pace. On shared machines rates
+vary by more than the differences of interest. So the result is the ratio of two programs in the
+same round, and its median over rounds. Rates are measured in tokens, since blocks differ in the
+lengths of their rows, and reported in pairs of mean length. A contestant that fails gets a row with
+the reason.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from typing import Any, NamedTuple
 from dpo_jax.benchmarking import pacing
 from dpo_jax.benchmarking.pacing import Pace
 
-# What programs say, or die of, where memory does not suffice.
+# Words that programs print when they run out of memory.
 _NO_MEMORY = ("out of memory", "outofmemory", "resource_exhausted", "bad_alloc", "cannot allocate")
 
 
 class Contestant(NamedTuple):
-  """A program that takes its turns.
+  """A program that takes part.
 
   Attributes:
-    name: in tables and of its log.
-    command: without the pace.
-    peer: whether it is one of those that ratios are taken to.
-    prepare: whether it is run once beforehand, for one step, untimed.
-    environment: variables beside those of this process.
+    name: name in tables, and of its log file.
+    command: its command, without the pace.
+    peer: True if others may be compared with it.
+    prepare: True if it runs once beforehand, for one step, untimed.
+    environment: environment variables in addition to those of this process.
   """
 
   name: str
@@ -45,16 +46,16 @@ class Contestant(NamedTuple):
 
 
 class Rules(NamedTuple):
-  """How rounds are run.
+  """The rules by which rounds are run.
 
   Attributes:
-    rounds: those that count.
-    pace: of a contestant in one round.
-    loaded: whether all stay loaded and alternate block by block, or each round starts each afresh,
-      one at a time.
-    spare: rounds that may be run again because other programs were at work.
-    max_other: cores that those may use, in a round that counts.
-    quiet_s: how long a block waits at most for them to stop.
+    rounds: number of rounds that count.
+    pace: pace of a contestant in one round.
+    loaded: True if all stay loaded and alternate block by block; False if each round starts each
+      program afresh, one at a time.
+    spare: number of rounds that may be repeated because other programs were running.
+    max_other: cores that other programs may use in a round that counts.
+    quiet_s: seconds that a block waits at most for other programs to stop.
   """
 
   rounds: int
@@ -66,11 +67,11 @@ class Rules(NamedTuple):
 
 
 class StoppedError(Exception):
-  """A contestant ended before its time; the message is for its row."""
+  """A contestant ended early; the message is the reason for its row."""
 
 
 class Program:
-  """A contestant that runs."""
+  """A running contestant."""
 
   def __init__(self, contestant: Contestant, pace: Pace, log: pathlib.Path):
     self.log = log
@@ -85,11 +86,11 @@ class Program:
         env={**os.environ, **contestant.environment},
       )
 
-  def hear(self, wanted: str) -> Any:
-    """The next message of a kind.
+  def receive(self, wanted: str) -> Any:
+    """Waits for the next message of a kind.
 
     Raises:
-      StoppedError: there is none to come.
+      StoppedError: the program ended without it.
     """
     for line in self.process.stdout:
       if line.startswith("@"):
@@ -98,19 +99,19 @@ class Program:
           return message[wanted]
       elif line.startswith("{"):
         self.result = json.loads(line)
-    raise StoppedError(self.why())
+    raise StoppedError(self.reason())
 
   def block(self) -> dict[str, Any]:
-    """Runs one."""
+    """Runs one block and returns its report."""
     try:
       self.process.stdin.write("go\n")
       self.process.stdin.flush()
     except BrokenPipeError:
-      raise StoppedError(self.why()) from None
-    return self.hear("block")
+      raise StoppedError(self.reason()) from None
+    return self.receive("block")
 
   def close(self, patience_s: float = 300.0) -> None:
-    """Ends it, and keeps the line it prints last."""
+    """Closes its input, waits for its end, and keeps the JSON object that it prints last."""
     try:
       rest, _ = self.process.communicate(timeout=patience_s)
     except subprocess.TimeoutExpired:
@@ -121,22 +122,22 @@ class Program:
         self.result = json.loads(line)
 
   def end(self) -> None:
-    """Ends it at once, if it has not ended."""
+    """Kills it, if it has not ended."""
     self.process.kill()
     self.process.communicate()
 
-  def why(self) -> str:
-    """Why it ended."""
+  def reason(self) -> str:
+    """Returns the reason why it ended, from its exit status and its log."""
     code = self.process.wait()
     lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     text = "\n".join(lines[-200:]).lower()
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or any(x in text for x in _NO_MEMORY):
       return "out of memory"
-    return f"failed ({code}): {lines[-1].strip()[:200] if lines else 'no word of why'}"
+    return f"failed ({code}): {lines[-1].strip()[:200] if lines else 'no output'}"
 
 
 def wait_for_quiet(limit_s: float, window_s: float = 0.4, cores: float = 0.1) -> bool:
-  """Waits until other programs use next to nothing; false if they never do."""
+  """Waits until other programs use almost no processor time; returns False if the limit passes."""
   until = time.monotonic() + limit_s
   while time.monotonic() < until:
     with pacing.Meter() as meter:
@@ -154,9 +155,15 @@ def compete(
 ) -> dict[str, Any]:
   """Runs all rounds.
 
+  Args:
+    contestants: the programs.
+    rules: the rules.
+    logs: folder for their standard errors.
+    say: prints a line of progress.
+
   Returns:
-    `rounds`, each with `clean` and the `blocks` of every contestant by its name; `failed`, reasons
-    by name; `results`, the last line of each.
+    `rounds`, each with `clean` (no other programs ran) and the `blocks` of every contestant by its
+    name; `failed`, reasons by name; `results`, the last JSON object of each.
   """
   logs.mkdir(parents=True, exist_ok=True)
   for contestant in contestants:
@@ -169,6 +176,7 @@ def compete(
     for number in range(field.most):
       if sum(one["clean"] for one in rounds) >= rules.rounds:
         break
+      # The order rotates, so that no contestant always runs first.
       first = number % len(contestants)
       blocks = field.round([*contestants[first:], *contestants[:first]])
       if not blocks:
@@ -186,7 +194,7 @@ def compete(
 
 
 class _Field:
-  """The programs at work; one that fails is out, with the reason in `failed`."""
+  """The running programs; one that fails is removed, with the reason in `failed`."""
 
   def __init__(self, rules: Rules, logs: pathlib.Path, say: Callable[[str], None]):
     self.rules, self.logs, self.say = rules, logs, say
@@ -198,25 +206,26 @@ class _Field:
     self.results: dict[str, Any] = {}
 
   def enter(self, contestant: Contestant) -> None:
-    """What comes before the first round."""
+    """Prepares a contestant, and starts it if programs stay loaded."""
     if contestant.prepare:
       self._attempt(contestant, self._prepare)
     if self.rules.loaded and contestant.name not in self.failed:
       self._attempt(contestant, self._start)
 
   def round(self, order: Sequence[Contestant]) -> dict[str, list[dict[str, Any]]]:
-    """Blocks of each that is still in, by its name."""
+    """Runs a round; returns the blocks of every contestant that has not failed, by name."""
     playing = [each for each in order if each.name not in self.failed]
     blocks = {each.name: self._attempt(each, self._turn) for each in playing}
     return {name: some for name, some in blocks.items() if some}
 
   def stop(self, name: str) -> None:
+    """Ends a program that has run all its blocks, and keeps its result."""
     program = self.programs.pop(name)
     program.close()
     self.results[name] = program.result
 
   def _attempt(self, contestant: Contestant, do: Callable[[Contestant], Any]) -> Any:
-    """What it gives, None where the contestant fails."""
+    """Returns what `do` returns; if the contestant fails, notes the reason and returns None."""
     try:
       return do(contestant)
     except StoppedError as reason:
@@ -233,11 +242,11 @@ class _Field:
     program = self._launch(contestant, Pace(1, 1, 1))
     program.close(patience_s=24 * 3600)
     if program.process.returncode:
-      raise StoppedError(program.why())
+      raise StoppedError(program.reason())
     del self.programs[contestant.name]
 
   def _start(self, contestant: Contestant) -> None:
-    self._launch(contestant, self.pace).hear("ready")
+    self._launch(contestant, self.pace).receive("ready")
 
   def _turn(self, contestant: Contestant) -> list[dict[str, Any]]:
     if not self.rules.loaded:
@@ -252,19 +261,28 @@ class _Field:
 
 
 def _rate(blocks: Sequence[dict[str, Any]]) -> float:
-  """Tokens a second of a contestant in one round, a prompt counted with each of its answers."""
+  """Returns the median tokens per second of a round; a prompt counts with each completion."""
   return statistics.median(block["tokens"] / block["wall_s"] for block in blocks)
 
 
 def summary(
   contestants: Sequence[Contestant], found: dict[str, Any], tokens_per_pair: float
 ) -> tuple[str | None, dict[str, dict[str, Any]]]:
-  """The peer that ratios are taken to, the quickest of them, and a row for each contestant.
+  """Summarizes the rounds of a comparison.
 
-  Clean rounds count; if there are none, all do. Of a row: `failed`, a reason or None; medians of
-  `pairs_per_s`, of mean length, and `tokens_per_s`; `ratio`, `ratio_min`, `ratio_max` in the same
-  round, None where the peer has no block; `peak_memory_mb`; `rounds` that count and those that were
-  `clean`; the `command`; and its last line, `result`.
+  Clean rounds count; if there are none, all do.
+
+  Args:
+    contestants: the programs.
+    found: what `compete` returned.
+    tokens_per_pair: mean tokens of a pair, the prompt counted with each completion.
+
+  Returns:
+    The name of the fastest peer, which ratios are taken to, and a row for each contestant:
+    `failed`, a reason or None; medians `pairs_per_s` (pairs of mean length) and `tokens_per_s`;
+    `ratio`, `ratio_min` and `ratio_max` within a round, None without a block of the peer;
+    `peak_memory_mb`; the number of `rounds` used, and of `clean` ones; `command`; `result`, its
+    last JSON object.
   """
   used = [one for one in found["rounds"] if one["clean"]] or found["rounds"]
   rates = {
@@ -304,10 +322,13 @@ def _row(
 
 
 def table(base: str | None, rows: dict[str, dict[str, Any]]) -> str:
-  """Markdown, a line for each contestant."""
-  number = lambda value, form: "–" if value is None else format(value, form)
+  """Formats the rows of `summary` as a table in Markdown."""
+
+  def number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
   lines = [
-    f"| program | pairs/s | against {base or 'the peer'} (least to most) | peak MB | rounds |",
+    f"| program | pairs/s | times {base or 'the peer'} (least to most) | peak MB | rounds |",
     "|---|---|---|---|---|",
   ]
   for name, row in rows.items():

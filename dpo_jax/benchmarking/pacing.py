@@ -1,10 +1,10 @@
-"""How a benchmark is paced: alone, or in turns with others on one machine.
+"""The protocol by which benchmarks take turns on one machine, and the measurement of one block.
 
-In turns, a driver starts every program and waits until it says `@{"ready": true}`. From then on one
-line `go` on its standard input runs one block, which it reports as `@{"block": {…}}`; meanwhile the
-others wait. A program ends when it has run its blocks or its input is closed.
+A driver starts every program and waits for its message `@{"ready": true}`. Then each line `go` on a
+program's standard input runs one block, which the program reports as `@{"block": {…}}`; the others
+wait meanwhile. A program ends after its last block, or when its input is closed.
 
-Imports the standard library alone: programs of other libraries take their turns by it too.
+This module imports the standard library alone, since programs without JAX use it too.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any, NamedTuple, TextIO
 
 
 class Pace(NamedTuple):
-  """How many steps are taken, and when.
+  """The number of steps of a benchmark, and their division into blocks.
 
   Attributes:
-    blocks: timed blocks.
-    block_steps: steps of a block.
-    warmup: steps before the first, not timed, besides those that compile every shape.
-    lockstep: whether each block waits to be asked for.
+    blocks: number of timed blocks.
+    block_steps: steps per block.
+    warmup: untimed steps before the first block, besides those that compile every shape.
+    lockstep: True if each block waits for its line `go`.
   """
 
   blocks: int
@@ -36,17 +36,17 @@ class Pace(NamedTuple):
 
   @property
   def steps(self) -> int:
-    """All there are, at most."""
+    """Total number of steps, at most."""
     return self.warmup + self.blocks * self.block_steps
 
 
 def read(text: str, usual: Pace) -> Pace:
-  """A pace from a JSON object of its fields; those not given are as in `usual`.
+  """Reads a pace from a JSON object of its fields; missing ones are taken from `usual`.
 
   Raises:
-    UserError: no object, a field that is not known, or a value that it cannot have.
+    UserError: not a JSON object, an unknown field, or a value out of range.
   """
-  from dpo_jax.structs import UserError  # which loads jax
+  from dpo_jax.structs import UserError  # imported here, since it loads jax
 
   known = ", ".join(Pace._fields)
   try:
@@ -54,7 +54,7 @@ def read(text: str, usual: Pace) -> Pace:
   except json.JSONDecodeError as error:
     given = None
     if text.startswith("{"):
-      raise UserError(f"{text!r} is no JSON: {error}") from None
+      raise UserError(f"{text!r} is not JSON: {error}") from None
   if not isinstance(given, dict):
     raise UserError(
       f"unexpected argument {text!r}; beside --name=value only one JSON object of {known} is taken"
@@ -76,12 +76,12 @@ def read(text: str, usual: Pace) -> Pace:
 def turns(
   pace: Pace, source: TextIO | None = None, say: Callable[[dict[str, Any]], None] | None = None
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-  """Yields once for every block, when it is to run: what takes the block's report.
+  """Yields once per block, when it should run, a function that takes the block's report.
 
   Args:
-    pace: of which `blocks` and `lockstep` are read.
-    source: of the lines `go`; standard input unless given.
-    say: sends a message; to standard output unless given.
+    pace: `blocks` and `lockstep` are read.
+    source: stream of the lines `go`; by default standard input.
+    say: sends a message; by default to standard output.
   """
   source = sys.stdin if source is None else source
   say = _say if say is None else say
@@ -94,16 +94,17 @@ def turns(
 
 
 def _say(message: dict[str, Any]) -> None:
+  # Flushed, since the driver waits for it; "@" tells messages from other output.
   print("@" + json.dumps(message), flush=True)
 
 
 class Meter:
-  """What a block of work took of this machine, inside `with`.
+  """Context manager that measures the time of a block, and the load by other programs meanwhile.
 
   Attributes:
     wall_s: seconds.
-    cpu_s: of processor time, this process's and its threads'.
-    other_cores: mean number of cores that all other programs used; 0 where there is no /proc.
+    cpu_s: seconds of processor time of this process, all threads together.
+    other_cores: mean number of cores that all other programs used; 0 without /proc.
   """
 
   def __enter__(self) -> Meter:
@@ -117,7 +118,7 @@ class Meter:
     self.other_cores = max(0.0, others) / max(self.wall_s, 1e-9)
 
   def report(self) -> dict[str, float]:
-    """Its figures, and the memory that the process holds and has held at most, MB of 2^20 bytes."""
+    """Returns the figures, with present and peak memory of the process in MB of 2^20 bytes."""
     return {
       "wall_s": self.wall_s,
       "cpu_s": self.cpu_s,
@@ -128,12 +129,13 @@ class Meter:
 
 
 def _own_seconds() -> float:
+  """Returns the processor time of this process so far."""
   times = os.times()
   return times.user + times.system
 
 
 def _busy_seconds() -> float:
-  """Of processor time, spent on this machine by whatever was not idle or waiting for a disk."""
+  """Returns processor time spent on this machine so far, without idle time and disk waits."""
   try:
     first = pathlib.Path("/proc/stat").read_text().split("\n", 1)[0]
   except OSError:
@@ -144,7 +146,7 @@ def _busy_seconds() -> float:
 
 
 def held_mb() -> float:
-  """Memory of this process now; the most so far where there is no /proc."""
+  """Returns the memory of this process now, in MB; without /proc the peak so far."""
   try:
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
   except OSError:
@@ -153,6 +155,7 @@ def held_mb() -> float:
 
 
 def most_held_mb() -> float:
-  """The most memory that this process has held."""
+  """Returns the peak memory of this process, in MB."""
+  # ru_maxrss is in bytes on macOS, in units of 1,024 bytes elsewhere.
   unit = 1 if sys.platform == "darwin" else 1024
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,7 +1,7 @@
-"""How time and memory of the training step grow, one quantity at a time, on this machine's CPU.
+"""Measures how time and memory of the training step grow with one quantity, on this CPU.
 
-The step is that of training, of synthetic rows of equal lengths, compiled as the planner has it.
-What it should need by its compiler stands beside what the process held at most.
+The step is that of training, on synthetic rows of equal lengths, compiled as in the planner. Memory
+is given twice: as the compiler's account, and as the measured peak of the process.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ from dpo_jax.utils import files
 
 
 class Axis(NamedTuple):
-  """A quantity: its label in the figure, and what it is set to."""
+  """A quantity that is varied: its label in the figure, and its values."""
 
   label: str
   values: tuple[int, ...]
 
 
 def _doubled(first: int, last: int, times: int = 2) -> tuple[int, ...]:
+  """Returns first, first · times, … up to `last`."""
   return (first,) if first * times > last else (first, *_doubled(first * times, last, times))
 
 
 AXES = {
-  "length": Axis("tokens of a prompt and one answer", _doubled(256, 32768)),
+  "length": Axis("tokens of a prompt and one completion", _doubled(256, 32768)),
   "vocabulary": Axis("vocabulary", _doubled(1024, 262144, 4)),
-  "pairs": Axis("pairs of a row", _doubled(1, 32)),
-  "answers": Axis("answers of a prompt, ranked", _doubled(2, 32)),
+  "pairs": Axis("pairs per row", _doubled(1, 32)),
+  "answers": Axis("ranked completions per prompt", _doubled(2, 32)),
   "width": Axis("width of the model", _doubled(64, 512)),
   "depth": Axis("layers", _doubled(1, 16)),
   "devices": Axis("devices, the model divided among them", _doubled(1, 8)),
@@ -49,10 +50,10 @@ AXES = {
 
 
 def configured(axis: str, value: int) -> tuple[ConfigDict, planner.Lengths]:
-  """A small Llama and a few rows, with one quantity set.
+  """Returns the configuration of a small Llama with one quantity set, and the lengths of its rows.
 
   Raises:
-    UserError: an axis that is not known.
+    UserError: the axis is unknown.
   """
   if axis not in AXES:
     raise UserError(f"{axis!r} does not grow; known are {', '.join(AXES)}")
@@ -77,16 +78,16 @@ def configured(axis: str, value: int) -> tuple[ConfigDict, planner.Lengths]:
     config.loss = defaults.loss("plackett_luce")
     config.on_policy.num = value
   if axis == "pairs":
-    # A prompt of 64 tokens and two answers of 64, once each.
+    # A prompt of 64 tokens and two completions of 64, once each: exactly that many pairs fit.
     config.data.row_length = value * 192
   return config, planner.Lengths(length, prompt_fraction=0.5, sigma=0.0)
 
 
 def read(file: pathlib.Path) -> list[dict[str, Any]]:
-  """Points of an earlier run, none if there is no file.
+  """Reads the points of an earlier run; returns none if there is no file.
 
   Raises:
-    UserError: something else is there.
+    UserError: the file is something else.
   """
   if not file.exists():
     return []
@@ -96,7 +97,7 @@ def read(file: pathlib.Path) -> list[dict[str, Any]]:
   except (OSError, ValueError, KeyError, TypeError):
     whole = False
   if not whole:
-    raise UserError(f"{file} holds no points of an earlier run; move it away")
+    raise UserError(f"{file} contains no points of an earlier run; move it away")
   return points
 
 
@@ -106,13 +107,13 @@ def write(file: pathlib.Path, points: Sequence[dict[str, Any]]) -> None:
 
 
 def measure(axis: str, value: int) -> dict[str, Any]:
-  """Of one point, in a process that has measured no other.
+  """Measures one point, in a process that has measured no other.
 
   Returns:
-    `planned_mb`, arguments and temporaries of the step by the compiler, on all devices; `seconds`
-    of the quickest of several; `measured_mb`, the most that the process held beyond what it held
-    before, None without /proc; `tokens` of the rows; `compile_seconds`. A step that would take more
-    than a third of the memory that is free does not run: its `seconds` and `measured_mb` are None.
+    `planned_mb`, the compiler's sum of arguments and temporaries over all devices; `seconds` of the
+    fastest of several steps; `measured_mb`, the peak memory beyond that before the step, None
+    without /proc; `tokens` of the rows; `compile_seconds`. A step that needs more than a third of
+    the free memory is not run: its `seconds` and `measured_mb` are None.
   """
   run = planner.outline(*configured(axis, value))
   began = time.perf_counter()
@@ -120,6 +121,7 @@ def measure(axis: str, value: int) -> dict[str, Any]:
   compile_seconds = time.perf_counter() - began
   about = compiled.memory_analysis()
   planned = about.argument_size_in_bytes + about.temp_size_in_bytes
+  # Donated arguments are also outputs; they count once.
   planned += about.output_size_in_bytes - about.alias_size_in_bytes
   planned *= len(run.executor.devices)
   found: dict[str, Any] = {
@@ -138,12 +140,12 @@ def measure(axis: str, value: int) -> dict[str, Any]:
 
 
 def _run(run: planner.Outline, compiled: jax.stages.Compiled) -> tuple[float, float | None]:
-  """Seconds of the quickest step, zeros in place of numbers, and MB that the process held."""
+  """Returns the seconds of the fastest step, all values being zeros, and the peak memory in MB."""
   batch = run.executor.place_batch(run.batch)
   zeros = lambda x: jax.jit(lambda: jnp.zeros(x.shape, x.dtype), out_shardings=x.sharding)()
   gc.collect()
   if sys.platform.startswith("linux"):
-    ctypes.CDLL(None).malloc_trim(0)  # what compiling left behind
+    ctypes.CDLL(None).malloc_trim(0)  # returns what compilation had used to the system
   before = _field("/proc/self/status", "VmRSS")
   state, reference = jax.tree.map(zeros, (run.state, run.reference))
   times: list[float] = []
@@ -159,7 +161,7 @@ def _run(run: planner.Outline, compiled: jax.stages.Compiled) -> tuple[float, fl
 
 
 def _field(path: str, name: str) -> int | None:
-  """Bytes that a file of /proc says; None without it."""
+  """Reads a size in bytes from a file of /proc; returns None without that file."""
   try:
     lines = pathlib.Path(path).read_text().splitlines()
   except OSError:
@@ -168,6 +170,6 @@ def _field(path: str, name: str) -> int | None:
 
 
 def _forget_most_held() -> None:
-  """The most held is counted from here on."""
+  """Resets the peak memory that the system has recorded for this process."""
   with contextlib.suppress(OSError):
     pathlib.Path("/proc/self/clear_refs").write_text("5")

@@ -1,12 +1,12 @@
-"""What goes wrong in preference training, told while it happens, together with the remedy.
+"""Alerts: rules that find common failures of preference training in the metrics, with remedies.
 
-Every rule makes one number of the metrics so far, its level: 1 is where it is told, and an episode
-is over below `CLEAR`. Nothing is told twice in an episode. Metrics of training steps are averaged
-over the latest steps before a rule reads them; what held-out data says has to be said twice in a
-row, unless it is far beyond the limit.
+Every rule computes one number from the metrics so far, its level. An alert is raised at level 1,
+and its episode ends below `CLEAR`; an episode raises one alert. Training metrics are averaged over
+recent steps before a rule reads them. A held-out metric must pass the limit in two evaluations in
+a row, unless it is far beyond it.
 
-A watch is a function of the metrics it saw, so a run that is resumed goes on where it stopped, and
-a report finds again what the log has told.
+A watch depends only on the metrics it has seen. So a resumed run continues its episodes, and the
+report finds the same alerts again from `metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from typing import Any, NamedTuple
 
 # -- limits --------------------------------------------------------------------------------------
 
-CLEAR = 0.8  # an episode ends here, so that a value near its limit is not told again and again
+CLEAR = 0.8  # an episode ends here, so that a value near its limit raises one alert, not many
 SURE = 1.5  # a level at which one evaluation is enough
-HALF_LIFE = 20  # steps after which a step counts half: long beside the noise, short beside a run
+HALF_LIFE = 20  # steps after which a step counts half: long against the noise, short against a run
 WARM = 20  # steps before averages are read
 
-# Nats a token. e^0.2 is a perplexity a fifth higher on the very answers that people chose. Some
-# drift is right: log-ratios of answers drawn from the reference have a negative mean under π* too.
+# Nats per token. e^0.2 is a perplexity a fifth higher on the very completions that people chose.
+# Some drift is right: log-ratios of the reference's samples have a negative mean under π* too.
 CHOSEN_DRIFT = 0.2
-# Nats a token, of both answers, and the share of pairs that lose both: less drift is enough where
-# chosen and rejected answers fall alike, since it is other text that gains.
+# Nats per token, for both completions, and the share of pairs in which both lose probability. The
+# limit is lower here: if chosen and rejected fall alike, some other text gains.
 BOTH_DRIFT, BOTH_FELL = 0.15, 0.75
-# Share of what the loss had gained since the start that may be lost again: losses differ in scale,
-# and some pass through zero. The least rise that counts, as a share of the lowest loss: held out,
-# several standard errors of a few hundred pairs; in training much more, since after a steep warm-up
-# runs that end well were seen to rise by a quarter at first.
+# Share of the loss's improvement since the start that may be lost again: a share, since losses
+# differ in scale and some pass through zero. Then the least rise that counts, as a share of the
+# lowest loss. Held out: several standard errors of a few hundred pairs. In training: much more,
+# since runs that ended well had risen by a quarter after a steep warm-up.
 LOSS_LOST, HELD_OUT_RISE, TRAINING_RISE = 0.2, 0.1, 0.5
-# Standard errors at which a rise of the averaged training loss is more than noise, whatever the
-# batch: the lowest of a long run is picked, and a run has thousands of steps to pick from.
+# Standard errors beyond which a rise of the averaged training loss is more than noise. Many, since
+# the lowest average is picked from thousands of steps.
 LOSS_NOISE = 6.0
-# Chosen answers that are shorter keep less than this share of the margin of those that are longer,
-# on data where the pairs are told apart at all.
+# Pairs with a shorter chosen completion have less than this share of the margin of the others;
+# read only where the accuracy shows that pairs are told apart at all.
 LENGTH_SHARE, LENGTH_ACCURACY = 0.1, 0.6
-# Nats an answer and a token. Figure 2 of Rafailov et al. 2023 ends at 20 nats, rewards long flat;
-# at half a nat a token every token is 1.6 times as likely as under the reference, so short answers
-# reach it first.
+# Nats per completion, and per token. Figure 2 of Rafailov et al. 2023 ends at 20 nats, where
+# rewards have long been flat. At half a nat per token every token is 1.6 times as likely as under
+# the reference; short completions reach this limit first.
 KL, KL_TOKEN = 20.0, 0.5
-# Share of the first evaluation's entropy that may be lost, and by how much the share of repeated
-# 4-grams may rise: well beyond what sampling a few dozen answers varies by.
+# Share of the first evaluation's entropy that may be lost, and the rise of the share of repeated
+# 4-grams. Both are well beyond the noise of a few dozen samples.
 ENTROPY_LOST, REPEATED = 0.5, 0.2
-# Accuracy on the training pairs, and their loss as a share of the loss at the start: no labels of
-# people agree so well, so the pairs are learnt by heart or a marker gives the answer away.
+# Accuracy on the training pairs, and their loss as a share of the loss at the start. Labels by
+# people never agree so well: the pairs are memorized, or some marker gives the label away.
 SURE_ACCURACY, SPENT_LOSS = 0.99, 0.03
 
 
 class Alert(NamedTuple):
-  """One line on something that goes wrong: the value and the remedy."""
+  """One line about a failure: the value and the remedy."""
 
   step: int
   name: str
@@ -60,7 +60,7 @@ class Alert(NamedTuple):
 
 
 def scan(records: Iterable[Mapping[str, Any]]) -> list[Alert]:
-  """All alerts of a run from the lines of its `metrics.jsonl`, as a watch told them live."""
+  """Returns all alerts of a run from the lines of its `metrics.jsonl`, as they were raised live."""
   watch, found = Watch(), []
   for record in records:
     found += watch.see_record(record)
@@ -68,7 +68,7 @@ def scan(records: Iterable[Mapping[str, Any]]) -> list[Alert]:
 
 
 class Watch:
-  """The rules, with what they remember of a run.
+  """Applies the rules to the metrics of a run, and keeps their state.
 
   watch = Watch()
   for alert in watch.see(step, metrics):  # training metrics, or an evaluation under eval/…
@@ -78,31 +78,31 @@ class Watch:
   def __init__(self) -> None:
     self._facts = _Facts()
     self._raised: set[str] = set()
-    self._waiting: set[str] = set()  # rules that one evaluation has spoken for
+    self._waiting: set[str] = set()  # rules whose limit one evaluation has passed
 
   def see(self, step: int, metrics: Mapping[str, Any]) -> list[Alert]:
-    """Takes in one step or one evaluation; returns what it gives rise to."""
+    """Adds the metrics of one step or one evaluation; returns the alerts that they raise."""
     values = {k: float(v) for k, v in metrics.items() if v is not None and math.isfinite(v)}
     self._facts.add(values)
     return [
       Alert(step, rule.name, text)
       for rule in RULES
-      if rule.reads <= values.keys() and (text := self._judge(rule)) is not None
+      if rule.reads <= values.keys() and (text := self._apply(rule)) is not None
     ]
 
   def see_record(self, record: Mapping[str, Any]) -> list[Alert]:
-    """The same for a line of `metrics.jsonl`, which holds a step and its evaluation."""
+    """Adds a line of `metrics.jsonl`: the metrics of a step and, if any, of its evaluation."""
     parts: tuple[dict[str, Any], dict[str, Any]] = {}, {}
     for name, value in record.items():
       if name != "step":
         parts[name.startswith("eval/")][name] = value
     return [alert for part in parts for alert in self.see(record["step"], part)]
 
-  def _judge(self, rule: Rule) -> str | None:
-    """The alert's text where an episode of the rule begins."""
+  def _apply(self, rule: Rule) -> str | None:
+    """Returns the alert's text if an episode of the rule begins, else None."""
     if not all(self._facts.ready(name) for name in rule.reads):
       return None
-    level, text = rule.judge(self._facts)
+    level, text = rule.level(self._facts)
     if level < 1:
       self._waiting.discard(rule.name)
       if level < CLEAR:
@@ -117,15 +117,15 @@ class Watch:
     return text
 
 
-# -- what rules read -----------------------------------------------------------------------------
+# -- metrics over time ---------------------------------------------------------------------------
 
 
 class _Series:
-  """One metric over time: averaged over recent steps if of training, as it is if held out.
+  """One metric over time: a training metric averaged over recent steps, a held-out one as it is.
 
   Attributes:
     first: the first value.
-    lowest, lowest_error: the least that `now` has been, and its error then.
+    lowest, lowest_error: the lowest value of `now` so far, and its standard error then.
   """
 
   def __init__(self, name: str):
@@ -137,7 +137,7 @@ class _Series:
     self.count = 0
 
   def add(self, value: float) -> bool:
-    """Takes in a value; returns whether the series has never been lower."""
+    """Adds a value; returns True if the average is the lowest so far."""
     if self.count:
       self.spread += (1 - self.keep) * ((value - self.now) ** 2 - self.spread)
     else:
@@ -151,18 +151,20 @@ class _Series:
 
   @property
   def now(self) -> float:
-    return self.sum / (1 - self.keep**self.count)  # what the sum lacks while it is young
+    """The exponential average with its bias corrected; the latest value if held out."""
+    # The sum starts at 0, so while it is young it is too small by this factor.
+    return self.sum / (1 - self.keep**self.count)
 
   @property
   def error(self) -> float:
-    """Standard error of `now`, as far as values vary independently."""
+    """Standard error of `now`, if the values of different steps are independent."""
     k, n = self.keep, self.count
     spread = self.spread / (1 - k ** (n - 1)) if n > 1 else 0.0
     return math.sqrt(spread * (1 - k) / (1 + k) * (1 - k ** (2 * n))) / (1 - k**n)
 
 
 class _Facts:
-  """Every metric over time, and how things stood when the held-out loss was lowest."""
+  """Every metric over time, and a copy of all from when the held-out loss was lowest."""
 
   def __init__(self) -> None:
     self._series: dict[str, _Series] = {}
@@ -190,17 +192,17 @@ class _Facts:
 
 
 class Rule(NamedTuple):
-  """One way to go wrong.
+  """One kind of failure.
 
   Attributes:
-    name: of the alert.
-    reads: metrics that must be there; the rule is judged when they come in.
-    judge: its level, and what is said at 1 or above.
+    name: name of the alert.
+    reads: metrics that the rule needs; it is applied when all of them arrive.
+    level: returns the level, and the text of the alert for a level of 1 or above.
   """
 
   name: str
   reads: frozenset[str]
-  judge: Callable[[_Facts], tuple[float, str]]
+  level: Callable[[_Facts], tuple[float, str]]
 
   @property
   def held_out(self) -> bool:
@@ -210,8 +212,9 @@ class Rule(NamedTuple):
 def _chosen_falls(facts: _Facts) -> tuple[float, str]:
   drift = facts["drift/chosen"].now
   return -drift / CHOSEN_DRIFT, (
-    f"chosen answers have lost {-drift:.2f} nats a token against the reference; hold them up with"
-    " --config.loss.sft_weight=1 or --config.loss.name=dpop, or take a larger --config.loss.beta"
+    "the model gives the chosen completions less probability than the reference does"
+    f" ({-drift:.2f} nats per token less); try --config.loss.sft_weight=1, --config.loss.name=dpop"
+    " or a larger --config.loss.beta"
   )
 
 
@@ -221,8 +224,8 @@ def _both_fall(facts: _Facts) -> tuple[float, str]:
   mass = facts["drift/pair_mass"].now
   level = min(share / BOTH_FELL, -chosen / BOTH_DRIFT, -rejected / BOTH_DRIFT)
   return level, (
-    f"in {share:.0%} of pairs both answers lose probability, {-chosen:.2f} and {-rejected:.2f} nats"
-    f" a token, together {-mass:.1f} nats a pair: other text gains it; try"
+    f"in {share:.0%} of pairs both completions lose probability, {-chosen:.2f} and {-rejected:.2f}"
+    f" nats per token, together {-mass:.1f} nats per pair; it moved to text in neither; try"
     " --config.loss.sft_weight=1, --config.loss.name=dpop, a larger --config.loss.beta or fewer"
     " --config.train.epochs"
   )
@@ -238,12 +241,12 @@ def _overfits(facts: _Facts) -> tuple[float, str]:
   if facts.ready("rewards/margins"):
     then, now = facts.then("rewards/margins", 0.0), facts["rewards/margins"].now
     grows, sign = now > then, f" and the training margin grew from {then:.3g} to {now:.3g}"
-  # Where the training loss rises too, the rule of that name speaks.
+  # If the training loss rises too, that is the rule `loss rises`, not overfitting.
   then = facts.then("loss", training.first)
   level = rise / limit if training.now < then and grows and limit > 0 else 0.0
   return level, (
     f"the held-out loss rose from {held_out.lowest:.4g} to {held_out.now:.4g} while the training"
-    f" loss fell from {then:.4g} to {training.now:.4g}{sign}: take fewer --config.train.epochs, a"
+    f" loss fell from {then:.4g} to {training.now:.4g}{sign}; try fewer --config.train.epochs, a"
     " lower --config.optimizer.learning_rate or a larger --config.loss.beta"
   )
 
@@ -254,16 +257,16 @@ def _length_bias(facts: _Facts) -> tuple[float, str]:
   shorter = facts["eval/margins/chosen_shorter"].now
   kept = shorter / longer if longer > 0 else 1.0
   return min((1 - kept) / (1 - LENGTH_SHARE), accuracy / LENGTH_ACCURACY), (
-    f"held-out accuracy is {accuracy:.2f}, but the margin is {longer:.3g} where the chosen answer"
-    f" is longer and {shorter:.3g} where it is shorter: length is what is learnt; try"
+    f"held-out accuracy is {accuracy:.2f}, but the margin is {longer:.3g} where the chosen"
+    f" completion is longer and {shorter:.3g} where it is shorter: the model learns length; try"
     " --config.loss.ld_alpha=0.5 or --config.loss.name=simpo"
   )
 
 
 def _far_away(facts: _Facts) -> tuple[float, str]:
-  kl, a_token = facts["eval/sampled/kl"].now, facts["eval/sampled/kl_per_token"].now
-  return max(kl / KL, a_token / KL_TOKEN), (
-    f"sampled answers are {kl:.1f} nats from the reference, {a_token:.2f} a token: take a larger"
+  kl, per_token = facts["eval/sampled/kl"].now, facts["eval/sampled/kl_per_token"].now
+  return max(kl / KL, per_token / KL_TOKEN), (
+    f"samples are {kl:.1f} nats from the reference, {per_token:.2f} per token; try a larger"
     " --config.loss.beta, fewer --config.train.epochs or a lower --config.optimizer.learning_rate"
   )
 
@@ -272,8 +275,8 @@ def _entropy_falls(facts: _Facts) -> tuple[float, str]:
   entropy = facts["eval/sampled/entropy"]
   lost = 1 - entropy.now / entropy.first if entropy.first > 0 else 0.0
   return lost / ENTROPY_LOST, (
-    f"the entropy of sampled answers fell from {entropy.first:.2f} to {entropy.now:.2f} nats a"
-    " token, so they grow alike: take a larger --config.loss.beta, --config.loss.sft_weight=1 or"
+    f"the entropy of samples fell from {entropy.first:.2f} to {entropy.now:.2f} nats per token:"
+    " they become alike; try a larger --config.loss.beta, --config.loss.sft_weight=1 or"
     " fewer --config.train.epochs"
   )
 
@@ -281,8 +284,8 @@ def _entropy_falls(facts: _Facts) -> tuple[float, str]:
 def _repeats(facts: _Facts) -> tuple[float, str]:
   repeated = facts["eval/sampled/repetition"]
   return (repeated.now - repeated.first) / REPEATED, (
-    f"{repeated.now:.0%} of the 4-grams of sampled answers repeat earlier ones, at first"
-    f" {repeated.first:.0%}: take a larger --config.loss.beta, --config.loss.sft_weight=1 or a"
+    f"{repeated.now:.0%} of the 4-grams of samples repeat earlier ones, {repeated.first:.0%} at"
+    f" first; try a larger --config.loss.beta, --config.loss.sft_weight=1 or a"
     " lower --config.optimizer.learning_rate"
   )
 
@@ -294,14 +297,14 @@ def _by_heart(facts: _Facts) -> tuple[float, str]:
   spent = SPENT_LOSS * start / max(loss.now, 1e-9 * start) if start > 0 else 0.0
   return min(sure, spent), (
     f"on the training pairs accuracy is {accuracy:.3f} and the loss {loss.now:.3g}, at first"
-    f" {loss.first:.3g}: take fewer --config.train.epochs, and look whether something other than"
-    " quality tells chosen from rejected answers"
+    f" {loss.first:.3g}: they are memorized; try fewer --config.train.epochs, and check whether"
+    " something other than quality separates chosen from rejected completions"
   )
 
 
 def _loss_rises(facts: _Facts) -> tuple[float, str]:
   loss = facts["objective"] if facts.ready("objective") else facts["loss"]
-  # The average is young at first: what blows up at once is measured by where it began.
+  # A loss that blows up at once has no lowest average yet: it is compared with its first value.
   lowest = min(loss.lowest, loss.first)
   limit = max(
     LOSS_LOST * (loss.first - lowest),
@@ -309,15 +312,15 @@ def _loss_rises(facts: _Facts) -> tuple[float, str]:
     LOSS_NOISE * math.hypot(loss.error, loss.lowest_error),
   )
   return (loss.now - lowest) / limit if limit > 0 else 0.0, (
-    f"the training loss rose from {lowest:.4g} to {loss.now:.4g}, averaged over steps: take a"
+    f"the training loss rose from {lowest:.4g} to {loss.now:.4g}, averaged over steps; try a"
     " lower --config.optimizer.learning_rate, more --config.optimizer.warmup_steps or a larger"
     " --config.train.batch_size"
   )
 
 
 RULES = tuple(
-  Rule(name, frozenset(reads), judge)
-  for name, judge, reads in (
+  Rule(name, frozenset(reads), level)
+  for name, level, reads in (
     ("chosen falls", _chosen_falls, ["drift/chosen"]),
     (
       "both fall",
@@ -337,7 +340,7 @@ RULES = tuple(
     ("far from the reference", _far_away, ["eval/sampled/kl", "eval/sampled/kl_per_token"]),
     ("entropy falls", _entropy_falls, ["eval/sampled/entropy"]),
     ("repetition", _repeats, ["eval/sampled/repetition"]),
-    ("learnt by heart", _by_heart, ["loss", "rewards/accuracies"]),
+    ("memorized", _by_heart, ["loss", "rewards/accuracies"]),
     ("loss rises", _loss_rises, ["loss"]),
   )
 )

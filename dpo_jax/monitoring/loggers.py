@@ -1,8 +1,8 @@
-"""What a run says while it runs: `metrics.jsonl`, TensorBoard events, and progress for a person.
+"""Writers of a run's metrics: `metrics.jsonl`, TensorBoard events, and progress on the screen.
 
-`metrics.jsonl` holds every step exactly once, also after a kill and a resume: what was written
-past the step that training resumes from is cut off first. Evaluation joins the line of its step.
-What `alerts` makes of the metrics is printed with them, and not again after a resume.
+`metrics.jsonl` contains every step exactly once, also after a kill and a resume: lines past the
+step that training resumes from are cut off first. An evaluation joins the line of its step. Alerts
+are printed with the metrics that raise them, and not again after a resume.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dpo_jax.utils import files
 
 METRICS = "metrics.jsonl"
 
-# What progress shows of a step, where the step has it: metric, label, format.
+# Metrics that progress shows, if a step has them: name, label, format.
 _SHOWN = (
   ("loss", "loss", "{:.4f}"),
   ("rewards/accuracies", "accuracy", "{:.3f}"),
@@ -42,15 +42,15 @@ _SHOWN = (
 
 
 class Loggers:
-  """Everything a training loop reports to, as one context manager.
+  """All writers of a training run as one context manager.
 
     with Loggers(workdir, start_step=state_step, total_steps=steps) as loggers:
       loggers.write(step, metrics)        # once a step
       loggers.write_eval(step, metrics)   # keys get the prefix eval/
       loggers.say("text")                 # a line that progress does not overwrite
 
-  Values are numbers of any kind that `float` takes. In `metrics.jsonl` a number that is not finite
-  is `null`, since JSON has no word for it.
+  Values are of any type that `float` accepts. A number that is not finite becomes `null` in
+  `metrics.jsonl`, since JSON has no such numbers.
   """
 
   def __init__(
@@ -62,21 +62,26 @@ class Loggers:
     every: int = 10,
     console: rich.console.Console | None = None,
   ):
-    """Opens the files of a run in `workdir`, which is made where missing.
+    """Opens the files of a run in `workdir`, and makes that folder if it is missing.
 
     Args:
-      workdir: the run's folder.
-      start_step: the step that training resumes from; later lines are cut off. 0 is a new run.
-      total_steps: the last step, for progress.
-      every: where there is no terminal, steps between lines of progress.
-      console: where progress goes; standard output unless given.
+      workdir: folder of the run.
+      start_step: step that training resumes from; later lines are cut off. 0 starts a new run.
+      total_steps: last step, for progress.
+      every: steps between lines of progress if there is no terminal.
+      console: console for progress; by default standard output.
+
+    Raises:
+      UserError: a file cannot be written, or `metrics.jsonl` has a line that is not a step.
     """
     folder = pathlib.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
+    # The order is important: the file is cut back to the step that training resumes from, then the
+    # watch reads the rest. Its alerts are dropped here: they were printed before the stop.
     self._lines = _Lines(folder / METRICS, start_step)
     self._watch = alerts.Watch()
     for record in read_metrics(folder / METRICS):
-      self._watch.see_record(record)  # what it finds was said before the run stopped
+      self._watch.see_record(record)
     self._folder = folder
     with self._writing():
       self._events = _Events(folder, start_step)
@@ -104,7 +109,7 @@ class Loggers:
     self._warn(step, values)
 
   def write_eval(self, step: int, metrics: Mapping[str, Any]) -> None:
-    """Records an evaluation after `step` under `eval/…`, on the line of that step."""
+    """Records an evaluation after `step`, under `eval/…`, on the line of that step."""
     values = {f"eval/{name.removeprefix('eval/')}": float(x) for name, x in metrics.items()}
     self._record(step, values)
     shown = {name.removeprefix("eval/"): value for name, value in values.items()}
@@ -131,13 +136,13 @@ class Loggers:
     except OSError as error:
       why = (error.strerror or str(error)).lower()
       raise UserError(
-        f"metrics could not be written in {self._folder}: {why}; mend that and run the same command"
+        f"metrics could not be written in {self._folder}: {why}; fix that and run the same command"
         " again"
       ) from None
 
 
 class Silent:
-  """In place of `Loggers` in a process that is not the one to speak."""
+  """Stand-in for `Loggers` in every process but the main one; it writes nothing."""
 
   def __enter__(self) -> Silent:
     return self
@@ -146,20 +151,20 @@ class Silent:
     pass
 
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-    """Nothing."""
+    """Does nothing."""
 
   def write_eval(self, step: int, metrics: Mapping[str, Any]) -> None:
-    """Nothing."""
+    """Does nothing."""
 
   def say(self, text: str) -> None:
-    """Nothing."""
+    """Does nothing."""
 
 
 # ---------------------------------------------------------------------------- metrics.jsonl
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """The lines of a metrics file; a last line that a kill left unfinished is passed over."""
+  """Reads the lines of a metrics file, without a last line that a kill left unfinished."""
   return [record for _, record in _records(pathlib.Path(path))]
 
 
@@ -167,7 +172,7 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
   with path.open("rb") as file:
     for number, line in enumerate(file, 1):
       if not line.endswith(b"\n"):
-        return
+        return  # the process was killed while it wrote this line
       try:
         record = json.loads(line)
       except ValueError:
@@ -180,7 +185,7 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class _Lines:
-  """The metrics file: one line a step, each on disk as soon as it is written."""
+  """The metrics file: one line per step, passed to the system at once, without a buffer."""
 
   def __init__(self, path: pathlib.Path, start_step: int):
     self._last: tuple[int, int] | None = None  # step and offset of the last line
@@ -193,7 +198,11 @@ class _Lines:
     self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Adds values to the line of `step`: the last line's, or a new one after it."""
+    """Adds values to the line of `step`, which is the last line or a new one.
+
+    Raises:
+      ValueError: a later step has been written already.
+    """
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     end = os.fstat(self._file).st_size
     if self._last is not None and self._last[0] == step:
@@ -203,7 +212,8 @@ class _Lines:
       raise ValueError(f"step {step} after step {self._last[0]}: steps are written in order")
     else:
       start, record = end, {"step": step} | finite
-    # One write, never shorter than what it replaces: a kill leaves the old line or the new one.
+    # One write, padded so that it is never shorter than the line it replaces: whenever the process
+    # is killed, the file ends in the old line or in the new one.
     os.pwrite(self._file, json.dumps(record).ljust(end - start - 1).encode() + b"\n", start)
     self._last = step, start
 
@@ -214,16 +224,17 @@ class _Lines:
 class _Events:
   """The file that TensorBoard reads.
 
-  Written here and not by tensorboardX's thread, which a full disk ends: closing would wait forever.
+  It is written without tensorboardX's thread: a full disk ends that thread, and closing would then
+  wait forever.
   """
 
   def __init__(self, folder: pathlib.Path, start_step: int):
-    # Files are named by the second; the suffix keeps two of the same second apart.
+    # The name has the time in seconds; the step keeps two files of the same second apart.
     name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{start_step}"
     self._file = RecordWriter(str(folder / name))
     self._flushed = 0.0
     self._add(file_version="brain.Event:2")
-    # From this step on it hides what an earlier process wrote.
+    # Tells TensorBoard to hide what an earlier process wrote from this step on.
     start = SessionLog(status=SessionLog.START)
     self._add(step=start_step + 1 if start_step else 0, session_log=start)
 
@@ -250,7 +261,7 @@ class _Events:
 
 
 def _summary(values: Mapping[str, float]) -> Iterator[str]:
-  """`loss 0.6931`, `812 pairs/s`, …: what there is to show of these values."""
+  """Yields the values that progress shows, formatted: `loss 0.6931`, `812 pairs/s`, …."""
   for name, label, form in _SHOWN:
     if name in values:
       number = form.format(values[name])
@@ -258,14 +269,14 @@ def _summary(values: Mapping[str, float]) -> Iterator[str]:
 
 
 def _clock(seconds: float) -> str:
-  """1:05 or 2:01:05."""
+  """Formats seconds as `1:05` or `2:01:05`."""
   minutes, seconds = divmod(max(0, round(seconds)), 60)
   hours, minutes = divmod(minutes, 60)
   return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class _Remaining:
-  """Time left, from the pace since the first step (which alone pays for compilation)."""
+  """Estimates the time left from the pace since the first step, which includes compilation."""
 
   def __init__(self, total_steps: int):
     self._total = total_steps
@@ -281,7 +292,7 @@ class _Remaining:
 
 
 class _PlainLines:
-  """Progress for a log file: the first step, the last, and every so many."""
+  """Progress for a log file: lines for the first step, the last, and every `every` steps."""
 
   def __init__(self, console: rich.console.Console, total_steps: int, every: int):
     self._console, self._total, self._every = console, total_steps, every
@@ -305,7 +316,7 @@ class _PlainLines:
 
 
 class _Bar:
-  """Progress in a terminal: one line that redraws itself."""
+  """Progress in a terminal: one line that is redrawn."""
 
   def __init__(self, console: rich.console.Console, start_step: int, total_steps: int):
     self._remaining = _Remaining(total_steps)

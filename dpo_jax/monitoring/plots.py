@@ -1,4 +1,4 @@
-"""The pictures of a run and of the frontier, as matplotlib figures in one style.
+"""Plots of a run, of the frontier and of scaling, as matplotlib figures in one style.
 
 Figures are made without pyplot, so there is no global state and no display is needed.
 """
@@ -54,7 +54,7 @@ _STYLE: dict[Any, Any] = {
   "savefig.facecolor": "white",
 }
 
-# Name, title, unit, and what is drawn: (metric, label, colour). Evaluation joins by its eval/ name.
+# Name, title, unit, and lines: (metric, label, color). Held-out values have the name eval/METRIC.
 _CURVES = (
   ("loss", "Loss", "nats", (("loss", "training", TRAIN),)),
   ("accuracy", "Accuracy", "share of pairs", (("rewards/accuracies", "training", TRAIN),)),
@@ -90,13 +90,13 @@ _CURVES = (
   ),
   (
     "drift",
-    "Drift of the answers  log π/π_ref",
-    "nats a token",
+    "Drift of the completions  log π/π_ref",
+    "nats per token",
     (("drift/chosen", "chosen", CHOSEN), ("drift/rejected", "rejected", REJECTED)),
   ),
   (
     "both_fell",
-    "Pairs whose answers both lost probability",
+    "Pairs whose completions both lost probability",
     "share of pairs",
     (("drift/both_fell", "training", TRAIN),),
   ),
@@ -108,8 +108,8 @@ _CURVES = (
   ),
   (
     "logps",
-    "Log-probability of the answers",
-    "nats an answer",
+    "Log-probability of the completions",
+    "nats per completion",
     (
       ("logps/chosen", "chosen", CHOSEN),
       ("logps/rejected", "rejected", REJECTED),
@@ -121,14 +121,14 @@ _CURVES = (
   ),
   (
     "kl",
-    "Distance of answers from the reference",
-    "log π/π_ref, nats an answer",
+    "Distance of completions from the reference",
+    "log π/π_ref, nats per completion",
     (("kl", "training", TRAIN), ("sampled/kl", "sampled", CHOSEN)),
   ),
-  ("entropy", "Entropy of sampled answers", "nats a token", (("sampled/entropy", "", TRAIN),)),
+  ("entropy", "Entropy of samples", "nats per token", (("sampled/entropy", "", TRAIN),)),
   (
     "diversity",
-    "Sampled answers",
+    "Samples",
     "share",
     (
       ("sampled/distinct_2", "distinct bigrams", CHOSEN),
@@ -136,19 +136,22 @@ _CURVES = (
       ("sampled/ended", "ended", MUTED),
     ),
   ),
-  ("length", "Length of sampled answers", "tokens", (("sampled/tokens", "", TRAIN),)),
+  ("length", "Length of samples", "tokens", (("sampled/tokens", "", TRAIN),)),
   ("grad_norm", "Norm of the gradient, before clipping", "", (("grad_norm", "training", TRAIN),)),
   ("learning_rate", "Learning rate", "", (("learning_rate", "training", MUTED),)),
-  ("speed", "Speed", "a second", (("pairs_per_second", "pairs", MUTED),)),
+  ("speed", "Speed", "per second", (("pairs_per_second", "pairs", MUTED),)),
 )
 
 
 def curves(records: Records) -> dict[str, Figure]:
-  """One figure for each quantity that the metrics of a run hold, by file name."""
+  """Draws a figure for each quantity that the metrics of a run contain.
+
+  Returns:
+    Figures by name; the names are used for files.
+  """
   figures = {}
   for name, title, unit, lines in _CURVES:
-    either = lambda metric: (_series(records, name)[0].size for name in (metric, f"eval/{metric}"))
-    present = [line for line in lines if any(either(line[0]))]
+    present = [line for line in lines if _is_recorded(records, line[0])]
     if not present:
       continue
     with styled(title, unit, "step") as (figure, ax):
@@ -158,8 +161,13 @@ def curves(records: Records) -> dict[str, Figure]:
   return figures
 
 
+def _is_recorded(records: Records, metric: str) -> bool:
+  """Returns True if any record has the metric, of training or held out."""
+  return any(_series(records, name)[0].size for name in (metric, f"eval/{metric}"))
+
+
 def _draw_lines(ax: Axes, records: Records, lines: Sequence[tuple[str, str, str]]) -> None:
-  """Training as lines, held-out values as points; where there are several, these are dashed."""
+  """Draws training metrics as lines and held-out ones as points, joined by dashes if several."""
   several = len(lines) > 1
   points: dict[str, Any] = {
     "marker": "o",
@@ -171,9 +179,10 @@ def _draw_lines(ax: Axes, records: Records, lines: Sequence[tuple[str, str, str]
     "zorder": 3,
   }
   dashed: dict[str, Any] = points | {"linestyle": (0, (4, 2))}
-  beside = False
+  has_dashed = False
   for metric, label, color in lines:
     steps, trained = _series(records, metric)
+    # A learning rate has no noise, and a short run too few values for an average.
     if metric != "learning_rate" and len(trained) > 20:
       ax.plot(steps, trained, color=color, alpha=0.18, linewidth=0.8)
       ax.plot(steps, smoothed(trained), color=color, label=label)
@@ -186,13 +195,13 @@ def _draw_lines(ax: Axes, records: Records, lines: Sequence[tuple[str, str, str]
       ax.plot(steps, values, color=color, label=label, **points)
     elif several:
       ax.plot(steps, values, color=color, **dashed)
-      beside = True
+      has_dashed = True
     else:
       ax.plot(steps, values, color=EVAL, label="held out", **points)
-  if beside:
+  if has_dashed:
     ax.plot([], [], color=MUTED, label="held out", **dashed)
   if len(ax.get_legend_handles_labels()[0]) > 1:
-    if several:  # in a row above the curves, which fill the rest
+    if several:  # the legend gets a row of its own above the curves
       bottom, top = ax.get_ylim()
       ax.set_ylim(bottom, top + 0.18 * (top - bottom))
     ax.legend(
@@ -204,7 +213,7 @@ def _draw_lines(ax: Axes, records: Records, lines: Sequence[tuple[str, str, str]
 
 
 def _draw_marks(ax: Axes, records: Records, name: str) -> None:
-  """Reference levels that make a curve readable."""
+  """Draws levels to compare a curve with: chance, zero, the loss at the start."""
   if name == "accuracy":
     ax.axhline(0.5, color=MUTED, linewidth=1, linestyle=":")
     ax.set_ylim(min(0.4, ax.get_ylim()[0]), max(1.0, min(1.02, ax.get_ylim()[1])))
@@ -214,19 +223,19 @@ def _draw_marks(ax: Axes, records: Records, name: str) -> None:
     ax.set_ylim(bottom=0)
   if name == "loss" and _series(records, "rewards/margins")[0].size:
     steps, values = _series(records, "eval/loss")
-    if steps.size and steps[0] == 0:  # where policy and reference were still one
+    if steps.size and steps[0] == 0:  # evaluated while the policy still equaled the reference
       ax.axhline(values[0], color=MUTED, linewidth=1, linestyle=":")
 
 
 def frontier(
   exact: Sequence[Mapping[str, float]], points: Mapping[str, Mapping[str, Any]]
 ) -> Figure:
-  """Reward against KL: the exact frontier as a line, trained policies as points on or below it.
+  """Draws reward against KL: the exact frontier as a line, trained policies as points.
 
   Args:
     exact: `kl` (nats) and `reward` of π* for some values of β, in any order.
-    points: by name, `kl` and `reward` of what was trained; `kl_interval` and `reward_interval`
-      (low, high) where known.
+    points: `kl` and `reward` of trained policies, by name; also `kl_interval` and
+      `reward_interval` (low, high) if known.
   """
   curve = sorted(exact, key=lambda point: point["kl"])
   kl, reward = ([point[key] for point in curve] for key in ("kl", "reward"))
@@ -237,7 +246,8 @@ def frontier(
     colors = itertools.cycle((MUTED, REJECTED, CHOSEN, EVAL))
     for (name, point), color in zip(points.items(), colors, strict=False):
       x, y = point["kl"], point["reward"]
-      if kl[0] <= x <= kl[-1]:  # what is left to gain, where the frontier is known
+      # The dotted line is the gain that is left. Outside its range the frontier is not known.
+      if kl[0] <= x <= kl[-1]:
         best = np.interp(x, kl, reward)
         ax.plot([x, x], [y, best], color=color, linewidth=1, linestyle=":")
       ax.errorbar(
@@ -261,19 +271,24 @@ def frontier(
 
 
 def growth(points: Records, labels: Mapping[str, str]) -> Figure:
-  """Time and memory of a step against every quantity that was varied, on logarithmic axes.
+  """Draws time and memory of a step against each varied quantity, on logarithmic axes.
 
-  Dotted is what is in proportion, through the last point that was measured.
+  A dotted line shows proportional growth through the last measured point.
 
   Args:
-    points: with `axis`, `value`, `seconds`, `measured_mb` and `planned_mb`; None where not known.
-    labels: of the quantities, in the order in which they are drawn.
+    points: records with `axis`, `value`, `seconds`, `measured_mb` and `planned_mb`, the last three
+      None if not known.
+    labels: labels of the quantities, in the order in which they are drawn.
   """
   names = [name for name in labels if any(point["axis"] == name for point in points)]
   rows = -(-len(names) // 2)
   kinds = (
-    ("Time", "seconds a step", {"seconds": ("measured", TRAIN)}),
-    ("Memory", "MB", {"measured_mb": ("most held", TRAIN), "planned_mb": ("compiler", EVAL)}),
+    ("Time", "seconds per step", {"seconds": ("measured", TRAIN)}),
+    (
+      "Memory",
+      "MB",
+      {"measured_mb": ("measured peak", TRAIN), "planned_mb": ("by the compiler", EVAL)},
+    ),
   )
   with matplotlib.rc_context(_STYLE):
     figure = Figure(figsize=(14, 3.1 * rows), layout="constrained")
@@ -289,7 +304,7 @@ def growth(points: Records, labels: Mapping[str, str]) -> Figure:
 
 
 class _Plain(LogFormatter):
-  """Marks what matplotlib would on a logarithmic axis, as 0.05 and not as a power of ten."""
+  """Labels the ticks that matplotlib chooses on a logarithmic axis as 0.05, not as 5·10⁻²."""
 
   def __call__(self, x: float, pos: int | None = None) -> str:
     return f"{x:g}" if super().__call__(x, pos) else ""
@@ -311,14 +326,13 @@ def _draw_growth(ax: Axes, points: Records, curves: Mapping[str, tuple[str, str]
   ax.set_yscale("log")
   ax.yaxis.set_major_formatter(_Plain())
   ax.yaxis.set_minor_formatter(_Plain())
-  short = lambda value: f"{value // 1024}k" if value >= 1024 else str(value)
-  ax.set_xticks(values, [short(value) for value in values])
+  ax.set_xticks(values, [f"{x // 1024}k" if x >= 1024 else str(x) for x in values])
   ax.tick_params(which="minor", length=0)
   ax.legend(fontsize=8)
 
 
 def _bar(at: float, interval: Sequence[float] | None) -> list[list[float]] | None:
-  """An interval as lengths below and above its middle."""
+  """Converts an interval to the lengths below and above a point that matplotlib wants."""
   return None if interval is None else [[max(0, at - interval[0])], [max(0, interval[1] - at)]]
 
 
@@ -329,7 +343,7 @@ def _bar(at: float, interval: Sequence[float] | None) -> list[list[float]] | Non
 def styled(
   title: str, ylabel: str, xlabel: str, size: tuple[float, float] = (4.5, 2.8)
 ) -> Iterator[tuple[Figure, Axes]]:
-  """A figure with one titled axis, in the house style."""
+  """Yields a figure with one titled pair of axes, in the common style."""
   with matplotlib.rc_context(_STYLE):
     figure = Figure(figsize=size, layout="constrained")
     ax = figure.add_subplot()
@@ -340,31 +354,35 @@ def styled(
 
 
 def _series(records: Records, metric: str) -> tuple[np.ndarray, np.ndarray]:
-  """Steps and values of one metric, wherever it is present and finite."""
+  """Returns steps and values of one metric, from the records that have it."""
   pairs = [(r["step"], r[metric]) for r in records if r.get(metric) is not None]
   return np.array([s for s, _ in pairs]), np.array([v for _, v in pairs], float)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-  """Centred average under a bell a hundredth of the run wide; no lag, fewer values at the ends."""
+  """Averages values under a centered bell whose width is a hundredth of the run, so without lag."""
   width = max(1.0, len(values) / 100)
   reach = min(int(3 * width), len(values) - 1)
   bell = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
-  # "full" and a slice, since "same" takes the longer of the two for the length.
-  average = lambda x: np.convolve(x, bell)[reach : reach + len(values)]
-  return average(values) / average(np.ones_like(values))
+
+  def weighted(x: np.ndarray) -> np.ndarray:
+    # "full" and a slice: mode "same" returns the length of the longer input, which may be the bell.
+    return np.convolve(x, bell)[reach : reach + len(values)]
+
+  # Near the ends part of the bell has no values, so its weight is divided out.
+  return weighted(values) / weighted(np.ones_like(values))
 
 
 def save_png(figure: Figure, path: pathlib.Path) -> None:
-  """Writes a figure for documents and slides."""
+  """Writes a figure as PNG, for documents and slides."""
   with matplotlib.rc_context(_STYLE):
     figure.savefig(path, dpi=160)
 
 
 def to_svg(figure: Figure) -> str:
-  """A figure as an `<svg>` element, for a page that must stand alone."""
+  """Returns a figure as an `<svg>` element, for a page without other files."""
   buffer = io.StringIO()
   with matplotlib.rc_context(_STYLE):
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
   text = buffer.getvalue()
-  return text[text.index("<svg") :]
+  return text[text.index("<svg") :]  # without the XML header, which has no place inside a page

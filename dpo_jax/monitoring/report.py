@@ -1,6 +1,6 @@
-"""`report.html`: what a run did, on one page that stands alone; `plots/*.png`: its pictures.
+"""The report of a run: `report.html`, one page without other files, and `plots/*.png`.
 
-Everything is read back from the files of the run, so a report can be made again at any time.
+Everything is read from the files of the run, so a report can be made again at any time.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _STYLE = pathlib.Path(__file__).with_name("report.css")
 def write(folder: str | os.PathLike[str]) -> pathlib.Path:
   """Writes `report.html` and `plots/*.png` into the folder of a run, or of several runs.
 
-  A run is a folder with `metrics.jsonl`; `config.json` and `data.json` are shown where present. A
-  folder that holds runs (`sft/`, `dpo/`) gives one page on all of them, in the order they were
-  made. A `summary.json` in the folder, as scripts/evaluate.py writes it, opens the page.
+  A run is a folder with `metrics.jsonl`; `config.json` and `data.json` are shown if present. A
+  folder of runs (`sft/`, `dpo/`) gives one page on all of them, in the order in which they were
+  written. A `summary.json` in the folder, as scripts/evaluate.py writes it, comes first.
 
   Returns:
     The path of the page.
@@ -38,7 +38,7 @@ def write(folder: str | os.PathLike[str]) -> pathlib.Path:
   runs = _runs(folder)
   summary = _read_json(folder / "summary.json")
   if not runs and summary is None:
-    raise UserError(f"{folder} holds no metrics.jsonl and no summary.json; name a --workdir")
+    raise UserError(f"{folder} contains no metrics.jsonl and no summary.json; name a --workdir")
   (folder / "plots").mkdir(exist_ok=True)
   name = folder.resolve().name
   named = {"" if run == folder else run.name: run for run in runs}
@@ -54,6 +54,7 @@ def write(folder: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _runs(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the folder if it is a run, else the runs in it, oldest metrics first."""
   if (folder / loggers.METRICS).is_file():
     return [folder]
   found = [path.parent for path in folder.glob(f"*/{loggers.METRICS}")]
@@ -61,6 +62,7 @@ def _runs(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _read_json(path: pathlib.Path) -> Any:
+  """Returns the contents of a JSON file, None if it does not exist."""
   return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
@@ -68,13 +70,14 @@ def _read_json(path: pathlib.Path) -> Any:
 
 
 def _alerts_section(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
-  """What went wrong in any of the runs, when, and what helps."""
+  """Yields the alerts of all runs with their steps, in HTML; nothing if there are none."""
   found = [(run, alert) for run, lines in records.items() for alert in alerts.scan(lines)]
   if not found:
     return
   yield '<section class="alerts"><h2>Alerts</h2><ul>'
   for run, (step, name, text) in found:
     where = f"{run}, step {step:,}" if run else f"step {step:,}"
+    # Flags become code only after escaping: the text of an alert may contain < and &.
     marked = re.sub(r"--config[\w.=]*\w", r"<code>\g<0></code>", _e(text))
     yield f"<li><b>{_e(name)}</b> <em>{_e(where)}</em><p>{marked}</p></li>"
   yield "</ul></section>"
@@ -89,7 +92,7 @@ def _run_section(
   plots_folder: pathlib.Path,
   name: str,
 ) -> Iterator[str]:
-  """Numbers, curves, ledger and configuration of one run; its plots are named after it."""
+  """Yields numbers, curves, ledger and configuration of one run; saves its plots under its name."""
   config, ledger = _read_json(run / "config.json"), _read_json(run / "data.json")
   loss = (config or {}).get("loss", {}).get("name")
   title = " · ".join(filter(None, [name or "Training", f"loss {loss}" if loss else ""]))
@@ -108,8 +111,11 @@ def _run_section(
 
 
 def _run_numbers(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-  """Label, value and note of what a reader wants first."""
-  last = lambda name: next((r[name] for r in reversed(records) if r.get(name) is not None), None)
+  """Returns the main numbers of a run as (label, value, note)."""
+
+  def last(name: str) -> Any:
+    return next((r[name] for r in reversed(records) if r.get(name) is not None), None)
+
   speeds = sorted(r["pairs_per_second"] for r in records if r.get("pairs_per_second"))
   tiles = [("steps", f"{records[-1]['step']:,}" if records else "0", "")]
   for name, label, form in (
@@ -124,15 +130,15 @@ def _run_numbers(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, s
     elif training is not None:
       tiles.append((label, form.format(training), "last training step"))
   if (kl := last("eval/sampled/kl")) is not None:
-    tiles.append(("KL(π ‖ π_ref) of samples", f"{kl:.2f}", "nats an answer"))
+    tiles.append(("KL(π ‖ π_ref) of samples", f"{kl:.2f}", "nats per completion"))
   if speeds:
-    unit = "pairs" if last("rewards/margins") is not None else "texts"
-    tiles.append((f"{unit} a second", f"{speeds[len(speeds) // 2]:,.0f}", "median step"))
+    unit = "pairs" if last("rewards/margins") is not None else "sequences"
+    tiles.append((f"{unit} per second", f"{speeds[len(speeds) // 2]:,.0f}", "median step"))
   return tiles
 
 
 def _ledger(ledger: Mapping[str, Any]) -> str:
-  """Rows read, kept and dropped, and what the tokens of the rows are."""
+  """Returns the ledger in HTML: rows read, kept, dropped and cut, and a bar of token counts."""
   rows = [("format", ledger.get("format", "")), ("rows read", ledger.get("rows", ""))]
   rows.append(("pairs kept", ledger.get("pairs", "")))
   rows += [(f"dropped: {reason}", n) for reason, n in ledger.get("dropped", {}).items()]
@@ -140,7 +146,7 @@ def _ledger(ledger: Mapping[str, Any]) -> str:
   tokens = dict(ledger.get("tokens", {}))
   saved = tokens.pop("shared", 0)
   if saved:
-    rows.append(("prompt tokens not computed twice", saved))
+    rows.append(("prompt tokens shared by both completions", saved))
   if "eval" in ledger:
     rows.append(("held-out pairs", ledger["eval"].get("pairs", "")))
   shares = "".join(
@@ -153,7 +159,7 @@ def _ledger(ledger: Mapping[str, Any]) -> str:
 
 
 def _config(config: Mapping[str, Any]) -> str:
-  """Every field, by section."""
+  """Returns every field of a configuration that is set, by section, in HTML."""
   blocks = {"": {k: v for k, v in config.items() if not isinstance(v, Mapping)}}
   blocks |= {k: v for k, v in config.items() if isinstance(v, Mapping)}
   return '<div class="config">' + "".join(
@@ -164,6 +170,7 @@ def _config(config: Mapping[str, Any]) -> str:
 
 
 def _leaves(block: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+  """Yields dotted names and values of the fields that are set."""
   for key, value in block.items():
     if isinstance(value, Mapping):
       yield from _leaves(value, f"{prefix}{key}.")
@@ -175,6 +182,7 @@ def _leaves(block: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _summary_section(summary: Mapping[str, Any], plots_folder: pathlib.Path) -> Iterator[str]:
+  """Yields the numbers of an evaluation, the plot of the frontier and samples; saves the plot."""
   yield "<section><h2>Result</h2>"
   yield _tiles(list(_summary_numbers(summary)))
   if summary.get("frontier"):
@@ -187,16 +195,18 @@ def _summary_section(summary: Mapping[str, Any], plots_folder: pathlib.Path) -> 
 
 
 def _points(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-  """The two models of a summary, as points of the frontier's plot."""
-  intervals = lambda who: {"reward_interval": summary.get(f"reward_{who}_interval")}
-  reference = {"kl": 0.0, "reward": summary["reward_reference"]} | intervals("reference")
-  policy = {"kl": summary["kl"], "reward": summary["reward_policy"]} | intervals("policy")
-  policy["kl_interval"] = summary.get("kl_interval")
-  return {"reference": reference, "trained policy": policy}
+  """Returns the two models of a summary as points of the frontier's plot."""
+
+  def point(who: str, kl: float) -> dict[str, Any]:
+    interval = summary.get(f"reward_{who}_interval")
+    return {"kl": kl, "reward": summary[f"reward_{who}"], "reward_interval": interval}
+
+  policy = point("policy", summary["kl"]) | {"kl_interval": summary.get("kl_interval")}
+  return {"reference": point("reference", 0.0), "trained policy": policy}
 
 
 def _summary_numbers(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-  """Tiles of whatever the summary holds of these."""
+  """Yields (label, value, note) of the numbers that the summary has."""
   for key, label, form in (
     ("reward_reference", "reward of the reference", "{:.2f}"),
     ("reward_policy", "reward of the policy", "{:.2f}"),
@@ -213,9 +223,9 @@ def _summary_numbers(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
-  """Prompt, the reference's answer and the policy's, each with its reward where known."""
+  """Returns a table of prompts with completions of both models, and their rewards if known."""
 
-  def answer(sample: Mapping[str, Any], who: str) -> str:
+  def cell(sample: Mapping[str, Any], who: str) -> str:
     reward = sample.get(f"{who}_reward")
     badge = ""
     if reward is not None:
@@ -224,8 +234,7 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
     return f"<td>{badge}{_e(sample[who])}</td>"
 
   body = "".join(
-    f"<tr><td>{_e(s['prompt'])}</td>{answer(s, 'reference')}{answer(s, 'policy')}</tr>"
-    for s in samples
+    f"<tr><td>{_e(s['prompt'])}</td>{cell(s, 'reference')}{cell(s, 'policy')}</tr>" for s in samples
   )
   head = "<tr><th>prompt</th><th>reference</th><th>policy</th></tr>"
   return f'<table class="samples">{head}{body}</table>'
@@ -235,6 +244,7 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _page(title: str, parts: Sequence[str]) -> str:
+  """Returns the whole page, its style sheet inside it."""
   return (
     '<!doctype html><html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -244,6 +254,7 @@ def _page(title: str, parts: Sequence[str]) -> str:
 
 
 def _tiles(tiles: Sequence[tuple[str, str, str]]) -> str:
+  """Returns (label, value, note) as a row of boxes, in HTML."""
   return '<div class="tiles">' + "".join(
     f"<div><span>{_e(label)}</span><strong>{_e(value)}</strong><em>{_e(note)}</em></div>"
     for label, value, note in tiles
@@ -251,6 +262,7 @@ def _tiles(tiles: Sequence[tuple[str, str, str]]) -> str:
 
 
 def _table(rows: Sequence[tuple[str, Any]]) -> str:
+  """Returns names and values as a table, in HTML."""
   return "<table>" + "".join(
     f"<tr><th>{_e(name)}</th><td>{_e(f'{value:,}' if _is_count(value) else value)}</td></tr>"
     for name, value in rows
@@ -258,7 +270,7 @@ def _table(rows: Sequence[tuple[str, Any]]) -> str:
 
 
 def _is_count(value: Any) -> bool:
-  return isinstance(value, int) and not isinstance(value, bool)
+  return isinstance(value, int) and not isinstance(value, bool)  # a bool is an int in Python
 
 
 def _e(value: Any) -> str:

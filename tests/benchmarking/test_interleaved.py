@@ -106,7 +106,7 @@ def test_ratios_by_hand(stage):
   assert rows["z"]["tokens_per_s"] == 200 and rows["z"]["pairs_per_s"] == 4
   assert rows["z"]["peak_memory_mb"] == 30 and rows["z"]["rounds"] == 3
   text = interleaved.table(base, rows)
-  assert "| program | pairs/s | against y (least to most) | peak MB | rounds |" in text
+  assert "| program | pairs/s | times y (least to most) | peak MB | rounds |" in text
   assert "| z | 4 | 2.00 (2.00–2.00) | 30 | 3 |" in text
 
 

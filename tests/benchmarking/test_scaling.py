@@ -73,9 +73,9 @@ def test_points_are_kept_whole_or_refused(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == [file.name]
   for text in ("", "[]", '{"points": 5}', '{"points": [1]}', '{"points": [{"axis": "pairs"}]}'):
     file.write_text(text)
-    with pytest.raises(UserError, match=r"growth\.json holds no points of an earlier run"):
+    with pytest.raises(UserError, match=r"growth\.json contains no points of an earlier run"):
       scaling.read(file)
-  with pytest.raises(UserError, match="holds no points"):
+  with pytest.raises(UserError, match="contains no points"):
     scaling.read(tmp_path)
 
 

@@ -34,7 +34,7 @@ SAMPLED = {
 WRONG = {
   "chosen falls": (
     {"drift/chosen": lambda t: -0.3 * t, "drift/rejected": lambda t: 0.0},
-    ["0.2", "nats a token", "sft_weight", "loss.name=dpop", "loss.beta"],
+    ["(0.2", "nats per token less)", "sft_weight", "loss.name=dpop", "loss.beta"],
   ),
   "both fall": (
     {
@@ -42,7 +42,7 @@ WRONG = {
       "drift/rejected": lambda t: -0.25 * t,
       "drift/both_fell": lambda t: 0.2 + 0.7 * t,
     },
-    ["% of pairs", "1.2 nats a pair", "sft_weight", "train.epochs"],
+    ["% of pairs", "1.2 nats per pair", "sft_weight", "train.epochs"],
   ),
   "overfitting": (
     {"eval/loss": lambda t: 0.69 - t if t < 0.3 else 0.39 + 0.5 * (t - 0.3)},
@@ -62,9 +62,9 @@ WRONG = {
   ),
   "repetition": (
     {"eval/sampled/repetition": lambda t: 0.05 + 0.6 * t},
-    ["at first 5%", "sft_weight"],
+    ["5% at first", "sft_weight"],
   ),
-  "learnt by heart": (
+  "memorized": (
     {"loss": lambda t: 0.69 * np.exp(-9 * t), "rewards/accuracies": lambda t: min(1, 0.5 + 2 * t)},
     ["accuracy is 0.99", "train.epochs"],
   ),
@@ -130,8 +130,8 @@ def test_each_wrong_is_told_once_by_its_name_with_value_and_remedy(name):
   [
     # Both lose, but in few pairs; a small loss that is not sure of its pairs; sure, not small.
     WRONG["both fall"][0] | {"drift/both_fell": lambda t: 0.4},
-    WRONG["learnt by heart"][0] | {"rewards/accuracies": lambda t: 0.5 + 0.45 * t},
-    WRONG["learnt by heart"][0] | {"loss": lambda t: 0.69 - 0.5 * t},
+    WRONG["memorized"][0] | {"rewards/accuracies": lambda t: 0.5 + 0.45 * t},
+    WRONG["memorized"][0] | {"loss": lambda t: 0.69 - 0.5 * t},
     # Length decides, but nothing is told apart yet.
     WRONG["length bias"][0] | {"rewards/accuracies": lambda t: 0.5},
   ],

@@ -198,7 +198,7 @@ def test_progress_of_samples_tells_their_reward_and_distance(tmp_path):
 
 
 def write_wrong(folder, first, last):
-  """Steps whose chosen answers lose 0.3 nats a token, evaluated far away at every tenth."""
+  """Steps whose chosen completions lose 0.3 nats per token, evaluated far away at every tenth."""
   console = plain()
   with Loggers(folder, start_step=first - 1, total_steps=60, console=console) as log:
     if first == 1:
@@ -214,8 +214,9 @@ def write_wrong(folder, first, last):
 
 def test_an_alert_is_a_line_of_the_log_on_its_step(tmp_path):
   far, falls = write_wrong(tmp_path, 1, 60)
-  assert far.startswith("alert at step 5: sampled answers are 40.0 nats from the reference")
-  assert falls.startswith("alert at step 20: chosen answers have lost 0.30 nats a token")
+  assert far.startswith("alert at step 5: samples are 40.0 nats from the reference")
+  assert falls.startswith("alert at step 20: the model gives the chosen completions less")
+  assert "(0.30 nats per token less)" in falls
   assert "--config.loss.sft_weight" in falls
   found = alerts.scan(read_metrics(tmp_path / "metrics.jsonl"))
   assert [f"alert at step {a.step}: {a.text}" for a in found] == [far, falls]

@@ -108,8 +108,8 @@ def test_a_run_of_preferences(tmp_path):
   page = Page(report.write(tmp_path))
   for words in (
     "loss robust", "loss, held out 0.4321 training 0.5000", "accuracy, held out 75.0%",
-    "pairs a second 1,234", "rows read 12,345", "dropped: equal answers 345", "cut: prompt 6",
-    "answer 2,000", "not computed twice 777", "beta 0.25", "<pairs>.jsonl",
+    "pairs per second 1,234", "rows read 12,345", "dropped: equal answers 345", "cut: prompt 6",
+    "answer 2,000", "shared by both completions 777", "beta 0.25", "<pairs>.jsonl",
   ):  # fmt: skip
     assert words in page.text, words
   names = {path.stem for path in (tmp_path / "plots").glob("*.png")}
@@ -151,17 +151,20 @@ def test_alerts_stand_above_all_else_with_run_step_and_remedy(tmp_path):
   (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
   page = Page(report.write(tmp_path))
   assert page.text.index("Alerts") < page.text.index("Result")
-  told = "chosen falls dpo, step 20 chosen answers have lost 0.50 nats a token"
+  told = (
+    "chosen falls dpo, step 20 the model gives the chosen completions less probability than the"
+    " reference does (0.50 nats per token less)"
+  )
   assert page.text.count(told) == 1
   assert "--config.loss.sft_weight" in page.text
   one = Page(report.write(tmp_path / "dpo"))
-  assert "chosen falls step 20 chosen answers" in one.text
+  assert "chosen falls step 20 the model gives the chosen completions" in one.text
 
 
 def test_supervised_training_shows_only_what_it_has(tmp_path):
   make_run(tmp_path, {"loss": 2.0, "logps/chosen": -30.0})
   page = Page(report.write(tmp_path))
-  assert "texts a second" in page.text
+  assert "sequences per second" in page.text
   names = {path.stem for path in (tmp_path / "plots").glob("*.png")}
   assert names == {"loss", "logps", "grad_norm", "learning_rate", "speed"}
 
@@ -214,7 +217,7 @@ def test_a_run_whose_loss_was_never_finite(tmp_path):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-  with pytest.raises(UserError, match=r"holds no metrics\.jsonl"):
+  with pytest.raises(UserError, match=r"contains no metrics\.jsonl"):
     report.write(tmp_path)
 
 
