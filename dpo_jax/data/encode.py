@@ -319,10 +319,10 @@ def read_fields(given: Sequence[str]) -> dict[str, str]:
     raise UserError(f"--fields {wrong[0]} is no name=name; as in --fields prompt=question")
   fields = dict(pair.split("=", 1) for pair in given)
   for name in fields:
-    if name not in formats.KNOWN:
-      near = difflib.get_close_matches(name, formats.KNOWN, 1)
-      hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(formats.KNOWN)}"
-      raise UserError(f"--fields {name}=…: no form of row has a field {name!r}; {hint}")
+    if name not in formats.FIELD_NAMES:
+      near = difflib.get_close_matches(name, formats.FIELD_NAMES, 1)
+      hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(formats.FIELD_NAMES)}"
+      raise UserError(f"--fields {name}=…: no row format has a field {name!r}; {hint}")
   return fields
 
 

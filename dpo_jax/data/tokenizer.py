@@ -23,7 +23,7 @@ import numpy as np
 import tokenizers
 
 from dpo_jax.data.chat_template import Template
-from dpo_jax.data.fields import Conversation, Messages, Preference, RowError, conversation
+from dpo_jax.data.fields import Conversation, Messages, Preference, RowError, as_conversation
 from dpo_jax.structs import UserError
 
 Ids = np.ndarray  # int32
@@ -132,7 +132,7 @@ class Tokenizer:
 
   def encode_prompt(self, prompt: str | Messages | Conversation) -> list[int]:
     """Ids that generation starts from; raises `RowError` where the prompt cannot be rendered."""
-    text = prompt if isinstance(prompt, str) else self.template.start(conversation(prompt))
+    text = prompt if isinstance(prompt, str) else self.template.start(as_conversation(prompt))
     try:
       text.encode("utf-8")
     except UnicodeEncodeError:  # half a surrogate pair
@@ -230,7 +230,7 @@ class Tokenizer:
     """Whole texts, one an answer, and the character each answer begins at."""
     if isinstance(prompt, str):
       return [prompt + answer for answer in answers], [len(prompt)] * len(answers)
-    start, written = self.template.texts(conversation(prompt), answers)
+    start, written = self.template.texts(as_conversation(prompt), answers)
     return [start + text for text in written], [len(start)] * len(written)
 
   def _special(self, name: str) -> int | None:

@@ -190,8 +190,8 @@ def test_margins_and_scores_are_grades(rows_file, tokenizer):
     ),
     ([pair(margin="large")], "pairs", r'rows\.jsonl:1: field margin is "large", not a finite'),
     ([judged(), judged("yes")], "unpaired", r'rows\.jsonl:2: field label is "yes"; it must be'),
-    ([judged()], "pairs", r"rows\.jsonl:1: .* with a label are for loss kto; wanted here are"),
-    ([ranked(" a", " b")], "pairs", r"rows\.jsonl:1: .* are for loss plackett_luce; wanted here"),
+    ([judged()], "pairs", r"rows\.jsonl:1: .* with a label are for loss kto; needed: "),
+    ([ranked(" a", " b")], "pairs", r"rows\.jsonl:1: .* are for loss plackett_luce; needed: "),
     ([ranked(" a")] * 2, "ranked", r"no row is of use .* dropped fewer than two answers: 2"),
   ],
 )
@@ -212,7 +212,7 @@ def test_bad_grades_and_labels_are_one_line(rows_file, tokenizer, rows, kind, li
 )
 def test_what_rows_are_is_told_from_the_first(rows_file, row, kind):
   assert encode.detect_kind(rows_file([row, {"a": 1}])) == kind
-  with pytest.raises(UserError, match=r"rows\.jsonl:1: a row with a is of no known form"):
+  with pytest.raises(UserError, match=r"rows\.jsonl:1: the row has fields a; needed: "):
     encode.detect_kind(rows_file([{"a": 1}, row]))
 
 
@@ -283,7 +283,7 @@ def test_answers_to_one_prompt_alone_cannot_be_mismatched():
     ),
     ([pair(), pair(chosen=3)], {}, r"rows\.jsonl:2: field chosen is 3, not text"),
     ([pair(), {"prompt": "a"}], {}, r"rows\.jsonl:2: field chosen is missing; the row has prompt"),
-    ([{"a": 1}], {}, r"rows\.jsonl:1: a row with a is of no known form"),
+    ([{"a": 1}], {}, r"rows\.jsonl:1: the row has fields a; needed: "),
     (
       [{"prompt_ids": [1], "chosen_ids": [70_000], "rejected_ids": [3]}],
       {},

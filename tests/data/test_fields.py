@@ -50,7 +50,7 @@ def test_pairs_may_say_by_how_much(row, fields, grades):
 @pytest.mark.parametrize(
   ("fields", "line"),
   [
-    ({"margin": -0.5}, r"field margin is -0\.5; chosen is the better by 0 or more"),
+    ({"margin": -0.5}, r"field margin is -0\.5; chosen must be better by 0 or more"),
     ({"margin": "2"}, r'field margin is "2", not a finite number'),
     ({"margin": float("nan")}, r"field margin is NaN, not a finite number"),
     ({"margin": float("inf")}, r"field margin is Infinity, not a finite number"),

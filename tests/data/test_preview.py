@@ -99,7 +99,7 @@ def test_inspect_data_prints_one_object_or_one_line(tmp_path):
   found = run("--data", ranked)
   assert "answer 1 of 3" in found.stdout and "form: ranked" in found.stdout
   wrong = run("--data", ranked, "--kind", "pairs")
-  assert wrong.returncode == 1 and "rows with a list of answers are for loss" in wrong.stderr
+  assert wrong.returncode == 1 and "lists of ranked completions are for loss" in wrong.stderr
   missing = run("--data", tmp_path / "gone")
   assert missing.returncode == 1 and missing.stdout == ""
   assert missing.stderr == f"error: no data file {tmp_path / 'gone'}\n"
