@@ -383,7 +383,7 @@ def test_ids_decode_to_what_the_template_writes(kinds, kind, asked, first, secon
   prompt = [*[*ONE, *assistant("bad")] * turns, user(asked)]
   prompt = [system("be kind"), *prompt] if kind in ("mistral", "qwen3") else prompt
   answers = assistant(first), assistant(second)
-  start, written = tokenizer.template.texts(Conversation(prompt), answers)
+  start, written = tokenizer.template.render(Conversation(prompt), answers)
   try:
     ids, found = tokenizer.encode_preference(Preference(prompt, answers))
   except RowError as error:
@@ -407,10 +407,10 @@ REFUSED = {
     "no_system", [system("be kind"), *ONE], assistant("b"), "leaves out some .* the system says"
   ),
   "thoughts that are left out": (
-    "reasoner", ONE, assistant("<think>hm</think>yes"), "not the one that waits"
+    "reasoner", ONE, assistant("<think>hm</think>yes"), "prompt is not the same with and without"
   ),
   "thoughts behind a prompt without": (
-    "qwen3 quick", ONE, thinking("hm", "yes"), "not the one that waits"
+    "qwen3 quick", ONE, thinking("hm", "yes"), "prompt is not the same with and without"
   ),
   "thoughts that have no place": (
     "gemma", ONE, thinking("hm", "yes"), "leaves out some .* the assistant says"
@@ -440,7 +440,7 @@ def test_what_cannot_be_written_exactly_is_refused(kinds, case):
 def test_arguments_of_a_template_are_those_it_reads(kinds):
   assert kinds("qwen3").digest() != kinds("qwen3", enable_thinking=False).digest()
   for name in ("enable_thoughts", "messages"):
-    with pytest.raises(UserError, match=f"template argument '{name}' is none that .* reads"):
+    with pytest.raises(UserError, match=f"template argument '{name}' is not one that .* reads"):
       kinds("qwen3", **{name: True})
 
 
@@ -484,7 +484,7 @@ def test_a_template_may_stand_in_a_file_of_its_own(tmp_path):
   assert load_tokenizer(folder).template.source == "{{ messages[0].content }}?"
   (folder / "chat_template.jinja").unlink()
   (folder / "chat_template.json").write_text("{}")
-  with pytest.raises(UserError, match=r"chat_template\.json holds no chat_template"):
+  with pytest.raises(UserError, match=r"chat_template\.json has no chat_template"):
     load_tokenizer(folder)
 
 
@@ -525,14 +525,14 @@ def test_padding_and_truncation_asked_for_by_the_file_are_off(tmp_path):
 def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path):
   with pytest.raises(UserError, match=r"no tokenizer folder .*gone"):
     load_tokenizer(tmp_path / "gone")
-  with pytest.raises(UserError, match=r"holds no tokenizer\.json; save it there"):
+  with pytest.raises(UserError, match=r"contains no tokenizer\.json; save it there"):
     load_tokenizer(tmp_path)
   (tmp_path / "tokenizer.json").write_text('{"model": 3}')
   with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
     load_tokenizer(tmp_path)
   folder = small_tokenizers.byte_fallback(tmp_path / "list")
   (folder / "tokenizer_config.json").write_text("[1]")
-  with pytest.raises(UserError, match=r"tokenizer_config\.json holds a list, not an object"):
+  with pytest.raises(UserError, match=r"tokenizer_config\.json contains a list, not an object"):
     load_tokenizer(folder)
   (folder / "tokenizer_config.json").write_text('{"eos_token": 5}')
   with pytest.raises(UserError, match="eos_token is 5, not text"):
@@ -581,7 +581,7 @@ def test_ids_of_real_tokenizers_decode_to_the_text(real, prompt, first, second):
 def test_ids_of_real_templates_decode_to_what_they_write(real, asked, first, second, turns):
   prompt = [*[user("why?"), *assistant("so")] * turns, user(asked)]
   answers = assistant(first), assistant(second)
-  start, written = real.template.texts(Conversation(prompt), answers)
+  start, written = real.template.render(Conversation(prompt), answers)
   try:
     ids, found = real.encode_preference(Preference(prompt, answers))
   except RowError as error:
