@@ -235,7 +235,7 @@ class Tokenizer:
 
   @functools.cached_property
   def end_ids(self) -> tuple[int, ...]:
-    """Ids that end a completion: EOS, those in the model's files, and the template's end of turn."""
+    """Ids that end a completion: EOS, those in the model's files, the template's end of turn."""
     own = () if self.eos_id is None else (self.eos_id,)
     closing = self._backend.encode(self.template.turn_end, add_special_tokens=False).ids
     turn = [id for id in closing if id in self._special_ids][:1]
