@@ -104,7 +104,7 @@ def batch_sums(
   """
   loss, completions = objective.loss, objective.completions
   by = lambda x_NS: x_NS.reshape(-1, completions)
-  weight_BK, grade_BK = by(slots.weight_NS), by(slots.grade_NS)
+  weight_BK, score_BK = by(slots.weight_NS), by(slots.score_NS)
   weight_B = weight_BK[:, 0]
   supplied = (running_stats or {}) | {"weight_B": weight_B}
   if loss.kind == "text":
@@ -114,22 +114,22 @@ def batch_sums(
   elif loss.kind == "pairs":
     policy = logprobs.to_pairs(logps_NS, slots)
     reference = None if reference_NS is None else logprobs.to_pairs(reference_NS, slots)
-    loss_B = loss(policy, reference, margin_B=grade_BK[:, 0] - grade_BK[:, 1], **supplied)
+    loss_B = loss(policy, reference, margin_B=score_BK[:, 0] - score_BK[:, 1], **supplied)
     if alignment_NS is not None:
       # WPO: pairs the policy would hardly give itself count less. Zhou et al. 2024.
       loss_B = loss_B * jnp.exp(jnp.minimum(by(alignment_NS).sum(axis=1), 0.0))
     sums = metrics.pair_sums(policy, reference, loss_B, weight_B, loss.beta)
   elif loss.kind == "unpaired":
     policy, reference = logprobs.to_unpaired(logps_NS), logprobs.to_unpaired(reference_NS)
-    label_B = grade_BK[:, 0]
+    label_B = score_BK[:, 0]
     loss_B = loss(policy, reference, label_B=label_B, **supplied)
     sums = metrics.unpaired_sums(policy, reference, loss_B, weight_B, label_B, loss.beta)
   else:
     policy = logprobs.to_ranked(logps_NS, slots, completions)
     reference = logprobs.to_ranked(reference_NS, slots, completions)
     present_BK = weight_BK > 0
-    loss_B = loss(policy, reference, present_BK=present_BK, reward_BK=grade_BK, **supplied)
-    reward_BK = grade_BK if loss.samples else None
+    loss_B = loss(policy, reference, present_BK=present_BK, reward_BK=score_BK, **supplied)
+    reward_BK = score_BK if loss.samples else None
     sums = metrics.ranked_sums(
       policy, reference, loss_B, weight_B, present_BK, loss.beta, reward_BK
     )

@@ -60,7 +60,7 @@ def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
   processes.start(section.coordinator, section.processes, section.process)
   with processes.Touch(), processes.quiet(), contextlib.ExitStack() as stack:
     workdirs.check(workdir, config.to_json_best_effort())
-    if workdir.exists() and processes.first():
+    if workdir.exists() and processes.is_main_process():
       stack.enter_context(workdirs.alone(workdir))
     _execute(config, workdir, stack)
 
@@ -80,7 +80,7 @@ def _execute(config: ConfigDict, workdir: pathlib.Path, stack: contextlib.ExitSt
       stack.enter_context(workdirs.alone(workdir))
     workdirs.claim(workdir, config.to_json_best_effort(indent=2), ledger)
 
-  final = train(run, trained, reference_params, lambda: processes.on_first(claim, "claim"))
+  final = train(run, trained, reference_params, lambda: processes.on_main_process(claim, "claim"))
   _export(run, final)
 
 
@@ -91,7 +91,7 @@ def _export(run: Run, final: PyTree) -> None:
   print(f"exporting to {out}", flush=True)
   if run.adapter:
     final = jax.tree.map(gathered, final)
-  if processes.first():
+  if processes.is_main_process():
     if run.adapter:
       peft.save(out, run.model_config, final, run.adapter, source=source)
     else:
@@ -125,12 +125,14 @@ def train(
   follows = run.objective.sync is not None  # then it is part of what evolves
   like = jax.eval_shape(init, trained)._replace(reference=reference_params if follows else None)
   like = run.executor.abstract(like)
-  sampler = run.material.sampler
+  sampler = run.data.sampler
   sizes = None
   if sampler:
-    sizes = sampler.sizes(run.executor.alone(run.objective.policy(trained, reference_params)))
-  feed_after = functools.partial(datasets.make_feed, run.config, run.material, sizes)
-  processes.agree(_facts(run))
+    sizes = sampler.sizes(
+      run.executor.gather_locally(run.objective.policy(trained, reference_params))
+    )
+  feed_after = functools.partial(datasets.make_feed, run.config, run.data, sizes)
+  processes.assert_consistent(_facts(run))
   if reference_params is not None:
     reference_params = run.executor.place(reference_params)
   reference_params = fill_store(run, reference_params)
@@ -163,7 +165,7 @@ def train(
     if reference_params is not None:
       executor.assert_separate(state, reference_params)
     logs = Silent()
-    if processes.first():
+    if processes.is_main_process():
       logs = Loggers(run.workdir, start_step=start, total_steps=run.steps)
     with preemption.Notice() as notice, logs as log:
       if start:
@@ -173,7 +175,7 @@ def train(
         state = _loop(run, state, reference_params, feed, start, checkpoints, log, notice)
   finally:
     checkpoints.close()
-  return run.executor.single(state.params)
+  return run.executor.unreplicate(state.params)
 
 
 def _loop(run, state, reference_params, feed, start, checkpoints, log, notice) -> step.TrainState:
@@ -189,9 +191,7 @@ def _loop(run, state, reference_params, feed, start, checkpoints, log, notice) -
     log.write_eval(0, judge(state))
   meter, shapes = _Meter(run, checkpoints, log), set()
   for index in range(start + 1, run.steps + 1):
-    batch, facts = feed(
-      index, _policy(run, state, reference_params) if run.material.sampler else None
-    )
+    batch, facts = feed(index, _policy(run, state, reference_params) if run.data.sampler else None)
     shape = tuple(x.shape for x in jax.tree.leaves(batch))
     if shapes and shape not in shapes:
       log.say(f"step {index}: compiles for batches of another shape, number {len(shapes) + 1}")
@@ -208,7 +208,7 @@ def _loop(run, state, reference_params, feed, start, checkpoints, log, notice) -
     if scores:
       log.write_eval(index, scores)
     if saving:
-      checkpoints.save(index, run.executor.single(state), scores)
+      checkpoints.save(index, run.executor.unreplicate(state), scores)
     if leaving:
       checkpoints.wait()
       preemption.leave(index)
@@ -218,9 +218,9 @@ def _loop(run, state, reference_params, feed, start, checkpoints, log, notice) -
 
 def _policy(run: Run, state: step.TrainState, reference_params: PyTree | None) -> PyTree:
   """The policy's parameters, one copy of them, on device."""
-  here = run.executor.here
+  local_copy = run.executor.local_copy
   return run.objective.policy(
-    here(state.params), None if reference_params is None else here(reference_params)
+    local_copy(state.params), None if reference_params is None else local_copy(reference_params)
   )
 
 
@@ -232,16 +232,14 @@ class _Judge:
   """Held-out metrics, and facts of samples; a frozen reference's log-probs are computed once."""
 
   def __init__(self, run: Run, reference_params: PyTree | None):
-    settings, material = run.config, run.material
+    settings, data = run.config, run.data
     self.run, self.reference_params = run, reference_params
     self.probe = _probe(run)
     self.forward = run.executor.compile_forward(run.objective.logps_fn)
     size = settings.eval.batch_size or settings.train.batch_size // settings.train.accumulate
     self.batches: list[TokenBatch] = []
-    if material.held_out and material.sampler is None:
-      self.batches = list(
-        batches.eval_batches(material.held_out, batch_size=size, **material.batching)
-      )
+    if data.held_out and data.sampler is None:
+      self.batches = list(batches.eval_batches(data.held_out, batch_size=size, **data.batching))
     self.reference = self._stored()
     if self.reference is None:
       self.reference = self._logps(reference_params if run.objective.loss.needs_reference else None)
@@ -269,18 +267,18 @@ class _Judge:
 
   def _both(self, state: step.TrainState) -> tuple[PyTree, PyTree | None]:
     """One copy of the policy and of the reference, which share the base of adapters."""
-    here = self.run.executor.here
+    local_copy = self.run.executor.local_copy
     reference_params = self.reference_params if state.reference is None else state.reference
     if reference_params is not None:
-      reference_params = here(reference_params)
-    policy = self.run.objective.policy(here(state.params), reference_params)
+      reference_params = local_copy(reference_params)
+    policy = self.run.objective.policy(local_copy(state.params), reference_params)
     return policy, reference_params if self.run.objective.loss.needs_reference else None
 
   def _means(self, state: step.TrainState) -> dict[str, float]:
     slots = jax.tree.map(lambda *x: np.concatenate(x), *map(logprobs.slots_of, self.batches))
     followed = self._logps(state.reference)
     reference = self.reference if followed is None else followed
-    running_stats = self.run.executor.fetch(state.running_stats)
+    running_stats = self.run.executor.to_host(state.running_stats)
     policy = self._logps(self.run.objective.policy(state.params, self.reference_params))
     sums, _ = step.batch_sums(self.run.objective, policy, reference, slots, running_stats)
     return {k: float(v) for k, v in metrics.divide(sums).items()}
@@ -293,10 +291,10 @@ def _probe(run: Run) -> sample_probe.Probe | None:
   return sample_probe.make_probe(
     run.model_config,
     run.objective.logps_fn,
-    run.material.held_out,
+    run.data.held_out,
     samples=run.config.eval.samples,
     eos_ids=rollouts.eos_ids(run.model_config, run.tokenizer),
-    max_tokens=run.config.on_policy.max_tokens if run.material.sampler else 0,
+    max_tokens=run.config.on_policy.max_tokens if run.data.sampler else 0,
     seed=run.config.seed,
   )
 
@@ -366,7 +364,7 @@ def _facts(run: Run) -> dict[str, Any]:
   return {
     **{f"config.{name}": value for name, value in config.items()},
     "the code": processes.code_digest(),
-    "the data": datasets.digest(run.material),
+    "the data": datasets.digest(run.data),
     "the model folder": [safetensors_files.sampled_digest(pathlib.Path(path)) for path in folders],
     "what the reference store lacks": [len(some) for some in run.lacking],
     "how far the run has come": latest_step(run.workdir / "checkpoints"),
@@ -387,7 +385,7 @@ def prove(
   Raises:
     UserError: the parts do not belong together; nothing has been trained or written yet.
   """
-  batch, _ = feed(1, _policy(run, state, reference_params) if run.material.sampler else None)
+  batch, _ = feed(1, _policy(run, state, reference_params) if run.data.sampler else None)
   first = jax.tree.map(lambda x: x[:1], batch)
   micro = jax.tree.map(lambda x: x[0], first)
   forward = run.executor.compile_forward(run.objective.logps_fn)
@@ -398,9 +396,9 @@ def prove(
       f" {sorted(set(micro.row_NS[~np.isfinite(policy_NS)].tolist()))[:8]}; its weights or its"
       " configuration are broken"
     )
-  if run.material.sampler is None:
-    example, decode = run.material.examples[0], run.tokenizer.decode
-    print(f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.answers[0])[:60]!r}")
+  if run.data.sampler is None:
+    example, decode = run.data.examples[0], run.tokenizer.decode
+    print(f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.completions[0])[:60]!r}")
   if not run.objective.loss.needs_reference:
     return
   stored_fn = run.objective.stored_fn

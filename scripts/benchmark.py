@@ -81,7 +81,7 @@ def main(argv):
   if GENERATE.value:
     result = timing.measure_generation(
       run.model_config,
-      run.executor.single(run.executor.place(params)),
+      run.executor.unreplicate(run.executor.place(params)),
       rows=ROWS.value,
       prompt_tokens=PROMPT.value,
       new_tokens=NEW.value,
@@ -91,7 +91,7 @@ def main(argv):
     )
   else:
     result = timing.measure(run, params, reference, pace=pace, started=started)
-  if processes.first():
+  if processes.is_main_process():
     print(json.dumps(result))
 
 

@@ -184,7 +184,7 @@ def _shapes_of(tree: PyTree) -> PyTree:
 
 
 def _batch(
-  config: ConfigDict, vocab: int, answers: int, lengths: Lengths, **batching: Any
+  config: ConfigDict, vocab: int, completions: int, lengths: Lengths, **batching: Any
 ) -> TokenBatch:
   """A batch of synthetic rows, laid out as those of training are."""
   rows = timing.make_pairs(
@@ -200,7 +200,7 @@ def _batch(
   examples = []
   for number, row in enumerate(rows):
     two = [array(row["chosen_ids"]), array(row["rejected_ids"])]
-    some = tuple((two * answers)[:answers])
+    some = tuple((two * completions)[:completions])
     known = tuple(np.zeros(len(ids), np.float32) for ids in some) if config.reference.store else ()
     examples.append(Example(array(row["prompt_ids"]), some, row=number, reference=known))
   stream = batches.batches(

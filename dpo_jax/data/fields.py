@@ -38,14 +38,14 @@ class Preference(NamedTuple):
 
   Attributes:
     prompt: text, messages, a conversation with tools, or token ids.
-    answers: the completions, best first.
-    grades: a number per completion: its score, or its label as 1 or 0. Empty if the row has none.
+    completions: the completions, best first.
+    scores: a number per completion: its score, or its label as 1 or 0. Empty if the row has none.
     weight: weight of the row in losses and metrics.
   """
 
   prompt: Content
-  answers: tuple[Content, ...]
-  grades: tuple[float, ...] = ()
+  completions: tuple[Content, ...]
+  scores: tuple[float, ...] = ()
   weight: float = 1.0
 
 

@@ -155,7 +155,7 @@ def _from_compared(row: Row) -> Preference:
   pair = row | {"chosen": row.get(better), "rejected": row.get(worse)}
   # With chosen and rejected filled in, the row has one of the other formats of a pair.
   pair_format = next(one for one in PAIRS if one.matches(pair))
-  return pair_format.convert(pair)._replace(grades=(abs(mean), 0.0), weight=abs(mean))
+  return pair_format.convert(pair)._replace(scores=(abs(mean), 0.0), weight=abs(mean))
 
 
 def instruction_prompt(instruction: str, context: str = "") -> str:
@@ -198,7 +198,7 @@ def _with_label(base: Format) -> Format:
   """Returns the format that has a `label` besides: is the completion desirable?"""
 
   def convert(row: Row) -> Preference:
-    return base.convert(row)._replace(grades=(row_fields.read_label(row),))
+    return base.convert(row)._replace(scores=(row_fields.read_label(row),))
 
   return Format(f"{base.name} with label", (*base.fields, "label"), _always, convert)
 
@@ -236,7 +236,7 @@ def _order_by_scores(preference: Preference, row: Row) -> Preference:
   scores = row.get("scores")
   if scores is None:
     return preference
-  count = len(preference.answers)
+  count = len(preference.completions)
   if not isinstance(scores, list) or len(scores) != count:
     raise UserError(
       f"field scores is {row_fields.shorten(scores)}, not a list of {count} numbers, one per"
@@ -248,7 +248,8 @@ def _order_by_scores(preference: Preference, row: Row) -> Preference:
   # sorted is stable: completions of equal score keep the order of the row.
   order = sorted(range(count), key=lambda k: -scores[k])
   return preference._replace(
-    answers=tuple(preference.answers[k] for k in order), grades=tuple(scores[k] for k in order)
+    completions=tuple(preference.completions[k] for k in order),
+    scores=tuple(scores[k] for k in order),
   )
 
 

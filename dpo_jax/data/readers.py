@@ -307,14 +307,14 @@ def _convert(
     weight=preference.weight * row_fields.read_weight(row),
   )
   if of == "pairs" and kind == "text":
-    preference = preference._replace(answers=preference.answers[:1])
+    preference = preference._replace(completions=preference.completions[:1])
   elif of == "pairs":
-    known = preference.grades or row_fields.read_pair_scores(row)
+    known = preference.scores or row_fields.read_pair_scores(row)
     # As unpaired completions, chosen is desirable and rejected is not, whatever their scores.
-    preference = preference._replace(grades=(1.0, 0.0) if kind == "unpaired" else known)
-  if not all(_has_text(completion) for completion in preference.answers):
+    preference = preference._replace(scores=(1.0, 0.0) if kind == "unpaired" else known)
+  if not all(_has_text(completion) for completion in preference.completions):
     raise RowError("empty answer")
-  if any(one == other for one, other in itertools.combinations(preference.answers, 2)):
+  if any(one == other for one, other in itertools.combinations(preference.completions, 2)):
     raise RowError("equal answers")
   return preference
 

@@ -215,7 +215,9 @@ class Checkpoints:
       for spoilt in errors:
         names = (f"unreadable-{spoilt}" + "x" * more for more in itertools.count())
         aside = next(p for p in map(self.directory.with_name, names) if not p.exists())
-        processes.on_first(functools.partial((self.directory / str(spoilt)).rename, aside), "aside")
+        processes.on_main_process(
+          functools.partial((self.directory / str(spoilt)).rename, aside), "aside"
+        )
         print(
           f"the checkpoint of step {spoilt} cannot be read and is now {aside}; going on from step"
           f" {step}",

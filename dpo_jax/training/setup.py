@@ -44,7 +44,7 @@ class Run(NamedTuple):
   model: Model
   model_config: ModelConfig
   tokenizer: Tokenizer
-  material: datasets.Material
+  data: datasets.TrainingData
   steps: int
   schedule: optax.Schedule
   tx: optax.GradientTransformation
@@ -70,7 +70,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
   start = None if settings is None else _start(config, model_config, settings)
   attention = choose_attention(config, model_config, executor)
   model, objective = make_objective(config, model_config, loss, settings, attention)
-  material, ledger = datasets.load(
+  training_data, ledger = datasets.load(
     config,
     loss,
     tokenizer,
@@ -79,8 +79,10 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     texts=attention in attention_kernels.TEXTS,
   )
   device = executor.devices[0]
-  store, lacking, material = datasets.stored(config, model_config, device, attention, material)
-  passes = config.train.epochs * len(material.examples) / config.train.batch_size
+  store, lacking, training_data = datasets.stored(
+    config, model_config, device, attention, training_data
+  )
+  passes = config.train.epochs * len(training_data.examples) / config.train.batch_size
   steps = config.train.steps or max(1, round(passes))
   schedule, tx = make_optimizer(config, steps)
   places = executor.shardings(transformer.param_shapes(model_config))
@@ -94,11 +96,11 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     workdir=workdir,
     config=config,
     executor=executor,
-    objective=objective._replace(completions=material.answers),
+    objective=objective._replace(completions=training_data.completions),
     model=model,
     model_config=model_config,
     tokenizer=tokenizer,
-    material=material,
+    data=training_data,
     steps=steps,
     schedule=schedule,
     tx=tx,
@@ -197,12 +199,12 @@ def fill_store(run: Run, reference_params: PyTree | None) -> PyTree | None:
   forward = run.executor.compile_forward(logprobs.make_token_fn(run.model))
   token_fn = lambda batch: forward(reference_params, jax.tree.map(lambda x: x[None], batch))
   # All processes compute, the first one writes.
-  store = run.store if processes.first() else None
+  store = run.store if processes.is_main_process() else None
   settings = run.config.train
   size = settings.batch_size // settings.accumulate
   started = said = time.perf_counter()
   for examples in run.lacking:
-    batching = run.material.batching | {"batch_size": size}
+    batching = run.data.batching | {"batch_size": size}
     for done in reference_cache.fill(store, examples, token_fn, **batching):
       now = time.perf_counter()
       if now - said >= 5 or done == len(examples):

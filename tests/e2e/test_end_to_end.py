@@ -223,8 +223,8 @@ def test_every_loss_is_reached_from_the_configuration(task, name):
   config = dpo_config(task)
   config.loss.update(name=name, beta=None)
   rows = pairs_of(task)
-  graded = [row | {"chosen_score": 2.0, "rejected_score": 1.0} for row in rows]
-  config.data.path = write_rows(task / "graded.jsonl", graded)
+  with_scores = [row | {"chosen_score": 2.0, "rejected_score": 1.0} for row in rows]
+  config.data.path = write_rows(task / "scores.jsonl", with_scores)
   if name == "policy_gradient":
     config = on_policy_config(task)
     config.data.path = write_rows(task / "p.jsonl", [{"prompt": row["prompt"]} for row in rows])

@@ -231,8 +231,8 @@ def trajectory(mode, devices, accumulate=1, dropout=0.3):
   for _ in range(3):
     state, means = take(state, reference_params, executor.place_batch(batch))
     losses_.append(executor.metrics_to_host(means)["loss"])
-  same(executor.fetch(reference_params)["params"], base()["params"])
-  return executor.fetch(state), losses_
+  same(executor.to_host(reference_params)["params"], base()["params"])
+  return executor.to_host(state), losses_
 
 
 @pytest.mark.slow
@@ -470,7 +470,7 @@ def test_going_on_from_an_adapter_keeps_it_in_the_reference(task, straight, mode
   run, trained, reference_params, _ = build(config, task / f"on_{mode}")
   settings, given = peft.load(straight / "export", run.model_config)
   same(trained, given)
-  batch = collate.collate(run.material.examples[:4], row_length=128)
+  batch = collate.collate(run.data.examples[:4], row_length=128)
   merged = lora.merge(lora.attach({"params": base_of(task)}, given, settings.scale))
   logps_fn = run.objective.logps_fn
   near(logps_fn(reference_params, batch), logps_fn(merged, batch), rtol=1e-5)
