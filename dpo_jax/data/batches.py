@@ -141,7 +141,7 @@ def batches(
     parts = np.split(index, accumulate)
     if balance:
       parts = [index[part] for part in packing.deal(cost_B[index], accumulate)]
-    micro_batches = [Lazy.of(measured, part) for part in parts]
+    micro_batches = [Lazy.select(measured, part) for part in parts]
     return collate_many(micro_batches, sizes=sizes, share=share, **rows)
 
   known = cost_B if balance else None
@@ -181,9 +181,9 @@ def eval_batches(
   parts = np.split(every, every[batch_size::batch_size])
   check_share(share, groups)
   all_of_them = Measured(lengths(examples))
-  sizes = fit_sizes([all_of_them.some(part) for part in parts], **rows)
+  sizes = fit_sizes([all_of_them.select(part) for part in parts], **rows)
   for part in parts:
-    yield collate(Lazy.of(examples, part), sizes=sizes, share=share, **rows)
+    yield collate(Lazy.select(examples, part), sizes=sizes, share=share, **rows)
 
 
 def _rows(
@@ -234,7 +234,7 @@ def _drawn(examples: Sequence[Example] | Measured, size: int, balance: bool) -> 
   dealt = min(max(1, WINDOW // size), max(1, count // size)) if balance else 1
   while len(drawn) < 64:
     row_X = rng.choice(count, size * dealt, replace=count < size)
-    drawn += [measured.some(row_X[part]) for part in packing.deal(cost_B[row_X], dealt)]
+    drawn += [measured.select(row_X[part]) for part in packing.deal(cost_B[row_X], dealt)]
   return drawn
 
 

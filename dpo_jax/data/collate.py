@@ -182,7 +182,7 @@ def _own(
     rows=rows,
     movable=places.movable,
   )
-  measured = Measured(lengths(examples)).some(mine)
+  measured = Measured(lengths(examples)).select(mine)
   shape = shape._replace(rows=rows, groups=shape.groups // hosts)
   return [examples[i] for i in mine.tolist()], measured, moved, shape
 

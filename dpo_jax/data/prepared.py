@@ -83,7 +83,7 @@ def prepare(
       )
     completions = max(spool.completions for spool in spools.values())
     measured = {name: spool.measure(completions) for name, spool in spools.items() if spool.rows}
-    ledger.tokens = encode.count_tokens(Measured.of(*measured.values()))
+    ledger.tokens = encode.count_tokens(Measured.concatenate(*measured.values()))
     about = {"rules": encode.RULES, "tokenizer": encoder.tokenizer.digest(), "seed": seed}
     about |= {name: getattr(encoder, name) for name in ASKED if name != "eval_fraction"}
     about |= {"eval_fraction": eval_fraction, "ledger": ledger.to_json()}

@@ -133,7 +133,7 @@ def read_pairs(
   for model in models:
     check_positions(examples, model.config)
   if ledger.dropped or ledger.truncated:
-    print(encode.tell(path, ledger.to_json()), file=sys.stderr)
+    print(encode.summarize(path, ledger.to_json()), file=sys.stderr)
   return examples
 
 

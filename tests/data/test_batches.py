@@ -241,7 +241,7 @@ def test_real_judged_answers_make_batches(shared_data):
   assert ledger.pairs == len(some) == sum(ledger.labels.values())
   assert ledger.rows == ledger.pairs + ledger.dropped.total()
   train, held_out = (with_mismatched(side, max_length=1024) for side in split(some, 0.2))
-  prompt_B, tokens_BK = Measured.of(train, held_out).lengths
+  prompt_B, tokens_BK = Measured.concatenate(train, held_out).lengths
   assert (prompt_B + tokens_BK.max(1)).max() <= 1024
   batch = take(1, train, batch_size=16)[0]
   assert len(data_rows(batch)) == 16

@@ -150,7 +150,7 @@ def test_absent_answers_by_hand():
   )
   assert fill_up([one]) == [one] and fill_up([]) == []
   assert fill_up([one._replace(scores=())], 2)[0].scores == ()
-  with pytest.raises(ValueError, match="an example has 1 answers, 0 are wanted"):
+  with pytest.raises(ValueError, match="an example has 1 completions; completions=0 is too few"):
     fill_up([one], 0)
   for name in ("shared", "packed"):  # one answer is laid out alike in both
     batch = collate([filled], layout=name, row_length=6)

@@ -192,7 +192,7 @@ def test_margins_and_scores_are_scores(rows_file, tokenizer):
     ([judged(), judged("yes")], "unpaired", r'rows\.jsonl:2: field label is "yes"; it must be'),
     ([judged()], "pairs", r"rows\.jsonl:1: .* with a label are for loss kto; needed: "),
     ([ranked(" a", " b")], "pairs", r"rows\.jsonl:1: .* are for loss plackett_luce; needed: "),
-    ([ranked(" a")] * 2, "ranked", r"no row is of use .* dropped fewer than two answers: 2"),
+    ([ranked(" a")] * 2, "ranked", r"no usable row in .* dropped fewer than two answers: 2"),
   ],
 )
 def test_bad_scores_and_labels_are_one_line(rows_file, tokenizer, rows, kind, line):
@@ -261,7 +261,7 @@ def test_mismatched_answers_are_a_function_of_examples_and_seed():
 
 
 def test_answers_to_one_prompt_alone_cannot_be_mismatched():
-  with pytest.raises(UserError, match="all 3 judged answers are to one prompt, and kto needs"):
+  with pytest.raises(UserError, match="all 3 completions have the same prompt, and kto needs"):
     data_examples.with_mismatched(judged_examples([7, 7, 7]))
 
 
@@ -274,12 +274,12 @@ def test_answers_to_one_prompt_alone_cannot_be_mismatched():
     (
       [pair(rejected=" good")] * 2 + [pair(chosen="")],
       {},
-      r"no row is of use in .*: 3 rows, dropped equal answers: 2, empty answer: 1$",
+      r"no usable row in .*: 3 rows, dropped equal answers: 2, empty answer: 1$",
     ),
     (
       [pair(chosen=" good" * 30), pair(chosen=" good" * 20)],
       {"max_length": 8},
-      r"max_length is 8 and the shortest answers take 21 tokens, raise max_length",
+      r"max_length is 8 and the shortest completions take 21 tokens, raise max_length",
     ),
     ([pair(), pair(chosen=3)], {}, r"rows\.jsonl:2: field chosen is 3, not text"),
     ([pair(), {"prompt": "a"}], {}, r"rows\.jsonl:2: field chosen is missing; the row has prompt"),
