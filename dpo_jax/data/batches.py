@@ -58,7 +58,7 @@ class _Balanced:
     held, batches = self._held
     if held != first:
       row_X = np.concatenate([self._steps[i] for i in range(first, end)])
-      parts = packing.deal(self._cost_B[row_X], end - first)
+      parts = packing.divide_evenly(self._cost_B[row_X], end - first)
       batches = [row_X[part].tolist() for part in parts]
       self._held = first, batches
     return batches[k - first]
@@ -140,7 +140,7 @@ def batches(
     index = np.array(picked)
     parts = np.split(index, accumulate)
     if balance:
-      parts = [index[part] for part in packing.deal(cost_B[index], accumulate)]
+      parts = [index[part] for part in packing.divide_evenly(cost_B[index], accumulate)]
     micro_batches = [Lazy.select(measured, part) for part in parts]
     return collate_many(micro_batches, sizes=sizes, share=share, **rows)
 
@@ -234,7 +234,7 @@ def _drawn(examples: Sequence[Example] | Measured, size: int, balance: bool) -> 
   dealt = min(max(1, WINDOW // size), max(1, count // size)) if balance else 1
   while len(drawn) < 64:
     row_X = rng.choice(count, size * dealt, replace=count < size)
-    drawn += [measured.select(row_X[part]) for part in packing.deal(cost_B[row_X], dealt)]
+    drawn += [measured.select(row_X[part]) for part in packing.divide_evenly(cost_B[row_X], dealt)]
   return drawn
 
 
