@@ -189,7 +189,7 @@ def test_a_batch_is_whole_micro_batches():
 
 def test_a_row_that_is_too_short_is_found_before_the_first_batch():
   some = [*examples(50, longest=5), *examples(1, longest=90)]
-  with pytest.raises(UserError, match=r"data row 0 takes .* rows hold 16; raise row_length"):
+  with pytest.raises(UserError, match=r"data row 0 takes .* rows have 16; raise row_length"):
     data_batches.batches(some, batch_size=4, row_length=16)
 
 

@@ -294,10 +294,10 @@ def test_micro_batches_share_one_shape():
 def test_errors_name_the_row_and_the_way_out():
   long = Example(ids(*range(50)), (ids(1), ids(2)), row=17)
   with pytest.raises(
-    UserError, match=r"data row 17 takes 51 tokens.*rows hold 32; raise row_length"
+    UserError, match=r"data row 17 takes 51 tokens.*rows have 32; raise row_length"
   ):
     collate([long], layout="shared", row_length=32)
-  with pytest.raises(UserError, match="row_length is -5; a row holds 1 token or more"):
+  with pytest.raises(UserError, match="row_length is -5; a row has 1 token or more"):
     check_fits([long], "shared", -5)
   with pytest.raises(UserError, match="unknown layout 'dense'; choose one of shared"):
     collate([long], layout="dense", row_length=64)
