@@ -141,7 +141,7 @@ def load(
 def _check_named(field: str, path: str) -> None:
   """A field names files that are there, if it names any."""
   try:
-    if path and not prepared_data.holds_one(path):
+    if path and not prepared_data.is_prepared_set(path):
       readers.files(path)
   except UserError as error:
     raise UserError(f"{field}: {error}") from None
@@ -157,7 +157,7 @@ def _load_rows(config, loss, tokenizer, model_config):
     "truncation": data.truncation,
     "fields": {k: v for k, v in data.fields.items() if v},
   }
-  prepared = prepared_data.holds_one(data.path)
+  prepared = prepared_data.is_prepared_set(data.path)
   if prepared:
     examples, held_out, ledger = _read_prepared(config, encode.Encoder(tokenizer, **how))
   else:
