@@ -128,6 +128,8 @@ class Encoder:
       return readers.detect(row, self.fields, kind=self.kind).name
 
   def _truncate(self, where, prompt, completions, preference: Preference) -> Encoded | Dropped:
+    # Rows of token ids may come from another tokenizer. On the device an id out of range does not
+    # fail: JAX clamps indices.
     largest = max(int(ids.max()) for ids in (prompt, *completions))
     if largest >= self.tokenizer.vocab_size:
       raise UserError(
@@ -141,11 +143,13 @@ class Encoder:
       max_length=self.max_length,
       prompt_floor=self.prompt_floor,
       mode=self.truncation,
+      # Only a BOS that the tokenizer adds is kept; one that a template wrote is cut like other text.
       bos_id=self.tokenizer.bos_id if self.tokenizer.adds_bos else None,
     )
     if kept is None:
       return Dropped(where, "too long", max(map(len, completions)))
     prompt, completions, cuts = kept
+    # They were different before: what differed was cut off.
     if any(np.array_equal(one, other) for one, other in itertools.combinations(completions, 2)):
       return Dropped(where, "equal answers after cutting")
     lost = tuple(len(a) - len(b) for a, b in zip(before, (prompt, *completions), strict=True))

@@ -88,6 +88,7 @@ class Lazy(Sequence[Example]):
     return len(self.lengths[0])
 
   def __getitem__(self, index: Any) -> Any:
+    # A slice is read at once, into a list.
     if isinstance(index, slice):
       return [self.read(i) for i in range(*index.indices(len(self)))]
     return self.read(range(len(self))[index])
@@ -171,6 +172,7 @@ def fill_up(examples: Sequence[Example], completions: int | None = None) -> list
   absent = np.zeros(0, np.int32)
 
   def filled(example: Example) -> Example:
+    # Scores have one number per completion, absent ones included; () stays ().
     missing = completions - len(example.completions)
     scores = example.scores + (0.0,) * missing if example.scores else ()
     return example._replace(completions=example.completions + (absent,) * missing, scores=scores)
@@ -228,6 +230,7 @@ def split(
       f"eval fraction {eval_fraction} of {len(units)} {what}{lost and f' ({lost})'} leaves one side"
       " empty; set data.eval_fraction=0 to hold nothing out, or name other rows by data.eval_path"
     )
+  # Whole prompts are chosen, not examples: see above.
   order = np.random.default_rng(seed).permutation(len(units))
   held_out_keys = {units[i] for i in order[:held_out]}
   pairs = list(zip(keys, examples, strict=True))
@@ -261,6 +264,7 @@ def with_mismatched(
   if not examples:
     return []
   other_B = _mismatched_partners(examples, seed)
+  # The lengths of the result are known now; ids are read only when an example is indexed.
   prompt_B, tokens_BK = lengths(examples)
   tokens_B = tokens_BK[other_B, 0]
   if max_length is not None:
@@ -289,7 +293,7 @@ def _mismatched_partners(examples: Sequence[Example], seed: int) -> np.ndarray:
   # Backwards around the circle, so that each example can take over the partner of the next one if
   # they share a prompt; starting where the next one has a different prompt, so that it has one.
   start = next(at for at in range(size) if keys[at] != keys[(at + 1) % size])
-  partner = list(range(size))
+  partner = list(range(size))  # positions in the random order; examples again in the last line
   for at in range(start, start - size, -1):
     at, after = at % size, (at + 1) % size
     partner[at] = after if keys[at] != keys[after] else partner[after]

@@ -169,8 +169,8 @@ def _builder_class() -> type:
     """Prompts and their completions as token ids.
 
     Features of an example: `ids`, those of the prompt and then of every completion; `lengths`,
-    which divides them; `grades`, the scores of an `Example` (the name that sets on disk have), perhaps
-    none; `weight` and `row`.
+    which divides them; `grades`, the scores of an `Example`, perhaps none (the name that sets on
+    disk have); `weight` and `row`.
     """
 
     name = NAME
