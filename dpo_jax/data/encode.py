@@ -143,7 +143,7 @@ class Encoder:
       max_length=self.max_length,
       prompt_floor=self.prompt_floor,
       mode=self.truncation,
-      # Only a BOS that the tokenizer adds is kept; one that a template wrote is cut like other text.
+      # Only a BOS that the tokenizer adds is kept; one that a template wrote is cut as text is.
       bos_id=self.tokenizer.bos_id if self.tokenizer.adds_bos else None,
     )
     if kept is None:
