@@ -1,4 +1,4 @@
-"""The embedded task: what the reward reads, how likely every text is, and its words as tokens."""
+"""The controlled task: its reward, the probabilities of its grammar, and its tokenizer."""
 
 import json
 import re
@@ -103,7 +103,7 @@ def test_statements_are_distinct_balanced_and_end_only_at_their_end(kind, togeth
 
 
 def _count(kind, together):
-  """Answers about a kind: statements are cut apart in one way only, so derivations are texts."""
+  """Counts the completions about a kind: a text has one derivation, so derivations are counted."""
   *aspects, verdict = tables(kind, together)
   completions = 0
   for aspect in aspects:
@@ -222,9 +222,11 @@ def test_make_controlled_keeps_prompts_apart(tmp_path):
   command = [sys.executable, "scripts/make_controlled.py", f"--out={tmp_path / 'task'}"]
   sizes = ["--sft_rows=300", "--prompts=200", "--eval_prompts=100"]
   subprocess.run([*command, *sizes], cwd=ROOT, check=True, capture_output=True)
-  read = lambda name: [
-    json.loads(line) for line in (tmp_path / "task" / name).read_text().splitlines()
-  ]
+
+  def read(name):
+    lines = (tmp_path / "task" / name).read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
   sft, prompts, evaluation = map(read, ("sft.jsonl", "prompts.jsonl", "eval_prompts.jsonl"))
   assert [len(sft), len(prompts), len(evaluation)] == [300, 200, 100]
   assert len({row["prompt"] for row in sft + prompts + evaluation}) == 600

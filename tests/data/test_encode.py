@@ -1,4 +1,4 @@
-"""From files to examples: nothing lost uncounted, nothing cut or judged in silence."""
+"""Files become examples: every dropped or truncated row is counted, every error is one line."""
 
 import json
 
@@ -134,7 +134,10 @@ def test_ranked_answers_are_filled_up_to_the_most(rows_file, tokenizer):
   ]
   path = rows_file(rows)
   found, ledger, form = encode.load_examples(path, tokenizer, kind="ranked")
-  texts = lambda e: [tokenizer.decode(answer) for answer in e.completions]
+
+  def texts(example):
+    return [tokenizer.decode(completion) for completion in example.completions]
+
   assert form == "ranked" and "labels" not in ledger.to_json()
   assert [texts(e) for e in found] == [["good", "bad", "", ""], ["is", "good", "bad", "so"]]
   assert [e.scores for e in found] == [(2, 1, 0, 0), (4, 3, 2, 1)]
@@ -160,7 +163,10 @@ def test_ranked_answers_may_become_equal_by_cutting(rows_file, tokenizer):
 
 
 def test_margins_and_scores_are_scores(rows_file, tokenizer):
-  scores = lambda *rows: [e.scores for e in encode.load_examples(rows_file(rows), tokenizer)[0]]
+
+  def scores(*rows):
+    return [example.scores for example in encode.load_examples(rows_file(rows), tokenizer)[0]]
+
   assert scores(pair()) == [()]
   assert scores(pair(margin=2), pair(margin=0)) == [(2, 0), (0, 0)]
   assert scores(pair(chosen_score=1, rejected_score=3)) == [(1, 3)]
@@ -218,7 +224,10 @@ def test_what_rows_are_is_told_from_the_first(rows_file, row, kind):
 
 def judged_examples(prompts):
   """An answer to each of these prompts: answer i is i, a few times."""
-  ids = lambda *values: np.array(values, np.int32)
+
+  def ids(*values):
+    return np.array(values, np.int32)
+
   return [
     Example(ids(p), (ids(*[i] * (1 + i % 6)),), 1.0 + i, i, (i % 2,)) for i, p in enumerate(prompts)
   ]
@@ -250,9 +259,11 @@ def test_a_mismatched_answer_is_to_another_prompt(prompts, seed):
 
 def test_mismatched_answers_are_a_function_of_examples_and_seed():
   some = judged_examples(range(40))
-  sources = lambda some, seed: [
-    int(e.completions[1][0]) for e in data_examples.with_mismatched(some, seed=seed)
-  ]
+
+  def sources(some, seed):
+    mismatched = data_examples.with_mismatched(some, seed=seed)
+    return [int(example.completions[1][0]) for example in mismatched]
+
   first = sources(some, 1)
   assert sources(some, 1) == first != sources(some, 2)
   assert sorted(first) == list(range(40)), "where prompts differ every answer serves once"

@@ -1,4 +1,4 @@
-"""Data sets of other libraries, built here by those libraries themselves."""
+"""Data sets of other libraries are read as rows; the tests build them with those libraries."""
 
 import importlib.util
 import shutil
@@ -25,7 +25,7 @@ ROWS = [
 
 
 class Talks(tfds.core.GeneratorBasedBuilder):
-  """Rows of every kind of field that preferences have."""
+  """A TFDS data set with every kind of field that preference rows have."""
 
   VERSION = tfds.core.Version("1.0.0")
   url_infos = None

@@ -1,4 +1,4 @@
-"""What each form of row means, and which rows hold no preference."""
+"""Every row format is converted as documented, and rows without a preference are dropped."""
 
 import pytest
 from hypothesis import given
@@ -8,14 +8,7 @@ from dpo_jax.data import readers
 from dpo_jax.data.fields import Preference, RowError
 from dpo_jax.data.readers import detect
 from dpo_jax.structs import UserError
-
-user = lambda text: {"role": "user", "content": text}
-assistant = lambda text: {"role": "assistant", "content": text}
-
-
-def convert(row, **kwargs):
-  form = detect(row, **kwargs)
-  return form.name, form.convert(row)
+from tests.support.messages import assistant, convert, user
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Prepared sets: what is read is what was made, by random access, and only where it fits."""
+"""Prepared sets give the examples they were made of, and only to runs with the same settings."""
 
 import json
 import multiprocessing

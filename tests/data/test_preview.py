@@ -1,4 +1,4 @@
-"""What a person is shown is what a model is trained on."""
+"""The preview shows exactly the tokens that a model is trained on."""
 
 import io
 import json
@@ -125,7 +125,10 @@ def test_cuts_are_marked_and_dropped_rows_say_why(tmp_path):
 
 
 def test_histograms_count_every_text(tmp_path):
-  ids = lambda *lengths: [np.zeros(length, np.int32) for length in lengths]
+
+  def ids(*lengths):
+    return [np.zeros(length, np.int32) for length in lengths]
+
   examples = [
     Example(*ids(1), tuple(ids(2, 3))),
     Example(*ids(4), tuple(ids(5, 8))),

@@ -1,4 +1,4 @@
-"""Which files are read and which are wrong; what a field map names; what real files hold."""
+"""Files are read or refused, field maps are applied, and real files give the rows they contain."""
 
 import collections
 import gzip
@@ -14,14 +14,7 @@ from dpo_jax.data import encode, formats, readers
 from dpo_jax.data.fields import Preference, RowError
 from dpo_jax.data.readers import detect, read_rows
 from dpo_jax.structs import UserError
-
-user = lambda text: {"role": "user", "content": text}
-assistant = lambda text: {"role": "assistant", "content": text}
-
-
-def convert(row, **kwargs):
-  form = detect(row, **kwargs)
-  return form.name, form.convert(row)
+from tests.support.messages import assistant, convert, user
 
 
 def parquet_bytes(rows):
@@ -90,7 +83,7 @@ def test_what_is_named_gz_or_parquet_is_that(tmp_path, name, kind):
 
 
 def test_parquet_a_batch_at_a_time(tmp_path):
-  """Messages of a column have the same fields there; those that are null are absent here."""
+  """Messages of a column have the same fields in Parquet; nulls become absent fields."""
   called = {"role": "assistant", "tool_calls": [{"name": "add"}]}
   rows = [{"chosen": [user(f"{i}"), called], "score": i if i % 2 else None} for i in range(1500)]
   path = tmp_path / "rows.anything"
@@ -105,7 +98,10 @@ def test_several_files_and_patterns(tmp_path, monkeypatch):
   for name in ("b.jsonl", "a.jsonl", "a,b.jsonl", "c[1].jsonl", "sub/a.jsonl"):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("{}")
-  found = lambda given: [str(path) for path in readers.files(given)]
+
+  def found(given):
+    return [str(path) for path in readers.files(given)]
+
   assert found("b.jsonl, a.jsonl") == ["b.jsonl", "a.jsonl"]
   assert found("a,b.jsonl") == ["a,b.jsonl"] and found("c[1].jsonl") == ["c[1].jsonl"]
   assert found("[ab].jsonl") == ["a.jsonl", "b.jsonl"]
@@ -283,7 +279,7 @@ def test_other_projects_files_by_field_map(shared_data, file, fields):
 
 
 def test_parquet_is_read_a_row_group_at_a_time(tmp_path):
-  """What is held does not grow with the file: 40 groups of 0.4 MB, never more than a few."""
+  """Memory does not grow with the file: of 40 groups of 0.4 MB, never more than a few are read."""
   text = pyarrow.array([f"{i:06d}" * 70 for i in range(1000)])
   table = pyarrow.table({"prompt": text, "chosen": text, "rejected": text})
   file = tmp_path / "rows.parquet"
