@@ -31,7 +31,7 @@ def files(vocabulary: Sequence[str], *, max_length: int = 512) -> dict[str, dict
     max_length: `model_max_length`, in tokens.
   """
   tokens = (*SPECIALS, *vocabulary)
-  special = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+  special: dict[str, bool] = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
   special["special"] = True
   text_a, text_b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
   start = {"SpecialToken": {"id": START, "type_id": 0}}

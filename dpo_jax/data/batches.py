@@ -51,7 +51,8 @@ def order(
   steps = rows.repeat().batch(batch_size, drop_remainder=True, batch_fn=list)
   if cost_B is None or not shuffle:
     return steps
-  return grain.MapDataset.source(_Balanced(steps, batch_size, cost_B))
+  balanced: Any = _Balanced(steps, batch_size, cost_B)  # has what Grain asks of a source
+  return grain.MapDataset.source(balanced)
 
 
 class _Balanced:
@@ -60,7 +61,7 @@ class _Balanced:
   All batches of a window belong to one epoch, so that every epoch still has every example once.
   """
 
-  def __init__(self, steps: Sequence[list[int]], batch_size: int, cost_B: np.ndarray):
+  def __init__(self, steps: Any, batch_size: int, cost_B: np.ndarray):
     self._steps, self._size, self._cost_B = steps, batch_size, cost_B
     # (first batch, batches) of the last window. Only a cache: k alone decides what batch k is.
     self._cached: tuple[int, list[list[int]]] = (-1, [])

@@ -138,7 +138,9 @@ class Template:
       return ""
     return end
 
-  def _render(self, conversation: Conversation, completion: Messages = (), **options: bool) -> str:
+  def _render(
+    self, conversation: Conversation, completion: Sequence[dict[str, Any]] = (), **options: bool
+  ) -> str:
     """Returns the text of a conversation and perhaps a completion, as transformers renders it."""
     messages = [*conversation.messages, *completion]
     # Without this check such a template would drop the tools in silence.

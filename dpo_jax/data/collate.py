@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -146,7 +146,8 @@ def collate(
     "row_length": row_length, "groups": groups, "sizes": sizes, "share": share, "texts": texts
   }  # fmt: skip
   batch = collate_many([examples], layout=layout, **options)
-  return TokenBatch(*(array if array is None else array[0] for array in batch))
+  first: list[Any] = [None if array is None else array[0] for array in batch]
+  return TokenBatch(*first)
 
 
 def collate_many(
@@ -189,7 +190,8 @@ def collate_many(
     )
     filled = list(map(list_sequences, filled))
   arrays = zip(*filled, strict=True)
-  return TokenBatch(*(None if each[0] is None else np.stack(each) for each in arrays))
+  stacked: list[Any] = [None if each[0] is None else np.stack(each) for each in arrays]
+  return TokenBatch(*stacked)
 
 
 def _host_share(
@@ -332,7 +334,7 @@ def _fill(
   last_B = np.cumsum(prompt_B + tokens_BK.sum(1)) - tokens_BK.sum(1) - 1
   ids_Tk[first_Tk] = np.repeat(flat_x[last_B], (tokens_BK > 0).sum(1))
 
-  def to_rows(value_Tk, dtype=np.int32, empty=0):
+  def to_rows(value_Tk: np.ndarray, dtype: Any = np.int32, empty: int = 0) -> np.ndarray:
     out_x = np.full(shape.rows * shape.length, empty, dtype)
     out_x[at_Tk] = value_Tk
     return out_x.reshape(shape.rows, shape.length)

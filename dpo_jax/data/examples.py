@@ -52,14 +52,14 @@ class Measured(NamedTuple):
   lengths: tuple[np.ndarray, np.ndarray]
 
   @classmethod
-  def concatenate(cls, *sets: Sequence[Example]) -> Measured:
+  def concatenate(cls, *sets: Sequence[Example] | Measured) -> Measured:
     """Returns the lengths of several sets as one, with the largest K among them."""
     prompts, completions = zip(*(lengths(some) for some in sets if len(some)), strict=True)
     most = max(tokens_BK.shape[1] for tokens_BK in completions)
     wide = [np.pad(x_BK, ((0, 0), (0, most - x_BK.shape[1]))) for x_BK in completions]
     return cls((np.concatenate(prompts), np.concatenate(wide)))
 
-  def select(self, index: np.ndarray | slice) -> Measured:
+  def select(self, index: Any) -> Measured:
     """Returns the lengths of the examples with these numbers."""
     prompt_B, tokens_BK = self.lengths
     return Measured((prompt_B[index], tokens_BK[index]))
@@ -80,7 +80,7 @@ class Lazy(Sequence[Example]):
     self.read, self.lengths = read, lengths
 
   @classmethod
-  def select(cls, examples: Sequence[Example], index: Sequence[int]) -> Lazy:
+  def select(cls, examples: Sequence[Example], index: Sequence[int] | np.ndarray) -> Lazy:
     """Returns the examples with these numbers, in this order, without reading them."""
     return cls(lambda i: examples[int(index[i])], Measured(lengths(examples)).select(index).lengths)
 
@@ -185,6 +185,8 @@ def lengths(examples: Sequence[Example] | Measured) -> tuple[np.ndarray, np.ndar
 
   Examples that know their `lengths` (`Lazy`, `Measured`) are not read.
   """
+  if isinstance(examples, Measured):
+    return examples.lengths
   known = getattr(examples, "lengths", None)
   if known is not None:
     return known
@@ -217,7 +219,7 @@ def split(
   Raises:
     UserError: one of the two would be empty.
   """
-  keys: list[bytes | int] = [example.prompt.tobytes() for example in examples]
+  keys: list[Any] = [example.prompt.tobytes() for example in examples]
   what = "distinct prompts"
   if len(set(keys)) < 2:
     keys, what = [*range(len(examples))], "rows"

@@ -35,7 +35,10 @@ def read_rows(given: str | pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]
   Raises:
     UserError: no such data set or split, or a library that is not installed.
   """
-  reader, name, split = _reader(str(given))
+  found = _reader(str(given))
+  if found is None:
+    raise UserError(f"no data set {given}")
+  reader, name, split = found
   try:
     for number, row in enumerate(reader(name, split), 1):
       yield f"{given}:row {number}", row
@@ -155,7 +158,7 @@ def _plain(value: Any, feature: Any) -> Any:
 def _import_datasets() -> Any:
   # Imported late: the library is optional.
   try:
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
   except ImportError:
     raise UserError(
       "data sets of Hugging Face are read by `datasets`, which is not installed; pip install"

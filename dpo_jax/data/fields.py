@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from dpo_jax.structs import UserError
 
@@ -236,9 +236,9 @@ def _read_message(message: dict[str, Any], field: str) -> dict[str, Any]:
     content = ""
   if isinstance(content, list):  # parts: {"type": "text", "text": …}
     parts = [part.get("text", part.get("value")) for part in content if isinstance(part, dict)]
+    texts = [part for part in parts if isinstance(part, str)]
     # Joined only if every part is text: an image must be an error, not a silent omission.
-    all_text = len(parts) == len(content) and all(isinstance(part, str) for part in parts)
-    content = "".join(parts) if all_text else content
+    content = "".join(texts) if len(texts) == len(content) else content
   if not isinstance(role, str) or not isinstance(content, str):
     raise UserError(
       f"field {field} has the message {shorten(message)}; a message is a role and a text, as in"
@@ -289,7 +289,7 @@ def with_tools(prompt: Content, row: Row) -> Content:
     )
   # A prompt of token ids was rendered before: its tools are already among the ids.
   is_messages = prompt and isinstance(prompt[0], dict)
-  return Conversation(prompt, tuple(tools)) if is_messages else prompt
+  return Conversation(cast(Messages, prompt), tuple(tools)) if is_messages else prompt
 
 
 def shorten(value: Any) -> str:

@@ -253,7 +253,7 @@ def assign_groups(places: Places, rows: int, groups: int) -> Places:
     load, group, count = heapq.heappop(lightest)
     new_N[row] = group * room + count
     if count + 1 < room:  # a full group leaves the heap
-      heapq.heappush(lightest, (load + load_N[row], group, count + 1))
+      heapq.heappush(lightest, (load + float(load_N[row]), group, count + 1))
   return places._replace(row_B=new_N[places.row_B])
 
 

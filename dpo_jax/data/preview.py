@@ -168,7 +168,7 @@ def show_layouts(examples: Sequence[Example], batch_size: int = 32) -> Table:
 
 def _part(
   title: str,
-  ids: Sequence[int],
+  ids: Sequence[int] | np.ndarray,
   tokenizer: Tokenizer,
   shades: tuple[str, str],
   *,
@@ -184,7 +184,7 @@ def _part(
   return [Text(title, style="bold"), text, numbers, Text()]
 
 
-def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
+def pieces(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
   """Splits token ids into pieces of text: (text, ids), mostly one token each.
 
   Tokens that together make up one character stay together. The texts joined are the whole text,

@@ -82,8 +82,9 @@ def read_rows(path: Source) -> Iterator[tuple[str, Row]]:
   Raises:
     UserError: the file cannot be read, contains no rows, or a row is not a JSON object.
   """
-  reader = external.read_rows
-  if not external.is_dataset(path):
+  if external.is_dataset(path):
+    rows = external.read_rows(path)
+  else:
     path = _check_file(pathlib.Path(path))
     # The first bytes decide, not the name: files are often named otherwise than they are written.
     with path.open("rb") as file:
@@ -92,9 +93,9 @@ def read_rows(path: Source) -> Iterator[tuple[str, Row]]:
       raise UserError(
         f"{path} is named .parquet and is not Parquet; download it again, or rename it"
       )
-    reader = _read_parquet if magic == b"PAR1" else _read_json
+    rows = _read_parquet(path) if magic == b"PAR1" else _read_json(path)
   empty = True
-  for where, row in reader(path):
+  for where, row in rows:
     if not isinstance(row, dict):
       raise UserError(
         f"{where}: a row is a JSON object with named fields, not {row_fields.shorten(row)}"
@@ -319,7 +320,7 @@ def _convert(
   return preference
 
 
-def _has_text(completion: row_fields.Content) -> bool:
+def _has_text(completion: Any) -> bool:
   """Returns True unless a completion is empty or white space; a tool call counts as text."""
   if isinstance(completion, str):
     return bool(completion.strip())
@@ -349,8 +350,11 @@ def read_prompt(row: Row) -> str | Messages | Conversation:
     raise UserError(f"field 'prompt' is an empty {what}; fill it, or leave the row out")
   try:
     if isinstance(prompt, str):
-      return row_fields.with_tools(row_fields.check_unicode(prompt), row)
-    return row_fields.with_tools(row_fields.read_messages(prompt, "prompt", role="user"), row)
+      content = row_fields.check_unicode(prompt)
+    else:
+      content = row_fields.read_messages(prompt, "prompt", role="user")
+    found: Any = row_fields.with_tools(content, row)
+    return found
   except RowError as error:
     # There is no ledger of prompts to count a dropped row in, so a bad one stops the command.
     raise UserError(f"field 'prompt': {error}") from None

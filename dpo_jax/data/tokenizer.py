@@ -119,7 +119,7 @@ class Tokenizer:
     Returns:
       What `encode_preference` gives for each row, or the error that it would raise, in its place.
     """
-    out: list[Encoded | RowError | None] = [None] * len(preferences)
+    out: list[Any] = [None] * len(preferences)
     texts: list[str] = []
     jobs: list[tuple[int, list[int], bool]] = []  # row, start of each completion, is a conversation
     for i, (prompt, completions, *_) in enumerate(preferences):
@@ -204,7 +204,9 @@ class Tokenizer:
 
   def _with_bos(self, ids: list[int]) -> list[int]:
     # A template, or the text itself, may have written it already.
-    return [self.bos_id, *ids] if self.adds_bos and ids[:1] != [self.bos_id] else ids
+    if self.bos_id is None or not self.adds_bos or ids[:1] == [self.bos_id]:
+      return ids
+    return [self.bos_id, *ids]
 
   def _with_end(self, ids: list[int], is_chat: bool) -> list[int]:
     """Returns a completion with exactly one end token, which is its last token."""
@@ -298,7 +300,7 @@ def _read_object(file: pathlib.Path) -> dict[str, Any]:
   return found
 
 
-def _from_ids(prompt: list[int], completions: Sequence[list[int]]) -> Encoded | RowError:
+def _from_ids(prompt: Any, completions: Sequence[Any]) -> Encoded | RowError:
   # Rows of token ids are used unchanged: no BOS and no EOS is added.
   if not prompt:
     return RowError("empty prompt")
