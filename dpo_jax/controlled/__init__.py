@@ -1,1 +1,1 @@
-"""The embedded task: reviews with a known reward, their words, a tokenizer of words."""
+"""The controlled task: reviews from a grammar, their known reward, and a word-level tokenizer."""

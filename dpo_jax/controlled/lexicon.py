@@ -1,17 +1,20 @@
-"""The words of the embedded task: what reviews are about, and what is said, with its strength.
+"""The words of the controlled task: the things that reviews are about, and words of sentiment.
 
-Strengths run from -2 to 2. Words of one strength are separated by spaces and equally likely. Ways
-to say something are (probability, factor, wordings): the factor is what the reward makes of the
-wording; a test holds the two together.
+The strength of a word of sentiment runs from -2 to 2. The words of one strength are in one string,
+separated by spaces, and equally likely. A wording table contains (probability, factor, wordings):
+the factor is what the reward multiplies the strength by when it reads one of these wordings. A test
+checks that grammar and reward agree on it.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+# Factors of the reward. A negation halves the strength besides turning it: "not good" is less bad
+# than "bad".
 TURN, INTENSIFIED, HEDGED = -0.5, 1.5, 0.5
 
-# How a word's strength is drawn, whatever the words are.
+# Probability of each strength. Symmetric, so that the mean reward of the grammar is 0.
 STRENGTHS = {2: 0.15, 1: 0.3, 0: 0.1, -1: 0.3, -2: 0.15}
 
 GENERAL = {
@@ -41,11 +44,18 @@ FEELINGS = {
   -2: "furious miserable",
 }
 LIKING = {2: "love adore", 1: "enjoy like", -1: "dislike", -2: "hate despise"}  # we liked the soup
-STRIKING = {2: "delight amaze", 1: "impress", -1: "disappoint annoy", -2: "disgust"}  # it struck us
+STRIKING = {2: "delight amaze", 1: "impress", -1: "disappoint annoy", -2: "disgust"}  # it amazed us
 
 
 class Kind(NamedTuple):
-  """A kind of thing to review; its aspects by trait. An aspect that ends in s is a plural."""
+  """A kind of thing to review.
+
+  Attributes:
+    things: nouns of this kind.
+    openings: verbs of the first sentence.
+    again: the verdict of somebody who would repeat the experience.
+    aspects: trait -> aspects of such a thing. An aspect that ends in s is a plural.
+  """
 
   things: str
   openings: tuple[str, str]
@@ -86,7 +96,7 @@ KINDS = {
   ),
 }
 KIND_OF = {thing: name for name, kind in KINDS.items() for thing in kind.things.split()}
-TRAIT_OF = {  # of every aspect of a kind
+TRAIT_OF = {  # kind -> aspect -> trait
   name: {aspect: trait for trait, words in kind.aspects.items() for aspect in words.split()}
   for name, kind in KINDS.items()
 }
@@ -121,6 +131,7 @@ OCCASIONS = (
   " before the holidays",
 )
 
+# Wording tables; the probabilities of each sum to 1. Angle brackets show where a wording stands.
 LINKS = (  # the soup <link> good
   (0.43, 1.0, ("{be}",)),
   (0.22, INTENSIFIED, ("{be} very", "{be} truly")),
@@ -142,25 +153,28 @@ INTENTS = (  # I <intent> recommend it
 )
 LEADS = ("", "overall, ", "in the end, ", "all in all, ")
 HEDGING_TAILS = (", I suppose", ", I guess")
-TAILED = 0.1  # share of statements not yet hedged that take a tail
+TAILED = 0.1  # probability that a statement without a hedge gets one of these tails
 
-NEGATORS = frozenset(("not", "never", "hardly"))  # and whatever ends in n't
+# The words by which the reward recognizes negations, intensifiers and hedges. Every wording above
+# must contain words of these sets that give its factor, and no others.
+NEGATORS = frozenset(("not", "never", "hardly"))  # and every word that ends in n't
 INTENSIFIERS = frozenset(("very", "really", "truly", "extremely", "definitely", "certainly"))
 HEDGES = frozenset(
   ("somewhat", "fairly", "rather", "little", "probably", "perhaps", "suppose", "guess")
 )
 CONTRASTS, ADDITIONS = (", but ", ", yet "), (", and ",)
-JOINED = 0.7  # share of texts whose two statements stand in one sentence
-VERDICT_FIRST = 0.3
-BREAKS = frozenset((".", "!", "?", ";", "but", "yet", "and"))
+JOINED = 0.7  # probability that the two statements of a review are in one sentence
+VERDICT_FIRST = 0.3  # probability that the verdict precedes the aspect
+BREAKS = frozenset((".", "!", "?", ";", "but", "yet", "and"))  # end a statement for the reward
 
 
 def past(verb: str) -> str:
+  """Returns the past tense of a regular verb."""
   return verb + ("d" if verb.endswith("e") else "ed")
 
 
 def _values() -> dict[str, int]:
-  """The strength of every word that carries sentiment."""
+  """Returns the strength of every word of sentiment, in all its forms."""
   values = {"recommend": 2, "again": 2, "avoid": -2, "against": -2}
   for table in (GENERAL, FEELINGS, *TRAITS.values(), LIKING, STRIKING):
     for strength, words in table.items():
@@ -171,4 +185,4 @@ def _values() -> dict[str, int]:
   return values
 
 
-VALUE = _values()  # of every word that carries sentiment
+VALUE = _values()  # word of sentiment -> strength

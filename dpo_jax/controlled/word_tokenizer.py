@@ -1,8 +1,8 @@
-"""A word-level tokenizer as the files of a Hugging Face folder, made from a list of words.
+"""Writes a word-level tokenizer as a Hugging Face folder, from a list of words.
 
-A piece is a word with the space before it (` good`) or one mark (`.`), so decoding is joining: any
-text made of known pieces comes back to the letter. A text begins with `<s>`; whether it ends with
-`</s>` is for the caller to say.
+A piece is a word with the space before it (` good`) or one punctuation mark (`.`). So decoding is
+concatenation, and a text of known pieces is decoded exactly. Every text begins with `<s>`; callers
+add `</s>` where a text ends.
 """
 
 from __future__ import annotations
@@ -14,18 +14,24 @@ import re
 from collections.abc import Sequence
 
 UNKNOWN, START, END = SPECIALS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
+# Every character matches one of the two alternatives, so no text is lost between the pieces.
 PIECE = r" ?[A-Za-z']+|[^A-Za-z']"
 
 
 def pieces(text: str) -> list[str]:
-  """Cuts a text as the tokenizer does."""
+  """Splits a text into pieces as the tokenizer does."""
   return re.findall(PIECE, text)
 
 
 def files(vocabulary: Sequence[str], *, max_length: int = 512) -> dict[str, dict]:
-  """The JSON files of the folder by name; piece k of the vocabulary gets the id 3 + k."""
+  """Returns the JSON files of the folder, by name.
+
+  Args:
+    vocabulary: pieces; piece k gets the id 3 + k.
+    max_length: `model_max_length`, in tokens.
+  """
   tokens = (*SPECIALS, *vocabulary)
-  special = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+  special: dict[str, bool] = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
   special["special"] = True
   text_a, text_b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
   start = {"SpecialToken": {"id": START, "type_id": 0}}
@@ -47,7 +53,7 @@ def files(vocabulary: Sequence[str], *, max_length: int = 512) -> dict[str, dict
       "pair": [start, text_a, text_b],
       "special_tokens": {START: {"id": START, "ids": [1], "tokens": [START]}},
     },
-    "decoder": {"type": "Fuse"},
+    "decoder": {"type": "Fuse"},  # joins the pieces without adding spaces
     "model": {
       "type": "WordLevel",
       "vocab": {token: i for i, token in enumerate(tokens)},
@@ -60,13 +66,14 @@ def files(vocabulary: Sequence[str], *, max_length: int = 512) -> dict[str, dict
     "eos_token": END,
     "unk_token": UNKNOWN,
     "model_max_length": max_length,
+    # True would delete the space before a punctuation mark when decoding.
     "clean_up_tokenization_spaces": False,
   }
   return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
 
 
 def write(path: str | os.PathLike, vocabulary: Sequence[str]) -> None:
-  """Writes the tokenizer of these pieces into folder `path`, made where it is missing."""
+  """Writes the tokenizer of these pieces into the folder `path`, which is made if it is missing."""
   folder = pathlib.Path(path)
   folder.mkdir(parents=True, exist_ok=True)
   for name, content in files(vocabulary).items():

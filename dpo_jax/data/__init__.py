@@ -1,1 +1,1 @@
-"""From rows of files to arrays of tokens, in numpy alone."""
+"""Reads rows of data files and turns them into arrays of tokens, with NumPy and without JAX."""

@@ -1,4 +1,8 @@
-"""Examples to batches: order, batching and resume."""
+"""Turns examples into an endless stream of batches: order, balancing, division among hosts, resume.
+
+Batch k is a pure function of (data, seed, k). A resumed run seeks to its batch instead of replaying
+the ones before it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from dpo_jax.data.examples import Example, Lazy, Measured, lengths
 from dpo_jax.data.packing import Sizes
 from dpo_jax.structs import TokenBatch, UserError
 
-WINDOW = 4096  # examples that are dealt out among batches
+WINDOW = 4096  # examples that neighbouring batches exchange at a time
 
 
 def order(
@@ -24,12 +28,22 @@ def order(
   shuffle: bool = True,
   cost_B: np.ndarray | None = None,
 ) -> Any:
-  """Which of `count` rows are in batch k, without end: a Grain data set of lists of indices.
+  """Returns the endless order of examples: a Grain data set whose element k is batch k.
 
-  Every epoch is shuffled anew; batch k is a pure function of the arguments and k. With the tokens
-  of every row, `cost_B`, neighbouring batches exchange rows until all have about as many tokens.
+  Every epoch is shuffled anew. Batch k is a pure function of the arguments and k.
+
+  Args:
+    count: number of examples.
+    batch_size: examples per batch.
+    seed: of the shuffle.
+    shuffle: False keeps the order of the data.
+    cost_B: tokens of every example. If given, neighbouring batches exchange examples so that all
+      have about equally many tokens.
+
+  Returns:
+    Lists of `batch_size` indices of examples.
   """
-  import grain  # loads jax, which only training needs
+  import grain  # imports jax, which commands that only read data do not need
 
   rows = grain.MapDataset.source(range(count)).seed(seed)
   if shuffle:
@@ -37,38 +51,44 @@ def order(
   steps = rows.repeat().batch(batch_size, drop_remainder=True, batch_fn=list)
   if cost_B is None or not shuffle:
     return steps
-  return grain.MapDataset.source(_Balanced(steps, batch_size, cost_B))
+  balanced: Any = _Balanced(steps, batch_size, cost_B)  # has what Grain asks of a source
+  return grain.MapDataset.source(balanced)
 
 
 class _Balanced:
-  """Batches of an order, the rows of neighbours, `WINDOW` at most, dealt out anew.
+  """An order whose neighbouring batches, up to `WINDOW` examples, have exchanged examples.
 
-  Neighbours lie in one epoch, so that every epoch still has every row once.
+  All batches of a window belong to one epoch, so that every epoch still has every example once.
   """
 
-  def __init__(self, steps: Sequence[list[int]], batch_size: int, cost_B: np.ndarray):
+  def __init__(self, steps: Any, batch_size: int, cost_B: np.ndarray):
     self._steps, self._size, self._cost_B = steps, batch_size, cost_B
-    self._held: tuple[int, list[list[int]]] = (-1, [])
+    # (first batch, batches) of the last window. Only a cache: k alone decides what batch k is.
+    self._cached: tuple[int, list[list[int]]] = (-1, [])
 
   def __len__(self) -> int:
     return len(self._steps)
 
   def __getitem__(self, k: int) -> list[int]:
     first, end = self._window(int(k))
-    held, batches = self._held
-    if held != first:
-      row_X = np.concatenate([self._steps[i] for i in range(first, end)])
-      parts = packing.deal(self._cost_B[row_X], end - first)
-      batches = [row_X[part].tolist() for part in parts]
-      self._held = first, batches
+    cached, batches = self._cached
+    if cached != first:
+      row_x = np.concatenate([self._steps[i] for i in range(first, end)])
+      parts = packing.divide_evenly(self._cost_B[row_x], end - first)
+      batches = [row_x[part].tolist() for part in parts]
+      # One assignment, so that another thread sees the old window or the new one.
+      self._cached = first, batches
     return batches[k - first]
 
   def _window(self, k: int) -> tuple[int, int]:
-    """The first batch of those among which batch k is dealt, and the one behind the last."""
+    """Returns the window [first, end) of batches that batch k exchanges examples with."""
     count, size = len(self._cost_B), self._size
     epoch = k * size // count
-    if ((k + 1) * size - 1) // count != epoch:  # partly of the next epoch
+    # A batch that spans two epochs exchanges nothing: otherwise an example could move into the next
+    # epoch, and be missing from its own.
+    if ((k + 1) * size - 1) // count != epoch:
       return k, k + 1
+    # The whole batches of this epoch: rounded up at its begin, down at its end.
     begin, end = -(-epoch * count // size), (epoch + 1) * count // size
     many = max(1, WINDOW // size)
     first = begin + (k - begin) // many * many
@@ -90,29 +110,35 @@ def batches(
   balance: bool = False,
   texts: bool = False,
 ) -> Iterator[TokenBatch]:
-  """Batches without end, reshuffled every epoch; batch k is a pure function of (data, seed, k).
+  """Returns an endless iterator of batches, reshuffled every epoch.
+
+  Batch k is a pure function of (data, seed, k). The order of examples depends on the batch size and
+  on `balance`, and on nothing else: not on layout, micro-batches, devices or hosts.
 
   Args:
-    examples: the pairs, in memory or read one by one as they are wanted.
-    batch_size: pairs a step, over all its micro-batches; the order of pairs knows nothing else.
-    accumulate: A, micro-batches of a step.
+    examples: the pairs, in memory or lazy.
+    batch_size: pairs per step, over all its micro-batches.
+    accumulate: A, micro-batches per step.
     seed: of the shuffle.
     layout: "shared", "packed" or "padded".
-    row_length: L of packed and shared rows; None or 0 for one that suits the examples. Padded rows
-      are as long as the longest text.
-    groups: runs of rows that devices hold, on all hosts together.
+    row_length: L of packed and shared rows; None or 0 chooses one that suits the examples. Padded
+      rows are as long as the longest sequence.
+    groups: G, the runs of rows that devices keep, on all hosts together.
     shuffle: False keeps the order of the data.
-    start: the step of the first batch; steps before it are skipped, not replayed.
-    share: (i, H) for the i-th of H hosts, among whom every batch is divided; no example is on two,
-      and what they have together does not depend on H.
-    balance: whether batches, and micro-batches, are to have about as many tokens each: see `order`.
-      Less of their rows is then padding.
-    texts: whether the texts of rows are listed: see `collate.collate`.
+    start: step of the first batch; the steps before it are skipped, not replayed.
+    share: (i, n) for host i of n. Every batch is divided among the hosts: no example is on two of
+      them, and all their rows together do not depend on n.
+    balance: True gives all batches, and all micro-batches, about equally many tokens (see `order`),
+      so that less of their rows is padding.
+    texts: True lists the sequences of rows: see `collate.collate`.
 
   Returns:
-    An iterator of `TokenBatch` of numpy arrays with A as the leading axis of every one.
+    An iterator of `TokenBatch` of NumPy arrays, each with A as its leading axis.
+
+  Raises:
+    UserError: sizes do not divide each other, or an example does not fit in a row.
   """
-  import grain  # loads jax, which only training needs
+  import grain  # imports jax, which commands that only read data do not need
 
   if batch_size % accumulate:
     raise UserError(
@@ -132,28 +158,29 @@ def batches(
   )
   rows = _rows(examples, layout, row_length, groups, texts)
   sizes = _usual_sizes(examples, micro, accumulate, rows, balance)
-  cost_B = packing.costs(*lengths(examples), "shared")  # of whatever layout: it changes no order
-
+  # Costs of the shared layout whatever the layout is: the order must not depend on it.
+  cost_B = packing.costs(*lengths(examples), "shared")
+  # Lengths are known once and for all, so that a host reads only its own share of every batch.
   measured = Lazy(examples.__getitem__, lengths(examples))
 
   def lay_out(picked: Sequence[int]) -> TokenBatch:
     index = np.array(picked)
     parts = np.split(index, accumulate)
     if balance:
-      parts = [index[part] for part in packing.deal(cost_B[index], accumulate)]
-    micro_batches = [Lazy.of(measured, part) for part in parts]
+      parts = [index[part] for part in packing.divide_evenly(cost_B[index], accumulate)]
+    micro_batches = [Lazy.select(measured, part) for part in parts]
     return collate_many(micro_batches, sizes=sizes, share=share, **rows)
 
   known = cost_B if balance else None
   steps = order(len(examples), batch_size, seed=seed, shuffle=shuffle, cost_B=known).map(lay_out)
-  # One thread keeps ahead of a training step; more only contend with it for cores.
+  # One thread keeps ahead of the training step; more would only take cores away from it.
   return iter(
     steps[start:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
   )
 
 
 def check_share(share: tuple[int, int], groups: int) -> None:
-  """A host has as many groups as every other."""
+  """Raises `UserError` unless all hosts get equally many groups."""
   host, hosts = share
   if not 0 <= host < hosts or groups % hosts:
     raise UserError(f"host {host} of {hosts} cannot have its share of {groups} groups of rows")
@@ -169,10 +196,10 @@ def eval_batches(
   share: tuple[int, int] = (0, 1),
   texts: bool = False,
 ) -> Iterator[TokenBatch]:
-  """Every example once, in order, all batches of one shape and without a micro-batch axis.
+  """Yields every example once, in order, in batches of one shape without an axis of micro-batches.
 
-  What the last batch lacks has weight 0; `row_NS` says which data row each slot came from. `share`
-  and `texts` as in `batches`.
+  The slots that the last batch lacks have weight 0; `row_NS` gives the data row of each slot.
+  Arguments as in `batches`.
   """
   if not len(examples):
     return
@@ -180,16 +207,17 @@ def eval_batches(
   every = np.arange(len(examples))
   parts = np.split(every, every[batch_size::batch_size])
   check_share(share, groups)
-  all_of_them = Measured(lengths(examples))
-  sizes = fit_sizes([all_of_them.some(part) for part in parts], **rows)
+  measured = Measured(lengths(examples))
+  # From all batches, so that one shape suffices and evaluation compiles once.
+  sizes = fit_sizes([measured.select(part) for part in parts], **rows)
   for part in parts:
-    yield collate(Lazy.of(examples, part), sizes=sizes, share=share, **rows)
+    yield collate(Lazy.select(examples, part), sizes=sizes, share=share, **rows)
 
 
 def _rows(
   examples: Sequence[Example], layout: str, row_length: int | None, groups: int, texts: bool
 ) -> dict:
-  """Keyword arguments of `collate`, every example known to fit."""
+  """Returns keyword arguments of `collate`, after checking that every example fits in a row."""
   if layout == "padded" or not row_length:
     row_length = fit_row_length(examples, layout)
   check_fits(examples, layout, row_length)
@@ -205,46 +233,51 @@ def suit_row_length(
   groups: int = 1,
   balance: bool = False,
 ) -> int:
-  """A row length for batches of these examples; arguments as in `batches`.
+  """Returns a row length for batches of these examples; arguments as in `batches`.
 
-  Balanced batches take about as many tokens each, and so as many rows: of lengths up to 2,048, or a
-  quarter above the least that will do, the one is chosen that leaves least of them empty.
+  Balanced batches have about equally many tokens, and so take equally many rows. Of the lengths up
+  to 2,048 (or a quarter above the least possible), the one is chosen whose rows have the least
+  padding.
   """
   least = fit_row_length(examples, layout)
   if not balance or layout == "padded":
     return least
   size = batch_size // accumulate
-  drawn = _drawn(examples, size, balance)[: max(16, WINDOW // size)]
+  sampled = _sample_micro_batches(examples, size, balance)[: max(16, WINDOW // size)]
 
   def taken(length: int) -> int:
-    rows = max(packing.place(*batch.lengths, layout, length).rows for batch in drawn)
+    rows = max(packing.place(*batch.lengths, layout, length).rows for batch in sampled)
     return length * packing.round_up(rows, groups)
 
   return min(range(least, max(5 * least // 4, 2048) + 1, 64), key=taken)
 
 
-def _drawn(examples: Sequence[Example] | Measured, size: int, balance: bool) -> list[Measured]:
-  """The lengths of 64 random micro-batches or more, dealt out as in training.
-
-  A pure function of its arguments, so that every host and every resumed run finds the same.
-  """
+def _sample_micro_batches(
+  examples: Sequence[Example] | Measured, size: int, balance: bool
+) -> list[Measured]:
+  """Returns the lengths of 64 or more random micro-batches, balanced as in training."""
+  # A fixed seed: every host, and every resumed run, must find the same sizes.
   rng = np.random.default_rng(0)
   count, measured = len(lengths(examples)[0]), Measured(lengths(examples))
-  cost_B, drawn = packing.costs(*measured.lengths, "shared"), []
-  dealt = min(max(1, WINDOW // size), max(1, count // size)) if balance else 1
-  while len(drawn) < 64:
-    row_X = rng.choice(count, size * dealt, replace=count < size)
-    drawn += [measured.some(row_X[part]) for part in packing.deal(cost_B[row_X], dealt)]
-  return drawn
+  cost_B, sampled = packing.costs(*measured.lengths, "shared"), []
+  # Micro-batches of a window, which exchange examples as those of `_Balanced` do.
+  window = min(max(1, WINDOW // size), max(1, count // size)) if balance else 1
+  while len(sampled) < 64:
+    row_x = rng.choice(count, size * window, replace=count < size)
+    parts = packing.divide_evenly(cost_B[row_x], window)
+    sampled += [measured.select(row_x[part]) for part in parts]
+  return sampled
 
 
 def _usual_sizes(
   examples: Sequence[Example], size: int, accumulate: int, rows: dict, balance: bool
 ) -> Sizes:
-  """Sizes that suffice for the rows of most steps, from packing random micro-batches."""
-  drawn = _drawn(examples, size, balance)
+  """Returns sizes that suffice for the rows of most steps, by packing random micro-batches."""
+  sampled = _sample_micro_batches(examples, size, balance)
+  # Balanced batches hardly differ, so finer steps still give few shapes.
   quantile, steps = (0.95, 64) if balance else (0.75, 8)
-  # A step has the rows of the largest of its micro-batches.
-  sizes = fit_sizes(drawn, quantile=quantile ** (1 / accumulate), steps=steps, **rows)
-  # A batch that needs more scored tokens than any of these is rare, and rarer still with this.
+  # A step has the rows of the largest of its A micro-batches, which is below a quantile q with
+  # probability q^A.
+  sizes = fit_sizes(sampled, quantile=quantile ** (1 / accumulate), steps=steps, **rows)
+  # A margin of 1/32, since a later batch may need more scored tokens than any of these.
   return sizes._replace(scored=sizes.scored + sizes.scored // 32)

@@ -1,10 +1,12 @@
-"""Conversations to text, by the chat template of a tokenizer's folder.
+"""Renders conversations as text, by the chat template of a tokenizer's folder.
 
-What generation goes on from is the prompt of training, and what the template writes behind it is
-the answer. Where a template writes an answered prompt otherwise than one that waits (a system turn
-told only in the last user's turn, a block that is filled in for the waiting model), the two are set
-side by side behind the prompt's last message; where they do not go on alike there, or something
-that was said is not in the text, the row is refused: nothing is guessed.
+The prompt of training is the text that generation would continue, and the completion is the text
+that the template writes after it. So a model is trained on exactly what it will see when sampling.
+
+Some templates write a prompt differently once it has a completion (Mistral puts the system message
+into the last user turn; others fill in an empty reasoning block for the model). The two renderings
+are then compared after the prompt's last message only. If they differ there too, or if part of a
+message is missing from the text, the row is refused: nothing is guessed.
 """
 
 from __future__ import annotations
@@ -20,13 +22,20 @@ from typing import Any
 from dpo_jax.data.fields import REASONING, Conversation, Messages, RowError
 from dpo_jax.structs import UserError
 
-# Stand for the last message of a prompt and for an answer: letters, which no template alters.
-_LAST, _ANSWER = "QlastmessageofthepromptQ", "QanswertothepromptQ"
-_OWN = ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize")
+# Placeholders for the last message of a prompt and for a completion. Letters only: templates strip
+# white space and escape marks, but alter no letters.
+_LAST, _COMPLETION = "QlastmessageofthepromptQ", "QcompletionofthepromptQ"
+# Arguments that rendering itself passes to a template.
+_RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize")
 
 
 def read_arguments(text: str, name: str) -> dict[str, Any]:
-  """Values that a chat template reads, from a JSON object; "" is none. `name` is for errors."""
+  """Parses the arguments of a chat template, such as `enable_thinking`, from a JSON object.
+
+  Args:
+    text: the JSON text; "" gives no arguments.
+    name: of the flag or field that the text comes from, for errors.
+  """
   try:
     found = json.loads(text or "{}")
   except ValueError as error:
@@ -37,10 +46,12 @@ def read_arguments(text: str, name: str) -> dict[str, Any]:
 
 
 class Template:
-  """How the model of a folder writes conversations.
+  """The chat template of a folder.
 
   Attributes:
-    source: the template, or named ones; None without: turns are then written plainly.
+    arguments: values that the template reads besides the conversation.
+    source: the template, or several named ones. None if the folder has none: conversations are then
+      written as `User: …` and `Assistant: …`.
   """
 
   def __init__(
@@ -48,101 +59,123 @@ class Template:
   ):
     self._folder = folder
     self.arguments = dict(arguments)
-    self.source = _find(folder, settings)
+    self.source = _find_template(folder, settings)
     for name in self.arguments:
-      if name in _OWN or not re.search(rf"\b{re.escape(name)}\b", json.dumps(self.source)):
+      # Jinja ignores arguments that a template does not read, so a misspelt one would have no
+      # effect, without an error. json.dumps, since `source` may be a list of named templates.
+      if name in _RESERVED or not re.search(rf"\b{re.escape(name)}\b", json.dumps(self.source)):
         raise UserError(
-          f"template argument {name!r} is none that the chat template of {folder} reads; leave it"
-          " out, or look for its name there"
+          f"template argument {name!r} is not one that the chat template of {folder} reads; leave"
+          " it out, or look for its name there"
         )
 
-  def start(self, talk: Conversation) -> str:
-    """What generation goes on from: the prompt and the head of the turn that is to come.
+  def render_prompt(self, conversation: Conversation) -> str:
+    """Returns the text that generation continues: the prompt and the head of the assistant's turn.
 
     Raises:
-      RowError: the template refuses the conversation or leaves out a part of it.
+      RowError: the template refuses the conversation or omits a part of it.
     """
-    waiting = self._write(talk, add_generation_prompt=True)
-    for message in talk.messages:
-      _check_told(message, waiting)
-    if waiting != self._write(talk):
+    waiting = self._render(conversation, add_generation_prompt=True)
+    for message in conversation.messages:
+      _check_complete(message, waiting)
+    if waiting != self._render(conversation):
       return waiting
-    # The template does not say that an answer is awaited: the head of its turn is what stands
-    # before any answer. A space there is the first of the answer's first word.
-    here = _behind_last(self._write(_marked(talk)))
-    there = _behind_last(self._write(_marked(talk), [{"role": "assistant", "content": _ANSWER}]))
-    head, *rest = there.split(_ANSWER)
+    # The template ignores add_generation_prompt. The head of the assistant's turn is then what a
+    # rendering with a completion adds before the completion. A space at its end is left out: to a
+    # BPE tokenizer it is the beginning of the completion's first word.
+    marked = _with_mark(conversation)
+    here = _after_mark(self._render(marked))
+    there = _after_mark(self._render(marked, [{"role": "assistant", "content": _COMPLETION}]))
+    head, *rest = there.split(_COMPLETION)
     if len(rest) != 1 or not head.startswith(here):
-      raise RowError("chat template: where an answer begins cannot be told")
+      raise RowError("chat template: cannot find where a completion begins")
     return waiting + head.removeprefix(here).rstrip(" ")
 
-  def texts(self, talk: Conversation, completions: Sequence[Messages]) -> tuple[str, list[str]]:
-    """`start`, and what the template writes of each answer behind it, the turn's end included.
+  def render(
+    self, conversation: Conversation, completions: Sequence[Messages]
+  ) -> tuple[str, list[str]]:
+    """Returns the text of the prompt, and the text that follows it for each completion.
+
+    The text of a completion includes the end of its turn.
 
     Raises:
-      RowError: as `start`; or an answer does not begin where the prompt ends.
+      RowError: as `render_prompt`; or a completion does not begin where the prompt ends.
     """
-    start = self.start(talk)
-    return start, [self._reply(talk, answer, start) for answer in completions]
+    prompt = self.render_prompt(conversation)
+    return prompt, [self._render_completion(conversation, one, prompt) for one in completions]
 
-  def _reply(self, talk: Conversation, answer: Messages, start: str) -> str:
-    whole = self._write(talk, answer)
-    if whole.startswith(start):
-      written = whole.removeprefix(start)
+  def _render_completion(
+    self, conversation: Conversation, completion: Messages, prompt: str
+  ) -> str:
+    """Returns the text of a completion, which follows the text of its prompt."""
+    whole = self._render(conversation, completion)
+    if whole.startswith(prompt):
+      written = whole.removeprefix(prompt)
     else:
-      marked = _marked(talk)
-      here = _behind_last(self.start(marked))
-      there = _behind_last(self._write(marked, answer))
-      if not (there.startswith(here) and start.endswith(here) and whole.endswith(there)):
-        raise RowError("chat template: an answered prompt is not the one that waits for its answer")
+      # The template writes the prompt differently once it has a completion. What follows the
+      # prompt's last message must still be the same in both renderings: the mark finds that place,
+      # since the message's own text may occur several times.
+      marked = _with_mark(conversation)
+      here = _after_mark(self.render_prompt(marked))
+      there = _after_mark(self._render(marked, completion))
+      if not (there.startswith(here) and prompt.endswith(here) and whole.endswith(there)):
+        raise RowError("chat template: the prompt is not the same with and without a completion")
       written = there.removeprefix(here)
-    for message in answer:
-      _check_told(message, written, thoughts=True)
+    for message in completion:
+      _check_complete(message, written, with_reasoning=True)
     return written
 
   @functools.cached_property
   def turn_end(self) -> str:
-    """What ends the turn of an answer; nothing without a template, or where it cannot be told."""
+    """The text that ends the assistant's turn; "" without a template, or if it cannot be found."""
     if not self.source:
       return ""
-    talk = Conversation([{"role": "user", "content": _LAST}])
+    question = Conversation([{"role": "user", "content": _LAST}])
+    reply = [{"role": "assistant", "content": _COMPLETION}]
     try:
-      _, _, end = self._write(talk, [{"role": "assistant", "content": _ANSWER}]).partition(_ANSWER)
+      _, _, end = self._render(question, reply).partition(_COMPLETION)
     except RowError:
       return ""
     return end
 
-  def _write(self, talk: Conversation, answer: Messages = (), **how: bool) -> str:
-    messages = [*talk.messages, *answer]
-    if talk.tools and "tools" not in json.dumps(self.source):
+  def _render(
+    self, conversation: Conversation, completion: Sequence[dict[str, Any]] = (), **options: bool
+  ) -> str:
+    """Returns the text of a conversation and perhaps a completion, as transformers renders it."""
+    messages = [*conversation.messages, *completion]
+    # Without this check such a template would drop the tools in silence.
+    if conversation.tools and "tools" not in json.dumps(self.source):
       raise RowError("chat template: no place for tools")
     if not self.source:
-      return _plain(messages, **how)
-    import jinja2  # here for its errors; transformers renders with it
+      return _render_plainly(messages, **options)
+    import jinja2  # for its errors only; transformers renders with it
 
     try:
       return self._library.apply_chat_template(
         messages,
-        tools=list(talk.tools) or None,
+        tools=list(conversation.tools) or None,
+        # None lets the library choose among named templates.
         chat_template=self.source if isinstance(self.source, str) else None,
         tokenize=False,
-        **how,
+        **options,
         **self.arguments,
       )
     except (jinja2.TemplateError, TypeError, ValueError) as error:
+      # Templates raise by themselves, e.g. where roles do not alternate: the row is at fault.
       raise RowError(f"chat template: {error}") from None
 
   @functools.cached_property
   def _library(self):
-    """transformers' own class, for its templates; its ids are not used."""
+    """The tokenizer class of transformers, for its templates (a Jinja sandbox); not for its ids."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast  # slow to import
 
     return PreTrainedTokenizerFast.from_pretrained(self._folder, local_files_only=True)
 
 
-def _find(folder: pathlib.Path, settings: Mapping[str, Any]) -> Any:
-  """The template of a folder, in any of the three places where it may stand."""
+def _find_template(folder: pathlib.Path, settings: Mapping[str, Any]) -> Any:
+  """Returns the template of a folder, from any of the three files that may contain it."""
+  # chat_template.jinja wins, as in transformers; chat_template.json is an older place for it.
   file = folder / "chat_template.jinja"
   if file.is_file():
     return file.read_text("utf-8")
@@ -152,41 +185,49 @@ def _find(folder: pathlib.Path, settings: Mapping[str, Any]) -> Any:
   try:
     return json.loads(file.read_text("utf-8"))["chat_template"] if file.is_file() else None
   except (ValueError, KeyError, TypeError):
-    raise UserError(f"{file} holds no chat_template; copy it again or remove it") from None
+    raise UserError(f"{file} has no chat_template; copy it again or remove it") from None
 
 
-def _plain(messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-  """A conversation for tokenizers without a template: `User: …`, a blank line, `Assistant: …`.
+def _render_plainly(messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+  """Renders a conversation for tokenizers without a template, a blank line between the turns.
 
-  The prompt ends in `Assistant:` and an answer begins with a space.
+  A turn is `User: …` or `Assistant: …`. The prompt ends in `Assistant:`, without a space: the space
+  belongs to the first token of the completion.
   """
   turns = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
   return "\n\n".join([*turns, "Assistant:"] if add_generation_prompt else turns)
 
 
-def _marked(talk: Conversation) -> Conversation:
-  """The same conversation, the text of its last message replaced by a mark."""
-  *earlier, last = talk.messages
-  return talk._replace(messages=[*earlier, {**last, "content": _LAST}])
+def _with_mark(conversation: Conversation) -> Conversation:
+  """Returns the conversation with the text of its last message replaced by a placeholder."""
+  *earlier, last = conversation.messages
+  return conversation._replace(messages=[*earlier, {**last, "content": _LAST}])
 
 
-def _behind_last(text: str) -> str:
-  """What follows the marked message."""
+def _after_mark(text: str) -> str:
+  """Returns the text that follows the placeholder."""
   _, *rest = text.split(_LAST)
   if len(rest) != 1:
-    raise RowError("chat template: the prompt's last message cannot be told from the rest")
+    raise RowError("chat template: cannot find the prompt's last message in its text")
   return rest[0]
 
 
-def _check_told(message: dict[str, Any], text: str, *, thoughts: bool = False) -> None:
-  """All that a message says is in the text; what was thought before earlier answers need not be."""
-  said = [message["content"]]
+def _check_complete(message: dict[str, Any], text: str, *, with_reasoning: bool = False) -> None:
+  """Raises `RowError` if a part of a message is missing from its rendered text.
+
+  Reasoning before earlier completions may be missing (`with_reasoning` False): templates of
+  reasoning models leave it out of the prompt on purpose. Reasoning of a completion that is trained
+  on may not.
+  """
+  parts = [message["content"]]
   if message["role"] == "assistant":
-    said = re.split("</?think>", message["content"])
-    said = [*said, *(message.get(name) or "" for name in REASONING)] if thoughts else said[-1:]
+    parts = re.split("</?think>", message["content"])
+    extra = [message.get(name) or "" for name in REASONING]
+    parts = [*parts, *extra] if with_reasoning else parts[-1:]
   for call in message.get("tool_calls") or ():
-    said.append(str(call.get("function", call).get("name", "")))
-  for part in (part.strip() for part in said):
-    # Some templates write what tools say as JSON.
+    parts.append(str(call.get("function", call).get("name", "")))
+  # Stripped, since most templates trim messages.
+  for part in (part.strip() for part in parts):
+    # Some templates write the results of tools as JSON.
     if part not in text and json.dumps(part, ensure_ascii=False)[1:-1] not in text:
       raise RowError(f"chat template: it leaves out some of what the {message['role']} says")

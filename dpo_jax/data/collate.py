@@ -1,27 +1,28 @@
-"""Token ids to rows: cutting to the window, packing, and the arrays of a `TokenBatch`, in numpy.
+"""Lays examples out in rows: builds the arrays of a `TokenBatch`, in NumPy.
 
-Three layouts hold the same pairs and give the same log-probabilities:
+Three layouts contain the same pairs and give the same log-probs:
 
-  padded  one text a row, S = 1; rows K i .. K i + K - 1 are the answers of pair i
-  packed  several texts a row, every answer with its own copy of the prompt
-  shared  several pairs a row, the prompt of a pair once and its answers branching off it
+  padded  one sequence per row, S = 1; rows K i .. K i + K - 1 are the completions of pair i
+  packed  several sequences per row, every completion with its own copy of the prompt
+  shared  several pairs per row, the prompt of a pair once, and its completions branching off it
 
-With a prompt p_0 .. p_{P-1} and an answer a_0 .. a_{n-1}, the inputs p_0 .. p_{P-2} are branch 0;
-the inputs p_{P-1}, a_0 .. a_{n-2} with the targets a_0 .. a_{n-1} are the answer's branch. A shared
-pair therefore costs P - 1 plus the lengths of its answers.
+With a prompt p_0 .. p_{m-1} and a completion a_0 .. a_{n-1}, the inputs p_0 .. p_{m-2} are branch
+0; the inputs p_{m-1}, a_0 .. a_{n-2} with the targets a_0 .. a_{n-1} are the branch of the
+completion. A shared pair therefore takes m - 1 positions plus the lengths of its completions.
 
-A batch holds exactly the pairs it is given, whatever the layout. Only the padding around them is
-rounded, so that few shapes are ever compiled: see `packing.Sizes`.
+A batch contains exactly the pairs it is given, whatever the layout. Only the padding around them is
+rounded, so that few shapes are compiled: see `packing.Sizes`.
 
-Prompts with fewer answers than others are filled up to K with absent ones (`examples.fill_up`). An
-absent answer has no tokens, and its slot is an empty one: weight 0, score 0, data row -1.
+Examples with fewer completions than others are filled up to K with absent ones
+(`examples.fill_up`). An absent completion has no tokens, and its slot is empty: weight 0, score 0,
+data row -1.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,13 +31,17 @@ from dpo_jax.data.examples import Example, Measured, lengths
 from dpo_jax.data.packing import Places, Shape, Sizes
 from dpo_jax.structs import TokenBatch, UserError
 
-# --- laying out -----
+# --- sizes ----------------------------------------------------------------------------------------
 
 
 def fit_row_length(
   examples: Sequence[Example] | Measured, layout: str, *, multiple: int = 64
 ) -> int:
-  """A row length for these examples: the longest fits, and packed rows hold a few of the usual."""
+  """Returns a row length that suits these examples, in tokens.
+
+  The longest example fits. Packed and shared rows have room for four examples of mean cost, up to
+  2,048 tokens: longer rows pack more tightly, but attention costs more.
+  """
   cost_B = packing.costs(*lengths(examples), layout)
   want = int(cost_B.max())
   if layout != "padded":
@@ -45,14 +50,16 @@ def fit_row_length(
 
 
 def check_fits(examples: Sequence[Example], layout: str, row_length: int) -> None:
-  """Every example fits a row, or the error names the data row of the largest."""
+  """Raises `UserError` unless every example fits in a row; the message names the largest."""
   if row_length < 1:
-    raise UserError(f"row_length is {row_length}; a row holds 1 token or more (0 suits the data)")
+    raise UserError(
+      f"row_length is {row_length}; a row has 1 token or more (0 chooses by the data)"
+    )
   cost_B = packing.costs(*lengths(examples), layout)
   worst = int(cost_B.argmax())
   if cost_B[worst] > row_length:
     raise UserError(
-      f"data row {examples[worst].row} takes {cost_B[worst]} tokens of a {layout} row and rows hold"
+      f"data row {examples[worst].row} takes {cost_B[worst]} tokens of a {layout} row and rows have"
       f" {row_length}; raise row_length to {cost_B[worst]} or lower max_length"
     )
 
@@ -64,8 +71,9 @@ def count_padding(
   layout: str = "shared",
   row_length: int | None = None,
 ) -> int:
-  """Tokens of padding in the rows taken by one pass over the examples, in order."""
+  """Counts the padding tokens of one pass over the examples, in order."""
   prompt_B, tokens_BK = lengths(examples)
+  # Padded rows repeat the prompt for every completion, as packed ones do.
   real = packing.costs(prompt_B, tokens_BK, "shared" if layout == "shared" else "packed").sum()
   taken = count_taken(examples, batch_size=batch_size, layout=layout, row_length=row_length)
   return taken - int(real)
@@ -78,7 +86,7 @@ def count_taken(
   layout: str = "shared",
   row_length: int | None = None,
 ) -> int:
-  """Tokens of all rows taken by one pass over the examples, in order, padding included."""
+  """Counts the tokens of all rows of one pass over the examples, in order, padding included."""
   prompt_B, tokens_BK = lengths(examples)
   length = row_length or fit_row_length(examples, layout)
   parts = [slice(i, i + batch_size) for i in range(0, len(prompt_B), batch_size)]
@@ -95,10 +103,16 @@ def fit_sizes(
   steps: int = 8,
   texts: bool = False,
 ) -> Sizes:
-  """Sizes that these batches share, but for those above `quantile` in rows: see `packing.fit`."""
+  """Returns sizes that suit these batches, except those above `quantile` in rows.
+
+  Args as in `packing.fit`.
+  """
   places = [packing.place(*lengths(batch), layout, row_length) for batch in batches]
   completions = lengths(batches[0])[1].shape[1]
   return packing.fit(places, completions, layout, groups, quantile, steps, texts)
+
+
+# --- batches --------------------------------------------------------------------------------------
 
 
 def collate(
@@ -111,25 +125,29 @@ def collate(
   share: tuple[int, int] = (0, 1),
   texts: bool = False,
 ) -> TokenBatch:
-  """Lays examples out as rows.
+  """Lays examples out in rows.
 
   Args:
-    examples: pairs, all with the same number K of answers, of which some may be absent.
+    examples: pairs, all with the same number K of completions, some of which may be absent.
     layout: "shared", "packed" or "padded".
     row_length: L.
-    groups: runs of rows that devices hold; scored tokens are spread evenly over them, and the K
-      answers of a pair never part.
-    sizes: what shapes are rounded up to, from `fit_sizes`; by default what this batch needs.
-    share: (i, H) gives the rows of the i-th of H hosts, whose groups they are: put together they
-      are the batch, whatever H is. Of examples that know their `lengths`, only those are read.
-    texts: whether texts are listed, `sequence_GTW` and `place_NLK`; if sizes are given, they say.
+    groups: G, the runs of rows that devices keep. Scored tokens are distributed evenly over them,
+      and the K completions of a pair stay in one group.
+    sizes: sizes that shapes are rounded up to, from `fit_sizes`; by default those of this batch.
+    share: (i, n) gives only the rows of host i of n. The rows of all hosts in order are the whole
+      batch, whatever n is. If the examples know their `lengths`, only those of the host are read.
+    texts: True lists the sequences, as `sequence_GTW` and `place_NLK`. If `sizes` is given,
+      `sizes.texts` decides instead.
 
   Returns:
-    The batch, numpy arrays.
+    The batch, as NumPy arrays.
   """
-  how = {"row_length": row_length, "groups": groups, "sizes": sizes, "share": share, "texts": texts}
-  batch = collate_many([examples], layout=layout, **how)
-  return TokenBatch(*(array if array is None else array[0] for array in batch))
+  options = {
+    "row_length": row_length, "groups": groups, "sizes": sizes, "share": share, "texts": texts
+  }  # fmt: skip
+  batch = collate_many([examples], layout=layout, **options)
+  first: list[Any] = [None if array is None else array[0] for array in batch]
+  return TokenBatch(*first)
 
 
 def collate_many(
@@ -142,7 +160,10 @@ def collate_many(
   share: tuple[int, int] = (0, 1),
   texts: bool = False,
 ) -> TokenBatch:
-  """`collate` of A micro-batches into arrays of one shape, with A as their leading axis."""
+  """Lays A micro-batches out in arrays of one shape, with A as the leading axis.
+
+  Arguments as in `collate`, except for `micro_batches`: the examples of each.
+  """
   for batch in micro_batches:
     check_fits(batch, layout, row_length)
   completions = lengths(micro_batches[0])[1].shape[1]
@@ -150,25 +171,33 @@ def collate_many(
   places = [
     packing.place(*lengths(batch), layout, row_length, most_pairs) for batch in micro_batches
   ]
+  # Sizes and shape come from the lengths of the whole batch, before it is divided among hosts: all
+  # hosts must compute the same shape, though each reads only its own examples.
   sizes = sizes or packing.fit(places, completions, layout, groups, texts=texts)
-  places, shape = packing.shape_of(places, sizes, layout, groups, row_length)
+  places, shape = packing.choose_shape(places, sizes, layout, groups, row_length)
+  # From the first example of the batch, which every host reads: a host without examples of its own
+  # must build the same arrays.
   stored = bool(micro_batches[0][0].reference)
   filled = [
-    _fill(*_own(batch, place, shape, share), layout, stored)
+    _fill(*_host_share(batch, place, shape, share), layout, stored)
     for batch, place in zip(micro_batches, places, strict=True)
   ]
   if shape.texts:
+    # Only in shared rows is a token, one of the prompt, part of several sequences.
     copies = completions if layout == "shared" else 1
-    listed = functools.partial(with_texts, texts=shape.texts, width=shape.width, copies=copies)
-    filled = list(map(listed, filled))
-  stack = lambda arrays: None if arrays[0] is None else np.stack(arrays)
-  return TokenBatch(*map(stack, zip(*filled, strict=True)))
+    list_sequences = functools.partial(
+      with_texts, texts=shape.texts, width=shape.width, copies=copies
+    )
+    filled = list(map(list_sequences, filled))
+  arrays = zip(*filled, strict=True)
+  stacked: list[Any] = [None if each[0] is None else np.stack(each) for each in arrays]
+  return TokenBatch(*stacked)
 
 
-def _own(
+def _host_share(
   examples: Sequence[Example], places: Places, shape: Shape, share: tuple[int, int]
 ) -> tuple[list[Example], Measured, Places, Shape]:
-  """The examples of one host, their lengths, where they stand among its rows, the rows' shape."""
+  """Returns the examples of one host, their lengths, their places in its rows, and its shape."""
   host, hosts = share
   rows = shape.rows // hosts
   (mine,) = np.nonzero(places.row_B // rows == host)
@@ -182,19 +211,23 @@ def _own(
     rows=rows,
     movable=places.movable,
   )
-  measured = Measured(lengths(examples)).some(mine)
+  measured = Measured(lengths(examples)).select(mine)
   shape = shape._replace(rows=rows, groups=shape.groups // hosts)
   return [examples[i] for i in mine.tolist()], measured, moved, shape
 
 
 class _Pieces(NamedTuple):
-  """Runs of consecutive tokens of one branch, P to an example, each [B, P].
+  """Pieces of examples: runs of tokens of one branch that are neighbours in a row; each [B, P].
+
+  A shared example has P = 1 + K pieces: the prompt and each completion. In the other layouts it has
+  2 K: a copy of the prompt and one completion, in turns.
 
   Attributes:
-    length_BP: tokens.
-    source_BP, at_BP: where the first stands in the texts, and in the rows one after another.
-    position_BP: of the first; those of the others follow.
-    pair_BP, branch_BP, slot_BP: what all of them have, as in `TokenBatch`.
+    length_BP: number of tokens; 0 if the piece is absent.
+    source_BP: index of the first token among the ids of all examples, one after another.
+    at_BP: index of the first token in the rows, one after another.
+    position_BP: `TokenBatch.position_NL` of the first token; the others count up from it.
+    pair_BP, branch_BP, slot_BP: as in `TokenBatch`, equal for all tokens of a piece.
   """
 
   length_BP: np.ndarray
@@ -207,36 +240,47 @@ class _Pieces(NamedTuple):
 
 
 def _pieces(measured: Measured, places: Places, length: int, layout: str) -> _Pieces:
-  """Of examples whose texts lie one behind the other, in rows of so many tokens."""
+  """Describes the pieces of examples in rows of `length` tokens.
+
+  The ids of an example are its prompt and then its completions, one after another.
+  """
   prompt_B, tokens_BK = measured.lengths
   completions = tokens_BK.shape[1]
-  # Which branch each piece of an example is, and which text of it.
-  every = np.arange(1, completions + 1)
+  # The branch of each piece, and the copy of the prompt that it belongs to.
+  every_K = np.arange(1, completions + 1)
   if layout == "shared":
-    branch_P = np.concatenate([[0], every])
-    text_P = np.zeros(completions + 1, np.int64)
+    branch_P = np.concatenate([[0], every_K])
+    copy_P = np.zeros(completions + 1, np.int64)
   else:
-    branch_P = np.stack([np.zeros_like(every), every], axis=1).reshape(-1)
-    text_P = np.repeat(every - 1, 2)
-  # Prompt pieces start at the prompt's first token, answer pieces one before the answer's first.
+    branch_P = np.stack([np.zeros_like(every_K), every_K], axis=1).reshape(-1)
+    copy_P = np.repeat(every_K - 1, 2)
+  # A prompt's piece starts at its first id. A completion's piece starts one id earlier than the
+  # completion: its first input is the token before it.
   start_B = np.cumsum(prompt_B + tokens_BK.sum(1)) - prompt_B - tokens_BK.sum(1)
   before_BK = start_B[:, None] + prompt_B[:, None] + np.cumsum(tokens_BK, 1) - tokens_BK - 1
-  choose = lambda prompt_B1, answer_BK: np.concatenate([prompt_B1, answer_BK], 1)[:, branch_P]
-  length_BP = choose(prompt_B[:, None] - 1, tokens_BK) * (tokens_BK > 0)[:, text_P]
+
+  def per_piece(prompt_B1: np.ndarray, completion_BK: np.ndarray) -> np.ndarray:
+    return np.concatenate([prompt_B1, completion_BK], 1)[:, branch_P]
+
+  # The copy of a prompt whose completion is absent is absent too. (In a shared row the copy is that
+  # of the first completion, which is always present.)
+  length_BP = per_piece(prompt_B[:, None] - 1, tokens_BK) * (tokens_BK > 0)[:, copy_P]
   position_BP = np.where(branch_P > 0, prompt_B[:, None] - 1, 0)
 
   if layout == "padded":
-    row_BP = places.row_B[:, None] + text_P
+    # A row starts with its sequence, so columns are positions; it has one pair and one slot.
+    row_BP = places.row_B[:, None] + copy_P
     column_BP, pair_BP = position_BP, np.zeros_like(row_BP)
     slot_BP = pair_BP
   else:
     row_BP = places.row_B[:, None]
     column_BP = places.column_B[:, None] + np.cumsum(length_BP, 1) - length_BP
-    pair_BP = places.order_B[:, None] * (text_P[-1] + 1) + text_P
+    # Packed, every copy of the prompt is a pair of its own to the mask rule.
+    pair_BP = places.order_B[:, None] * (copy_P[-1] + 1) + copy_P
     slot_BP = places.order_B[:, None] * completions + np.maximum(branch_P - 1, 0)
   return _Pieces(
     length_BP=length_BP,
-    source_BP=choose(start_B[:, None], before_BK),
+    source_BP=per_piece(start_B[:, None], before_BK),
     at_BP=row_BP * length + column_BP,
     position_BP=position_BP,
     pair_BP=pair_BP,
@@ -253,65 +297,80 @@ def _fill(
   layout: str,
   stored: bool,
 ) -> TokenBatch:
-  """Writes the arrays: pieces are copied whole, T tokens in all.
+  """Writes the arrays of a batch, or of one host's share of it.
 
-  There may be no example at all, on a host that has only padding; `stored` says whether there are
-  log-probs of the reference.
+  Every piece of every example is expanded into its tokens, Tk in all, and each array is written by
+  one indexed assignment: no loop over examples or tokens.
+
+  Args:
+    examples: may be none, on a host that has only padding.
+    measured: their lengths.
+    places: their places in the rows.
+    shape: of the arrays.
+    layout: of the rows.
+    stored: True if the examples have log-probs of the reference.
   """
   prompt_B, tokens_BK = measured.lengths
-  texts = [ids for example in examples for ids in (example.prompt, *example.completions)]
-  flat = np.concatenate([*texts, np.zeros(1, np.int32)])
+  ids = [ids for example in examples for ids in (example.prompt, *example.completions)]
+  # The zero is for a host without examples: there is nothing else to concatenate.
+  flat_x = np.concatenate([*ids, np.zeros(1, np.int32)])
   pieces = _pieces(measured, places, shape.length, layout)
 
-  length_X = pieces.length_BP.reshape(-1)
-  end_X = np.cumsum(length_X)
-  along_T = np.arange(length_X.sum()) - np.repeat(end_X - length_X, length_X)
-  spread = lambda x_BP: np.repeat(x_BP.reshape(-1), length_X)
-  at_T = spread(pieces.at_BP) + along_T
-  source_T = spread(pieces.source_BP) + along_T
-  branch_T = spread(pieces.branch_BP)
-  scored_T = branch_T > 0
-  ids_T = flat[source_T]
-  first_T = scored_T & (along_T == 0)
-  # The last prompt token opens every branch; only the first answer stands right behind it in flat.
+  length_x = pieces.length_BP.reshape(-1)
+  end_x = np.cumsum(length_x)
+  along_Tk = np.arange(length_x.sum()) - np.repeat(end_x - length_x, length_x)  # within its piece
+
+  def per_token(value_BP: np.ndarray) -> np.ndarray:
+    return np.repeat(value_BP.reshape(-1), length_x)
+
+  at_Tk = per_token(pieces.at_BP) + along_Tk
+  source_Tk = per_token(pieces.source_BP) + along_Tk
+  branch_Tk = per_token(pieces.branch_BP)
+  scored_Tk = branch_Tk > 0
+  ids_Tk = flat_x[source_Tk]
+  first_Tk = scored_Tk & (along_Tk == 0)
+  # The first input of every completion is the last prompt token. Only before the first completion
+  # does it stand there in `flat_x`; before the others stands the end of the completion before.
   last_B = np.cumsum(prompt_B + tokens_BK.sum(1)) - tokens_BK.sum(1) - 1
-  ids_T[first_T] = np.repeat(flat[last_B], (tokens_BK > 0).sum(1))
+  ids_Tk[first_Tk] = np.repeat(flat_x[last_B], (tokens_BK > 0).sum(1))
 
-  def rows_of(values_T, dtype=np.int32, empty=0):
-    out_X = np.full(shape.rows * shape.length, empty, dtype)
-    out_X[at_T] = values_T
-    return out_X.reshape(shape.rows, shape.length)
+  def to_rows(value_Tk: np.ndarray, dtype: Any = np.int32, empty: int = 0) -> np.ndarray:
+    out_x = np.full(shape.rows * shape.length, empty, dtype)
+    out_x[at_Tk] = value_Tk
+    return out_x.reshape(shape.rows, shape.length)
 
-  target_T = np.where(scored_T, flat[source_T + 1], 0)
+  target_Tk = np.where(scored_Tk, flat_x[source_Tk + 1], 0)
   reference_NL = None
   if stored:
+    # Laid out like `flat_x`, zeros for the prompt, so that the same indices read it.
     known = [x for one in examples for x in (np.zeros(len(one.prompt)), *one.reference)]
-    known_T = np.concatenate([*known, np.zeros(1)])[source_T + 1]
-    reference_NL = rows_of(np.where(scored_T, known_T, 0), np.float32)
+    known_Tk = np.concatenate([*known, np.zeros(1)])[source_Tk + 1]
+    reference_NL = to_rows(np.where(scored_Tk, known_Tk, 0), np.float32)
   return TokenBatch(
-    ids_NL=rows_of(ids_T),
-    position_NL=rows_of(spread(pieces.position_BP) + along_T),
-    pair_NL=rows_of(spread(pieces.pair_BP), empty=-1),
-    branch_NL=rows_of(branch_T),
-    slot_NL=rows_of(spread(pieces.slot_BP)),
-    target_NL=rows_of(target_T),
-    weight_NL=rows_of(scored_T, np.float32),
-    scored_GM=_scored(at_T[scored_T], shape),
+    ids_NL=to_rows(ids_Tk),
+    position_NL=to_rows(per_token(pieces.position_BP) + along_Tk),
+    pair_NL=to_rows(per_token(pieces.pair_BP), empty=-1),
+    branch_NL=to_rows(branch_Tk),
+    slot_NL=to_rows(per_token(pieces.slot_BP)),
+    target_NL=to_rows(target_Tk),
+    # From branches and not from ids: padding is id 0, and so may be a real token.
+    weight_NL=to_rows(scored_Tk, np.float32),
+    scored_GM=_list_scored(at_Tk[scored_Tk], shape),
     reference_NL=reference_NL,
     **_slot_arrays(examples, tokens_BK, places, layout, shape),
   )
 
 
-def _scored(at_T: np.ndarray, shape: Shape) -> np.ndarray:
-  """Flat positions of scored tokens, group by group, in order: int32 [G, M]."""
-  block = shape.rows // shape.groups * shape.length
-  at_T = np.sort(at_T)
-  group_T = at_T // block
-  count_G = np.bincount(group_T, minlength=shape.groups)
+def _list_scored(at_Tk: np.ndarray, shape: Shape) -> np.ndarray:
+  """Lists the flat positions of scored tokens, in order within each group: int32 [G, M]."""
+  block = shape.rows // shape.groups * shape.length  # tokens of a group
+  at_Tk = np.sort(at_Tk)
+  group_Tk = at_Tk // block
+  count_G = np.bincount(group_Tk, minlength=shape.groups)
+  # One past the end where nothing is scored: a gather with mode="fill" reads 0 there.
   out_GM = np.full((shape.groups, shape.scored), block, np.int32)
-  out_GM[group_T, np.arange(len(at_T)) - np.repeat(np.cumsum(count_G) - count_G, count_G)] = (
-    at_T - group_T * block
-  )
+  number_Tk = np.arange(len(at_Tk)) - np.repeat(np.cumsum(count_G) - count_G, count_G)
+  out_GM[group_Tk, number_Tk] = at_Tk - group_Tk * block
   return out_GM
 
 
@@ -322,72 +381,76 @@ def _slot_arrays(
   layout: str,
   shape: Shape,
 ) -> dict[str, np.ndarray]:
-  """Weights, scores and data rows of the slots."""
+  """Returns weights, scores and data rows of the slots, each [N, S]."""
   completions = tokens_BK.shape[1]
   first_B = places.row_B * shape.slots + (0 if layout == "padded" else places.order_B * completions)
+  # The K slots of an example are neighbours. Padded, S = 1: they are in K neighbouring rows.
   at_BK = first_B[:, None] + np.arange(completions)
   present_BK = tokens_BK > 0
-  weight_X = np.zeros(shape.rows * shape.slots, np.float32)
+  weight_x = np.zeros(shape.rows * shape.slots, np.float32)
   weight_B = np.array([example.weight for example in examples], np.float32)
-  weight_X[at_BK] = np.where(present_BK, weight_B[:, None], 0)
-  row_X = np.full(shape.rows * shape.slots, -1, np.int32)
+  weight_x[at_BK] = np.where(present_BK, weight_B[:, None], 0)
+  row_x = np.full(shape.rows * shape.slots, -1, np.int32)
   row_B = np.array([example.row for example in examples], np.int32)
-  row_X[at_BK] = np.where(present_BK, row_B[:, None], -1)
-  score_X = np.zeros(shape.rows * shape.slots, np.float32)
+  row_x[at_BK] = np.where(present_BK, row_B[:, None], -1)
+  score_x = np.zeros(shape.rows * shape.slots, np.float32)
   if examples and examples[0].scores:
-    score_X[at_BK] = np.array([example.scores for example in examples], np.float32)
+    score_x[at_BK] = np.array([example.scores for example in examples], np.float32)
   return {
-    "weight_NS": weight_X.reshape(shape.rows, shape.slots),
-    "score_NS": score_X.reshape(shape.rows, shape.slots),
-    "row_NS": row_X.reshape(shape.rows, shape.slots),
+    "weight_NS": weight_x.reshape(shape.rows, shape.slots),
+    "score_NS": score_x.reshape(shape.rows, shape.slots),
+    "row_NS": row_x.reshape(shape.rows, shape.slots),
   }
 
 
-# --- sequences -----
-# Among the tokens of one text, a prompt with one answer, the mask rule of `TokenBatch` is plain
-# causal attention, which kernels know. So attention may take rows apart into texts, and put what
-# comes of it back.
+# --- sequences ------------------------------------------------------------------------------------
+# Among the tokens of one sequence (a prompt with one completion) the mask rule of `TokenBatch` is
+# plain causal attention, which fused kernels support. So attention may gather the tokens of each
+# sequence from the rows, run a kernel, and scatter the results back.
 
 
 def with_texts(batch: TokenBatch, *, texts: int, width: int, copies: int) -> TokenBatch:
-  """Lists the texts that the rows of a batch hold: `sequence_GTW` and `place_NLK`.
-
-  P lists pairs of a row.
+  """Adds the list of the sequences in the rows of a batch: `sequence_GTW` and `place_NLK`.
 
   Args:
-    batch: numpy arrays, no axis of micro-batches.
-    texts, width: T and W; no group has more texts, no text more tokens.
-    copies: K, in how many texts a token may be.
+    batch: NumPy arrays, without an axis of micro-batches.
+    texts, width: T and W; no group may have more sequences, no sequence more tokens.
+    copies: K, the most sequences that one token belongs to.
   """
   groups, (rows, length) = len(batch.scored_GM), batch.ids_NL.shape
-  row_X, column_X = np.nonzero(batch.pair_NL >= 0)
-  of = lambda x_NL: x_NL[row_X, column_X]
-  pair_X, branch_X, position_X = of(batch.pair_NL), of(batch.branch_NL), of(batch.position_NL)
+  # The tokens that are not padding, as one list.
+  row_x, column_x = np.nonzero(batch.pair_NL >= 0)
+  pair_x = batch.pair_NL[row_x, column_x]
+  branch_x = batch.branch_NL[row_x, column_x]
+  position_x = batch.position_NL[row_x, column_x]
 
-  # Every answer that is there has a token, and is a text: they are numbered in every group.
-  answered_X = branch_X > 0
-  shape = (rows, pair_X.max(initial=0) + 1, max(copies, branch_X.max(initial=1)))
-  there_NPK = np.zeros(shape, bool)
-  there_NPK[row_X[answered_X], pair_X[answered_X], branch_X[answered_X] - 1] = True
-  number_GX = np.cumsum(there_NPK.reshape(groups, -1), axis=1) - 1
-  number_NPK = np.where(there_NPK, number_GX.reshape(shape), texts)
+  # 1. Every completion that is present has a token, and is a sequence: number them within each
+  #    group. Absent ones get the number `texts`, one past the last.
+  completion_x = branch_x > 0
+  shape = (rows, pair_x.max(initial=0) + 1, max(copies, branch_x.max(initial=1)))
+  present_NPrK = np.zeros(shape, bool)
+  present_NPrK[row_x[completion_x], pair_x[completion_x], branch_x[completion_x] - 1] = True
+  number_Gx = np.cumsum(present_NPrK.reshape(groups, -1), axis=1) - 1
+  number_NPrK = np.where(present_NPrK, number_Gx.reshape(shape), texts)
 
-  # A token of a prompt is in all texts of its pair, one of an answer in its own.
-  first_NPK = np.sort(number_NPK, axis=2)[:, :, :copies]
-  number_XK = first_NPK[row_X, pair_X]
-  number_XK[answered_X] = texts
-  own_X = number_NPK[row_X[answered_X], pair_X[answered_X], branch_X[answered_X] - 1]
-  number_XK[answered_X, 0] = own_X
+  # 2. The sequences of each token: a prompt token is in all sequences of its pair, a completion
+  #    token only in its own. Sorted, so that the sequences that exist come first.
+  first_NPrK = np.sort(number_NPrK, axis=2)[:, :, :copies]
+  number_xK = first_NPrK[row_x, pair_x]
+  number_xK[completion_x] = texts
+  own_x = number_NPrK[row_x[completion_x], pair_x[completion_x], branch_x[completion_x] - 1]
+  number_xK[completion_x, 0] = own_x
 
-  held_XK = number_XK < texts
+  # 3. Write both directions: token -> its places in sequences, and place -> token.
+  exists_xK = number_xK < texts
   place_NLK = np.full((rows, length, copies), texts * width, np.int32)
-  place_XK = np.where(held_XK, number_XK * width + position_X[:, None], texts * width)
-  place_NLK[row_X, column_X] = place_XK
-  block = rows // groups
-  sequence_GTW = np.full((groups, texts * width), block * length, np.int32)
-  group_XK = np.broadcast_to((row_X // block)[:, None], held_XK.shape)
-  at_XK = np.broadcast_to((row_X % block * length + column_X)[:, None], held_XK.shape)
-  sequence_GTW[group_XK[held_XK], place_XK[held_XK]] = at_XK[held_XK]
+  place_xK = np.where(exists_xK, number_xK * width + position_x[:, None], texts * width)
+  place_NLK[row_x, column_x] = place_xK
+  block = rows // groups  # rows of a group
+  sequence_GTw = np.full((groups, texts * width), block * length, np.int32)
+  group_xK = np.broadcast_to((row_x // block)[:, None], exists_xK.shape)
+  at_xK = np.broadcast_to((row_x % block * length + column_x)[:, None], exists_xK.shape)
+  sequence_GTw[group_xK[exists_xK], place_xK[exists_xK]] = at_xK[exists_xK]
   return batch._replace(
-    sequence_GTW=sequence_GTW.reshape(groups, texts, width), place_NLK=place_NLK
+    sequence_GTW=sequence_GTw.reshape(groups, texts, width), place_NLK=place_NLK
   )

@@ -1,7 +1,7 @@
-"""Rows to examples: tokenised, cut to the window, and every row of them accounted for.
+"""Turns rows into examples: tokenizes them, truncates them, and counts every row in a ledger.
 
-What a row becomes is a function of the row and the encoder alone, so that any number of processes
-gives the same examples in the same order.
+The result for a row depends only on the row and the encoder, so the examples and their order do not
+depend on the number of worker processes.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ from dpo_jax.data.readers import Source
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.structs import UserError
 
-# Of what is done here and below to make ids of a row; another number is another set.
+# Version of the rules by which this package turns rows into ids. Increase it with every change that
+# gives other ids for the same row: prepared sets of another version are then refused.
 RULES = 2
-CHUNK = 1024  # rows tokenised at a time
+CHUNK = 1024  # rows that are tokenized at a time
 
 
 @dataclasses.dataclass
 class Ledger:
-  """What became of the rows of a data set.
+  """Statistics of a data set: how many rows were kept, truncated and dropped, and why.
 
   Attributes:
-    format: the form of the rows.
+    format: names of the row formats.
     rows: rows read.
-    pairs: rows kept, be they pairs, texts, judged or ranked answers.
-    dropped: reason to number of rows.
-    truncated: "prompt" and "answer" to the number of kept rows so cut.
-    tokens: of the kept rows: "prompt" (counted once an example), "answer", "shared" (copies of
-      prompt tokens that the shared layout saves) and "padding" (of the rows that hold them), all
-      without the mismatched answers that unpaired examples get later.
-    labels: "desirable" and "undesirable" to the number of answers judged so.
+    pairs: rows kept, of whatever kind.
+    dropped: reason -> number of rows.
+    truncated: "prompt" and "answer" -> number of kept rows that were truncated there.
+    tokens: of the kept rows: "prompt" (once per example), "answer", "shared" (copies of prompt
+      tokens that the shared layout saves) and "padding" (in rows of the shared layout). The
+      mismatched completions that unpaired examples get later are not counted.
+    labels: "desirable" and "undesirable" -> number of completions with this label.
   """
 
   format: str = ""
@@ -57,7 +58,7 @@ class Ledger:
   labels: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def to_json(self) -> dict[str, Any]:
-    """One object of plain values; labels only where there are any."""
+    """Returns the ledger as one JSON object; `labels` only for unpaired data."""
     found = dataclasses.asdict(self) | {
       "dropped": dict(self.dropped),
       "truncated": dict(self.truncated),
@@ -65,23 +66,22 @@ class Ledger:
     return {name: value for name, value in found.items() if name != "labels" or value}
 
 
-def tell(name: object, ledger: Mapping[str, Any]) -> str:
-  """One line on what became of the rows, from `Ledger.to_json`."""
+def summarize(name: object, ledger: Mapping[str, Any]) -> str:
+  """Returns one line on the rows kept, dropped and truncated, from `Ledger.to_json`."""
   parts = [f"{ledger['rows']:,} rows ({ledger['format']}), {ledger['pairs']:,} kept"]
   parts += [f"{count:,} dropped: {reason}" for reason, count in ledger["dropped"].items()]
-  parts += [f"{count:,} cut: {what}" for what, count in ledger["truncated"].items()]
+  parts += [f"{count:,} truncated: {what}" for what, count in ledger["truncated"].items()]
   return f"{name}: " + ", ".join(parts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-  """How rows become ids.
+  """Turns rows into token ids. Worker processes receive a pickled copy of it.
 
   Attributes:
     tokenizer: of the model.
-    kind: what is learned from the rows, "pairs", "text", "unpaired" or "ranked": see
-      `readers.detect`.
-    max_length: tokens of a prompt and one answer together, or None for no limit.
+    kind: the kind of training, "pairs", "text", "unpaired" or "ranked": see `readers.detect`.
+    max_length: most tokens of a prompt and one completion together, or None for no limit.
     prompt_floor, truncation: see `examples.truncate`.
     fields: field map of `readers.detect`.
   """
@@ -94,38 +94,47 @@ class Encoder:
   fields: dict[str, str] | None = None
 
   def __call__(self, chunk: _Chunk) -> list[Encoded | Dropped]:
-    """What each row of a chunk becomes."""
-    with _at(chunk.first) as row:
-      form = readers.detect(row, self.fields, kind=self.kind)
+    """Encodes a chunk: returns the ids of each row, or why it is dropped, in the order of the rows.
+
+    Raises:
+      UserError: a row is malformed; the message names its place in the file.
+    """
+    # The first row of the file decides, not that of the chunk: otherwise the format would depend on
+    # how the file is divided.
+    with _naming_place(chunk.first) as row:
+      row_format = readers.detect(row, self.fields, kind=self.kind)
     out: list[Encoded | Dropped] = []
     preferences, places = [], []
     for where, row in chunk.rows:
       try:
-        with _at((where, row)):
-          preferences.append(form.convert(row))
+        with _naming_place((where, row)):
+          preferences.append(row_format.convert(row))
         places.append(len(out))
-        out.append(Encoded(where))
+        out.append(Encoded(where))  # replaced below
       except readers.RowError as error:
         out.append(Dropped(where, str(error)))
+    # The whole chunk in one call: the tokenizer library spreads a batch over its threads.
     encoded = self.tokenizer.encode_preferences(preferences)
     for at, preference, result in zip(places, preferences, encoded, strict=True):
       if isinstance(result, readers.RowError):
         out[at] = Dropped(out[at].where, str(result))
       else:
-        out[at] = self._cut(out[at].where, *result, preference)
+        out[at] = self._truncate(out[at].where, *result, preference)
     return out
 
-  def form_of(self, first: tuple[str, readers.Row]) -> str:
-    """The name of the form that a file's first row has."""
-    with _at(first) as row:
+  def format_of(self, first: tuple[str, readers.Row]) -> str:
+    """Returns the name of a file's row format, from its first row."""
+    with _naming_place(first) as row:
       return readers.detect(row, self.fields, kind=self.kind).name
 
-  def _cut(self, where, prompt, completions, preference: Preference) -> Encoded | Dropped:
+  def _truncate(self, where, prompt, completions, preference: Preference) -> Encoded | Dropped:
+    # Rows of token ids may come from another tokenizer. On the device an id out of range does not
+    # fail: JAX clamps indices.
     largest = max(int(ids.max()) for ids in (prompt, *completions))
     if largest >= self.tokenizer.vocab_size:
       raise UserError(
         f"{where}: token id {largest} is not in the tokenizer, whose ids go to"
-        f" {self.tokenizer.vocab_size - 1}; the rows were made with another"
+        f" {self.tokenizer.vocab_size - 1}; name the tokenizer that the rows were made with"
       )
     before = (prompt, *completions)
     kept = truncate(
@@ -134,11 +143,13 @@ class Encoder:
       max_length=self.max_length,
       prompt_floor=self.prompt_floor,
       mode=self.truncation,
+      # Only a BOS that the tokenizer adds is kept; one that a template wrote is cut as text is.
       bos_id=self.tokenizer.bos_id if self.tokenizer.adds_bos else None,
     )
     if kept is None:
       return Dropped(where, "too long", max(map(len, completions)))
     prompt, completions, cuts = kept
+    # They were different before: what differed was cut off.
     if any(np.array_equal(one, other) for one, other in itertools.combinations(completions, 2)):
       return Dropped(where, "equal answers after cutting")
     lost = tuple(len(a) - len(b) for a, b in zip(before, (prompt, *completions), strict=True))
@@ -146,14 +157,21 @@ class Encoder:
 
 
 class _Chunk(NamedTuple):
-  """Rows with where they stand, and the first of their file, which says what form they have."""
+  """Some rows of a file with their places, and the first row of that file, which has its format."""
 
   first: tuple[str, readers.Row]
   rows: list[tuple[str, readers.Row]]
 
 
 class Encoded(NamedTuple):
-  """A row as token ids, what was cut, and how many tokens the prompt and every answer lost."""
+  """A row as token ids.
+
+  Attributes:
+    where: its place, "file:LINE".
+    prompt, completions, scores, weight: as in `Example`.
+    cuts: what was truncated, a subset of ("prompt", "answer").
+    lost: number of tokens cut from the prompt and from each completion.
+  """
 
   where: str
   prompt: Any = None
@@ -164,7 +182,7 @@ class Encoded(NamedTuple):
   lost: tuple[int, ...] = ()
 
   def examples(self, row: int, kind: str) -> list[Example]:
-    """What the row gives: of unpaired rows, every answer by itself."""
+    """Returns the examples of the row: one, or one per completion if they are unpaired."""
     if kind != "unpaired":
       return [Example(self.prompt, self.completions, self.weight, row, self.scores)]
     return [
@@ -174,7 +192,13 @@ class Encoded(NamedTuple):
 
 
 class Dropped(NamedTuple):
-  """Why a row is left out, and the tokens of its longest answer if that is for length."""
+  """A row that is left out.
+
+  Attributes:
+    where: its place, "file:LINE".
+    reason: key of `Ledger.dropped`.
+    tokens: tokens of its longest completion if it is too long, otherwise 0.
+  """
 
   where: str
   reason: str
@@ -189,22 +213,22 @@ def load_examples(
   tokenizer: Tokenizer,
   *,
   limit: int | None = None,
-  **how: Any,
+  **options: Any,
 ) -> tuple[list[Example], Ledger, str]:
-  """Reads, recognises, tokenises and cuts the rows of some files.
+  """Reads, recognizes, tokenizes and truncates the rows of some files, all in memory.
 
   Args:
-    paths: one file or several, as `readers.files` has them, each of one form.
+    paths: one file or several, as `readers.files` takes them; each has one format.
     tokenizer: of the model.
-    limit: rows to read at most.
-    how: the rest of `Encoder`.
+    limit: most rows to read.
+    options: the other arguments of `Encoder`.
 
   Returns:
-    The examples, whose `row` counts the rows read from 0; the ledger; the forms of the rows,
-    joined by commas. Unpaired examples have one answer, to which `with_mismatched` adds another;
-    ranked ones are filled up to the most answers that any has.
+    The examples, whose `row` counts the rows read from 0; the ledger; the row formats, joined by
+    commas. Unpaired examples have one completion, to which `with_mismatched` adds another; ranked
+    ones are filled up to the largest number of completions.
   """
-  encoder, ledger = Encoder(tokenizer, **how), Ledger()
+  encoder, ledger = Encoder(tokenizer, **options), Ledger()
   examples = list(stream_examples(paths, encoder, ledger, limit=limit))
   if encoder.kind == "ranked":
     examples = fill_up(examples)
@@ -220,22 +244,27 @@ def stream_examples(
   limit: int | None = None,
   workers: int = 0,
 ) -> Iterator[Example]:
-  """Examples as they are read, in order, few of them in memory at a time.
+  """Yields examples in the order of their rows, with a few chunks of them in memory at a time.
 
   Args:
     paths, limit: as in `load_examples`.
-    encoder: how rows become ids.
-    ledger: is filled on the way, all but its tokens.
-    workers: processes that tokenise; 0 for this one.
+    encoder: turns rows into ids.
+    ledger: filled in while the examples are read, except `tokens`.
+    workers: number of processes that tokenize; 0 for this process.
+
+  Raises:
+    UserError: no row is kept, or only some rows have scores.
   """
   files = readers.files(paths)
   if encoder.kind == "unpaired":
     ledger.labels = {"desirable": 0, "undesirable": 0}
-  shortest = None  # tokens of the longest answer, least over the pairs that are too long
+  # Over the rows that are too long: the least tokens of a longest completion. The error below names
+  # it, so that the user knows how far to raise max_length.
+  shortest = None
   has_scores = None
-  for form, outcomes in _outcomes(files, encoder, limit, workers):
+  for name, outcomes in _outcomes(files, encoder, limit, workers):
     known = ledger.format.split(", ") if ledger.format else []
-    ledger.format = ", ".join(dict.fromkeys([*known, form]))
+    ledger.format = ", ".join(dict.fromkeys([*known, name]))
     for found in outcomes:
       row, ledger.rows = ledger.rows, ledger.rows + 1
       if isinstance(found, Dropped):
@@ -243,6 +272,7 @@ def stream_examples(
         if found.tokens:
           shortest = min(found.tokens, shortest or found.tokens)
         continue
+      # Without this check, a row without scores would count as one whose scores are 0.
       has_scores = bool(found.scores) if has_scores is None else has_scores
       if bool(found.scores) != has_scores:
         had, has = ("a", "none") if has_scores else ("no", "one")
@@ -257,13 +287,13 @@ def stream_examples(
           ledger.labels["desirable" if example.scores[0] == 1 else "undesirable"] += 1
         yield example
   if not ledger.pairs:
-    raise UserError(_nothing_left(ledger, files, encoder.max_length, shortest))
+    raise UserError(_no_rows_left(ledger, files, encoder.max_length, shortest))
 
 
 def first_rows(
   paths: Source | Sequence[Source], encoder: Encoder, count: int
 ) -> Iterator[Encoded | Dropped]:
-  """What becomes of each of the first rows."""
+  """Yields the ids of each of the first `count` rows, or why it is dropped."""
   for _, outcomes in _outcomes(readers.files(paths), encoder, count, workers=0):
     yield from outcomes
 
@@ -271,37 +301,40 @@ def first_rows(
 def _outcomes(
   files: Sequence[Source], encoder: Encoder, limit: int | None, workers: int
 ) -> Iterator[tuple[str, list[Encoded | Dropped]]]:
-  """The form and the outcomes of every chunk, in order."""
+  """Yields the format name and the encoded rows of every chunk, in order."""
   chunks = _chunks(files, limit)
   if not workers:
-    yield from ((encoder.form_of(chunk.first), encoder(chunk)) for chunk in chunks)
+    yield from ((encoder.format_of(chunk.first), encoder(chunk)) for chunk in chunks)
     return
+  # spawn and not fork: the tokenizer library and pyarrow have threads, and a fork would copy their
+  # locks as they are, perhaps taken.
   context = multiprocessing.get_context("spawn")
-  with futures.ProcessPoolExecutor(workers, context, _start, (encoder,)) as pool:
-    # A few more than are being worked at: what is read ahead is held in memory.
+  with futures.ProcessPoolExecutor(workers, context, _init_worker, (encoder,)) as pool:
+    # Results are taken in the order of submission, so the order of examples does not depend on
+    # which worker is faster. Only a few chunks wait at a time: they are in memory.
     waiting: collections.deque = collections.deque()
     for chunk in chunks:
-      waiting.append((encoder.form_of(chunk.first), pool.submit(_encode, chunk)))
+      waiting.append((encoder.format_of(chunk.first), pool.submit(_encode_in_worker, chunk)))
       if len(waiting) > 2 * workers:
-        form, outcome = waiting.popleft()
-        yield form, outcome.result()
-    yield from ((form, outcome.result()) for form, outcome in waiting)
+        name, outcome = waiting.popleft()
+        yield name, outcome.result()
+    yield from ((name, outcome.result()) for name, outcome in waiting)
 
 
-_encoder: Encoder  # of a worker
+_encoder: Encoder  # of a worker process; sent once and not with every chunk
 
 
-def _start(encoder: Encoder) -> None:
+def _init_worker(encoder: Encoder) -> None:
   global _encoder
   _encoder = encoder
 
 
-def _encode(chunk: _Chunk) -> list[Encoded | Dropped]:
+def _encode_in_worker(chunk: _Chunk) -> list[Encoded | Dropped]:
   return _encoder(chunk)
 
 
 def _chunks(files: Sequence[Source], limit: int | None) -> Iterator[_Chunk]:
-  """At most `limit` rows of some files, many at a time."""
+  """Yields at most `limit` rows of some files, in chunks that never span two files."""
   left = limit
   for path in files:
     rows = itertools.islice(readers.read_rows(path), left)
@@ -313,28 +346,32 @@ def _chunks(files: Sequence[Source], limit: int | None) -> Iterator[_Chunk]:
 
 
 def read_fields(given: Sequence[str]) -> dict[str, str]:
-  """A field map from `prompt=question` and the like."""
+  """Parses the field map of a command line: `prompt=question`, ….
+
+  Raises:
+    UserError: an argument has no "=", or no row format has the field.
+  """
   wrong = [pair for pair in given if "=" not in pair]
   if wrong:
-    raise UserError(f"--fields {wrong[0]} is no name=name; as in --fields prompt=question")
+    raise UserError(f"--fields {wrong[0]} is not name=name; as in --fields prompt=question")
   fields = dict(pair.split("=", 1) for pair in given)
   for name in fields:
-    if name not in formats.KNOWN:
-      near = difflib.get_close_matches(name, formats.KNOWN, 1)
-      hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(formats.KNOWN)}"
-      raise UserError(f"--fields {name}=…: no form of row has a field {name!r}; {hint}")
+    if name not in formats.FIELD_NAMES:
+      near = difflib.get_close_matches(name, formats.FIELD_NAMES, 1)
+      hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(formats.FIELD_NAMES)}"
+      raise UserError(f"--fields {name}=…: no row format has a field {name!r}; {hint}")
   return fields
 
 
 def detect_kind(paths: str | Sequence[str], fields: dict[str, str] | None = None) -> str:
-  """What the rows of some files are, from the first: see `readers.detect_kind`."""
-  with _at(next(readers.read_rows(readers.files(paths)[0]))) as row:
+  """Recognizes the kind of rows in some files, from the first row: see `readers.detect_kind`."""
+  with _naming_place(next(readers.read_rows(readers.files(paths)[0]))) as row:
     return readers.detect_kind(row, fields)
 
 
 @contextlib.contextmanager
-def _at(row: tuple[str, readers.Row]) -> Iterator[readers.Row]:
-  """Says where a row stands in what is raised about it."""
+def _naming_place(row: tuple[str, readers.Row]) -> Iterator[readers.Row]:
+  """Puts the place of a row before the message of any `UserError` raised about it."""
   try:
     yield row[1]
   except UserError as error:
@@ -342,30 +379,32 @@ def _at(row: tuple[str, readers.Row]) -> Iterator[readers.Row]:
 
 
 def count_tokens(examples: Sequence[Example] | Measured) -> dict[str, int]:
-  """`Ledger.tokens` of some examples, of which their lengths suffice."""
+  """Returns `Ledger.tokens` of some examples; only their lengths are read."""
   prompt_B, tokens_BK = lengths(examples)
-  cost = lambda layout: int(packing.costs(prompt_B, tokens_BK, layout).sum())
+  packed, shared = (
+    int(packing.costs(prompt_B, tokens_BK, layout).sum()) for layout in ("packed", "shared")
+  )
   return {
     "prompt": int(prompt_B.sum()),
     "answer": int(tokens_BK.sum()),
     "padding": collate.count_padding(examples, batch_size=32),
-    "shared": cost("packed") - cost("shared"),
+    "shared": packed - shared,
   }
 
 
-def _nothing_left(ledger: Ledger, paths, max_length: int | None, shortest: int | None) -> str:
+def _no_rows_left(ledger: Ledger, paths, max_length: int | None, shortest: int | None) -> str:
   why = ", ".join(f"{reason}: {count}" for reason, count in ledger.dropped.most_common())
-  line = f"no row is of use in {', '.join(map(str, paths))}: {ledger.rows} rows, dropped {why}"
+  line = f"no usable row in {', '.join(map(str, paths))}: {ledger.rows} rows, dropped {why}"
   if shortest is not None:
     line += (
-      f"; max_length is {max_length} and the shortest answers take {shortest} tokens, raise"
-      " max_length or let answers be cut"
+      f"; max_length is {max_length} and the shortest completions take {shortest} tokens, raise"
+      " max_length or set truncation to cut"
     )
   return line
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab: int) -> None:
-  """Every id of the tokenizer is one the model can score."""
+  """Raises `UserError` if the tokenizer has ids that the model cannot score."""
   if tokenizer.vocab_size > vocab:
     raise UserError(
       f"the tokenizer's ids go to {tokenizer.vocab_size - 1} and the model's vocabulary is {vocab};"

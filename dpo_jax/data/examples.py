@@ -1,7 +1,7 @@
-"""Examples: a prompt and its answers as token ids, before anything is laid out.
+"""Examples: a prompt and its completions as token ids, before they are laid out in rows.
 
-Cut to the window, measured, read as they are needed, divided into sides, and given answers to other
-prompts. What stands in rows of a batch is decided in `collate`.
+Here examples are truncated, measured, read lazily, split into training and held-out ones, and given
+mismatched completions. `collate` decides how they are laid out in the rows of a batch.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from dpo_jax.structs import UserError
 
 
 class Example(NamedTuple):
-  """One prompt and its K answers as token ids.
+  """One prompt and its K completions as token ids.
 
   Attributes:
-    prompt: int32 [P], P >= 1: the first answer token needs one to be predicted from.
-    completions: K arrays int32 [n_k], n_k >= 1, best first; they hold the end token where the text
-      really ends. The first is always there; others, behind those that are, may be absent: n_k = 0.
-      Of an answer judged by itself: that answer, and one to another prompt.
+    prompt: int32 [P], P >= 1: the first completion token needs a token to be predicted from.
+    completions: K arrays int32 [n_k], best first. Each includes its end token, unless it was
+      truncated. The first has n_k >= 1; later ones may be absent, n_k = 0, but only after all that
+      are present. An unpaired example has two: its own, and a mismatched one (see
+      `with_mismatched`).
     weight: weight of the pair in losses and metrics.
     row: row of the data set that it came from.
-    scores: what is known of each answer besides its order, as `TokenBatch.score_NS` has it; or
-      nothing.
-    reference: float32 [n_k] for each answer, log-probs of its tokens under the reference, nats; or
-      nothing.
+    scores: a number per completion, as in `TokenBatch.score_NS`; or ().
+    reference: float32 [n_k] per completion, log-probs of its tokens under the reference model, in
+      nats; or ().
   """
 
   prompt: np.ndarray
@@ -40,30 +40,38 @@ class Example(NamedTuple):
 
 
 class Measured(NamedTuple):
-  """Stands for examples where their lengths are all that is asked of them: see `lengths`."""
+  """The lengths of some examples, for functions that read nothing else of them.
+
+  Packing, sizes and padding depend on lengths alone, and the examples themselves may be more than
+  memory holds.
+
+  Attributes:
+    lengths: prompt lengths [B] and completion lengths [B, K], in tokens: see `lengths`.
+  """
 
   lengths: tuple[np.ndarray, np.ndarray]
 
   @classmethod
-  def of(cls, *sets: Sequence[Example]) -> Measured:
-    """Of several sets, as one; K is the most answers of any."""
+  def concatenate(cls, *sets: Sequence[Example] | Measured) -> Measured:
+    """Returns the lengths of several sets as one, with the largest K among them."""
     prompts, completions = zip(*(lengths(some) for some in sets if len(some)), strict=True)
     most = max(tokens_BK.shape[1] for tokens_BK in completions)
     wide = [np.pad(x_BK, ((0, 0), (0, most - x_BK.shape[1]))) for x_BK in completions]
     return cls((np.concatenate(prompts), np.concatenate(wide)))
 
-  def some(self, index: np.ndarray | slice) -> Measured:
-    """Those of some of them."""
+  def select(self, index: Any) -> Measured:
+    """Returns the lengths of the examples with these numbers."""
     prompt_B, tokens_BK = self.lengths
     return Measured((prompt_B[index], tokens_BK[index]))
 
 
 class Lazy(Sequence[Example]):
-  """Examples that are read as they are asked for.
+  """A sequence that reads each example when it is indexed, and keeps none.
 
   Attributes:
     read: number -> example.
-    lengths: of all of them, as `examples.lengths` gives them.
+    lengths: prompt and completion lengths of all examples: see `lengths`. They are known without
+      reading.
   """
 
   def __init__(
@@ -72,20 +80,21 @@ class Lazy(Sequence[Example]):
     self.read, self.lengths = read, lengths
 
   @classmethod
-  def of(cls, examples: Sequence[Example], index: Sequence[int]) -> Lazy:
-    """Some of them."""
-    return cls(lambda i: examples[int(index[i])], Measured(lengths(examples)).some(index).lengths)
+  def select(cls, examples: Sequence[Example], index: Sequence[int] | np.ndarray) -> Lazy:
+    """Returns the examples with these numbers, in this order, without reading them."""
+    return cls(lambda i: examples[int(index[i])], Measured(lengths(examples)).select(index).lengths)
 
   def __len__(self) -> int:
     return len(self.lengths[0])
 
   def __getitem__(self, index: Any) -> Any:
+    # A slice is read at once, into a list.
     if isinstance(index, slice):
       return [self.read(i) for i in range(*index.indices(len(self)))]
     return self.read(range(len(self))[index])
 
 
-# --- cutting --------------------------------------------------------------------------------------
+# --- truncation -----------------------------------------------------------------------------------
 
 
 def truncate(
@@ -97,36 +106,38 @@ def truncate(
   mode: str = "drop",
   bos_id: int | None = None,
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...], tuple[str, ...]] | None:
-  """Fits every prompt + answer into `max_length` tokens: the one place where text is cut.
+  """Fits every prompt + completion into `max_length` tokens. Nothing else truncates examples.
 
-  The prompt is cut first and from the left, since the question stands at its end; a BOS at its
-  start stays. It keeps at least `prompt_floor` tokens, BOS included, or half the window where that
-  is less; a shorter prompt is kept whole. Where that is not enough,
+  The prompt is truncated first, from the left, since the question stands at its end; a BOS at its
+  start is kept. At least `prompt_floor` tokens of it remain, BOS included, or half of `max_length`
+  if that is less. If the longest completion still does not fit,
 
-    mode "drop"  gives the pair up;
-    mode "cut"   cuts the answers too, at the same length for all, so that none is favoured. A cut
-                 answer loses its end token with its tail and is given no other.
+    mode "drop"  drops the example;
+    mode "cut"   truncates the completions to the same length, so that none is favoured. A truncated
+                 completion loses its end token, and gets no other: it does not really end there.
 
   Args:
     prompt: int32 [P].
-    completions: K arrays int32.
-    max_length: the window in tokens, or None for no limit.
+    completions: K arrays int32 [n_k].
+    max_length: most tokens of the prompt and one completion, or None for no limit.
     prompt_floor: tokens of the prompt that are never cut.
     mode: "drop" or "cut".
-    bos_id: the token kept at the start of a cut prompt.
+    bos_id: the token to keep at the start of a truncated prompt; None keeps none.
 
   Returns:
-    The prompt, the answers and what was cut, a subset of ("prompt", "answer"); None if dropped.
+    The prompt, the completions and what was truncated, a subset of ("prompt", "answer"); or None
+    if the example is dropped.
   """
   if mode not in ("drop", "cut"):
     raise UserError(f"unknown truncation {mode!r}; choose 'drop' or 'cut'")
   completions = tuple(completions)
   if max_length is None:
     return prompt, completions, ()
-  longest = max(len(answer) for answer in completions)
+  longest = max(len(completion) for completion in completions)
   if len(prompt) + longest <= max_length:
     return prompt, completions, ()
 
+  # One token of the prompt at least: the first completion token is predicted from it.
   floor = max(1, min(prompt_floor, max_length // 2, len(prompt)))
   keep = min(len(prompt), max(floor, max_length - longest))
   room = max_length - keep
@@ -134,33 +145,34 @@ def truncate(
     return None
   cuts = ()
   if keep < len(prompt):
-    # keep = 1 leaves no room for both BOS and text: the last token is what predicts the answer.
+    # keep = 1 leaves no room for both BOS and text; the last token predicts the completion.
     bos = int(keep > 1 and bos_id is not None and prompt[0] == bos_id)
     prompt = np.concatenate([prompt[:bos], prompt[len(prompt) - keep + bos :]])
     cuts += ("prompt",)
   if room < longest:
-    completions = tuple(answer[:room] for answer in completions)
+    completions = tuple(completion[:room] for completion in completions)
     cuts += ("answer",)
   return prompt, completions, cuts
 
 
-# --- all with as many answers, and their lengths --------------------------------------------------
+# --- number of completions, and lengths -----------------------------------------------------------
 
 
 def fill_up(examples: Sequence[Example], completions: int | None = None) -> list[Example]:
-  """The same examples, all with K answers: absent ones stand behind those there are.
+  """Gives all examples K completions, by adding absent ones (of no tokens) at the end.
 
   Args:
-    examples: each with K answers or fewer.
-    completions: K; by default the most that any has.
+    examples: each with at most K completions.
+    completions: K; by default the largest number that any example has.
   """
   most = max((len(example.completions) for example in examples), default=0)
   completions = most if completions is None else completions
   if most > completions:
-    raise ValueError(f"an example has {most} answers, {completions} are wanted")
+    raise ValueError(f"an example has {most} completions; completions={completions} is too few")
   absent = np.zeros(0, np.int32)
 
   def filled(example: Example) -> Example:
+    # Scores have one number per completion, absent ones included; () stays ().
     missing = completions - len(example.completions)
     scores = example.scores + (0.0,) * missing if example.scores else ()
     return example._replace(completions=example.completions + (absent,) * missing, scores=scores)
@@ -169,7 +181,12 @@ def fill_up(examples: Sequence[Example], completions: int | None = None) -> list
 
 
 def lengths(examples: Sequence[Example] | Measured) -> tuple[np.ndarray, np.ndarray]:
-  """Prompt lengths [B] and answer lengths [B, K]; those that know their `lengths` are not read."""
+  """Returns prompt lengths [B] and completion lengths [B, K], in tokens.
+
+  Examples that know their `lengths` (`Lazy`, `Measured`) are not read.
+  """
+  if isinstance(examples, Measured):
+    return examples.lengths
   known = getattr(examples, "lengths", None)
   if known is not None:
     return known
@@ -177,7 +194,7 @@ def lengths(examples: Sequence[Example] | Measured) -> tuple[np.ndarray, np.ndar
   return prompt_B, np.array([[len(ids) for ids in example.completions] for example in examples])
 
 
-# --- sides ----------------------------------------------------------------------------------------
+# --- held-out examples, mismatched completions ----------------------------------------------------
 
 
 def split(
@@ -186,52 +203,70 @@ def split(
   seed: int = 0,
   dropped: Mapping[str, int] | None = None,
 ) -> tuple[list[Example], list[Example]]:
-  """Training and held-out examples; all examples of one prompt fall on the same side.
+  """Splits examples by prompt, so that no prompt is both trained on and held out.
 
-  Where all have the same prompt (texts that follow BOS alone) they are split one by one. Of rows
-  `dropped` before, by reason, an error tells.
+  If all have the same prompt (plain texts, which follow BOS alone), they are split one by one.
+
+  Args:
+    examples: in memory.
+    eval_fraction: share of the prompts to hold out, 0 or more.
+    seed: of the random choice.
+    dropped: reason -> rows dropped before; only used in the error.
+
+  Returns:
+    Training and held-out examples, each in the order of the data.
+
+  Raises:
+    UserError: one of the two would be empty.
   """
-  keys: list[bytes | int] = [example.prompt.tobytes() for example in examples]
+  keys: list[Any] = [example.prompt.tobytes() for example in examples]
   what = "distinct prompts"
   if len(set(keys)) < 2:
     keys, what = [*range(len(examples))], "rows"
+  # Distinct keys in the order of the data: a set would be in another order in every process.
   units = list(dict.fromkeys(keys))
-  held = round(eval_fraction * len(units))
-  if eval_fraction > 0 and not 0 < held < len(units):
+  held_out = round(eval_fraction * len(units))
+  if eval_fraction > 0 and not 0 < held_out < len(units):
     lost = ", ".join(f"{rows} dropped: {reason}" for reason, rows in (dropped or {}).items())
     raise UserError(
       f"eval fraction {eval_fraction} of {len(units)} {what}{lost and f' ({lost})'} leaves one side"
       " empty; set data.eval_fraction=0 to hold nothing out, or name other rows by data.eval_path"
     )
+  # Whole prompts are chosen, not examples: see above.
   order = np.random.default_rng(seed).permutation(len(units))
-  away = {units[i] for i in order[:held]}
+  held_out_keys = {units[i] for i in order[:held_out]}
   pairs = list(zip(keys, examples, strict=True))
-  train = [example for key, example in pairs if key not in away]
-  return train, [example for key, example in pairs if key in away]
+  train = [example for key, example in pairs if key not in held_out_keys]
+  return train, [example for key, example in pairs if key in held_out_keys]
 
 
 def with_mismatched(
   examples: Sequence[Example], *, max_length: int | None = None, seed: int = 0
 ) -> Sequence[Example]:
-  """Judged answers, each with an answer to another prompt behind its own prompt.
+  """Gives every unpaired example a second completion: one that belongs to another prompt.
 
-  What `kto` estimates the distance between policy and reference from. The other answer is that of
-  the next example, in an order drawn once, whose prompt is another. It depends on nothing but the
-  examples and the seed, so its log-probability under the reference is the same in every epoch; and
-  where no two examples share a prompt every answer serves once. Held-out examples are to be split
-  off before, so that no answer gets from one side to the other.
+  `kto` estimates the KL divergence between policy and reference from these mismatched pairs. In a
+  random order of the examples, each takes the completion of the next one with a different prompt.
+  The choice depends only on the examples and the seed, so the log-prob under the reference is the
+  same in every epoch. If no two examples share a prompt, every completion is used exactly once.
+
+  Held-out examples must be split off before, so that no completion is both trained on and held out.
 
   Args:
-    examples: each with one answer and its label; read once, and again as they are asked for.
-    max_length: the window; an answer that goes beyond it is cut at its end.
-    seed: of the order.
+    examples: each with one completion and its label; all are read once, and each again when it is
+      indexed.
+    max_length: most tokens of a prompt and completion; a longer mismatched completion is truncated.
+    seed: of the random order.
 
   Returns:
-    The examples in their order, with answers (judged, mismatched) and the label as both scores.
+    The examples in their order, with completions (own, mismatched) and the label as both scores.
+
+  Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", section 4.
   """
   if not examples:
     return []
-  other_B = _others(examples, seed)
+  other_B = _mismatched_partners(examples, seed)
+  # The lengths of the result are known now; ids are read only when an example is indexed.
   prompt_B, tokens_BK = lengths(examples)
   tokens_B = tokens_BK[other_B, 0]
   if max_length is not None:
@@ -245,21 +280,22 @@ def with_mismatched(
   return Lazy(read, (prompt_B, np.stack([tokens_BK[:, 0], tokens_B], axis=1)))
 
 
-def _others(examples: Sequence[Example], seed: int) -> np.ndarray:
-  """[B]: of each example, the next one in a drawn order whose prompt is another."""
+def _mismatched_partners(examples: Sequence[Example], seed: int) -> np.ndarray:
+  """Returns int64 [B]: for each example, the next one in a random order with a different prompt."""
   size = len(examples)
-  # As digests: prompts themselves may be more than memory holds.
+  # Digests instead of prompts: all prompts may be more than memory holds.
   prompts = [hashlib.blake2b(e.prompt.tobytes(), digest_size=16).digest() for e in examples]
   order_B = np.random.default_rng(seed).permutation(size)
   keys = [prompts[i] for i in order_B]
   if len(set(keys)) < 2:
     raise UserError(
-      f"all {size} judged answers are to one prompt, and kto needs answers to others; give rows of"
-      " two prompts or more, both to train on and to hold out (data.eval_fraction=0 holds none out)"
+      f"all {size} completions have the same prompt, and kto needs others; give rows with two"
+      " prompts or more, both to train on and to hold out (data.eval_fraction=0 holds none out)"
     )
-  # Backwards round the circle, from an example whose next one has another prompt.
+  # Backwards around the circle, so that each example can take over the partner of the next one if
+  # they share a prompt; starting where the next one has a different prompt, so that it has one.
   start = next(at for at in range(size) if keys[at] != keys[(at + 1) % size])
-  partner = list(range(size))
+  partner = list(range(size))  # positions in the random order; examples again in the last line
   for at in range(start, start - size, -1):
     at, after = at % size, (at + 1) % size
     partner[at] = after if keys[at] != keys[after] else partner[after]

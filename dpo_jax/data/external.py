@@ -1,10 +1,10 @@
-"""Rows from data sets of other libraries: TensorFlow Datasets and Hugging Face `datasets`.
+"""Reads rows from data sets of other libraries: TensorFlow Datasets and Hugging Face `datasets`.
 
-  FOLDER[:SPLIT]      a TFDS data set (ArrayRecord), or one that `datasets` saved to disk
-  tfds:NAME[:SPLIT]   by its name, where TFDS has prepared it
-  hf:NAME[:SPLIT]     of the Hugging Face hub, streamed; needs `pip install datasets`
+  FOLDER[:SPLIT]      a folder written by TFDS (ArrayRecord), or by `save_to_disk` of `datasets`
+  tfds:NAME[:SPLIT]   a TFDS data set by name; it must have been prepared on this machine
+  hf:NAME[:SPLIT]     a data set of the Hugging Face hub, streamed; needs `pip install datasets`
 
-The split is train unless named. A row is read when its turn comes.
+The default split is train. Rows are read one by one, so a data set may be larger than memory.
 """
 
 from __future__ import annotations
@@ -18,41 +18,48 @@ from dpo_jax.data import fields as row_fields
 from dpo_jax.structs import UserError
 
 Rows = Iterator[dict[str, Any]]
-PREPARED = "lengths.npz"  # what tells a set of `prepared` from those of others
+PREPARED = "lengths.npz"  # a folder with this file is a prepared set (see `prepared`)
 
 
-def holds_one(given: str | pathlib.Path) -> bool:
-  """Whether a name or a folder, perhaps with a split, is a data set of a library."""
+def is_dataset(given: str | pathlib.Path) -> bool:
+  """Returns True if a name or folder, perhaps with a split, is a data set of these libraries."""
   return _reader(str(given)) is not None
 
 
 def read_rows(given: str | pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-  """Its rows with where they stand; all of them values that JSON has.
+  """Reads the rows of a data set, as values that JSON has.
+
+  Yields:
+    (place, row): "NAME:row NUMBER", from 1.
 
   Raises:
     UserError: no such data set or split, or a library that is not installed.
   """
-  reader, name, split = _reader(str(given))
+  found = _reader(str(given))
+  if found is None:
+    raise UserError(f"no data set {given}")
+  reader, name, split = found
   try:
     for number, row in enumerate(reader(name, split), 1):
       yield f"{given}:row {number}", row
   except (UserError, MemoryError):
     raise
-  except Exception as error:  # both raise what they like
+  except Exception as error:  # the libraries raise exceptions of many types, their own among them
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise UserError(f"{given}: {line[:200]}") from None
 
 
 def _reader(given: str) -> tuple[Callable[[str, str], Rows], str, str] | None:
-  """Who reads it, and the name and split he reads; None if it is no such data set."""
+  """Returns (reader, name, split) for a data set, or None if `given` is not one."""
   for prefix, reader in (("tfds:", _tfds_by_name), ("hf:", _hub)):
     if given.startswith(prefix):
       name, _, split = given.removeprefix(prefix).partition(":")
       return reader, name, split or "train"
+  # A folder whose own name contains a colon is that folder, without a split.
   folder, _, split = (given, "", "") if pathlib.Path(given).is_dir() else given.rpartition(":")
   if folder and (pathlib.Path(folder) / PREPARED).is_file():
     raise UserError(
-      f"{folder} is a prepared set, which training alone reads (data.path); name the rows that it"
+      f"{folder} is a prepared set, which only training reads (data.path); name the rows that it"
       " was made of"
     )
   for file, reader in (
@@ -69,25 +76,27 @@ def _reader(given: str) -> tuple[Callable[[str, str], Rows], str, str] | None:
 
 
 def builder_of(folder: str | pathlib.Path) -> Any:
-  """The data set of a folder.
+  """Returns the TFDS builder of a folder.
 
   Raises:
-    UserError: it names code of its own for a feature, which TFDS would import and so run.
+    UserError: the folder names a feature class that is not part of TFDS. TFDS would import, and so
+      run, whatever module it names.
   """
-  import tensorflow_datasets as tfds  # takes a moment to load
+  import tensorflow_datasets as tfds  # slow to import
 
   path = pathlib.Path(folder) / "features.json"
+  # The check must come before the builder: building it is what imports the classes.
   for name in _classes(json.loads(path.read_text(encoding="utf-8"))):
     if not name.startswith("tensorflow_datasets."):
       raise UserError(
-        f"{path} names {name}, which is no class of TFDS, and nothing that is read is run;"
+        f"{path} names {name}, which is not a class of TFDS, and code named by data is never run;"
         " write the set with TFDS's own features"
       )
   return tfds.builder_from_directory(folder)
 
 
 def _classes(node: Any) -> Iterator[str]:
-  """Every class that a description of features names, in either of the two forms there are."""
+  """Yields every class named by a description of features, in TFDS's old or new notation."""
   if isinstance(node, list):
     for part in node:
       yield from _classes(part)
@@ -95,7 +104,7 @@ def _classes(node: Any) -> Iterator[str]:
     for key, value in node.items():
       if key in ("pythonClassName", "python_class_name", "type") and isinstance(value, str):
         yield value
-      elif key == "json" and isinstance(value, str):  # of features inside others
+      elif key == "json" and isinstance(value, str):  # a feature inside another, as JSON text
         yield from _classes(json.loads(value))
       else:
         yield from _classes(value)
@@ -108,6 +117,7 @@ def _tfds_folder(folder: str, split: str) -> Rows:
 def _tfds_by_name(name: str, split: str) -> Rows:
   import tensorflow_datasets as tfds
 
+  # ArrayRecord is read by random access and without TensorFlow.
   builder = tfds.builder(name, file_format="array_record")
   if not pathlib.Path(builder.data_dir).is_dir():
     raise UserError(
@@ -123,18 +133,21 @@ def _records(builder: Any, split: str) -> Rows:
 
 
 def _plain(value: Any, feature: Any) -> Any:
-  """Bytes as text, and as a list of objects what TFDS keeps as an object of lists."""
+  """Converts a value of TFDS to values that JSON has.
+
+  TFDS stores a sequence of objects as one object of sequences; here it is a list of objects again.
+  """
   if isinstance(value, bytes):
     return value.decode("utf-8")
   if isinstance(value, dict):
-    inner = getattr(feature, "feature", None)  # of a sequence
+    inner = getattr(feature, "feature", None)  # set if `feature` is a sequence
     fields = {name: _plain(one, (inner or feature)[name]) for name, one in value.items()}
     if inner is None:
       return fields
     return [dict(zip(fields, each, strict=True)) for each in zip(*fields.values(), strict=True)]
   if isinstance(value, (str, bool, int, float)):
     return value
-  if hasattr(value, "tolist") and not hasattr(value, "__len__"):
+  if hasattr(value, "tolist") and not hasattr(value, "__len__"):  # a NumPy scalar
     return value.tolist()
   return [_plain(one, getattr(feature, "feature", None)) for one in value]
 
@@ -142,9 +155,10 @@ def _plain(value: Any, feature: Any) -> Any:
 # --- datasets -------------------------------------------------------------------------------------
 
 
-def _library() -> Any:
+def _import_datasets() -> Any:
+  # Imported late: the library is optional.
   try:
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
   except ImportError:
     raise UserError(
       "data sets of Hugging Face are read by `datasets`, which is not installed; pip install"
@@ -154,12 +168,13 @@ def _library() -> Any:
 
 
 def _hub(name: str, split: str) -> Rows:
-  return map(row_fields.without_nulls, _library().load_dataset(name, split=split, streaming=True))
+  rows = _import_datasets().load_dataset(name, split=split, streaming=True)
+  return map(row_fields.without_nulls, rows)
 
 
 def _saved(folder: str, split: str) -> Rows:
-  found = _library().load_from_disk(folder)
-  if isinstance(found, dict):
+  found = _import_datasets().load_from_disk(folder)
+  if isinstance(found, dict):  # a DatasetDict; a single Dataset has no splits, and any name fits
     if split not in found:
       raise UserError(f"{folder} has no split {split}; it has {', '.join(found)}")
     found = found[split]

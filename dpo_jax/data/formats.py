@@ -1,4 +1,4 @@
-"""Forms of rows, and what a row of each form means."""
+"""Row formats: the sets of fields that a data row may have, and how each becomes a `Preference`."""
 
 from __future__ import annotations
 
@@ -10,98 +10,105 @@ from dpo_jax.data.fields import Messages, Preference, Row, RowError
 from dpo_jax.structs import UserError
 
 
-class Form(NamedTuple):
-  """One kind of row.
+class Format(NamedTuple):
+  """One way of writing a row.
 
   Attributes:
-    name: as the ledger has it.
-    fields: what such a row has.
-    fits: whether this is one, given that the fields are there.
-    convert: the row's prompt and answers.
+    name: the name that the ledger reports.
+    fields: the fields that such a row must have.
+    condition: what else must hold; called only on rows that have all the fields.
+    convert: row -> its prompt and completions.
   """
 
   name: str
   fields: tuple[str, ...]
-  fits: Callable[[Row], bool]
+  condition: Callable[[Row], bool]
   convert: Callable[[Row], Preference]
 
-  def serves(self, row: Row) -> bool:
-    """Whether a row is of this form."""
-    return all(field in row for field in self.fields) and self.fits(row)
+  def matches(self, row: Row) -> bool:
+    """Returns True if a row is written in this format."""
+    return all(field in row for field in self.fields) and self.condition(row)
 
 
-# --- forms ----------------------------------------------------------------------------------------
+# --- conversion -----------------------------------------------------------------------------------
 
-TURN = "\n\nAssistant:"  # what an answer follows in a transcript
+ASSISTANT_TURN = "\n\nAssistant:"  # precedes every completion in an HH transcript
 
 
 def _from_ids(row: Row) -> Preference:
-  prompt = row_fields.ids_of(row, "prompt_ids")
+  prompt = row_fields.read_ids(row, "prompt_ids")
   if not prompt:
     raise RowError("empty prompt")
   return Preference(
-    prompt, (row_fields.ids_of(row, "chosen_ids"), row_fields.ids_of(row, "rejected_ids"))
+    prompt, (row_fields.read_ids(row, "chosen_ids"), row_fields.read_ids(row, "rejected_ids"))
   )
 
 
 def _from_strings(row: Row) -> Preference:
   return Preference(
-    row_fields.text(row, "prompt"),
-    (row_fields.text(row, "chosen"), row_fields.text(row, "rejected")),
+    row_fields.read_text(row, "prompt"),
+    (row_fields.read_text(row, "chosen"), row_fields.read_text(row, "rejected")),
   )
 
 
 def _from_messages(row: Row) -> Preference:
-  """A prompt and answers of which at least one is messages; answers may repeat the prompt."""
-  prompt = row_fields.messages(row_fields.field_of(row, "prompt"), "prompt", role="user")
-  return _after(
+  """Converts a prompt and two completions, some of them messages, perhaps repeating the prompt."""
+  prompt = row_fields.read_messages(row_fields.read_field(row, "prompt"), "prompt", role="user")
+  return _with_completions(
     prompt,
     *(
-      row_fields.messages(row_fields.field_of(row, field), field, role="assistant")
+      row_fields.read_messages(row_fields.read_field(row, field), field, role="assistant")
       for field in ("chosen", "rejected")
     ),
   )
 
 
-def _after(prompt: Messages, *completions: Messages) -> Preference:
-  """Answers of one message each to a prompt, or whole conversations, which bring their own."""
-  if all(len(answer) > 1 for answer in completions):
-    return _after_shared(*completions)
-  if any(len(answer) != 1 for answer in completions):
+def _with_completions(prompt: Messages, *completions: Messages) -> Preference:
+  """Joins a prompt with completions of one message each.
+
+  Completions of several messages each are whole conversations: they contain the prompt themselves,
+  and `prompt` is not used.
+  """
+  if all(len(completion) > 1 for completion in completions):
+    return _split_shared_prompt(*completions)
+  if any(len(completion) != 1 for completion in completions):
     raise RowError("answer of several messages")
-  return Preference(prompt, tuple(map(_reply, completions)))
+  return Preference(prompt, tuple(map(_last_reply, completions)))
 
 
 def _from_shared_messages(row: Row) -> Preference:
-  return _after_shared(
+  return _split_shared_prompt(
     *(
-      row_fields.messages(row_fields.field_of(row, field), field, role="assistant")
+      row_fields.read_messages(row_fields.read_field(row, field), field, role="assistant")
       for field in ("chosen", "rejected")
     )
   )
 
 
-def _after_shared(*conversations: Messages) -> Preference:
-  """Conversations that are the same up to their last message."""
+def _split_shared_prompt(*conversations: Messages) -> Preference:
+  """Splits conversations that differ only in their last message into prompt and completions."""
   prompt = conversations[0][:-1]
   if any(conversation[:-1] != prompt for conversation in conversations):
     raise RowError("prompts differ")
   if not prompt:
     raise RowError("empty prompt")
-  return Preference(prompt, tuple(map(_reply, conversations)))
+  return Preference(prompt, tuple(map(_last_reply, conversations)))
 
 
-def _reply(conversation: Messages) -> Messages:
-  """The last message, which must be the assistant's."""
+def _last_reply(conversation: Messages) -> Messages:
+  """Returns the last message, as a list; raises `RowError` if it is not the assistant's."""
   if not conversation or conversation[-1]["role"] != "assistant":
     raise RowError("last message is not the assistant's")
   return conversation[-1:]
 
 
 def _from_transcripts(row: Row) -> Preference:
-  """Helpful and harmless dialogues: an answer is what follows the last `\\n\\nAssistant:`."""
+  """Converts HH dialogues, where a completion is what follows the last `\\n\\nAssistant:`.
+
+  Bai et al. 2022, "Training a Helpful and Harmless Assistant with RLHF".
+  """
   (prompt, chosen), (other, rejected) = (
-    _split_transcript(row_fields.text(row, field)) for field in ("chosen", "rejected")
+    _split_transcript(row_fields.read_text(row, field)) for field in ("chosen", "rejected")
   )
   if prompt != other:
     raise RowError("prompts differ")
@@ -109,33 +116,36 @@ def _from_transcripts(row: Row) -> Preference:
 
 
 def _split_transcript(text: str) -> tuple[str, str]:
-  before, turn, answer = text.rpartition(TURN)
+  before, turn, completion = text.rpartition(ASSISTANT_TURN)
   if not turn:
     raise RowError("no assistant turn")
-  return before + turn, answer
+  return before + turn, completion
 
 
 def _from_conversations(row: Row) -> Preference:
-  prompt = row_fields.messages(
-    row_fields.field_of(row, "conversations"), "conversations", role="user"
+  prompt = row_fields.read_messages(
+    row_fields.read_field(row, "conversations"), "conversations", role="user"
   )
   completions = (
-    _reply(row_fields.messages(row_fields.field_of(row, field), field, role="assistant"))
+    _last_reply(
+      row_fields.read_messages(row_fields.read_field(row, field), field, role="assistant")
+    )
     for field in ("chosen", "rejected")
   )
   return Preference(prompt, tuple(completions))
 
 
 def _from_compared(row: Row) -> Preference:
-  """Two answers and what one or several judges say of them: the better is chosen.
+  """Converts an A/B comparison: two completions, and the verdicts of one or several annotators.
 
-  Verdicts are 1 or -1, half of it where they say slightly, or 0; their mean decides, and where that
-  is 0 the row is a tie. |mean| is the weight of the pair, to first order what every verdict would
-  teach as a pair of its own, and its margin.
+  A verdict is 1 or -1, 0.5 or -0.5 for "slightly better", or 0. The sign of the mean verdict
+  decides which completion is chosen; a mean of 0 is a tie. |mean| becomes the weight of the pair,
+  which is to first order as if every verdict were a pair of its own. It also becomes the margin.
   """
-  said = row_fields.field_of(row, "preference")
-  judges = said if isinstance(said, list) else [said]
-  verdicts = [row_fields.verdict_of(one) for one in judges if one is not None]
+  preference = row_fields.read_field(row, "preference")
+  given = preference if isinstance(preference, list) else [preference]
+  # A null is an annotator who did not compare this row; he does not count as a tie.
+  verdicts = [row_fields.read_verdict(one) for one in given if one is not None]
   if not verdicts:
     raise RowError("no verdict")
   mean = sum(verdicts) / len(verdicts)
@@ -143,78 +153,85 @@ def _from_compared(row: Row) -> Preference:
     raise RowError("tie")
   better, worse = ("answer_a", "answer_b") if mean > 0 else ("answer_b", "answer_a")
   pair = row | {"chosen": row.get(better), "rejected": row.get(worse)}
-  form = next(form for form in PAIRS if form.serves(pair))
-  return form.convert(pair)._replace(scores=(abs(mean), 0.0), weight=abs(mean))
+  # With chosen and rejected filled in, the row has one of the other formats of a pair.
+  pair_format = next(one for one in PAIRS if one.matches(pair))
+  return pair_format.convert(pair)._replace(scores=(abs(mean), 0.0), weight=abs(mean))
 
 
 def instruction_prompt(instruction: str, context: str = "") -> str:
-  """An instruction and what it is about, under Alpaca's headings.
+  """Returns an instruction and its input as one prompt, under Alpaca's headings.
 
-  Alpaca's opening sentence is left out: it says the same for every row, and costs tokens.
+  Alpaca's opening sentence is left out: it is the same in every row, and costs tokens.
   """
-  about = f"### Input:\n{context}\n\n" if context.strip() else ""
-  return f"### Instruction:\n{instruction}\n\n{about}### Response:\n"
+  section = f"### Input:\n{context}\n\n" if context.strip() else ""
+  return f"### Instruction:\n{instruction}\n\n{section}### Response:\n"
 
 
 def _instruction(row: Row) -> str:
-  context = row_fields.text(row, "input") if row.get("input") is not None else ""
-  return instruction_prompt(row_fields.text(row, "instruction"), context)
+  context = row_fields.read_text(row, "input") if row.get("input") is not None else ""
+  return instruction_prompt(row_fields.read_text(row, "instruction"), context)
 
 
 def _from_instruction(row: Row) -> Preference:
   return Preference(
-    _instruction(row), (row_fields.text(row, "chosen"), row_fields.text(row, "rejected"))
+    _instruction(row), (row_fields.read_text(row, "chosen"), row_fields.read_text(row, "rejected"))
   )
 
 
 def _from_conversation(row: Row, field: str) -> Preference:
-  conversation = row_fields.messages(row_fields.field_of(row, field), field, role="user")
-  return Preference(conversation[:-1], (_reply(conversation),))
+  """Converts a conversation whose last message is the completion."""
+  conversation = row_fields.read_messages(row_fields.read_field(row, field), field, role="user")
+  return Preference(conversation[:-1], (_last_reply(conversation),))
 
 
 def _from_completion(row: Row) -> Preference:
-  prompt, completion = row_fields.field_of(row, "prompt"), row_fields.field_of(row, "completion")
+  prompt = row_fields.read_field(row, "prompt")
+  completion = row_fields.read_field(row, "completion")
+  # If one of the two is messages, the other becomes messages too.
   if isinstance(prompt, str) and isinstance(completion, str):
-    return Preference(row_fields.valid(prompt), (row_fields.valid(completion),))
-  answer = _reply(row_fields.messages(completion, "completion", role="assistant"))
-  return Preference(row_fields.messages(prompt, "prompt", role="user"), (answer,))
+    return Preference(row_fields.check_unicode(prompt), (row_fields.check_unicode(completion),))
+  reply = _last_reply(row_fields.read_messages(completion, "completion", role="assistant"))
+  return Preference(row_fields.read_messages(prompt, "prompt", role="user"), (reply,))
 
 
-def _judged(form: Form) -> Form:
-  """The same form with a label that says whether the answer is desirable."""
+def _with_label(base: Format) -> Format:
+  """Returns the format that has a `label` besides: is the completion desirable?"""
 
   def convert(row: Row) -> Preference:
-    return form.convert(row)._replace(scores=(row_fields.label_of(row),))
+    return base.convert(row)._replace(scores=(row_fields.read_label(row),))
 
-  return Form(f"{form.name} with label", (*form.fields, "label"), _always, convert)
+  return Format(f"{base.name} with label", (*base.fields, "label"), _always, convert)
 
 
 def _from_ranked_ids(row: Row) -> Preference:
-  prompt = row_fields.ids_of(row, "prompt_ids")
+  prompt = row_fields.read_ids(row, "prompt_ids")
   if not prompt:
     raise RowError("empty prompt")
   completions = [
     row_fields.check_ids(value, "answers_ids")
-    for value in row_fields.answers_of(row, "answers_ids")
+    for value in row_fields.read_ranked(row, "answers_ids")
   ]
-  return _by_scores(Preference(prompt, tuple(completions)), row)
+  return _order_by_scores(Preference(prompt, tuple(completions)), row)
 
 
 def _from_ranked(row: Row) -> Preference:
-  """A prompt and a list of answers: all texts, or messages as those of a pair."""
-  prompt, completions = row_fields.field_of(row, "prompt"), row_fields.answers_of(row, "answers")
+  """Converts a prompt and a list of completions: all texts, or messages as in a pair."""
+  prompt = row_fields.read_field(row, "prompt")
+  completions = row_fields.read_ranked(row, "answers")
   if all(isinstance(value, str) for value in (prompt, *completions)):
-    return _by_scores(
-      Preference(row_fields.valid(prompt), tuple(map(row_fields.valid, completions))), row
-    )
-  completions = [row_fields.messages(value, "answers", role="assistant") for value in completions]
-  return _by_scores(_after(row_fields.messages(prompt, "prompt", role="user"), *completions), row)
+    texts = tuple(map(row_fields.check_unicode, completions))
+    return _order_by_scores(Preference(row_fields.check_unicode(prompt), texts), row)
+  replies = [row_fields.read_messages(one, "answers", role="assistant") for one in completions]
+  prompt = row_fields.read_messages(prompt, "prompt", role="user")
+  return _order_by_scores(_with_completions(prompt, *replies), row)
 
 
-def _by_scores(preference: Preference, row: Row) -> Preference:
-  """Answers in the order of their `scores`, the highest first, where the row has them.
+def _order_by_scores(preference: Preference, row: Row) -> Preference:
+  """Sorts completions by the row's `scores`, the highest first; without scores nothing changes.
 
-  Answers of equal score stay in the order of the row; where all are equal nothing is preferred.
+  Raises:
+    RowError: all scores are equal, so no completion is preferred.
+    UserError: not one finite number per completion.
   """
   scores = row.get("scores")
   if scores is None:
@@ -222,11 +239,13 @@ def _by_scores(preference: Preference, row: Row) -> Preference:
   count = len(preference.completions)
   if not isinstance(scores, list) or len(scores) != count:
     raise UserError(
-      f"field scores is {row_fields.show(scores)}, not a list of {count} numbers, one an answer"
+      f"field scores is {row_fields.shorten(scores)}, not a list of {count} numbers, one per"
+      " completion"
     )
-  scores = [row_fields.number(score, "scores") for score in scores]
+  scores = [row_fields.check_number(score, "scores") for score in scores]
   if len(set(scores)) == 1:
     raise RowError("equal scores")
+  # sorted is stable: completions of equal score keep the order of the row.
   order = sorted(range(count), key=lambda k: -scores[k])
   return preference._replace(
     completions=tuple(preference.completions[k] for k in order),
@@ -234,12 +253,19 @@ def _by_scores(preference: Preference, row: Row) -> Preference:
   )
 
 
-def _all_text(row: Row) -> bool:
+# --- conditions -----------------------------------------------------------------------------------
+
+
+def _no_messages(row: Row) -> bool:
   return all(not isinstance(row[field], (list, dict)) for field in ("prompt", "chosen", "rejected"))
 
 
-def _both(kind: type | tuple[type, ...]) -> Callable[[Row], bool]:
-  return lambda row: all(isinstance(row[field], kind) for field in ("chosen", "rejected"))
+def _both_strings(row: Row) -> bool:
+  return all(isinstance(row[field], str) for field in ("chosen", "rejected"))
+
+
+def _both_lists(row: Row) -> bool:
+  return all(isinstance(row[field], list) for field in ("chosen", "rejected"))
 
 
 def _always(row: Row) -> bool:
@@ -247,59 +273,71 @@ def _always(row: Row) -> bool:
 
 
 def _unlabelled(row: Row) -> bool:
-  # A label marks good and bad answers; learning from both alike would be a silent mistake.
+  # A label marks good and bad completions. Training on both as if all were good would be a mistake
+  # that no number shows.
   return not row_fields.is_label(row.get("label"))
 
 
-# Forms of two answers, one of which is better.
+# --- tables ---------------------------------------------------------------------------------------
+
+# Within a table the first format that matches is used, so the order is important:
+#   1. Formats with more particular fields stand before those whose fields they contain (ids before
+#      strings: a row with both has been tokenized already, and its ids are what counts).
+#   2. Formats with a condition stand before those that take any row with the same fields.
+
+# Two completions, one of them better.
 PAIRS = (
-  Form("ids", ("prompt_ids", "chosen_ids", "rejected_ids"), _always, _from_ids),
-  Form("strings", ("prompt", "chosen", "rejected"), _all_text, _from_strings),
-  Form("messages", ("prompt", "chosen", "rejected"), _always, _from_messages),
-  Form("conversations", ("conversations", "chosen", "rejected"), _always, _from_conversations),
-  Form("instruction", ("instruction", "chosen", "rejected"), _always, _from_instruction),
-  Form("transcripts", ("chosen", "rejected"), _both(str), _from_transcripts),
-  Form("shared messages", ("chosen", "rejected"), _both(list), _from_shared_messages),
-  Form("compared", ("prompt", "answer_a", "answer_b", "preference"), _always, _from_compared),
-  Form("compared", ("instruction", "answer_a", "answer_b", "preference"), _always, _from_compared),
+  Format("ids", ("prompt_ids", "chosen_ids", "rejected_ids"), _always, _from_ids),
+  Format("strings", ("prompt", "chosen", "rejected"), _no_messages, _from_strings),
+  Format("messages", ("prompt", "chosen", "rejected"), _always, _from_messages),
+  Format("conversations", ("conversations", "chosen", "rejected"), _always, _from_conversations),
+  Format("instruction", ("instruction", "chosen", "rejected"), _always, _from_instruction),
+  Format("transcripts", ("chosen", "rejected"), _both_strings, _from_transcripts),
+  Format("shared messages", ("chosen", "rejected"), _both_lists, _from_shared_messages),
+  Format("compared", ("prompt", "answer_a", "answer_b", "preference"), _always, _from_compared),
+  Format(
+    "compared", ("instruction", "answer_a", "answer_b", "preference"), _always, _from_compared
+  ),
 )
 
-# Forms of texts to learn from. Of a conversation the last message is the answer.
+# One completion without a label (SFT data). In a conversation the last message is the completion.
 TEXTS = (
-  Form("completion", ("prompt", "completion"), _unlabelled, _from_completion),
-  Form("chat", ("messages",), _unlabelled, lambda row: _from_conversation(row, "messages")),
-  Form(
+  Format("completion", ("prompt", "completion"), _unlabelled, _from_completion),
+  Format("chat", ("messages",), _unlabelled, lambda row: _from_conversation(row, "messages")),
+  Format(
     "chat", ("conversations",), _unlabelled, lambda row: _from_conversation(row, "conversations")
   ),
-  Form(
+  Format(
     "instruction",
     ("instruction", "output"),
     _unlabelled,
-    lambda row: Preference(_instruction(row), (row_fields.text(row, "output"),)),
+    lambda row: Preference(_instruction(row), (row_fields.read_text(row, "output"),)),
   ),
-  Form("text", ("text",), _always, lambda row: Preference("", (row_fields.text(row, "text"),))),
+  Format(
+    "text", ("text",), _always, lambda row: Preference("", (row_fields.read_text(row, "text"),))
+  ),
 )
 
-# Forms of one answer and its label.
-UNPAIRED = tuple(_judged(form) for form in TEXTS if form.name != "text")
+# One completion and its label. A plain text has no prompt, so nothing says what it completes.
+UNPAIRED = tuple(_with_label(one) for one in TEXTS if one.name != "text")
 
-# Forms of K answers.
+# K completions.
 RANKED = (
-  Form("ranked ids", ("prompt_ids", "answers_ids"), _always, _from_ranked_ids),
-  Form("ranked", ("prompt", "answers"), _always, _from_ranked),
+  Format("ranked ids", ("prompt_ids", "answers_ids"), _always, _from_ranked_ids),
+  Format("ranked", ("prompt", "answers"), _always, _from_ranked),
 )
 
-# By kind of rows; within a kind the first that fits, so more particular ones stand first.
-FORMS = {"pairs": PAIRS, "text": TEXTS, "unpaired": UNPAIRED, "ranked": RANKED}
+# Formats by the kind of rows.
+FORMATS = {"pairs": PAIRS, "text": TEXTS, "unpaired": UNPAIRED, "ranked": RANKED}
 
-# Fields that rows of some form may have besides.
+# Fields that rows of some formats may have besides.
 _OPTIONAL = (
   *("input", "tools", "weight", "scores", "margin"),
   *("chosen_score", "rejected_score", "chosen_reward", "rejected_reward"),
 )
-# All names that rows may be given by a field map.
-KNOWN = tuple(
+# Every field name that a field map may assign.
+FIELD_NAMES = tuple(
   dict.fromkeys(
-    name for forms in FORMS.values() for form in forms for name in (*form.fields, *_OPTIONAL)
+    name for table in FORMATS.values() for one in table for name in (*one.fields, *_OPTIONAL)
   )
 )

@@ -1,7 +1,10 @@
-"""Which row every example goes to, and the few shapes that batches come in.
+"""Packs examples into rows, and chooses the few array shapes that batches have.
 
-Works on lengths alone: prompt_B [B] and tokens_BK [B, K], tokens of the prompts and the answers. An
-answer of no tokens is absent and takes nothing.
+Everything here works on lengths alone: `prompt_B` are the tokens of the prompts and `tokens_BK`
+those of the completions. A completion of no tokens is absent and takes no space.
+
+Few shapes, because every new shape compiles the training step again. So rows, scored tokens and
+sequences are rounded up to steps, and only batches that need unusually much get another shape.
 """
 
 from __future__ import annotations
@@ -19,15 +22,16 @@ LAYOUTS = ("shared", "packed", "padded")
 
 
 class Places(NamedTuple):
-  """Where the examples of a batch stand.
+  """The place of every example of a batch in its rows.
 
   Attributes:
-    row_B, column_B: first row and first column of each.
-    order_B: its order among the examples of its row.
-    scored_B: its number of scored tokens.
-    texts_B, longest_B: its number of texts (answers that are there), and tokens of the longest.
-    rows: rows taken.
-    movable: whether rows may change places (a padded pair is several rows that stay together).
+    row_B, column_B: first row and first column of each example.
+    order_B: its number among the examples of its row, from 0.
+    scored_B: its scored tokens.
+    texts_B: its sequences: completions that are present.
+    longest_B: tokens of its longest sequence, without the last one, which is only a target.
+    rows: number of rows taken.
+    movable: True if rows may be reordered. The K rows of a padded example must stay together.
   """
 
   row_B: np.ndarray
@@ -41,15 +45,16 @@ class Places(NamedTuple):
 
 
 class Sizes(NamedTuple):
-  """What the shapes of batches are rounded up to, so that few programs are compiled.
+  """The sizes that the shapes of batches are rounded up to, so that few programs are compiled.
 
   Attributes:
     rows: N is at least this ...
-    rows_step: ... and grows by this, a multiple of the groups.
-    scored: M has room for so many scored tokens for each row of a group, and grows by an eighth.
+    rows_step: ... and grows by this, a multiple of the number of groups.
+    scored: M is at least this number of scored tokens per row of a group, and grows by an eighth.
     slots: S; no row takes more than S / K pairs.
-    texts: T has room for so many texts of a group, and grows by an eighth; 0 where none are listed.
-    width: W is at least this, and grows as `widened` has it.
+    texts: T is at least this number of sequences per group, and grows by an eighth; 0 if sequences
+      are not listed.
+    width: W is at least this, and grows in the steps of `round_up_width`.
   """
 
   rows: int
@@ -61,7 +66,7 @@ class Sizes(NamedTuple):
 
 
 class Shape(NamedTuple):
-  """The axes of a batch: N, L, G, M, S, T and W; the last two 0 where no texts are listed."""
+  """The sizes N, L, G, M, S, T and W of a batch; T and W are 0 if sequences are not listed."""
 
   rows: int
   length: int
@@ -73,7 +78,11 @@ class Shape(NamedTuple):
 
 
 def costs(prompt_B: np.ndarray, tokens_BK: np.ndarray, layout: str) -> np.ndarray:
-  """Tokens of one row that each example takes: int [B] (its longest text when padded)."""
+  """Returns the tokens of a row that each example takes, int [B].
+
+  A prompt of P tokens takes P - 1 positions: its last token is repeated at the head of every
+  completion (see `collate`). A padded example takes several rows; its cost is its longest sequence.
+  """
   if layout == "shared":
     return prompt_B - 1 + tokens_BK.sum(1)
   if layout == "packed":
@@ -90,13 +99,16 @@ def place(
   row_length: int,
   most_pairs: int | None = None,
 ) -> Places:
-  """Best-fit decreasing: the largest first, each where it leaves the least room; ties by order.
+  """Packs examples into rows by best-fit decreasing.
+
+  The largest example goes first, each into the row where it leaves the least room. Ties go by the
+  order of examples, so the result is a function of the arguments alone.
 
   Args:
-    prompt_B, tokens_BK: lengths; every cost is at most the row length.
-    layout: padded rows are not packed.
+    prompt_B, tokens_BK: lengths; no cost may be larger than the row length.
+    layout: "padded" examples are not packed; each takes K rows.
     row_length: L.
-    most_pairs: pairs that a row may hold, or None for no limit.
+    most_pairs: most pairs of a row, or None for no limit.
   """
   cost_B = costs(prompt_B, tokens_BK, layout)
   about_B = (tokens_BK.sum(1), (tokens_BK > 0).sum(1), costs(prompt_B, tokens_BK, "padded"))
@@ -106,9 +118,12 @@ def place(
     first_B = np.arange(size) * completions
     return Places(first_B, zeros_B, zeros_B, *about_B, size * completions, movable=False)
   row_B, column_B, order_B = (np.zeros(size, np.int64) for _ in range(3))
-  used: list[int] = []
-  held: list[int] = []
-  room_left: list[tuple[int, int]] = []  # (room, row) of the rows that are open, sorted
+  used: list[int] = []  # tokens of each row
+  count: list[int] = []  # examples of each row
+  # (room, row) of the rows that may take more, sorted: the first with enough room is the best fit,
+  # found in O(log rows). -1 sorts before every row number, so rows of exactly this room count.
+  room_left: list[tuple[int, int]] = []
+  # Stable, so that examples of equal cost keep their order on every platform.
   for i in np.argsort(-cost_B, kind="stable").tolist():
     cost = int(cost_B[i])
     at = bisect.bisect_left(room_left, (cost, -1))
@@ -117,29 +132,37 @@ def place(
     else:
       room, row = row_length, len(used)
       used.append(0)
-      held.append(0)
-    row_B[i], column_B[i], order_B[i] = row, used[row], held[row]
+      count.append(0)
+    row_B[i], column_B[i], order_B[i] = row, used[row], count[row]
     used[row] += cost
-    held[row] += 1
-    if held[row] != most_pairs:
+    count[row] += 1
+    if count[row] != most_pairs:
       bisect.insort(room_left, (room - cost, row))
   return Places(row_B, column_B, order_B, *about_B, len(used), movable=True)
 
 
-def deal(cost_B: np.ndarray, parts: int) -> list[np.ndarray]:
-  """Divides examples into parts of one number whose costs are about equal: their indices.
+def divide_evenly(cost_B: np.ndarray, parts: int) -> list[np.ndarray]:
+  """Divides examples into parts with equally many examples and about equal costs.
 
-  The largest first, each to the part that has least so far and is not full; ties by order.
+  The largest example goes first, each to the part with the least cost so far that is not full; ties
+  go by order.
+
+  Args:
+    cost_B: tokens of each example; `parts` divides B.
+    parts: how many parts.
+
+  Returns:
+    The indices of the examples of each part, int64.
   """
   size = len(cost_B) // parts
-  dealt: list[list[int]] = [[] for _ in range(parts)]
-  lightest = [(0, part) for part in range(parts)]  # (load, part)
+  divided: list[list[int]] = [[] for _ in range(parts)]
+  lightest = [(0, part) for part in range(parts)]  # heap of (cost, part); full parts are not in it
   for i in np.argsort(-cost_B, kind="stable").tolist():
     load, part = heapq.heappop(lightest)
-    dealt[part].append(i)
-    if len(dealt[part]) < size:
+    divided[part].append(i)
+    if len(divided[part]) < size:
       heapq.heappush(lightest, (load + int(cost_B[i]), part))
-  return [np.array(part, np.int64) for part in dealt]
+  return [np.array(part, np.int64) for part in divided]
 
 
 def fit(
@@ -151,92 +174,107 @@ def fit(
   steps: int = 8,
   texts: bool = False,
 ) -> Sizes:
-  """Sizes for batches like these.
+  """Chooses sizes that suit some sample batches.
 
   Args:
-    places: how some batches were packed.
+    places: how the sample batches were packed.
     completions: K.
     layout: of the rows.
     groups: G.
-    quantile: how many of the batches the rows suffice for, and the width of texts; larger ones take
-      further steps. Scored tokens, slots and texts suffice for all.
-    steps: of about such a share of the rows.
-    texts: whether texts are listed.
+    quantile: share of the batches for which the rows, and the width of sequences, suffice; larger
+      batches take further steps. Scored tokens, slots and sequences suffice for all of them.
+    steps: number of steps in which the rows of a usual batch would be reached.
+    texts: True if sequences are listed.
   """
   taken = [place.rows for place in places]
-  if layout == "padded":  # rows do not vary: whole groups of whole pairs
+  if layout == "padded":  # the number of rows does not vary: whole groups of whole pairs
     step = groups * completions
   else:
     step = groups * largest_power_of_two_up_to(int(np.median(taken)) // groups // steps)
   rows = round_up(int(np.quantile(taken, quantile, method="higher")), step)
   scored, most_texts = 0.0, 0
   for place in places:
-    held = max(rows, round_up(place.rows, step))
-    dealt = spread(place, held, groups)
-    most = of_groups(dealt, dealt.scored_B, held, groups).max()
-    scored = max(scored, most * groups / held)
-    most_texts = max(most_texts, int(of_groups(dealt, dealt.texts_B, held, groups).max()))
+    room = max(rows, round_up(place.rows, step))
+    assigned = assign_groups(place, room, groups)
+    most = sum_by_group(assigned, assigned.scored_B, room, groups).max()
+    # Per row, since a batch that takes more rows has room for more scored tokens.
+    scored = max(scored, most * groups / room)
+    most_texts = max(most_texts, int(sum_by_group(assigned, assigned.texts_B, room, groups).max()))
+  # A power of two at or above the most pairs of a row: other batches may have a row with more.
   pairs = max(int(place.order_B.max()) + 1 for place in places)
   slots = 1 if layout == "padded" else completions * largest_power_of_two_up_to(2 * pairs - 1)
   sizes = Sizes(rows, step, int(np.ceil(scored)), slots)
   if not texts:
     return sizes
   longest = [int(place.longest_B.max()) for place in places]
-  width = widened(int(np.quantile(longest, quantile, method="higher")))
+  width = round_up_width(int(np.quantile(longest, quantile, method="higher")))
   return sizes._replace(texts=max(1, most_texts), width=width)
 
 
-def shape_of(
+def choose_shape(
   places: Sequence[Places], sizes: Sizes, layout: str, groups: int, row_length: int
 ) -> tuple[list[Places], Shape]:
-  """The shape that micro-batches of one step share, and their rows dealt out to the groups."""
+  """Chooses the shape that the micro-batches of one step share.
+
+  Returns:
+    The places with their rows assigned to groups, and the shape.
+  """
   most = max(place.rows for place in places)
   rows = max(sizes.rows, round_up(most, sizes.rows_step))
-  dealt = [spread(place, rows, groups) for place in places]
+  assigned = [assign_groups(place, rows, groups) for place in places]
   room = round_up(sizes.scored * rows // groups, 8)
-  need = max(int(of_groups(place, place.scored_B, rows, groups).max()) for place in dealt)
+  need = max(int(sum_by_group(place, place.scored_B, rows, groups).max()) for place in assigned)
+  # What exceeds the room is rounded up to eighths of it, so that a few shapes cover all batches.
   scored = room + round_up(max(0, need - room), round_up(room, 64) // 8)
   shape = Shape(rows, row_length, groups, scored, sizes.slots)
   if not sizes.texts:
-    return dealt, shape
-  need = max(int(of_groups(place, place.texts_B, rows, groups).max()) for place in dealt)
+    return assigned, shape
+  need = max(int(sum_by_group(place, place.texts_B, rows, groups).max()) for place in assigned)
   step = max(1, round_up(sizes.texts, 8) // 8)
-  width = max(sizes.width, *(widened(int(place.longest_B.max())) for place in dealt))
+  width = max(sizes.width, *(round_up_width(int(place.longest_B.max())) for place in assigned))
   texts = sizes.texts + round_up(max(0, need - sizes.texts), step)
-  return dealt, shape._replace(texts=texts, width=width)
+  return assigned, shape._replace(texts=texts, width=width)
 
 
-def spread(places: Places, rows: int, groups: int) -> Places:
-  """Deals rows out to the groups so that each scores about as many tokens."""
+def assign_groups(places: Places, rows: int, groups: int) -> Places:
+  """Assigns rows to groups so that all groups score about equally many tokens.
+
+  M is the scored tokens of the fullest group, so what the others lack is padding in the head.
+  """
   if groups == 1 or not places.movable:
     return places
-  load_R = np.bincount(places.row_B, places.scored_B, minlength=places.rows)
+  load_N = np.bincount(places.row_B, places.scored_B, minlength=places.rows)
   room = rows // groups
-  lightest = [(0.0, group, 0) for group in range(groups)]  # (load, group, rows it has)
-  new_R = np.zeros(places.rows, np.int64)
-  for row in np.argsort(-load_R, kind="stable").tolist():
+  lightest = [
+    (0.0, group, 0) for group in range(groups)
+  ]  # heap of (scored tokens, group, its rows)
+  new_N = np.zeros(places.rows, np.int64)
+  for row in np.argsort(-load_N, kind="stable").tolist():
     load, group, count = heapq.heappop(lightest)
-    new_R[row] = group * room + count
-    if count + 1 < room:
-      heapq.heappush(lightest, (load + load_R[row], group, count + 1))
-  return places._replace(row_B=new_R[places.row_B])
+    new_N[row] = group * room + count
+    if count + 1 < room:  # a full group leaves the heap
+      heapq.heappush(lightest, (load + float(load_N[row]), group, count + 1))
+  return places._replace(row_B=new_N[places.row_B])
 
 
-def of_groups(places: Places, count_B: np.ndarray, rows: int, groups: int) -> np.ndarray:
-  """What each example counts, added up in every group: [G]."""
+def sum_by_group(places: Places, count_B: np.ndarray, rows: int, groups: int) -> np.ndarray:
+  """Sums a count per example over the examples of every group: [G]."""
   return np.bincount(places.row_B // (rows // groups), count_B, minlength=groups)
 
 
-def widened(tokens: int) -> int:
-  """Columns for texts of so many tokens: a multiple of 128, in steps of a quarter or less."""
+def round_up_width(tokens: int) -> int:
+  """Returns W for sequences of so many tokens: a multiple of 128, in steps of a quarter or less.
+
+  The blocks of splash attention divide W, so that they have at least 128 positions.
+  """
   return round_up(tokens, max(128, largest_power_of_two_up_to(tokens) // 4))
 
 
 def largest_power_of_two_up_to(x: int) -> int:
-  """The largest power of two not above x, and 1 for x < 1."""
+  """Returns the largest power of two that is not above x; 1 for x < 1."""
   return 1 << max(0, int(x).bit_length() - 1)
 
 
 def round_up(x: int, multiple: int) -> int:
-  """The least multiple that is not below x."""
+  """Returns the smallest multiple that is not below x."""
   return -(-x // multiple) * multiple

@@ -1,8 +1,8 @@
-"""Prepared sets: token ids in a TFDS data set (ArrayRecord), read by random access.
+"""Prepared sets: data that was tokenized once, as a TFDS data set (ArrayRecord) with random access.
 
-A set says what it was made by (tokenizer and template, window, rules), and is refused where a run
-asks for anything else. Neither making nor reading one holds it in memory: only the lengths of its
-examples are, which is what rows are packed by.
+A set records how it was made (tokenizer, chat template, max_length, rules), and a run with other
+settings refuses it. It is never in memory as a whole, neither when it is made nor when it is read:
+only the lengths of its examples are, which is all that packing needs.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from dpo_jax.utils.files import check_writable, replacing_folder
 NAME = "tfds_pairs"
 LENGTHS = external.PREPARED
 SPLITS = ("train", "validation")
-SHARD = 100_000  # examples of one file
-# What a set is asked for beside its rules and its tokenizer: flags of `prepare_data` by name.
-ASKED = ("kind", "max_length", "prompt_floor", "truncation", "eval_fraction")
+SHARD = 100_000  # examples per file
+# Settings that a run must share with a set, besides rules and tokenizer; flags of `prepare_data`.
+SETTINGS = ("kind", "max_length", "prompt_floor", "truncation", "eval_fraction")
 
 
-# --- out ------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def prepare(
@@ -48,44 +48,52 @@ def prepare(
   workers: int = 0,
   limit: int | None = None,
 ) -> Iterator[Ledger]:
-  """Makes a prepared set of some files; gives the ledger now and then, and at the end.
+  """Makes a prepared set of some files.
 
   Args:
     out: the folder to make.
-    paths: as `readers.files` has them.
-    encoder: how rows become ids.
-    eval_fraction: share of the prompts whose rows are held out, in expectation: which side a prompt
-      is on goes by its ids and the seed, whatever else is in the files.
-    seed: of that.
-    workers: processes that tokenise; 0 for this one.
-    limit: rows to read at most.
+    paths: as `readers.files` takes them.
+    encoder: turns rows into ids.
+    eval_fraction: share of the prompts to hold out, in expectation. A prompt's ids and the seed
+      decide whether it is held out, so other rows of the files do not matter.
+    seed: of the choice of held-out prompts.
+    workers: number of processes that tokenize; 0 for this process.
+    limit: most rows to read.
+
+  Yields:
+    The ledger, after every chunk of rows and at the end, for a progress display.
 
   Raises:
-    UserError: bad rows, or `out` is there already; nothing is left behind.
+    UserError: bad rows, or `out` exists; nothing is left behind.
   """
   if pathlib.Path(out).exists():
     raise UserError(f"{out} exists; remove it, or name another folder")
+  # Before hours of tokenizing, not after them.
   check_writable(out, str(out))
   ledger = Ledger()
   with contextlib.ExitStack() as stack:
+    # The order is important: 1. the set is built in a folder that is renamed to `out` only when it
+    # is complete; 2. ids go to temporary files first, since TFDS writes a split at a time, and the
+    # largest K is known only when all examples are.
     new = stack.enter_context(replacing_folder(out))
-    aside = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(dir=new.parent)))
-    spools = {name: _Spool(stack.enter_context((aside / name).open("w+b"))) for name in SPLITS}
+    scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(dir=new.parent)))
+    spools = {name: _Spool(stack.enter_context((scratch / name).open("w+b"))) for name in SPLITS}
     for example in encode.stream_examples(paths, encoder, ledger, limit=limit, workers=workers):
-      held_out = _share(example.prompt, seed) < eval_fraction
+      held_out = _uniform(example.prompt, seed) < eval_fraction
       spools[SPLITS[held_out]].add(example)
       if ledger.pairs % encode.CHUNK == 0:
         yield ledger
     if not spools["train"].rows or (eval_fraction and not spools["validation"].rows):
       raise UserError(
-        f"eval fraction {eval_fraction} of {ledger.pairs} examples leaves one side empty; give 0 to"
+        f"eval fraction {eval_fraction} of {ledger.pairs} examples leaves one side empty; set 0 to"
         " hold nothing out"
       )
     completions = max(spool.completions for spool in spools.values())
     measured = {name: spool.measure(completions) for name, spool in spools.items() if spool.rows}
-    ledger.tokens = encode.count_tokens(Measured.of(*measured.values()))
+    ledger.tokens = encode.count_tokens(Measured.concatenate(*measured.values()))
+    # Names in the files of a set; sets made before must still be read.
     about = {"rules": encode.RULES, "tokenizer": encoder.tokenizer.digest(), "seed": seed}
-    about |= {name: getattr(encoder, name) for name in ASKED if name != "eval_fraction"}
+    about |= {name: getattr(encoder, name) for name in SETTINGS if name != "eval_fraction"}
     about |= {"eval_fraction": eval_fraction, "ledger": ledger.to_json()}
     _build(new, {name: spools[name] for name in measured}, about)
     arrays = {}
@@ -95,44 +103,49 @@ def prepare(
   yield ledger
 
 
-def _share(prompt: np.ndarray, seed: int) -> float:
-  """Where a prompt stands between 0 and 1, evenly spread."""
+def _uniform(prompt: np.ndarray, seed: int) -> float:
+  """Returns a number in [0, 1) for a prompt: uniform over prompts, always the same for one."""
   digest = hashlib.blake2b(prompt.tobytes(), digest_size=8, salt=seed.to_bytes(8, "little"))
   return int.from_bytes(digest.digest(), "little") / 2**64
 
 
 class _Spool:
-  """Examples of one split on their way: ids on disk, all else in memory, 8 bytes a number."""
+  """The examples of one split before they are written: ids in a file, all else in memory.
+
+  `array` stores a number in 4 or 8 bytes, where a list would take 8 more and an object each.
+  """
 
   def __init__(self, file: IO[bytes]):
     self.file = file
     self.rows = array.array("q")
     self.counts = array.array("q")  # tokens of the prompt, and of every answer
-    self.widths = array.array("q")  # how many counts an example has
+    self.widths = array.array("q")  # number of counts of an example
     self.scores = array.array("d")
     self.weights = array.array("f")
     self.completions = 0
 
   def add(self, example: Example) -> None:
-    texts = (example.prompt, *example.completions)
-    for ids in texts:
+    """Appends an example."""
+    parts = (example.prompt, *example.completions)
+    for ids in parts:
       self.file.write(np.asarray(ids, np.int32).tobytes())
     self.rows.append(example.row)
-    self.counts.extend(map(len, texts))
-    self.widths.append(len(texts))
+    self.counts.extend(map(len, parts))
+    self.widths.append(len(parts))
     self.scores.extend(example.scores)
     self.weights.append(example.weight)
     self.completions = max(self.completions, len(example.completions))
 
   def measure(self, completions: int) -> Measured:
-    """Lengths of the examples, absent answers being of none."""
-    counts_BK = np.zeros((len(self.rows), 1 + completions), np.int32)
+    """Returns the lengths of all examples with K = `completions`; absent ones have 0 tokens."""
+    counts_BP = np.zeros((len(self.rows), 1 + completions), np.int32)
     widths_B = np.asarray(self.widths)
-    counts_BK[np.arange(1 + completions) < widths_B[:, None]] = self.counts
-    return Measured((counts_BK[:, 0], counts_BK[:, 1:]))
+    # A mask selects row by row, in the order in which the counts were appended.
+    counts_BP[np.arange(1 + completions) < widths_B[:, None]] = self.counts
+    return Measured((counts_BP[:, 0], counts_BP[:, 1:]))
 
   def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Keys and features, as TFDS wants them."""
+    """Yields (key, features) of every example, as TFDS takes them, while reading the file once."""
     has_scores = len(self.scores) > 0
     at = score_at = 0
     self.file.seek(0)
@@ -148,41 +161,42 @@ class _Spool:
 
 @functools.cache
 def _builder_class() -> type:
-  """The builder; its library takes a moment to load."""
+  """Returns the TFDS builder class; a function, since TFDS is slow to import."""
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core import sequential_writer
 
   class TfdsPairs(tfds.core.GeneratorBasedBuilder):
-    """Prompts and their answers as token ids: `ids` are the prompt's and every answer's in turn.
+    """Prompts and their completions as token ids.
 
-    `lengths` divides them; `grades` are the scores of an `Example`, perhaps none, under the name
-    that sets on disk have; `weight` is its weight, `row` the row it was in.
+    Features of an example: `ids`, those of the prompt and then of every completion; `lengths`,
+    which divides them; `grades`, the scores of an `Example`, perhaps none (the name that sets on
+    disk have); `weight` and `row`.
     """
 
     name = NAME
     VERSION = tfds.core.Version("1.0.0")
-    url_infos = None  # nothing is downloaded; looking for checksums asks for a package more
+    url_infos = None  # nothing is downloaded; a search for checksums would need another package
 
     def __init__(self, *, spools: dict[str, _Spool], about: dict[str, Any], **kwargs):
       self._spools, self._about = spools, about
       super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
-      many = lambda dtype: tfds.features.Tensor(shape=(None,), dtype=dtype)
+      integers = tfds.features.Tensor(shape=(None,), dtype=np.int32)
       return tfds.core.DatasetInfo(
         builder=self,
         description="Preferences as token ids.",
         features=tfds.features.FeaturesDict(
           {
-            "ids": many(np.int32),
-            "lengths": many(np.int32),
-            "grades": many(np.float32),
+            "ids": integers,
+            "lengths": integers,
+            "grades": tfds.features.Tensor(shape=(None,), dtype=np.float32),
             "row": np.int64,
             "weight": np.float32,
           }
         ),
         metadata=tfds.core.MetadataDict(self._about),
-        disable_shuffling=True,  # example i has lengths i
+        disable_shuffling=True,  # example i must have lengths i
       )
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
@@ -193,11 +207,11 @@ def _builder_class() -> type:
       return spool.records()
 
     def _download_and_prepare(self, dl_manager, download_config) -> None:
-      # In order and as they come: what TFDS would do holds a split in memory to put it in order,
-      # and beyond a gigabyte asks for TensorFlow.
+      # Replaces TFDS's own method, which keeps a split in memory to sort it, and above a gigabyte
+      # needs TensorFlow. Here examples are written one after another.
       del download_config
       splits = self._split_generators(dl_manager)
-      info = self._info()  # of the folder that is being filled; `self.info` is of the one to come
+      info = self._info()  # of the folder being filled; `self.info` is of the one it is renamed to
       writer = sequential_writer.SequentialWriter(
         info, max_examples_per_shard=SHARD, file_format="array_record"
       )
@@ -213,25 +227,26 @@ def _builder_class() -> type:
 
 
 def _build(folder: pathlib.Path, spools: dict[str, _Spool], about: dict[str, Any]) -> None:
-  """Fills a folder with the files of a TFDS data set."""
+  """Writes the files of a TFDS data set into a folder."""
   import tensorflow_datasets as tfds
 
   tfds.disable_progress_bar()
+  # TFDS adds folders for name and version below data_dir; only the files are wanted, in `folder`.
   with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
     builder = _builder_class()(
       spools=spools, about=about, data_dir=scratch, file_format="array_record"
     )
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints where it writes
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints the temporary path
       builder.download_and_prepare()
     for file in pathlib.Path(builder.data_dir).iterdir():
       file.rename(folder / file.name)
 
 
-# --- in -------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 class PairSet(Lazy):
-  """One split of a prepared set: examples read as they are asked for, all with K answers."""
+  """One split of a prepared set; its examples are read when indexed, and all have K completions."""
 
   def __init__(self, source: Any, lengths: tuple[np.ndarray, np.ndarray]):
     self.source = source
@@ -246,29 +261,32 @@ class PairSet(Lazy):
     return filled
 
   def widened(self, completions: int) -> PairSet:
-    """The same with K answers, those that are not there absent."""
+    """Returns the same split with K = `completions`, filled up with absent ones."""
     prompt_B, tokens_BK = self.lengths
     wide = np.pad(tokens_BK, ((0, 0), (0, completions - tokens_BK.shape[1])))
     return PairSet(self.source, (prompt_B, wide))
 
 
-def holds_one(path: str | pathlib.Path) -> bool:
-  """Whether a folder is a prepared set."""
+def is_prepared_set(path: str | pathlib.Path) -> bool:
+  """Returns True if a folder is a prepared set."""
   return (pathlib.Path(path) / LENGTHS).is_file()
 
 
 def read(
   path: str | pathlib.Path, encoder: Encoder, *, eval_fraction: float | None
 ) -> tuple[PairSet, PairSet | None, dict[str, Any]]:
-  """The training split, the held-out one if there is one, and the ledger.
+  """Opens a prepared set.
 
   Args:
     path: the folder.
-    encoder: how the run would make ids of rows.
-    eval_fraction: what the run would hold out; None for rows of another file.
+    encoder: how the run would turn rows into ids.
+    eval_fraction: share that the run would hold out; None if it evaluates on another file.
+
+  Returns:
+    The training split, the held-out split or None, and the ledger as JSON.
 
   Raises:
-    UserError: the set was made otherwise, or is broken.
+    UserError: the set was made with other settings, or is broken.
   """
   path = pathlib.Path(path)
   try:
@@ -285,10 +303,10 @@ def read(
       if name in builder.info.splits
     ]
     for one in sets:
-      _ = one[0], one[-1]  # files are opened only now
+      _ = one[0], one[-1]  # TFDS opens files at the first read: a broken one must fail here
   except UserError:
     raise
-  except Exception as error:  # TFDS, NumPy and ArrayRecord raise what they like
+  except Exception as error:  # TFDS, NumPy and ArrayRecord raise exceptions of many types
     line = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(f"{path} is a broken prepared set ({line}); prepare it again") from None
   for one in sets:
@@ -303,18 +321,18 @@ def _check(
   again = "prepare it again (scripts/prepare_data.py)"
   if about["rules"] != encode.RULES:
     raise UserError(
-      f"{path} was prepared by rules of version {about['rules']}, and those of now are"
+      f"{path} was prepared by rules of version {about['rules']}, and the present version is"
       f" {encode.RULES}; {again}"
     )
   if about["tokenizer"] != encoder.tokenizer.digest():
     raise UserError(
       f"{path} was prepared with another tokenizer or chat template than this model's; {again}"
     )
-  for name in ASKED:
-    value = getattr(encoder, name, fraction)
+  for name in SETTINGS:
+    value = getattr(encoder, name, fraction)  # eval_fraction is the one that is not the encoder's
     if about[name] != value and not (name == "eval_fraction" and value is None):
       flag = "loss" if name == "kind" else f"data.{name}"
       raise UserError(
-        f"{path} was prepared with {name} {about[name]!r}, and this run asks for {value!r};"
+        f"{path} was prepared with {name} {about[name]!r}, and this run has {value!r};"
         f" {again}, or change {flag}"
       )

@@ -1,4 +1,7 @@
-"""What a model will be trained on, for a person to read: texts, tokens, and which are scored."""
+"""Shows what a model will be trained on: texts, tokens, and which of them are scored.
+
+`scripts/inspect_data.py` prints what is rendered here.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from dpo_jax.data.encode import Dropped, Encoded, Ledger
 from dpo_jax.data.examples import Example, lengths
 from dpo_jax.data.tokenizer import Tokenizer
 
-# Two shades of each, so that neighbouring tokens are told apart.
+# Two shades each, in turns, so that the boundaries of tokens are visible.
 GIVEN = ("grey70", "grey54")
 GOOD = ("black on green3", "black on dark_sea_green3")
 BAD = ("black on salmon1", "black on tan")
@@ -29,7 +32,7 @@ CUT = "✂"
 def show_row(
   number: int, outcome: Encoded | Dropped, tokenizer: Tokenizer, *, kind: str = "pairs"
 ) -> RenderableType:
-  """What becomes of a row: its examples, or why there is none."""
+  """Renders a row: its examples, or the reason why it was dropped."""
   if isinstance(outcome, Dropped):
     title = Text.assemble((f"row {number}: dropped", "bold red"), f", {outcome.reason}")
     return Group(title, Text())
@@ -45,42 +48,44 @@ def show_example(
   prompt_tokens: int = 96,
   lost: Sequence[int] = (),
 ) -> Panel:
-  """One row: prompt and answers, every token in its own shade, with their ids and scores.
+  """Renders one example: prompt and completions with the boundaries of tokens, ids and scores.
 
   Args:
-    example: the row.
-    tokenizer: to read it with.
-    kind: of what is learned from it, as in `readers.detect`.
-    prompt_tokens: how many of a long prompt's last tokens are shown.
-    lost: tokens that were cut from the prompt's start and from every answer's end.
+    example: the example.
+    tokenizer: that decodes it.
+    kind: the kind of training, as in `readers.detect`.
+    prompt_tokens: of a longer prompt, only so many of the last tokens are shown.
+    lost: number of tokens cut from the start of the prompt and the end of each completion.
   """
-  gone, *ends_gone = lost or [0] * (1 + len(example.completions))
+  lost_prompt, *lost_ends = lost or [0] * (1 + len(example.completions))
   shown = example.prompt[-prompt_tokens:]
   hidden = len(example.prompt) - len(shown)
   given = f"prompt · {len(example.prompt)} tokens, given" + (
     f" (the last {len(shown)} shown)" if hidden else ""
   )
-  given += f", {CUT} {gone} cut before" if gone else ""
-  parts = _part(given, shown, tokenizer, GIVEN, before=bool(gone and not hidden))
-  completions = zip(_roles(example, kind), example.completions, ends_gone, strict=False)
-  for (name, shades), answer, gone in completions:
-    ends = tokenizer.eos_id is not None and tokenizer.eos_id in answer
-    title = f"{name} · {len(answer)} tokens, scored, {'ended' if ends else 'no end token'}"
-    title += f", {CUT} {gone} cut behind" if gone else ""
-    parts += _part(title, answer, tokenizer, shades, behind=gone > 0)
+  given += f", {CUT} {lost_prompt} cut before" if lost_prompt else ""
+  # The mark of the cut stands before the first token; if that is not shown, neither is the mark.
+  parts = _part(given, shown, tokenizer, GIVEN, cut_before=bool(lost_prompt and not hidden))
+  # Not strict: absent completions have no role, and mismatched ones are added only in training.
+  completions = zip(_roles(example, kind), example.completions, lost_ends, strict=False)
+  for (name, shades), completion, cut in completions:
+    ends = tokenizer.eos_id is not None and tokenizer.eos_id in completion
+    title = f"{name} · {len(completion)} tokens, scored, {'ended' if ends else 'no end token'}"
+    title += f", {CUT} {cut} cut after" if cut else ""
+    parts += _part(title, completion, tokenizer, shades, cut_after=cut > 0)
   title = f"row {example.row}" + (", cut" if any(lost) else "")
   return Panel(Group(*parts), title=title, title_align="left", box=box.ROUNDED)
 
 
 def _roles(example: Example, kind: str) -> list[tuple[str, tuple[str, str]]]:
-  """Name and shades of each answer there is."""
+  """Returns the name and shades of each completion that is present."""
   if kind == "text":
-    return [("answer", GOOD)]
+    return [("completion", GOOD)]
   if kind == "unpaired":
-    judged = ("desirable", GOOD) if example.scores[0] else ("undesirable", BAD)
-    return [judged, ("mismatched", MIDDLING)]
-  count = sum(len(answer) > 0 for answer in example.completions)
-  names = [f"answer {k} of {count}" for k in range(1, count + 1)]
+    own = ("desirable", GOOD) if example.scores[0] else ("undesirable", BAD)
+    return [own, ("mismatched", MIDDLING)]
+  count = sum(len(completion) > 0 for completion in example.completions)
+  names = [f"completion {k} of {count}" for k in range(1, count + 1)]
   names = names if kind == "ranked" else ["chosen", "rejected"]
   scores = [f" (score {score:g})" for score in example.scores[:count]] or [""] * count
   shades = [GOOD, *[MIDDLING] * (count - 2), BAD]
@@ -88,22 +93,26 @@ def _roles(example: Example, kind: str) -> list[tuple[str, tuple[str, str]]]:
 
 
 def show_ledger(ledger: Ledger, examples: Sequence[Example]) -> Table:
-  """What became of the rows, where the tokens are, and how long the texts are."""
+  """Renders the statistics of a data set: rows, tokens, and lengths."""
   table = Table("", "", box=box.SIMPLE, show_header=False, pad_edge=False)
   table.columns[1].justify = "right"
-  add = lambda name, value, note="": table.add_row(name, f"{value:,}", escape(note))
   table.add_column(justify="left", style="dim")
-  add("rows read", ledger.rows, f"form: {ledger.format}")
+
+  def add(name: str, value: int, note: str = "") -> None:
+    # A reason may contain brackets, which rich would read as markup.
+    table.add_row(name, f"{value:,}", escape(note))
+
+  add("rows read", ledger.rows, f"format: {ledger.format}")
   add("kept", ledger.pairs)
   for label, count in ledger.labels.items():
-    add(label, count, "answers")
+    add(label, count, "completions")
   for reason, count in ledger.dropped.most_common():
     add("dropped", count, reason)
   for what, count in ledger.truncated.most_common():
-    add(f"{what}s cut", count)
+    add(f"{what}s truncated", count)
   tokens = ledger.tokens
   add("prompt tokens", tokens["prompt"], "given")
-  add("answer tokens", tokens["answer"], "scored")
+  add("completion tokens", tokens["answer"], "scored")
   if tokens["shared"]:
     add("shared tokens", tokens["shared"], "copies of prompts that shared rows save")
   real = tokens["prompt"] + tokens["answer"]
@@ -112,19 +121,19 @@ def show_ledger(ledger: Ledger, examples: Sequence[Example]) -> Table:
   prompt_B, tokens_BK = lengths(examples)
   if tokens_BK.shape[1] > 2:
     present_B = (tokens_BK > 0).sum(1)
-    note = f"of a prompt; at least {present_B.min()}, {present_B.mean():.1f} on average"
-    add("most answers", tokens_BK.shape[1], note)
+    note = f"per prompt; at least {present_B.min()}, {present_B.mean():.1f} on average"
+    add("most completions", tokens_BK.shape[1], note)
   total_B = prompt_B + tokens_BK.max(1)
   half, most = np.quantile(total_B, [0.5, 0.95], method="higher").tolist()
-  note = f"of prompt and longest answer; 95% have at most {most}, half at most {half}"
-  add("longest text", int(total_B.max()), note)
+  note = f"of prompt and longest completion; 95% have at most {most}, half at most {half}"
+  add("longest sequence", int(total_B.max()), note)
   return table
 
 
 def show_lengths(examples: Sequence[Example]) -> Table:
-  """Histograms: how many prompts and answers have so many tokens."""
+  """Renders histograms of the lengths of prompts and completions, in powers of two."""
   prompt_B, tokens_BK = lengths(examples)
-  table = Table("tokens", "prompts", "", "answers", "", box=box.SIMPLE, pad_edge=False)
+  table = Table("tokens", "prompts", "", "completions", "", box=box.SIMPLE, pad_edge=False)
   for column in (0, 1, 3):
     table.columns[column].justify = "right"
   counts = [np.bincount(_octave(some)) for some in (prompt_B, tokens_BK[tokens_BK > 0])]
@@ -140,13 +149,13 @@ def show_lengths(examples: Sequence[Example]) -> Table:
 
 
 def _octave(tokens: np.ndarray) -> np.ndarray:
-  """k for more than 2^(k-1) tokens and 2^k at most."""
+  """Returns k for lengths of more than 2^(k-1) and at most 2^k tokens."""
   return np.ceil(np.log2(tokens)).astype(int)
 
 
 def show_layouts(examples: Sequence[Example], batch_size: int = 32) -> Table:
-  """Tokens computed in one pass, by layout: what dense layers cost goes by them."""
-  table = Table("layout", "tokens a pass", "of padded", "row", box=box.SIMPLE, pad_edge=False)
+  """Renders the tokens that one epoch computes in each layout; dense layers cost in proportion."""
+  table = Table("layout", "tokens per epoch", "of padded", "row", box=box.SIMPLE, pad_edge=False)
   for column in table.columns[1:]:
     column.justify = "right"
   taken = {}
@@ -159,39 +168,42 @@ def show_layouts(examples: Sequence[Example], batch_size: int = 32) -> Table:
 
 def _part(
   title: str,
-  ids: Sequence[int],
+  ids: Sequence[int] | np.ndarray,
   tokenizer: Tokenizer,
   shades: tuple[str, str],
   *,
-  before: bool = False,
-  behind: bool = False,
+  cut_before: bool = False,
+  cut_after: bool = False,
 ) -> list[RenderableType]:
-  """A text under its title, with marks where it was cut."""
-  text = Text(CUT if before else "", style="bold red")
+  """Renders a title, the text with marks where it was cut, and its ids."""
+  text = Text(CUT if cut_before else "", style="bold red")
   for i, (piece, _) in enumerate(pieces(ids, tokenizer)):
     text.append(piece.replace("\n", "⏎\n"), style=shades[i % 2])
-  text.append(CUT if behind else "", style="bold red")
+  text.append(CUT if cut_after else "", style="bold red")
   numbers = Text(" ".join(str(id) for id in ids), style="dim")
   return [Text(title, style="bold"), text, numbers, Text()]
 
 
-def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
-  """The text that each token adds; tokens that make up one character stay together.
+def pieces(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
+  """Splits token ids into pieces of text: (text, ids), mostly one token each.
 
-  Joined, the texts are the whole text, special tokens included.
+  Tokens that together make up one character stay together. The texts joined are the whole text,
+  special tokens included.
   """
   found: list[tuple[str, list[int]]] = []
-  held: list[int] = []
+  pending: list[int] = []  # tokens of a character that is not complete
   for id in ids:
-    held.append(int(id))
-    # Behind its predecessor: decoders strip the space before a text's first word.
+    pending.append(int(id))
+    # Decoded after the piece before it: decoders strip the space before the first word of a text.
     before = found[-1][1] if found else []
-    added = tokenizer.decode([*before, *held], special=True)
+    added = tokenizer.decode([*before, *pending], special=True)
     added = added[len(tokenizer.decode(before, special=True)) :]
-    if "\ufffd" in added and len(held) < 4:  # an unfinished character: UTF-8 takes up to 4 bytes
+    # The replacement character stands for a part of a character. UTF-8 takes up to 4 bytes, so
+    # after 4 tokens it is really in the text.
+    if "\ufffd" in added and len(pending) < 4:
       continue
-    found.append((added, held))
-    held = []
-  if held:
-    found.append(("\ufffd", held))
+    found.append((added, pending))
+    pending = []
+  if pending:
+    found.append(("\ufffd", pending))
   return found

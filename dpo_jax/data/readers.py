@@ -1,7 +1,7 @@
-"""Files to rows, and rows to prompts and answers: reading, and recognising a form.
+"""Reads rows from files, and recognizes the format they are written in.
 
-A form is recognised from the first row, or from the fields that a field map gives other names; what
-each form means stands in `formats`.
+The format of a file is recognized from its first row, or from the names that a field map assigns to
+other fields. `formats` lists the formats and says what each means.
 """
 
 from __future__ import annotations
@@ -19,93 +19,101 @@ from typing import Any
 from dpo_jax.data import external, formats
 from dpo_jax.data import fields as row_fields
 from dpo_jax.data.fields import Conversation, Messages, Preference, Row, RowError
-from dpo_jax.data.formats import Form
+from dpo_jax.data.formats import Format
 from dpo_jax.structs import UserError
 
 # --- reading --------------------------------------------------------------------------------------
 
 
-KNOWN = "JSONL, JSON array, gzip of either, Parquet"
+FILE_FORMATS = "JSONL, JSON array, gzip of either, Parquet"
 # A file, or a data set of `external`.
 Source = str | pathlib.Path
 
 
 def files(given: Source | Sequence[Source]) -> list[Source]:
-  """The files that are meant: a path; several, or patterns such as `part-*.parquet`, with commas.
+  """Resolves what a user names as data to a list of files and data sets.
 
-  A name that exists is itself, whatever is in it. Those of a pattern are sorted. Data sets of
-  `external` stay as they are named.
+  Args:
+    given: a path; several paths or patterns such as `part-*.parquet`, separated by commas; or a
+      sequence of these. Files of a pattern are sorted. Names of `external` are returned unchanged.
 
   Raises:
-    UserError: one names no file.
+    UserError: a name matches no file.
   """
   if not isinstance(given, (str, pathlib.Path)):
     return [path for one in given for path in files(one)]
+  # The order is important: a name that exists is taken literally, even if it contains commas or
+  # brackets; only then is it split at commas and read as a pattern.
   if str(given) and pathlib.Path(given).exists():
-    return [_file(pathlib.Path(given))]
+    return [_check_file(pathlib.Path(given))]
   names = list(filter(None, (part.strip() for part in str(given).split(","))))
   if not names:
-    raise UserError(f"no data file is named; name a file of rows ({KNOWN})")
+    raise UserError(f"no data file is named; name a file of rows ({FILE_FORMATS})")
   found: list[Source] = []
   for name in names:
-    if external.holds_one(name):
+    if external.is_dataset(name):
       found.append(name)
       continue
     matching = sorted(map(pathlib.Path, glob.glob(name, recursive=True)))
     if not matching and glob.has_magic(name):
       raise UserError(f"no data file fits the pattern {name}")
-    found += [_file(path) for path in matching or [pathlib.Path(name)]]
+    found += [_check_file(path) for path in matching or [pathlib.Path(name)]]
   return found
 
 
-def _file(path: pathlib.Path) -> pathlib.Path:
-  if external.holds_one(path):
+def _check_file(path: pathlib.Path) -> pathlib.Path:
+  if external.is_dataset(path):
     return path
   if path.is_dir():
-    raise UserError(f"{path} is a folder; name a file of rows ({KNOWN}), or {path}/*")
+    raise UserError(f"{path} is a folder; name a file of rows ({FILE_FORMATS}), or {path}/*")
   if not path.is_file():
     raise UserError(f"no data file {path}")
   return path
 
 
 def read_rows(path: Source) -> Iterator[tuple[str, Row]]:
-  """Rows of a JSONL or JSON array file, of either gzipped, of Parquet, or of a library's data set.
+  """Reads the rows of a JSONL, JSON array or Parquet file, or of another library's data set.
 
-  A null in Parquet is a field that a row does not have.
+  JSON may be compressed with gzip. A null in Parquet is read as a field that the row does not have.
 
   Yields:
-    ("file:line", row) as they stand there; rows of all but lines count from 1.
+    (place, row), one at a time: "file:LINE" in JSONL, otherwise "file:row NUMBER", from 1.
+
+  Raises:
+    UserError: the file cannot be read, contains no rows, or a row is not a JSON object.
   """
-  reader = external.read_rows
-  if not external.holds_one(path):
-    path = _file(pathlib.Path(path))
+  if external.is_dataset(path):
+    rows = external.read_rows(path)
+  else:
+    path = _check_file(pathlib.Path(path))
+    # The first bytes decide, not the name: files are often named otherwise than they are written.
     with path.open("rb") as file:
       magic = file.read(4)
     if path.suffix == ".parquet" and magic != b"PAR1":
       raise UserError(
-        f"{path} is named .parquet and is no Parquet; fetch it again, or name it otherwise"
+        f"{path} is named .parquet and is not Parquet; download it again, or rename it"
       )
-    reader = _read_parquet if magic == b"PAR1" else _read_json
+    rows = _read_parquet(path) if magic == b"PAR1" else _read_json(path)
   empty = True
-  for where, row in reader(path):
+  for where, row in rows:
     if not isinstance(row, dict):
       raise UserError(
-        f"{where}: a row is a JSON object with named fields, not {row_fields.show(row)}"
+        f"{where}: a row is a JSON object with named fields, not {row_fields.shorten(row)}"
       )
     empty = False
     yield where, row
   if empty:
-    raise UserError(f"{path} holds no rows")
+    raise UserError(f"{path} contains no rows")
 
 
 def _read_parquet(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  """A batch of rows at a time: a file may be larger than memory."""
-  import pyarrow  # takes a moment to load
+  """Reads a Parquet file in batches of rows, since it may be larger than memory."""
+  import pyarrow  # slow to import
   from pyarrow import parquet
 
   number = 0
   try:
-    # Read ahead, all that was read would be held until the end.
+    # pre_buffer=False: with read-ahead, pyarrow keeps every row group it has read until the end.
     with parquet.ParquetFile(path, pre_buffer=False) as file:
       for batch in file.iter_batches(batch_size=1024):
         for row in batch.to_pylist():
@@ -113,30 +121,33 @@ def _read_parquet(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
           yield f"{path}:row {number}", row_fields.without_nulls(row)
   except (pyarrow.ArrowException, OSError) as error:
     line = (str(error).splitlines() or [type(error).__name__])[0]
-    raise UserError(f"{path}: broken Parquet ({line}); fetch the file again") from None
+    raise UserError(f"{path}: broken Parquet ({line}); download the file again") from None
 
 
 def _read_json(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+  """Reads a JSONL or JSON array file, decompressing it if it is gzip."""
   with path.open("rb") as file:
-    zipped = file.read(2) == b"\x1f\x8b"
-  if path.suffix == ".gz" and not zipped:
-    raise UserError(f"{path} is named .gz and is no gzip; fetch it again, or name it otherwise")
+    is_gzip = file.read(2) == b"\x1f\x8b"
+  if path.suffix == ".gz" and not is_gzip:
+    raise UserError(f"{path} is named .gz and is not gzip; download it again, or rename it")
   try:
-    with gzip.open(path) if zipped else path.open("rb") as file:
+    with gzip.open(path) if is_gzip else path.open("rb") as file:
       yield from _parse(file, path)
   except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-    raise UserError(f"{path}: broken gzip ({error}); fetch the file again") from None
+    raise UserError(f"{path}: broken gzip ({error}); download the file again") from None
 
 
 def _parse(file, path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  """Values of a file with where they stand: array elements if it opens with a bracket, or lines."""
+  """Parses the lines of a file, or the elements of one array if the file starts with a bracket."""
   first = b""
+  # Bytes, not text: Python splits text at U+2028 and others too, which JSON allows inside a string.
   for number, line in enumerate(file, 1):
     if number == 1:
-      line = line.removeprefix(b"\xef\xbb\xbf")
+      line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of Windows editors
     if not line.strip():
       continue
     if not first and line.lstrip()[:1] == b"[":
+      # An array is one JSON value and is parsed as a whole, in memory.
       text = line + file.read()
       values = _load(text, f"{path}:{{line}}", number)
       yield from ((f"{path}:row {i}", value) for i, value in enumerate(values, 1))
@@ -146,7 +157,13 @@ def _parse(file, path: pathlib.Path) -> Iterator[tuple[str, Any]]:
 
 
 def _load(text: bytes, where: str, line: int) -> Any:
-  """JSON of some bytes that begin at `line`; `where` has a place for the line of an error."""
+  """Parses JSON.
+
+  Args:
+    text: the bytes, as UTF-8.
+    where: place for an error message; contains `{line}`.
+    line: number of the first line of `text` in its file.
+  """
   try:
     return json.loads(text.decode("utf-8"))
   except UnicodeDecodeError as error:
@@ -156,172 +173,188 @@ def _load(text: bytes, where: str, line: int) -> Any:
     at = where.format(line=line + error.lineno - 1)
     raise UserError(
       f"{at}: not JSON ({error.msg} at column {error.colno}); a file is one JSON array or one"
-      " JSON object a line"
+      " JSON object per line"
     ) from None
   except (RecursionError, ValueError) as error:  # nested too deep, a number of too many digits
     raise UserError(f"{where.format(line=line)}: JSON that cannot be read ({error})") from None
 
 
-# --- recognising ----------------------------------------------------------------------------------
+# --- recognizing ----------------------------------------------------------------------------------
 
 
-# What may be learned, and the kinds of rows that serve it, the first that fits.
-SERVED_BY = {
+# The kinds of training, and the kinds of rows that each accepts; the first that matches is used.
+ACCEPTED_ROWS = {
   "pairs": ("pairs",),
   "text": ("pairs", "text"),
   "unpaired": ("unpaired", "pairs"),
   "ranked": ("ranked", "pairs"),
 }
-KINDS = tuple(SERVED_BY)
+KINDS = tuple(ACCEPTED_ROWS)
 
-# What is said of rows of another kind than what is wanted.
-_MEANT_FOR = {
+# Error texts about rows of another kind than the loss needs.
+_WHICH_LOSS = {
   "pairs": "rows with chosen and rejected are pairs",
-  "text": "rows of one answer without a label are for loss sft",
-  "unpaired": "rows with a label are for loss kto",
-  "ranked": "rows with a list of answers are for loss plackett_luce",
+  "text": "single completions without a label are for loss sft",
+  "unpaired": "single completions with a label are for loss kto",
+  "ranked": "lists of ranked completions are for loss plackett_luce",
 }
 
 
-def detect(row: Row, fields: dict[str, str] | None = None, *, kind: str = "pairs") -> Form:
-  """The form of a data set, from one of its rows, and what each row is to give.
+def detect(row: Row, fields: dict[str, str] | None = None, *, kind: str = "pairs") -> Format:
+  """Recognizes the format of a data set from one of its rows.
 
-    kind        rows that serve                    what each gives
-    "pairs"     chosen and rejected                both answers
-    "text"      an answer without a label          the answer
+    kind        accepted rows                      each row gives
+    "pairs"     chosen and rejected                both completions
+    "text"      a completion without a label       the completion
                 chosen and rejected                chosen
-    "unpaired"  an answer and a label              the answer; its score is 1 if desirable, or 0
-                chosen and rejected                both, of scores 1 and 0, to be judged apart
-    "ranked"    answers, best first, or by scores  all of them
+    "unpaired"  a completion and a label           the completion; its score is 1 if desirable, or 0
+                chosen and rejected                both, with scores 1 and 0, each on its own
+    "ranked"    completions, best first or scored  all of them
                 chosen and rejected                both
 
-  Ranked rows do not serve pairs: best against worst would be a guess at what was meant. Scores of
-  pairs and ranked answers are their scores or margins: see `fields.pair_scores`.
+  Ranked rows are not accepted as pairs: best against worst would be a guess at what was meant. The
+  scores of pairs and ranked completions are those of the row, or its margin: see
+  `fields.read_pair_scores`.
 
   Args:
     row: usually the first.
-    fields: our names of fields (prompt, chosen, rejected, …) to the names in the rows.
+    fields: field map from our field names (prompt, chosen, rejected, …) to those of the row.
     kind: of the table.
 
   Returns:
-    The form; its `convert` takes rows as they are in the file.
+    The format; its `convert` takes rows as they are in the file.
 
   Raises:
-    UserError: the row does not serve, is of no known form, or lacks a field of the map.
+    UserError: the row is of another kind or unknown format, or lacks a field of the map.
   """
-  fields = _given(fields)
-  row = _rename(row, fields)
-  for of in SERVED_BY[kind]:
-    if form := _find(row, of):
-      return form._replace(convert=functools.partial(_convert, form, of, fields, kind))
-  of = next((of for of in KINDS if _find(row, of)), None)
-  want = _wanted(*SERVED_BY[kind])
+  fields = _without_empty(fields)
+  row = _apply_field_map(row, fields)
+  for of in ACCEPTED_ROWS[kind]:
+    if found := _find_format(row, of):
+      # `convert` is bound to the field map, so that no caller can forget to apply it.
+      return found._replace(convert=functools.partial(_convert, found, of, fields, kind))
+  of = next((of for of in KINDS if _find_format(row, of)), None)
+  needed = _list_fields(*ACCEPTED_ROWS[kind])
   if of:
-    raise UserError(
-      f"a row with {_names(row)} does not serve: {_MEANT_FOR[of]}; wanted here are {want}"
-    )
-  raise _unknown(row, want)
+    raise UserError(f"the row has fields {_field_names(row)}: {_WHICH_LOSS[of]}; needed: {needed}")
+  raise _unknown_format(row, needed)
 
 
 def detect_kind(row: Row, fields: dict[str, str] | None = None) -> str:
-  """What the rows of a data set are, from one of them: a key of the table of `detect`."""
-  row = _rename(row, _given(fields))
+  """Recognizes the kind of a row: a key of the table of `detect`."""
+  row = _apply_field_map(row, _without_empty(fields))
+  # The order is important: a row may have the fields of several kinds, and counts as the most
+  # particular one.
   for of in ("unpaired", "ranked", "pairs", "text"):
-    if _find(row, of):
+    if _find_format(row, of):
       return of
-  raise _unknown(row, _wanted(*KINDS))
+  raise _unknown_format(row, _list_fields(*KINDS))
 
 
-def _given(fields: dict[str, str] | None) -> dict[str, str]:
+def _without_empty(fields: dict[str, str] | None) -> dict[str, str]:
+  # A configuration has every name of the map; those that are not set are empty.
   return {ours: theirs for ours, theirs in (fields or {}).items() if theirs}
 
 
-def _find(row: Row, of: str) -> Form | None:
-  fitting = (form for form in formats.FORMS[of] if form.serves(row))
-  return next(fitting, None)
+def _find_format(row: Row, kind: str) -> Format | None:
+  return next((one for one in formats.FORMATS[kind] if one.matches(row)), None)
 
 
-def _unknown(row: Row, want: str) -> UserError:
+def _unknown_format(row: Row, needed: str) -> UserError:
   return UserError(
-    f"a row with {_names(row)} is of no known form; known are {want}; the field map (data.fields)"
-    " gives other names to prompt, chosen, rejected and the rest"
+    f"the row has fields {_field_names(row)}; needed: {needed}; the field map (data.fields) assigns"
+    " prompt, chosen, rejected and the others to fields of other names"
   )
 
 
-def _wanted(*kinds: str) -> str:
-  known = [" + ".join(form.fields) for of in kinds for form in formats.FORMS[of]]
+def _list_fields(*kinds: str) -> str:
+  known = [" + ".join(one.fields) for kind in kinds for one in formats.FORMATS[kind]]
   return "; ".join(dict.fromkeys(known))
 
 
-def _names(row: Row) -> str:
+def _field_names(row: Row) -> str:
   return ", ".join(sorted(row)) or "no fields"
 
 
-def _rename(row: Row, fields: dict[str, str]) -> Row:
-  """The row under our names; several of theirs, joined by +, are a list of their values."""
+def _apply_field_map(row: Row, fields: dict[str, str]) -> Row:
+  """Returns the row under our field names; columns joined by + become a list of their values."""
   found, used = {}, set(fields)
   for ours, theirs in fields.items():
+    # A column whose own name contains a plus is that column.
     names = [theirs] if theirs in row else theirs.split("+")
     for name in names:
       if name not in row:
         raise UserError(
-          f"the field map's {ours}={theirs} is not in the row, which has {_names(row)}"
+          f"the field map's {ours}={theirs} is not in the row, which has {_field_names(row)}"
         )
     found[ours] = [row[name] for name in names] if len(names) > 1 else row[names[0]]
     used |= set(names)
+  # Fields under either name are left out: an old `prompt` that the map replaces must not be read.
   return {name: value for name, value in row.items() if name not in used} | found
 
 
-def _convert(form: Form, of: str, fields: dict[str, str], kind: str, row: Row) -> Preference:
-  """What the table of `detect` says, if there is something to learn from it."""
-  row = _rename(row, fields)
-  preference = form.convert(row)
+def _convert(
+  row_format: Format, of: str, fields: dict[str, str], kind: str, row: Row
+) -> Preference:
+  """Converts a row of kind `of` to what the table of `detect` says for training of kind `kind`.
+
+  Raises:
+    RowError: a completion is empty, or two are equal: nothing can be learned from the row.
+  """
+  row = _apply_field_map(row, fields)
+  preference = row_format.convert(row)
   preference = preference._replace(
     prompt=row_fields.with_tools(preference.prompt, row),
-    weight=preference.weight * row_fields.weight_of(row),
+    weight=preference.weight * row_fields.read_weight(row),
   )
   if of == "pairs" and kind == "text":
     preference = preference._replace(completions=preference.completions[:1])
   elif of == "pairs":
-    known = preference.scores or row_fields.pair_scores(row)
+    known = preference.scores or row_fields.read_pair_scores(row)
+    # As unpaired completions, chosen is desirable and rejected is not, whatever their scores.
     preference = preference._replace(scores=(1.0, 0.0) if kind == "unpaired" else known)
-  if not all(_has_text(answer) for answer in preference.completions):
+  if not all(_has_text(completion) for completion in preference.completions):
     raise RowError("empty answer")
   if any(one == other for one, other in itertools.combinations(preference.completions, 2)):
     raise RowError("equal answers")
   return preference
 
 
-def _has_text(answer: row_fields.Content) -> bool:
-  if isinstance(answer, str):
-    return bool(answer.strip())
-  if answer and isinstance(answer[0], dict):
-    return any(message.get("tool_calls") or _has_text(message["content"]) for message in answer)
-  return bool(answer)
+def _has_text(completion: Any) -> bool:
+  """Returns True unless a completion is empty or white space; a tool call counts as text."""
+  if isinstance(completion, str):
+    return bool(completion.strip())
+  if completion and isinstance(completion[0], dict):
+    return any(message.get("tool_calls") or _has_text(message["content"]) for message in completion)
+  return bool(completion)
 
 
 # --- prompts alone -------------------------------------------------------------------------------
 
 
 def read_prompt(row: Row) -> str | Messages | Conversation:
-  """The `prompt` of a row to sample from, with its `tools` if it has any.
+  """Returns the `prompt` of a row to sample from, with its `tools` if it has any.
 
   Raises:
-    UserError: it is missing, neither text nor messages, empty, or no Unicode.
+    UserError: it is missing, empty, neither text nor messages, or no valid Unicode.
   """
   prompt = row.get("prompt")
   if "prompt" not in row:
-    raise UserError(f"field 'prompt' is missing; the row has {_names(row)}")
+    raise UserError(f"field 'prompt' is missing; the row has {_field_names(row)}")
   if not isinstance(prompt, (str, list)):
     raise UserError(
-      f"field 'prompt' is {row_fields.show(prompt)}; it must be a text or a list of messages"
+      f"field 'prompt' is {row_fields.shorten(prompt)}; it must be a text or a list of messages"
     )
   if not prompt:
     what = "text" if isinstance(prompt, str) else "list"
     raise UserError(f"field 'prompt' is an empty {what}; fill it, or leave the row out")
   try:
     if isinstance(prompt, str):
-      return row_fields.with_tools(row_fields.valid(prompt), row)
-    return row_fields.with_tools(row_fields.messages(prompt, "prompt", role="user"), row)
+      content = row_fields.check_unicode(prompt)
+    else:
+      content = row_fields.read_messages(prompt, "prompt", role="user")
+    found: Any = row_fields.with_tools(content, row)
+    return found
   except RowError as error:
+    # There is no ledger of prompts to count a dropped row in, so a bad one stops the command.
     raise UserError(f"field 'prompt': {error}") from None

@@ -1,12 +1,13 @@
-"""Tokenizers and conversations: text to token ids, with the answer's tokens known exactly.
+"""Converts prompts and completions to token ids, and finds exactly which tokens are completion.
 
-Prompt and answer are tokenised together, never apart: a token that holds any character of the
-answer belongs to the answer. With `"answer "` + `"good"` and a usual BPE the tokens are `answer`
-and ` good`, so the prompt is `answer` alone. The prompt is then what all answers of a row share.
+Prompt and completion are tokenized together, never separately: BPE merges across the boundary, so
+the tokens of two pieces are not those of the whole text. A token that contains any character of the
+completion belongs to the completion. With `"answer "` + `"good"` a usual BPE gives `answer`
+and ` good`, so the prompt is `answer` alone. The prompt of a row is what all its completions share.
 
-A BOS stands once at the start if the tokenizer has the habit; an EOS ends every answer unless a
-chat template ended the turn already. What a template writes behind the end of a turn belongs to the
-next one, which nobody predicts.
+A BOS stands once at the start if the tokenizer adds one by itself. An EOS ends every completion,
+unless a chat template has already ended the turn. What a template writes after the end of a turn
+belongs to the next turn, and is not trained on.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ import numpy as np
 import tokenizers
 
 from dpo_jax.data.chat_template import Template
-from dpo_jax.data.fields import Conversation, Messages, Preference, RowError, conversation
+from dpo_jax.data.fields import Conversation, Messages, Preference, RowError, as_conversation
 from dpo_jax.structs import UserError
 
 Ids = np.ndarray  # int32
-Encoded = tuple[Ids, tuple[Ids, ...]]  # prompt and answers
+Encoded = tuple[Ids, tuple[Ids, ...]]  # prompt and completions
 
 
 def load_tokenizer(
   path: str | pathlib.Path, *, template_arguments: Mapping[str, Any] | None = None
 ) -> Tokenizer:
-  """The tokenizer of a Hugging Face folder: its `tokenizer.json`, exactly as it is.
+  """Loads the tokenizer of a Hugging Face folder from its `tokenizer.json`.
 
   Args:
     path: the folder.
-    template_arguments: values that its chat template reads, such as `enable_thinking`.
+    template_arguments: values for its chat template, such as `enable_thinking`.
 
   Raises:
-    UserError: there is none, it is broken, or the template reads no such argument.
+    UserError: the folder has no tokenizer, it is broken, or the template reads no such argument.
   """
   folder = pathlib.Path(path)
   if not folder.is_dir():
@@ -48,7 +49,7 @@ def load_tokenizer(
   file = folder / "tokenizer.json"
   if not file.is_file():
     raise UserError(
-      f"{folder} holds no tokenizer.json; save it there with transformers:"
+      f"{folder} contains no tokenizer.json; save it there with transformers:"
       " AutoTokenizer.from_pretrained(…).save_pretrained(…)"
     )
   try:
@@ -61,13 +62,13 @@ def load_tokenizer(
 
 
 class Tokenizer:
-  """Text to ids and back.
+  """Converts text to token ids and back.
 
   Attributes:
     bos_id, eos_id: ids of the special tokens, None where there are none.
-    adds_bos: whether every text begins with BOS.
+    adds_bos: True if every text begins with BOS.
     vocab_size: one more than the largest id.
-    template: how conversations are written.
+    template: renders conversations as text.
   """
 
   def __init__(
@@ -88,10 +89,13 @@ class Tokenizer:
     self._special_ids = {
       id for id, token in backend.get_added_tokens_decoder().items() if token.special
     }
+    # The order is important: 1. an encoding shows whether the post-processor adds BOS, 2. then the
+    # post-processor is removed.
     begins = backend.encode("a").ids[:1] == [self.bos_id]
     self.adds_bos = self.bos_id is not None and bool(self._settings.get("add_bos_token", begins))
-    # Ids of the text and nothing else, with the offsets of every character: post-processors add
-    # special tokens and trim offsets, and a file may ask for padding or truncation.
+    # From here on `encode` gives the ids of the text alone, with exact character offsets:
+    # post-processors add special tokens and trim offsets, and tokenizer.json may request padding or
+    # truncation.
     backend.post_processor = None
     backend.no_padding()
     backend.no_truncation()
@@ -99,20 +103,28 @@ class Tokenizer:
   # --- text to ids --------------------------------------------------------------------------------
 
   def encode_preference(self, preference: Preference) -> Encoded:
-    """Prompt ids and answer ids; raises `RowError` where nothing can be predicted or scored."""
+    """Returns the ids of a prompt and its completions.
+
+    Raises:
+      RowError: nothing can be trained on: no prompt token, an empty completion, or equal ones.
+    """
     (encoded,) = self.encode_preferences([preference])
     if isinstance(encoded, RowError):
       raise encoded
     return encoded
 
   def encode_preferences(self, preferences: Sequence[Preference]) -> list[Encoded | RowError]:
-    """`encode_preference` of many at once, on all cores; errors stand in their rows' places."""
-    out: list[Encoded | RowError | None] = [None] * len(preferences)
+    """Encodes many rows at once, on all cores.
+
+    Returns:
+      What `encode_preference` gives for each row, or the error that it would raise, in its place.
+    """
+    out: list[Any] = [None] * len(preferences)
     texts: list[str] = []
-    jobs: list[tuple[int, list[int], bool]] = []  # row, where each answer begins, who ends the text
+    jobs: list[tuple[int, list[int], bool]] = []  # row, start of each completion, is a conversation
     for i, (prompt, completions, *_) in enumerate(preferences):
       if not isinstance(prompt, str) and (not prompt or isinstance(prompt[0], int)):
-        out[i] = _as_they_stand(prompt, completions)
+        out[i] = _from_ids(prompt, completions)
         continue
       try:
         whole, starts = self._render(prompt, completions)
@@ -121,18 +133,21 @@ class Tokenizer:
         continue
       texts += whole
       jobs.append((i, starts, not isinstance(prompt, str)))
+    # One call for all rows: the library spreads a batch over its threads.
     encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
     for i, starts, is_chat in jobs:
-      pieces = [next(encodings) for _ in starts]
+      per_completion = [next(encodings) for _ in starts]
       try:
-        out[i] = self._split(pieces, starts, is_chat)
+        out[i] = self._split(per_completion, starts, is_chat)
       except RowError as error:
         out[i] = error
     return out
 
   def encode_prompt(self, prompt: str | Messages | Conversation) -> list[int]:
-    """Ids that generation starts from; raises `RowError` where the prompt cannot be rendered."""
-    text = prompt if isinstance(prompt, str) else self.template.start(conversation(prompt))
+    """Returns the ids that generation continues; raises `RowError` if it cannot be rendered."""
+    text = (
+      prompt if isinstance(prompt, str) else self.template.render_prompt(as_conversation(prompt))
+    )
     try:
       text.encode("utf-8")
     except UnicodeEncodeError:  # half a surrogate pair
@@ -140,63 +155,79 @@ class Tokenizer:
     return self._with_bos(self._backend.encode(text, add_special_tokens=False).ids)
 
   def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
-    """The text of some ids, with or without their special tokens."""
+    """Returns the text of some ids, with or without their special tokens."""
     return self._backend.decode([int(id) for id in ids], skip_special_tokens=not special)
 
   def token_text(self, id: int) -> str:
-    """One entry of the vocabulary as it is written there."""
+    """Returns an entry of the vocabulary as it is written there, e.g. `Ġgood`."""
     return self._backend.id_to_token(int(id)) or f"<{id}>"
 
   def same_ids(self, other: Tokenizer) -> bool:
-    """Whether every id is the same token to both."""
+    """Returns True if both tokenizers give every id to the same token."""
     return self._backend.get_vocab() == other._backend.get_vocab()
 
   def digest(self) -> str:
-    """Changes whenever the ids of some text or conversation may."""
+    """Returns a digest that changes whenever the ids of any text or conversation could change."""
     about = [self.adds_bos, self.eos_id, self._stated_ends, self.template.source]
     settings = json.dumps([*about, self.template.arguments], sort_keys=True)
     return hashlib.sha256((self._digest + settings).encode()).hexdigest()
 
   def _split(self, encodings: list, starts: list[int], is_chat: bool) -> Encoded:
-    """Prompt and answers from whole texts: the prompt is what no answer touches and all share."""
-    texts = [encoding.ids for encoding in encodings]
+    """Splits the tokens of whole texts into one shared prompt and the completions.
+
+    Args:
+      encodings: of prompt + completion, one per completion.
+      starts: the character at which each completion begins.
+      is_chat: True if a chat template rendered the texts.
+    """
+    sequences = [encoding.ids for encoding in encodings]
+    # 1. The prompt ends before the first token that contains a character of any completion.
     shared = min(
       _first_token(encoding, start) for encoding, start in zip(encodings, starts, strict=True)
     )
-    while any(ids[:shared] != texts[0][:shared] for ids in texts):
+    # 2. It must be the same for all: a completion may change how the tokens before it merge.
+    while any(ids[:shared] != sequences[0][:shared] for ids in sequences):
       shared -= 1
-    prompt = self._with_bos(texts[0][:shared])
-    completions = [ids[shared:] for ids in texts]
+    prompt = self._with_bos(sequences[0][:shared])
+    completions = [ids[shared:] for ids in sequences]
     if not prompt and len(completions) == 1:
-      # A text on its own, without BOS: its first token can only be given, not predicted.
+      # A text on its own, without BOS: nothing predicts its first token, so that is the prompt.
       prompt, completions = completions[0][:1], [completions[0][1:]]
     if not prompt:
       raise RowError("no prompt token before the answer")
     if not all(completions):
       raise RowError("empty answer")
+    # Checked again after the texts: different texts may have equal ids (unknown words, trimming).
     if any(one == other for one, other in itertools.combinations(completions, 2)):
       raise RowError("equal answers")
     return _array(prompt), tuple(_array(self._with_end(ids, is_chat)) for ids in completions)
 
   def _with_bos(self, ids: list[int]) -> list[int]:
     # A template, or the text itself, may have written it already.
-    return [self.bos_id, *ids] if self.adds_bos and ids[:1] != [self.bos_id] else ids
+    if self.bos_id is None or not self.adds_bos or ids[:1] == [self.bos_id]:
+      return ids
+    return [self.bos_id, *ids]
 
   def _with_end(self, ids: list[int], is_chat: bool) -> list[int]:
-    """An answer with its end token, once, and nothing behind it."""
+    """Returns a completion with exactly one end token, which is its last token."""
     if self.eos_id is not None and ids[-1] == self.eos_id and not is_chat:
       return ids
     closing = self._closing(ids) if is_chat else []
+    # The first end token: a template, or the row itself, may write several. Generation stops at the
+    # first one too.
     for at in closing:
-      if ids[at] in self.end_ids:  # the first: a template, or the row itself, may write several
+      if ids[at] in self.end_ids:
         return ids[: at + 1]
+    # A special token that closes the turn but is not known as an end serves as one; EOS after it
+    # would be a token that the template never writes.
     if closing:
       return ids[: closing[-1] + 1]
     return ids if self.eos_id is None else [*ids, self.eos_id]
 
   def _closing(self, ids: list[int]) -> list[int]:
-    """Where special tokens stand that close a turn, with only white space among and behind them."""
+    """Returns the positions of the special tokens at the end, white space aside, in order."""
     found = []
+    # From the end, up to the first token that is text.
     for at in range(len(ids) - 1, -1, -1):
       if ids[at] in self._special_ids or ids[at] == self.eos_id:
         found.insert(0, at)
@@ -206,7 +237,7 @@ class Tokenizer:
 
   @functools.cached_property
   def end_ids(self) -> tuple[int, ...]:
-    """What ends an answer: EOS, what the folder names as such, and what ends a template's turn."""
+    """Ids that end a completion: EOS, those in the model's files, the template's end of turn."""
     own = () if self.eos_id is None else (self.eos_id,)
     closing = self._backend.encode(self.template.turn_end, add_special_tokens=False).ids
     turn = [id for id in closing if id in self._special_ids][:1]
@@ -214,7 +245,7 @@ class Tokenizer:
 
   @functools.cached_property
   def _stated_ends(self) -> list[int]:
-    """End tokens of the model's configuration and of its generation's."""
+    """Ids that config.json and generation_config.json name as end tokens."""
     found = []
     for name in ("config.json", "generation_config.json"):
       value = _read_object(self._folder / name).get("eos_token_id")
@@ -227,14 +258,14 @@ class Tokenizer:
   # --- conversations ------------------------------------------------------------------------------
 
   def _render(self, prompt: Any, completions: Sequence) -> tuple[list[str], list[int]]:
-    """Whole texts, one an answer, and the character each answer begins at."""
+    """Returns a whole text per completion, and the character at which each completion begins."""
     if isinstance(prompt, str):
-      return [prompt + answer for answer in completions], [len(prompt)] * len(completions)
-    start, written = self.template.texts(conversation(prompt), completions)
+      return [prompt + completion for completion in completions], [len(prompt)] * len(completions)
+    start, written = self.template.render(as_conversation(prompt), completions)
     return [start + text for text in written], [len(start)] * len(written)
 
   def _special(self, name: str) -> int | None:
-    """Id of a special token: by its text, or by its id in the model's configuration."""
+    """Returns the id of a special token: by its text, or by its id in the model's configuration."""
     token = self._settings.get(f"{name}_token")
     if isinstance(token, dict):
       token = token.get("content")
@@ -242,20 +273,22 @@ class Tokenizer:
       raise UserError(f"{self._folder}: {name}_token is {token!r}, not text; copy the files again")
     if token is not None:
       return self._backend.token_to_id(token)
+    # Some models name several end tokens; the first is the usual one.
     ids = self._settings.get(f"{name}_token_id")
     return ids[0] if isinstance(ids, list) and ids else ids if isinstance(ids, int) else None
 
 
 def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
-  """What is said about the tokenizer beside it; files named later win."""
+  """Returns the settings of a tokenizer from the files next to it."""
   settings: dict[str, Any] = {}
+  # The order is important: later files win. config.json describes the model, so it comes first.
   for name in ("config.json", "special_tokens_map.json", "tokenizer_config.json"):
     settings |= {k: v for k, v in _read_object(folder / name).items() if v is not None}
   return settings
 
 
 def _read_object(file: pathlib.Path) -> dict[str, Any]:
-  """The JSON object in a file; nothing where there is none."""
+  """Returns the JSON object in a file; {} if there is no file."""
   if not file.is_file():
     return {}
   try:
@@ -263,18 +296,20 @@ def _read_object(file: pathlib.Path) -> dict[str, Any]:
   except ValueError as error:
     raise UserError(f"{file} is not JSON: {error}") from None
   if not isinstance(found, dict):
-    raise UserError(f"{file} holds a {type(found).__name__}, not an object; copy it again")
+    raise UserError(f"{file} contains a {type(found).__name__}, not an object; copy it again")
   return found
 
 
-def _as_they_stand(prompt: list[int], completions: Sequence[list[int]]) -> Encoded | RowError:
+def _from_ids(prompt: Any, completions: Sequence[Any]) -> Encoded | RowError:
+  # Rows of token ids are used unchanged: no BOS and no EOS is added.
   if not prompt:
     return RowError("empty prompt")
   return _array(prompt), tuple(_array(ids) for ids in completions)
 
 
 def _first_token(encoding: tokenizers.Encoding, start: int) -> int:
-  """Number of tokens that end at or before a character: those of the prompt."""
+  """Returns the number of tokens that end at or before a character: those of the prompt."""
+  # By its end and not its start: a token that spans the boundary has characters of the completion.
   for token, (_, end) in enumerate(encoding.offsets):
     if end > start:
       return token

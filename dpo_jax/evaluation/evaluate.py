@@ -143,7 +143,7 @@ def read_pairs(
     check_positions(examples, lengths(examples), model.config)
   if ledger.dropped or ledger.truncated:
     # On stderr: stdout may carry the results of a command.
-    print(encode.tell(path, ledger.to_json()), file=sys.stderr)
+    print(encode.summarize(path, ledger.to_json()), file=sys.stderr)
   return examples
 
 

@@ -105,7 +105,7 @@ def load(
   if not config.on_policy.reward:
     examples, held_out, ledger = _load_rows(config, loss, tokenizer, model_config)
     batching["row_length"] = config.data.row_length or batches.suit_row_length(
-      Measured.of(examples, held_out),
+      Measured.concatenate(examples, held_out),
       config.data.layout,
       batch_size=config.train.batch_size,
       accumulate=config.train.accumulate,
@@ -140,7 +140,7 @@ def load(
 def _check_named(field: str, path: str) -> None:
   """A field names files that are there, if it names any."""
   try:
-    if path and not prepared_data.holds_one(path):
+    if path and not prepared_data.is_prepared_set(path):
       readers.files(path)
   except UserError as error:
     raise UserError(f"{field}: {error}") from None
@@ -156,17 +156,17 @@ def _load_rows(config, loss, tokenizer, model_config):
     "truncation": data.truncation,
     "fields": {k: v for k, v in data.fields.items() if v},
   }
-  prepared = prepared_data.holds_one(data.path)
+  prepared = prepared_data.is_prepared_set(data.path)
   if prepared:
     examples, held_out, ledger = _read_prepared(config, encode.Encoder(tokenizer, **how))
   else:
     examples, ledger, form = encode.load_examples(data.path, tokenizer, **how)
     ledger = {"format": form, **ledger.to_json()}
-  print(encode.tell(data.path, ledger), file=sys.stderr)
+  print(encode.summarize(data.path, ledger), file=sys.stderr)
   if data.eval_path:
     held_out, more, form = encode.load_examples(data.eval_path, tokenizer, **how)
     ledger["eval"] = {"format": form, **more.to_json()}
-    print(encode.tell(data.eval_path, ledger["eval"]), file=sys.stderr)
+    print(encode.summarize(data.eval_path, ledger["eval"]), file=sys.stderr)
     if not prepared:
       _remark_overlap(data.path, data.eval_path)
   elif not prepared:
@@ -175,7 +175,7 @@ def _load_rows(config, loss, tokenizer, model_config):
     mismatch = functools.partial(with_mismatched, max_length=data.max_length, seed=config.seed)
     examples, held_out = mismatch(examples), mismatch(held_out)
   if loss.kind == "ranked":
-    most = Measured.of(examples, held_out).lengths[1].shape[1]
+    most = Measured.concatenate(examples, held_out).lengths[1].shape[1]
     held_out = fill_up(held_out, most)
     examples = examples.widened(most) if prepared else fill_up(examples, most)
   held_out = _limited(held_out, config)

@@ -198,7 +198,7 @@ def stored(examples: Sequence[Example], store: Store) -> Lazy:
 def lacking(examples: Sequence[Example], store: Store) -> Lazy:
   """Those whose log-probs the store does not have."""
   index = [i for i, example in enumerate(examples) if store.find(example) is None]
-  return Lazy.of(examples, np.array(index, np.int64))
+  return Lazy.select(examples, np.array(index, np.int64))
 
 
 def fill(

@@ -1,4 +1,4 @@
-"""The embedded task: what the reward reads, how likely every text is, and its words as tokens."""
+"""The controlled task: its reward, the probabilities of its grammar, and its tokenizer."""
 
 import json
 import re
@@ -88,26 +88,26 @@ def test_reward_reads_what_the_grammar_meant_in_every_statement(kind, together):
   prompt = f"the {lexicon.KINDS[kind].things.split()[0]}"
   for table in tables(kind, together):
     read = [reviews.reward(prompt, text) for text in table.texts]
-    np.testing.assert_array_equal(read, reviews.UNIT * table.value_T)
+    np.testing.assert_array_equal(read, reviews.UNIT * table.value_Ph)
 
 
 @pytest.mark.parametrize(("kind", "together"), WAYS)
 def test_statements_are_distinct_balanced_and_end_only_at_their_end(kind, together):
   for table in tables(kind, together):
     assert len(set(table.texts)) == len(table.texts)
-    assert (table.prob_T > 0).all()
-    np.testing.assert_allclose(table.prob_T.sum(), 1, rtol=1e-12)
+    assert (table.prob_Ph > 0).all()
+    np.testing.assert_allclose(table.prob_Ph.sum(), 1, rtol=1e-12)
     # Praise and blame mirror each other, so the mean is zero.
-    np.testing.assert_allclose(table.prob_T @ table.value_T, 0, atol=1e-12)
+    np.testing.assert_allclose(table.prob_Ph @ table.value_Ph, 0, atol=1e-12)
     assert not any(re.search(r"\.|\b(but|yet|and)\b", text) for text in table.texts)
 
 
 def _count(kind, together):
-  """Answers about a kind: statements are cut apart in one way only, so derivations are texts."""
+  """Counts the completions about a kind: a text has one derivation, so derivations are counted."""
   *aspects, verdict = tables(kind, together)
   completions = 0
   for aspect in aspects:
-    signs = [np.sign(table.value_T) for table in (aspect, verdict)]
+    signs = [np.sign(table.value_Ph) for table in (aspect, verdict)]
     contrasts = sum((signs[0] == s).sum() * (signs[1] == -s).sum() for s in (-1, 1))
     everything = len(aspect.texts) * len(verdict.texts)
     joined = contrasts * len(lexicon.CONTRASTS) + (everything - contrasts) * len(lexicon.ADDITIONS)
@@ -222,9 +222,11 @@ def test_make_controlled_keeps_prompts_apart(tmp_path):
   command = [sys.executable, "scripts/make_controlled.py", f"--out={tmp_path / 'task'}"]
   sizes = ["--sft_rows=300", "--prompts=200", "--eval_prompts=100"]
   subprocess.run([*command, *sizes], cwd=ROOT, check=True, capture_output=True)
-  read = lambda name: [
-    json.loads(line) for line in (tmp_path / "task" / name).read_text().splitlines()
-  ]
+
+  def read(name):
+    lines = (tmp_path / "task" / name).read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
   sft, prompts, evaluation = map(read, ("sft.jsonl", "prompts.jsonl", "eval_prompts.jsonl"))
   assert [len(sft), len(prompts), len(evaluation)] == [300, 200, 100]
   assert len({row["prompt"] for row in sft + prompts + evaluation}) == 600

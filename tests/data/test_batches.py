@@ -1,4 +1,4 @@
-"""Batches: batch k is the same however one gets there, and little of it is padding."""
+"""Batch k is the same whether a run resumes or not, and little of it is padding."""
 
 import collections
 import itertools
@@ -62,7 +62,10 @@ def test_an_epoch_is_every_example_once_and_in_another_order_than_the_last():
 def varied(count, seed=0):
   """Pairs with the lengths of helpful dialogues: log-normal, a factor of two and more."""
   rng = np.random.default_rng(seed)
-  tokens = lambda mean: int(np.clip(mean * np.exp(0.9 * rng.standard_normal() - 0.4), 2, 600))
+
+  def tokens(mean):
+    return int(np.clip(mean * np.exp(0.9 * rng.standard_normal() - 0.4), 2, 600))
+
   zeros = np.zeros(600, np.int32)
   return [
     Example(zeros[: tokens(120)], (zeros[: tokens(50)], zeros[: tokens(50)]), 1.0, row)
@@ -72,7 +75,7 @@ def varied(count, seed=0):
 
 @pytest.mark.parametrize(("count", "size"), [(50, 8), (48, 8), (7, 3), (5, 5), (4, 9), (9000, 512)])
 def test_balanced_batches_are_the_same_rows_in_another_order(count, size):
-  """Every epoch has every row once, and where batches straddle two nothing is exchanged."""
+  """Every epoch has every row once, and a batch that spans two epochs exchanges nothing."""
   cost_B = np.random.default_rng(0).integers(1, 1000, count)
   plain = data_batches.order(count, size, seed=1)
   balanced = data_batches.order(count, size, seed=1, cost_B=cost_B)
@@ -80,12 +83,14 @@ def test_balanced_batches_are_the_same_rows_in_another_order(count, size):
   assert all(len(batch) == size for batch in batches)
   for epoch in range(2):
     whole = range(-(-epoch * count // size), (epoch + 1) * count // size)
-    rows = lambda steps, whole=whole: sorted(row for k in whole for row in steps[k])
-    assert rows(balanced) == rows(plain)
+    exchanged, kept = (
+      sorted(row for k in whole for row in steps[k]) for steps in (balanced, plain)
+    )
+    assert exchanged == kept
     straddling = (epoch + 1) * count // size
     if (epoch + 1) * count % size:
       assert sorted(balanced[straddling]) == sorted(plain[straddling])
-  # Batch k is what it is whichever was asked for before.
+  # Batch k does not depend on which batches were read before.
   again = data_batches.order(count, size, seed=1, cost_B=cost_B)
   for k in (len(batches) - 1, 0, len(batches) // 2):
     assert again[k] == batches[k]
@@ -94,7 +99,10 @@ def test_balanced_batches_are_the_same_rows_in_another_order(count, size):
 def test_balanced_batches_have_as_many_tokens_each():
   some = varied(3000)
   cost_B = packing.costs(*lengths(some), "shared")
-  tokens = lambda steps: np.array([cost_B[steps[k]].sum() for k in range(40)])
+
+  def tokens(steps):
+    return np.array([cost_B[steps[k]].sum() for k in range(40)])
+
   plain = tokens(data_batches.order(3000, 32, seed=0))
   balanced = tokens(data_batches.order(3000, 32, seed=0, cost_B=cost_B))
   assert plain.std() / plain.mean() > 0.1
@@ -130,7 +138,7 @@ def test_balance_knows_no_layout_micro_batches_devices_or_hosts():
 @pytest.mark.parametrize("name", packing.LAYOUTS)
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_divide_every_batch_among_them(name, hosts):
-  """Shares put together are the batch of one host, also where some have only padding."""
+  """The shares of all hosts together are the batch of one host, even if some have only padding."""
   some = examples(23)
   for size, accumulate in ((8, 2), (2, 1)):
     how = {"batch_size": size, "accumulate": accumulate, "groups": 4, "layout": name, "seed": 1}
@@ -189,7 +197,7 @@ def test_a_batch_is_whole_micro_batches():
 
 def test_a_row_that_is_too_short_is_found_before_the_first_batch():
   some = [*examples(50, longest=5), *examples(1, longest=90)]
-  with pytest.raises(UserError, match=r"data row 0 takes .* rows hold 16; raise row_length"):
+  with pytest.raises(UserError, match=r"data row 0 takes .* rows have 16; raise row_length"):
     data_batches.batches(some, batch_size=4, row_length=16)
 
 
@@ -207,11 +215,15 @@ def test_evaluation_sees_every_example_once_in_one_shape(name, groups):
 
 def test_padding_is_counted_for_each_layout():
   # P - 1 + n + n: 5 tokens shared, 7 packed; two rows of 4 when padded.
-  ids = lambda n: np.ones(n, np.int32)
+
+  def ids(n):
+    return np.ones(n, np.int32)
+
   some = [Example(ids(3), (ids(1), ids(2)), row=i) for i in range(4)]
-  count = lambda name, length: collate.count_padding(
-    some, batch_size=2, layout=name, row_length=length
-  )
+
+  def count(name, length):
+    return collate.count_padding(some, batch_size=2, layout=name, row_length=length)
+
   assert count("shared", 10) == 0
   assert count("shared", 12) == 2 * 2
   assert count("packed", 7) == 0
@@ -241,7 +253,7 @@ def test_real_judged_answers_make_batches(shared_data):
   assert ledger.pairs == len(some) == sum(ledger.labels.values())
   assert ledger.rows == ledger.pairs + ledger.dropped.total()
   train, held_out = (with_mismatched(side, max_length=1024) for side in split(some, 0.2))
-  prompt_B, tokens_BK = Measured.of(train, held_out).lengths
+  prompt_B, tokens_BK = Measured.concatenate(train, held_out).lengths
   assert (prompt_B + tokens_BK.max(1)).max() <= 1024
   batch = take(1, train, batch_size=16)[0]
   assert len(data_rows(batch)) == 16

@@ -1,4 +1,4 @@
-"""Every layout must let a token see its own text and nothing else, and score answers exactly."""
+"""Every layout lets a token see its own sequence alone, and scores exactly the completions."""
 
 import jax
 import numpy as np
@@ -21,7 +21,10 @@ def ids(*values):
 
 
 def example(rng, row, *, completions=2, longest=12):
-  text = lambda: rng.integers(1, 100, rng.integers(1, longest + 1)).astype(np.int32)
+
+  def text():
+    return rng.integers(1, 100, rng.integers(1, longest + 1)).astype(np.int32)
+
   return Example(text(), tuple(text() for _ in range(completions)), float(rng.uniform(0.5, 2)), row)
 
 
@@ -31,10 +34,10 @@ def examples(size, seed=0, **kwargs):
 
 
 def read_back(batch: TokenBatch) -> dict[int, list[tuple[list[int], list[int], float]]]:
-  """What every slot asks of a model, by data row: (given, scored, weight) of its texts in order.
+  """Reads a batch back: data row -> (given, scored, weight) of its completions, in order.
 
   For every scored target, in row order, the keys that the mask rule lets its query see are put in
-  order of position; they must be the prompt and the answer up to there.
+  order of position; they must be the prompt and the completion up to there.
   """
   found: dict[int, list] = {}
   slots = batch.weight_NS.shape[1]
@@ -130,11 +133,11 @@ def test_a_batch_holds_exactly_its_pairs(name, seed, size, completions, groups):
   assert rows // groups * slots % completions == 0
 
 
-# --- fewer answers than others --------------------------------------------------------------------
+# --- fewer completions than others ----------------------------------------------------------------
 
 
 def ragged(size, seed=0, *, most=4):
-  """Examples of 1 to `most` answers, with scores."""
+  """Examples of 1 to `most` completions, with scores."""
   rng = np.random.default_rng(seed)
   some = [example(rng, row, completions=int(rng.integers(1, most + 1))) for row in range(size)]
   return [e._replace(scores=tuple(rng.normal(size=len(e.completions)).tolist())) for e in some]
@@ -150,9 +153,9 @@ def test_absent_answers_by_hand():
   )
   assert fill_up([one]) == [one] and fill_up([]) == []
   assert fill_up([one._replace(scores=())], 2)[0].scores == ()
-  with pytest.raises(ValueError, match="an example has 1 answers, 0 are wanted"):
+  with pytest.raises(ValueError, match="an example has 1 completions; completions=0 is too few"):
     fill_up([one], 0)
-  for name in ("shared", "packed"):  # one answer is laid out alike in both
+  for name in ("shared", "packed"):  # one completion has the same layout in both
     batch = collate([filled], layout=name, row_length=6)
     assert batch.ids_NL.tolist() == [[5, 6, 7, 8, 0, 0]]
     assert batch.target_NL.tolist() == [[0, 0, 8, 9, 0, 0]]
@@ -170,7 +173,10 @@ def test_absent_answers_by_hand():
 
 def test_absent_answers_cost_nothing():
   (filled,) = fill_up([Example(ids(*range(1, 11)), (ids(1, 2), ids(3)))], 5)
-  cost = lambda name: packing.costs(*lengths([filled]), name).tolist()
+
+  def cost(name):
+    return packing.costs(*lengths([filled]), name).tolist()
+
   assert (cost("shared"), cost("packed"), cost("padded")) == ([9 + 3], [2 * 9 + 3], [9 + 2])
 
 
@@ -189,7 +195,7 @@ def test_a_batch_of_ragged_answers_holds_exactly_those_there_are(name, seed, siz
   length = fit_row_length(filled, name)
   batch = collate(filled, layout=name, row_length=length, groups=groups)
   assert read_back(batch) == expected(some)
-  # Neighbouring slots are one prompt's; those that are there stand first.
+  # Neighbouring slots belong to one prompt; completions that are present come first.
   by_row = {e.row: e for e in some}
   kept = (x.reshape(-1, completions) for x in (batch.row_NS, batch.weight_NS, batch.score_NS))
   for row_K, weight_K, score_K in zip(*kept, strict=True):
@@ -235,13 +241,13 @@ def test_scored_positions_are_listed_once_in_their_group(name, groups):
   for g in range(groups):
     listed = batch.scored_GM[g]
     real = listed[listed < block]
-    assert (listed[len(real) :] == block).all(), "what is left over is one past the end"
+    assert (listed[len(real) :] == block).all(), "unused entries are one past the end"
     assert real.tolist() == np.flatnonzero(batch.weight_NL.reshape(groups, -1)[g]).tolist()
   assert (batch.scored_GM < block).sum() == sum(len(a) for e in some for a in e.completions)
 
 
 def test_masks_come_from_lengths_not_from_ids():
-  # Padding is written as id 0 and so is the end token here; the end is scored all the same.
+  # Padding has id 0, and so has the end token here; the end token must be scored all the same.
   pair = Example(ids(0, 4), (ids(5, 0), ids(0)))
   for name in packing.LAYOUTS:
     batch = collate([pair], layout=name, row_length=16)
@@ -294,10 +300,10 @@ def test_micro_batches_share_one_shape():
 def test_errors_name_the_row_and_the_way_out():
   long = Example(ids(*range(50)), (ids(1), ids(2)), row=17)
   with pytest.raises(
-    UserError, match=r"data row 17 takes 51 tokens.*rows hold 32; raise row_length"
+    UserError, match=r"data row 17 takes 51 tokens.*rows have 32; raise row_length"
   ):
     collate([long], layout="shared", row_length=32)
-  with pytest.raises(UserError, match="row_length is -5; a row holds 1 token or more"):
+  with pytest.raises(UserError, match="row_length is -5; a row has 1 token or more"):
     check_fits([long], "shared", -5)
   with pytest.raises(UserError, match="unknown layout 'dense'; choose one of shared"):
     collate([long], layout="dense", row_length=64)
@@ -369,7 +375,7 @@ def test_truncation_always_fits_and_keeps_ends_of_prompts_and_starts_of_answers(
     assert answer.tolist() == original[:limit].tolist()
 
 
-# --- the same log-probabilities -------------------------------------------------------------------
+# --- equal log-probs ------------------------------------------------------------------------------
 
 
 def test_layouts_agree_on_every_log_prob():

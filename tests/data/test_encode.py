@@ -1,4 +1,4 @@
-"""From files to examples: nothing lost uncounted, nothing cut or judged in silence."""
+"""Files become examples: every dropped or truncated row is counted, every error is one line."""
 
 import json
 
@@ -134,7 +134,10 @@ def test_ranked_answers_are_filled_up_to_the_most(rows_file, tokenizer):
   ]
   path = rows_file(rows)
   found, ledger, form = encode.load_examples(path, tokenizer, kind="ranked")
-  texts = lambda e: [tokenizer.decode(answer) for answer in e.completions]
+
+  def texts(example):
+    return [tokenizer.decode(completion) for completion in example.completions]
+
   assert form == "ranked" and "labels" not in ledger.to_json()
   assert [texts(e) for e in found] == [["good", "bad", "", ""], ["is", "good", "bad", "so"]]
   assert [e.scores for e in found] == [(2, 1, 0, 0), (4, 3, 2, 1)]
@@ -160,7 +163,10 @@ def test_ranked_answers_may_become_equal_by_cutting(rows_file, tokenizer):
 
 
 def test_margins_and_scores_are_scores(rows_file, tokenizer):
-  scores = lambda *rows: [e.scores for e in encode.load_examples(rows_file(rows), tokenizer)[0]]
+
+  def scores(*rows):
+    return [example.scores for example in encode.load_examples(rows_file(rows), tokenizer)[0]]
+
   assert scores(pair()) == [()]
   assert scores(pair(margin=2), pair(margin=0)) == [(2, 0), (0, 0)]
   assert scores(pair(chosen_score=1, rejected_score=3)) == [(1, 3)]
@@ -190,9 +196,9 @@ def test_margins_and_scores_are_scores(rows_file, tokenizer):
     ),
     ([pair(margin="large")], "pairs", r'rows\.jsonl:1: field margin is "large", not a finite'),
     ([judged(), judged("yes")], "unpaired", r'rows\.jsonl:2: field label is "yes"; it must be'),
-    ([judged()], "pairs", r"rows\.jsonl:1: .* with a label are for loss kto; wanted here are"),
-    ([ranked(" a", " b")], "pairs", r"rows\.jsonl:1: .* are for loss plackett_luce; wanted here"),
-    ([ranked(" a")] * 2, "ranked", r"no row is of use .* dropped fewer than two answers: 2"),
+    ([judged()], "pairs", r"rows\.jsonl:1: .* with a label are for loss kto; needed: "),
+    ([ranked(" a", " b")], "pairs", r"rows\.jsonl:1: .* are for loss plackett_luce; needed: "),
+    ([ranked(" a")] * 2, "ranked", r"no usable row in .* dropped fewer than two answers: 2"),
   ],
 )
 def test_bad_scores_and_labels_are_one_line(rows_file, tokenizer, rows, kind, line):
@@ -212,13 +218,16 @@ def test_bad_scores_and_labels_are_one_line(rows_file, tokenizer, rows, kind, li
 )
 def test_what_rows_are_is_told_from_the_first(rows_file, row, kind):
   assert encode.detect_kind(rows_file([row, {"a": 1}])) == kind
-  with pytest.raises(UserError, match=r"rows\.jsonl:1: a row with a is of no known form"):
+  with pytest.raises(UserError, match=r"rows\.jsonl:1: the row has fields a; needed: "):
     encode.detect_kind(rows_file([{"a": 1}, row]))
 
 
 def judged_examples(prompts):
   """An answer to each of these prompts: answer i is i, a few times."""
-  ids = lambda *values: np.array(values, np.int32)
+
+  def ids(*values):
+    return np.array(values, np.int32)
+
   return [
     Example(ids(p), (ids(*[i] * (1 + i % 6)),), 1.0 + i, i, (i % 2,)) for i, p in enumerate(prompts)
   ]
@@ -250,9 +259,11 @@ def test_a_mismatched_answer_is_to_another_prompt(prompts, seed):
 
 def test_mismatched_answers_are_a_function_of_examples_and_seed():
   some = judged_examples(range(40))
-  sources = lambda some, seed: [
-    int(e.completions[1][0]) for e in data_examples.with_mismatched(some, seed=seed)
-  ]
+
+  def sources(some, seed):
+    mismatched = data_examples.with_mismatched(some, seed=seed)
+    return [int(example.completions[1][0]) for example in mismatched]
+
   first = sources(some, 1)
   assert sources(some, 1) == first != sources(some, 2)
   assert sorted(first) == list(range(40)), "where prompts differ every answer serves once"
@@ -261,7 +272,7 @@ def test_mismatched_answers_are_a_function_of_examples_and_seed():
 
 
 def test_answers_to_one_prompt_alone_cannot_be_mismatched():
-  with pytest.raises(UserError, match="all 3 judged answers are to one prompt, and kto needs"):
+  with pytest.raises(UserError, match="all 3 completions have the same prompt, and kto needs"):
     data_examples.with_mismatched(judged_examples([7, 7, 7]))
 
 
@@ -274,16 +285,16 @@ def test_answers_to_one_prompt_alone_cannot_be_mismatched():
     (
       [pair(rejected=" good")] * 2 + [pair(chosen="")],
       {},
-      r"no row is of use in .*: 3 rows, dropped equal answers: 2, empty answer: 1$",
+      r"no usable row in .*: 3 rows, dropped equal answers: 2, empty answer: 1$",
     ),
     (
       [pair(chosen=" good" * 30), pair(chosen=" good" * 20)],
       {"max_length": 8},
-      r"max_length is 8 and the shortest answers take 21 tokens, raise max_length",
+      r"max_length is 8 and the shortest completions take 21 tokens, raise max_length",
     ),
     ([pair(), pair(chosen=3)], {}, r"rows\.jsonl:2: field chosen is 3, not text"),
     ([pair(), {"prompt": "a"}], {}, r"rows\.jsonl:2: field chosen is missing; the row has prompt"),
-    ([{"a": 1}], {}, r"rows\.jsonl:1: a row with a is of no known form"),
+    ([{"a": 1}], {}, r"rows\.jsonl:1: the row has fields a; needed: "),
     (
       [{"prompt_ids": [1], "chosen_ids": [70_000], "rejected_ids": [3]}],
       {},

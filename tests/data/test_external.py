@@ -1,4 +1,4 @@
-"""Data sets of other libraries, built here by those libraries themselves."""
+"""Data sets of other libraries are read as rows; the tests build them with those libraries."""
 
 import importlib.util
 import shutil
@@ -25,7 +25,7 @@ ROWS = [
 
 
 class Talks(tfds.core.GeneratorBasedBuilder):
-  """Rows of every kind of field that preferences have."""
+  """A TFDS data set with every kind of field that preference rows have."""
 
   VERSION = tfds.core.Version("1.0.0")
   url_infos = None
@@ -85,7 +85,7 @@ def test_what_is_not_there_is_one_line(folder, tmp_path):
 def test_a_prepared_set_is_no_file_of_rows(tmp_path):
   (tmp_path / external.PREPARED).touch()
   for given in (tmp_path, f"{tmp_path}:train"):
-    with pytest.raises(UserError, match="is a prepared set, which training alone reads"):
+    with pytest.raises(UserError, match="is a prepared set, which only training reads"):
       readers.files(given)
 
 
@@ -122,5 +122,5 @@ def test_code_that_a_folder_names_is_not_run(folder, tmp_path, monkeypatch):
   own = "tensorflow_datasets.core.features.text_feature.Text"
   assert own in described
   (spoilt / "features.json").write_text(described.replace(own, "planted.Text", 1))
-  with pytest.raises(UserError, match=r"features.json names planted.Text, which is no class of"):
+  with pytest.raises(UserError, match=r"features.json names planted.Text, which is not a class of"):
     next(external.read_rows(str(spoilt)))

@@ -1,19 +1,11 @@
-"""What rows say in numbers: by how much, which of two, how much it counts."""
+"""Numbers in rows: margins and scores, verdicts of comparisons, weights."""
 
 import pytest
 
 from dpo_jax.data import readers
 from dpo_jax.data.fields import Preference, RowError
-from dpo_jax.data.readers import detect
 from dpo_jax.structs import UserError
-
-user = lambda text: {"role": "user", "content": text}
-assistant = lambda text: {"role": "assistant", "content": text}
-
-
-def convert(row, **kwargs):
-  form = detect(row, **kwargs)
-  return form.name, form.convert(row)
+from tests.support.messages import assistant, convert, user
 
 
 @pytest.mark.parametrize(
@@ -42,7 +34,7 @@ def test_pairs_may_say_by_how_much(row, fields, scores):
   assert readers.detect_kind(row) == "pairs"
   for kind in ("pairs", "ranked"):
     assert convert(row, kind=kind)[1].scores == scores
-  # Where answers are judged by themselves, or one is learned from, nobody asks.
+  # Unpaired and SFT training do not use the scores of a pair.
   assert convert(row, kind="unpaired")[1].scores == (1.0, 0.0)
   assert convert(row, kind="text")[1].scores == ()
 
@@ -50,7 +42,7 @@ def test_pairs_may_say_by_how_much(row, fields, scores):
 @pytest.mark.parametrize(
   ("fields", "line"),
   [
-    ({"margin": -0.5}, r"field margin is -0\.5; chosen is the better by 0 or more"),
+    ({"margin": -0.5}, r"field margin is -0\.5; chosen must be better by 0 or more"),
     ({"margin": "2"}, r'field margin is "2", not a finite number'),
     ({"margin": float("nan")}, r"field margin is NaN, not a finite number"),
     ({"margin": float("inf")}, r"field margin is Infinity, not a finite number"),

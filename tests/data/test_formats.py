@@ -1,4 +1,4 @@
-"""What each form of row means, and which rows hold no preference."""
+"""Every row format is converted as documented, and rows without a preference are dropped."""
 
 import pytest
 from hypothesis import given
@@ -8,14 +8,7 @@ from dpo_jax.data import readers
 from dpo_jax.data.fields import Preference, RowError
 from dpo_jax.data.readers import detect
 from dpo_jax.structs import UserError
-
-user = lambda text: {"role": "user", "content": text}
-assistant = lambda text: {"role": "assistant", "content": text}
-
-
-def convert(row, **kwargs):
-  form = detect(row, **kwargs)
-  return form.name, form.convert(row)
+from tests.support.messages import assistant, convert, user
 
 
 @pytest.mark.parametrize(
@@ -135,7 +128,7 @@ def test_what_rows_mean(row, name, meaning):
 def test_texts_to_learn_from(row, name, meaning):
   assert convert(row, kind="text") == (name, meaning)
   for kind in ("pairs", "ranked", "unpaired"):
-    with pytest.raises(UserError, match="rows of one answer without a label are for loss sft"):
+    with pytest.raises(UserError, match="single completions without a label are for loss sft"):
       detect(row, kind=kind)
 
 
@@ -174,7 +167,7 @@ def test_answers_judged_by_themselves(row, name, meaning, label):
   assert convert(row, kind="unpaired") == expected
   for kind in ("pairs", "text", "ranked"):
     with pytest.raises(
-      UserError, match=r"label.* does not serve: rows with a label are for loss kto"
+      UserError, match=r"has fields .*label.*: single completions with a label are for loss kto"
     ):
       detect(row, kind=kind)
 
@@ -221,7 +214,7 @@ def test_ranked_answers(row, name, meaning):
   by_scores = Preference(meaning.prompt, (c, b, d), (2.5, -1.0, -1.0))
   assert convert(row | {"scores": [-1, 2.5, -1]}, kind="ranked") == (name, by_scores)
   for kind in ("pairs", "text", "unpaired"):
-    with pytest.raises(UserError, match="rows with a list of answers are for loss plackett_luce"):
+    with pytest.raises(UserError, match="lists of ranked completions are for loss plackett_luce"):
       detect(row, kind=kind)
 
 
@@ -262,7 +255,7 @@ def test_ranked_rows_without_a_preference_are_dropped(change, reason):
     ({"answers": ["b", 3]}, r"field answers is 3, not text or a list of messages"),
     ({"answers": ["b", {"text": "c"}]}, r"field answers has the message .*; a message is a role"),
     ({"prompt": 3}, r"field prompt is 3, not text or a list of messages"),
-    ({"scores": [1, 2]}, r"field scores is \[1, 2\], not a list of 3 numbers, one an answer"),
+    ({"scores": [1, 2]}, r"field scores is \[1, 2\], not a list of 3 numbers, one per completion"),
     ({"scores": 3}, r"field scores is 3, not a list of 3 numbers"),
     ({"scores": [1, 2, None]}, r"field scores is null, not a finite number"),
     ({"scores": [1, 2, True]}, r"field scores is true, not a finite number"),

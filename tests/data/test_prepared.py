@@ -1,4 +1,4 @@
-"""Prepared sets: what is read is what was made, by random access, and only where it fits."""
+"""Prepared sets give the examples they were made of, and only to runs with the same settings."""
 
 import json
 import multiprocessing
@@ -100,15 +100,15 @@ def test_a_set_made_otherwise_is_refused(tmp_path, tokenizer):
   other = load_tokenizer(small_tokenizers.byte_level(tmp_path / "other"))
   refused("with another tokenizer or chat template", Encoder(other, max_length=64))
   refused(
-    "with max_length 64, and this run asks for 32; .*, or change data.max_length",
+    "with max_length 64, and this run has 32; .*, or change data.max_length",
     Encoder(tokenizer, max_length=32),
   )
   refused("with kind 'pairs', .* or change loss", Encoder(tokenizer, kind="text", max_length=64))
-  refused("with eval_fraction 0.1, and this run asks for 0.2", eval_fraction=0.2)
+  refused("with eval_fraction 0.1, and this run has 0.2", eval_fraction=0.2)
   prepared.read(folder, made, eval_fraction=None)  # other rows are held out
   about = json.loads((folder / "metadata.json").read_text())
   (folder / "metadata.json").write_text(json.dumps(about | {"rules": 0}))
-  refused("by rules of version 0, and those of now are 2")
+  refused("by rules of version 0, and the present version is 2")
   (folder / "metadata.json").write_text("{")
   refused(r"is a broken prepared set \(.*\); prepare it again")
 

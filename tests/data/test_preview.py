@@ -1,4 +1,4 @@
-"""What a person is shown is what a model is trained on."""
+"""The preview shows exactly the tokens that a model is trained on."""
 
 import io
 import json
@@ -70,10 +70,10 @@ def test_labels_scores_and_ranks_are_shown(tmp_path):
   assert "chosen (score 1.5) · " in shown and "rejected (score 0) · " in shown
   ranked = {"prompt": "the answer is", "answers": [" bad", " good", " is"], "scores": [0, 2.5, 1]}
   shown = show(tmp_path, "ranked", ranked, ranked | {"answers": [" a", " b"], "scores": [0, 1]})
-  assert "answer 1 of 3 (score 2.5)" in shown and "answer 3 of 3 (score 0)" in shown
-  assert "answer 2 of 2 (score 0)" in shown and "answer 3 of 2" not in shown
+  assert "completion 1 of 3 (score 2.5)" in shown and "completion 3 of 3 (score 0)" in shown
+  assert "completion 2 of 2 (score 0)" in shown and "completion 3 of 2" not in shown
   assert "at least 2, 2.5 on average" in shown
-  assert " answer · " in show(tmp_path, "text", ROW)
+  assert " completion · " in show(tmp_path, "text", ROW)
 
 
 def test_inspect_data_prints_one_object_or_one_line(tmp_path):
@@ -97,9 +97,9 @@ def test_inspect_data_prints_one_object_or_one_line(tmp_path):
   ranked = tmp_path / "ranked.jsonl"
   ranked.write_text(json.dumps({"prompt": "a", "answers": [" good", " bad", " is"]}))
   found = run("--data", ranked)
-  assert "answer 1 of 3" in found.stdout and "form: ranked" in found.stdout
+  assert "completion 1 of 3" in found.stdout and "format: ranked" in found.stdout
   wrong = run("--data", ranked, "--kind", "pairs")
-  assert wrong.returncode == 1 and "rows with a list of answers are for loss" in wrong.stderr
+  assert wrong.returncode == 1 and "lists of ranked completions are for loss" in wrong.stderr
   missing = run("--data", tmp_path / "gone")
   assert missing.returncode == 1 and missing.stdout == ""
   assert missing.stderr == f"error: no data file {tmp_path / 'gone'}\n"
@@ -120,12 +120,15 @@ def test_cuts_are_marked_and_dropped_rows_say_why(tmp_path):
   assert "row 0, cut" in cut and "─ row 2 ─" in rest and preview.CUT not in rest
   assert f"4 tokens, given, ✂ {len(whole.prompt) - 4} cut before" in cut and "│ ✂" in cut
   lost = len(whole.completions[0]) - 36
-  assert f"chosen · 36 tokens, scored, no end token, ✂ {lost} cut behind" in cut
-  assert cut.count("cut behind") == 1 and "rejected · 2 tokens, scored, ended" in cut
+  assert f"chosen · 36 tokens, scored, no end token, ✂ {lost} cut after" in cut
+  assert cut.count("cut after") == 1 and "rejected · 2 tokens, scored, ended" in cut
 
 
 def test_histograms_count_every_text(tmp_path):
-  ids = lambda *lengths: [np.zeros(length, np.int32) for length in lengths]
+
+  def ids(*lengths):
+    return [np.zeros(length, np.int32) for length in lengths]
+
   examples = [
     Example(*ids(1), tuple(ids(2, 3))),
     Example(*ids(4), tuple(ids(5, 8))),

@@ -1,4 +1,4 @@
-"""Which files are read and which are wrong; what a field map names; what real files hold."""
+"""Files are read or refused, field maps are applied, and real files give the rows they contain."""
 
 import collections
 import gzip
@@ -14,14 +14,7 @@ from dpo_jax.data import encode, formats, readers
 from dpo_jax.data.fields import Preference, RowError
 from dpo_jax.data.readers import detect, read_rows
 from dpo_jax.structs import UserError
-
-user = lambda text: {"role": "user", "content": text}
-assistant = lambda text: {"role": "assistant", "content": text}
-
-
-def convert(row, **kwargs):
-  form = detect(row, **kwargs)
-  return form.name, form.convert(row)
+from tests.support.messages import assistant, convert, user
 
 
 def parquet_bytes(rows):
@@ -58,18 +51,18 @@ def test_lines_and_arrays_gzipped_or_not(tmp_path, content, wheres, zipped):
 @pytest.mark.parametrize(
   ("data", "line"),
   [
-    (b"", r"rows holds no rows"),
-    (b"\n \n", r"rows holds no rows"),
-    (b"[]", r"rows holds no rows"),
+    (b"", r"rows contains no rows"),
+    (b"\n \n", r"rows contains no rows"),
+    (b"[]", r"rows contains no rows"),
     (b'{"a": 1}\n\n{"a": ', r"rows:3: not JSON \(Expecting value at column \d+\)"),
     (b'[{"a": 1},\n {"a": 2},\n {"a" 3}]', r"rows:3: not JSON"),
     (b'{"a": 1}\n"text"', r'rows:2: a row is a JSON object with named fields, not "text"'),
     (b'{"a": 1}\n{"a": "\xff"}', r"rows:2: byte 7 is not UTF-8"),
     (b'{\n  "a": 1\n}', r"rows:1: not JSON"),
     (b"[" * 100_000, r"rows:1: "),
-    (b"PAR1....", r"rows: broken Parquet \(.+\); fetch the file again"),
+    (b"PAR1....", r"rows: broken Parquet \(.+\); download the file again"),
     (parquet_bytes([{"a": "long " * 99}])[:200], r"rows: broken Parquet"),
-    (parquet_bytes([]), r"rows holds no rows"),
+    (parquet_bytes([]), r"rows contains no rows"),
     (gzip.compress(b'{"a": 1}' * 999, mtime=0)[:40], r"rows: broken gzip"),
     (gzip.compress(b"", mtime=0)[:10] + b"\xff" * 40, r"rows: broken gzip"),
   ],
@@ -85,12 +78,12 @@ def test_a_broken_file_is_one_line_with_file_and_line(tmp_path, data, line):
 @pytest.mark.parametrize(("name", "kind"), [("rows.jsonl.gz", "gzip"), ("r.parquet", "Parquet")])
 def test_what_is_named_gz_or_parquet_is_that(tmp_path, name, kind):
   (tmp_path / name).write_bytes(b'{"a": 1}')
-  with pytest.raises(UserError, match=rf"{name} is named \.[a-z]+ and is no {kind}"):
+  with pytest.raises(UserError, match=rf"{name} is named \.[a-z]+ and is not {kind}"):
     list(read_rows(tmp_path / name))
 
 
 def test_parquet_a_batch_at_a_time(tmp_path):
-  """Messages of a column have the same fields there; those that are null are absent here."""
+  """Messages of a column have the same fields in Parquet; nulls become absent fields."""
   called = {"role": "assistant", "tool_calls": [{"name": "add"}]}
   rows = [{"chosen": [user(f"{i}"), called], "score": i if i % 2 else None} for i in range(1500)]
   path = tmp_path / "rows.anything"
@@ -105,7 +98,10 @@ def test_several_files_and_patterns(tmp_path, monkeypatch):
   for name in ("b.jsonl", "a.jsonl", "a,b.jsonl", "c[1].jsonl", "sub/a.jsonl"):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("{}")
-  found = lambda given: [str(path) for path in readers.files(given)]
+
+  def found(given):
+    return [str(path) for path in readers.files(given)]
+
   assert found("b.jsonl, a.jsonl") == ["b.jsonl", "a.jsonl"]
   assert found("a,b.jsonl") == ["a,b.jsonl"] and found("c[1].jsonl") == ["c[1].jsonl"]
   assert found("[ab].jsonl") == ["a.jsonl", "b.jsonl"]
@@ -165,10 +161,10 @@ def test_columns_joined_by_a_plus_are_a_list():
 
 
 def test_names_of_a_map_are_known_ones():
-  assert set(defaults.FIELDS) <= set(formats.KNOWN)
+  assert set(defaults.FIELDS) <= set(formats.FIELD_NAMES)
   assert encode.read_fields(["weight=w", "prompt=a"]) == {"weight": "w", "prompt": "a"}
   with pytest.raises(
-    UserError, match=r"no form of row has a field 'weigth'; did you mean 'weight'\?"
+    UserError, match=r"no row format has a field 'weigth'; did you mean 'weight'\?"
   ):
     encode.read_fields(["weigth=w"])
   with pytest.raises(UserError, match="field 'x'; known: prompt_ids, chosen_ids"):
@@ -176,7 +172,7 @@ def test_names_of_a_map_are_known_ones():
 
 
 def test_an_unknown_row_says_what_is_known():
-  with pytest.raises(UserError, match=r"a row with a, b is of no known form; known are prompt_ids"):
+  with pytest.raises(UserError, match=r"the row has fields a, b; needed: prompt_ids"):
     detect({"b": 1, "a": 2})
   with pytest.raises(UserError, match=r"answers_ids; prompt \+ answers.* the field map"):
     readers.detect_kind({"b": 1, "a": 2})
@@ -184,7 +180,9 @@ def test_an_unknown_row_says_what_is_known():
 
 def test_good_and_bad_texts_are_not_learned_from_alike():
   for label in (False, 0, 1):
-    with pytest.raises(UserError, match="label, messages does not serve: rows with a label are"):
+    with pytest.raises(
+      UserError, match="fields label, messages: single completions with a label are for loss kto"
+    ):
       detect({"messages": [user("a"), assistant("b")], "label": label}, kind="text")
 
 
@@ -281,7 +279,7 @@ def test_other_projects_files_by_field_map(shared_data, file, fields):
 
 
 def test_parquet_is_read_a_row_group_at_a_time(tmp_path):
-  """What is held does not grow with the file: 40 groups of 0.4 MB, never more than a few."""
+  """Memory does not grow with the file: of 40 groups of 0.4 MB, never more than a few are read."""
   text = pyarrow.array([f"{i:06d}" * 70 for i in range(1000)])
   table = pyarrow.table({"prompt": text, "chosen": text, "rejected": text})
   file = tmp_path / "rows.parquet"

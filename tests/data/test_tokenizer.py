@@ -1,4 +1,4 @@
-"""Which tokens are the answer's, where a text begins and ends, and what templates do to both."""
+"""Tokens are split exactly into prompt and completion, with or without a chat template."""
 
 import itertools
 import json
@@ -16,10 +16,9 @@ from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.structs import UserError
 from dpo_jax.training import setup
 from tests.support import chat_templates, small_tokenizers
+from tests.support.messages import reply, system, user
 
 SHARED = ("gpt2", "qwen3", "mistral-7b-instruct-v0.3", "minimind", "stories260k")
-user = lambda text: {"role": "user", "content": text}
-assistant = lambda text: [{"role": "assistant", "content": text}]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def texts(tokenizer, preference):
 
 
 def test_a_token_that_holds_any_of_the_answer_belongs_to_it(made):
-  # "answer good" is `answer`, ` good`: the space that ends the prompt is the answer's first byte.
+  # "answer good" is `answer`, ` good`: the space that ends the prompt is the first byte of ` good`.
   tokenizer = made["byte_level"]
   prompt, (good, bad) = tokenizer.encode_preference(Preference("the answer ", ("good", "bad")))
   assert tokenizer.decode(prompt) == "the answer"
@@ -141,7 +140,7 @@ def test_many_rows_at_once_equal_one_by_one(made):
     Preference("the answer is", (" good", " bad")),
     Preference("", ("good", "bad")),
     Preference([1, 2], ([3], [4])),
-    Preference([user("good?")], (assistant("yes"), assistant("no"))),
+    Preference([user("good?")], (reply("yes"), reply("no"))),
   ]
   many = tokenizer.encode_preferences(rows)
   assert isinstance(many[1], RowError)
@@ -178,7 +177,7 @@ def test_ids_decode_to_the_text_whatever_it_is(made, family, prompt, first, seco
 def test_a_template_ends_the_turn_itself(made):
   tokenizer = made["chatml"]
   question = [user("is it good?")]
-  prompt, whole = texts(tokenizer, Preference(question, (assistant("yes"), assistant("no"))))
+  prompt, whole = texts(tokenizer, Preference(question, (reply("yes"), reply("no"))))
   assert prompt == "<|im_start|>user\nis it good?<|im_end|>\n<|im_start|>assistant\n"
   # The new line behind the end of a turn is no part of it: a model is not asked for it.
   assert whole == [prompt + "yes<|im_end|>", prompt + "no<|im_end|>"]
@@ -190,7 +189,7 @@ def test_a_prompt_that_is_no_prefix_of_the_whole_text(made):
   turns = [{"role": "system", "content": "be kind"}, user("is it good?")]
   # The whole conversation, as the template writes it, has no system turn at all; "s" is found in
   # the end token as well as in the answer.
-  prompt, whole = texts(tokenizer, Preference(turns, (assistant("s"), assistant(" it is good "))))
+  prompt, whole = texts(tokenizer, Preference(turns, (reply("s"), reply(" it is good "))))
   assert prompt == "<s> [INST] be kind | is it good?[/INST]"
   assert whole == [prompt + " s</s>", prompt + " it is good</s>"]
   assert tokenizer.encode_prompt(turns).count(tokenizer.bos_id) == 1
@@ -199,7 +198,7 @@ def test_a_prompt_that_is_no_prefix_of_the_whole_text(made):
 def test_without_a_template_turns_are_written_plainly(made):
   tokenizer = made["byte_level"]
   turns = [{"role": "system", "content": "be kind"}, user("good?")]
-  prompt, whole = texts(tokenizer, Preference(turns, (assistant("yes"), assistant("no"))))
+  prompt, whole = texts(tokenizer, Preference(turns, (reply("yes"), reply("no"))))
   assert prompt == "System: be kind\n\nUser: good?\n\nAssistant:"
   assert whole == [prompt + " yes<|endoftext|>", prompt + " no<|endoftext|>"]
 
@@ -208,32 +207,34 @@ def test_what_a_template_refuses_is_dropped_with_its_reason(tmp_path):
   template = "{{ raise_exception('roles must alternate') }}"
   tokenizer = load_tokenizer(small_tokenizers.byte_level(tmp_path, chat_template=template))
   with pytest.raises(RowError, match="chat template: roles must alternate"):
-    tokenizer.encode_preference(Preference([user("a")], (assistant("b"), assistant("c"))))
+    tokenizer.encode_preference(Preference([user("a")], (reply("b"), reply("c"))))
 
 
 def test_a_template_reaches_nothing_but_the_conversation(tmp_path):
   template = "{{ messages.__class__.__mro__[1].__subclasses__() }}{{ messages[0].content }}"
   tokenizer = load_tokenizer(small_tokenizers.byte_level(tmp_path, chat_template=template))
   with pytest.raises(RowError, match=r"chat template: access to attribute .* is unsafe"):
-    tokenizer.encode_preference(Preference([user("a")], (assistant("b"), assistant("c"))))
+    tokenizer.encode_preference(Preference([user("a")], (reply("b"), reply("c"))))
 
 
 # --- kinds of templates ---------------------------------------------------------------------------
 
-system = lambda text: {"role": "system", "content": text}
-thinking = lambda thought, text: [
-  {"role": "assistant", "content": text, "reasoning_content": thought}
-]
-calling = lambda name: [
-  {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [{"type": "function", "function": {"name": name, "arguments": {"a": 1}}}],
-  }
-]
+
+def thinking(thought, text):
+  """A completion with reasoning before its text."""
+  return [{"role": "assistant", "content": text, "reasoning_content": thought}]
+
+
+def calling(name):
+  """A completion that calls a tool."""
+  function = {"name": name, "arguments": {"a": 1}}
+  call = {"type": "function", "function": function}
+  return [{"role": "assistant", "content": "", "tool_calls": [call]}]
+
+
 TOOLS = ({"type": "function", "function": {"name": "weigh", "parameters": {}}},)
 ONE = [user("good?")]
-MANY = [user("good?"), *assistant("bad"), user(" and that? ")]
+MANY = [user("good?"), *reply("bad"), user(" and that? ")]
 THOUGHT = [user("good?"), *thinking("so", "bad"), user("and that?")]
 
 
@@ -251,17 +252,17 @@ WRITTEN = {
   "llama3, a system turn": (
     "llama3",
     [system("be kind"), *ONE],
-    assistant(" yes "),
+    reply(" yes "),
     "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nbe kind<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\ngood?<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "yes<|eot_id|>",
   ),
-  "mistral": ("mistral", ONE, assistant("yes"), "<s>[INST] good?[/INST]", " yes</s>"),
+  "mistral": ("mistral", ONE, reply("yes"), "<s>[INST] good?[/INST]", " yes</s>"),
   "mistral, turns": (
     "mistral",
     MANY,
-    assistant("yes"),
+    reply("yes"),
     "<s>[INST] good?[/INST] bad</s>[INST]  and that? [/INST]",
     " yes</s>",
   ),
@@ -269,7 +270,7 @@ WRITTEN = {
   "mistral, a system turn": (
     "mistral",
     [system("be kind"), *MANY],
-    assistant("be kind"),
+    reply("be kind"),
     "<s>[INST] good?[/INST] bad</s>[INST] be kind\n\n and that? [/INST]",
     " be kind</s>",
   ),
@@ -283,7 +284,7 @@ WRITTEN = {
   "qwen3": (
     "qwen3",
     ONE,
-    assistant("yes"),
+    reply("yes"),
     "<|im_start|>user\ngood?<|im_end|>\n<|im_start|>assistant\n",
     "<think>\n\n</think>\n\nyes<|im_end|>",
   ),
@@ -298,14 +299,14 @@ WRITTEN = {
   "qwen3, thoughts in the text": (
     "qwen3",
     ONE,
-    assistant("<think>hm</think>yes"),
+    reply("<think>hm</think>yes"),
     "<|im_start|>user\ngood?<|im_end|>\n<|im_start|>assistant\n",
     "<think>\nhm\n</think>\n\nyes<|im_end|>",
   ),
   "qwen3, no thoughts wanted": (
     "qwen3 quick",
     ONE,
-    assistant("yes"),
+    reply("yes"),
     "<|im_start|>user\ngood?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
     "yes<|im_end|>",
   ),
@@ -324,7 +325,7 @@ WRITTEN = {
   "gemma": (
     "gemma",
     MANY,
-    assistant("yes"),
+    reply("yes"),
     "<bos><start_of_turn>user\ngood?<end_of_turn>\n<start_of_turn>model\nbad<end_of_turn>\n"
     "<start_of_turn>user\nand that?<end_of_turn>\n<start_of_turn>model\n",
     "yes<end_of_turn>",
@@ -332,14 +333,14 @@ WRITTEN = {
   "an end that the row has written too": (
     "gemma",
     ONE,
-    assistant("yes<end_of_turn>"),
+    reply("yes<end_of_turn>"),
     "<bos><start_of_turn>user\ngood?<end_of_turn>\n<start_of_turn>model\n",
     "yes<end_of_turn>",
   ),
   "no word of an answer that is awaited": (
     "no_prompt",
     MANY,
-    assistant("yes"),
+    reply("yes"),
     "<|user|>\ngood?<|end|>\n<|assistant|>\nbad<|end|>\n<|user|>\n and that? <|end|>\n"
     "<|assistant|>\n",
     "yes<|end|>",
@@ -347,7 +348,7 @@ WRITTEN = {
   "two ends": (
     "two_ends",
     ONE,
-    assistant("yes"),
+    reply("yes"),
     "<|user|>\ngood?<|end|>\n<|assistant|>\n",
     "yes<|end|>",
   ),
@@ -360,7 +361,7 @@ def test_what_is_given_and_what_is_scored(kinds, case):
   name, _, quick = kind.partition(" ")
   tokenizer = kinds(name, **({"enable_thinking": False} if quick else {}))
   # Another answer that begins alike: what both share is not the prompt's for that.
-  other = assistant(answer[0]["content"][:1] + "nd more")
+  other = reply(answer[0]["content"][:1] + "nd more")
   ids, (one, two) = tokenizer.encode_preference(Preference(prompt, (answer, other)))
   assert tokenizer.decode(ids, special=True) == given
   assert tokenizer.decode(one, special=True) == scored
@@ -380,10 +381,10 @@ def test_what_is_given_and_what_is_scored(kinds, case):
 )
 def test_ids_decode_to_what_the_template_writes(kinds, kind, asked, first, second, turns):
   tokenizer = kinds(kind)
-  prompt = [*[*ONE, *assistant("bad")] * turns, user(asked)]
+  prompt = [*[*ONE, *reply("bad")] * turns, user(asked)]
   prompt = [system("be kind"), *prompt] if kind in ("mistral", "qwen3") else prompt
-  completions = assistant(first), assistant(second)
-  start, written = tokenizer.template.texts(Conversation(prompt), completions)
+  completions = reply(first), reply(second)
+  start, written = tokenizer.template.render(Conversation(prompt), completions)
   try:
     ids, found = tokenizer.encode_preference(Preference(prompt, completions))
   except RowError as error:
@@ -402,27 +403,27 @@ def test_ids_decode_to_what_the_template_writes(kinds, kind, asked, first, secon
 
 
 REFUSED = {
-  "a system turn that is not known": ("gemma", [system("a"), *ONE], assistant("b"), "not known"),
+  "a system turn that is not known": ("gemma", [system("a"), *ONE], reply("b"), "not known"),
   "a system turn that is left out": (
-    "no_system", [system("be kind"), *ONE], assistant("b"), "leaves out some .* the system says"
+    "no_system", [system("be kind"), *ONE], reply("b"), "leaves out some .* the system says"
   ),
   "thoughts that are left out": (
-    "reasoner", ONE, assistant("<think>hm</think>yes"), "not the one that waits"
+    "reasoner", ONE, reply("<think>hm</think>yes"), "prompt is not the same with and without"
   ),
   "thoughts behind a prompt without": (
-    "qwen3 quick", ONE, thinking("hm", "yes"), "not the one that waits"
+    "qwen3 quick", ONE, thinking("hm", "yes"), "prompt is not the same with and without"
   ),
   "thoughts that have no place": (
     "gemma", ONE, thinking("hm", "yes"), "leaves out some .* the assistant says"
   ),
   "calls that have no place": ("llama3", ONE, calling("weigh"), "leaves out .* the assistant says"),
   "tools that have no place": (
-    "llama3", Conversation(ONE, TOOLS), assistant("b"), "no place for tools"
+    "llama3", Conversation(ONE, TOOLS), reply("b"), "no place for tools"
   ),
   "a turn of nobody": (
     "no_system",
     [*ONE, {"role": "system", "content": "be kind"}],
-    assistant("b"),
+    reply("b"),
     "leaves out some of what the system says",
   ),
 }  # fmt: skip
@@ -434,13 +435,13 @@ def test_what_cannot_be_written_exactly_is_refused(kinds, case):
   name, _, quick = kind.partition(" ")
   tokenizer = kinds(name, **({"enable_thinking": False} if quick else {}))
   with pytest.raises(RowError, match=message):
-    tokenizer.encode_preference(Preference(prompt, (answer, assistant("another"))))
+    tokenizer.encode_preference(Preference(prompt, (answer, reply("another"))))
 
 
 def test_arguments_of_a_template_are_those_it_reads(kinds):
   assert kinds("qwen3").digest() != kinds("qwen3", enable_thinking=False).digest()
   for name in ("enable_thoughts", "messages"):
-    with pytest.raises(UserError, match=f"template argument '{name}' is none that .* reads"):
+    with pytest.raises(UserError, match=f"template argument '{name}' is not one that .* reads"):
       kinds("qwen3", **{name: True})
 
 
@@ -451,7 +452,10 @@ def test_a_run_gives_its_template_values(tmp_path):
   )
   shape = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1}
   model = ConfigDict({"path": "", "scratch": shape, "tokenizer": str(folder)})
-  read = lambda template: setup.describe_model(model, template)[1].template.arguments
+
+  def read(template):
+    return setup.describe_model(model, template)[1].template.arguments
+
   assert read("") == {}
   assert read('{"mood": "calm"}') == {"mood": "calm"}
   for template, said in {
@@ -463,7 +467,10 @@ def test_a_run_gives_its_template_values(tmp_path):
 
 
 def test_what_ends_an_answer(kinds, made, tmp_path):
-  ends = lambda tokenizer: [tokenizer.token_text(id) for id in tokenizer.end_ids]
+
+  def ends(tokenizer):
+    return [tokenizer.token_text(id) for id in tokenizer.end_ids]
+
   assert ends(kinds("gemma")) == ["<eos>", "<end_of_turn>"]
   assert ends(kinds("two_ends")) == ["<|endoftext|>", "<|end|>"]
   assert ends(kinds("qwen3")) == ["<|im_end|>"]
@@ -484,7 +491,7 @@ def test_a_template_may_stand_in_a_file_of_its_own(tmp_path):
   assert load_tokenizer(folder).template.source == "{{ messages[0].content }}?"
   (folder / "chat_template.jinja").unlink()
   (folder / "chat_template.json").write_text("{}")
-  with pytest.raises(UserError, match=r"chat_template\.json holds no chat_template"):
+  with pytest.raises(UserError, match=r"chat_template\.json has no chat_template"):
     load_tokenizer(folder)
 
 
@@ -525,14 +532,14 @@ def test_padding_and_truncation_asked_for_by_the_file_are_off(tmp_path):
 def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path):
   with pytest.raises(UserError, match=r"no tokenizer folder .*gone"):
     load_tokenizer(tmp_path / "gone")
-  with pytest.raises(UserError, match=r"holds no tokenizer\.json; save it there"):
+  with pytest.raises(UserError, match=r"contains no tokenizer\.json; save it there"):
     load_tokenizer(tmp_path)
   (tmp_path / "tokenizer.json").write_text('{"model": 3}')
   with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
     load_tokenizer(tmp_path)
   folder = small_tokenizers.byte_fallback(tmp_path / "list")
   (folder / "tokenizer_config.json").write_text("[1]")
-  with pytest.raises(UserError, match=r"tokenizer_config\.json holds a list, not an object"):
+  with pytest.raises(UserError, match=r"tokenizer_config\.json contains a list, not an object"):
     load_tokenizer(folder)
   (folder / "tokenizer_config.json").write_text('{"eos_token": 5}')
   with pytest.raises(UserError, match="eos_token is 5, not text"):
@@ -579,9 +586,9 @@ def test_ids_of_real_tokenizers_decode_to_the_text(real, prompt, first, second):
 @BY_MANY
 @given(asked=SHORT, first=SHORT, second=SHORT, turns=st.integers(0, 2))
 def test_ids_of_real_templates_decode_to_what_they_write(real, asked, first, second, turns):
-  prompt = [*[user("why?"), *assistant("so")] * turns, user(asked)]
-  completions = assistant(first), assistant(second)
-  start, written = real.template.texts(Conversation(prompt), completions)
+  prompt = [*[user("why?"), *reply("so")] * turns, user(asked)]
+  completions = reply(first), reply(second)
+  start, written = real.template.render(Conversation(prompt), completions)
   try:
     ids, found = real.encode_preference(Preference(prompt, completions))
   except RowError as error:
@@ -608,7 +615,7 @@ def test_ids_equal_those_of_others(shared_data):
 
 CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "weigh", "arguments": {"a": 1}}}
 TALKS = {
-  "turns": (Conversation([system("be kind"), *MANY]), assistant("yes")),
+  "turns": (Conversation([system("be kind"), *MANY]), reply("yes")),
   "tools": (
     Conversation(
       [
@@ -618,7 +625,7 @@ TALKS = {
       ],
       TOOLS,
     ),
-    assistant("yes"),
+    reply("yes"),
   ),
   "a call": (
     Conversation(ONE, TOOLS),
@@ -645,13 +652,16 @@ def test_conversations_under_real_templates(shared_data, name, arguments, talk):
   tokenizer = load_tokenizer(folder, template_arguments=arguments)
   if (name, talk) == ("mistral-7b-instruct-v0.3", "a thought"):  # it knows of none
     with pytest.raises(RowError, match="leaves out some of what the assistant says"):
-      tokenizer.encode_preference(Preference(prompt, (answer, assistant("no"))))
+      tokenizer.encode_preference(Preference(prompt, (answer, reply("no"))))
     return
-  ids, (one, _) = tokenizer.encode_preference(Preference(prompt, (answer, assistant("no"))))
+  ids, (one, _) = tokenizer.encode_preference(Preference(prompt, (answer, reply("no"))))
   theirs = PreTrainedTokenizerFast.from_pretrained(folder)
-  write = lambda messages, **how: theirs.apply_chat_template(
-    messages, tools=list(prompt.tools) or None, tokenize=False, **arguments, **how
-  )
+
+  def write(messages, **how):
+    return theirs.apply_chat_template(
+      messages, tools=list(prompt.tools) or None, tokenize=False, **arguments, **how
+    )
+
   waiting = write(prompt.messages, add_generation_prompt=True)
   assert tokenizer.decode(ids, special=True) == waiting
   assert tokenizer.encode_prompt(prompt) == ids.tolist()

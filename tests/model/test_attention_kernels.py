@@ -84,7 +84,7 @@ def test_texts_are_those_of_the_examples(name, completions):
 
 
 def test_widths_are_few():
-  assert [packing.widened(x) for x in (1, 128, 129, 600, 1025, 2000)] == [
+  assert [packing.round_up_width(x) for x in (1, 128, 129, 600, 1025, 2000)] == [
     128, 128, 256, 640, 1280, 2048,
   ]  # fmt: skip
   some = tiny.pairs(64, longest=300)

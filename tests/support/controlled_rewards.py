@@ -19,7 +19,7 @@ def reward_distribution(kind, together):
   step = 1 / 8  # every statement's value is a multiple
 
   def probabilities(table):
-    return np.bincount(np.round((table.value_T + 3) / step).astype(int), table.prob_T, 49)
+    return np.bincount(np.round((table.value_Ph + 3) / step).astype(int), table.prob_Ph, 49)
 
   *aspects, verdict = map(probabilities, tables(kind, together))
   prob = np.convolve(np.mean(aspects, axis=0), verdict)
