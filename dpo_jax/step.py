@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -50,32 +50,99 @@ class Sync(NamedTuple):
   alpha: float
 
 
-class Objective(NamedTuple):
-  """What is minimised, as static arguments of the step.
+class Forward(Protocol):
+  """A forward pass of a language model: (params, batch, key) -> log-probs of every slot.
+
+  It returns logps_NS in nats, or a `Scored` where a loss reads more of the pass than that. The key
+  is for dropout, and only given where the objective has a `dropout_seed`.
+  """
+
+  def __call__(self, params: PyTree, batch: TokenBatch, *key: jax.Array) -> Array | Scored: ...
+
+
+class LiveReference(NamedTuple):
+  """A reference that every step computes, from parameters beside those of the policy.
 
   Attributes:
-    logps_fn: (params, batch, key=None) -> logps_NS, nats; the key is for dropout.
+    sync: how it follows the policy; it is then part of the state. None for a frozen one.
+  """
+
+  sync: Sync | None = None
+
+
+class StoredReference(NamedTuple):
+  """A reference whose log-probs every batch brings along: no parameters are needed.
+
+  Attributes:
+    logps_fn: batch -> logps_NS, nats, such as `logprobs.make_stored_fn` makes.
+  """
+
+  logps_fn: Callable[[TokenBatch], Array]
+
+
+class NoReference(NamedTuple):
+  """The absence of a reference: the loss reads none."""
+
+
+Reference = LiveReference | StoredReference | NoReference
+
+
+def _trained_is_policy(trained: PyTree, reference_params: PyTree | None) -> PyTree:
+  del reference_params
+  return trained
+
+
+class Objective(NamedTuple):
+  """An objective to minimise, as static arguments of the step.
+
+  Attributes:
+    logps_fn: the forward pass, of the policy and of a live reference alike.
     loss: from `losses.resolve`.
-    completions: K, slots of a row of data: 1 for text, 2 for pairs and unpaired rows.
-    scored_fn: as logps_fn -> `Scored`, with all that the policy's pass is asked for beside its
-      log-probs; None where they are all.
-    sync: how the reference follows the policy; None if it does not.
+    completions: K, slots of an example: 1 for text, 2 for pairs and unpaired examples.
+    reference: how the reference's log-probs come about; None is live where the loss reads any.
     policy: (trained, reference_params) -> the policy's parameters; what is trained, unless given.
     dropout_seed: of the keys of dropout, which go by it and the step; None for no dropout.
     balance: weight of the term that spreads tokens over the experts of a mixture.
-    stored_fn: batch -> logps_NS of a reference whose log-probs the batches bring along; None where
-      they are computed.
   """
 
-  logps_fn: logprobs.LogpsFn
+  logps_fn: Forward
   loss: Loss
   completions: int = 2
-  scored_fn: Callable[..., Scored] | None = None
-  sync: Sync | None = None
-  policy: Callable[[PyTree, PyTree | None], PyTree] = lambda trained, reference_params: trained
+  reference: Reference | None = None
+  policy: Callable[[PyTree, PyTree | None], PyTree] = _trained_is_policy
   dropout_seed: int | None = None
   balance: float = 0.0
-  stored_fn: Callable[[TokenBatch], Array] | None = None
+
+  @property
+  def reference_kind(self) -> Reference:
+    """The kind of reference: as given, or live where the loss reads one."""
+    if self.reference is not None:
+      return self.reference
+    return LiveReference() if self.loss.needs_reference else NoReference()
+
+  @property
+  def sync(self) -> Sync | None:
+    """The rule by which the reference follows the policy; None where it does not."""
+    kind = self.reference_kind
+    return kind.sync if isinstance(kind, LiveReference) else None
+
+  def scored(self, params: PyTree, batch: TokenBatch, *key: jax.Array) -> Scored:
+    """Runs the forward pass; returns log-probs and all else that it reports."""
+    found = self.logps_fn(params, batch, *key)
+    return found if isinstance(found, Scored) else Scored(found)
+
+  def logps(self, params: PyTree, batch: TokenBatch) -> Array:
+    """Runs the forward pass without dropout; returns logps_NS in nats, and nothing else of it."""
+    return self.scored(params, batch).logps_NS
+
+  def reference_logps(self, reference_params: PyTree | None, batch: TokenBatch) -> Array | None:
+    """Returns the reference's logps_NS of a batch in nats, however they come about, or None."""
+    kind = self.reference_kind
+    if isinstance(kind, NoReference):
+      return None
+    if isinstance(kind, StoredReference):
+      return kind.logps_fn(batch)
+    return self.logps(reference_params, batch)
 
 
 def init_state(
@@ -223,9 +290,10 @@ def _gradient(
   policy_fn = _policy_fn(objective, state.step, reference_params)
 
   reference_ANS = None
-  if objective.loss.needs_reference:
-    forward = objective.stored_fn or (lambda micro: objective.logps_fn(reference_params, micro))
-    reference_ANS = jax.lax.stop_gradient(jax.lax.map(forward, batch))
+  if not isinstance(objective.reference_kind, NoReference):
+    # One micro-batch at a time, as the policy's: no array of activations spans several.
+    reference_fn = functools.partial(objective.reference_logps, reference_params)
+    reference_ANS = jax.lax.stop_gradient(jax.lax.map(reference_fn, batch))
   ready_A = None
   if objective.loss.batch_wide and len(batch.ids_NL) > 1:
     # Every micro-batch is seen before any of them is differentiated: one more forward pass.
@@ -265,10 +333,7 @@ def _policy_fn(
     keys = (jax.random.fold_in(jax.random.key(objective.dropout_seed), index),)
 
   def policy_fn(trained: PyTree, micro: TokenBatch) -> Scored:
-    params = objective.policy(trained, reference_params)
-    if objective.scored_fn is None:
-      return Scored(objective.logps_fn(params, micro, *keys))
-    return objective.scored_fn(params, micro, *keys)
+    return objective.scored(objective.policy(trained, reference_params), micro, *keys)
 
   return policy_fn
 

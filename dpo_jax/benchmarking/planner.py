@@ -21,6 +21,7 @@ from dpo_jax import losses, step
 from dpo_jax.benchmarking import timing
 from dpo_jax.benchmarking.flops import step_flops
 from dpo_jax.data import batches
+from dpo_jax.data.batches import Batching
 from dpo_jax.data.examples import Example
 from dpo_jax.distributed import memory
 from dpo_jax.distributed.executor import Executor
@@ -30,6 +31,7 @@ from dpo_jax.model import attention_kernels, families, lora, transformer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 from dpo_jax.training import setup
+from dpo_jax.training.datasets import BatchSettings
 
 
 class Lengths(NamedTuple):
@@ -78,7 +80,9 @@ def outline(config: ConfigDict, lengths: Lengths) -> Outline:
   Raises:
     UserError: what `build` says against the configuration.
   """
-  loss, settings, executor = setup.check(config)
+  checked = setup.check(config)
+  adapters = setup.describe_adapters(config)
+  loss, executor = checked.loss, checked.executor
   if executor.mode == "pmap":
     raise UserError(
       "parallel.mode is pmap, which holds what a mesh without parallel.fsdp and parallel.tensor"
@@ -86,18 +90,20 @@ def outline(config: ConfigDict, lengths: Lengths) -> Outline:
     )
   model_config = _model_config(config)
   attention = setup.choose_attention(config, model_config, executor)
-  _, objective = setup.make_objective(config, model_config, loss, settings, attention)
+  completions = _completions(config, loss)
+  setup.check_balance(config, model_config)
+  _, objective = setup.make_objective(
+    config, model_config, checked, adapters, attention, completions
+  )
   _, tx = setup.make_optimizer(config, config.train.steps or 1000)
-  objective = objective._replace(completions=_answers(config, loss))
-
-  live = loss.needs_reference and not config.reference.store
+  live = isinstance(objective.reference_kind, step.LiveReference)
   shapes = transformer.param_shapes(model_config)
   policy = _as(shapes, config.model.param_dtype)
   trained, reference_params = policy, _as(shapes, config.reference.param_dtype) if live else None
-  if settings:
+  if adapters:
     start = peft.load(config.lora.path, model_config)[1] if config.lora.path else None
-    trained = _shapes_of(start or lora.init(model_config, settings, config.seed))
-    reference_params = lora.attach(policy, trained, settings.scale) if start else policy
+    trained = _shapes_of(start or lora.init(model_config, adapters, config.seed))
+    reference_params = lora.attach(policy, trained, adapters.scale) if start else policy
   state = jax.eval_shape(functools.partial(step.init_state, tx=tx, loss=loss), trained)
   if objective.sync:
     state, reference_params = state._replace(reference=reference_params), None
@@ -107,12 +113,20 @@ def outline(config: ConfigDict, lengths: Lengths) -> Outline:
     state=executor.abstract(state),
     reference=None if reference_params is None else executor.abstract(reference_params),
     batch=_batch(
-      config,
-      model_config.vocab,
-      objective.completions,
       lengths,
-      groups=executor.groups,
-      texts=attention in attention_kernels.TEXTS,
+      model_config.vocab,
+      completions,
+      BatchSettings(
+        config.train.batch_size, config.train.accumulate, config.seed, config.data.balance
+      ),
+      Batching(
+        layout=config.data.layout,
+        row_length=config.data.row_length,
+        groups=executor.groups,
+        texts=attention in attention_kernels.TEXTS,
+      ),
+      max_length=config.data.max_length,
+      stored=bool(config.reference.store),
     ),
     policy=policy,
     live=live,
@@ -170,8 +184,8 @@ def _model_config(config: ConfigDict) -> ModelConfig:
   return families.from_hf(config.model.scratch.to_dict())
 
 
-def _answers(config: ConfigDict, loss: losses.Loss) -> int:
-  """Slots of a row of data; ranked answers are taken to be as many as on policy."""
+def _completions(config: ConfigDict, loss: losses.Loss) -> int:
+  """Returns the slots of an example; ranked completions are taken to be as many as on policy."""
   return {"text": 1, "pairs": 2, "unpaired": 2}.get(loss.kind, config.on_policy.num)
 
 
@@ -184,34 +198,48 @@ def _shapes_of(tree: PyTree) -> PyTree:
 
 
 def _batch(
-  config: ConfigDict, vocab: int, answers: int, lengths: Lengths, **batching: Any
+  lengths: Lengths,
+  vocab: int,
+  completions: int,
+  settings: BatchSettings,
+  batching: Batching,
+  *,
+  max_length: int,
+  stored: bool,
 ) -> TokenBatch:
-  """A batch of synthetic rows, laid out as those of training are."""
+  """Makes a batch of synthetic examples, laid out as those of training are.
+
+  Args:
+    lengths: of prompts and completions.
+    vocab: number of ids.
+    completions: of an example.
+    settings, batching: as in training.
+    max_length: most tokens of a prompt and one completion.
+    stored: whether the batch brings log-probs of a reference along.
+  """
   rows = timing.make_pairs(
     vocab,
-    pairs=max(256, 2 * config.train.batch_size),
+    pairs=max(256, 2 * settings.batch_size),
     mean_length=lengths.mean,
     prompt_fraction=lengths.prompt_fraction,
     sigma=lengths.sigma,
-    max_length=config.data.max_length,
-    seed=config.seed,
+    max_length=max_length,
+    seed=settings.seed,
   )
-  array = lambda ids: np.asarray(ids, np.int32)
   examples = []
   for number, row in enumerate(rows):
-    two = [array(row["chosen_ids"]), array(row["rejected_ids"])]
-    some = tuple((two * answers)[:answers])
-    known = tuple(np.zeros(len(ids), np.float32) for ids in some) if config.reference.store else ()
-    examples.append(Example(array(row["prompt_ids"]), some, row=number, reference=known))
+    two = [np.asarray(row[name], np.int32) for name in ("chosen_ids", "rejected_ids")]
+    some = tuple((two * completions)[:completions])
+    known = tuple(np.zeros(len(ids), np.float32) for ids in some) if stored else ()
+    prompt = np.asarray(row["prompt_ids"], np.int32)
+    examples.append(Example(prompt, some, row=number, reference=known))
   stream = batches.batches(
     examples,
-    batch_size=config.train.batch_size,
-    accumulate=config.train.accumulate,
-    seed=config.seed,
-    layout=config.data.layout,
-    row_length=config.data.row_length,
-    balance=config.data.balance,
-    **batching,
+    batch_size=settings.batch_size,
+    batching=batching,
+    accumulate=settings.accumulate,
+    seed=settings.seed,
+    balance=settings.balance,
   )
   return next(stream)
 

@@ -27,7 +27,8 @@ from dpo_jax.model import transformer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 from dpo_jax.training import datasets
-from dpo_jax.training.setup import Run, fill_store
+from dpo_jax.training.loop import fill_store
+from dpo_jax.training.run import Run
 
 FIRST_WORD, END = 3, 2  # ids below 3 are special; an answer ends in 2
 _COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -135,7 +136,7 @@ def measure(
   results = _time_blocks(run, take, pace, flops)
   if not results:
     return {"steps": 0}
-  ceiling, product = product_rate(run.config.model.compute_dtype)
+  ceiling, product = product_rate(run.settings.compute_dtype)
   (ceiling,) = _of_all([ceiling])
   rate = lambda unit: statistics.median(block[unit] / block["seconds"] for block in results)
   per_pair = sum(block["flops"] for block in results) / sum(block["pairs"] for block in results)
@@ -156,10 +157,10 @@ def measure(
     "product": product,
     "parameters": _count(transformer.param_shapes(run.model_config)),
     "trained": trained,
-    "batch_size": run.config.train.batch_size,
-    "layout": run.config.data.layout,
+    "batch_size": run.data.settings.batch_size,
+    "layout": run.data.batching.layout,
     "attention": run.attention,
-    "compute_dtype": run.config.model.compute_dtype,
+    "compute_dtype": run.settings.compute_dtype,
     "compiled_shapes": len(shapes),
     "reference": "computed" if live else "stored" if run.store else "none",
     "steps": len(results) * pace.block_steps,
@@ -260,14 +261,14 @@ def _stepper(
 
 
 def _stream(run: Run, steps: int) -> Iterator[TokenBatch]:
-  feed = datasets.make_feed(run.config, run.material, None, 0, share=run.executor.share)
+  feed = datasets.make_feed(run.data, None, 0, share=run.executor.share)
   return (feed(k, None)[0] for k in range(1, steps + 1))
 
 
 def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
   """What is known of every block, in the order in which they ran."""
   stream, results = _stream(run, pace.steps), []
-  by_row = {example.row: example for example in run.material.examples}
+  by_row = {example.row: example for example in run.data.examples}
   for _ in range(pace.warmup):
     take(next(stream))
   for tell in pacing.turns(pace):
@@ -281,7 +282,7 @@ def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
         take(batch)
         seen += batch.row_NS[batch.row_NS >= 0].tolist()
         real, room = real + (batch.pair_NL >= 0).sum(), room + batch.pair_NL.size
-    answers = len(run.material.examples[0].answers)
+    answers = len(run.data.examples[0].answers)
     # Every answer of a row is a slot of its own: each row is seen once an answer.
     counts = np.sum([_tokens(by_row[row]) for row in seen], axis=0) / answers
     counts = [len(seen) / answers, *counts, real, room]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,26 @@ from dpo_jax.data.packing import Sizes
 from dpo_jax.structs import TokenBatch, UserError
 
 WINDOW = 4096  # examples that are dealt out among batches
+
+
+class Batching(NamedTuple):
+  """The layout of the rows of every batch of a run.
+
+  Attributes:
+    layout: "shared", "packed" or "padded".
+    row_length: L of packed and shared rows; 0 for one that suits the examples. Padded rows are as
+      long as the longest sequence.
+    groups: runs of rows that devices keep, on all hosts together.
+    texts: whether the sequences of rows are listed: see `collate.collate`.
+  """
+
+  layout: str = "shared"
+  row_length: int = 0
+  groups: int = 1
+  texts: bool = False
+
+
+_SHARED = Batching()
 
 
 def order(
@@ -79,35 +99,28 @@ def batches(
   examples: Sequence[Example],
   *,
   batch_size: int,
+  batching: Batching = _SHARED,
   accumulate: int = 1,
   seed: int = 0,
-  layout: str = "shared",
-  row_length: int | None = None,
-  groups: int = 1,
   shuffle: bool = True,
   start: int = 0,
   share: tuple[int, int] = (0, 1),
   balance: bool = False,
-  texts: bool = False,
 ) -> Iterator[TokenBatch]:
   """Batches without end, reshuffled every epoch; batch k is a pure function of (data, seed, k).
 
   Args:
     examples: the pairs, in memory or read one by one as they are wanted.
     batch_size: pairs a step, over all its micro-batches; the order of pairs knows nothing else.
+    batching: the layout of the rows.
     accumulate: A, micro-batches of a step.
     seed: of the shuffle.
-    layout: "shared", "packed" or "padded".
-    row_length: L of packed and shared rows; None or 0 for one that suits the examples. Padded rows
-      are as long as the longest text.
-    groups: runs of rows that devices hold, on all hosts together.
     shuffle: False keeps the order of the data.
     start: the step of the first batch; steps before it are skipped, not replayed.
     share: (i, H) for the i-th of H hosts, among whom every batch is divided; no example is on two,
       and what they have together does not depend on H.
     balance: whether batches, and micro-batches, are to have about as many tokens each: see `order`.
       Less of their rows is then padding.
-    texts: whether the texts of rows are listed: see `collate.collate`.
 
   Returns:
     An iterator of `TokenBatch` of numpy arrays with A as the leading axis of every one.
@@ -120,17 +133,17 @@ def batches(
       f" try {batch_size // accumulate * accumulate or accumulate}"
     )
   micro = batch_size // accumulate
-  check_share(share, groups)
+  check_share(share, batching.groups)
   balance = balance and shuffle
-  row_length = row_length or suit_row_length(
+  row_length = batching.row_length or suit_row_length(
     examples,
-    layout,
+    batching.layout,
     batch_size=batch_size,
     accumulate=accumulate,
-    groups=groups,
+    groups=batching.groups,
     balance=balance,
   )
-  rows = _rows(examples, layout, row_length, groups, texts)
+  rows = _rows(examples, batching._replace(row_length=row_length))
   sizes = _usual_sizes(examples, micro, accumulate, rows, balance)
   cost_B = packing.costs(*lengths(examples), "shared")  # of whatever layout: it changes no order
 
@@ -142,7 +155,7 @@ def batches(
     if balance:
       parts = [index[part] for part in packing.deal(cost_B[index], accumulate)]
     micro_batches = [Lazy.of(measured, part) for part in parts]
-    return collate_many(micro_batches, sizes=sizes, share=share, **rows)
+    return collate_many(micro_batches, sizes=sizes, share=share, **rows._asdict())
 
   known = cost_B if balance else None
   steps = order(len(examples), batch_size, seed=seed, shuffle=shuffle, cost_B=known).map(lay_out)
@@ -163,37 +176,33 @@ def eval_batches(
   examples: Sequence[Example],
   *,
   batch_size: int,
-  layout: str = "shared",
-  row_length: int | None = None,
-  groups: int = 1,
+  batching: Batching = _SHARED,
   share: tuple[int, int] = (0, 1),
-  texts: bool = False,
 ) -> Iterator[TokenBatch]:
   """Every example once, in order, all batches of one shape and without a micro-batch axis.
 
-  What the last batch lacks has weight 0; `row_NS` says which data row each slot came from. `share`
-  and `texts` as in `batches`.
+  What the last batch lacks has weight 0; `row_NS` says which data row each slot came from.
+  `batching` and `share` as in `batches`.
   """
   if not len(examples):
     return
-  rows = _rows(examples, layout, row_length, groups, texts)
+  rows = _rows(examples, batching)
   every = np.arange(len(examples))
   parts = np.split(every, every[batch_size::batch_size])
-  check_share(share, groups)
+  check_share(share, batching.groups)
   all_of_them = Measured(lengths(examples))
-  sizes = fit_sizes([all_of_them.some(part) for part in parts], **rows)
+  sizes = fit_sizes([all_of_them.some(part) for part in parts], **rows._asdict())
   for part in parts:
-    yield collate(Lazy.of(examples, part), sizes=sizes, share=share, **rows)
+    yield collate(Lazy.of(examples, part), sizes=sizes, share=share, **rows._asdict())
 
 
-def _rows(
-  examples: Sequence[Example], layout: str, row_length: int | None, groups: int, texts: bool
-) -> dict:
-  """Keyword arguments of `collate`, every example known to fit."""
-  if layout == "padded" or not row_length:
-    row_length = fit_row_length(examples, layout)
-  check_fits(examples, layout, row_length)
-  return {"layout": layout, "row_length": row_length, "groups": groups, "texts": texts}
+def _rows(examples: Sequence[Example], batching: Batching) -> Batching:
+  """Settles the length of rows, in which every example then fits."""
+  row_length = batching.row_length
+  if batching.layout == "padded" or not row_length:
+    row_length = fit_row_length(examples, batching.layout)
+  check_fits(examples, batching.layout, row_length)
+  return batching._replace(row_length=row_length)
 
 
 def suit_row_length(
@@ -239,12 +248,12 @@ def _drawn(examples: Sequence[Example] | Measured, size: int, balance: bool) -> 
 
 
 def _usual_sizes(
-  examples: Sequence[Example], size: int, accumulate: int, rows: dict, balance: bool
+  examples: Sequence[Example], size: int, accumulate: int, rows: Batching, balance: bool
 ) -> Sizes:
   """Sizes that suffice for the rows of most steps, from packing random micro-batches."""
   drawn = _drawn(examples, size, balance)
   quantile, steps = (0.95, 64) if balance else (0.75, 8)
   # A step has the rows of the largest of its micro-batches.
-  sizes = fit_sizes(drawn, quantile=quantile ** (1 / accumulate), steps=steps, **rows)
+  sizes = fit_sizes(drawn, quantile=quantile ** (1 / accumulate), steps=steps, **rows._asdict())
   # A batch that needs more scored tokens than any of these is rare, and rarer still with this.
   return sizes._replace(scored=sizes.scored + sizes.scored // 32)

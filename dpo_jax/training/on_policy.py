@@ -44,7 +44,7 @@ class Sampler:
     accumulate: micro-batches a step.
     seed: of order, samples and preferences.
     width: tokens of the longest prompt, or more.
-    batching: layout, row_length, groups and texts of `collate.collate_many`.
+    batching: the layout of the rows.
   """
 
   model_config: ModelConfig
@@ -60,7 +60,7 @@ class Sampler:
   accumulate: int
   seed: int
   width: int
-  batching: dict[str, Any]
+  batching: batches.Batching
 
   def batch(
     self,
@@ -82,12 +82,12 @@ class Sampler:
     """
     examples, facts = self._examples(index, params)
     parts = self._parts(examples)
-    return collate.collate_many(parts, sizes=sizes, share=share, **self.batching), facts
+    return collate.collate_many(parts, sizes=sizes, share=share, **self.batching._asdict()), facts
 
   def sizes(self, params: PyTree) -> packing.Sizes:
     """Sizes that suit the first batch, with some room: the same for a run and its resumption."""
     examples, _ = self._examples(0, params)
-    sizes = collate.fit_sizes(self._parts(examples), **self.batching)
+    sizes = collate.fit_sizes(self._parts(examples), **self.batching._asdict())
     return sizes._replace(rows=sizes.rows + sizes.rows_step, scored=sizes.scored * 9 // 8)
 
   def _parts(self, examples: list[Example]) -> list[list[Example]]:

@@ -96,3 +96,29 @@ def make_optimizer(
     raise UserError(f"optimizer.eps is {eps!r}; it must be above 0, such as 1e-8")
   adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
   return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
+
+
+def build(
+  steps: int,
+  *,
+  learning_rate: float,
+  schedule: str,
+  warmup_steps: int | None,
+  final_fraction: float,
+  **settings: float,
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+  """Makes the learning-rate schedule and the optimizer of a run of so many steps.
+
+  Args:
+    steps: updates of the run.
+    learning_rate, schedule, warmup_steps, final_fraction: of `make_schedule`.
+    settings: of `make_optimizer`.
+  """
+  made = make_schedule(
+    learning_rate=learning_rate,
+    schedule=schedule,
+    warmup_steps=warmup_steps,
+    total_steps=steps,
+    final_fraction=final_fraction,
+  )
+  return made, make_optimizer(made, **settings)

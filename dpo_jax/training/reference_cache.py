@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dpo_jax.data import batches
+from dpo_jax.data.batches import Batching
 from dpo_jax.data.examples import Example, Lazy, lengths
+from dpo_jax.distributed import processes
 from dpo_jax.structs import TokenBatch, UserError
 
 VERSION = 1
@@ -192,7 +195,55 @@ def _digest(ids: np.ndarray) -> np.ndarray:
   return np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), np.uint64)
 
 
-# --- what a run asks of it ------------------------------------------------------------------------
+# --- a run with a store ---------------------------------------------------------------------------
+
+
+def look_up(store: Store, *sides: Sequence[Example]) -> tuple[tuple[Lazy, ...], tuple[Lazy, ...]]:
+  """Looks up the examples of a run, and reports how many are found.
+
+  Args:
+    store: the store.
+    sides: examples to train on, and those that are held out.
+
+  Returns:
+    The examples that the store lacks, of every side that has such; and all sides, with their
+    `reference` read whenever an example is.
+  """
+  missing = tuple(filter(len, (lacking(side, store) for side in sides)))
+  rows = sum(map(len, sides))
+  found = rows - sum(map(len, missing))
+  print(f"reference store {store.folder}: {found:,} of {rows:,} examples found", file=sys.stderr)
+  return missing, tuple(stored(side, store) for side in sides)
+
+
+def fill_all(
+  store: Store,
+  missing: Sequence[Sequence[Example]],
+  token_fn: Callable[[TokenBatch], np.ndarray],
+  *,
+  batch_size: int,
+  batching: Batching,
+) -> None:
+  """Fills a store with all that it lacks, and reports how far that is. All processes call it.
+
+  Args:
+    store: the store; every process finds in it afterwards what the first one wrote.
+    missing, token_fn, batch_size, batching: as `fill` takes them, for several sets of examples.
+  """
+  # All processes compute, since each has a part of the model; the first one writes.
+  writer = store if processes.is_main_process() else None
+  started = reported = time.perf_counter()
+  for examples in missing:
+    for done in fill(writer, examples, token_fn, batch_size=batch_size, batching=batching):
+      now = time.perf_counter()
+      if now - reported >= 5 or done == len(examples):
+        reported = now
+        print(f"reference store: {done:,} of {len(examples):,} examples computed", file=sys.stderr)
+  if missing:
+    print(f"reference store: filled in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+  # Nobody looks before the last part is written.
+  processes.wait("reference store")
+  store.refresh()
 
 
 def stored(examples: Sequence[Example], store: Store) -> Lazy:
@@ -211,7 +262,9 @@ def fill(
   store: Store | None,
   examples: Sequence[Example],
   token_fn: Callable[[TokenBatch], np.ndarray],
-  **batching: Any,
+  *,
+  batch_size: int,
+  batching: Batching,
 ) -> Iterator[int]:
   """Computes and keeps the log-probs of some examples; gives how many are done, now and then.
 
@@ -219,7 +272,8 @@ def fill(
     store: where they are kept, a part at a time; None where another process keeps them.
     examples: what is lacking.
     token_fn: batch -> log-probs of its scored tokens under the reference, [G, M], nats.
-    batching: of `batches.eval_batches`.
+    batch_size: examples that are computed at a time.
+    batching: the layout of their rows.
 
   Raises:
     UserError: a log-prob is not finite, or the disk is full; the parts before are kept.
@@ -229,7 +283,7 @@ def fill(
   keep = store.add if store else lambda examples: None
   waiting: list[Example] = []
   tokens, done, since = 0, 0, time.perf_counter()
-  for batch in batches.eval_batches(numbered, **batching):
+  for batch in batches.eval_batches(numbered, batch_size=batch_size, batching=batching):
     for number, logps in _by_example(batch, token_fn(batch), answers):
       example = numbered[number]
       if not all(np.isfinite(one).all() for one in logps):

@@ -121,7 +121,7 @@ def test_loss_and_gradient_of_every_objective_know_no_layout(name):
     following, report = step.train_step(state, reference, batch, objective=made, tx=tx)
     return following.opt_state.trace, report["loss"]
 
-  batch = lambda way: stack([ragged(made.answers)], layout=way)
+  batch = lambda way: stack([ragged(made.completions)], layout=way)
   found = {way: take(tiny.init(1), tiny.init(0), batch(way)) for way in packing.LAYOUTS}
   expected, loss = found.pop("padded")
   assert max(np.abs(x).max() for x in expected.values()) > 1e-3
