@@ -387,7 +387,7 @@ def to_unpaired(logps_NS: Array) -> UnpairedLogps:
   return UnpairedLogps(logps_B2[:, 0], logps_B2[:, 1])
 
 
-def to_ranked(logps_NS: Array, slots: Slots, answers: int) -> RankedLogps:
-  """Lists runs of `answers` slots as rankings, absent answers included (weight 0)."""
-  tokens_BK = jnp.maximum(slots.tokens_NS, 1.0).reshape(-1, answers)
-  return RankedLogps(logps_NS.reshape(-1, answers), tokens_BK)
+def to_ranked(logps_NS: Array, slots: Slots, completions: int) -> RankedLogps:
+  """Lists runs of `completions` slots as rankings, absent answers included (weight 0)."""
+  tokens_BK = jnp.maximum(slots.tokens_NS, 1.0).reshape(-1, completions)
+  return RankedLogps(logps_NS.reshape(-1, completions), tokens_BK)

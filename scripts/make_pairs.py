@@ -43,7 +43,7 @@ def main(_):
   prompts = every[SKIP.value :][: LIMIT.value]
   if not prompts:
     raise UserError(f"--skip={SKIP.value} leaves none of {PROMPTS.value}'s {len(every)} prompts")
-  drawn = rollouts.draw(
+  rollout = rollouts.sample(
     rollouts.load(MODEL.value),
     prompts,
     reward,
@@ -52,7 +52,7 @@ def main(_):
     temperature=TEMPERATURE.value,
     seed=SEED.value,
   )
-  rows = rollouts.label(drawn, seed=SEED.value)
+  rows = rollouts.label(rollout, seed=SEED.value)
   if not rows:
     raise UserError(
       f"every pair of answers is equal, so {OUT.value} is not written; raise --temperature"
@@ -63,7 +63,7 @@ def main(_):
   better = sum(row["chosen_reward"] > row["rejected_reward"] for row in rows)
   print(
     f"{OUT.value}: {len(rows)} pairs ({total - len(rows)} of equal answers left out);"
-    f" mean reward {drawn.reward_XS.mean():.2f}, chosen is the better in {better / len(rows):.1%}"
+    f" mean reward {rollout.reward_XS.mean():.2f}, chosen is the better in {better / len(rows):.1%}"
   )
 
 

@@ -88,7 +88,7 @@ def main(_):
   )
 
   _, params = peft.load_model(MODEL.value, shardings=executor.Executor().home)
-  answers = sampler.generate(
+  completions = sampler.generate(
     config,
     params,
     prompt_ids,
@@ -96,7 +96,7 @@ def main(_):
     ends=stops.ends if stops.texts else None,
     **knobs,
   )
-  rows = rollouts.rows_of(stops, prompts, prompt_ids, answers)
+  rows = rollouts.rows_of(stops, prompts, prompt_ids, completions)
   if OUT.value:
     rollouts.write_rows(OUT.value, rows)
     print(f"{len(prompts) * NUM.value} samples of {len(prompts)} prompts in {OUT.value}")

@@ -67,9 +67,9 @@ def make_pairs(
     return np.exp(np.log(mean) - sigma**2 / 2 + sigma * rng.standard_normal(shape))
 
   prompts = draw(mean_length * prompt_fraction, pairs)
-  answers = draw(mean_length * (1 - prompt_fraction), pairs, 2)
+  completions = draw(mean_length * (1 - prompt_fraction), pairs, 2)
   words = lambda count: rng.integers(FIRST_WORD, vocab, count).tolist()
-  for drawn, both in zip(prompts, answers, strict=True):
+  for drawn, both in zip(prompts, completions, strict=True):
     prompt = int(np.clip(drawn, 4, max_length - shortest))
     chosen, rejected = np.clip(both, shortest, max_length - prompt).astype(int).tolist()
     yield {
@@ -282,10 +282,10 @@ def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
         take(batch)
         seen += batch.row_NS[batch.row_NS >= 0].tolist()
         real, room = real + (batch.pair_NL >= 0).sum(), room + batch.pair_NL.size
-    answers = len(run.data.examples[0].answers)
+    completions = len(run.data.examples[0].completions)
     # Every answer of a row is a slot of its own: each row is seen once an answer.
-    counts = np.sum([_tokens(by_row[row]) for row in seen], axis=0) / answers
-    counts = [len(seen) / answers, *counts, real, room]
+    counts = np.sum([_tokens(by_row[row]) for row in seen], axis=0) / completions
+    counts = [len(seen) / completions, *counts, real, room]
     pairs, distinct, scored, repeated, real, room = _of_all(counts)
     results.append(
       {
@@ -317,9 +317,9 @@ def _of_all(counts: Sequence[float]) -> list[float]:
 
 def _tokens(example: Example) -> tuple[int, int, int]:
   """Distinct input tokens of a pair, how many are scored, and all with the prompt in each text."""
-  scored = sum(len(answer) for answer in example.answers)
+  scored = sum(len(answer) for answer in example.completions)
   prompt = len(example.prompt)
-  return prompt - 1 + scored, scored, len(example.answers) * prompt + scored
+  return prompt - 1 + scored, scored, len(example.completions) * prompt + scored
 
 
 def peak_memory_mb() -> float:

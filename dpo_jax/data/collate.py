@@ -97,8 +97,8 @@ def fit_sizes(
 ) -> Sizes:
   """Sizes that these batches share, but for those above `quantile` in rows: see `packing.fit`."""
   places = [packing.place(*lengths(batch), layout, row_length) for batch in batches]
-  answers = lengths(batches[0])[1].shape[1]
-  return packing.fit(places, answers, layout, groups, quantile, steps, texts)
+  completions = lengths(batches[0])[1].shape[1]
+  return packing.fit(places, completions, layout, groups, quantile, steps, texts)
 
 
 def collate(
@@ -145,12 +145,12 @@ def collate_many(
   """`collate` of A micro-batches into arrays of one shape, with A as their leading axis."""
   for batch in micro_batches:
     check_fits(batch, layout, row_length)
-  answers = lengths(micro_batches[0])[1].shape[1]
-  most_pairs = sizes.slots // answers if sizes else None
+  completions = lengths(micro_batches[0])[1].shape[1]
+  most_pairs = sizes.slots // completions if sizes else None
   places = [
     packing.place(*lengths(batch), layout, row_length, most_pairs) for batch in micro_batches
   ]
-  sizes = sizes or packing.fit(places, answers, layout, groups, texts=texts)
+  sizes = sizes or packing.fit(places, completions, layout, groups, texts=texts)
   places, shape = packing.shape_of(places, sizes, layout, groups, row_length)
   stored = bool(micro_batches[0][0].reference)
   filled = [
@@ -158,7 +158,7 @@ def collate_many(
     for batch, place in zip(micro_batches, places, strict=True)
   ]
   if shape.texts:
-    copies = answers if layout == "shared" else 1
+    copies = completions if layout == "shared" else 1
     listed = functools.partial(with_texts, texts=shape.texts, width=shape.width, copies=copies)
     filled = list(map(listed, filled))
   stack = lambda arrays: None if arrays[0] is None else np.stack(arrays)
@@ -209,12 +209,12 @@ class _Pieces(NamedTuple):
 def _pieces(measured: Measured, places: Places, length: int, layout: str) -> _Pieces:
   """Of examples whose texts lie one behind the other, in rows of so many tokens."""
   prompt_B, tokens_BK = measured.lengths
-  answers = tokens_BK.shape[1]
+  completions = tokens_BK.shape[1]
   # Which branch each piece of an example is, and which text of it.
-  every = np.arange(1, answers + 1)
+  every = np.arange(1, completions + 1)
   if layout == "shared":
     branch_P = np.concatenate([[0], every])
-    text_P = np.zeros(answers + 1, np.int64)
+    text_P = np.zeros(completions + 1, np.int64)
   else:
     branch_P = np.stack([np.zeros_like(every), every], axis=1).reshape(-1)
     text_P = np.repeat(every - 1, 2)
@@ -233,7 +233,7 @@ def _pieces(measured: Measured, places: Places, length: int, layout: str) -> _Pi
     row_BP = places.row_B[:, None]
     column_BP = places.column_B[:, None] + np.cumsum(length_BP, 1) - length_BP
     pair_BP = places.order_B[:, None] * (text_P[-1] + 1) + text_P
-    slot_BP = places.order_B[:, None] * answers + np.maximum(branch_P - 1, 0)
+    slot_BP = places.order_B[:, None] * completions + np.maximum(branch_P - 1, 0)
   return _Pieces(
     length_BP=length_BP,
     source_BP=choose(start_B[:, None], before_BK),
@@ -259,7 +259,7 @@ def _fill(
   log-probs of the reference.
   """
   prompt_B, tokens_BK = measured.lengths
-  texts = [ids for example in examples for ids in (example.prompt, *example.answers)]
+  texts = [ids for example in examples for ids in (example.prompt, *example.completions)]
   flat = np.concatenate([*texts, np.zeros(1, np.int32)])
   pieces = _pieces(measured, places, shape.length, layout)
 
@@ -323,9 +323,9 @@ def _slot_arrays(
   shape: Shape,
 ) -> dict[str, np.ndarray]:
   """Weights, scores and data rows of the slots."""
-  answers = tokens_BK.shape[1]
-  first_B = places.row_B * shape.slots + (0 if layout == "padded" else places.order_B * answers)
-  at_BK = first_B[:, None] + np.arange(answers)
+  completions = tokens_BK.shape[1]
+  first_B = places.row_B * shape.slots + (0 if layout == "padded" else places.order_B * completions)
+  at_BK = first_B[:, None] + np.arange(completions)
   present_BK = tokens_BK > 0
   weight_X = np.zeros(shape.rows * shape.slots, np.float32)
   weight_B = np.array([example.weight for example in examples], np.float32)

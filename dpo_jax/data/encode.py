@@ -120,29 +120,29 @@ class Encoder:
     with _at(first) as row:
       return readers.detect(row, self.fields, kind=self.kind).name
 
-  def _cut(self, where, prompt, answers, preference: Preference) -> Encoded | Dropped:
-    largest = max(int(ids.max()) for ids in (prompt, *answers))
+  def _cut(self, where, prompt, completions, preference: Preference) -> Encoded | Dropped:
+    largest = max(int(ids.max()) for ids in (prompt, *completions))
     if largest >= self.tokenizer.vocab_size:
       raise UserError(
         f"{where}: token id {largest} is not in the tokenizer, whose ids go to"
         f" {self.tokenizer.vocab_size - 1}; the rows were made with another"
       )
-    before = (prompt, *answers)
+    before = (prompt, *completions)
     kept = truncate(
       prompt,
-      answers,
+      completions,
       max_length=self.max_length,
       prompt_floor=self.prompt_floor,
       mode=self.truncation,
       bos_id=self.tokenizer.bos_id if self.tokenizer.adds_bos else None,
     )
     if kept is None:
-      return Dropped(where, "too long", max(map(len, answers)))
-    prompt, answers, cuts = kept
-    if any(np.array_equal(one, other) for one, other in itertools.combinations(answers, 2)):
+      return Dropped(where, "too long", max(map(len, completions)))
+    prompt, completions, cuts = kept
+    if any(np.array_equal(one, other) for one, other in itertools.combinations(completions, 2)):
       return Dropped(where, "equal answers after cutting")
-    lost = tuple(len(a) - len(b) for a, b in zip(before, (prompt, *answers), strict=True))
-    return Encoded(where, prompt, answers, preference.scores, preference.weight, cuts, lost)
+    lost = tuple(len(a) - len(b) for a, b in zip(before, (prompt, *completions), strict=True))
+    return Encoded(where, prompt, completions, preference.scores, preference.weight, cuts, lost)
 
 
 class _Chunk(NamedTuple):
@@ -157,7 +157,7 @@ class Encoded(NamedTuple):
 
   where: str
   prompt: Any = None
-  answers: tuple[np.ndarray, ...] = ()
+  completions: tuple[np.ndarray, ...] = ()
   scores: tuple[float, ...] = ()
   weight: float = 1.0
   cuts: tuple[str, ...] = ()
@@ -166,10 +166,10 @@ class Encoded(NamedTuple):
   def examples(self, row: int, kind: str) -> list[Example]:
     """What the row gives: of unpaired rows, every answer by itself."""
     if kind != "unpaired":
-      return [Example(self.prompt, self.answers, self.weight, row, self.scores)]
+      return [Example(self.prompt, self.completions, self.weight, row, self.scores)]
     return [
       Example(self.prompt, (ids,), self.weight, row, (score,))
-      for ids, score in zip(self.answers, self.scores, strict=True)
+      for ids, score in zip(self.completions, self.scores, strict=True)
     ]
 
 

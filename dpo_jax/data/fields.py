@@ -34,13 +34,13 @@ class Preference(NamedTuple):
   message; token ids stand as they are.
 
   Attributes:
-    prompt, answers: see above.
+    prompt, completions: see above.
     scores: a number for each answer: its score, or its label as 1 or 0; or nothing.
     weight: how much the row counts.
   """
 
   prompt: Content
-  answers: tuple[Content, ...]
+  completions: tuple[Content, ...]
   scores: tuple[float, ...] = ()
   weight: float = 1.0
 

@@ -81,8 +81,8 @@ def prepare(
         f"eval fraction {eval_fraction} of {ledger.pairs} examples leaves one side empty; give 0 to"
         " hold nothing out"
       )
-    answers = max(spool.answers for spool in spools.values())
-    measured = {name: spool.measure(answers) for name, spool in spools.items() if spool.rows}
+    completions = max(spool.completions for spool in spools.values())
+    measured = {name: spool.measure(completions) for name, spool in spools.items() if spool.rows}
     ledger.tokens = encode.count_tokens(Measured.of(*measured.values()))
     about = {"rules": encode.RULES, "tokenizer": encoder.tokenizer.digest(), "seed": seed}
     about |= {name: getattr(encoder, name) for name in ASKED if name != "eval_fraction"}
@@ -111,10 +111,10 @@ class _Spool:
     self.widths = array.array("q")  # how many counts an example has
     self.scores = array.array("d")
     self.weights = array.array("f")
-    self.answers = 0
+    self.completions = 0
 
   def add(self, example: Example) -> None:
-    texts = (example.prompt, *example.answers)
+    texts = (example.prompt, *example.completions)
     for ids in texts:
       self.file.write(np.asarray(ids, np.int32).tobytes())
     self.rows.append(example.row)
@@ -122,13 +122,13 @@ class _Spool:
     self.widths.append(len(texts))
     self.scores.extend(example.scores)
     self.weights.append(example.weight)
-    self.answers = max(self.answers, len(example.answers))
+    self.completions = max(self.completions, len(example.completions))
 
-  def measure(self, answers: int) -> Measured:
+  def measure(self, completions: int) -> Measured:
     """Lengths of the examples, absent answers being of none."""
-    counts_BK = np.zeros((len(self.rows), 1 + answers), np.int32)
+    counts_BK = np.zeros((len(self.rows), 1 + completions), np.int32)
     widths_B = np.asarray(self.widths)
-    counts_BK[np.arange(1 + answers) < widths_B[:, None]] = self.counts
+    counts_BK[np.arange(1 + completions) < widths_B[:, None]] = self.counts
     return Measured((counts_BK[:, 0], counts_BK[:, 1:]))
 
   def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -239,16 +239,16 @@ class PairSet(Lazy):
 
   def _read(self, number: int) -> Example:
     record = self.source[number]
-    prompt, *answers = np.split(record["ids"], np.cumsum(record["lengths"])[:-1])
-    example = Example(prompt, tuple(answers), float(record["weight"]), int(record["row"]))
+    prompt, *completions = np.split(record["ids"], np.cumsum(record["lengths"])[:-1])
+    example = Example(prompt, tuple(completions), float(record["weight"]), int(record["row"]))
     example = example._replace(scores=tuple(record["grades"].tolist()))
     (filled,) = fill_up([example], self.lengths[1].shape[1])
     return filled
 
-  def widened(self, answers: int) -> PairSet:
+  def widened(self, completions: int) -> PairSet:
     """The same with K answers, those that are not there absent."""
     prompt_B, tokens_BK = self.lengths
-    wide = np.pad(tokens_BK, ((0, 0), (0, answers - tokens_BK.shape[1])))
+    wide = np.pad(tokens_BK, ((0, 0), (0, completions - tokens_BK.shape[1])))
     return PairSet(self.source, (prompt_B, wide))
 
 

@@ -54,7 +54,7 @@ def show_example(
     prompt_tokens: how many of a long prompt's last tokens are shown.
     lost: tokens that were cut from the prompt's start and from every answer's end.
   """
-  gone, *ends_gone = lost or [0] * (1 + len(example.answers))
+  gone, *ends_gone = lost or [0] * (1 + len(example.completions))
   shown = example.prompt[-prompt_tokens:]
   hidden = len(example.prompt) - len(shown)
   given = f"prompt · {len(example.prompt)} tokens, given" + (
@@ -62,8 +62,8 @@ def show_example(
   )
   given += f", {CUT} {gone} cut before" if gone else ""
   parts = _part(given, shown, tokenizer, GIVEN, before=bool(gone and not hidden))
-  answers = zip(_roles(example, kind), example.answers, ends_gone, strict=False)
-  for (name, shades), answer, gone in answers:
+  completions = zip(_roles(example, kind), example.completions, ends_gone, strict=False)
+  for (name, shades), answer, gone in completions:
     ends = tokenizer.eos_id is not None and tokenizer.eos_id in answer
     title = f"{name} · {len(answer)} tokens, scored, {'ended' if ends else 'no end token'}"
     title += f", {CUT} {gone} cut behind" if gone else ""
@@ -79,7 +79,7 @@ def _roles(example: Example, kind: str) -> list[tuple[str, tuple[str, str]]]:
   if kind == "unpaired":
     judged = ("desirable", GOOD) if example.scores[0] else ("undesirable", BAD)
     return [judged, ("mismatched", MIDDLING)]
-  count = sum(len(answer) > 0 for answer in example.answers)
+  count = sum(len(answer) > 0 for answer in example.completions)
   names = [f"answer {k} of {count}" for k in range(1, count + 1)]
   names = names if kind == "ranked" else ["chosen", "rejected"]
   scores = [f" (score {score:g})" for score in example.scores[:count]] or [""] * count

@@ -281,13 +281,13 @@ def _convert(form: Form, of: str, fields: dict[str, str], kind: str, row: Row) -
     weight=preference.weight * row_fields.weight_of(row),
   )
   if of == "pairs" and kind == "text":
-    preference = preference._replace(answers=preference.answers[:1])
+    preference = preference._replace(completions=preference.completions[:1])
   elif of == "pairs":
     known = preference.scores or row_fields.pair_scores(row)
     preference = preference._replace(scores=(1.0, 0.0) if kind == "unpaired" else known)
-  if not all(_has_text(answer) for answer in preference.answers):
+  if not all(_has_text(answer) for answer in preference.completions):
     raise RowError("empty answer")
-  if any(one == other for one, other in itertools.combinations(preference.answers, 2)):
+  if any(one == other for one, other in itertools.combinations(preference.completions, 2)):
     raise RowError("equal answers")
   return preference
 

@@ -143,7 +143,7 @@ def _load_examples(
     balance=settings.balance,
   )
   batching = batching._replace(row_length=row_length)
-  completions = len(examples[0].answers)
+  completions = len(examples[0].completions)
   return TrainingData(examples, held_out, completions, settings, batching, None), ledger
 
 
@@ -330,7 +330,7 @@ def digest(data: TrainingData) -> str:
     for i in np.linspace(0, len(side) - 1, min(len(side), 1000), dtype=np.int64):
       example = side[int(i)]
       found.update(repr((example.scores, example.weight)).encode())
-      for ids in (example.prompt, *example.answers):
+      for ids in (example.prompt, *example.completions):
         found.update(np.asarray(ids, np.int32).tobytes())
   return found.hexdigest()
 

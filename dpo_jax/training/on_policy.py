@@ -98,7 +98,7 @@ class Sampler:
   def _examples(self, index: int, params: PyTree) -> tuple[list[Example], dict[str, float]]:
     """What batch `index` holds: samples with their rewards as scores, or preferences of them."""
     picked = batches.order(len(self.prompts), self.batch_size, seed=self.seed)[index]
-    drawn = rollouts.draw(
+    rollout = rollouts.sample(
       rollouts.LanguageModel(self.model_config, params, self.tokenizer),
       [self.prompts[i] for i in picked],
       self.reward,
@@ -112,10 +112,10 @@ class Sampler:
     )
     rows = [
       example._replace(row=row, scores=tuple(reward_S.tolist()))
-      for example, row, reward_S in zip(drawn.examples(), picked, drawn.reward_XS, strict=True)
+      for example, row, reward_S in zip(rollout.examples(), picked, rollout.reward_XS, strict=True)
     ]
-    lengths = [len(ids) for example in rows for ids in example.answers]
-    facts = {"reward": float(drawn.reward_XS.mean()), "tokens": float(np.mean(lengths))}
+    lengths = [len(ids) for example in rows for ids in example.completions]
+    facts = {"reward": float(rollout.reward_XS.mean()), "tokens": float(np.mean(lengths))}
     if self.loss.kind == "pairs":
       rows = self._pairs(rows, np.random.default_rng([self.seed, index]))
     elif not self.loss.samples:
@@ -150,10 +150,10 @@ def _extremes(scores: Sequence[float]) -> list[int]:
 
 def _pick(row: Example, order: Sequence[int] | np.ndarray) -> Example:
   """The answers of a row in an order; a pair of equal answers counts nothing."""
-  answers = tuple(row.answers[i] for i in order)
-  same = len(order) == 2 and np.array_equal(*answers)
+  completions = tuple(row.completions[i] for i in order)
+  same = len(order) == 2 and np.array_equal(*completions)
   return row._replace(
-    answers=answers,
+    completions=completions,
     scores=tuple(row.scores[i] for i in order),
     weight=0.0 if same else row.weight,
   )

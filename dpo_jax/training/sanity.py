@@ -40,7 +40,7 @@ def check_step_zero(
     )
   if run.data.sampler is None:
     example, decode = run.data.examples[0], run.tokenizer.decode
-    print(f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.answers[0])[:60]!r}")
+    print(f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.completions[0])[:60]!r}")
   kind = objective.reference_kind
   if isinstance(kind, step.NoReference):
     return

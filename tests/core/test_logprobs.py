@@ -14,8 +14,10 @@ from dpo_jax.structs import Head
 from tests.support import tiny
 
 
-def _batch(layout="shared", groups=1, answers=2, count=6):
-  return collate(tiny.pairs(count, answers=answers), layout=layout, row_length=48, groups=groups)
+def _batch(layout="shared", groups=1, completions=2, count=6):
+  return collate(
+    tiny.pairs(count, completions=completions), layout=layout, row_length=48, groups=groups
+  )
 
 
 def _naive(params, batch):

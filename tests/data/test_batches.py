@@ -15,9 +15,9 @@ from dpo_jax.structs import TokenBatch, UserError
 from tests.support.small_rows import examples
 
 
-def data_rows(batch: TokenBatch, answers=2) -> list[int]:
+def data_rows(batch: TokenBatch, completions=2) -> list[int]:
   """Data rows of a batch, each named once."""
-  rows = batch.row_NS.reshape(-1, answers)[:, 0]
+  rows = batch.row_NS.reshape(-1, completions)[:, 0]
   return sorted(rows[rows >= 0].tolist())
 
 

@@ -131,8 +131,8 @@ def test_compared_answers_may_be_messages_and_serve_other_kinds():
   }
   name, found = convert(row, kind="unpaired")
   assert name == "compared" and found.scores == (1.0, 0.0)
-  assert [answer[0]["content"] for answer in found.answers] == ["b", "a"]
-  assert convert(COMPARED | {"preference": 1}, kind="ranked")[1].answers == ("a", "b")
+  assert [answer[0]["content"] for answer in found.completions] == ["b", "a"]
+  assert convert(COMPARED | {"preference": 1}, kind="ranked")[1].completions == ("a", "b")
 
 
 def test_a_row_may_say_how_much_it_counts():

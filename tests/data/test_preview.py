@@ -41,8 +41,8 @@ def test_a_row_shows_texts_ids_and_ends(tmp_path):
   shown = console.export_text()
   for part in ("the answer is", "good 🙂é!<|endoftext|>", "bad<|endoftext|>"):
     assert part in shown
-  assert f"{len(example.answers[1])} tokens, scored, ended" in shown
-  assert " ".join(map(str, example.answers[1])) in shown
+  assert f"{len(example.completions[1])} tokens, scored, ended" in shown
+  assert " ".join(map(str, example.completions[1])) in shown
 
 
 def show(folder, kind, *rows):
@@ -119,7 +119,7 @@ def test_cuts_are_marked_and_dropped_rows_say_why(tmp_path):
   cut, rest = console.export_text().split("row 1: dropped, equal answers")
   assert "row 0, cut" in cut and "─ row 2 ─" in rest and preview.CUT not in rest
   assert f"4 tokens, given, ✂ {len(whole.prompt) - 4} cut before" in cut and "│ ✂" in cut
-  lost = len(whole.answers[0]) - 36
+  lost = len(whole.completions[0]) - 36
   assert f"chosen · 36 tokens, scored, no end token, ✂ {lost} cut behind" in cut
   assert cut.count("cut behind") == 1 and "rejected · 2 tokens, scored, ended" in cut
 

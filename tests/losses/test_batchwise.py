@@ -141,13 +141,13 @@ def test_a_lone_sample_gives_no_gradient():
   assert np.isfinite(slope).all()
 
 
-@pytest.mark.parametrize("answers", [2, 3])
-def test_policy_gradient_is_unbiased(answers):
+@pytest.mark.parametrize("completions", [2, 3])
+def test_policy_gradient_is_unbiased(completions):
   """Its mean over all K-tuples of samples is the gradient of E[-r + β log π/π_ref], exactly."""
   rng = np.random.default_rng(0)
   scores, ref_scores, reward = rng.normal(size=(3, 4)).astype(np.float32)
   reference, beta = jax.nn.log_softmax(ref_scores), 0.7
-  tuples = np.array(list(itertools.product(range(4), repeat=answers)))
+  tuples = np.array(list(itertools.product(range(4), repeat=completions)))
 
   def objective(scores):
     logps = jax.nn.log_softmax(scores)

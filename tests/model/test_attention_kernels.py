@@ -59,17 +59,17 @@ def test_texts_of_a_shared_row_by_hand():
 
 
 @pytest.mark.parametrize("name", packing.LAYOUTS)
-@pytest.mark.parametrize("answers", [1, 2, 3])
-def test_texts_are_those_of_the_examples(name, answers):
-  batch = batch_of(name, answers)
+@pytest.mark.parametrize("completions", [1, 2, 3])
+def test_texts_are_those_of_the_examples(name, completions):
+  batch = batch_of(name, completions)
   groups, texts, width = batch.sequence_GTW.shape
   ids_GY = np.pad(batch.ids_NL.reshape(groups, -1), ((0, 0), (0, 1)), constant_values=-1)
   read = np.take_along_axis(ids_GY, batch.sequence_GTW.reshape(groups, -1), axis=1)
   found = [text[text >= 0].tolist() for text in read.reshape(-1, width)]
   written = [
     [*e.prompt.tolist(), *answer[:-1].tolist()]
-    for e in examples(5, answers)
-    for answer in e.answers
+    for e in examples(5, completions)
+    for answer in e.completions
     if len(answer)
   ]
   assert sorted(filter(None, found)) == sorted(written) and [] in found
@@ -134,7 +134,7 @@ def by_texts(batch, kind):
 
 
 @pytest.mark.parametrize(
-  ("name", "answers", "window", "kv_heads"),
+  ("name", "completions", "window", "kv_heads"),
   [
     ("shared", 1, 0, 2),
     ("shared", 2, 0, 1),
@@ -144,8 +144,8 @@ def by_texts(batch, kind):
     ("padded", 2, 0, 2),
   ],
 )
-def test_attention_over_texts_is_that_over_rows(name, answers, window, kv_heads):
-  batch = batch_of(name, answers)
+def test_attention_over_texts_is_that_over_rows(name, completions, window, kv_heads):
+  batch = batch_of(name, completions)
   qkv, slope = rows_of(batch, kv_heads=kv_heads)
   expected = value_and_gradient(by_rows(batch, window, scale=0.3), qkv, slope)
   found = value_and_gradient(
@@ -158,7 +158,7 @@ def test_attention_over_texts_is_that_over_rows(name, answers, window, kv_heads)
 
 @pytest.mark.parametrize("window", [0, 3])
 def test_splash_is_the_attention_over_rows(window):
-  batch = batch_of(answers=3, count=2, groups=1)
+  batch = batch_of(completions=3, count=2, groups=1)
   qkv, slope = rows_of(batch)
   expected = value_and_gradient(by_rows(batch, window, scale=0.3), qkv, slope)
   kind = attention_kernels.Kind("splash", window, 0.3, interpret=True)

@@ -27,7 +27,7 @@ from tests.support import closed_forms
 
 BETA, FLIPPED, STEPS = 0.5, 0.2, 500
 WORLD = finite_worlds.make()
-TOKENS_Y = np.array([len(answer) for answer in WORLD.answers])
+TOKENS_Y = np.array([len(answer) for answer in WORLD.completions])
 MODEL = finite_worlds.tabular(WORLD)
 TABLE = finite_worlds.table(WORLD, seed=0)
 # The reference, by walking its table; that the production path agrees is a test of its own.
@@ -36,7 +36,7 @@ REWARD = np.random.default_rng(1).normal(0, 1, REFERENCE.shape)
 BETTER = 1 / (1 + np.exp(REWARD[:, None, :] - REWARD[:, :, None]))
 OPTIMUM = closed_forms.tilted(REFERENCE, REWARD / BETA)
 # Where the pairs come from need not be the reference; half of it is uniform here.
-ELSEWHERE = np.log((np.exp(REFERENCE) + 1 / len(WORLD.answers)) / 2)
+ELSEWHERE = np.log((np.exp(REFERENCE) + 1 / len(WORLD.completions)) / 2)
 
 
 @pytest.fixture(autouse=True)
@@ -49,13 +49,13 @@ def float64():
 
 
 @functools.cache
-def program(model, name, given, answers, steps, rounds=1, peak=0.1):
+def program(model, name, given, completions, steps, rounds=1, peak=0.1):
   """Objective and optimiser, the same objects for the same arguments: each is compiled once."""
   loss = losses.resolve(name, **dict(given))
   objective = step.Objective(
     logprobs.make_scored_fn(model, beyond_shorter=loss.ld_alpha, aligned=loss.wpo),
     loss,
-    completions=answers,
+    completions=completions,
     reference=step.LiveReference(step.Sync(every=steps, alpha=1.0)) if rounds > 1 else None,
   )
   return objective, finite_worlds.optimizer(steps, rounds=rounds, peak=peak)
@@ -85,8 +85,8 @@ def trained(
   `edit` changes the batch, `before` the batch of every step; `reference` is another than `start`;
   `judge` is the model that the policy is read off by, where it is not the one trained.
   """
-  answers = len(examples[0].answers)
-  objective, tx = program(model, name, tuple(given.items()), answers, steps, peak=peak)
+  completions = len(examples[0].completions)
+  objective, tx = program(model, name, tuple(given.items()), completions, steps, peak=peak)
   batch = edit(
     finite_worlds.lay_out(examples, row_length=48 if how == "shared" else 60, layout=how)
   )
@@ -127,7 +127,7 @@ def assert_reached(found, expected, bound=1e-8):
 
 def test_all_answers_are_listed_and_each_policy_sums_to_one():
   # 1 + 2 + 4 texts of two letters, each ended
-  assert sorted(map(tuple, WORLD.answers)) == [
+  assert sorted(map(tuple, WORLD.completions)) == [
     (0,),
     (1, 0),
     (1, 1, 0),
@@ -185,7 +185,7 @@ def test_sigmoid_reaches_the_optimum_with_the_projects_transformer():
   # float32 leaves probabilities that sum to 1 but for 1e-7, which a KL would show.
   exact = lambda log_XY: closed_forms.normalised(log_XY.astype(np.float64))
   reference = exact(finite_worlds.log_policy(model, start, WORLD))
-  mu = np.log((np.exp(reference) + 1 / len(WORLD.answers)) / 2)
+  mu = np.log((np.exp(reference) + 1 / len(WORLD.completions)) / 2)
   pace = {"steps": 800, "peak": 0.003}
   found = trained(population(mu=mu), model=model, start=start, beta=BETA, **pace)
   assert_reached(exact(found), closed_forms.tilted(reference, REWARD / BETA))
@@ -213,7 +213,7 @@ OFFSET = np.round(np.random.default_rng(4).uniform(0, 2, REFERENCE.shape), 3)
 def rankings():
   """Every order of every three answers, with its Plackett-Luce probability."""
   mu, good = np.exp(REFERENCE), np.exp(REWARD)
-  triples = finite_worlds.tuples(WORLD, answers=3)
+  triples = finite_worlds.tuples(WORLD, completions=3)
   weights = np.zeros(len(triples))
   places = itertools.product(range(len(good)), itertools.product(range(good.shape[1]), repeat=3))
   for row, (x, order) in enumerate(places):
@@ -226,7 +226,7 @@ def rankings():
 
 def texts():
   """Every answer with the probability it has under the optimum."""
-  return finite_worlds.weigh(finite_worlds.tuples(WORLD, answers=1), np.exp(OPTIMUM))
+  return finite_worlds.weigh(finite_worlds.tuples(WORLD, completions=1), np.exp(OPTIMUM))
 
 
 def margin_of(loss, share):
@@ -462,7 +462,7 @@ def expected_gradient(table):
 
 def test_the_expected_policy_gradient_is_that_of_the_assumed_objective():
   table = finite_worlds.table(WORLD, seed=5)["table"]
-  texts = [Example(x, (y,)) for x in WORLD.prompts for y in WORLD.answers]
+  texts = [Example(x, (y,)) for x in WORLD.prompts for y in WORLD.completions]
   batch = collate.collate(texts, layout="padded", row_length=8)
 
   def assumed(table):

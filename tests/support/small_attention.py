@@ -26,18 +26,18 @@ CONFIG = families.from_hf(LLAMA)
 HEADS, KV_HEADS, HEAD = 4, 2, 8
 
 
-def examples(count, answers, seed=0):
+def examples(count, completions, seed=0):
   """Ragged ones; every second has an answer less than the others, where those have two."""
-  some = tiny.pairs(count, seed=seed, answers=answers)
-  cut = [e._replace(answers=e.answers[: max(1, answers - e.row % 2)]) for e in some]
-  return fill_up(cut, answers)
+  some = tiny.pairs(count, seed=seed, completions=completions)
+  cut = [e._replace(completions=e.completions[: max(1, completions - e.row % 2)]) for e in some]
+  return fill_up(cut, completions)
 
 
-def batch_of(name="shared", answers=2, groups=2, count=5):
+def batch_of(name="shared", completions=2, groups=2, count=5):
   """Texts listed, with a row and a text of nothing but padding at least."""
-  some = examples(count, answers)
+  some = examples(count, completions)
   sizes = collate.fit_sizes([some], layout=name, row_length=48, groups=groups, texts=True)
-  sizes = sizes._replace(rows=sizes.rows + groups * answers, texts=sizes.texts + 1)
+  sizes = sizes._replace(rows=sizes.rows + groups * completions, texts=sizes.texts + 1)
   return collate.collate(some, layout=name, row_length=48, groups=groups, sizes=sizes)
 
 

@@ -52,7 +52,7 @@ def ids(*numbers):
 @pytest.mark.parametrize(("mode", "devices"), [("mesh", 1), ("mesh", 4), ("pmap", 4)])
 def test_what_is_stored_is_what_the_reference_computes(tmp_path, name, mode, devices):
   """Token by token, in whatever rows it was computed and is asked for."""
-  pairs = tiny.pairs(13, answers=2)
+  pairs = tiny.pairs(13, completions=2)
   fn = token_fn(mode=mode, devices=devices)
   store = filled(tmp_path, pairs, fn, layout=name, groups=devices)
   for beyond in (1.0, 0.3):
@@ -74,8 +74,8 @@ def test_what_is_stored_is_what_the_reference_computes(tmp_path, name, mode, dev
 @pytest.mark.parametrize("name", packing.LAYOUTS)
 def test_answers_that_are_not_there_are_no_matter(tmp_path, name):
   ragged = [
-    example._replace(answers=example.answers[: 2 + i % 3])
-    for i, example in enumerate(tiny.pairs(9, answers=4))
+    example._replace(completions=example.completions[: 2 + i % 3])
+    for i, example in enumerate(tiny.pairs(9, completions=4))
   ]
   examples = fill_up(ragged)
   store = filled(tmp_path, examples, layout=name)
@@ -114,15 +114,15 @@ def test_what_is_found_is_the_same_text_divided_alike(tmp_path):
   (whole, other) = store.find(known)
   assert len(whole) == 4 and len(other) == 2
   # A window that cuts an answer leaves its start what it was.
-  np.testing.assert_array_equal(store.find(known._replace(answers=(ids(4, 5),)))[0], whole[:2])
+  np.testing.assert_array_equal(store.find(known._replace(completions=(ids(4, 5),)))[0], whole[:2])
   again = reference_cache.Store(tmp_path, KEY)
   np.testing.assert_array_equal(again.find(known)[0], whole)
   for missing in (
     known._replace(prompt=ids(2, 3)),  # cut from the left: other predecessors
-    known._replace(prompt=ids(1, 2, 3, 4), answers=(ids(5, 6, 7),)),  # another mask
-    known._replace(answers=(ids(4, 5, 6, 8),)),  # another tokenizer
-    known._replace(answers=(ids(4, 5, 6, 7, 0),)),  # longer
-    known._replace(answers=(ids(8, 9), ids(9, 8))),  # one of two
+    known._replace(prompt=ids(1, 2, 3, 4), completions=(ids(5, 6, 7),)),  # another mask
+    known._replace(completions=(ids(4, 5, 6, 8),)),  # another tokenizer
+    known._replace(completions=(ids(4, 5, 6, 7, 0),)),  # longer
+    known._replace(completions=(ids(8, 9), ids(9, 8))),  # one of two
   ):
     assert store.find(missing) is None
   assert len(reference_cache.lacking([known, missing], store)) == 1
@@ -133,8 +133,8 @@ def test_prompts_of_one_half_of_a_digest_are_kept_apart(tmp_path, monkeypatch):
   """The first half orders the answers, the second tells prompts apart."""
   halves = lambda prompt: np.array([7, prompt.sum()], np.uint64)
   monkeypatch.setattr(reference_cache, "_digest", halves)
-  answers = tiny.pairs(1)[0].answers
-  pairs = [Example(ids(1, n), answers, row=n) for n in range(6)]
+  completions = tiny.pairs(1)[0].completions
+  pairs = [Example(ids(1, n), completions, row=n) for n in range(6)]
   store = filled(tmp_path, pairs)
   for example in pairs:
     expected = filled(tmp_path / "alone" / str(example.row), [example]).find(example)
