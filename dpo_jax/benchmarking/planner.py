@@ -1,9 +1,9 @@
-"""What a run would take, worked out before any of it is there: no weights are read, and no data.
+"""The memory and FLOPs that a run would need, without any weights or data.
 
 The very step that training takes is compiled for shapes alone, over as many of JAX's CPU devices as
-the run is to have; what it holds is counted from the shapes, what it needs beside that is the
-compiler's own account. An accelerator's compiler lays out and fuses differently: its figure for
-activations is another, and what is held is the same.
+the run is to have. The bytes of its arguments are counted from the shapes; what it needs besides is
+what the compiler reports. An accelerator's compiler lays out and fuses differently: its figure for
+activations is another, that for the arguments is the same.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from dpo_jax.training.datasets import BatchSettings
 
 
 class Lengths(NamedTuple):
-  """Of the rows that are planned for, log-normal as those of `timing.make_pairs`.
+  """Lengths of the examples that are planned for, log-normal as those of `timing.make_pairs`.
 
   Attributes:
-    mean: tokens of a prompt and one answer.
+    mean: tokens of a prompt and one completion.
     prompt_fraction: the prompt's share of them.
     sigma: standard deviation of the logarithm of each length.
   """
@@ -49,15 +49,15 @@ class Lengths(NamedTuple):
 
 
 class Outline(NamedTuple):
-  """A step of a run in shapes.
+  """A step of a run, in shapes alone.
 
   Attributes:
     executor: its devices.
     take: (state, reference, batch) -> the next state and metrics, not compiled.
-    state, reference: shapes that know where they lie.
-    batch: of synthetic rows, on host.
+    state, reference: shapes with their shardings.
+    batch: of synthetic examples, on host.
     policy: shapes of the whole policy.
-    live: whether the reference is computed along.
+    live: whether every step computes the reference.
   """
 
   executor: Executor
@@ -69,16 +69,16 @@ class Outline(NamedTuple):
   live: bool
 
   def compile(self) -> jax.stages.Compiled:
-    """The step that training takes, without an array."""
+    """Compiles the step that training takes, without an array."""
     batch = self.executor.abstract_batch(self.batch)
     return self.executor.lower_step(self.take, self.state, self.reference, batch).compile()
 
 
 def outline(config: ConfigDict, lengths: Lengths) -> Outline:
-  """A run's step in shapes.
+  """Describes a run's step in shapes.
 
   Raises:
-    UserError: what `build` says against the configuration.
+    UserError: as `setup.build` raises it.
   """
   checked = setup.check(config)
   adapters = setup.describe_adapters(config)
@@ -134,28 +134,31 @@ def outline(config: ConfigDict, lengths: Lengths) -> Outline:
 
 
 def plan(config: ConfigDict, lengths: Lengths) -> dict[str, Any]:
-  """What a step holds and computes.
+  """Works out the memory and FLOPs of a step.
 
   Returns:
     `parameters`, and `trained` of them; `devices`; bytes on the fullest device: `params` (what is
     trained), `reference` (with adapters: their base), `optimiser`, `step` (gradients, activations
-    and all else that the compiled step needs beside its arguments) and their sum, `total`;
+    and all else that the compiled step needs besides its arguments) and their sum, `total`;
     `kept_on_host`, bytes for every device; `flops_per_step`, on all devices; `rows` and
     `row_length` of a micro-batch on all devices.
 
   Raises:
-    UserError: what `build` says against the configuration.
+    UserError: as `setup.build` raises it.
   """
   run = outline(config, lengths)
   about = run.compile().memory_analysis()
-  kept = run.state.reference  # of one that follows the policy
+  kept = run.state.reference  # where the reference follows the policy
   held = {
     "params": memory.held(run.state.params),
     "reference": memory.held(run.reference if kept is None else kept),
     "optimiser": memory.held(run.state.opt_state),
     "step": about.temp_size_in_bytes + about.output_size_in_bytes - about.alias_size_in_bytes,
   }
-  count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+  def count(tree: PyTree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
   batch = run.batch
   adapted = bool(config.lora.rank or config.lora.path)
   flops = step_flops(
@@ -174,7 +177,7 @@ def plan(config: ConfigDict, lengths: Lengths) -> dict[str, Any]:
 
 
 def _model_config(config: ConfigDict) -> ModelConfig:
-  """Of a folder's config.json, or of a model made from nothing."""
+  """Reads the shape of the model from its folder's config.json or from `model.scratch`."""
   if config.model.path:
     return hf_checkpoint.read_config(config.model.path)
   if not config.model.scratch:
@@ -190,10 +193,12 @@ def _completions(config: ConfigDict, loss: losses.Loss) -> int:
 
 
 def _as(shapes: PyTree, dtype: str) -> PyTree:
+  """Returns the same shapes in another type."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), shapes)
 
 
 def _shapes_of(tree: PyTree) -> PyTree:
+  """Returns the shapes and types of arrays."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
@@ -244,7 +249,7 @@ def _batch(
   return next(stream)
 
 
-# What may be changed to save memory: fields and their values, where they are not so already.
+# Changes that may save memory: fields and their values, where they are not so already.
 _CHANGES: tuple[dict[str, Any], ...] = (
   {"model.remat": "full"},
   {"train.accumulate": 2},  # times what it is
@@ -257,7 +262,7 @@ _CHANGES: tuple[dict[str, Any], ...] = (
 
 
 def changes(config: ConfigDict, devices: int) -> Iterator[tuple[str, ConfigDict]]:
-  """Configurations that may take less, each with the flags that make it."""
+  """Yields configurations that may need less memory, each with the flags that make it."""
   loss = losses.resolve(config.loss.name, **_given(config))
   for change in _CHANGES:
     values = dict(change)
@@ -267,6 +272,7 @@ def changes(config: ConfigDict, devices: int) -> Iterator[tuple[str, ConfigDict]
         continue
     if "parallel.fsdp" in values:
       values["parallel.fsdp"] = devices // config.parallel.tensor
+    # A change of the reference alone does nothing where no reference is kept on the devices.
     refers = (
       any(name.startswith("reference.") for name in values) and "model.param_dtype" not in values
     )
@@ -289,7 +295,7 @@ def _value(config: ConfigDict, name: str) -> Any:
 
 
 def show(found: dict[str, Any]) -> Iterator[str]:
-  """The lines of a plan."""
+  """Yields the lines of a plan."""
   trained, whole = found["trained"], found["parameters"]
   yield f"parameters   {whole:,}" + ("" if trained == whole else f", trained {trained:,}")
   yield f"micro-batch  {found['rows']} rows of {found['row_length']} tokens"

@@ -186,7 +186,7 @@ def test_two_writers_do_not_harm_each_other(tmp_path, monkeypatch):
 def test_what_is_no_store_is_left_alone(tmp_path):
   (tmp_path / "mine").mkdir()
   (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-  with pytest.raises(UserError, match="mine holds files and is no reference store"):
+  with pytest.raises(UserError, match="mine holds files and is not a reference store"):
     reference_cache.Store(tmp_path / "mine", KEY)
   assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
   with pytest.raises(UserError, match=r"thesis\.txt is a file"):
