@@ -47,8 +47,8 @@ def make_pairs(
 ) -> Iterator[dict[str, list[int]]]:
   """Preference rows of random token ids with log-normal lengths.
 
-  All lengths are drawn first, those of prompts before those of completions, then the ids row by row:
-  a program of another library that does so too trains on the very same rows.
+  All lengths are drawn first, those of prompts before those of completions, then the ids row by
+  row: a program of another library that does so too trains on the very same rows.
 
   Args:
     vocab: number of ids.
@@ -191,7 +191,8 @@ def measure_generation(
 ) -> dict[str, Any]:
   """Measures the rates of prefill and decoding, for completions that never end early.
 
-  A completion of one token takes the prefill alone: its time is subtracted from that of longer ones.
+  A completion of one token takes the prefill alone: its time is subtracted from that of longer
+  ones.
 
   Args:
     config, params: the model, its parameters placed where rows are to be generated.
@@ -331,7 +332,7 @@ def _tokens(example: Example) -> tuple[int, int, int]:
   """Counts tokens of an example: distinct inputs, scored ones, and all with the prompt repeated."""
   scored = sum(map(len, example.completions))
   prompt = len(example.prompt)
-  # Nothing predicts a prompt's first token, and nothing is predicted from a completion's last.
+  # The prompt's last token is an input of every completion, in place of the completion's own last.
   return prompt - 1 + scored, scored, len(example.completions) * prompt + scored
 
 
