@@ -26,12 +26,16 @@ FIELDS = (
 
 
 def section(**fields) -> ConfigDict:
-  """One section of a configuration."""
+  """Makes one section of a configuration."""
   return ConfigDict(fields)
 
 
 def parse(arg: str, known: tuple[str, ...]) -> dict[str, str]:
-  """`key=value,key=value` after the colon of --config, as a dictionary."""
+  """Parses `key=value,key=value`, written after the colon of --config, into a dictionary.
+
+  Raises:
+    UserError: a part has no value, or a key that is not known.
+  """
   given = {}
   for part in filter(None, arg.split(",")):
     key, equals, value = part.partition("=")
@@ -42,7 +46,11 @@ def parse(arg: str, known: tuple[str, ...]) -> dict[str, str]:
 
 
 def number(given: dict[str, str], key: str, default: float) -> float:
-  """The number given for `key`, or the default."""
+  """Returns the number given for `key`, or the default.
+
+  Raises:
+    UserError: what is given is not a number.
+  """
   try:
     return float(given.get(key, default))
   except ValueError:
@@ -50,11 +58,12 @@ def number(given: dict[str, str], key: str, default: float) -> float:
 
 
 def loss(name: str, **given) -> ConfigDict:
-  """The loss section: a name, and a place for every argument and modifier, None where not given.
+  """Makes the loss section: a name, and every argument and modifier, None where not given.
 
   So `--config.loss.name=robust --config.loss.label_smoothing=0.2` works on any configuration, and
   an argument the chosen loss does not read is an error, never silence.
   """
+  # The arguments of every loss, since a flag can only set a field that exists.
   taken = {key: float for known in losses.LOSSES for key in losses.arguments(known)}
   types = taken | losses.modifiers()
   section = ConfigDict(
@@ -65,55 +74,57 @@ def loss(name: str, **given) -> ConfigDict:
 
 
 def get_config() -> ConfigDict:
-  """The defaults themselves; not a run, since no model and no data are named."""
+  """Returns the defaults themselves: no run, since no model and no data are named."""
   return ConfigDict(
     {
       "seed": 0,
       "model": section(
         path="",  # Hugging Face folder to start from; "" starts from `scratch`
-        tokenizer="",  # folder of the tokenizer; "" takes model.path
-        scratch=ConfigDict(),  # fields of a config.json, for a model trained from nothing
+        tokenizer="",  # folder of the tokenizer; "" is model.path
+        scratch=ConfigDict(),  # fields of a config.json, for a model from random init
         compute_dtype="float32",  # of matrix products: float32 or bfloat16
         param_dtype="float32",  # of the policy's parameters
         remat="dots",  # what the backward pass recomputes: none, dots or full
         attention="auto",  # auto, or tiles (CPU), cudnn (GPU), splash (TPU), blocked, xla
       ),
       "reference": section(
-        path="",  # Hugging Face folder of the reference; "" is the policy as it starts
+        path="",  # Hugging Face folder of the reference; "" is the initial policy
         param_dtype="float32",
-        sync_every=0,  # steps after which the reference follows the policy (TR-DPO); 0 is never
-        store="",  # folder where its log-probs are kept for this run and others; "" for none
-        sync_alpha=0.6,  # how far it goes: 1 makes it the policy, 0.6 so much of the way
+        sync_every=0,  # steps between syncs of the reference with the policy (TR-DPO); 0 is never
+        store="",  # folder that stores its log-probs for this run and others; "" for none
+        sync_alpha=0.6,  # at a sync, reference = 0.6 policy + 0.4 reference; 1 copies the policy
       ),
       "lora": section(
-        rank=0,  # of adapters that are trained in place of the model; 0 trains the model itself
-        alpha=16.0,  # their update counts alpha / rank
-        rs=False,  # or alpha / sqrt(rank), which keeps its size at high ranks
+        rank=0,  # of adapters, trained instead of the model; 0 trains the model itself
+        alpha=16.0,  # the update of an adapter is scaled by alpha / rank
+        rs=False,  # True scales it by alpha / sqrt(rank), which keeps its size at high ranks
         dropout=0.0,  # probability that an adapter does not see an input, in training
-        target="all-linear",  # maps that get one, such as q_proj,v_proj, or query, or mlp.c_proj
-        path="",  # adapter folder to go on from, with its own rank, alpha, rs and target
+        target="all-linear",  # layers with adapters, such as q_proj,v_proj, or query, or mlp.c_proj
+        path="",  # adapter folder to start from, with its own rank, alpha, rs and target
       ),
       "data": section(
-        path="",  # preferences (or texts, for loss sft) to train on
-        eval_path="",  # held-out rows; "" sets eval_fraction of data.path aside, by prompt
+        path="",  # file of preferences (or texts, for loss sft) to train on
+        eval_path="",  # held-out rows; "" holds out eval_fraction of the prompts of data.path
         eval_fraction=0.1,
-        eval_limit=512,  # at most so many held-out rows
-        fields=section(**dict.fromkeys(FIELDS, "")),  # their names, in rows of another form
+        eval_limit=512,  # most held-out rows
+        fields=section(
+          **dict.fromkeys(FIELDS, "")
+        ),  # names of the fields in rows of another format
         template="",  # values that the chat template reads, as JSON: {"enable_thinking": false}
-        max_length=512,  # tokens of a prompt and one answer together
-        prompt_floor=64,  # tokens of a prompt that are never cut; cutting starts at its left
-        truncation="drop",  # pairs whose answers do not fit: drop, or cut
+        max_length=512,  # most tokens of a prompt and one completion together
+        prompt_floor=64,  # last tokens of a prompt that are never cut; it is cut from the left
+        truncation="drop",  # pairs whose completions do not fit: drop, or cut
         layout="shared",  # shared (prompt once, packed), packed, or padded
-        balance=True,  # batches of about as many tokens each: rows are exchanged with neighbours
-        row_length=0,  # tokens of a row; 0 is a length that suits the data
+        balance=True,  # equal tokens per batch: neighbouring batches exchange examples
+        row_length=0,  # tokens per row; 0 is a length that suits the data
       ),
       "loss": loss("sigmoid"),
       "on_policy": section(
-        reward="",  # a named reward or module:function; "" learns from data.path as it stands
-        num=4,  # answers sampled to a prompt of data.path, at every step
-        max_tokens=64,  # of an answer
+        reward="",  # name of a reward, or module:function; "" trains on data.path as it is
+        num=4,  # completions sampled per prompt of data.path, at every step
+        max_tokens=64,  # most tokens of a completion
         temperature=1.0,
-        prefer="rank",  # pairs of the samples: rank (best, worst), or bradley_terry (by chance)
+        prefer="rank",  # pairs of samples: rank (best, worst), or bradley_terry (at random)
       ),
       "optimizer": section(
         learning_rate=1e-5,
@@ -127,29 +138,29 @@ def get_config() -> ConfigDict:
         clip_norm=1.0,  # 0 for no clipping
       ),
       "train": section(
-        steps=0,  # 0 is as many as `epochs` takes
+        steps=0,  # updates; 0 is as many as `epochs` needs
         epochs=1.0,
-        batch_size=32,  # pairs of one update, over all devices and micro-batches
-        accumulate=1,  # micro-batches an update is added up from
-        # weight of the term that spreads tokens over experts; None is what the model's folder says
+        batch_size=32,  # pairs per update, over all devices and micro-batches
+        accumulate=1,  # micro-batches per update, whose gradients are summed
+        # weight of the load-balancing loss of experts; None is the one of the model's folder
         router_balance=config_dict.placeholder(float),
       ),
       "eval": section(
-        every=100,  # steps; 0 only at the end
-        batch_size=0,  # pairs; 0 as in train
-        samples=0,  # answers sampled to held-out prompts, for KL, entropy, repetition; 0 for none
+        every=100,  # steps between evaluations; 0 is only at the end
+        batch_size=0,  # pairs per forward pass; 0 is a micro-batch of train
+        samples=0,  # completions of held-out prompts, for KL, entropy, repetition; 0 for none
       ),
       "checkpoint": section(every=500, keep=2),  # steps (0 only at the end); how many of the latest
       "parallel": section(
-        mode="mesh",  # mesh, or pmap (copies of everything, rows divided)
-        devices=0,  # 0 takes all there are; those that the next three leave hold copies
-        fsdp=1,  # devices among which parameters and rows are divided
-        sequence=1,  # devices among which the tokens of a row are divided
-        tensor=1,  # devices among which parameters are divided, and the products with them
+        mode="mesh",  # mesh, or pmap (parameters replicated, rows divided)
+        devices=0,  # 0 is all; what the next three do not divide is replicated over the rest
+        fsdp=1,  # devices that parameters and rows are divided among
+        sequence=1,  # devices that the tokens of a row are divided among
+        tensor=1,  # devices that parameters, and the products with them, are divided among
         offload_optimizer=False,  # keeps its state in the host's memory between updates
-        coordinator="",  # of several processes: the first's HOST:PORT, or auto (TPU pod, SLURM)
-        processes=0,  # how many there are, with HOST:PORT
-        process=0,  # which of them this is, from 0
+        coordinator="",  # for several processes: HOST:PORT of the first, or auto (TPU pod, SLURM)
+        processes=0,  # number of processes, with HOST:PORT
+        process=0,  # number of this process, from 0
       ),
     }
   )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +23,15 @@ from dpo_jax.structs import Array, PyTree, Routing, TokenBatch
 
 
 class TrainState(NamedTuple):
-  """All that evolves, and all that a checkpoint holds of the training state.
+  """Everything that evolves in training, and everything that a checkpoint keeps.
 
   Attributes:
     step: updates made.
-    params: what is trained: the policy, or the adapters of one whose base is frozen.
-    opt_state: of the optimiser.
+    params: the trained parameters: the policy, or the adapters of one whose base is frozen.
+    opt_state: state of the optimizer.
     running_stats: running statistics that the loss reads (bco_pair's δ, kto's KL); empty for most.
-    reference: the reference, if it follows the policy (TR-DPO); otherwise None, and never here.
+    reference: the reference's parameters if it follows the policy (TR-DPO), otherwise None: a
+      frozen reference is an argument of the step, and no part of its state.
   """
 
   step: Array
@@ -41,47 +42,115 @@ class TrainState(NamedTuple):
 
 
 class Sync(NamedTuple):
-  """TR-DPO: every so many steps the reference becomes α π + (1-α) π_ref, in parameters.
+  """The rule by which a reference follows the policy (TR-DPO).
 
-  α = 1 is the hard update, below 1 the soft one. Gorbatovski et al. 2024, eq. 4 and 5.
+  Every `every` steps the reference's parameters become α policy + (1-α) reference. α = 1 is the
+  hard update, below 1 the soft one. Gorbatovski et al. 2024, eq. 4 and 5.
   """
 
   every: int
   alpha: float
 
 
-class Objective(NamedTuple):
-  """What is minimised, as static arguments of the step.
+class Forward(Protocol):
+  """A forward pass of a language model: (params, batch, key) -> log-probs of every slot.
+
+  It returns logps_NS in nats, or a `Scored` where a loss reads more of the pass than that. The key
+  is for dropout, and only given where the objective has a `dropout_seed`.
+  """
+
+  def __call__(self, params: PyTree, batch: TokenBatch, *key: jax.Array) -> Array | Scored: ...
+
+
+class LiveReference(NamedTuple):
+  """A reference that every step computes, from parameters beside those of the policy.
 
   Attributes:
-    logps_fn: (params, batch, key=None) -> logps_NS, nats; the key is for dropout.
+    sync: how it follows the policy; it is then part of the state. None for a frozen one.
+  """
+
+  sync: Sync | None = None
+
+
+class StoredReference(NamedTuple):
+  """A reference whose log-probs every batch brings along: no parameters are needed.
+
+  Attributes:
+    logps_fn: batch -> logps_NS, nats, such as `logprobs.make_stored_fn` makes.
+  """
+
+  logps_fn: Callable[[TokenBatch], Array]
+
+
+class NoReference(NamedTuple):
+  """The absence of a reference: the loss reads none."""
+
+
+Reference = LiveReference | StoredReference | NoReference
+
+
+def _trained_is_policy(trained: PyTree, reference_params: PyTree | None) -> PyTree:
+  del reference_params
+  return trained
+
+
+class Objective(NamedTuple):
+  """An objective to minimise, as static arguments of the step.
+
+  Attributes:
+    logps_fn: the forward pass, of the policy and of a live reference alike.
     loss: from `losses.resolve`.
-    completions: K, slots of a row of data: 1 for text, 2 for pairs and unpaired rows.
-    scored_fn: as logps_fn -> `Scored`, with all that the policy's pass is asked for beside its
-      log-probs; None where they are all.
-    sync: how the reference follows the policy; None if it does not.
+    completions: K, slots of an example: 1 for text, 2 for pairs and unpaired examples.
+    reference: how the reference's log-probs come about; None is live where the loss reads any.
     policy: (trained, reference_params) -> the policy's parameters; what is trained, unless given.
     dropout_seed: of the keys of dropout, which go by it and the step; None for no dropout.
     balance: weight of the term that spreads tokens over the experts of a mixture.
-    stored_fn: batch -> logps_NS of a reference whose log-probs the batches bring along; None where
-      they are computed.
   """
 
-  logps_fn: logprobs.LogpsFn
+  logps_fn: Forward
   loss: Loss
   completions: int = 2
-  scored_fn: Callable[..., Scored] | None = None
-  sync: Sync | None = None
-  policy: Callable[[PyTree, PyTree | None], PyTree] = lambda trained, reference_params: trained
+  reference: Reference | None = None
+  policy: Callable[[PyTree, PyTree | None], PyTree] = _trained_is_policy
   dropout_seed: int | None = None
   balance: float = 0.0
-  stored_fn: Callable[[TokenBatch], Array] | None = None
+
+  @property
+  def reference_kind(self) -> Reference:
+    """The kind of reference: as given, or live where the loss reads one."""
+    if self.reference is not None:
+      return self.reference
+    return LiveReference() if self.loss.needs_reference else NoReference()
+
+  @property
+  def sync(self) -> Sync | None:
+    """The rule by which the reference follows the policy; None where it does not."""
+    kind = self.reference_kind
+    return kind.sync if isinstance(kind, LiveReference) else None
+
+  def scored(self, params: PyTree, batch: TokenBatch, *key: jax.Array) -> Scored:
+    """Runs the forward pass; returns log-probs and all else that it reports."""
+    found = self.logps_fn(params, batch, *key)
+    return found if isinstance(found, Scored) else Scored(found)
+
+  def logps(self, params: PyTree, batch: TokenBatch) -> Array:
+    """Runs the forward pass without dropout; returns logps_NS in nats, and nothing else of it."""
+    return self.scored(params, batch).logps_NS
+
+  def reference_logps(self, reference_params: PyTree | None, batch: TokenBatch) -> Array | None:
+    """Returns the reference's logps_NS of a batch in nats, however they come about, or None."""
+    kind = self.reference_kind
+    if isinstance(kind, NoReference):
+      return None
+    if isinstance(kind, StoredReference):
+      return kind.logps_fn(batch)
+    return self.logps(reference_params, batch)
 
 
 def init_state(
   params: PyTree, tx: optax.GradientTransformation, loss: Loss | None = None
 ) -> TrainState:
-  """Step 0 of a run from its initial parameters; a reference that follows is put in afterwards."""
+  """Returns the state at step 0; a reference that follows the policy is put in afterwards."""
   start = {key: jnp.float32(value) for key, value in (loss.running_stats if loss else {}).items()}
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), start)
 
@@ -97,13 +166,27 @@ def batch_sums(
   running_stats: dict[str, Array] | None = None,
   alignment_NS: Array | None = None,
 ) -> tuple[metrics.Sums, Array]:
-  """Loss and metrics of some slots as sums with counts, and which slots have a loss not finite.
+  """Computes loss and metrics as sums with counts, and flags slots whose loss is not finite.
 
   The loss of an empty slot is finite and its weight zero. Leading axes of slots may be joined:
-  any [N, S] whose rows hold runs of K slots will do.
+  any [N, S] will do whose rows are runs of K slots.
+
+  Args:
+    objective: gives the loss, and K.
+    logps_NS, reference_NS: log-probs under policy and reference, nats; None without a reference.
+    slots: of the same shape.
+    running_stats: those of the state.
+    alignment_NS: mean alignment of the tokens of every slot, for WPO; None for no weights.
+
+  Returns:
+    The sums, and bad_NS.
   """
   loss, completions = objective.loss, objective.completions
-  by = lambda x_NS: x_NS.reshape(-1, completions)
+
+  def by(x_NS: Array) -> Array:
+    """Joins rows, and puts the K slots of an example side by side: [B, K]."""
+    return x_NS.reshape(-1, completions)
+
   weight_BK, score_BK = by(slots.weight_NS), by(slots.score_NS)
   weight_B = weight_BK[:, 0]
   supplied = (running_stats or {}) | {"weight_B": weight_B}
@@ -138,7 +221,7 @@ def batch_sums(
 
 
 def loss_count(objective: Objective, slots: Slots) -> Array:
-  """What the loss is averaged over: weighted tokens of text, weighted rows otherwise."""
+  """Counts what the loss is averaged over: weighted tokens of text, weighted examples otherwise."""
   if objective.loss.kind == "text":
     return jnp.sum(slots.tokens_NS * slots.weight_NS)
   return slots.weight_NS.reshape(-1, objective.completions)[:, 0].sum()
@@ -156,27 +239,28 @@ def train_step(
   tx: optax.GradientTransformation,
   axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-  """One update of the policy; `reference_params` is read and never written.
+  """Makes one update of the policy; `reference_params` is read and never written.
 
   Args:
-    state: the policy, its optimiser, the step number and what else evolves.
+    state: the policy, its optimizer, the step number and what else evolves.
     reference_params: the frozen reference, which adapters also take their base from; None where the
-      loss reads none, the state holds it or its log-probs are stored.
+      loss reads none, the state has it or its log-probs are stored.
     batch: every array with a leading axis of micro-batches, whose gradients are added exactly.
-    objective: what is minimised.
-    tx: the optimiser.
+    objective: the objective to minimise.
+    tx: the optimizer.
     axis_name: the device axis under pmap; None under jit, which reduces over its mesh by itself.
 
   Returns:
     The next state and its metrics: means over the global batch; `grad_norm` before clipping;
-    `rows` and `tokens`, of data, that the batch held; `nonfinite_row_ANS`, of all slots of the
-    global batch, the data row of one whose loss is not finite, and -1 for the others.
+    `rows` and `tokens`, examples and their tokens in the batch; `nonfinite_row_ANS`, for every slot
+    of the global batch the data row if its loss is not finite, and -1 otherwise.
   """
   if state.reference is not None:
     reference_params = state.reference
   grads, sums, bad_ANS = _gradient(objective, state, reference_params, batch, axis_name)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
+  # The one division: sums and counts are those of the global batch by now.
   means = metrics.divide(sums)
   following = state._replace(
     step=state.step + 1,
@@ -192,7 +276,7 @@ def train_step(
 def _facts(
   objective: Objective, batch: TokenBatch, bad_ANS: Array, axis_name: str | None
 ) -> dict[str, Array]:
-  """What is told of a global batch beside its metrics."""
+  """Counts examples and tokens of a global batch, and names the rows of its bad slots."""
   bad_row_ANS = jnp.where(bad_ANS, batch.row_NS, -1)
   counts = {
     "rows": (batch.row_NS >= 0).sum() // objective.completions,
@@ -211,10 +295,23 @@ def _gradient(
   batch: TokenBatch,
   axis_name: str | None,
 ) -> tuple[PyTree, metrics.Sums, Array]:
-  """Gradient and metric sums of a global batch, and which slots have a loss not finite."""
+  """Computes the gradient of a global batch, a micro-batch at a time.
+
+  The order is important:
+    1. The reference's log-probs, of which nothing is differentiated.
+    2. For a loss that looks at the whole batch, the policy's log-probs of all micro-batches.
+    3. For every micro-batch, the log-probs again; the loss's slope with respect to them; and that
+       slope pulled back to the parameters.
+
+  Returns:
+    The gradient; sums and counts of the metrics; and which slots have a loss that is not finite.
+  """
+
   # psum stays outside the differentiated function: inside, pmap's gradients are device-count times
   # too large.
-  total = lambda x: x if axis_name is None else jax.lax.psum(x, axis_name)
+  def total(x: PyTree) -> PyTree:
+    return x if axis_name is None else jax.lax.psum(x, axis_name)
+
   slots_A = logprobs.slots_of(batch)
   count = total(loss_count(objective, slots_A))
   # d loss / d logps of some slots, their sums, and which are not finite.
@@ -223,9 +320,10 @@ def _gradient(
   policy_fn = _policy_fn(objective, state.step, reference_params)
 
   reference_ANS = None
-  if objective.loss.needs_reference:
-    forward = objective.stored_fn or (lambda micro: objective.logps_fn(reference_params, micro))
-    reference_ANS = jax.lax.stop_gradient(jax.lax.map(forward, batch))
+  if not isinstance(objective.reference_kind, NoReference):
+    # One micro-batch at a time, as the policy's: no array of activations spans several.
+    reference_fn = functools.partial(objective.reference_logps, reference_params)
+    reference_ANS = jax.lax.stop_gradient(jax.lax.map(reference_fn, batch))
   ready_A = None
   if objective.loss.batch_wide and len(batch.ids_NL) > 1:
     # Every micro-batch is seen before any of them is differentiated: one more forward pass.
@@ -258,28 +356,27 @@ def _gradient(
 def _policy_fn(
   objective: Objective, index: Array, reference_params: PyTree | None
 ) -> Callable[[PyTree, TokenBatch], Scored]:
-  """(trained, micro-batch) -> `Scored` of the policy at a step."""
+  """Returns the policy's forward pass at a step: (trained, micro-batch) -> `Scored`."""
   keys: tuple[jax.Array, ...] = ()
   if objective.dropout_seed is not None:
-    # The same key on every device: what is dropped goes by the data row of a token.
+    # The same key on every device: which inputs are dropped depends on a token's data row alone, so
+    # that it does not depend on how rows are divided.
     keys = (jax.random.fold_in(jax.random.key(objective.dropout_seed), index),)
 
   def policy_fn(trained: PyTree, micro: TokenBatch) -> Scored:
-    params = objective.policy(trained, reference_params)
-    if objective.scored_fn is None:
-      return Scored(objective.logps_fn(params, micro, *keys))
-    return objective.scored_fn(params, micro, *keys)
+    return objective.scored(objective.policy(trained, reference_params), micro, *keys)
 
   return policy_fn
 
 
 def _balance(routing: Routing, weight: float) -> tuple[Array, metrics.Sums]:
-  """d(weight · balance) / d probs_E of one micro-batch over all devices, and the balance.
+  """Computes d(weight · balance) / d probs_E of one micro-batch over all devices, and the balance.
 
     balance = E Σ_e f_e P_e,   f_e = chosen_e / tokens,   P_e = probs_e / tokens
 
-  The number of chosen experts where all are alike, more where a few are favoured. It is of a whole
-  micro-batch, so it is no sum over micro-batches. Fedus et al. 2021, eq. 4 to 6.
+  It equals the number of chosen experts where all are used equally, and is larger where a few are
+  favoured. A product of two means over a micro-batch, it is no sum over micro-batches. Fedus et al.
+  2021, eq. 4 to 6.
   """
   experts = len(routing.chosen_E)
   slope_E = experts * routing.chosen_E / jnp.square(routing.tokens.astype(jnp.float32))
@@ -288,6 +385,8 @@ def _balance(routing: Routing, weight: float) -> tuple[Array, metrics.Sums]:
 
 
 def _slope(objective, count, running_stats, logps_NS, reference_NS, slots, alignment_NS=None):
+  """Computes d mean loss / d logps_NS of some slots, their sums, and which are not finite."""
+
   def mean_loss(logps_NS):
     sums, bad_NS = batch_sums(objective, logps_NS, reference_NS, slots, running_stats, alignment_NS)
     return sums["loss"][0] / count, (sums, bad_NS)
@@ -297,42 +396,54 @@ def _slope(objective, count, running_stats, logps_NS, reference_NS, slots, align
 
 
 def _globally(fn, axis_name):
-  """`fn` of the slots of all devices, of which this one keeps its own; sums are those of all.
+  """Makes `_slope` see the slots of all devices; each device keeps the slopes of its own slots.
 
-  Every device then adds the same sums and the same counts, which leaves their ratios as they are.
+  The sums are those of all slots. Every device then adds the same sums and the same counts, which
+  leaves their ratios as they are.
   """
   if axis_name is None:
     return fn
 
   def over_devices(objective, count, running_stats, *parts):
     rows = len(parts[0])
-    gather = lambda x: jax.lax.all_gather(x, axis_name, tiled=True)
-    slope_NS, sums, bad_NS = fn(objective, count, running_stats, *jax.tree.map(gather, parts))
+    everywhere = jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), parts)
+    slope_NS, sums, bad_NS = fn(objective, count, running_stats, *everywhere)
     start = jax.lax.axis_index(axis_name) * rows
-    own = lambda x_NS: jax.lax.dynamic_slice_in_dim(x_NS, start, rows)
+
+    def own(x_NS: Array) -> Array:
+      return jax.lax.dynamic_slice_in_dim(x_NS, start, rows)
+
     return own(slope_NS), sums, own(bad_NS)
 
   return over_devices
 
 
 def _joined(fn):
-  """`fn` of all micro-batches at once; its sums are shared out so that they add up again."""
+  """Makes `_slope` see all micro-batches at once, its sums divided so that they add up again."""
 
   def over_micro_batches(*parts):
     leading = parts[0].shape[:2]
-    join = lambda x_ANS: x_ANS.reshape(-1, *x_ANS.shape[2:])
-    slope_NS, sums, bad_NS = fn(*jax.tree.map(join, parts))
-    part = lambda x_NS: x_NS.reshape(*leading, *x_NS.shape[1:])
-    share = lambda x: jnp.broadcast_to(x / leading[0], leading[:1])
-    return part(slope_NS), jax.tree.map(share, sums), part(bad_NS)
+    joined = jax.tree.map(lambda x_ANS: x_ANS.reshape(-1, *x_ANS.shape[2:]), parts)
+    slope_NS, sums, bad_NS = fn(*joined)
+
+    def split(x_NS: Array) -> Array:
+      return x_NS.reshape(*leading, *x_NS.shape[1:])
+
+    # The caller adds the sums of A micro-batches: each is given an A-th.
+    shares = jax.tree.map(lambda x: jnp.broadcast_to(x / leading[0], leading[:1]), sums)
+    return split(slope_NS), shares, split(bad_NS)
 
   return over_micro_batches
 
 
 def _followed(state: TrainState, params: PyTree, sync: Sync | None) -> PyTree | None:
-  """The reference after a step: as it was, or on a step that is due, nearer to the policy."""
+  """Returns the reference after a step: unchanged, or nearer to the policy where a sync is due."""
   if sync is None:
     return state.reference
+  # A share of 0 rather than a branch, so that one program serves all steps.
   share = jnp.where((state.step + 1) % sync.every == 0, sync.alpha, 0.0)
-  mix = lambda new, old: (share * new + (1 - share) * old).astype(old.dtype)
+
+  def mix(new: Array, old: Array) -> Array:
+    return (share * new + (1 - share) * old).astype(old.dtype)
+
   return jax.tree.map(mix, params, state.reference)

@@ -1,9 +1,9 @@
-"""What a run would take, worked out before any of it is there: no weights are read, and no data.
+"""The memory and FLOPs that a run would need, without any weights or data.
 
 The very step that training takes is compiled for shapes alone, over as many of JAX's CPU devices as
-the run is to have; what it holds is counted from the shapes, what it needs beside that is the
-compiler's own account. An accelerator's compiler lays out and fuses differently: its figure for
-activations is another, and what is held is the same.
+the run is to have. The bytes of its arguments are counted from the shapes; what it needs besides is
+what the compiler reports. An accelerator's compiler lays out and fuses differently: its figure for
+activations is another, that for the arguments is the same.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dpo_jax import losses, step
 from dpo_jax.benchmarking import timing
 from dpo_jax.benchmarking.flops import step_flops
 from dpo_jax.data import batches
+from dpo_jax.data.batches import Batching
 from dpo_jax.data.examples import Example
 from dpo_jax.distributed import memory
 from dpo_jax.distributed.executor import Executor
@@ -30,13 +31,14 @@ from dpo_jax.model import attention_kernels, families, lora, transformer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 from dpo_jax.training import setup
+from dpo_jax.training.datasets import BatchSettings
 
 
 class Lengths(NamedTuple):
-  """Of the rows that are planned for, log-normal as those of `timing.make_pairs`.
+  """Lengths of the examples that are planned for, log-normal as those of `timing.make_pairs`.
 
   Attributes:
-    mean: tokens of a prompt and one answer.
+    mean: tokens of a prompt and one completion.
     prompt_fraction: the prompt's share of them.
     sigma: standard deviation of the logarithm of each length.
   """
@@ -47,15 +49,15 @@ class Lengths(NamedTuple):
 
 
 class Outline(NamedTuple):
-  """A step of a run in shapes.
+  """A step of a run, in shapes alone.
 
   Attributes:
     executor: its devices.
     take: (state, reference, batch) -> the next state and metrics, not compiled.
-    state, reference: shapes that know where they lie.
-    batch: of synthetic rows, on host.
+    state, reference: shapes with their shardings.
+    batch: of synthetic examples, on host.
     policy: shapes of the whole policy.
-    live: whether the reference is computed along.
+    live: whether every step computes the reference.
   """
 
   executor: Executor
@@ -67,18 +69,20 @@ class Outline(NamedTuple):
   live: bool
 
   def compile(self) -> jax.stages.Compiled:
-    """The step that training takes, without an array."""
+    """Compiles the step that training takes, without an array."""
     batch = self.executor.abstract_batch(self.batch)
     return self.executor.lower_step(self.take, self.state, self.reference, batch).compile()
 
 
 def outline(config: ConfigDict, lengths: Lengths) -> Outline:
-  """A run's step in shapes.
+  """Describes a run's step in shapes.
 
   Raises:
-    UserError: what `build` says against the configuration.
+    UserError: as `setup.build` raises it.
   """
-  loss, settings, executor = setup.check(config)
+  checked = setup.check(config)
+  adapters = setup.describe_adapters(config)
+  loss, executor = checked.loss, checked.executor
   if executor.mode == "pmap":
     raise UserError(
       "parallel.mode is pmap, which holds what a mesh without parallel.fsdp and parallel.tensor"
@@ -86,18 +90,20 @@ def outline(config: ConfigDict, lengths: Lengths) -> Outline:
     )
   model_config = _model_config(config)
   attention = setup.choose_attention(config, model_config, executor)
-  _, objective = setup.make_objective(config, model_config, loss, settings, attention)
+  completions = _completions(config, loss)
+  setup.check_balance(config, model_config)
+  _, objective = setup.make_objective(
+    config, model_config, checked, adapters, attention, completions
+  )
   _, tx = setup.make_optimizer(config, config.train.steps or 1000)
-  objective = objective._replace(completions=_answers(config, loss))
-
-  live = loss.needs_reference and not config.reference.store
+  live = isinstance(objective.reference_kind, step.LiveReference)
   shapes = transformer.param_shapes(model_config)
   policy = _as(shapes, config.model.param_dtype)
   trained, reference_params = policy, _as(shapes, config.reference.param_dtype) if live else None
-  if settings:
+  if adapters:
     start = peft.load(config.lora.path, model_config)[1] if config.lora.path else None
-    trained = _shapes_of(start or lora.init(model_config, settings, config.seed))
-    reference_params = lora.attach(policy, trained, settings.scale) if start else policy
+    trained = _shapes_of(start or lora.init(model_config, adapters, config.seed))
+    reference_params = lora.attach(policy, trained, adapters.scale) if start else policy
   state = jax.eval_shape(functools.partial(step.init_state, tx=tx, loss=loss), trained)
   if objective.sync:
     state, reference_params = state._replace(reference=reference_params), None
@@ -107,12 +113,20 @@ def outline(config: ConfigDict, lengths: Lengths) -> Outline:
     state=executor.abstract(state),
     reference=None if reference_params is None else executor.abstract(reference_params),
     batch=_batch(
-      config,
-      model_config.vocab,
-      objective.completions,
       lengths,
-      groups=executor.groups,
-      texts=attention in attention_kernels.SEQUENCE_KERNELS,
+      model_config.vocab,
+      completions,
+      BatchSettings(
+        config.train.batch_size, config.train.accumulate, config.seed, config.data.balance
+      ),
+      Batching(
+        layout=config.data.layout,
+        row_length=config.data.row_length,
+        groups=executor.groups,
+        texts=attention in attention_kernels.SEQUENCE_KERNELS,
+      ),
+      max_length=config.data.max_length,
+      stored=bool(config.reference.store),
     ),
     policy=policy,
     live=live,
@@ -120,28 +134,31 @@ def outline(config: ConfigDict, lengths: Lengths) -> Outline:
 
 
 def plan(config: ConfigDict, lengths: Lengths) -> dict[str, Any]:
-  """What a step holds and computes.
+  """Works out the memory and FLOPs of a step.
 
   Returns:
     `parameters`, and `trained` of them; `devices`; bytes on the fullest device: `params` (what is
     trained), `reference` (with adapters: their base), `optimiser`, `step` (gradients, activations
-    and all else that the compiled step needs beside its arguments) and their sum, `total`;
+    and all else that the compiled step needs besides its arguments) and their sum, `total`;
     `kept_on_host`, bytes for every device; `flops_per_step`, on all devices; `rows` and
     `row_length` of a micro-batch on all devices.
 
   Raises:
-    UserError: what `build` says against the configuration.
+    UserError: as `setup.build` raises it.
   """
   run = outline(config, lengths)
   about = run.compile().memory_analysis()
-  kept = run.state.reference  # of one that follows the policy
+  kept = run.state.reference  # where the reference follows the policy
   held = {
     "params": memory.device_bytes(run.state.params),
     "reference": memory.device_bytes(run.reference if kept is None else kept),
     "optimiser": memory.device_bytes(run.state.opt_state),
     "step": about.temp_size_in_bytes + about.output_size_in_bytes - about.alias_size_in_bytes,
   }
-  count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+  def count(tree: PyTree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
   batch = run.batch
   adapted = bool(config.lora.rank or config.lora.path)
   flops = step_flops(
@@ -160,7 +177,7 @@ def plan(config: ConfigDict, lengths: Lengths) -> dict[str, Any]:
 
 
 def _model_config(config: ConfigDict) -> ModelConfig:
-  """Of a folder's config.json, or of a model made from nothing."""
+  """Reads the shape of the model from its folder's config.json or from `model.scratch`."""
   if config.model.path:
     return hf_checkpoint.read_config(config.model.path)
   if not config.model.scratch:
@@ -170,53 +187,69 @@ def _model_config(config: ConfigDict) -> ModelConfig:
   return families.from_hf(config.model.scratch.to_dict())
 
 
-def _answers(config: ConfigDict, loss: losses.Loss) -> int:
-  """Slots of a row of data; ranked answers are taken to be as many as on policy."""
+def _completions(config: ConfigDict, loss: losses.Loss) -> int:
+  """Returns the slots of an example; ranked completions are taken to be as many as on policy."""
   return {"text": 1, "pairs": 2, "unpaired": 2}.get(loss.kind, config.on_policy.num)
 
 
 def _as(shapes: PyTree, dtype: str) -> PyTree:
+  """Returns the same shapes in another type."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), shapes)
 
 
 def _shapes_of(tree: PyTree) -> PyTree:
+  """Returns the shapes and types of arrays."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def _batch(
-  config: ConfigDict, vocab: int, completions: int, lengths: Lengths, **batching: Any
+  lengths: Lengths,
+  vocab: int,
+  completions: int,
+  settings: BatchSettings,
+  batching: Batching,
+  *,
+  max_length: int,
+  stored: bool,
 ) -> TokenBatch:
-  """A batch of synthetic rows, laid out as those of training are."""
+  """Makes a batch of synthetic examples, laid out as those of training are.
+
+  Args:
+    lengths: of prompts and completions.
+    vocab: number of ids.
+    completions: of an example.
+    settings, batching: as in training.
+    max_length: most tokens of a prompt and one completion.
+    stored: whether the batch brings log-probs of a reference along.
+  """
   rows = timing.make_pairs(
     vocab,
-    pairs=max(256, 2 * config.train.batch_size),
+    pairs=max(256, 2 * settings.batch_size),
     mean_length=lengths.mean,
     prompt_fraction=lengths.prompt_fraction,
     sigma=lengths.sigma,
-    max_length=config.data.max_length,
-    seed=config.seed,
+    max_length=max_length,
+    seed=settings.seed,
   )
-  array = lambda ids: np.asarray(ids, np.int32)
   examples = []
   for number, row in enumerate(rows):
-    two = [array(row["chosen_ids"]), array(row["rejected_ids"])]
+    two = [np.asarray(row[name], np.int32) for name in ("chosen_ids", "rejected_ids")]
     some = tuple((two * completions)[:completions])
-    known = tuple(np.zeros(len(ids), np.float32) for ids in some) if config.reference.store else ()
-    examples.append(Example(array(row["prompt_ids"]), some, row=number, reference=known))
+    known = tuple(np.zeros(len(ids), np.float32) for ids in some) if stored else ()
+    prompt = np.asarray(row["prompt_ids"], np.int32)
+    examples.append(Example(prompt, some, row=number, reference=known))
   stream = batches.batches(
     examples,
-    batch_size=config.train.batch_size,
-    accumulate=config.train.accumulate,
-    seed=config.seed,
-    layout=config.data.layout,
-    row_length=config.data.row_length,
-    balance=config.data.balance,
-    **batching,
+    batch_size=settings.batch_size,
+    batching=batching,
+    accumulate=settings.accumulate,
+    seed=settings.seed,
+    balance=settings.balance,
   )
   return next(stream)
 
 
-# What may be changed to save memory: fields and their values, where they are not so already.
+# Changes that may save memory: fields and their values, where they are not so already.
 _CHANGES: tuple[dict[str, Any], ...] = (
   {"model.remat": "full"},
   {"train.accumulate": 2},  # times what it is
@@ -229,7 +262,7 @@ _CHANGES: tuple[dict[str, Any], ...] = (
 
 
 def changes(config: ConfigDict, devices: int) -> Iterator[tuple[str, ConfigDict]]:
-  """Configurations that may take less, each with the flags that make it."""
+  """Yields configurations that may need less memory, each with the flags that make it."""
   loss = losses.resolve(config.loss.name, **_given(config))
   for change in _CHANGES:
     values = dict(change)
@@ -239,6 +272,7 @@ def changes(config: ConfigDict, devices: int) -> Iterator[tuple[str, ConfigDict]
         continue
     if "parallel.fsdp" in values:
       values["parallel.fsdp"] = devices // config.parallel.tensor
+    # A change of the reference alone does nothing where no reference is kept on the devices.
     refers = (
       any(name.startswith("reference.") for name in values) and "model.param_dtype" not in values
     )
@@ -261,7 +295,7 @@ def _value(config: ConfigDict, name: str) -> Any:
 
 
 def show(found: dict[str, Any]) -> Iterator[str]:
-  """The lines of a plan."""
+  """Yields the lines of a plan."""
   trained, whole = found["trained"], found["parameters"]
   yield f"parameters   {whole:,}" + ("" if trained == whole else f", trained {trained:,}")
   yield f"micro-batch  {found['rows']} rows of {found['row_length']} tokens"

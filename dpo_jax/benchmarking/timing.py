@@ -27,7 +27,8 @@ from dpo_jax.model import transformer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 from dpo_jax.training import datasets
-from dpo_jax.training.setup import Run, fill_store
+from dpo_jax.training.loop import fill_store
+from dpo_jax.training.run import Run
 
 FIRST_WORD, END = 3, 2  # ids below 3 are special; an answer ends in 2
 _COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -46,17 +47,17 @@ def make_pairs(
 ) -> Iterator[dict[str, list[int]]]:
   """Preference rows of random token ids with log-normal lengths.
 
-  All lengths are drawn first, those of prompts before those of answers, then the ids row by row: a
-  program of another library that does so too trains on the very same rows.
+  All lengths are drawn first, those of prompts before those of completions, then the ids row by
+  row: a program of another library that does so too trains on the very same rows.
 
   Args:
     vocab: number of ids.
     pairs: rows.
-    mean_length: mean tokens of a prompt and one answer.
+    mean_length: mean tokens of a prompt and one completion.
     prompt_fraction: the prompt's share of them.
     sigma: standard deviation of the logarithm of each length.
-    max_length: most tokens of a prompt and one answer.
-    shortest: fewest tokens of an answer.
+    max_length: most tokens of a prompt and one completion.
+    shortest: fewest tokens of a completion.
     seed: of lengths and ids.
   """
   rng = np.random.default_rng(seed)
@@ -67,7 +68,10 @@ def make_pairs(
 
   prompts = draw(mean_length * prompt_fraction, pairs)
   completions = draw(mean_length * (1 - prompt_fraction), pairs, 2)
-  words = lambda count: rng.integers(FIRST_WORD, vocab, count).tolist()
+
+  def words(count: int) -> list[int]:
+    return rng.integers(FIRST_WORD, vocab, count).tolist()
+
   for drawn, both in zip(prompts, completions, strict=True):
     prompt = int(np.clip(drawn, 4, max_length - shortest))
     chosen, rejected = np.clip(both, shortest, max_length - prompt).astype(int).tolist()
@@ -88,7 +92,7 @@ def write_task(folder: pathlib.Path, vocab: int, **lengths: Any) -> tuple[str, s
 
 
 def _word(number: int) -> str:
-  """A different word for every number: " a", …, " z", " ba", …"""
+  """Returns a different word for every number: " a", …, " z", " ba", …"""
   letters = ""
   while number or not letters:
     number, digit = divmod(number, 26)
@@ -104,15 +108,15 @@ def measure(
   pace: Pace,
   started: float,
 ) -> dict[str, Any]:
-  """Rates, memory, compile time and utilisation of the run's step.
+  """Measures rates, memory, compile time and utilisation of the run's step.
 
   Every shape of batch that occurs is compiled before the clock starts; batches are made while it
-  runs, as in training. In lockstep each block is told as it ends; its `tokens` are counted as
-  trainers of padded rows do, the prompt once with every answer, while rates count it once.
+  runs, as in training. In lockstep each block is reported as it ends; its `tokens` are counted as
+  trainers of padded rows do, the prompt once with every completion, while rates count it once.
 
   Args:
-    run: what `build` made of a configuration.
-    params, reference: the initial parameters, on host.
+    run: the run, as `setup.build` returns it.
+    params, reference: the initial parameters, as `setup.build` returns them.
     pace: steps and blocks; rates are medians over blocks.
     started: `time.perf_counter()` when the command began.
   """
@@ -121,10 +125,11 @@ def measure(
   trained = _count(params)
   flops = step_flops(run.model_config, reference=live, adapters=trained if run.adapter else 0)
   take = _stepper(run, params, reference)
-  del params, reference
+  del params, reference  # their memory is part of what is measured
 
-  shape = lambda batch: tuple(x.shape for x in jax.tree.leaves(batch))
-  shapes = {shape(batch): batch for batch in _stream(run, pace.steps)}
+  shapes = {
+    tuple(x.shape for x in jax.tree.leaves(batch)): batch for batch in _stream(run, pace.steps)
+  }
   first, *others = shapes.values()
   take(first)
   first_step = time.perf_counter() - started
@@ -135,9 +140,12 @@ def measure(
   results = _time_blocks(run, take, pace, flops)
   if not results:
     return {"steps": 0}
-  ceiling, product = product_rate(run.config.model.compute_dtype)
+  ceiling, product = product_rate(run.settings.compute_dtype)
   (ceiling,) = _of_all([ceiling])
-  rate = lambda unit: statistics.median(block[unit] / block["seconds"] for block in results)
+
+  def rate(unit: str) -> float:
+    return statistics.median(block[unit] / block["seconds"] for block in results)
+
   per_pair = sum(block["flops"] for block in results) / sum(block["pairs"] for block in results)
   pairs = sorted(block["pairs"] / block["seconds"] for block in results)
   return {
@@ -156,10 +164,10 @@ def measure(
     "product": product,
     "parameters": _count(transformer.param_shapes(run.model_config)),
     "trained": trained,
-    "batch_size": run.config.train.batch_size,
-    "layout": run.config.data.layout,
+    "batch_size": run.data.settings.batch_size,
+    "layout": run.data.batching.layout,
     "attention": run.attention,
-    "compute_dtype": run.config.model.compute_dtype,
+    "compute_dtype": run.settings.compute_dtype,
     "compiled_shapes": len(shapes),
     "reference": "computed" if live else "stored" if run.store else "none",
     "steps": len(results) * pace.block_steps,
@@ -181,13 +189,14 @@ def measure_generation(
   dtype: str = "float32",
   seed: int = 0,
 ) -> dict[str, Any]:
-  """Rates of reading prompts and of writing answers, none of which ends before its last token.
+  """Measures the rates of prefill and decoding, for completions that never end early.
 
-  Answers of one token take reading alone, and are taken off what longer ones take.
+  A completion of one token takes the prefill alone: its time is subtracted from that of longer
+  ones.
 
   Args:
     config, params: the model, its parameters placed where rows are to be generated.
-    rows: prompts, each answered once, all in one batch.
+    rows: prompts, one completion each, all in one batch.
     prompt_tokens, new_tokens: of every row.
     blocks: repetitions; rates are medians over them.
     dtype: of activations and cache.
@@ -206,12 +215,15 @@ def measure_generation(
 
   seconds(1), seconds(new_tokens)  # compiles
   times = [(seconds(1), seconds(new_tokens)) for _ in range(blocks)]
-  median = lambda rates: round(statistics.median(rates), 1)
-  # Of a small model, a hiccup while reading can outlast the writing.
-  writing = [max(whole - reading, 1e-9) for reading, whole in times]
+
+  def median(rates: Iterator[float]) -> float:
+    return round(statistics.median(rates), 1)
+
+  # With a small model, a hiccup during prefill can last longer than all of the decoding.
+  decoding = [max(whole - prefill, 1e-9) for prefill, whole in times]
   return {
-    "prefill_tokens_per_second": median(rows * prompt_tokens / reading for reading, _ in times),
-    "decode_tokens_per_second": median(rows * (new_tokens - 1) / each for each in writing),
+    "prefill_tokens_per_second": median(rows * prompt_tokens / prefill for prefill, _ in times),
+    "decode_tokens_per_second": median(rows * (new_tokens - 1) / each for each in decoding),
     "tokens_per_second": median(rows * new_tokens / whole for _, whole in times),
     "batch_size": rows,
     "prompt_tokens": prompt_tokens,
@@ -226,11 +238,12 @@ def measure_generation(
 
 
 def _count(params: PyTree) -> int:
+  """Counts parameters, of arrays or of shapes."""
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def _listen_to_compiler() -> list[float]:
-  """A list that grows by the seconds of every compilation from here on."""
+  """Returns a list that grows by the seconds of every compilation from here on."""
   seconds: list[float] = []
   jax.monitoring.register_event_duration_secs_listener(
     lambda event, duration, **kwargs: seconds.append(duration) if event == _COMPILED else None
@@ -241,7 +254,7 @@ def _listen_to_compiler() -> list[float]:
 def _stepper(
   run: Run, params: PyTree, reference: PyTree | None
 ) -> Callable[[TokenBatch], dict[str, Any]]:
-  """One training step after another, each waited for."""
+  """Returns a function that takes one training step after another and waits for each."""
   executor = run.executor
   init = functools.partial(step.init_state, tx=run.tx, loss=run.objective.loss)
   state = executor.compile_init(init)(executor.place(params))
@@ -260,12 +273,13 @@ def _stepper(
 
 
 def _stream(run: Run, steps: int) -> Iterator[TokenBatch]:
-  feed = datasets.make_feed(run.config, run.data, None, 0, share=run.executor.share)
+  """Yields the batches of the first steps, as training makes them."""
+  feed = datasets.make_feed(run.data, None, 0, share=run.executor.share)
   return (feed(k, None)[0] for k in range(1, steps + 1))
 
 
 def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
-  """What is known of every block, in the order in which they ran."""
+  """Runs and measures the blocks; returns the counts and seconds of each, in order."""
   stream, results = _stream(run, pace.steps), []
   by_row = {example.row: example for example in run.data.examples}
   for _ in range(pace.warmup):
@@ -282,7 +296,7 @@ def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
         seen += batch.row_NS[batch.row_NS >= 0].tolist()
         real, room = real + (batch.pair_NL >= 0).sum(), room + batch.pair_NL.size
     completions = len(run.data.examples[0].completions)
-    # Every answer of a row is a slot of its own: each row is seen once an answer.
+    # Every completion of a row is a slot of its own, so each row is seen once per completion.
     counts = np.sum([_tokens(by_row[row]) for row in seen], axis=0) / completions
     counts = [len(seen) / completions, *counts, real, room]
     pairs, distinct, scored, repeated, real, room = _of_all(counts)
@@ -300,7 +314,7 @@ def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
     mine = report["cpu_s"]
     added = ("cpu_s", "rss_mb", "peak_rss_mb", "peak_memory_mb")
     report |= dict(zip(added, _of_all([report[name] for name in added]), strict=True))
-    # The others of this run are no other programs.
+    # The other processes of this run are not other programs.
     others = report["other_cores"] - (report["cpu_s"] - mine) / meter.wall_s
     report["other_cores"] = max(0.0, round(others, 3))
     tell({"pairs": pairs, "tokens": repeated} | report)
@@ -308,21 +322,22 @@ def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
 
 
 def _of_all(counts: Sequence[float]) -> list[float]:
-  """Added up over the processes of this run."""
+  """Adds counts up over the processes of this run."""
   if not processes.is_multiprocess():
     return list(map(float, counts))
   return multihost_utils.process_allgather(np.asarray(counts, np.float32)).sum(axis=0).tolist()
 
 
 def _tokens(example: Example) -> tuple[int, int, int]:
-  """Distinct input tokens of a pair, how many are scored, and all with the prompt in each text."""
-  scored = sum(len(answer) for answer in example.completions)
+  """Counts tokens of an example: distinct inputs, scored ones, and all with the prompt repeated."""
+  scored = sum(map(len, example.completions))
   prompt = len(example.prompt)
+  # The prompt's last token is an input of every completion, in place of the completion's own last.
   return prompt - 1 + scored, scored, len(example.completions) * prompt + scored
 
 
 def peak_memory_mb() -> float:
-  """Most memory held so far: of the accelerator, or of this process on a CPU. MB are 2^20 bytes."""
+  """Returns the peak of memory so far, of the accelerator or on a CPU of this process, in MiB."""
   stats = jax.local_devices()[0].memory_stats()
   if stats:
     return stats["peak_bytes_in_use"] / 2**20

@@ -7,7 +7,7 @@ the ones before it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,26 @@ from dpo_jax.data.packing import Sizes
 from dpo_jax.structs import TokenBatch, UserError
 
 WINDOW = 4096  # examples that neighbouring batches exchange at a time
+
+
+class Batching(NamedTuple):
+  """The layout of the rows of every batch of a run.
+
+  Attributes:
+    layout: "shared", "packed" or "padded".
+    row_length: L of packed and shared rows; 0 for one that suits the examples. Padded rows are as
+      long as the longest sequence.
+    groups: runs of rows that devices keep, on all hosts together.
+    texts: whether the sequences of rows are listed: see `collate.collate`.
+  """
+
+  layout: str = "shared"
+  row_length: int = 0
+  groups: int = 1
+  texts: bool = False
+
+
+_SHARED = Batching()
 
 
 def order(
@@ -99,16 +119,13 @@ def batches(
   examples: Sequence[Example],
   *,
   batch_size: int,
+  batching: Batching = _SHARED,
   accumulate: int = 1,
   seed: int = 0,
-  layout: str = "shared",
-  row_length: int | None = None,
-  groups: int = 1,
   shuffle: bool = True,
   start: int = 0,
   share: tuple[int, int] = (0, 1),
   balance: bool = False,
-  texts: bool = False,
 ) -> Iterator[TokenBatch]:
   """Returns an endless iterator of batches, reshuffled every epoch.
 
@@ -118,19 +135,15 @@ def batches(
   Args:
     examples: the pairs, in memory or lazy.
     batch_size: pairs per step, over all its micro-batches.
+    batching: the layout of the rows.
     accumulate: A, micro-batches per step.
     seed: of the shuffle.
-    layout: "shared", "packed" or "padded".
-    row_length: L of packed and shared rows; None or 0 chooses one that suits the examples. Padded
-      rows are as long as the longest sequence.
-    groups: G, the runs of rows that devices keep, on all hosts together.
     shuffle: False keeps the order of the data.
     start: step of the first batch; the steps before it are skipped, not replayed.
     share: (i, n) for host i of n. Every batch is divided among the hosts: no example is on two of
       them, and all their rows together do not depend on n.
     balance: True gives all batches, and all micro-batches, about equally many tokens (see `order`),
       so that less of their rows is padding.
-    texts: True lists the sequences of rows: see `collate.collate`.
 
   Returns:
     An iterator of `TokenBatch` of NumPy arrays, each with A as its leading axis.
@@ -146,17 +159,17 @@ def batches(
       f" try {batch_size // accumulate * accumulate or accumulate}"
     )
   micro = batch_size // accumulate
-  check_share(share, groups)
+  check_share(share, batching.groups)
   balance = balance and shuffle
-  row_length = row_length or suit_row_length(
+  row_length = batching.row_length or suit_row_length(
     examples,
-    layout,
+    batching.layout,
     batch_size=batch_size,
     accumulate=accumulate,
-    groups=groups,
+    groups=batching.groups,
     balance=balance,
   )
-  rows = _rows(examples, layout, row_length, groups, texts)
+  rows = _rows(examples, batching._replace(row_length=row_length))
   sizes = _usual_sizes(examples, micro, accumulate, rows, balance)
   # Costs of the shared layout whatever the layout is: the order must not depend on it.
   cost_B = packing.costs(*lengths(examples), "shared")
@@ -169,7 +182,7 @@ def batches(
     if balance:
       parts = [index[part] for part in packing.divide_evenly(cost_B[index], accumulate)]
     micro_batches = [Lazy.select(measured, part) for part in parts]
-    return collate_many(micro_batches, sizes=sizes, share=share, **rows)
+    return collate_many(micro_batches, sizes=sizes, share=share, **rows._asdict())
 
   known = cost_B if balance else None
   steps = order(len(examples), batch_size, seed=seed, shuffle=shuffle, cost_B=known).map(lay_out)
@@ -190,38 +203,34 @@ def eval_batches(
   examples: Sequence[Example],
   *,
   batch_size: int,
-  layout: str = "shared",
-  row_length: int | None = None,
-  groups: int = 1,
+  batching: Batching = _SHARED,
   share: tuple[int, int] = (0, 1),
-  texts: bool = False,
 ) -> Iterator[TokenBatch]:
   """Yields every example once, in order, in batches of one shape without an axis of micro-batches.
 
   The slots that the last batch lacks have weight 0; `row_NS` gives the data row of each slot.
-  Arguments as in `batches`.
+  `batching` and `share` are as in `batches`.
   """
   if not len(examples):
     return
-  rows = _rows(examples, layout, row_length, groups, texts)
+  rows = _rows(examples, batching)
   every = np.arange(len(examples))
   parts = np.split(every, every[batch_size::batch_size])
-  check_share(share, groups)
+  check_share(share, batching.groups)
   measured = Measured(lengths(examples))
   # From all batches, so that one shape suffices and evaluation compiles once.
-  sizes = fit_sizes([measured.select(part) for part in parts], **rows)
+  sizes = fit_sizes([measured.select(part) for part in parts], **rows._asdict())
   for part in parts:
-    yield collate(Lazy.select(examples, part), sizes=sizes, share=share, **rows)
+    yield collate(Lazy.select(examples, part), sizes=sizes, share=share, **rows._asdict())
 
 
-def _rows(
-  examples: Sequence[Example], layout: str, row_length: int | None, groups: int, texts: bool
-) -> dict:
-  """Returns keyword arguments of `collate`, after checking that every example fits in a row."""
-  if layout == "padded" or not row_length:
-    row_length = fit_row_length(examples, layout)
-  check_fits(examples, layout, row_length)
-  return {"layout": layout, "row_length": row_length, "groups": groups, "texts": texts}
+def _rows(examples: Sequence[Example], batching: Batching) -> Batching:
+  """Returns the batching with its row length chosen, after checking that every example fits."""
+  row_length = batching.row_length
+  if batching.layout == "padded" or not row_length:
+    row_length = fit_row_length(examples, batching.layout)
+  check_fits(examples, batching.layout, row_length)
+  return batching._replace(row_length=row_length)
 
 
 def suit_row_length(
@@ -270,7 +279,7 @@ def _sample_micro_batches(
 
 
 def _usual_sizes(
-  examples: Sequence[Example], size: int, accumulate: int, rows: dict, balance: bool
+  examples: Sequence[Example], size: int, accumulate: int, rows: Batching, balance: bool
 ) -> Sizes:
   """Returns sizes that suffice for the rows of most steps, by packing random micro-batches."""
   sampled = _sample_micro_batches(examples, size, balance)
@@ -278,6 +287,6 @@ def _usual_sizes(
   quantile, steps = (0.95, 64) if balance else (0.75, 8)
   # A step has the rows of the largest of its A micro-batches, which is below a quantile q with
   # probability q^A.
-  sizes = fit_sizes(sampled, quantile=quantile ** (1 / accumulate), steps=steps, **rows)
+  sizes = fit_sizes(sampled, quantile=quantile ** (1 / accumulate), steps=steps, **rows._asdict())
   # A margin of 1/32, since a later batch may need more scored tokens than any of these.
   return sizes._replace(scored=sizes.scored + sizes.scored // 32)

@@ -1,6 +1,6 @@
 """Checkpoints through Orbax: asynchronous, atomic, the latest few and the best kept.
 
-A checkpoint holds all that evolves (`TrainState`) and nothing else: never the frozen reference,
+A checkpoint contains all that evolves (`TrainState`) and nothing else: never the frozen reference,
 never a tree replicated over devices. The data position is the step itself.
 """
 
@@ -24,7 +24,7 @@ from dpo_jax.structs import PyTree, UserError
 
 
 def _reason(error: BaseException) -> str:
-  """The line that matters of an Orbax error, which hides what happened in its causes."""
+  """Finds the line that matters of an Orbax error, which hides the cause deep in a chain."""
   chain: list[BaseException] = []
   cause: BaseException | None = error
   while cause is not None and cause not in chain:
@@ -80,20 +80,21 @@ def _from_saved(saved: PyTree, like: PyTree) -> PyTree:
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-  """What to read a leaf as: its shape and type, where it says or on one device."""
+  """Describes how a leaf is read: its shape and type, to its own sharding or to one device."""
   place = getattr(leaf, "sharding", None)
   place = place or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def _steps(directory: pathlib.Path) -> list[int]:
+  """Lists the steps of whole checkpoints: Orbax renames a folder to its number at the end."""
   if not directory.is_dir():
     return []
   return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
 
 
 def latest_step(directory: str | pathlib.Path) -> int | None:
-  """The step of the latest whole checkpoint in a folder, None where there is none."""
+  """Returns the step of the latest whole checkpoint in a folder, None where there is none."""
   return max(_steps(pathlib.Path(directory)), default=None)
 
 
@@ -105,7 +106,8 @@ class Checkpoints:
     keep: how many of the latest stay.
     best: name of the metric whose best checkpoint stays as well; "" for none.
     higher: whether a larger value of that metric is better.
-    tidy: whether to remove what a killed run left half-written; only the run itself may.
+    tidy: whether to remove what a killed run left half-written; only the run itself may, since a
+      reader could remove what the run is writing.
   """
 
   def __init__(
@@ -120,6 +122,7 @@ class Checkpoints:
     policies = ocp.training.preservation_policies
     kept: list[Any] = [policies.LatestN(keep)]
     if best:
+      # Orbax keeps the largest: a metric of which less is better changes its sign.
       sign = 1.0 if higher else -1.0
       worst = -float("inf")
       kept.append(
@@ -143,20 +146,25 @@ class Checkpoints:
     self._orbax = self._open()
 
   def steps(self) -> list[int]:
-    """Steps of the whole checkpoints, in order: a folder gets its number when it is complete."""
+    """Lists the steps of the whole checkpoints, in order."""
     return _steps(self.directory)
 
   def latest(self) -> int | None:
-    """The step of the latest whole checkpoint, None where there is none."""
+    """Returns the step of the latest whole checkpoint, None where there is none."""
     return latest_step(self.directory)
 
   def save(self, step: int, state: PyTree, metrics: dict[str, float] | None = None) -> None:
     """Starts writing `state` as the checkpoint of `step`; returns before it is on disk.
 
+    Args:
+      step: updates made.
+      state: one copy of it, on devices; they may go on at once.
+      metrics: of an evaluation at that step, which decide which checkpoint is the best.
+
     Raises:
       UserError: this or the previous checkpoint could not be written; older ones stay whole.
     """
-    self.wait()
+    self.wait()  # one at a time, so that an error names the right step
     try:
       response = self._orbax.save_async(step, _to_saved(state), force=True, metrics=metrics)
     except Exception as error:
@@ -175,6 +183,7 @@ class Checkpoints:
       raise self._failure(step, error) from error
 
   def _failure(self, step: int, error: Exception) -> UserError:
+    """Returns the error of a checkpoint that could not be written."""
     self._failed = True
     whole = [s for s in self.steps() if s != step]
     kept = f"the checkpoint of step {whole[-1]} is whole" if whole else "no earlier one exists"
@@ -184,7 +193,7 @@ class Checkpoints:
     )
 
   def restore(self, like: PyTree, step: int | None = None) -> PyTree:
-    """The state saved at `step` (the latest by default), with the structure of `like`.
+    """Reads the state saved at `step` (the latest by default), with the structure of `like`.
 
     Leaves of `like` that name a sharding are read straight to it, whatever they were saved from;
     the others come back on host.
@@ -198,9 +207,13 @@ class Checkpoints:
     return jax.tree.map(placed, loaded, like)
 
   def restore_latest(self, like: PyTree) -> tuple[int, PyTree]:
-    """The latest state that can be read, and its step; says so where later ones cannot.
+    """Reads the latest state that can be read; reports later ones that cannot.
 
-    Those are put beside the folder, as `unreadable-STEP`, once an earlier one was read.
+    They are moved next to the folder, as `unreadable-STEP`, once an earlier one has been read: the
+    run writes the checkpoints of those steps anew.
+
+    Returns:
+      The step, and the state.
 
     Raises:
       UserError: as `restore` of the latest, if none can be read.
@@ -230,7 +243,7 @@ class Checkpoints:
     raise next(iter(errors.values()), None) or self._none()
 
   def restore_params(self, step: int | None = None) -> PyTree:
-    """The policy's parameters alone, on host, whatever else the checkpoint holds."""
+    """Reads the trained parameters alone, to host, whatever else the checkpoint contains."""
     step = self._known(step)
     try:
       kept = self._orbax.metadata(step).metadata
@@ -253,6 +266,7 @@ class Checkpoints:
       raise self._unreadable(step, error) from error
 
   def _unreadable(self, step: int, error: Exception) -> UserError:
+    """Returns the error of a checkpoint that cannot be read."""
     earlier = [other for other in self.steps() if other < step]
     way = f"to go on from step {earlier[-1]}" if earlier else "to start anew: it is the only one"
     return UserError(
@@ -261,7 +275,7 @@ class Checkpoints:
     )
 
   def _known(self, step: int | None) -> int:
-    """The step that is meant, of which there is a checkpoint."""
+    """Returns the requested step, of which there is a checkpoint, or the latest."""
     steps = self.steps()
     if not steps:
       raise self._none()
@@ -275,7 +289,7 @@ class Checkpoints:
     return UserError(f"{self.directory} holds no checkpoint; train there first")
 
   def close(self) -> None:
-    """Waits for what is being written, then lets go of the folder."""
+    """Waits for what is being written, then closes the folder."""
     try:
       self.wait()
     finally:

@@ -1,144 +1,189 @@
-"""What a run learns from: rows read once, or samples of the policy, a batch at every step.
-
-Like `setup`, whose part it is, this reads a `ConfigDict`; what it calls does not.
-"""
+"""Training data: examples read once, or prompts whose completions are sampled at every step."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from dpo_jax import losses
 from dpo_jax.data import batches, collate, encode, packing, readers
 from dpo_jax.data import prepared as prepared_data
+from dpo_jax.data.batches import Batching
 from dpo_jax.data.examples import Example, Lazy, Measured, fill_up, lengths, split, with_mismatched
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.generation import rewards, rollouts
-from dpo_jax.hf import peft, safetensors_files
-from dpo_jax.model import attention_kernels
 from dpo_jax.model.config import ModelConfig, check_positions
 from dpo_jax.structs import PyTree, TokenBatch, UserError
-from dpo_jax.training import on_policy, reference_cache
+from dpo_jax.training import on_policy
+
+
+class DataSettings(NamedTuple):
+  """Which rows are read and how they are cut: plain values of the sections data and eval.
+
+  Attributes:
+    path: file or prepared set to train on.
+    eval_path: held-out rows; "" sets some of `path` aside.
+    eval_fraction: share of the prompts of `path` that is then held out.
+    eval_limit: at most so many held-out rows.
+    eval_samples: completions sampled at every evaluation; above 0 some row must be held out.
+    fields: names of the fields of rows of another form.
+    max_length: tokens of a prompt and one completion together.
+    prompt_floor: tokens of a prompt that are never cut.
+    truncation: "drop" or "cut".
+  """
+
+  path: str
+  eval_path: str
+  eval_fraction: float
+  eval_limit: int
+  eval_samples: int
+  fields: dict[str, str]
+  max_length: int
+  prompt_floor: int
+  truncation: str
+
+
+class BatchSettings(NamedTuple):
+  """The examples of every step, whatever the layout of their rows.
+
+  Attributes:
+    batch_size: examples per step, over all devices and micro-batches.
+    accumulate: micro-batches per step.
+    seed: of the order.
+    balance: whether batches exchange examples until all have about as many tokens.
+  """
+
+  batch_size: int
+  accumulate: int
+  seed: int
+  balance: bool
 
 
 class TrainingData(NamedTuple):
-  """Rows or prompts, and how batches are made of them.
+  """Examples or prompts, and how batches are made of them.
 
   Attributes:
-    examples: rows to train on, in memory or read as they are needed; on policy, prompts (texts or
-      messages).
-    held_out: rows to judge by; on policy, prompts as examples without answers.
-    completions: K, slots of a row of data.
-    batching: layout, row_length, groups and texts of `batches.batches`.
-    sampler: makes batches of prompts; None where rows are trained on as they stand.
+    examples: examples to train on, in memory or read as they are needed; on policy, prompts
+      (strings or messages).
+    held_out: examples to evaluate on; on policy, prompts as examples without completions.
+    completions: K, slots of an example.
+    settings: which examples are in a batch.
+    batching: the layout of its rows.
+    sampler: makes batches of prompts; None where examples are trained on as they stand.
   """
 
   examples: Sequence[Any]
   held_out: Sequence[Example]
   completions: int
-  batching: dict[str, Any]
+  settings: BatchSettings
+  batching: Batching
   sampler: on_policy.Sampler | None
 
 
-def check(config: ConfigDict, loss: losses.Loss) -> None:
-  """Settings of on-policy training, or that the loss can do without it; and of the store."""
-  if config.on_policy.reward:
-    on_policy.check(loss, **config.on_policy)
-  elif loss.is_on_policy:
-    raise UserError(
-      f"loss {loss.name!r} learns from samples of the policy itself; name a reward for them,"
-      " --config.on_policy.reward=NAME, and prompts, --config.data.path=FILE"
-    )
-  _check_store(config, loss)
-
-
-def _check_store(config: ConfigDict, loss: losses.Loss) -> None:
-  """Whether log-probs of the reference could be stored; nothing is made yet."""
-  path, sync_every = config.reference.store, config.reference.sync_every
-  if not path:
-    return
-  why = None
-  if not loss.needs_reference:
-    why = f"loss {loss.name!r} reads no reference"
-  elif sync_every:
-    why = f"the reference follows the policy (reference.sync_every={sync_every})"
-  elif config.on_policy.reward:
-    why = "the answers are sampled anew at every step (on_policy.reward)"
-  if why:
-    raise UserError(f"reference.store is {path!r}, but {why}; leave it empty")
-  reference_cache.check(pathlib.Path(path))
-
-
 def load(
-  config: ConfigDict,
+  rows: DataSettings,
+  settings: BatchSettings,
+  batching: Batching,
   loss: losses.Loss,
   tokenizer: Tokenizer,
   model_config: ModelConfig,
-  groups: int,
   *,
-  texts: bool = False,
-) -> tuple[TrainingData, dict]:
-  """What the run learns from, and the ledger of what became of every row.
+  sampling: dict[str, Any] | None = None,
+) -> tuple[TrainingData, dict[str, Any]]:
+  """Reads the data of a run.
 
-  With `texts`, batches list the texts of their rows.
+  Args:
+    rows: which rows are read.
+    settings, batching: of batches; a row length of 0 is replaced by one that suits the data.
+    loss: decides what a row must have.
+    tokenizer, model_config: of the policy.
+    sampling: reward and sampling settings of on-policy training, as `on_policy.check` takes them;
+      None where examples are trained on as they stand.
+
+  Returns:
+    The data, and the ledger of what became of every row.
+
+  Raises:
+    UserError: a file that is not there, or rows that do not serve.
   """
-  for name in ("path", "eval_path"):
-    _check_named(f"data.{name}", config.data[name])
-  if not config.data.path:
-    what = "prompts" if config.on_policy.reward else "rows"
-    raise UserError(f"data.path is empty; name a file of {what}, --config.data.path=FILE")
-  batching = {
-    "layout": config.data.layout,
-    "row_length": config.data.row_length,
-    "groups": groups,
-    "texts": texts,
-  }
-  if not config.on_policy.reward:
-    examples, held_out, ledger = _load_rows(config, loss, tokenizer, model_config)
-    batching["row_length"] = config.data.row_length or batches.suit_row_length(
-      Measured.concatenate(examples, held_out),
-      config.data.layout,
-      batch_size=config.train.batch_size,
-      accumulate=config.train.accumulate,
-      groups=groups,
-      balance=config.data.balance,
-    )
-    return TrainingData(examples, held_out, len(examples[0].completions), batching, None), ledger
+  for name, path in (("path", rows.path), ("eval_path", rows.eval_path)):
+    _check_named(f"data.{name}", path)
+  if sampling is None:
+    return _load_examples(rows, settings, batching, loss, tokenizer, model_config)
+  return _load_on_policy(rows, settings, batching, loss, tokenizer, model_config, sampling)
 
-  prompts, held_out, longest, ledger = _load_prompts(config, tokenizer, model_config)
-  completions = 2 if loss.kind == "pairs" else config.on_policy.num
-  # Room for the longest prompt with answers that take all they may.
-  copies = 1 if config.data.layout == "padded" else completions
-  need = packing.round_up(longest + copies * config.on_policy.max_tokens, 64)
-  batching["row_length"] = config.data.row_length or need
-  settings = dict(config.on_policy)
+
+def _load_examples(
+  rows: DataSettings,
+  settings: BatchSettings,
+  batching: Batching,
+  loss: losses.Loss,
+  tokenizer: Tokenizer,
+  model_config: ModelConfig,
+) -> tuple[TrainingData, dict[str, Any]]:
+  """Reads examples that are trained on as they stand."""
+  examples, held_out, ledger = _read_examples(rows, settings.seed, loss, tokenizer)
+  for some in filter(len, (examples, held_out)):
+    if batching.row_length and batching.layout != "padded":
+      collate.check_fits(some, batching.layout, batching.row_length)
+    check_positions(some, lengths(some), model_config)
+  row_length = batching.row_length or batches.suit_row_length(
+    # Both, so that one length serves training and evaluation.
+    Measured.concatenate(examples, held_out),
+    batching.layout,
+    batch_size=settings.batch_size,
+    accumulate=settings.accumulate,
+    groups=batching.groups,
+    balance=settings.balance,
+  )
+  batching = batching._replace(row_length=row_length)
+  completions = len(examples[0].completions)
+  return TrainingData(examples, held_out, completions, settings, batching, None), ledger
+
+
+def _load_on_policy(
+  rows: DataSettings,
+  settings: BatchSettings,
+  batching: Batching,
+  loss: losses.Loss,
+  tokenizer: Tokenizer,
+  model_config: ModelConfig,
+  sampling: dict[str, Any],
+) -> tuple[TrainingData, dict[str, Any]]:
+  """Reads prompts, and makes the sampler of their completions."""
+  max_tokens = sampling["max_tokens"]
+  prompts, held_out, longest, ledger = _load_prompts(
+    rows, settings, tokenizer, model_config, max_tokens
+  )
+  completions = 2 if loss.kind == "pairs" else sampling["num"]
+  # A row fits the longest prompt with completions that take all the tokens they may.
+  copies = 1 if batching.layout == "padded" else completions
+  need = packing.round_up(longest + copies * max_tokens, 64)
+  batching = batching._replace(row_length=batching.row_length or need)
+  sampling = dict(sampling)
   sampler = on_policy.Sampler(
     model_config=model_config,
     tokenizer=tokenizer,
     prompts=prompts,
-    reward=rewards.resolve(settings.pop("reward")),
+    reward=rewards.resolve(sampling.pop("reward")),
     loss=loss,
-    batch_size=config.train.batch_size,
-    accumulate=config.train.accumulate,
-    seed=config.seed,
+    batch_size=settings.batch_size,
+    accumulate=settings.accumulate,
+    seed=settings.seed,
     width=packing.round_up(longest, 8),
     batching=batching,
-    **settings,
+    **sampling,
   )
-  return TrainingData(prompts, held_out, completions, batching, sampler), ledger
+  return TrainingData(prompts, held_out, completions, settings, batching, sampler), ledger
 
 
 def _check_named(field: str, path: str) -> None:
-  """A field names files that are there, if it names any."""
+  """Checks that a field names files that are there, if it names any."""
   try:
     if path and not prepared_data.is_prepared_set(path):
       readers.files(path)
@@ -146,19 +191,20 @@ def _check_named(field: str, path: str) -> None:
     raise UserError(f"{field}: {error}") from None
 
 
-def _load_rows(config, loss, tokenizer, model_config):
-  """Training and held-out examples, and the ledger of both."""
-  data = config.data
-  how = {
+def _read_examples(
+  data: DataSettings, seed: int, loss: losses.Loss, tokenizer: Tokenizer
+) -> tuple[Sequence[Example], Sequence[Example], dict[str, Any]]:
+  """Returns training and held-out examples, and the ledger of both."""
+  how: dict[str, Any] = {
     "kind": loss.kind,
     "max_length": data.max_length,
     "prompt_floor": data.prompt_floor,
     "truncation": data.truncation,
-    "fields": {k: v for k, v in data.fields.items() if v},
+    "fields": data.fields,
   }
   prepared = prepared_data.is_prepared_set(data.path)
   if prepared:
-    examples, held_out, ledger = _read_prepared(config, encode.Encoder(tokenizer, **how))
+    examples, held_out, ledger = _read_prepared(data, encode.Encoder(tokenizer, **how))
   else:
     examples, ledger, form = encode.load_examples(data.path, tokenizer, **how)
     ledger = {"format": form, **ledger.to_json()}
@@ -170,37 +216,34 @@ def _load_rows(config, loss, tokenizer, model_config):
     if not prepared:
       _remark_overlap(data.path, data.eval_path)
   elif not prepared:
-    examples, held_out = split(examples, data.eval_fraction, config.seed, ledger["dropped"])
+    examples, held_out = split(examples, data.eval_fraction, seed, ledger["dropped"])
   if loss.kind == "unpaired":
-    mismatch = functools.partial(with_mismatched, max_length=data.max_length, seed=config.seed)
+    mismatch = functools.partial(with_mismatched, max_length=data.max_length, seed=seed)
     examples, held_out = mismatch(examples), mismatch(held_out)
   if loss.kind == "ranked":
     most = Measured.concatenate(examples, held_out).lengths[1].shape[1]
     held_out = fill_up(held_out, most)
     examples = examples.widened(most) if prepared else fill_up(examples, most)
-  held_out = _limited(held_out, config)
+  held_out = _limited(held_out, data)
   for path, some in ((data.path, examples), (data.eval_path, held_out)):
     if loss.reads("margin_B") and some and not some[0].scores:
       raise UserError(
         f"loss {loss.name!r} reads by how much the chosen answer is better, and the rows of {path}"
         " do not say; give them a field margin, or chosen_score and rejected_score"
       )
-  for some in filter(len, (examples, held_out)):
-    if data.row_length and data.layout != "padded":
-      collate.check_fits(some, data.layout, data.row_length)
-    check_positions(some, lengths(some), model_config)
   return examples, held_out, ledger
 
 
 def _remark_overlap(path: str, eval_path: str) -> None:
-  """Says where rows that are held out are trained on too."""
+  """Reports files whose rows are both held out and trained on."""
   for file in sorted(map(str, set(readers.files(path)) & set(readers.files(eval_path)))):
     print(f"data.eval_path: {file} is trained on too; eval/* tells nothing new", file=sys.stderr)
 
 
-def _read_prepared(config: ConfigDict, encoder: encode.Encoder):
-  """Both splits of a prepared set and its ledger; the examples to train on stay on disk."""
-  data = config.data
+def _read_prepared(
+  data: DataSettings, encoder: encode.Encoder
+) -> tuple[Lazy, list[Example], dict[str, Any]]:
+  """Reads both splits of a prepared set and its ledger; examples to train on stay on disk."""
   if encoder.fields:
     raise UserError(
       f"data.fields names {', '.join(encoder.fields)}, but {data.path} is a prepared set, whose"
@@ -211,43 +254,54 @@ def _read_prepared(config: ConfigDict, encoder: encode.Encoder):
   return examples, held_out[: data.eval_limit] if held_out else [], ledger
 
 
-def _limited(held_out: list, config: ConfigDict) -> list:
-  """At most `data.eval_limit` of them, and some where samples are asked for."""
-  held_out = held_out[: config.data.eval_limit]
-  if config.eval.samples and not held_out:
+def _limited(held_out: list[Any], data: DataSettings) -> list[Any]:
+  """Returns at most `eval_limit` held-out rows; refuses none where prompts are sampled from."""
+  held_out = held_out[: data.eval_limit]
+  if data.eval_samples and not held_out:
     raise UserError(
-      f"eval.samples is {config.eval.samples}, and no row is held out to take prompts from; set"
+      f"eval.samples is {data.eval_samples}, and no row is held out to take prompts from; set"
       " data.eval_fraction above 0, name rows by data.eval_path, or leave eval.samples 0"
     )
   return held_out
 
 
-def _load_prompts(config, tokenizer, model_config):
-  """Prompts, held-out ones as examples without answers, the longest's tokens, the ledger."""
-  data = config.data
-  prompts, held_out = rollouts.read_prompts(data.path, data.fields.prompt), []
+def _load_prompts(
+  data: DataSettings,
+  settings: BatchSettings,
+  tokenizer: Tokenizer,
+  model_config: ModelConfig,
+  max_tokens: int,
+) -> tuple[list[Any], list[Example], int, dict[str, Any]]:
+  """Reads prompts whose completions have up to `max_tokens` tokens.
+
+  Returns:
+    Prompts to train on; held-out ones as examples without completions; the tokens of the longest of
+    all; the ledger.
+  """
+  field = data.fields.get("prompt", "")
+  prompts, held_out = rollouts.read_prompts(data.path, field), []
   if data.eval_path:
-    held_out = rollouts.read_prompts(data.eval_path, data.fields.prompt)
+    held_out = rollouts.read_prompts(data.eval_path, field)
   elif data.eval_fraction:
-    order = np.random.default_rng(config.seed).permutation(len(prompts))
+    order = np.random.default_rng(settings.seed).permutation(len(prompts))
     away = round(data.eval_fraction * len(prompts))
     held_out = [prompts[i] for i in order[:away]]
     prompts = [prompts[i] for i in order[away:]]
-  if len(prompts) < config.train.batch_size:
+  if len(prompts) < settings.batch_size:
     raise UserError(
-      f"train.batch_size is {config.train.batch_size} and {data.path} leaves {len(prompts)} prompts"
+      f"train.batch_size is {settings.batch_size} and {data.path} leaves {len(prompts)} prompts"
       " to train on; lower it or give more prompts"
     )
-  held_out = _limited(held_out, config)
+  held_out = _limited(held_out, data)
   ids = rollouts.encode_prompts(tokenizer, prompts + held_out)
-  longest, room = max(map(len, ids)), config.on_policy.max_tokens
+  longest = max(map(len, ids))
   limit = data.max_length
   if model_config.positions == "learned":
     limit = min(limit, model_config.max_positions)
-  if longest + room > limit:
+  if longest + max_tokens > limit:
     raise UserError(
-      f"the longest prompt has {longest} tokens; with on_policy.max_tokens {room} that exceeds the"
-      f" window of {limit}; raise data.max_length or shorten one of them"
+      f"the longest prompt has {longest} tokens; with on_policy.max_tokens {max_tokens} that"
+      f" exceeds the window of {limit}; raise data.max_length or shorten one of them"
     )
   tokens = {"prompt": sum(map(len, ids)), "answer": 0, "padding": 0, "shared": 0}
   counts = {"rows": len(ids), "pairs": len(ids), "dropped": {}, "truncated": {}}
@@ -258,58 +312,16 @@ def _load_prompts(config, tokenizer, model_config):
   return prompts, examples, longest, {"format": "prompts", **counts, "tokens": tokens}
 
 
-def stored(
-  config: ConfigDict,
-  model_config: ModelConfig,
-  device: jax.Device,
-  attention: str,
-  training_data: TrainingData,
-) -> tuple[reference_cache.Store | None, tuple[Lazy, ...], TrainingData]:
-  """The store of the reference's log-probs, what it lacks, and the rows with what it has."""
-  path = config.reference.store
-  if not path:
-    return None, (), training_data
-  store = reference_cache.Store(path, _reference_key(config, model_config, device, attention))
-  sides = (training_data.examples, training_data.held_out)
-  lacking = tuple(filter(len, (reference_cache.lacking(side, store) for side in sides)))
-  rows, missing = sum(map(len, sides)), sum(map(len, lacking))
-  print(
-    f"reference store {store.folder}: {rows - missing:,} of {rows:,} examples found",
-    file=sys.stderr,
-  )
-  examples, held_out = (reference_cache.stored(side, store) for side in sides)
-  return store, lacking, training_data._replace(examples=examples, held_out=held_out)
+def digest(data: TrainingData) -> str:
+  """Computes a digest of the length of every example, and of the tokens of a thousand.
 
-
-def _reference_key(
-  config: ConfigDict, model_config: ModelConfig, device: jax.Device, attention: str
-) -> dict[str, Any]:
-  """All that the reference's log-probs depend on beside prompt and answer."""
-  path, types = config.reference.path, [config.reference.param_dtype]
-  if not path:  # it has the policy's numbers, as the policy holds them
-    path, types = config.model.path, [config.model.param_dtype, *types]
-  weights: Any = {"scratch": config.model.scratch.to_dict(), "seed": config.seed}
-  # Attention over rows is one to rounding, as topologies are.
-  kernel = {"attention": attention} if attention in attention_kernels.SEQUENCE_KERNELS else {}
-  return kernel | {
-    "weights": safetensors_files.digest(pathlib.Path(path)) if path else weights,
-    "adapter": peft.digest(config.lora.path) if config.lora.path else None,
-    "model": dataclasses.asdict(model_config),
-    "param_dtypes": types,
-    "compute_dtype": config.model.compute_dtype,
-    "layout": config.data.layout,
-    "device": device.device_kind,
-    "jax": jax.__version__,
-  }
-
-
-def digest(training_data: TrainingData) -> str:
-  """Of the length of every row, and of the text of a thousand."""
+  All of them would have to be read from disk, where the data is a prepared set.
+  """
   found = hashlib.blake2b(digest_size=16)
-  if training_data.sampler is not None:
-    found.update(repr(training_data.examples).encode())
+  if data.sampler is not None:
+    found.update(repr(data.examples).encode())
     return found.hexdigest()
-  for side in (training_data.examples, training_data.held_out):
+  for side in (data.examples, data.held_out):
     if not len(side):
       continue
     for array in lengths(side):
@@ -326,27 +338,43 @@ Feed = Callable[[int, PyTree], tuple[TokenBatch, dict[str, float]]]
 
 
 def make_feed(
-  config: ConfigDict,
-  training_data: TrainingData,
+  data: TrainingData,
   sizes: packing.Sizes | None,
   start: int,
   share: tuple[int, int] = (0, 1),
 ) -> Feed:
-  """(step, parameters) -> batch and what else is known of it, for the steps after `start` in turn.
+  """Returns a function that makes the batches of the steps after `start`, one after another.
 
-  `sizes` are those of the sampler for the initial parameters, also where a run goes on; None where
-  nothing is sampled. `share` is that of `Executor`: the part of every batch that is made here.
+  Args:
+    data: the data.
+    sizes: of the sampler for the initial parameters, so that a resumed run has the same shapes;
+      None where nothing is sampled.
+    start: steps that are made already.
+    share: the part of every batch that this process makes, as `Executor.share` has it.
+
+  Returns:
+    feed(step, params) -> the batch of that step, and facts of it to report.
   """
-  if training_data.sampler is not None:
-    return lambda step, params: training_data.sampler.batch(step - 1, params, sizes, share)
+  sampler = data.sampler
+  if sampler is not None:
+
+    def sample(step: int, params: PyTree) -> tuple[TokenBatch, dict[str, float]]:
+      return sampler.batch(step - 1, params, sizes, share)
+
+    return sample
   stream = batches.batches(
-    training_data.examples,
-    batch_size=config.train.batch_size,
-    accumulate=config.train.accumulate,
-    seed=config.seed,
+    data.examples,
+    batch_size=data.settings.batch_size,
+    batching=data.batching,
+    accumulate=data.settings.accumulate,
+    seed=data.settings.seed,
     start=start,
     share=share,
-    balance=config.data.balance,
-    **training_data.batching,
+    balance=data.settings.balance,
   )
-  return lambda step, params: (next(stream), {})
+
+  def read(step: int, params: PyTree) -> tuple[TokenBatch, dict[str, float]]:
+    del step, params  # the stream is at that step already, and no policy is sampled
+    return next(stream), {}
+
+  return read

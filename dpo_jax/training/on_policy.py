@@ -1,4 +1,4 @@
-"""Training on what the policy itself says: answers sampled at every step and scored by a reward.
+"""On-policy training: completions are sampled from the policy at every step and scored by a reward.
 
 With the loss `policy_gradient` this minimises the assumed objective E[-r + β (log π - log π_ref)]
 directly; with a loss of pairs or rankings it is online preference optimisation, the preferences
@@ -27,24 +27,24 @@ PREFERENCES = ("rank", "bradley_terry")
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """Batches made of samples; batch k is a pure function of (prompts, seed, k, parameters).
+  """Makes batches of samples; batch k is a pure function of (prompts, seed, k, parameters).
 
   Attributes:
     model_config, tokenizer: of the policy.
-    prompts: texts or lists of messages.
-    reward: of a prompt and an answer.
-    loss: decides what is made of the samples.
-    num: answers a prompt.
-    max_tokens: of an answer; one that does not end by then is taken as it stands.
-    temperature: of sampling. Only at 1 are the answers those of the policy.
-    prefer: for a loss of pairs: "rank" sets the best against the worst answer of a prompt by their
-      rewards; "bradley_terry" prefers one of two neighbouring samples with probability
+    prompts: strings or lists of messages.
+    reward: scores a completion of a prompt.
+    loss: decides whether samples become pairs, rankings or remain as they are.
+    num: completions per prompt.
+    max_tokens: most tokens of a completion; one that does not end by then is trained on as it is.
+    temperature: of sampling. Only at 1 do completions come from the policy's own distribution.
+    prefer: for a loss of pairs: "rank" pairs the completion of the highest reward with that of the
+      lowest; "bradley_terry" prefers one of two neighbouring samples with probability
       σ(r(a) - r(b)).
-    batch_size: prompts a step.
-    accumulate: micro-batches a step.
+    batch_size: prompts per step.
+    accumulate: micro-batches per step.
     seed: of order, samples and preferences.
     width: tokens of the longest prompt, or more.
-    batching: layout, row_length, groups and texts of `collate.collate_many`.
+    batching: the layout of the rows.
   """
 
   model_config: ModelConfig
@@ -60,7 +60,7 @@ class Sampler:
   accumulate: int
   seed: int
   width: int
-  batching: dict[str, Any]
+  batching: batches.Batching
 
   def batch(
     self,
@@ -69,12 +69,18 @@ class Sampler:
     sizes: packing.Sizes | None = None,
     share: tuple[int, int] = (0, 1),
   ) -> tuple[TokenBatch, dict[str, float]]:
-    """Batch `index`, from 0, sampled from `params`; arrays as those of `batches.batches`.
+    """Samples batch `index`, from 0; arrays as those of `batches.batches`.
 
     Every host samples all of it, and lays out its `share`.
 
+    Args:
+      index: of the batch.
+      params: the policy's parameters, which this process can use without the others.
+      sizes: what shapes are rounded up to, from `sizes`.
+      share: the part of the batch that this host lays out.
+
     Returns:
-      The batch, and the mean of what was sampled: `reward`, reward units; `tokens`, of an answer.
+      The batch, and means over its samples: `reward`, in reward units, and `tokens` per completion.
 
     Raises:
       UserError: the reward failed; or the samples of every prompt are equal, which no loss of pairs
@@ -82,21 +88,22 @@ class Sampler:
     """
     examples, facts = self._examples(index, params)
     parts = self._parts(examples)
-    return collate.collate_many(parts, sizes=sizes, share=share, **self.batching), facts
+    return collate.collate_many(parts, sizes=sizes, share=share, **self.batching._asdict()), facts
 
   def sizes(self, params: PyTree) -> packing.Sizes:
-    """Sizes that suit the first batch, with some room: the same for a run and its resumption."""
+    """Measures the first batch, and adds a margin: the same sizes for a run and its resumption."""
     examples, _ = self._examples(0, params)
-    sizes = collate.fit_sizes(self._parts(examples), **self.batching)
+    # Later completions may be longer: an eighth more scored tokens avoids most recompilations.
+    sizes = collate.fit_sizes(self._parts(examples), **self.batching._asdict())
     return sizes._replace(rows=sizes.rows + sizes.rows_step, scored=sizes.scored * 9 // 8)
 
   def _parts(self, examples: list[Example]) -> list[list[Example]]:
-    """The micro-batches of a step."""
+    """Splits the examples of a step into its micro-batches."""
     size = len(examples) // self.accumulate
     return [examples[i : i + size] for i in range(0, len(examples), size)]
 
   def _examples(self, index: int, params: PyTree) -> tuple[list[Example], dict[str, float]]:
-    """What batch `index` holds: samples with their rewards as scores, or preferences of them."""
+    """Samples the examples of batch `index`, their rewards as scores, or preferences of them."""
     picked = batches.order(len(self.prompts), self.batch_size, seed=self.seed)[index]
     rollout = rollouts.sample(
       rollouts.LanguageModel(self.model_config, params, self.tokenizer),
@@ -128,8 +135,10 @@ class Sampler:
     return rows, facts
 
   def _pairs(self, rows: list[Example], rng: np.random.Generator) -> list[Example]:
+    """Makes preference pairs of the samples of every prompt, as `prefer` says."""
     if self.prefer == "rank":
       return [_pick(row, _extremes(row.scores)) for row in rows]
+    # Bradley-Terry: σ(d) is the probability that a standard logistic number lies below d.
     return [
       _pick(row, [a, a + 1] if row.scores[a] - row.scores[a + 1] > rng.logistic() else [a + 1, a])
       for row in rows
@@ -138,18 +147,18 @@ class Sampler:
 
 
 def _ranked(row: Example) -> Example:
-  """The answers by their rewards, best first; a row counts nothing if all have the same."""
+  """Sorts the completions by reward, best first; weight 0 where all rewards are equal."""
   ranked = _pick(row, np.argsort(-np.array(row.scores), kind="stable"))
   return ranked._replace(weight=0.0) if len(set(row.scores)) == 1 else ranked
 
 
 def _extremes(scores: Sequence[float]) -> list[int]:
-  """The best and the worst; the same one twice where all are equal."""
+  """Returns the best and the worst index; the same one twice where all scores are equal."""
   return [int(np.argmax(scores)), int(np.argmin(scores))]
 
 
 def _pick(row: Example, order: Sequence[int] | np.ndarray) -> Example:
-  """The answers of a row in an order; a pair of equal answers counts nothing."""
+  """Picks completions of an example in an order; a pair of equal ones gets weight 0."""
   completions = tuple(row.completions[i] for i in order)
   same = len(order) == 2 and np.array_equal(*completions)
   return row._replace(
@@ -162,7 +171,7 @@ def _pick(row: Example, order: Sequence[int] | np.ndarray) -> Example:
 def check(
   loss: Loss, *, reward: str, num: int, max_tokens: int, temperature: float, prefer: str
 ) -> None:
-  """What can be said against the settings before anything is loaded.
+  """Checks the settings before anything is loaded.
 
   Raises:
     UserError: a value out of range, or a loss that cannot learn from samples.

@@ -1,6 +1,8 @@
-"""The optimiser: AdamW with a schedule, clipping and a weight-decay mask, all from Optax."""
+"""The optimizer: AdamW with a schedule, clipping and a weight-decay mask, all from Optax."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import optax
@@ -18,10 +20,17 @@ def make_schedule(
   total_steps: int,
   final_fraction: float,
 ) -> optax.Schedule:
-  """Learning rate by step: linear warm-up from 0, then constant, linear or cosine.
+  """Makes the learning rate by step: linear warm-up, then constant, linear or cosine.
 
-  The decaying ones end at `final_fraction * learning_rate` on step `total_steps`. Without a number
-  the warm-up has 10 steps, at most a tenth of all.
+  Args:
+    learning_rate: the peak.
+    schedule: "constant", "linear" or "cosine", after the warm-up.
+    warmup_steps: steps until the peak; None is 10, at most a tenth of all.
+    total_steps: the step on which a schedule that decays reaches its end.
+    final_fraction: the end, as a fraction of the peak.
+
+  Raises:
+    UserError: a value out of range, or a warm-up longer than the run.
   """
   if warmup_steps is None:
     warmup_steps = min(10, total_steps // 10)
@@ -51,9 +60,9 @@ def make_schedule(
 
 
 def decays(params: PyTree) -> PyTree:
-  """True for matrices that weight decay applies to, adapters too; never norms, biases, tables."""
+  """Marks what weight decay applies to: matrices and adapters; never norms, biases or tables."""
 
-  def one(path, _):
+  def one(path: tuple[Any, ...], _: Any) -> bool:
     names = [str(getattr(key, "key", key)) for key in path]
     return names[-1] in ("kernel", "lora_a", "lora_b")
 
@@ -61,9 +70,9 @@ def decays(params: PyTree) -> PyTree:
 
 
 def from_host(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-  """The same, with a state that lies in the host's memory: each update reads it from there.
+  """Makes an optimizer read its state from the host's memory at each update.
 
-  Where the new state goes is for whoever compiles the update to say.
+  The new state is placed by whoever compiles the update, in `out_shardings`.
   """
 
   def update(grads: PyTree, state: PyTree, params: PyTree | None = None):
@@ -81,7 +90,14 @@ def make_optimizer(
   weight_decay: float = 0.0,
   clip_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-  """AdamW (Loshchilov and Hutter 2019); gradients clipped to a global norm first, 0 for never.
+  """Makes AdamW (Loshchilov and Hutter 2019) behind clipping to a global norm.
+
+  Args:
+    schedule: learning rate by step.
+    b1, b2: decay rates of the two moments.
+    eps: added to the root of the second moment.
+    weight_decay: decoupled, of matrices and adapters: see `decays`.
+    clip_norm: largest global norm of a gradient; 0 for no clipping.
 
   Raises:
     UserError: a value with which a step would not go downhill.
@@ -95,4 +111,31 @@ def make_optimizer(
   if not 0 < eps < float("inf"):
     raise UserError(f"optimizer.eps is {eps!r}; it must be above 0, such as 1e-8")
   adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
+  # Clipped first: the moments must not see the gradient of a burst either.
   return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
+
+
+def build(
+  steps: int,
+  *,
+  learning_rate: float,
+  schedule: str,
+  warmup_steps: int | None,
+  final_fraction: float,
+  **settings: float,
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+  """Makes the learning-rate schedule and the optimizer of a run of so many steps.
+
+  Args:
+    steps: updates of the run.
+    learning_rate, schedule, warmup_steps, final_fraction: of `make_schedule`.
+    settings: of `make_optimizer`.
+  """
+  made = make_schedule(
+    learning_rate=learning_rate,
+    schedule=schedule,
+    warmup_steps=warmup_steps,
+    total_steps=steps,
+    final_fraction=final_fraction,
+  )
+  return made, make_optimizer(made, **settings)

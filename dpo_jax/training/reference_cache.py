@@ -1,11 +1,12 @@
-"""The reference's log-probs on disk: computed once, found again by every run that asks the same.
+"""The reference's log-probs on disk: computed once, and found again by every run that needs them.
 
-They are kept for every token, so that runs may differ in loss, β, learning rate, weights of tokens
-or a shorter window. What they depend on is in the key: weights, what the forward pass computes and
-in which numbers, prompt and answer. Whatever else is asked for is not found, and computed.
+They are stored for every token, so that runs may differ in loss, β, learning rate, weights of
+tokens or a shorter window. The key has all that they depend on: weights, what the forward pass
+computes and in which number types, prompt and completion. With any other key nothing is found, and
+the log-probs are computed.
 
-A store is a folder. For every reference it holds one of its own, with parts that are written whole
-and never changed: writers at one time add parts of their own, and one that is killed leaves those
+A store is a folder. It contains a folder for every reference, with parts that are written whole and
+never changed: writers at one time add parts of their own, and one that is killed leaves those that
 it finished.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -24,23 +26,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dpo_jax.data import batches
+from dpo_jax.data.batches import Batching
 from dpo_jax.data.examples import Example, Lazy, lengths
+from dpo_jax.distributed import processes
 from dpo_jax.structs import TokenBatch, UserError
 from dpo_jax.utils import files
 
 VERSION = 1
 MARK = "reference_store.json"
-# A part is written after so many tokens of answers, or seconds: what a killed run may lose.
+# A part is written after so many tokens of completions, or seconds: what a killed run may lose.
 PART_TOKENS, PART_SECONDS = 2**21, 60.0
 
 
 class _Part(NamedTuple):
-  """One file, read as it is asked for; R answers with T tokens.
+  """One file of R completions with T tokens, whose ids and log-probs are read as needed.
 
   Attributes:
     name: of the file.
-    digest_R2: uint64, of the prompt that each answers.
-    start_R, tokens_R: where its tokens stand among those of the part, and how many.
+    digest_R2: uint64, of the prompt of each completion.
+    start_R, tokens_R: the position of its first token in the part, and the number of its tokens.
     file: int32 `ids` [T] and float32 `logps` [T].
   """
 
@@ -52,14 +56,14 @@ class _Part(NamedTuple):
 
 
 class Store:
-  """Log-probs of the answers' tokens under one reference, nats.
+  """Log-probs of the completions' tokens under one reference, in nats.
 
   Args:
     root: the folder; made if it is not there.
-    key: what the log-probs depend on beside prompt and answer, as JSON has it.
+    key: all that the log-probs depend on besides prompt and completion, as JSON has it.
 
   Raises:
-    UserError: the folder holds something else, or a part is broken.
+    UserError: the folder contains something else, or a part is broken.
   """
 
   def __init__(self, root: str | pathlib.Path, key: dict[str, Any]):
@@ -74,29 +78,32 @@ class Store:
     self.refresh()
 
   def refresh(self) -> None:
-    """Finds what was written since, by whoever it was."""
+    """Opens the parts that were written since, by this process or another."""
     known = {part.name for part in self._parts}
     for path in sorted(self.folder.glob("*.safetensors")):
       if path.name not in known:
         self._parts.append(_open(path))
-    join = lambda arrays, empty: np.concatenate([empty, *arrays])
-    high_R = join([part.digest_R2[:, 0] for part in self._parts], np.zeros(0, np.uint64))
+    # An index of all parts, sorted by the first half of the digest for a binary search.
+    digests = [part.digest_R2[:, 0] for part in self._parts]
+    high_R = np.concatenate([np.zeros(0, np.uint64), *digests])
     counts = [len(part.digest_R2) for part in self._parts]
+    row_R = np.concatenate([np.zeros(0, np.int64), *map(np.arange, counts)])
     order_R = np.argsort(high_R, kind="stable")
     self._high_R = high_R[order_R]
     self._part_R = np.repeat(np.arange(len(counts)), counts)[order_R]
-    self._row_R = join([np.arange(count) for count in counts], np.zeros(0, np.int64))[order_R]
+    self._row_R = row_R[order_R]
 
   def find(self, example: Example) -> tuple[np.ndarray, ...] | None:
-    """Log-probs of the tokens of its answers; None if those of one are not known.
+    """Returns the log-probs of the completions' tokens; None if one completion has none.
 
-    In a causal model the start of an answer has the same log-probs whatever follows, so an answer
-    that was cut is found in the whole one.
+    In a causal model the start of a completion has the same log-probs whatever follows, so one that
+    was cut is found in the whole one.
     """
     found = [self._match(ids, _digest(example.prompt)) for ids in example.completions]
     return None if any(one is None for one in found) else tuple(found)
 
   def _match(self, ids: np.ndarray, digest: np.ndarray) -> np.ndarray | None:
+    """Returns the log-probs of one completion of a prompt with that digest."""
     if not len(ids):
       return np.zeros(0, np.float32)
     first, last = (np.searchsorted(self._high_R, digest[0], side) for side in ("left", "right"))
@@ -104,13 +111,18 @@ class Store:
       part, row = self._parts[self._part_R[at]], self._row_R[at]
       if part.digest_R2[row, 1] != digest[1] or part.tokens_R[row] < len(ids):
         continue
+      # The digest is of the prompt alone; the ids of the completion are compared themselves.
       piece = slice(int(part.start_R[row]), int(part.start_R[row]) + len(ids))
       if np.array_equal(part.file.get_slice("ids")[piece], ids):
         return part.file.get_slice("logps")[piece]
     return None
 
   def add(self, examples: Sequence[Example]) -> None:
-    """Writes a part of examples that have their `reference`."""
+    """Writes a part of examples that have their `reference`.
+
+    Raises:
+      UserError: the part cannot be written; the parts before are whole.
+    """
     pairs = [
       (_digest(example.prompt), ids, logps)
       for example in examples
@@ -124,6 +136,7 @@ class Store:
       "ids": np.concatenate(ids).astype(np.int32),
       "logps": np.concatenate(logps).astype(np.float32),
     }
+    # A name that no other writer picks. A reader sees the whole part or none.
     try:
       with files.replacing_file(self.folder / f"{uuid.uuid4().hex}.safetensors") as partial:
         save_file(arrays, partial)
@@ -135,7 +148,7 @@ class Store:
 
 
 def check(root: pathlib.Path) -> None:
-  """A folder is a store, or may become one.
+  """Checks that a folder is a store, or may become one.
 
   Raises:
     UserError: it is something else, or a store of another version.
@@ -146,7 +159,7 @@ def check(root: pathlib.Path) -> None:
   if not mark.is_file():
     if root.is_dir() and any(root.iterdir()):
       raise UserError(
-        f"{root} holds files and is no reference store; name an empty or a new folder"
+        f"{root} holds files and is not a reference store; name an empty or a new folder"
         " (reference.store)"
       )
     return
@@ -162,41 +175,93 @@ def check(root: pathlib.Path) -> None:
 
 
 def _open(path: pathlib.Path) -> _Part:
+  """Opens a part; ids and log-probs stay on disk."""
   try:
     file = safe_open(path, framework="np")  # closed with the store
     tokens_R = file.get_tensor("tokens").astype(np.int64)
     digest_R2 = file.get_tensor("prompts")
   except (SafetensorError, OSError) as error:
     raise UserError(
-      f"{path} is a broken part of a reference store ({error}); remove it, and what it held is"
-      " computed again"
+      f"{path} is a broken part of a reference store ({error}); remove it, and its"
+      " log-probs are computed again"
     ) from None
   return _Part(path.name, digest_R2, np.cumsum(tokens_R) - tokens_R, tokens_R, file)
 
 
 def _write(path: pathlib.Path, text: str) -> None:
-  """A small file, whole or not there, that others may be writing too."""
+  """Writes a small file, whole or not at all, that others may be writing too."""
   if not path.exists():
     files.write_text(path, text)
 
 
 def _digest(ids: np.ndarray) -> np.ndarray:
-  """Two uint64 of some ids."""
+  """Computes a digest of token ids: two uint64."""
   data = np.ascontiguousarray(ids, np.int32).tobytes()
   return np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), np.uint64)
 
 
-# --- what a run asks of it ------------------------------------------------------------------------
+# --- a run with a store ---------------------------------------------------------------------------
+
+
+def look_up(store: Store, *sides: Sequence[Example]) -> tuple[tuple[Lazy, ...], tuple[Lazy, ...]]:
+  """Looks up the examples of a run, and reports how many are found.
+
+  Args:
+    store: the store.
+    sides: examples to train on, and those that are held out.
+
+  Returns:
+    The examples that the store lacks, of every side that has such; and all sides, with their
+    `reference` read whenever an example is.
+  """
+  missing = tuple(filter(len, (lacking(side, store) for side in sides)))
+  rows = sum(map(len, sides))
+  found = rows - sum(map(len, missing))
+  print(f"reference store {store.folder}: {found:,} of {rows:,} examples found", file=sys.stderr)
+  return missing, tuple(stored(side, store) for side in sides)
+
+
+def fill_all(
+  store: Store,
+  missing: Sequence[Sequence[Example]],
+  token_fn: Callable[[TokenBatch], np.ndarray],
+  *,
+  batch_size: int,
+  batching: Batching,
+) -> None:
+  """Fills a store with all that it lacks, and reports how far that is. All processes call it.
+
+  Args:
+    store: the store; every process finds in it afterwards what the first one wrote.
+    missing, token_fn, batch_size, batching: as `fill` takes them, for several sets of examples.
+  """
+  # All processes compute, since each has a part of the model; the first one writes.
+  writer = store if processes.is_main_process() else None
+  started = reported = time.perf_counter()
+  for examples in missing:
+    for done in fill(writer, examples, token_fn, batch_size=batch_size, batching=batching):
+      now = time.perf_counter()
+      if now - reported >= 5 or done == len(examples):
+        reported = now
+        print(f"reference store: {done:,} of {len(examples):,} examples computed", file=sys.stderr)
+  if missing:
+    print(f"reference store: filled in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+  # Nobody looks before the last part is written.
+  processes.barrier("reference store")
+  store.refresh()
 
 
 def stored(examples: Sequence[Example], store: Store) -> Lazy:
-  """The same examples with their `reference`, looked up whenever one is asked for."""
-  read = lambda i: examples[i]._replace(reference=store.find(examples[i]))
+  """Returns the examples with their `reference`, which is looked up whenever one is read."""
+
+  def read(i: int) -> Example:
+    return examples[i]._replace(reference=store.find(examples[i]))
+
   return Lazy(read, lengths(examples))
 
 
 def lacking(examples: Sequence[Example], store: Store) -> Lazy:
-  """Those whose log-probs the store does not have."""
+  """Returns the examples whose log-probs the store does not have."""
   index = [i for i, example in enumerate(examples) if store.find(example) is None]
   return Lazy.select(examples, np.array(index, np.int64))
 
@@ -205,25 +270,28 @@ def fill(
   store: Store | None,
   examples: Sequence[Example],
   token_fn: Callable[[TokenBatch], np.ndarray],
-  **batching: Any,
+  *,
+  batch_size: int,
+  batching: Batching,
 ) -> Iterator[int]:
-  """Computes and keeps the log-probs of some examples; gives how many are done, now and then.
+  """Computes and stores the log-probs of examples; yields after every batch how many are done.
 
   Args:
-    store: where they are kept, a part at a time; None where another process keeps them.
-    examples: what is lacking.
+    store: the store, which gets a part at a time; None where another process writes it.
+    examples: examples that the store lacks.
     token_fn: batch -> log-probs of its scored tokens under the reference, [G, M], nats.
-    batching: of `batches.eval_batches`.
+    batch_size: examples that are computed at a time.
+    batching: the layout of their rows.
 
   Raises:
     UserError: a log-prob is not finite, or the disk is full; the parts before are kept.
   """
+  # Numbered by their place, by which a batch's examples are found again: data rows have gaps.
   numbered = Lazy(lambda i: examples[i]._replace(row=i), lengths(examples))
   completions = numbered.lengths[1].shape[1]
-  keep = store.add if store else lambda examples: None
   waiting: list[Example] = []
   tokens, done, since = 0, 0, time.perf_counter()
-  for batch in batches.eval_batches(numbered, **batching):
+  for batch in batches.eval_batches(numbered, batch_size=batch_size, batching=batching):
     for number, logps in _by_example(batch, token_fn(batch), completions):
       example = numbered[number]
       if not all(np.isfinite(one).all() for one in logps):
@@ -235,24 +303,26 @@ def fill(
       tokens += sum(map(len, logps))
     now = time.perf_counter()
     if tokens >= PART_TOKENS or now - since >= PART_SECONDS:
-      keep(waiting)
+      if store:
+        store.add(waiting)
       done, tokens, since, waiting = done + len(waiting), 0, now, []
     yield done + len(waiting)
-  if waiting:
-    keep(waiting)
+  if waiting and store:
+    store.add(waiting)
 
 
 def _by_example(
   batch: TokenBatch, logps_GM: np.ndarray, completions: int
 ) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
-  """The data row of every example of a batch, and the log-probs of its answers' tokens."""
+  """Yields the data row of every example of a batch, and the log-probs of its completions."""
   groups, length = len(batch.scored_GM), batch.ids_NL.shape[1]
   slots = batch.row_NS.shape[1]
   block = batch.ids_NL.size // groups
   real_GM = batch.scored_GM < block
   at_X = (batch.scored_GM + block * np.arange(groups)[:, None])[real_GM]
   slot_X = at_X // length * slots + batch.slot_NL.reshape(-1)[at_X]
-  # The tokens of an answer stand in order: sorted by slot, they are together.
+  # The tokens of a completion are in order: sorted by slot, by a sort that is stable, they are
+  # together and still in order.
   order_X = np.argsort(slot_X, kind="stable")
   counts = np.bincount(slot_X, minlength=batch.row_NS.size)
   pieces = np.split(logps_GM[real_GM][order_X], np.cumsum(counts)[:-1])

@@ -32,8 +32,13 @@ def judged(label=True, prompt="the answer is", completion=" good"):
 # --- batches --------------------------------------------------------------------------------------
 
 
+def apart(layout="shared", row_length=0, groups=1, texts=False, **others):
+  """Keyword arguments with those of rows as one `Batching`."""
+  return {"batching": data_batches.Batching(layout, row_length, groups, texts), **others}
+
+
 def take(count, some, **kwargs):
-  stream = data_batches.batches(some, **kwargs)
+  stream = data_batches.batches(some, **apart(**kwargs))
   return [next(stream) for _ in range(count)]
 
 
@@ -147,7 +152,7 @@ def test_hosts_divide_every_batch_among_them(name, hosts):
     for batch, *parts in zip(whole, *shares, strict=True):
       together = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *parts)
       jax.tree.map(np.testing.assert_array_equal, together, batch)
-  evaluated = {"batch_size": 5, "groups": 4, "layout": name}
+  evaluated = apart(batch_size=5, groups=4, layout=name)
   parts = [data_batches.eval_batches(some, share=(i, hosts), **evaluated) for i in range(hosts)]
   for batch, *shares in zip(data_batches.eval_batches(some, **evaluated), *parts, strict=True):
     together = jax.tree.map(lambda *x: np.concatenate(x), *shares)
@@ -164,7 +169,7 @@ def test_a_host_reads_its_own_examples_alone():
 def test_hosts_that_cannot_share_are_refused():
   for share in ((0, 3), (2, 2), (-1, 2)):
     with pytest.raises(UserError, match=r"host -?\d of \d cannot have its share of 4 groups"):
-      data_batches.batches(examples(8), batch_size=4, groups=4, share=share)
+      data_batches.batches(examples(8), **apart(batch_size=4, groups=4, share=share))
 
 
 def test_order_does_not_know_layout_micro_batches_or_devices():
@@ -198,14 +203,14 @@ def test_a_batch_is_whole_micro_batches():
 def test_a_row_that_is_too_short_is_found_before_the_first_batch():
   some = [*examples(50, longest=5), *examples(1, longest=90)]
   with pytest.raises(UserError, match=r"data row 0 takes .* rows have 16; raise row_length"):
-    data_batches.batches(some, batch_size=4, row_length=16)
+    data_batches.batches(some, **apart(batch_size=4, row_length=16))
 
 
 @pytest.mark.parametrize("name", packing.LAYOUTS)
 @pytest.mark.parametrize("groups", [1, 4])
 def test_evaluation_sees_every_example_once_in_one_shape(name, groups):
   some = examples(21)
-  batches = list(data_batches.eval_batches(some, batch_size=8, layout=name, groups=groups))
+  batches = list(data_batches.eval_batches(some, **apart(batch_size=8, layout=name, groups=groups)))
   assert len({shapes(batch) for batch in batches}) == 1
   got = [data_rows(batch) for batch in batches]
   assert got == [list(range(8)), list(range(8, 16)), list(range(16, 21))]
@@ -235,7 +240,7 @@ def test_judged_answers_make_batches(rows_file, tokenizer, name):
   rows = [judged(i % 2 == 1, f"{'a' * i} question", " good" * (i + 1)) for i in range(8)]
   some, _, _ = encode.load_examples(rows_file(rows), tokenizer, kind="unpaired")
   some = with_mismatched(some, max_length=40)
-  (batch,) = data_batches.eval_batches(some, batch_size=8, layout=name)
+  (batch,) = data_batches.eval_batches(some, **apart(batch_size=8, layout=name))
   row_B2, score_B2 = batch.row_NS.reshape(-1, 2), batch.score_NS.reshape(-1, 2)
   there_B = row_B2[:, 0] >= 0
   assert sorted(row_B2[there_B, 0].tolist()) == list(range(8))

@@ -52,8 +52,8 @@ def test_the_loss_section_has_a_place_for_every_argument_of_every_loss():
 
 def test_every_field_is_read_by_the_training_loop():
   """A declared field that nothing reads is a setting silently ignored."""
-  readers = ("training/setup.py", "training/datasets.py", "train.py")
-  source = "".join((ROOT / "dpo_jax" / name).read_text() for name in readers)
+  door = (ROOT / "dpo_jax" / "training" / "setup").glob("*.py")
+  source = "".join(path.read_text() for path in (*door, ROOT / "dpo_jax" / "train.py"))
   # Passed on as they are.
   whole = ("parallel.", "optimizer.", "loss.", "lora.", "on_policy.", "data.fields.")
   for name in fields(defaults.get_config()):

@@ -495,9 +495,8 @@ def test_one_step_with_modifiers_of_tokens(wpo, alpha):
   examples = tiny.pairs(8)
   policy, reference = tiny.init(1), tiny.init(2)
   objective = step.Objective(
-    make_logps_fn(BIGRAM, beyond_shorter=loss.ld_alpha),
+    make_scored_fn(BIGRAM, beyond_shorter=loss.ld_alpha, aligned=wpo),
     loss,
-    scored_fn=make_scored_fn(BIGRAM, beyond_shorter=loss.ld_alpha, aligned=True) if wpo else None,
   )
   micro = collate(examples, layout="shared", row_length=48)
   batch = jax.tree.map(lambda x: x[None], micro)

@@ -88,10 +88,14 @@ def test_widths_are_few():
     128, 128, 256, 640, 1280, 2048,
   ]  # fmt: skip
   some = tiny.pairs(64, longest=300)
-  stream = data_batches.batches(some, batch_size=8, accumulate=2, texts=True, groups=2)
+  stream = data_batches.batches(
+    some, batch_size=8, accumulate=2, batching=data_batches.Batching(texts=True, groups=2)
+  )
   shapes = {next(stream).sequence_GTW.shape for _ in range(16)}
   assert len(shapes) <= 2
-  batches = data_batches.eval_batches(some, batch_size=7, texts=True)
+  batches = data_batches.eval_batches(
+    some, batch_size=7, batching=data_batches.Batching(texts=True)
+  )
   assert len({batch.sequence_GTW.shape for batch in batches}) == 1
 
 
@@ -362,7 +366,7 @@ def test_a_run_says_what_it_takes_instead(tmp_path, capsys):
   why = "cudnn runs on NVIDIA GPUs, and this is cpu"
   said = capsys.readouterr().err.splitlines()
   assert f"model.attention is cudnn, but {why}: blocked is taken" in said
-  assert not run.data.batching["texts"]
+  assert not run.data.batching.texts
   setup.build(configured(tmp_path, "auto"), tmp_path)
   assert "model.attention" not in capsys.readouterr().err
 
@@ -370,12 +374,12 @@ def test_a_run_says_what_it_takes_instead(tmp_path, capsys):
 def test_a_run_lists_texts_where_they_are_taken(tmp_path):
   config = configured(tmp_path, "xla")
   run, trained, *_ = setup.build(config, tmp_path)
-  batch, _ = datasets.make_feed(config, run.data, None, 0)(1, None)
+  batch, _ = datasets.make_feed(run.data, None, 0)(1, None)
   assert batch.sequence_GTW is not None
   lengths = planner.Lengths(60)
   assert planner.outline(config, lengths).batch.sequence_GTW is not None
   keys = [
-    datasets._reference_key(config, run.model_config, jax.devices()[0], name)
+    setup.reference_key(config, run.model_config, jax.devices()[0], name)
     for name in ("blocked", "xla", "cudnn")
   ]
   assert [key.get("attention") for key in keys] == [None, "xla", "cudnn"]

@@ -20,7 +20,7 @@ from dpo_jax.model import families, layers, lora, transformer
 from dpo_jax.model.lora import LoRA
 from dpo_jax.monitoring.loggers import read_metrics
 from dpo_jax.structs import UserError
-from dpo_jax.training import optimizer
+from dpo_jax.training import loop, optimizer
 from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.setup import build
 from tests.support import small_task, tiny
@@ -484,15 +484,17 @@ def test_going_on_from_an_adapter_keeps_it_in_the_reference(task, straight, mode
   same(trained, given)
   batch = collate.collate(run.data.examples[:4], row_length=128)
   merged = lora.merge(lora.attach({"params": base_of(task)}, given, settings.scale))
-  logps_fn = run.objective.logps_fn
+  logps_fn = run.objective.logps
   near(logps_fn(reference_params, batch), logps_fn(merged, batch), rtol=1e-5)
   assert (
     np.abs(logps_fn(reference_params, batch) - logps_fn({"params": base_of(task)}, batch)).max()
     > 1e-3
   )
-  seen = []
-  train.train(run._replace(steps=1), trained, reference_params, lambda: seen.append(1))
-  assert seen and "step 0: loss 0.693147, as it must be" in capsys.readouterr().out
+  run = run._replace(steps=1)
+  prepared = loop.prepare(run, trained, reference_params)
+  assert "step 0: loss 0.693147, as it must be" in capsys.readouterr().out
+  assert not run.workdir.exists(), "nothing is written before training"
+  loop.train(run, prepared)
 
 
 def base_of(task):
@@ -524,7 +526,7 @@ def test_the_reference_is_the_base_and_no_second_copy(task, tmp_path, mode, monk
     run, trained, reference_params, _ = build(
       configured(task, **changes, **more), tmp_path / str(len(more))
     )
-    train.train(run, trained, reference_params, lambda: None)
+    loop.train(run, loop.prepare(run, trained, reference_params))
     return max(stored), 2 * sum(x.nbytes for x in jax.tree.leaves(trained))
 
   before = on_device()

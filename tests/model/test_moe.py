@@ -34,9 +34,7 @@ def batch_of(micro, groups=1):
 
 
 def objective(balance):
-  return step.Objective(
-    logprobs.make_logps_fn(MODEL), LOSS, scored_fn=logprobs.make_scored_fn(MODEL), balance=balance
-  )
+  return step.Objective(logprobs.make_scored_fn(MODEL), LOSS, balance=balance)
 
 
 def one_step(batch, balance, mode="mesh", devices=1):

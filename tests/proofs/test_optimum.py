@@ -53,11 +53,10 @@ def program(model, name, given, completions, steps, rounds=1, peak=0.1):
   """Objective and optimiser, the same objects for the same arguments: each is compiled once."""
   loss = losses.resolve(name, **dict(given))
   objective = step.Objective(
-    logprobs.make_logps_fn(model, beyond_shorter=loss.ld_alpha),
+    logprobs.make_scored_fn(model, beyond_shorter=loss.ld_alpha, aligned=loss.wpo),
     loss,
     completions=completions,
-    scored_fn=logprobs.make_scored_fn(model, beyond_shorter=loss.ld_alpha, aligned=loss.wpo),
-    sync=step.Sync(every=steps, alpha=1.0) if rounds > 1 else None,
+    reference=step.LiveReference(step.Sync(every=steps, alpha=1.0)) if rounds > 1 else None,
   )
   return objective, finite_worlds.optimizer(steps, rounds=rounds, peak=peak)
 

@@ -9,11 +9,10 @@ from tests.support import tiny
 def objective(name="sigmoid", sync=None, **given):
   loss = losses.resolve(name, **given)
   return step.Objective(
-    logps_fn=logprobs.make_logps_fn(tiny.MODEL, beyond_shorter=loss.ld_alpha),
+    logps_fn=logprobs.make_scored_fn(tiny.MODEL, beyond_shorter=loss.ld_alpha, aligned=loss.wpo),
     loss=loss,
     completions={"text": 1, "ranked": 3}.get(loss.kind, 2),
-    scored_fn=logprobs.make_scored_fn(tiny.MODEL, beyond_shorter=loss.ld_alpha, aligned=loss.wpo),
-    sync=sync,
+    reference=step.LiveReference(sync) if sync else None,
   )
 
 

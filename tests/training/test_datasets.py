@@ -8,9 +8,10 @@ import pytest
 from configs import preferences
 from dpo_jax import losses
 from dpo_jax.data import encode, examples
+from dpo_jax.data.batches import Batching
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.model.config import ModelConfig
-from dpo_jax.training import datasets
+from dpo_jax.training import datasets, setup
 from tests.support import prepared_sets, small_tokenizers
 
 MODEL = ModelConfig(
@@ -28,7 +29,9 @@ def tokenizer(tmp_path_factory):
 def load(path, tokenizer, loss="sigmoid", **data):
   config = preferences.get_config(f"data={path},loss={loss}")
   config.data.update({"max_length": 64, "eval_fraction": 0.2, **data})
-  return datasets.load(config, losses.resolve(loss), tokenizer, MODEL, 1)
+  settings = datasets.BatchSettings(batch_size=32, accumulate=1, seed=0, balance=True)
+  rows = setup.data_settings(config)
+  return datasets.load(rows, settings, Batching(), losses.resolve(loss), tokenizer, MODEL)
 
 
 def rows_file(folder, kind):

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import defaults, losses, train
 from dpo_jax.controlled import word_tokenizer
+from dpo_jax.data import batches
 from dpo_jax.data.examples import Example
 from dpo_jax.evaluation.evaluate import scorer
 from dpo_jax.generation.rollouts import load
@@ -64,7 +65,13 @@ def test_a_batch_without_any_preference_is_an_error(loss, monkeypatch):
     ["a", "b"], [[5], [6]], [["x", "y"]] * 2, [[[7], [7]]] * 2, np.ones((2, 2))
   )
   monkeypatch.setattr(on_policy.rollouts, "sample", lambda *_, **__: same)
-  fields = {"prompts": ["a", "b"], "batch_size": 2, "accumulate": 1, "seed": 0, "batching": {}}
+  fields = {
+    "prompts": ["a", "b"],
+    "batch_size": 2,
+    "accumulate": 1,
+    "seed": 0,
+    "batching": batches.Batching(),
+  }
   made = dataclasses.replace(sampler(num=2, loss=loss), **fields)
   with pytest.raises(UserError, match=r"nothing is left to prefer; raise loss\.beta") as error:
     made.batch(0, None)

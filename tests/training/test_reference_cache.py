@@ -18,11 +18,12 @@ from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.hf import safetensors_files
 from dpo_jax.monitoring.loggers import read_metrics
 from dpo_jax.structs import UserError
-from dpo_jax.training import reference_cache
+from dpo_jax.training import loop, reference_cache
 from dpo_jax.training.setup import build
 from tests.support import small_task, tiny
 
 KEY = {"weights": "a"}
+ROWS = batches.Batching(row_length=64)
 
 
 def token_fn(params=None, mode="mesh", devices=1):
@@ -35,8 +36,8 @@ def token_fn(params=None, mode="mesh", devices=1):
 def filled(path, examples, fn=None, **batching):
   """A store of the tiny model's log-probs of some examples."""
   store = reference_cache.Store(path, KEY)
-  batching = {"batch_size": 4, "row_length": 64, **batching}
-  list(reference_cache.fill(store, examples, fn or token_fn(), **batching))
+  how = ROWS._replace(**batching)
+  list(reference_cache.fill(store, examples, fn or token_fn(), batch_size=4, batching=how))
   return store
 
 
@@ -58,7 +59,10 @@ def test_what_is_stored_is_what_the_reference_computes(tmp_path, name, mode, dev
     stored_fn = logprobs.make_stored_fn(beyond_shorter=beyond)
     live_fn = logprobs.make_logps_fn(tiny.MODEL, beyond_shorter=beyond)
     stream = batches.batches(
-      reference_cache.stored(pairs, store), batch_size=6, accumulate=2, row_length=64, layout=name
+      reference_cache.stored(pairs, store),
+      batch_size=6,
+      accumulate=2,
+      batching=batches.Batching(layout=name, row_length=64),
     )
     for _ in range(2):
       micro = jax.tree.map(lambda x: x[1], next(stream))
@@ -85,7 +89,7 @@ def test_a_step_needs_no_reference_then(tmp_path):
   store = filled(tmp_path, pairs)
   loss, tx = losses.resolve("sigmoid", beta=0.5), optax.sgd(0.1)
   live = step.Objective(logprobs.make_logps_fn(tiny.MODEL), loss)
-  stored = live._replace(stored_fn=logprobs.make_stored_fn())
+  stored = live._replace(reference=step.StoredReference(logprobs.make_stored_fn()))
   after = []
   for objective, reference_params, examples in (
     (live, tiny.init(), pairs),
@@ -151,14 +155,14 @@ def test_a_pass_that_is_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     return once(batch)
 
   store = reference_cache.Store(tmp_path, KEY)
-  going = reference_cache.fill(store, pairs, counted, batch_size=4, row_length=64)
+  going = reference_cache.fill(store, pairs, counted, batch_size=4, batching=ROWS)
   assert [next(going), next(going)] == [4, 8]
   going.close()
   (store.folder / ".partial").write_bytes(b"half a part")
   store = reference_cache.Store(tmp_path, KEY)
   rest = reference_cache.lacking(pairs, store)
   assert [example.row for example in rest] == [8, 9, 10, 11]
-  list(reference_cache.fill(store, rest, counted, batch_size=4, row_length=64))
+  list(reference_cache.fill(store, rest, counted, batch_size=4, batching=ROWS))
   assert len(seen) == 3 and not len(reference_cache.lacking(pairs, store))
 
 
@@ -166,7 +170,7 @@ def test_two_writers_do_not_harm_each_other(tmp_path, monkeypatch):
   monkeypatch.setattr(reference_cache, "PART_TOKENS", 1)
   pairs, fn = tiny.pairs(12), token_fn()
   stores = [reference_cache.Store(tmp_path, KEY) for _ in range(2)]
-  both = [reference_cache.fill(store, pairs, fn, batch_size=4, row_length=64) for store in stores]
+  both = [reference_cache.fill(store, pairs, fn, batch_size=4, batching=ROWS) for store in stores]
   for _ in zip(*both, strict=True):
     pass
   third = reference_cache.Store(tmp_path, KEY)
@@ -182,7 +186,7 @@ def test_two_writers_do_not_harm_each_other(tmp_path, monkeypatch):
 def test_what_is_no_store_is_left_alone(tmp_path):
   (tmp_path / "mine").mkdir()
   (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-  with pytest.raises(UserError, match="mine holds files and is no reference store"):
+  with pytest.raises(UserError, match="mine holds files and is not a reference store"):
     reference_cache.Store(tmp_path / "mine", KEY)
   assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
   with pytest.raises(UserError, match=r"thesis\.txt is a file"):
@@ -256,7 +260,7 @@ def test_a_full_store_spares_the_reference_and_serves_other_runs(task, tmp_path)
   store = {"reference.store": str(tmp_path / "store")}
   run, trained, reference_params, _ = build(small_task.configured(task, **store), tmp_path / "a")
   assert reference_params is not None and sum(map(len, run.lacking)) == 32
-  train.train(run, trained, reference_params, lambda: None)
+  loop.train(run, loop.prepare(run, trained, reference_params))
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(reference_params))
   others = {"loss.name": "ipo", "loss.beta": 0.3, "optimizer.learning_rate": 1e-4, "seed": 1}
   for changes in (others, {"loss.ld_alpha": 0.5}, {"data.max_length": 300}):

@@ -1,0 +1,124 @@
+"""Evaluation in the course of training: held-out metrics, and facts of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from dpo_jax import logprobs, metrics, step
+from dpo_jax.data import batches
+from dpo_jax.distributed.executor import Executor
+from dpo_jax.evaluation import sample_probe
+from dpo_jax.generation import rollouts
+from dpo_jax.structs import PyTree, TokenBatch
+from dpo_jax.training.run import Run
+
+
+def make_evaluator(run: Run, reference_params: PyTree | None) -> Evaluator:
+  """Makes the evaluator of a run.
+
+  Args:
+    run: the run.
+    reference_params: a frozen reference, placed; None where there is none, or the state holds it.
+  """
+  rows: list[TokenBatch] = []
+  # On policy there is no completion to evaluate: held-out prompts are only sampled from.
+  if run.data.held_out and run.data.sampler is None:
+    size = run.settings.eval_batch_size
+    rows = list(
+      batches.eval_batches(run.data.held_out, batch_size=size, batching=run.data.batching)
+    )
+  return Evaluator(run.executor, run.objective, reference_params, rows, _make_probe(run))
+
+
+def _make_probe(run: Run) -> sample_probe.Probe | None:
+  """Makes the probe that samples completions of held-out prompts, None where none are requested."""
+  if not run.settings.eval_samples:
+    return None
+  return sample_probe.make_probe(
+    run.model_config,
+    run.objective.logps,
+    run.data.held_out,
+    samples=run.settings.eval_samples,
+    eos_ids=rollouts.eos_ids(run.model_config, run.tokenizer),
+    max_tokens=run.settings.eval_max_tokens,
+    seed=run.settings.seed,
+  )
+
+
+class Evaluator:
+  """Held-out metrics of a state, and facts of its samples.
+
+  The log-probs of a reference that does not change are computed once, when this is made.
+
+  Attributes:
+    ready: whether there is anything to evaluate.
+  """
+
+  def __init__(
+    self,
+    executor: Executor,
+    objective: step.Objective,
+    reference_params: PyTree | None,
+    rows: Sequence[TokenBatch],
+    probe: sample_probe.Probe | None = None,
+  ):
+    """Computes the log-probs of the reference.
+
+    Args:
+      executor: compiles the forward pass.
+      objective: what training minimises.
+      reference_params: a frozen reference, placed, or None.
+      rows: held-out batches without a micro-batch axis, on host.
+      probe: samples from a policy.
+    """
+    self._executor, self._objective = executor, objective
+    self._reference_params, self._rows, self._probe = reference_params, rows, probe
+    self._forward = executor.compile_forward(objective.logps)
+    self._reference_XS = self._frozen_logps()
+    self.ready = bool(rows or probe)
+
+  def __call__(self, state: step.TrainState) -> dict[str, float]:
+    """Computes means over all held-out examples, and facts of samples.
+
+    Every example is seen before the loss, once: a loss that looks at the whole batch looks at all.
+    """
+    found = self._probe(*self._local_params(state)) if self._probe else {}
+    return found | (self._means(state) if self._rows else {})
+
+  def _frozen_logps(self) -> np.ndarray | None:
+    """Returns the log-probs of a reference that does not change, None where there is none."""
+    kind = self._objective.reference_kind
+    if not self._rows or isinstance(kind, step.NoReference):
+      return None
+    if isinstance(kind, step.StoredReference):
+      return np.concatenate([kind.logps_fn(batch) for batch in self._rows])
+    # One that follows the policy is part of the state, and is computed at every evaluation.
+    return None if kind.sync else self._logps(self._reference_params)
+
+  def _logps(self, params: PyTree) -> np.ndarray:
+    """Returns the log-probs of every slot of every batch, one batch below the other."""
+    with_micro_batches = (jax.tree.map(lambda x: x[None], batch) for batch in self._rows)
+    return np.concatenate([self._forward(params, batch) for batch in with_micro_batches])
+
+  def _means(self, state: step.TrainState) -> dict[str, float]:
+    """Computes the metrics of all held-out examples."""
+    slots = jax.tree.map(lambda *x: np.concatenate(x), *map(logprobs.slots_of, self._rows))
+    reference = self._reference_XS
+    if state.reference is not None:
+      reference = self._logps(state.reference)
+    running_stats = self._executor.to_host(state.running_stats)
+    policy = self._logps(self._objective.policy(state.params, self._reference_params))
+    sums, _ = step.batch_sums(self._objective, policy, reference, slots, running_stats)
+    return {key: float(value) for key, value in metrics.divide(sums).items()}
+
+  def _local_params(self, state: step.TrainState) -> tuple[PyTree, PyTree | None]:
+    """Returns one copy of the policy and of the reference, which share the base of adapters."""
+    local_copy = self._executor.local_copy
+    reference_params = self._reference_params if state.reference is None else state.reference
+    if reference_params is not None:
+      reference_params = local_copy(reference_params)
+    policy = self._objective.policy(local_copy(state.params), reference_params)
+    return policy, reference_params if self._objective.loss.needs_reference else None

@@ -1,0 +1,232 @@
+"""The training loop: from the initial parameters, or the latest checkpoint, to the last step.
+
+`prepare` does all that may still fail before training and writes nothing into the workdir; `train`
+takes the steps.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from dpo_jax import logprobs, step
+from dpo_jax.distributed import executor, memory, preemption, processes
+from dpo_jax.monitoring.loggers import Loggers, Silent
+from dpo_jax.structs import PyTree, TokenBatch
+from dpo_jax.training import datasets, reference_cache
+from dpo_jax.training.checkpoint import Checkpoints, latest_step
+from dpo_jax.training.evaluator import make_evaluator
+from dpo_jax.training.metrics_writer import MetricsWriter
+from dpo_jax.training.run import Run
+from dpo_jax.training.sanity import check_step_zero
+
+
+class Prepared(NamedTuple):
+  """A run that is ready to take its next step.
+
+  Attributes:
+    start: steps that the latest checkpoint has; 0 for a new run.
+    like: shapes and types of the state, and where its leaves are read to.
+    state: the state before the first step; None where a checkpoint brings it.
+    reference_params: the frozen reference, placed; None where the state has it or nothing needs it.
+    feed_after: (start, share) -> the batches of the steps after `start`.
+  """
+
+  start: int
+  like: step.TrainState
+  state: step.TrainState | None
+  reference_params: PyTree | None
+  feed_after: Callable[..., datasets.Feed]
+
+
+def prepare(run: Run, trained: PyTree, reference_params: PyTree | None) -> Prepared:
+  """Places the parameters and checks step 0; nothing is written into the workdir.
+
+  Args:
+    run: the run.
+    trained, reference_params: as `setup.build` returns them; taken over, and gone afterwards.
+
+  Raises:
+    UserError: the parts do not belong together.
+  """
+  start = latest_step(run.workdir / "checkpoints") or 0
+  init = functools.partial(step.init_state, tx=run.tx, loss=run.objective.loss)
+  # A reference that follows the policy is part of what evolves: state and checkpoints have it.
+  follows = run.objective.sync is not None
+  like = jax.eval_shape(init, trained)._replace(reference=reference_params if follows else None)
+  like = run.executor.abstract(like)
+  sizes = None
+  if run.data.sampler:
+    # Those of the initial parameters, also for a run that is resumed: the same shapes as before.
+    policy = run.objective.policy(trained, reference_params)
+    sizes = run.data.sampler.sizes(run.executor.gather_locally(policy))
+  feed_after = functools.partial(datasets.make_feed, run.data, sizes)
+  if reference_params is not None:
+    reference_params = run.executor.place(reference_params)
+  reference_params = fill_store(run, reference_params)
+  state = None
+  if start:
+    # The checkpoint's parameters take the place of these: free the memory before they are read.
+    jax.tree.map(lambda x: x.delete() if isinstance(x, jax.Array) else None, trained)
+  else:
+    state = run.executor.compile_init(init)(run.executor.place(trained))
+    params = _policy_params(run, state, reference_params) if run.data.sampler else None
+    batch, _ = feed_after(0)(1, params)
+    check_step_zero(run, state.params, reference_params, batch)
+    if follows:
+      state = state._replace(reference=reference_params)
+  if follows:
+    reference_params = None
+  return Prepared(start, like, state, reference_params, feed_after)
+
+
+def fill_store(run: Run, reference_params: PyTree | None) -> PyTree | None:
+  """Computes what a reference store lacks.
+
+  Args:
+    run: the run.
+    reference_params: placed; deleted where nothing needs them any more.
+
+  Returns:
+    What is needed of the reference from then on: with a store, only the base of adapters.
+  """
+  if not run.store:
+    return reference_params
+  forward = run.executor.compile_forward(logprobs.make_token_fn(run.model))
+
+  def token_fn(batch: TokenBatch) -> jax.Array:
+    return forward(reference_params, jax.tree.map(lambda x: x[None], batch))
+
+  reference_cache.fill_all(
+    run.store,
+    run.lacking,
+    token_fn,
+    batch_size=run.data.settings.batch_size // run.data.settings.accumulate,
+    batching=run.data.batching,
+  )
+  if run.adapter:
+    return reference_params
+  jax.tree.map(lambda x: x.delete(), reference_params)
+  return None
+
+
+def train(run: Run, prepared: Prepared) -> PyTree:
+  """Takes all steps that are left, and leaves metrics and checkpoints in the workdir.
+
+  Args:
+    run: the run; its workdir exists and belongs to it.
+    prepared: as `prepare` returns it; its state is gone afterwards.
+
+  Returns:
+    What was trained as it ends: one copy of it, on device.
+  """
+  start, state, reference_params = prepared.start, prepared.state, prepared.reference_params
+  ranks = run.objective.loss.kind in ("pairs", "ranked")
+  checkpoints = Checkpoints(
+    run.workdir / "checkpoints",
+    keep=run.settings.checkpoint_keep,
+    best="rewards/accuracies" if ranks else "loss",
+    higher=ranks,
+    tidy=True,
+  )
+  try:
+    if start:
+      # The latest may be unreadable: then the run resumes from the one before.
+      start, saved = checkpoints.restore_latest(prepared.like)
+      state = run.executor.place(saved)
+      del saved
+    assert state is not None
+    if reference_params is not None:
+      executor.assert_separate(state, reference_params)
+    parts = {
+      "policy": prepared.like.params,
+      "optimiser": prepared.like.opt_state,
+      "reference": reference_params,
+    }
+    logs: Loggers | Silent = Silent()
+    if processes.is_main_process():
+      logs = Loggers(run.workdir, start_step=start, total_steps=run.steps)
+    with preemption.Notice() as notice, logs as log:
+      if start:
+        log.say(f"resuming after step {start} of {run.steps}")
+      feed = prepared.feed_after(start, share=run.executor.share)
+      with memory.explain_out_of_memory(parts, memory.device_capacity()):
+        state = _take_steps(run, state, reference_params, feed, start, checkpoints, log, notice)
+  finally:
+    checkpoints.close()
+  return run.executor.unreplicate(state.params)
+
+
+def _take_steps(
+  run: Run,
+  state: step.TrainState,
+  reference_params: PyTree | None,
+  feed: datasets.Feed,
+  start: int,
+  checkpoints: Checkpoints,
+  log: Loggers | Silent,
+  notice: preemption.Notice,
+) -> step.TrainState:
+  """Takes steps start + 1 to the last, with evaluation and checkpoints where they are due.
+
+  At a notice of preemption it saves after the step that it is at, and exits.
+  """
+  train_step_fn = run.executor.compile_step(
+    functools.partial(step.train_step, objective=run.objective, tx=run.tx)
+  )
+  evaluator = make_evaluator(run, reference_params)
+  if start == 0 and evaluator.ready:
+    log.write_eval(0, evaluator(state))
+  writer = MetricsWriter(
+    log,
+    checkpoints,
+    to_host=run.executor.metrics_to_host,
+    schedule=run.schedule,
+    data_path=run.settings.data_path,
+  )
+  shapes: set[tuple[tuple[int, ...], ...]] = set()
+  for index in range(start + 1, run.steps + 1):
+    params = _policy_params(run, state, reference_params) if run.data.sampler else None
+    batch, facts = feed(index, params)
+    shape = tuple(x.shape for x in jax.tree.leaves(batch))
+    if shapes and shape not in shapes:
+      log.say(f"step {index}: compiles for batches of another shape, number {len(shapes) + 1}")
+    shapes.add(shape)
+    # The state is donated: the old one's memory becomes the new one's.
+    state, means = train_step_fn(state, reference_params, run.executor.place_batch(batch))
+    writer.add(index, means, facts, batch)
+    last = index == run.steps
+    evaluating = evaluator.ready and (last or _is_due(index, run.settings.eval_every))
+    leaving = notice.leaving(index) and not last
+    saving = leaving or last or _is_due(index, run.settings.checkpoint_every)
+    if not (evaluating or saving):
+      continue
+    # The order is important: 1. the metrics of this very step, which stop the run before a state
+    # with a loss that is not finite is kept; 2. evaluation, whose metrics decide which checkpoint
+    # is the best; 3. the checkpoint; 4. leaving, once it is on disk.
+    writer.flush()
+    found = evaluator(state) if evaluating else None
+    if found:
+      log.write_eval(index, found)
+    if saving:
+      checkpoints.save(index, run.executor.unreplicate(state), found)
+    if leaving:
+      checkpoints.wait()
+      preemption.leave(index)
+    writer.restart_clock()
+  return state
+
+
+def _policy_params(run: Run, state: step.TrainState, reference_params: PyTree | None) -> PyTree:
+  """Returns the policy's parameters, one copy of them, on device, to sample from."""
+  local_copy = run.executor.local_copy
+  return run.objective.policy(
+    local_copy(state.params), None if reference_params is None else local_copy(reference_params)
+  )
+
+
+def _is_due(index: int, every: int) -> bool:
+  return every > 0 and index % every == 0

@@ -1,0 +1,110 @@
+"""The metrics of each step, written one step late so that the device never waits for the host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import optax
+
+from dpo_jax.monitoring.loggers import Loggers, Silent
+from dpo_jax.structs import Array, TokenBatch, UserError
+from dpo_jax.training.checkpoint import Checkpoints
+
+
+class _Pending(NamedTuple):
+  """A step whose metrics may not be computed yet."""
+
+  index: int
+  means: dict[str, Array]  # on the devices
+  facts: dict[str, float]  # on host
+  batch: TokenBatch
+
+
+class MetricsWriter:
+  """Writes the metrics of every step, with its rates, and stops a run whose loss is not finite."""
+
+  def __init__(
+    self,
+    log: Loggers | Silent,
+    checkpoints: Checkpoints,
+    *,
+    to_host: Callable[[dict[str, Array]], dict[str, np.ndarray]],
+    schedule: optax.Schedule,
+    data_path: str,
+  ):
+    """Starts the clock.
+
+    Args:
+      log: where metrics are written.
+      checkpoints: of the run, whose last one an error names.
+      to_host: `Executor.metrics_to_host`.
+      schedule: learning rate by step.
+      data_path: of the examples, which an error names.
+    """
+    self._log, self._checkpoints, self._to_host = log, checkpoints, to_host
+    self._schedule, self._data_path = schedule, data_path
+    self._pending: _Pending | None = None
+    self.restart_clock()
+
+  def restart_clock(self) -> None:
+    """Leaves evaluation and saving out of the pairs per second."""
+    self._since = time.perf_counter()
+
+  def add(
+    self, index: int, means: dict[str, Array], facts: dict[str, float], batch: TokenBatch
+  ) -> None:
+    """Takes the metrics of a step, on device, and writes those of the step before.
+
+    Raises:
+      UserError: as `flush`.
+    """
+    # Only the step before is waited for: the device is already busy with this one.
+    self.flush()
+    self._pending = _Pending(index, means, facts, batch)
+
+  def flush(self) -> None:
+    """Writes the pending step.
+
+    Raises:
+      UserError: its loss or gradient is not finite; names the rows.
+    """
+    if self._pending is None:
+      return
+    pending, self._pending = self._pending, None
+    means = self._to_host(pending.means)  # waits for the step
+    bad_row_ANS, rows, tokens = (means.pop(key) for key in ("nonfinite_row_ANS", "rows", "tokens"))
+    now = time.perf_counter()
+    elapsed, self._since = now - self._since, now
+    if not (np.isfinite(means["loss"]) and np.isfinite(means["grad_norm"])):
+      raise self._not_finite(pending, means, bad_row_ANS[bad_row_ANS >= 0])
+    self._log.write(
+      pending.index,
+      {key: float(value) for key, value in means.items()}
+      | pending.facts
+      | {
+        # Optax counts updates made, from 0.
+        "learning_rate": float(self._schedule(pending.index - 1)),
+        "pairs_per_second": rows / elapsed,
+        "tokens_per_second": tokens / elapsed,
+      },
+    )
+
+  def _not_finite(
+    self, pending: _Pending, means: dict[str, np.ndarray], bad_rows: np.ndarray
+  ) -> UserError:
+    """Returns the error of a step, once the checkpoint before it is on disk."""
+    if not len(bad_rows):  # the loss is finite and its gradient is not: any row may be the cause
+      bad_rows = pending.batch.row_NS[pending.batch.row_NS >= 0]
+    rows = sorted(set(bad_rows.tolist()))
+    named = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
+    self._checkpoints.wait()
+    last = self._checkpoints.latest()
+    kept = f"the checkpoint of step {last} is kept" if last else "no checkpoint was due before"
+    return UserError(
+      f"step {pending.index}: the loss is {means['loss']}, its gradient's norm"
+      f" {means['grad_norm']}, in rows {named} of {self._data_path}; {kept}. Try a lower"
+      " optimizer.learning_rate in a new --workdir, or look at those rows"
+    )

@@ -1,0 +1,69 @@
+"""The proof at step 0: policy and reference are the same model, and the loss is what it must be."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from dpo_jax import logprobs, metrics, step
+from dpo_jax.structs import Array, PyTree, TokenBatch, UserError
+from dpo_jax.training.run import Run
+
+
+def check_step_zero(
+  run: Run, trained: PyTree, reference_params: PyTree | None, batch: TokenBatch
+) -> None:
+  """Checks on the first pairs that the policy is the reference, and reports the loss.
+
+  With a reference of its own folder, or one rounded to a narrower type, the two differ: then the
+  loss is only reported.
+
+  Args:
+    run: the run.
+    trained, reference_params: placed, as the first step takes them.
+    batch: the first batch, on host.
+
+  Raises:
+    UserError: the parts do not belong together; nothing has been trained or written yet.
+  """
+  objective, executor = run.objective, run.executor
+  first = jax.tree.map(lambda x: x[:1], batch)
+  micro = jax.tree.map(lambda x: x[0], first)
+  # The program that evaluation runs, so that it is compiled once.
+  forward = executor.compile_forward(objective.logps)
+  policy_NS = forward(objective.policy(trained, reference_params), first)
+  if not np.isfinite(policy_NS).all():
+    raise UserError(
+      f"the model gives log-probs that are not finite before any training, on rows"
+      f" {sorted(set(micro.row_NS[~np.isfinite(policy_NS)].tolist()))[:8]}; its weights or its"
+      " configuration are broken"
+    )
+  if run.data.sampler is None:
+    example, decode = run.data.examples[0], run.tokenizer.decode
+    print(f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.completions[0])[:60]!r}")
+  kind = objective.reference_kind
+  if isinstance(kind, step.NoReference):
+    return
+  if isinstance(kind, step.StoredReference):
+    reference_NS = np.asarray(kind.logps_fn(micro))
+  else:
+    reference_NS = forward(reference_params, first)
+
+  def loss(logps_NS: Array) -> float:
+    slots, running_stats = logprobs.slots_of(micro), objective.loss.running_stats
+    sums, _ = step.batch_sums(objective, logps_NS, reference_NS, slots, running_stats)
+    return float(metrics.divide(sums)["loss"])
+
+  # The loss of a policy that gives exactly the reference's log-probs: log 2 for DPO.
+  found, expected = loss(policy_NS), loss(reference_NS)
+  if not run.settings.starts_as_reference:
+    print(
+      f"step 0: loss {found:.6f}; it would be {expected:.6f} if policy and reference were equal"
+    )
+    return
+  if not abs(found - expected) <= 1e-5 * max(1.0, abs(expected)):
+    raise UserError(
+      f"at step 0 policy and reference are the same weights, yet the loss is {found:.6f} and not"
+      f" {expected:.6f}: the two were not computed alike, and training would not be what it says"
+    )
+  print(f"step 0: loss {found:.6f}, as it must be where the policy is the reference", flush=True)

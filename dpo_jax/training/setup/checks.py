@@ -1,0 +1,227 @@
+"""The first part of set-up: everything that can be said against a configuration without a file.
+
+Nothing here opens a file or places an array. Devices are counted, since a batch must divide among
+them. A mistake found here would otherwise show after minutes of loading, or silently do nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from dpo_jax import losses, step
+from dpo_jax.data import packing
+from dpo_jax.distributed.executor import Executor
+from dpo_jax.model import attention_kernels, lora
+from dpo_jax.model.lora import LoRA
+from dpo_jax.structs import UserError
+from dpo_jax.training import on_policy, optimizer
+
+DTYPES = ("float32", "bfloat16")
+
+
+class Checked(NamedTuple):
+  """The parts of a run that its configuration alone decides.
+
+  Attributes:
+    loss: the loss.
+    sync: how the reference follows the policy (TR-DPO); None for a reference that stays.
+    executor: the devices, with nothing on them.
+  """
+
+  loss: losses.Loss
+  sync: step.Sync | None
+  executor: Executor
+
+
+def check(config: ConfigDict) -> Checked:
+  """Checks all sections of a configuration, alone and against each other.
+
+  Raises:
+    UserError: one line with the value, the rule and a way out.
+  """
+  given = {k: v for k, v in config.loss.items() if k != "name" and v is not None}
+  loss = losses.resolve(config.loss.name, **given)
+  sync = _check_sync(config.reference, loss)
+  _check_lora(config, loss)
+  _check_on_policy(config, loss)
+  _check_store(config, loss)
+  executor = Executor(**{name: config.parallel[name] for name in Executor.SETTINGS})
+  attention_kernels.check(config.model.attention)
+  _check_numbers(config)
+  _check_divides(config.train.batch_size, config.train.accumulate, executor.groups)
+  _check_optimizer(config)
+  return Checked(loss, sync, executor)
+
+
+def check_inputs(config: ConfigDict) -> None:
+  """Checks that a model and data are named; `plan` does without data and tokenizer.
+
+  Raises:
+    UserError: one of them is missing, or named twice.
+  """
+  section = config.model
+  if not section.path and not section.scratch:
+    raise UserError("model.path is empty; name a Hugging Face folder, --config.model.path=DIR")
+  if section.path and section.scratch:
+    raise UserError("model.path and model.scratch are both given; keep one")
+  if section.scratch and not section.tokenizer:
+    raise UserError("model.tokenizer is empty; a model trained from scratch needs its folder")
+  if not config.data.path:
+    what = "prompts" if config.on_policy.reward else "rows"
+    raise UserError(f"data.path is empty; name a file of {what}, --config.data.path=FILE")
+
+
+def check_base_is_kept(config: ConfigDict) -> None:
+  """Refuses to train adapters of random weights, which no folder has; to time them is fine."""
+  if config.model.scratch and (config.lora.rank or config.lora.path):
+    raise UserError(
+      "lora would adapt a model made from nothing (model.scratch), which is kept nowhere; name one"
+      " that exists, --config.model.path=DIR, or train the model itself"
+    )
+
+
+def _check_sync(section: ConfigDict, loss: losses.Loss) -> step.Sync | None:
+  """Returns how the reference follows the policy (TR-DPO), None for never."""
+  every, alpha = section.sync_every, section.sync_alpha
+  if every < 0:
+    raise UserError(f"reference.sync_every is {every}; it must be 0 (never) or a number of steps")
+  if not 0 < alpha <= 1:
+    raise UserError(f"reference.sync_alpha is {alpha}; it must lie above 0 and be 1 at most")
+  if every and not loss.needs_reference:
+    raise UserError(
+      f"reference.sync_every is {every}, but loss {loss.name!r} reads no reference; leave it 0"
+    )
+  return step.Sync(every, alpha) if every else None
+
+
+def _check_lora(config: ConfigDict, loss: losses.Loss) -> None:
+  """Checks the section of adapters; those of an adapter folder are read later."""
+  section = config.lora
+  given = dict(section)
+  path = given.pop("path")
+  set_ = [name for name, usual in LoRA._field_defaults.items() if given[name] != usual]
+  if path and (section.rank or set(set_) - {"dropout"}):
+    name = "rank" if section.rank else min(set(set_) - {"dropout"})
+    raise UserError(
+      f"lora.{name} is {section[name]!r}, but the adapter {path} brings its own; leave it as it is"
+    )
+  if not path and not section.rank:
+    if set_:
+      raise UserError(
+        f"lora.{set_[0]} is {given[set_[0]]!r}, but lora.rank is 0, so nothing would be adapted;"
+        " set lora.rank, such as 16"
+      )
+    return
+  if not path:
+    lora.check(LoRA(**given))
+  _check_base(config, loss)
+
+
+def _check_base(config: ConfigDict, loss: losses.Loss) -> None:
+  """Checks what adapters require of the other sections: the reference is their base."""
+  reference = config.reference
+  if not config.model.path and not config.model.scratch:
+    raise UserError("lora adapts a model that exists; name it, --config.model.path=DIR")
+  if reference.path:
+    raise UserError(
+      f"reference.path is {reference.path!r}, but with lora the reference is the base, and the"
+      " adapter of lora.path; leave it empty"
+    )
+  if reference.sync_every:
+    raise UserError(
+      f"reference.sync_every is {reference.sync_every}, but with lora the reference is the base,"
+      " which stays as it is; leave it 0"
+    )
+  if loss.needs_reference and reference.param_dtype != config.model.param_dtype:
+    raise UserError(
+      f"reference.param_dtype is {reference.param_dtype!r} and model.param_dtype"
+      f" {config.model.param_dtype!r}; with lora both are the same arrays: set them alike"
+    )
+
+
+def _check_on_policy(config: ConfigDict, loss: losses.Loss) -> None:
+  """Checks the settings of on-policy training, or that the loss can do without it."""
+  if config.on_policy.reward:
+    on_policy.check(loss, **config.on_policy)
+  elif loss.is_on_policy:
+    raise UserError(
+      f"loss {loss.name!r} learns from samples of the policy itself; name a reward for them,"
+      " --config.on_policy.reward=NAME, and prompts, --config.data.path=FILE"
+    )
+
+
+def _check_store(config: ConfigDict, loss: losses.Loss) -> None:
+  """Checks that log-probs of the reference could be stored; the folder is looked at later."""
+  path, sync_every = config.reference.store, config.reference.sync_every
+  if not path:
+    return
+  why = None
+  if not loss.needs_reference:
+    why = f"loss {loss.name!r} reads no reference"
+  elif sync_every:
+    why = f"the reference follows the policy (reference.sync_every={sync_every})"
+  elif config.on_policy.reward:
+    why = "the answers are sampled anew at every step (on_policy.reward)"
+  if why:
+    raise UserError(f"reference.store is {path!r}, but {why}; leave it empty")
+
+
+def _check_numbers(config: ConfigDict) -> None:
+  """Checks the range of every number that no other part of set-up checks."""
+  for name in (
+    "train.steps",
+    "eval.every",
+    "eval.batch_size",
+    "checkpoint.every",
+    "data.eval_limit",
+    "eval.samples",
+  ):
+    section, field = name.split(".")
+    if config[section][field] < 0:
+      raise UserError(f"{name} is {config[section][field]}; it must be 0 or above")
+  if not 0 <= config.seed < 2**32:
+    raise UserError(f"seed is {config.seed}; it must lie between 0 and 2^32 - 1")
+  if config.data.prompt_floor < 1:
+    raise UserError(f"data.prompt_floor is {config.data.prompt_floor}; it must be 1 or above")
+  if config.checkpoint.keep < 1:
+    raise UserError(f"checkpoint.keep is {config.checkpoint.keep}; it must be 1 or above")
+  if not config.train.steps and not 0 < config.train.epochs < float("inf"):
+    raise UserError(f"train.epochs is {config.train.epochs}; it must be above 0")
+  if not 0 <= config.data.eval_fraction < 1:
+    raise UserError(f"data.eval_fraction is {config.data.eval_fraction}; it must lie in [0, 1)")
+  if config.data.max_length < 2:
+    raise UserError(f"data.max_length is {config.data.max_length}; a pair needs 2 tokens or more")
+  if config.data.layout not in packing.LAYOUTS:
+    raise UserError(f"data.layout is {config.data.layout!r}; known: {', '.join(packing.LAYOUTS)}")
+  for name in ("model.compute_dtype", "model.param_dtype", "reference.param_dtype"):
+    section, field = name.split(".")
+    if config[section][field] not in DTYPES:
+      raise UserError(f"{name} is {config[section][field]!r}; known: {', '.join(DTYPES)}")
+
+
+def _check_divides(batch_size: int, accumulate: int, devices: int) -> None:
+  """Checks that every device has as many pairs of every micro-batch as any other."""
+  if batch_size < 1 or accumulate < 1:
+    raise UserError(
+      f"train.batch_size is {batch_size} and train.accumulate {accumulate}; both must be 1 or more"
+    )
+  unit = accumulate * devices
+  if batch_size % unit:
+    lower, upper = batch_size // unit * unit, -(-batch_size // unit) * unit
+    raise UserError(
+      f"train.batch_size {batch_size} is not divisible by {devices} devices x {accumulate}"
+      f" micro-batches; try {f'{lower} or {upper}' if lower else upper}"
+    )
+
+
+def _check_optimizer(config: ConfigDict) -> None:
+  """Makes the optimizer and throws it away, for what it says against its settings."""
+  steps, section = config.train.steps, config.optimizer
+  if steps:
+    optimizer.build(steps, **section)
+  else:
+    # How many steps there are is known once the data is read. A warm-up longer than that is refused
+    # then; until then only the other settings can be.
+    optimizer.build(1, **{**section, "warmup_steps": None})

@@ -1,0 +1,209 @@
+"""The second part of set-up: files are read, headers first, and nothing is on the devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from dpo_jax.data import chat_template, encode
+from dpo_jax.data.batches import Batching
+from dpo_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dpo_jax.distributed.executor import Executor
+from dpo_jax.hf import checkpoint as hf_checkpoint
+from dpo_jax.hf import peft
+from dpo_jax.model import attention_kernels, families, lora
+from dpo_jax.model.config import ModelConfig
+from dpo_jax.model.lora import LoRA
+from dpo_jax.structs import PyTree, UserError
+from dpo_jax.training import datasets, reference_cache
+from dpo_jax.training.setup.checks import Checked
+
+
+class Described(NamedTuple):
+  """The parts of a run that its files decide.
+
+  Attributes:
+    model_config, tokenizer: of the policy, no weights loaded.
+    adapters: how adapters are made; None where the model itself is trained.
+    start: the adapters that training starts from, on host; None without any.
+    attention: name of the implementation that runs.
+    data: examples or prompts.
+    ledger: counts of what became of every row of the data.
+    steps: updates of the whole run.
+  """
+
+  model_config: ModelConfig
+  tokenizer: Tokenizer
+  adapters: LoRA | None
+  start: PyTree | None
+  attention: str
+  data: datasets.TrainingData
+  ledger: dict[str, Any]
+  steps: int
+
+
+def describe(config: ConfigDict, checked: Checked) -> Described:
+  """Reads headers, tokenizer and data.
+
+  The order is important: what fails in a moment comes before the data, which may take minutes.
+  """
+  # 1. Folders, by their headers.
+  adapters = describe_adapters(config)
+  model_config, tokenizer = describe_model(config.model, config.data.template)
+  for path in filter(None, (config.model.path, config.reference.path)):
+    hf_checkpoint.check(path)
+  _check_tokenizer(config.reference.path, tokenizer)
+  if config.reference.path and checked.loss.needs_reference:
+    _check_shape(hf_checkpoint.read_config(config.reference.path), model_config, config)
+  # 2. Adapters: a target may match no map of this model.
+  start = None
+  if config.lora.path:
+    start = peft.load(config.lora.path, model_config)[1]
+  elif adapters:
+    start = lora.init(model_config, adapters, config.seed)
+  attention = choose_attention(config, model_config, checked.executor)
+  check_balance(config, model_config)
+  # 3. The data, and how many steps it makes.
+  data, ledger = datasets.load(
+    data_settings(config),
+    datasets.BatchSettings(
+      config.train.batch_size, config.train.accumulate, config.seed, config.data.balance
+    ),
+    Batching(
+      layout=config.data.layout,
+      row_length=config.data.row_length,
+      groups=checked.executor.groups,
+      texts=attention in attention_kernels.SEQUENCE_KERNELS,
+    ),
+    checked.loss,
+    tokenizer,
+    model_config,
+    sampling=dict(config.on_policy) if config.on_policy.reward else None,
+  )
+  passes = config.train.epochs * len(data.examples) / config.train.batch_size
+  steps = config.train.steps or max(1, round(passes))
+  return Described(
+    model_config=model_config,
+    tokenizer=tokenizer,
+    adapters=adapters,
+    start=start,
+    attention=attention,
+    data=data,
+    ledger=ledger,
+    steps=steps,
+  )
+
+
+def data_settings(config: ConfigDict) -> datasets.DataSettings:
+  """Returns which rows are read, as plain values."""
+  data = config.data
+  return datasets.DataSettings(
+    path=data.path,
+    eval_path=data.eval_path,
+    eval_fraction=data.eval_fraction,
+    eval_limit=data.eval_limit,
+    eval_samples=config.eval.samples,
+    fields={k: v for k, v in data.fields.items() if v},
+    max_length=data.max_length,
+    prompt_floor=data.prompt_floor,
+    truncation=data.truncation,
+  )
+
+
+def describe_adapters(config: ConfigDict) -> LoRA | None:
+  """Returns how adapters are made, None where the model itself is trained.
+
+  The folder of a reference store is looked at as well: like an adapter's, it is named by a section
+  that no other description reads.
+  """
+  if config.reference.store:
+    reference_cache.check(pathlib.Path(config.reference.store))
+  section = config.lora
+  if section.path:
+    adapters = peft.read_settings(section.path)[0]._replace(dropout=section.dropout)
+    lora.check(adapters)
+    return adapters
+  return LoRA(**{k: v for k, v in section.items() if k != "path"}) if section.rank else None
+
+
+def describe_model(section: ConfigDict, template: str = "") -> tuple[ModelConfig, Tokenizer]:
+  """Returns the shape of the model and its tokenizer, no weights loaded.
+
+  Args:
+    section: `model` of a configuration.
+    template: `data.template`, values that the chat template reads.
+  """
+  if section.path and not pathlib.Path(section.path).is_dir():
+    raise UserError(
+      f"model.path={section.path} is no folder that is there; name a Hugging Face model folder"
+    )
+  tokenizer = load_tokenizer(
+    section.tokenizer or section.path,
+    template_arguments=chat_template.read_arguments(template, "data.template"),
+  )
+  if section.path and peft.is_adapter(section.path):
+    raise UserError(
+      f"model.path={section.path} is an adapter; name its base by model.path, itself by lora.path"
+    )
+  if section.path:
+    model_config = hf_checkpoint.read_config(section.path)
+  else:
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    fields = {"vocab_size": tokenizer.vocab_size} | special | section.scratch.to_dict()
+    model_config = families.from_hf(fields)
+  encode.check_vocabulary(tokenizer, model_config.vocab)
+  return model_config, tokenizer
+
+
+def choose_attention(config: ConfigDict, model_config: ModelConfig, executor: Executor) -> str:
+  """Returns the attention that a run uses; reports why where it is not the one requested."""
+  name = config.model.attention
+  taken, why = attention_kernels.choose(
+    name,
+    model_config,
+    dtype=config.model.compute_dtype,
+    device=executor.devices[0],
+    sequence=config.parallel.sequence,
+    divided=executor.mode == "mesh" and len(executor.devices) > 1,
+  )
+  if why:
+    print(f"model.attention is {name}, but {why}: {taken} is taken", file=sys.stderr)
+  return taken
+
+
+def _check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
+  """Checks that the reference reads ids as the policy does, as far as its folder says."""
+  if not path or not (pathlib.Path(path) / "tokenizer.json").is_file():
+    return
+  if not tokenizer.same_ids(load_tokenizer(path)):
+    raise UserError(
+      f"the reference {path} has another tokenizer than the policy; the two must share one"
+    )
+
+
+def _check_shape(reference: ModelConfig, policy: ModelConfig, config: ConfigDict) -> None:
+  """Checks that one compiled forward pass can serve both: all that shapes a log-prob agrees."""
+  for field in dataclasses.fields(policy):
+    ours, theirs = getattr(policy, field.name), getattr(reference, field.name)
+    if field.name not in ("init_std", "bos_id", "eos_ids", "pad_id") and ours != theirs:
+      raise UserError(
+        f"the reference {config.reference.path} has {field.name} {theirs!r}, the policy {ours!r};"
+        " they must be of one shape and share one tokenizer"
+      )
+
+
+def check_balance(config: ConfigDict, model_config: ModelConfig) -> None:
+  """Checks that a weight for spreading tokens over experts is for a model that has some."""
+  weight = config.train.router_balance
+  if weight is None:
+    return
+  if not model_config.experts:
+    raise UserError(
+      f"train.router_balance is {weight}, but {model_config.family} has no experts; leave it None"
+    )
+  if not 0 <= weight < float("inf"):
+    raise UserError(f"train.router_balance is {weight}; it must be 0 or above")
