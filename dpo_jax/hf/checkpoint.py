@@ -117,7 +117,7 @@ def load(
   path = pathlib.Path(path)
   config = read_config(path)
   shapes = _flatten(param_shapes(config)["params"])
-  # A sharding is itself a pytree leaf, so one for all has to be told from a tree of them.
+  # None and a single sharding count for every leaf.
   if shardings is None or isinstance(shardings, Sharding):
     places = dict.fromkeys(shapes, shardings)
   else:

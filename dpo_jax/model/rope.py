@@ -41,7 +41,7 @@ def rotary_frequencies(config: ModelConfig, name: str = "main") -> np.ndarray:
     return inverse
   if scaling.kind == "linear":
     return inverse / scaling.factor
-  # Both other kinds keep fast frequencies, which tell near positions apart, and divide slow ones,
+  # Both other kinds keep fast frequencies, which distinguish near positions, and divide slow ones,
   # which would reach angles that training never saw. `keep` is 1 for the former, 0 for the latter.
   if scaling.kind == "llama3":
     turns = scaling.original_positions * inverse / (2 * np.pi)
@@ -92,7 +92,7 @@ def rotary_table(config: ModelConfig, position_NL: Array) -> tuple[Array, Array]
 
   def one_table(name: str) -> tuple[Array, Array]:
     frequencies = jnp.asarray(rotary_frequencies(config, name), jnp.float32)
-    # float32 whatever the activations: bfloat16 cannot tell positions above 256 apart.
+    # float32 whatever the activations: in bfloat16, positions above 256 are rounded together.
     angle = position_NL[:, :, None, None].astype(jnp.float32) * frequencies
     magnitude = _magnitude(config, name)
     return jnp.cos(angle) * magnitude, jnp.sin(angle) * magnitude

@@ -43,7 +43,7 @@ def read_qwen3_moe(fields: Fields) -> ModelConfig:
   if fields.get("mlp_only_layers", []) or fields.size("decoder_sparse_step", 1) != 1:
     raise UserError(
       "config.json: mlp_only_layers and decoder_sparse_step mix layers with and without experts,"
-      " which is not supported; use a model whose layers are all alike"
+      " which is not supported; use a model with experts in every layer"
     )
   experts = Experts(
     count=fields.size("num_experts", fields.size("num_local_experts", 128)),
