@@ -61,7 +61,7 @@ class Rollout(NamedTuple):
     prompts: X texts.
     prompt_ids: X lists of token ids.
     completions: X lists of S texts.
-    answer_ids: X lists of S lists of ids, the end token included where the model ended.
+    completion_ids: X lists of S lists of ids, the end token included where the model ended.
     reward_XS: their rewards.
   """
 
