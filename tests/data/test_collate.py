@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dpo_jax import logprobs
 from dpo_jax.data import packing
 from dpo_jax.data.collate import check_fits, collate, collate_many, fit_row_length
-from dpo_jax.data.examples import Example, fill_up, lengths, truncate
+from dpo_jax.data.examples import Example, fill_up, lengths
 from dpo_jax.structs import TokenBatch, UserError
 from tests.support import tiny
 
@@ -307,72 +307,6 @@ def test_errors_name_the_row_and_the_way_out():
     check_fits([long], "shared", -5)
   with pytest.raises(UserError, match="unknown layout 'dense'; choose one of shared"):
     collate([long], layout="dense", row_length=64)
-
-
-# --- truncation -----------------------------------------------------------------------------------
-
-
-def cut(prompt, *completions, **kwargs):
-  out = truncate(ids(*prompt), [ids(*a) for a in completions], **kwargs)
-  return out and (out[0].tolist(), [a.tolist() for a in out[1]], out[2])
-
-
-def test_what_fits_is_left_alone():
-  assert cut([1, 2, 3], [4, 5], [6], max_length=5) == ([1, 2, 3], [[4, 5], [6]], ())
-  assert cut([1] * 99, [4], max_length=None) == ([1] * 99, [[4]], ())
-
-
-def test_the_prompt_is_cut_from_the_left_and_keeps_its_bos():
-  kept = cut([1, 2, 3, 4, 5, 6], [7, 8], [9], max_length=6, prompt_floor=2, bos_id=1)
-  assert kept == ([1, 4, 5, 6], [[7, 8], [9]], ("prompt",))
-  kept = cut([1, 2, 3, 4, 5, 6], [7, 8], [9], max_length=6, prompt_floor=2)
-  assert kept == ([3, 4, 5, 6], [[7, 8], [9]], ("prompt",))
-
-
-def test_below_the_floor_a_pair_is_dropped_or_both_answers_cut_alike():
-  completions = [11, 12, 13, 14, 15, 99], [21, 22, 99]  # 99 ends a text
-  where = {"max_length": 8, "prompt_floor": 4}
-  assert cut([1, 2, 3, 4, 5, 6], *completions, **where) is None
-  kept = cut([1, 2, 3, 4, 5, 6], *completions, mode="cut", **where)
-  # Four tokens of the prompt leave four for each answer; the cut one has lost its end token.
-  assert kept == ([3, 4, 5, 6], [[11, 12, 13, 14], [21, 22, 99]], ("prompt", "answer"))
-
-
-def test_the_floor_never_takes_more_than_half_the_window():
-  kept = cut(range(1, 101), [1, 2, 3, 4], [5], max_length=8, prompt_floor=64)
-  assert kept == ([97, 98, 99, 100], [[1, 2, 3, 4], [5]], ("prompt",))
-
-
-def test_truncation_has_two_modes():
-  with pytest.raises(UserError, match="unknown truncation 'left'; choose 'drop' or 'cut'"):
-    cut([1], [2], max_length=8, mode="left")
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-  prompt=st.integers(1, 30),
-  a=st.integers(1, 30),
-  b=st.integers(1, 30),
-  window=st.integers(2, 40),
-  floor=st.integers(0, 40),
-  mode=st.sampled_from(["drop", "cut"]),
-)
-def test_truncation_always_fits_and_keeps_ends_of_prompts_and_starts_of_answers(
-  prompt, a, b, window, floor, mode
-):
-  texts = np.arange(prompt), (np.arange(a), np.arange(b))
-  out = truncate(*texts, max_length=window, prompt_floor=floor, mode=mode, bos_id=0)
-  if out is None:
-    assert mode == "drop" and prompt + max(a, b) > window
-    return
-  kept, completions, cuts = out
-  assert len(kept) + max(map(len, completions)) <= window
-  assert len(kept) >= 1 and min(map(len, completions)) >= 1
-  assert kept[-1] == prompt - 1
-  assert ("prompt" in cuts) == (len(kept) < prompt)
-  limit = max(map(len, completions))
-  for original, answer in zip(texts[1], completions, strict=True):
-    assert answer.tolist() == original[:limit].tolist()
 
 
 # --- equal log-probs ------------------------------------------------------------------------------

@@ -2,16 +2,12 @@
 
 import json
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dpo_jax.data import batches, collate, encode, packing
 from dpo_jax.data import examples as data_examples
-from dpo_jax.data.examples import Example
 from dpo_jax.structs import UserError
-from tests.support.small_rows import examples, pair
+from tests.support.small_rows import pair
 
 # --- loading --------------------------------------------------------------------------------------
 
@@ -222,60 +218,6 @@ def test_what_rows_are_is_told_from_the_first(rows_file, row, kind):
     encode.detect_kind(rows_file([{"a": 1}, row]))
 
 
-def judged_examples(prompts):
-  """An answer to each of these prompts: answer i is i, a few times."""
-
-  def ids(*values):
-    return np.array(values, np.int32)
-
-  return [
-    Example(ids(p), (ids(*[i] * (1 + i % 6)),), 1.0 + i, i, (i % 2,)) for i, p in enumerate(prompts)
-  ]
-
-
-@given(
-  prompts=st.lists(st.integers(0, 4), min_size=2, max_size=30).filter(lambda x: len(set(x)) > 1),
-  seed=st.integers(0, 99),
-)
-def test_a_mismatched_answer_is_to_another_prompt(prompts, seed):
-  some = judged_examples(prompts)
-  found = data_examples.with_mismatched(some, max_length=4, seed=seed)
-  whole = data_examples.with_mismatched(some, seed=seed)
-  assert len(found) == len(whole) == len(some)
-  for before, cut, after in zip(some, found, whole, strict=True):
-    assert (after.weight, after.row, after.prompt) == (before.weight, before.row, before.prompt)
-    assert after.completions[0] is before.completions[0] and after.scores == before.scores * 2
-    source = some[int(after.completions[1][0])]
-    assert source.prompt.tolist() != before.prompt.tolist()
-    assert after.completions[1].tolist() == source.completions[0].tolist()
-    # A window of 4 and a prompt of 1 token leave 3, for this one alone.
-    assert cut.completions[1].tolist() == source.completions[0][:3].tolist()
-    assert cut._replace(completions=after.completions) == after
-  for known, read in zip(
-    data_examples.lengths(found), data_examples.lengths(list(found)), strict=True
-  ):
-    assert known.tolist() == read.tolist(), "lengths are known before anything is read"
-
-
-def test_mismatched_answers_are_a_function_of_examples_and_seed():
-  some = judged_examples(range(40))
-
-  def sources(some, seed):
-    mismatched = data_examples.with_mismatched(some, seed=seed)
-    return [int(example.completions[1][0]) for example in mismatched]
-
-  first = sources(some, 1)
-  assert sources(some, 1) == first != sources(some, 2)
-  assert sorted(first) == list(range(40)), "where prompts differ every answer serves once"
-  assert sources(data_examples.with_mismatched(some, seed=2), 1) == first
-  assert data_examples.with_mismatched([], seed=1) == []
-
-
-def test_answers_to_one_prompt_alone_cannot_be_mismatched():
-  with pytest.raises(UserError, match="all 3 completions have the same prompt, and kto needs"):
-    data_examples.with_mismatched(judged_examples([7, 7, 7]))
-
-
 # --- what is wrong with a file --------------------------------------------------------------------
 
 
@@ -311,26 +253,3 @@ def test_a_tokenizer_must_fit_the_model(tokenizer):
   encode.check_vocabulary(tokenizer, tokenizer.vocab_size)
   with pytest.raises(UserError, match=r"ids go to \d+ and the model's vocabulary is 100; name"):
     encode.check_vocabulary(tokenizer, 100)
-
-
-def test_split_keeps_a_prompt_on_one_side():
-  some = [e._replace(prompt=np.array([e.row // 3], np.int32)) for e in examples(60)]
-  train, held_out = data_examples.split(some, 0.2, seed=3)
-  sides = [{int(e.prompt[0]) for e in side} for side in (train, held_out)]
-  assert len(train) + len(held_out) == 60 and len(sides[1]) == 4
-  assert not sides[0] & sides[1]
-  again = data_examples.split(some, 0.2, seed=3)[1]
-  assert [e.row for e in again] == [e.row for e in held_out]
-  assert {e.row for e in data_examples.split(some, 0.2, seed=4)[1]} != {e.row for e in held_out}
-  assert data_examples.split(some, 0.0) == (some, [])
-  line = "0.01 of 20 distinct prompts leaves one side.*data.eval_fraction=0 .*data.eval_path"
-  with pytest.raises(UserError, match=line):
-    data_examples.split(some, 0.01)
-
-
-def test_texts_of_one_prompt_are_split_one_by_one():
-  some = [e._replace(prompt=np.array([1], np.int32)) for e in examples(20)]
-  train, held_out = data_examples.split(some, 0.2)
-  assert len(held_out) == 4 and sorted(e.row for e in train + held_out) == list(range(20))
-  with pytest.raises(UserError, match=r"0.01 of 20 rows \(7 dropped: too long\) leaves one side"):
-    data_examples.split(some, 0.01, dropped={"too long": 7})

@@ -1,0 +1,16 @@
+"""Hypothesis strategies of texts, and the settings for tests of real tokenizers with them."""
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+SHORT = st.text(" \n\tgodb🙂é한", min_size=1, max_size=8)
+
+
+ANYTHING = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+
+
+BY_MANY = settings(
+  max_examples=60,
+  deadline=None,
+  suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
