@@ -191,6 +191,7 @@ def batch_sums(
   weight_B = weight_BK[:, 0]
   supplied = (running_stats or {}) | {"weight_B": weight_B}
   if loss.kind == "text":
+    # A text has no second completion: its loss reads `chosen_B` alone.
     policy = logprobs.PairLogps(logps_NS.reshape(-1), jnp.zeros(()))
     loss_B = loss(policy)
     sums = metrics.text_sums(policy.chosen_B, slots.tokens_NS.reshape(-1), loss_B, weight_B)
@@ -204,7 +205,7 @@ def batch_sums(
     sums = metrics.pair_sums(policy, reference, loss_B, weight_B, loss.beta)
   elif loss.kind == "unpaired":
     policy, reference = logprobs.to_unpaired(logps_NS), logprobs.to_unpaired(reference_NS)
-    label_B = score_BK[:, 0]
+    label_B = score_BK[:, 0]  # of both slots: the second is the mismatched completion
     loss_B = loss(policy, reference, label_B=label_B, **supplied)
     sums = metrics.unpaired_sums(policy, reference, loss_B, weight_B, label_B, loss.beta)
   else:
@@ -212,6 +213,7 @@ def batch_sums(
     reference = logprobs.to_ranked(reference_NS, slots, completions)
     present_BK = weight_BK > 0
     loss_B = loss(policy, reference, present_BK=present_BK, reward_BK=score_BK, **supplied)
+    # Scores of ranked data only order completions; those of samples are rewards, and reported.
     reward_BK = score_BK if loss.is_on_policy else None
     sums = metrics.ranked_sums(
       policy, reference, loss_B, weight_B, present_BK, loss.beta, reward_BK
@@ -255,7 +257,7 @@ def train_step(
     `rows` and `tokens`, examples and their tokens in the batch; `nonfinite_row_ANS`, for every slot
     of the global batch the data row if its loss is not finite, and -1 otherwise.
   """
-  if state.reference is not None:
+  if state.reference is not None:  # it follows the policy, and so it is part of what evolves
     reference_params = state.reference
   grads, sums, bad_ANS = _gradient(objective, state, reference_params, batch, axis_name)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -279,6 +281,7 @@ def _facts(
   """Counts examples and tokens of a global batch, and names the rows of its bad slots."""
   bad_row_ANS = jnp.where(bad_ANS, batch.row_NS, -1)
   counts = {
+    # Every completion of an example is a slot with its row.
     "rows": (batch.row_NS >= 0).sum() // objective.completions,
     "tokens": (batch.pair_NL >= 0).sum(),
   }
@@ -340,6 +343,7 @@ def _gradient(
     (logps_NS, _), pull, scored = jax.vjp(scored_fn, state.params, has_aux=True)
     found = slope(logps_NS, reference_NS, slots, scored.alignment_NS) if ready is None else ready
     slope_NS, sums, bad_NS = found
+    # The balance of experts has a slope of its own, with respect to the router's probabilities.
     slope_E, more_sums = None, {}
     if scored.routing is not None:
       weight = objective.balance / len(batch.ids_NL)
@@ -347,6 +351,7 @@ def _gradient(
     (more,) = pull((slope_NS, slope_E))
     return jax.tree.map(jnp.add, grads, more), (sums | more_sums, bad_NS)
 
+  # Gradients are summed in the parameters' type; a scan keeps one micro-batch's activations alive.
   zeros = jax.tree.map(jnp.zeros_like, state.params)
   parts = (batch, reference_ANS, slots_A, ready_A)
   grads, (sums_A, bad_ANS) = jax.lax.scan(accumulate, zeros, parts)

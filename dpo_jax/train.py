@@ -46,9 +46,9 @@ def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
   section = config.parallel
   processes.start(section.coordinator, section.processes, section.process)
   with heartbeat.Heartbeat(), processes.quiet(), contextlib.ExitStack() as stack:
-    # The order is important: a workdir is neither made nor written to before step 4, when nothing
-    # but training is left to fail.
-    # 1. One that is there is this very run's, and no other process trains into it.
+    # The order is important: a workdir is neither made nor, but for its lock, written to before
+    # step 4, when nothing but training is left to fail.
+    # 1. A workdir that exists must be this very run's, with no other process training into it.
     workdirs.check(workdir, config.to_json_best_effort())
     is_new = not workdir.exists()
     if not is_new and processes.is_main_process():

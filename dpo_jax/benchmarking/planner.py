@@ -95,6 +95,7 @@ def outline(config: ConfigDict, lengths: Lengths) -> Outline:
   _, objective = setup.make_objective(
     config, model_config, checked, adapters, attention, completions
   )
+  # How many steps there are changes the schedule's numbers, not the program.
   _, tx = setup.make_optimizer(config, config.train.steps or 1000)
   live = isinstance(objective.reference_kind, step.LiveReference)
   shapes = transformer.param_shapes(model_config)
@@ -103,6 +104,7 @@ def outline(config: ConfigDict, lengths: Lengths) -> Outline:
   if adapters:
     start = peft.load(config.lora.path, model_config)[1] if config.lora.path else None
     trained = _shapes_of(start or lora.init(model_config, adapters, config.seed))
+    # The base is the reference: it is there for any loss, and once.
     reference_params = lora.attach(policy, trained, adapters.scale) if start else policy
   state = jax.eval_shape(functools.partial(step.init_state, tx=tx, loss=loss), trained)
   if objective.sync:
@@ -147,6 +149,7 @@ def plan(config: ConfigDict, lengths: Lengths) -> dict[str, Any]:
     UserError: as `setup.build` raises it.
   """
   run = outline(config, lengths)
+  # The donated state is argument and output in the same bytes, which are counted once.
   about = run.compile().memory_analysis()
   kept = run.state.reference  # where the reference follows the policy
   held = {
@@ -222,6 +225,7 @@ def _batch(
     max_length: most tokens of a prompt and one completion.
     stored: whether the batch brings log-probs of a reference along.
   """
+  # More than one batch, so that a balanced batch has neighbours to exchange examples with.
   rows = timing.make_pairs(
     vocab,
     pairs=max(256, 2 * settings.batch_size),

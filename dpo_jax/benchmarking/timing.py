@@ -130,6 +130,7 @@ def measure(
   shapes = {
     tuple(x.shape for x in jax.tree.leaves(batch)): batch for batch in _stream(run, pace.steps)
   }
+  # Each shape once, before the clock: a compilation within a block would be timed as a step.
   first, *others = shapes.values()
   take(first)
   first_step = time.perf_counter() - started
@@ -137,6 +138,7 @@ def measure(
     take(batch)
   compile_seconds = sum(compiled)
 
+  # Blocks, for their median: other programs of the machine disturb some and not all.
   results = _time_blocks(run, take, pace, flops)
   if not results:
     return {"steps": 0}
@@ -267,7 +269,7 @@ def _stepper(
   def take(batch: TokenBatch) -> dict[str, Any]:
     nonlocal state
     state, means = compiled(state, reference_params, executor.place_batch(batch))
-    return executor.metrics_to_host(means)
+    return executor.metrics_to_host(means)  # waits for the step
 
   return take
 
@@ -289,9 +291,9 @@ def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
     waited, real, room = 0.0, 0, 0
     with pacing.Meter() as meter:
       for _ in range(pace.block_steps):
-        asked = time.perf_counter()
+        before = time.perf_counter()
         batch = next(stream)
-        waited += time.perf_counter() - asked
+        waited += time.perf_counter() - before
         take(batch)
         seen += batch.row_NS[batch.row_NS >= 0].tolist()
         real, room = real + (batch.pair_NL >= 0).sum(), room + batch.pair_NL.size

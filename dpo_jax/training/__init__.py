@@ -1,1 +1,1 @@
-"""What a run is made of: set up, training data, optimizer, checkpoints, the reference's cache."""
+"""Training: set-up, data, loop, evaluator, optimizer, checkpoints, the reference's cache."""

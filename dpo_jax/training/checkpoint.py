@@ -203,8 +203,12 @@ class Checkpoints:
     """
     step = self._known(step)
     loaded = _from_saved(self._load(step, jax.tree.map(_abstract, _to_saved(like))), like)
-    placed = lambda leaf, wanted: leaf if getattr(wanted, "sharding", None) else np.asarray(leaf)
-    return jax.tree.map(placed, loaded, like)
+
+    def put(leaf: jax.Array, wanted: Any) -> Any:
+      # Orbax reads to devices only: a leaf without a sharding goes from there to the host.
+      return leaf if getattr(wanted, "sharding", None) else np.asarray(leaf)
+
+    return jax.tree.map(put, loaded, like)
 
   def restore_latest(self, like: PyTree) -> tuple[int, PyTree]:
     """Reads the latest state that can be read; reports later ones that cannot.
@@ -248,14 +252,18 @@ class Checkpoints:
     try:
       kept = self._orbax.metadata(step).metadata
       if kept is None:
-        raise ValueError("it has no list of what it holds")
+        raise ValueError("it has no list of its contents")
     except Exception as error:
       raise self._unreadable(step, error) from error
-    # On this machine's first device, wherever they were saved from.
-    here = lambda leaf: _abstract(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+
+    def wanted_of(name: str, leaf: Any) -> Any:
+      if name != "params":
+        return ocp.PLACEHOLDER  # not read: the moments are twice as large as the parameters
+      # To this machine's first device, wherever they were saved from.
+      return _abstract(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+
     wanted = {
-      name: jax.tree.map(here if name == "params" else lambda _: ocp.PLACEHOLDER, tree)
-      for name, tree in kept.items()
+      name: jax.tree.map(functools.partial(wanted_of, name), tree) for name, tree in kept.items()
     }
     return jax.tree.map(np.asarray, self._load(step, wanted)["params"])
 

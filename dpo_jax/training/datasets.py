@@ -23,7 +23,7 @@ from dpo_jax.training import on_policy
 
 
 class DataSettings(NamedTuple):
-  """Which rows are read and how they are cut: plain values of the sections data and eval.
+  """Plain values of the sections data and eval: the rows that are read, and how they are cut.
 
   Attributes:
     path: file or prepared set to train on.
@@ -111,6 +111,7 @@ def load(
   Raises:
     UserError: a file that is not there, or rows that do not serve.
   """
+  # Both before either is read: a typo in the second would else show after minutes.
   for name, path in (("path", rows.path), ("eval_path", rows.eval_path)):
     _check_named(f"data.{name}", path)
   if sampling is None:
@@ -216,15 +217,20 @@ def _read_examples(
     if not prepared:
       _remark_overlap(data.path, data.eval_path)
   elif not prepared:
+    # By prompt, and by the seed alone: a resumed run holds out the same rows, and no prompt is on
+    # both sides.
     examples, held_out = split(examples, data.eval_fraction, seed, ledger["dropped"])
   if loss.kind == "unpaired":
+    # After the split, so that no completion of one side is paired with a prompt of the other.
     mismatch = functools.partial(with_mismatched, max_length=data.max_length, seed=seed)
     examples, held_out = mismatch(examples), mismatch(held_out)
   if loss.kind == "ranked":
+    # One number of completions for training and evaluation: K is an axis of both.
     most = Measured.concatenate(examples, held_out).lengths[1].shape[1]
     held_out = fill_up(held_out, most)
     examples = examples.widened(most) if prepared else fill_up(examples, most)
   held_out = _limited(held_out, data)
+  # Without scores every margin would be 0, and a loss that reads margins would be another loss.
   for path, some in ((data.path, examples), (data.eval_path, held_out)):
     if loss.reads("margin_B") and some and not some[0].scores:
       raise UserError(
@@ -283,6 +289,7 @@ def _load_prompts(
   if data.eval_path:
     held_out = rollouts.read_prompts(data.eval_path, field)
   elif data.eval_fraction:
+    # A function of the seed alone: a resumed run holds out the same prompts.
     order = np.random.default_rng(settings.seed).permutation(len(prompts))
     away = round(data.eval_fraction * len(prompts))
     held_out = [prompts[i] for i in order[:away]]
@@ -296,6 +303,7 @@ def _load_prompts(
   ids = rollouts.encode_prompts(tokenizer, prompts + held_out)
   longest = max(map(len, ids))
   limit = data.max_length
+  # A table of learned positions ends; rotary positions do not.
   if model_config.positions == "learned":
     limit = min(limit, model_config.max_positions)
   if longest + max_tokens > limit:

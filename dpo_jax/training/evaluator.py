@@ -26,6 +26,7 @@ def make_evaluator(run: Run, reference_params: PyTree | None) -> Evaluator:
   rows: list[TokenBatch] = []
   # On policy there is no completion to evaluate: held-out prompts are only sampled from.
   if run.data.held_out and run.data.sampler is None:
+    # Kept in memory, all of one shape: every evaluation runs one compiled program on them.
     size = run.settings.eval_batch_size
     rows = list(
       batches.eval_batches(run.data.held_out, batch_size=size, batching=run.data.batching)
@@ -111,6 +112,7 @@ class Evaluator:
       reference = self._logps(state.reference)
     running_stats = self._executor.to_host(state.running_stats)
     policy = self._logps(self._objective.policy(state.params, self._reference_params))
+    # All examples at once: a batch-wide loss of each batch by itself would be another number.
     sums, _ = step.batch_sums(self._objective, policy, reference, slots, running_stats)
     return {key: float(value) for key, value in metrics.divide(sums).items()}
 

@@ -112,6 +112,7 @@ class Sampler:
       num=self.num,
       max_tokens=self.max_tokens,
       temperature=self.temperature,
+      # Seed and step in one number: no two steps of a run have the same random numbers.
       seed=(self.seed << 32) + index,
       # Two batches, since two are sampled at a time, and one shape for all steps.
       batch_size=min(256, self.num * -(-self.batch_size // 2)),
@@ -127,6 +128,7 @@ class Sampler:
       rows = self._pairs(rows, np.random.default_rng([self.seed, index]))
     elif not self.loss.is_on_policy:
       rows = [_ranked(row) for row in rows]
+    # A mean over examples that all count nothing would be 0 / 0.
     if not any(row.weight for row in rows):
       raise UserError(
         "the policy gives the same answer, or answers of one reward, to every prompt of a batch:"
@@ -160,6 +162,7 @@ def _extremes(scores: Sequence[float]) -> list[int]:
 def _pick(row: Example, order: Sequence[int] | np.ndarray) -> Example:
   """Picks completions of an example in an order; a pair of equal ones gets weight 0."""
   completions = tuple(row.completions[i] for i in order)
+  # Weight 0 rather than a row less: the number of examples, and so the shapes, stay.
   same = len(order) == 2 and np.array_equal(*completions)
   return row._replace(
     completions=completions,

@@ -45,6 +45,7 @@ def make_schedule(
       f"optimizer.warmup_steps is {warmup_steps}; it must lie between 0 and the {total_steps} steps"
       f" of the run: lower it, or train for more with train.steps or train.epochs"
     )
+  # At least 1: a decay over 0 steps would divide by zero.
   rest = max(total_steps - warmup_steps, 1)
   after = {
     "constant": optax.constant_schedule(learning_rate),
@@ -63,6 +64,7 @@ def decays(params: PyTree) -> PyTree:
   """Marks what weight decay applies to: matrices and adapters; never norms, biases or tables."""
 
   def one(path: tuple[Any, ...], _: Any) -> bool:
+    # By name, not by rank: stacked layers give norms and biases a second axis.
     names = [str(getattr(key, "key", key)) for key in path]
     return names[-1] in ("kernel", "lora_a", "lora_b")
 

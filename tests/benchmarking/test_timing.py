@@ -168,8 +168,8 @@ def test_the_step_is_measured(tmp_path):
   np.testing.assert_allclose(bound, result["pairs_per_second"], rtol=0.01)
 
 
-def built(folder, **changes):
-  """What `build` makes of a small model from nothing."""
+def configured(folder, **changes):
+  """A run of a small model from random init, and its data in a folder."""
   config = get_config("controlled")
   with config.unlocked():
     config.model.scratch = ConfigDict(shape_fields() | {"vocab_size": 50})
@@ -178,7 +178,11 @@ def built(folder, **changes):
   config.data.path, config.model.tokenizer = timing.write_task(
     folder, 50, max_length=64, **config.synthetic
   )
-  return build(config, folder)
+  return config
+
+
+def built(folder, **changes):
+  return build(configured(folder, **changes), folder)
 
 
 def test_random_weights_are_made_where_and_as_they_are_held(tmp_path):
@@ -205,7 +209,7 @@ def test_adapters_of_a_random_base_are_measured_and_not_trained(tmp_path):
   assert result["trained"] == 2 * 2 * (16 + 12 + 12 + 16 + 3 * 14)
   assert result["parameters"] == base
   with pytest.raises(UserError, match=r"a model made from nothing .* which is kept nowhere"):
-    train.execute(run.config, tmp_path / "run")
+    train.execute(configured(tmp_path, **changes), tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
 

@@ -41,12 +41,14 @@ def check(config: ConfigDict) -> Checked:
   Raises:
     UserError: one line with the value, the rule and a way out.
   """
+  # The loss first: whether it reads a reference decides what the other sections may say.
   given = {k: v for k, v in config.loss.items() if k != "name" and v is not None}
   loss = losses.resolve(config.loss.name, **given)
   sync = _check_sync(config.reference, loss)
   _check_lora(config, loss)
   _check_on_policy(config, loss)
   _check_store(config, loss)
+  # From here on JAX has started its devices, which may take seconds on an accelerator.
   executor = Executor(**{name: config.parallel[name] for name in Executor.SETTINGS})
   attention_kernels.check(config.model.attention)
   _check_numbers(config)
@@ -114,6 +116,7 @@ def _check_lora(config: ConfigDict, loss: losses.Loss) -> None:
         " set lora.rank, such as 16"
       )
     return
+  # Settings of an adapter folder are checked once it is read.
   if not path:
     lora.check(LoRA(**given))
   _check_base(config, loss)
@@ -144,6 +147,7 @@ def _check_base(config: ConfigDict, loss: losses.Loss) -> None:
 def _check_on_policy(config: ConfigDict, loss: losses.Loss) -> None:
   """Checks the settings of on-policy training, or that the loss can do without it."""
   if config.on_policy.reward:
+    # A reward of one's own is imported here: a mistake in it shows before anything is loaded.
     on_policy.check(loss, **config.on_policy)
   elif loss.is_on_policy:
     raise UserError(
@@ -181,6 +185,7 @@ def _check_numbers(config: ConfigDict) -> None:
     section, field = name.split(".")
     if config[section][field] < 0:
       raise UserError(f"{name} is {config[section][field]}; it must be 0 or above")
+  # Sampling packs the seed and the step into 64 bits.
   if not 0 <= config.seed < 2**32:
     raise UserError(f"seed is {config.seed}; it must lie between 0 and 2^32 - 1")
   if config.data.prompt_floor < 1:
@@ -207,6 +212,7 @@ def _check_divides(batch_size: int, accumulate: int, devices: int) -> None:
     raise UserError(
       f"train.batch_size is {batch_size} and train.accumulate {accumulate}; both must be 1 or more"
     )
+  # Loads are equal, and shapes are the same on all devices, only where every one has as many.
   unit = accumulate * devices
   if batch_size % unit:
     lower, upper = batch_size // unit * unit, -(-batch_size // unit) * unit

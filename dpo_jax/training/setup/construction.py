@@ -50,12 +50,14 @@ def construct(
     store = reference_cache.Store(config.reference.store, key)
     lacking, (examples, held_out) = reference_cache.look_up(store, data.examples, data.held_out)
     data = data._replace(examples=examples, held_out=held_out)
+  # Weights are read straight to the devices that need them: no host has the whole model.
   places = executor.shardings(transformer.param_shapes(model_config))
   trained = _load_policy(config, model_config, places)
   reference_params, adapter = None, None
   if adapters:
     trained, reference_params, adapter = _adapt(config, adapters, described.start, trained)
   elif checked.loss.needs_reference and (lacking or not store):
+    # With a store, only to compute what it lacks; `loop.fill_store` then deletes it.
     reference_params = _load_reference(config, places, trained)
   run = Run(
     workdir=workdir,
@@ -110,7 +112,7 @@ def make_objective(
     model_config,
     dtype=config.model.compute_dtype,
     remat=config.model.remat,
-    dropout=config.lora.dropout if adapters else 0.0,
+    dropout=config.lora.dropout if adapters else 0.0,  # of the inputs of adapters
     attention=attention,
   )
   weight = config.train.router_balance
@@ -232,7 +234,7 @@ def reference_key(
 def facts(config: ConfigDict, run: Run) -> dict[str, Any]:
   """Returns what must be identical in all processes of a run, by the names that errors use."""
   sections = json.loads(config.to_json_best_effort())
-  sections["parallel"].pop("process")
+  sections["parallel"].pop("process")  # the one field in which processes differ
   folders = filter(None, (config.model.path, config.reference.path))
   return {
     **{f"config.{name}": value for name, value in sections.items()},

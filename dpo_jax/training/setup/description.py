@@ -67,7 +67,7 @@ def describe(config: ConfigDict, checked: Checked) -> Described:
     start = lora.init(model_config, adapters, config.seed)
   attention = choose_attention(config, model_config, checked.executor)
   check_balance(config, model_config)
-  # 3. The data, and how many steps it makes.
+  # 3. The data, which may take minutes, and how many steps it makes.
   data, ledger = datasets.load(
     data_settings(config),
     datasets.BatchSettings(
@@ -152,9 +152,12 @@ def describe_model(section: ConfigDict, template: str = "") -> tuple[ModelConfig
   if section.path:
     model_config = hf_checkpoint.read_config(section.path)
   else:
+    # Of a model from random init, the tokenizer decides vocabulary and special ids, unless
+    # `scratch` does.
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     fields = {"vocab_size": tokenizer.vocab_size} | special | section.scratch.to_dict()
     model_config = families.from_hf(fields)
+  # Ids beyond the embedding would be clipped in silence by a gather.
   encode.check_vocabulary(tokenizer, model_config.vocab)
   return model_config, tokenizer
 
@@ -187,6 +190,7 @@ def _check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
 
 def _check_shape(reference: ModelConfig, policy: ModelConfig, config: ConfigDict) -> None:
   """Checks that one compiled forward pass can serve both: all that shapes a log-prob agrees."""
+  # Initial weights and special ids may differ: no log-prob depends on them.
   for field in dataclasses.fields(policy):
     ours, theirs = getattr(policy, field.name), getattr(reference, field.name)
     if field.name not in ("init_std", "bos_id", "eos_ids", "pad_id") and ours != theirs:

@@ -1,0 +1,65 @@
+"""Set-up: what is wrong with a configuration alone is said before a file is opened."""
+
+import pathlib
+
+import pytest
+
+from configs import preferences
+from dpo_jax import losses, step
+from dpo_jax.structs import UserError
+from dpo_jax.training import setup
+
+
+def configured(**changes):
+  """A run of folders that do not exist."""
+  config = preferences.get_config("model=nowhere,data=nowhere")
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"loss.beta": -1.0}, r"loss\.beta"),
+    ({"train.batch_size": 0}, "train.batch_size is 0"),
+    ({"checkpoint.keep": 0}, "checkpoint.keep is 0"),
+    ({"reference.sync_every": -1}, "reference.sync_every is -1"),
+    ({"on_policy.reward": "controlled", "on_policy.num": 1}, "on_policy.num is 1"),
+    ({"optimizer.b1": 1.5}, "optimizer.b1 is 1.5"),
+    ({"optimizer.schedule": "steps"}, "optimizer.schedule is 'steps'"),
+    ({"optimizer.warmup_steps": 9, "train.steps": 8}, "optimizer.warmup_steps is 9"),
+    ({"lora.alpha": 8.0}, "lora.rank is 0, so nothing would be adapted"),
+  ],
+)
+def test_a_configuration_is_refused_before_a_file_is_opened(changes, words):
+  with pytest.raises(UserError, match=words):
+    setup.build(configured(**changes), pathlib.Path("nowhere"))
+  with pytest.raises(UserError, match=r"model\.path=nowhere"):
+    setup.build(configured(), pathlib.Path("nowhere"))
+
+
+def test_a_store_and_a_model_are_looked_at_in_the_description(tmp_path):
+  (tmp_path / "store").write_text("")
+  config = configured(**{"reference.store": str(tmp_path / "store")})
+  checked = setup.check(config)
+  with pytest.raises(UserError, match="is a file; name a folder"):
+    setup.describe(config, checked)
+
+
+def test_a_run_without_names_is_refused():
+  for name, words in (("model.path", "model.path is empty"), ("data.path", "data.path is empty")):
+    with pytest.raises(UserError, match=words):
+      setup.check_inputs(configured(**{name: ""}))
+
+
+def test_a_reference_is_live_stored_or_absent():
+  logps_fn = lambda params, batch: params + batch
+  live = step.Objective(logps_fn, losses.resolve("sigmoid"))
+  assert live.reference_kind == step.LiveReference() and live.sync is None
+  assert live.reference_logps(1, 2) == 3
+  stored = live._replace(reference=step.StoredReference(lambda batch: -batch))
+  assert stored.reference_logps(None, 2) == -2 and stored.sync is None
+  absent = step.Objective(logps_fn, losses.resolve("simpo"))
+  assert absent.reference_kind == step.NoReference() and absent.reference_logps(1, 2) is None
+  sync = step.Sync(4, 0.6)
+  assert live._replace(reference=step.LiveReference(sync)).sync == sync
