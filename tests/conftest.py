@@ -1,10 +1,13 @@
-"""Eight CPU devices for every test, and the paths of material that may be absent."""
+"""Eight CPU devices for every test, programs compiled once, and material that may be absent."""
 
+import os
 import pathlib
+import shutil
 
 import jax
 import pytest
 
+from dpo_jax.utils import cli
 from tests.support.paths import ROOT
 
 pytest_plugins = ["tests.support.small_rows"]
@@ -12,6 +15,61 @@ pytest_plugins = ["tests.support.small_rows"]
 jax.config.update("jax_num_cpu_devices", 8)
 
 SHARED_DATA = ROOT.parent / "shared" / "data"
+MOST_PROGRAMS = 10_000  # kept between sessions; one session has about 3,000, of 20 kB each
+
+
+def pytest_configure(config):
+  """Removes the oldest of too many programs, before a worker reads them."""
+  kept = kept_programs(config)
+  if kept is not None and not hasattr(config, "workerinput"):
+    newest_first = sorted(kept.iterdir(), key=lambda path: -path.stat().st_mtime)
+    for path in newest_first[MOST_PROGRAMS:]:
+      path.unlink()
+
+
+def kept_programs(config) -> pathlib.Path | None:
+  """The folder of programs of earlier sessions, or None where pytest keeps no cache."""
+  cache = getattr(config, "cache", None)  # none with -p no:cacheprovider
+  # A program compiled for one processor need not run on another that mounts the same folder.
+  return None if cache is None else cache.mkdir(f"programs-{cli._processor()}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_programs(tmp_path_factory, pytestconfig):
+  """Yields a folder of compiled programs, shared by this worker and the commands that it runs.
+
+  A worker compiles a program once. Where pytest keeps a cache, the next session has the programs
+  of all workers, and `--cache-clear` starts anew. The key of a program is the program itself, so a
+  change of the code compiles anew whatever it changes. Warnings come from tracing and lowering,
+  which happen every time.
+  """
+  # Every worker has a folder of its own: JAX writes a program in place, and another worker that
+  # reads it at that moment would find half of it.
+  own, kept = tmp_path_factory.mktemp("programs"), kept_programs(pytestconfig)
+  if kept is not None:
+    copy_programs(kept, own)
+  settings = {
+    "jax_compilation_cache_dir": str(own),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    # These are caches for GPUs, and the folder's name would become a part of every key.
+    "jax_persistent_cache_enable_xla_caches": "none",
+  }
+  with pytest.MonkeyPatch.context() as patch:
+    for name, value in settings.items():
+      jax.config.update(name, value)
+      patch.setenv(name.upper(), str(value))
+    yield own
+  if kept is not None:
+    copy_programs(own, kept)
+
+
+def copy_programs(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies the programs that `target` lacks, each of them whole from the moment it is there."""
+  for path in source.glob("*-cache"):
+    if not (target / path.name).exists():
+      part = target / f"{path.name}.{os.getpid()}"
+      shutil.copy2(path, part)
+      part.replace(target / path.name)
 
 
 @pytest.fixture(scope="session")
