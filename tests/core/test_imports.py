@@ -109,7 +109,7 @@ FORBIDDEN = {
   "benchmarking.interleaved": NO_FLAGS,
   "benchmarking.timing": NO_FLAGS,
   "training": NO_FLAGS,
-  "training.setup": {"torch"},  # config stops at this door: it alone reads a run's ConfigDict
+  "training.setup": {"absl", "torch"},  # config stops at this door: it reads a ConfigDict
 }
 
 
