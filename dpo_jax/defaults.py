@@ -77,7 +77,7 @@ def get_config() -> ConfigDict:
   """Returns the defaults themselves: no run, since no model and no data are named."""
   return ConfigDict(
     {
-      "seed": 0,
+      "seed": 0,  # of the initial weights, the order of examples, samples and dropout
       "model": section(
         path="",  # Hugging Face folder to start from; "" starts from `scratch`
         tokenizer="",  # folder of the tokenizer; "" is model.path
@@ -89,7 +89,7 @@ def get_config() -> ConfigDict:
       ),
       "reference": section(
         path="",  # Hugging Face folder of the reference; "" is the initial policy
-        param_dtype="float32",
+        param_dtype="float32",  # of the reference's parameters
         sync_every=0,  # steps between syncs of the reference with the policy (TR-DPO); 0 is never
         store="",  # folder that stores its log-probs for this run and others; "" for none
         sync_alpha=0.6,  # at a sync, reference = 0.6 policy + 0.4 reference; 1 copies the policy
@@ -105,11 +105,10 @@ def get_config() -> ConfigDict:
       "data": section(
         path="",  # file of preferences (or texts, for loss sft) to train on
         eval_path="",  # held-out rows; "" holds out eval_fraction of the prompts of data.path
-        eval_fraction=0.1,
+        eval_fraction=0.1,  # share of the prompts held out, where eval_path is ""
         eval_limit=512,  # most held-out rows
-        fields=section(
-          **dict.fromkeys(FIELDS, "")
-        ),  # names of the fields in rows of another format
+        # names of the fields in rows of another format, such as data.fields.prompt=question
+        fields=section(**dict.fromkeys(FIELDS, "")),
         template="",  # values that the chat template reads, as JSON: {"enable_thinking": false}
         max_length=512,  # most tokens of a prompt and one completion together
         prompt_floor=64,  # last tokens of a prompt that are never cut; it is cut from the left
@@ -123,23 +122,23 @@ def get_config() -> ConfigDict:
         reward="",  # name of a reward, or module:function; "" trains on data.path as it is
         num=4,  # completions sampled per prompt of data.path, at every step
         max_tokens=64,  # most tokens of a completion
-        temperature=1.0,
+        temperature=1.0,  # of sampling
         prefer="rank",  # pairs of samples: rank (best, worst), or bradley_terry (at random)
       ),
       "optimizer": section(
-        learning_rate=1e-5,
+        learning_rate=1e-5,  # at its peak, after the warm-up
         schedule="linear",  # constant, linear or cosine, after the warm-up
         warmup_steps=config_dict.placeholder(int),  # None is 10, at most a tenth of the steps
         final_fraction=0.0,  # of the peak learning rate, at the last step
-        b1=0.9,
-        b2=0.999,
-        eps=1e-8,
-        weight_decay=0.0,
-        clip_norm=1.0,  # 0 for no clipping
+        b1=0.9,  # AdamW: decay of the mean of gradients
+        b2=0.999,  # AdamW: decay of the mean of their squares
+        eps=1e-8,  # AdamW: added to the denominator
+        weight_decay=0.0,  # AdamW: of matrices; vectors such as biases and norms have none
+        clip_norm=1.0,  # largest norm of the gradient, above which it is scaled; 0 for no clipping
       ),
       "train": section(
         steps=0,  # updates; 0 is as many as `epochs` needs
-        epochs=1.0,
+        epochs=1.0,  # passes over the training data, if steps is 0
         batch_size=32,  # pairs per update, over all devices and micro-batches
         accumulate=1,  # micro-batches per update, whose gradients are summed
         # weight of the load-balancing loss of experts; None is the one of the model's folder
@@ -150,7 +149,10 @@ def get_config() -> ConfigDict:
         batch_size=0,  # pairs per forward pass; 0 is a micro-batch of train
         samples=0,  # completions of held-out prompts, for KL, entropy, repetition; 0 for none
       ),
-      "checkpoint": section(every=500, keep=2),  # steps (0 only at the end); how many of the latest
+      "checkpoint": section(
+        every=500,  # steps between checkpoints; 0 is only at the end
+        keep=2,  # number of the latest checkpoints that are kept, besides the best
+      ),
       "parallel": section(
         mode="mesh",  # mesh, or pmap (parameters replicated, rows divided)
         devices=0,  # 0 is all; what the next three do not divide is replicated over the rest
