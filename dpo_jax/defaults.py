@@ -133,7 +133,7 @@ def get_config() -> ConfigDict:
         b1=0.9,  # AdamW: decay of the mean of gradients
         b2=0.999,  # AdamW: decay of the mean of their squares
         eps=1e-8,  # AdamW: added to the denominator
-        weight_decay=0.0,  # AdamW: of matrices; vectors such as biases and norms have none
+        weight_decay=0.0,  # AdamW: of matrices and adapters; norms, biases and tables have none
         clip_norm=1.0,  # largest norm of the gradient, above which it is scaled; 0 for no clipping
       ),
       "train": section(
