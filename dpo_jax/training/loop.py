@@ -200,7 +200,7 @@ def _take_steps(
     writer.add(index, means, facts, batch)
     last = index == run.steps
     evaluating = evaluator.ready and (last or _is_due(index, run.settings.eval_every))
-    leaving = notice.leaving(index) and not last
+    leaving = notice.should_stop(index) and not last
     saving = leaving or last or _is_due(index, run.settings.checkpoint_every)
     if not (evaluating or saving):
       continue
@@ -215,7 +215,7 @@ def _take_steps(
       checkpoints.save(index, run.executor.unreplicate(state), found)
     if leaving:
       checkpoints.wait()
-      preemption.leave(index)
+      preemption.exit_saved(index)
     writer.restart_clock()
   return state
 
