@@ -1,4 +1,4 @@
-"""A flawed reward, for derivation.ipynb: it counts words of praise and reads nothing else.
+"""A flawed reward for derivation.ipynb: it adds up words of praise and reads nothing else.
 
 --reward notebooks.praise:reward
 """
@@ -8,7 +8,12 @@ import re
 from dpo_jax.controlled import lexicon
 
 
-def reward(prompt: str, answer: str) -> float:
-  """Sum of the strengths, from -2 to 2, of all words of sentiment in an answer; it has no bound."""
+def reward(prompt: str, completion: str) -> float:
+  """Computes the sum over all words of their sentiment, -2 to 2; unknown words count 0.
+
+  The sum has no bound, so a policy can raise it by repeating one word. That is the flaw.
+  """
   del prompt
-  return float(sum(lexicon.VALUE.get(word, 0) for word in re.findall(r"[a-z']+", answer.lower())))
+  return float(
+    sum(lexicon.VALUE.get(word, 0) for word in re.findall(r"[a-z']+", completion.lower()))
+  )

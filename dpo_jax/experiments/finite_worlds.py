@@ -1,10 +1,11 @@
-"""Worlds so small that every answer can be listed: what training should end at is then known.
+"""Worlds small enough to list every completion, so that the optimum of training is known exactly.
 
-Texts are letters 1, 2, ... and the end token 0; prompts have ids of their own behind the letters.
-An answer is any row of letters with an end token, of at most `longest` tokens: one that has reached
-that length can only end, so the probabilities of the listed answers sum to 1 under any policy.
+Token ids: 0 is the end token, 1, 2, ... are letters, and two more ids occur in prompts alone. A
+completion is any sequence of letters followed by the end token, of at most `longest` tokens. A
+completion of that length must end there, so the probabilities of the listed completions sum to 1
+under every policy.
 
-X lists prompts, Y answers, E examples, C texts of visible tokens, V ids that are scored.
+X lists prompts, Y completions, E examples, C sequences of visible tokens, V ids that are scored.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ from dpo_jax.structs import Array, Head, Model, PyTree, TokenBatch
 from dpo_jax.training.optimizer import make_optimizer, make_schedule
 
 END = 0
-# Far below any logit a policy learns: exp of it is 0 in either precision.
+# Far below any logit that a policy learns: its exponential is 0 in float32 and in float64. It is
+# finite, because infinity times the feature 0 in `with_length_limit` would be NaN.
 NEVER = -1e9
 
 
 class World(NamedTuple):
-  """Prompts and all their answers.
+  """Contains all prompts and all completions of a finite world.
 
   Attributes:
-    letters: how many letters there are.
-    longest: tokens of the longest answers, the end token included.
+    letters: number of letters.
+    longest: number of tokens in the longest completions, the end token included.
     prompts: X arrays of ids.
-    completions: Y arrays of ids, the same answers to every prompt.
+    completions: Y arrays of ids; every prompt has the same completions.
   """
 
   letters: int
@@ -47,27 +49,33 @@ class World(NamedTuple):
 
   @property
   def vocab(self) -> int:
-    """Ids that are scored: the end token and the letters."""
+    """The number of ids that can be scored: the end token and the letters."""
     return self.letters + 1
 
   @property
   def ids(self) -> int:
-    """Ids there are: those of answers and two of prompts."""
+    """The number of all ids: those of completions and two that occur in prompts alone."""
     return self.letters + 3
 
 
 def make(*, prompts: int = 3, letters: int = 2, longest: int = 3) -> World:
-  """A world of that many prompts, of one or two tokens each, and letters^0 + ... answers."""
+  """Builds a world with prompts of one or two tokens and Σ_n letters^n completions, n < `longest`.
+
+  Raises:
+    ValueError: there are fewer different prompts than requested, or none is requested.
+  """
   texts = [t for n in range(longest) for t in itertools.product(range(1, letters + 1), repeat=n)]
-  own = range(letters + 1, letters + 3)
-  asked = [t for n in (1, 2) for t in itertools.product(own, repeat=n)]
-  if not 1 <= prompts <= len(asked):
-    raise ValueError(f"{prompts} prompts; there are 1 to {len(asked)}")
-  # The longest and the shortest in turn, so that few prompts are ragged already.
-  asked = [t for pair in zip(asked[::-1], asked, strict=True) for t in pair][:prompts]
-  array = lambda text: np.array(text, np.int32)
+  prompt_ids = range(letters + 1, letters + 3)
+  possible = [t for n in (1, 2) for t in itertools.product(prompt_ids, repeat=n)]
+  if not 1 <= prompts <= len(possible):
+    raise ValueError(f"{prompts} prompts; there are 1 to {len(possible)}")
+  # Long and short prompts take turns, so that even two prompts differ in length.
+  ordered = [t for pair in zip(possible[::-1], possible, strict=True) for t in pair]
   return World(
-    letters, longest, tuple(map(array, asked)), tuple(array((*text, END)) for text in texts)
+    letters,
+    longest,
+    tuple(np.array(prompt, np.int32) for prompt in ordered[:prompts]),
+    tuple(np.array((*text, END), np.int32) for text in texts),
   )
 
 
@@ -75,7 +83,10 @@ def make(*, prompts: int = 3, letters: int = 2, longest: int = 3) -> World:
 
 
 def _visible(batch: TokenBatch) -> Array:
-  """Which tokens each token may see, by the rule of `TokenBatch`: bool [N, L, L]."""
+  """Returns the attention mask by the rule of `TokenBatch`: bool [N, L, L], query before key.
+
+  It is written out here again: the proofs must not share a mistake with the models' own mask.
+  """
   pair, position, branch = batch.pair_NL, batch.position_NL, batch.branch_NL
   same = pair[:, :, None] == pair[:, None, :]
   past = position[:, :, None] >= position[:, None, :]
@@ -83,14 +94,21 @@ def _visible(batch: TokenBatch) -> Array:
   return same & past & mine
 
 
-def ending(model: Model, world: World) -> Model:
-  """The same policy where an answer of the greatest length is sure to end."""
+def with_length_limit(model: Model, world: World) -> Model:
+  """Wraps a model so that every completion of the greatest length ends with certainty.
+
+  Ids that occur in prompts alone are removed from the head. Where a token sees `longest` - 1
+  letters, all logits but that of the end token are lowered by 1e9.
+  """
 
   def hidden(params: PyTree, batch: TokenBatch) -> Array:
     hidden_NLD = model.hidden(params, batch)
     letter_NL = (batch.ids_NL >= 1) & (batch.ids_NL <= world.letters)
+    # Visible letters are counted, not positions: prompts differ in length and contain no letter.
     letters_NL = jnp.where(_visible(batch), letter_NL[:, None, :], False).sum(-1)
     full_NL1 = (letters_NL >= world.longest - 1)[..., None]
+    # A feature of its own, 0 or 1, which the head multiplies by `NEVER`. So the limit is part of
+    # hidden states and unembedding, and the production path computes log-probs as for any model.
     return jnp.concatenate([hidden_NLD, full_NL1.astype(hidden_NLD.dtype)], axis=-1)
 
   def head(params: PyTree) -> Head:
@@ -104,45 +122,55 @@ def ending(model: Model, world: World) -> Model:
   return Model(hidden, head, world.vocab)
 
 
-def any_length(world: World) -> Model:
-  """A row of logits for every text of visible tokens: {"table": [C, V]}.
+def unlimited_tabular(world: World) -> Model:
+  """Builds a model with one row of logits per sequence of visible tokens: {"table": [C, V]}.
 
-  The row is computed from the tokens that the mask lets be seen, at their positions, so a layout
-  that shows the wrong ones shows in it.
+  The row is chosen by the tokens that the mask makes visible and by their positions. A layout that
+  shows a token too many or too few therefore reads another row, and is noticed.
   """
 
   def hidden(params: PyTree, batch: TokenBatch) -> Array:
-    place_NL = (batch.ids_NL + 1) * (world.ids + 1) ** batch.position_NL
-    text_NL = jnp.where(_visible(batch), place_NL[:, None, :], 0).sum(-1)
+    # The row's number has the ids for digits, base ids + 1; the digit 0 means no token, so ids
+    # count from 1.
+    digit_NL = (batch.ids_NL + 1) * (world.ids + 1) ** batch.position_NL
+    text_NL = jnp.where(_visible(batch), digit_NL[:, None, :], 0).sum(-1)
     return jnp.asarray(params["table"])[text_NL]
 
-  identity = lambda params: Head(jnp.eye(world.vocab, dtype=params["table"].dtype))
-  return Model(hidden, identity, world.vocab)
+  def head(params: PyTree) -> Head:
+    # The hidden state is the row of logits itself.
+    return Head(jnp.eye(world.vocab, dtype=params["table"].dtype))
+
+  return Model(hidden, head, world.vocab)
 
 
 def tabular(world: World) -> Model:
-  """`any_length` with answers that end in time: any distribution over them is one of its points."""
-  return ending(any_length(world), world)
+  """Builds a tabular policy over the listed completions; it can represent every distribution."""
+  return with_length_limit(unlimited_tabular(world), world)
 
 
 def table(world: World, seed: int, scale: float = 0.7) -> dict[str, np.ndarray]:
-  """Random parameters of `tabular`, float64."""
+  """Samples parameters of `tabular`: normal logits with standard deviation `scale`, float64."""
   texts = (world.ids + 1) ** (max(map(len, world.prompts)) + world.longest)
   return {"table": np.random.default_rng(seed).normal(0, scale, (texts, world.vocab))}
 
 
 def log_policy(model: Model, params: PyTree, world: World) -> np.ndarray:
-  """log π(y|x) of every answer by the production path, each text in a row of its own: [X, Y]."""
-  texts = [Example(prompt, (answer,)) for prompt in world.prompts for answer in world.completions]
-  length = collate.fit_row_length(texts, "padded")
-  batch = collate.collate(texts, layout="padded", row_length=length)
+  """Computes log π(y|x) of every completion by the production path: [X, Y], in nats.
+
+  The layout is padded, one sequence per row.
+  """
+  sequences = [Example(x, (y,)) for x in world.prompts for y in world.completions]
+  length = collate.fit_row_length(sequences, "padded")
+  batch = collate.collate(sequences, layout="padded", row_length=length)
   logps_NS = _compiled(model)(params, batch)
+  # Rows of padding come after the others, and the padded layout keeps the order of its examples.
   used = np.asarray(batch.weight_NS).reshape(-1) > 0
   return np.asarray(logps_NS).reshape(-1)[used].reshape(len(world.prompts), -1)
 
 
 @functools.cache
 def _compiled(model: Model) -> logprobs.LogpsFn:
+  """Returns one compiled function per model: a new one per call would be compiled again."""
   return jax.jit(logprobs.make_logps_fn(model))
 
 
@@ -150,13 +178,16 @@ def _compiled(model: Model) -> logprobs.LogpsFn:
 
 
 def tuples(world: World, completions: int = 2) -> list[Example]:
-  """Every row of K answers to every prompt, in the order of an array [X, Y, ..., Y]; weight 1."""
+  """Lists every tuple of K completions of every prompt as an example of weight 1.
+
+  Examples have the order of an array [X, Y, ..., Y], so that such an array can weight them.
+  """
   lists = itertools.product(world.prompts, itertools.product(world.completions, repeat=completions))
   return [Example(prompt, texts, 1.0, row) for row, (prompt, texts) in enumerate(lists)]
 
 
 def weigh(examples: list[Example], weight_XY: np.ndarray) -> list[Example]:
-  """The examples of `tuples` that have a weight, each with it."""
+  """Gives the examples of `tuples` these weights; examples of weight 0 are left out."""
   weights = np.asarray(weight_XY).reshape(-1)
   return [
     example._replace(weight=float(weight))
@@ -166,33 +197,38 @@ def weigh(examples: list[Example], weight_XY: np.ndarray) -> list[Example]:
 
 
 def bradley_terry(reward_XY: np.ndarray) -> np.ndarray:
-  """p(y ≻ y'|x) = σ(r - r'): [X, Y, Y']."""
+  """Computes p(y ≻ y'|x) = σ(r - r'): [X, Y, Y']."""
   return 1 / (1 + np.exp(reward_XY[:, None, :] - reward_XY[:, :, None]))
 
 
 def pair_weights(log_mu_XY: np.ndarray, preference_XYY: np.ndarray) -> np.ndarray:
-  """Population preferences: how often y is preferred to y' when both are drawn from μ; sums to X/2.
+  """Computes μ(y) μ(y') p(y ≻ y'), the weights of infinitely many labeled pairs: [X, Y, Y'].
 
-  An answer compared with itself is preferred half the time, as `preference_XYY` should say.
+  Both completions are sampled from μ. A completion compared with itself must be preferred with
+  probability 1/2 in `preference_XYY`; the weights then sum to X/2.
   """
   mu_XY = np.exp(log_mu_XY)
   return mu_XY[:, :, None] * mu_XY[:, None, :] * preference_XYY
 
 
 def micro_batches(examples: list[Example], count: int = 2, seed: int = 0) -> list[list[Example]]:
-  """The examples shuffled, in `count` micro-batches of different sizes."""
+  """Shuffles examples into `count` micro-batches whose sizes are as 1 : 2 : 3 : ....
+
+  Different sizes, because gradients must be right where a mean of means would be wrong.
+  """
   order = np.random.default_rng(seed).permutation(len(examples))
   edges = [len(order) * (i + 1) * (i + 2) // (count * (count + 1)) for i in range(count)]
   return [[examples[i] for i in part] for part in np.split(order, edges[:-1])]
 
 
 def lay_out(examples: list[Example], *, row_length: int = 48, **options) -> TokenBatch:
-  """All examples as one batch of two ragged micro-batches, packed behind shared prompts."""
+  """Builds one batch of two micro-batches of different sizes; prompts are shared by default."""
   return collate.collate_many(micro_batches(examples), row_length=row_length, **options)
 
 
 def reweigh(batch: TokenBatch, weight_E: Array) -> TokenBatch:
-  """The batch with weights by row of data; may be traced."""
+  """Returns the batch with new weights per data row; `weight_E` may be traced."""
+  # An empty slot has data row -1, which would read the last weight.
   weight_NS = jnp.where(batch.row_NS >= 0, jnp.asarray(weight_E)[batch.row_NS], 0.0)
   return batch._replace(weight_NS=weight_NS)
 
@@ -200,7 +236,7 @@ def reweigh(batch: TokenBatch, weight_E: Array) -> TokenBatch:
 # --- training -------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("objective", "tx", "steps", "before"))
+@functools.partial(jax.jit, static_argnames=("objective", "tx", "steps", "batch_fn"))
 def train(
   state: step.TrainState,
   reference: PyTree | None,
@@ -209,56 +245,64 @@ def train(
   objective: step.Objective,
   tx: optax.GradientTransformation,
   steps: int,
-  before: Callable[[PyTree, TokenBatch], TokenBatch] = lambda params, batch: batch,
+  batch_fn: Callable[[PyTree, TokenBatch], TokenBatch] = lambda params, batch: batch,
 ) -> tuple[step.TrainState, dict[str, Array]]:
-  """`steps` production steps, each on the same whole batch, compiled as one loop.
+  """Runs `steps` production steps on one batch, compiled as a single loop.
 
   Args:
-    state: where training starts.
-    reference: frozen parameters.
-    batch: micro-batches.
+    state: initial state.
+    reference: reference parameters; None where the state contains the reference.
+    batch: every array with a leading axis of micro-batches.
     objective, tx: as in `step.train_step`.
-    steps: how many.
-    before: the batch of a step, from the policy as it is: samples that follow it.
+    steps: number of steps.
+    batch_fn: computes the batch of a step from the current parameters and `batch`.
 
   Returns:
-    The last state, and every metric of every step.
+    The last state, and every scalar metric of every step.
   """
 
-  def one(state: step.TrainState, _: None):
-    now = before(state.params, batch)
-    state, metrics = step.train_step(state, reference, now, objective=objective, tx=tx)
+  def one_step(state: step.TrainState, _: None):
+    current = batch_fn(state.params, batch)
+    state, metrics = step.train_step(state, reference, current, objective=objective, tx=tx)
     return state, {key: value for key, value in metrics.items() if value.ndim == 0}
 
-  return jax.lax.scan(one, state, length=steps)
+  return jax.lax.scan(one_step, state, length=steps)
 
 
 def optimizer(steps: int, *, peak: float = 0.1, rounds: int = 1) -> optax.GradientTransformation:
-  """The production optimiser for `train`: a cosine to zero, as often as there are rounds."""
+  """Builds the production optimizer with a cosine to zero, repeated for each of `rounds` rounds.
+
+  The learning rate must reach zero: only then does Adam stop moving around the minimum.
+  """
   schedule = make_schedule(
     learning_rate=peak, schedule="cosine", warmup_steps=0, total_steps=steps, final_fraction=0.0
   )
-  again = lambda count: schedule(count % steps)
-  return make_optimizer(schedule if rounds == 1 else again, b2=0.99, clip_norm=0.0)
+
+  def restarted(count: Array) -> Array:
+    return schedule(count % steps)
+
+  return make_optimizer(schedule if rounds == 1 else restarted, b2=0.99, clip_norm=0.0)
 
 
 # --- finite samples -------------------------------------------------------------------------------
 
 
 def kl_divergence(log_p_XY: np.ndarray, log_q_XY: np.ndarray) -> np.ndarray:
-  """KL(p ‖ q), nats: [X]."""
+  """Computes KL(p ‖ q) per prompt, in nats: [X]."""
   return (np.exp(log_p_XY) * (log_p_XY - log_q_XY)).sum(-1)
 
 
 def expected_gap(
   log_mu_XY: np.ndarray, log_reference_XY: np.ndarray, reward_XY: np.ndarray, beta: float
 ) -> float:
-  """n KL(π̂ ‖ π*) as n grows, for the DPO minimum π̂ of n pairs; nats, a mean over prompts.
+  """Computes the limit of n E[KL(π̂ ‖ π*)] for the DPO minimum π̂ of n pairs, as n grows.
 
     tr(F_π F⁻¹)/2,   F = β²/X Σ_{y<y'} 2 μ(y) μ(y') p (1-p) (e_y - e_y')(e_y - e_y')ᵀ
 
-  DPO is maximum likelihood of log π(y|x) up to a constant; F is its information in a labelled pair,
-  and the gap is half the quadratic form of its error with F_π = diag(π*) - π* π*ᵀ.
+  DPO is maximum likelihood for log π(y|x) up to a constant per prompt, and F is the Fisher
+  information of one labeled pair. The errors of log π̂ have covariance F⁻¹/n. To second order their
+  KL is half the quadratic form with F_π = diag(π*) - π* π*ᵀ. The result is in nats, a mean over
+  prompts.
   """
   prompts = len(reward_XY)
   log_XY = log_reference_XY + reward_XY / beta
@@ -268,20 +312,22 @@ def expected_gap(
   pairs_XYY = pair_weights(log_mu_XY, 2 * p_XYY * (1 - p_XYY))
   gaps = []
   for pairs_YY, policy_Y in zip(pairs_XYY, policy_XY, strict=True):
+    # A completion compared with itself cancels in the difference: its label says nothing.
     information_YY = beta**2 / prompts * (np.diag(pairs_YY.sum(1)) - pairs_YY)
     fisher_YY = np.diag(policy_Y) - np.outer(policy_Y, policy_Y)
+    # The pseudo-inverse, since F is singular: adding a constant to log π(y|x) changes no margin.
     gaps.append(np.trace(fisher_YY @ np.linalg.pinv(information_YY)) / 2)
   return float(np.mean(gaps))
 
 
 class Gaps(NamedTuple):
-  """Distances from the optimum of policies trained on samples; N sizes, S samples of each.
+  """Distances from the optimum after training on finite data; N sizes, S data sets of each.
 
   Attributes:
-    sizes: how many pairs were drawn.
-    gap_NS: KL(π̂ ‖ π*), nats, a mean over prompts.
-    slope_NS: norm of the loss's gradient where training ended: how well the minimum was found.
-    expected: `expected_gap`.
+    sizes: number of pairs in a data set.
+    gap_NS: KL(π̂ ‖ π*) in nats, a mean over prompts.
+    slope_NS: gradient norm of the loss at the last step; near 0 where the minimum was found.
+    expected: the limit of size times gap, in nats, by `expected_gap`.
   """
 
   sizes: tuple[int, ...]
@@ -293,17 +339,18 @@ class Gaps(NamedTuple):
 def finite_samples(
   sizes: tuple[int, ...], *, beta: float, samples: int, seed: int = 0, steps: int = 400
 ) -> Gaps:
-  """Draws pairs from the preferences of a random world and trains on them by `sigmoid`, to the end.
+  """Measures how far `sigmoid` ends from the optimum when it is trained on n sampled pairs.
 
-  A pair is two answers drawn from μ, half reference and half uniform, to a prompt drawn evenly, and
-  a label by Bradley-Terry. Answers are compared with themselves too; that tells nothing. float64.
+  For a pair, a prompt is sampled uniformly, two completions from μ, and a label by Bradley-Terry.
+  μ is half the reference and half uniform. The two completions may be equal; such a pair has no
+  effect. Everything is computed in float64.
 
   Args:
-    sizes: numbers of pairs.
-    beta: reward units a nat.
-    samples: how many sets of pairs of each size; they are trained on side by side.
-    seed: of the world and the draws.
-    steps: of training.
+    sizes: numbers of pairs per data set.
+    beta: reward units per nat.
+    samples: number of data sets of each size, trained in parallel.
+    seed: random seed of the world and of the data sets.
+    steps: number of training steps.
   """
   with jax.enable_x64(True):
     rng = np.random.default_rng(seed)
@@ -317,6 +364,8 @@ def finite_samples(
 
     weight_XYY = pair_weights(log_mu_XY, bradley_terry(reward_XY))
     share_E = weight_XYY.reshape(-1) / weight_XYY.sum()
+    # One batch lists every possible pair, and a data set is a vector of weights on it: how often
+    # each pair was sampled. So one compiled program serves all data sets of all sizes.
     batch = lay_out(tuples(world))
     loss = losses.resolve("sigmoid", beta=beta)
     objective = step.Objective(logprobs.make_logps_fn(model), loss)
@@ -324,16 +373,16 @@ def finite_samples(
 
     @jax.jit
     @jax.vmap
-    def trained(weight_E: Array) -> tuple[PyTree, Array]:
+    def train_on(weight_E: Array) -> tuple[PyTree, Array]:
       state = step.init_state(jax.tree.map(jnp.asarray, reference), tx, loss)
-      drawn = reweigh(batch, weight_E)
-      state, metrics = train(state, reference, drawn, objective=objective, tx=tx, steps=steps)
+      sampled = reweigh(batch, weight_E)
+      state, metrics = train(state, reference, sampled, objective=objective, tx=tx, steps=steps)
       return state.params, metrics["grad_norm"][-1]
 
     gaps, slopes = [], []
     for size in sizes:
       count_SE = rng.multinomial(size, share_E, size=samples)
-      params_S, slope_S = trained(count_SE.astype(float))
+      params_S, slope_S = train_on(count_SE.astype(float))
       policies = [jax.tree.map(lambda x, s=s: x[s], params_S) for s in range(samples)]
       logs = [log_policy(model, params, world) for params in policies]
       gaps.append([kl_divergence(log_XY, log_optimal_XY).mean() for log_XY in logs])

@@ -210,7 +210,7 @@ def test_every_point_has_a_folder_of_its_own(tmp_path):
 def test_a_method_at_no_beta_is_refused_before_anything_is_made(name, tmp_path, monkeypatch):
   monkeypatch.setattr(runs, "run", lambda *_: pytest.fail("started"))
   out = tmp_path / "a"
-  with pytest.raises(UserError, match=f"{name} is asked for at no β"):
+  with pytest.raises(UserError, match=f"{name} is requested without a β"):
     frontier.study(out, settings.QUICK, {"sft": [], name: []}, [0], with_best_of_n=True)
   assert not out.exists()
 
@@ -221,7 +221,7 @@ def test_commands_name_the_seed_the_data_and_nothing_unfilled(name, tmp_path):
   words = runs.command(task, tmp_path, settings.Settings())
   assert f"--workdir={task.folder(tmp_path)}" in words
   reference = tmp_path / "sft" / "export"
-  if task.first is None:
+  if task.predecessor is None:
     assert f"--config.model.path={reference}" in words
   else:
     assert f"--config.model.path={tmp_path / 'seed7' / 'dpo-0.5' / 'export'}" in words
@@ -250,8 +250,8 @@ def test_a_second_round_has_the_pairs_of_the_first_and_as_many_of_its_policy(tmp
   monkeypatch.setattr(runs, "run", fake)
   (tmp_path / "seed3").mkdir()
   again = settings.Task("dpo_again", 1.5, 3)
-  assert again.first == settings.Task("dpo", 1.5, 3)
-  for task in (again.first, again, again):
+  assert again.predecessor == settings.Task("dpo", 1.5, 3)
+  for task in (again.predecessor, again, again):
     runs.make_training_pairs(task, tmp_path)
   reference, policy = tmp_path / "sft" / "export", tmp_path / "seed3" / "dpo-1.5" / "export"
   assert runs.training_pairs(again, tmp_path).read_text() == f"{reference}\n{policy}\n"

@@ -75,14 +75,14 @@ def trained(
   steps=STEPS,
   peak=0.1,
   edit=lambda batch: batch,
-  before=None,
+  batch_fn=None,
   how="shared",
   judge=None,
   **given,
 ):
   """log π of every answer after training on `examples`: [X, Y].
 
-  `edit` changes the batch, `before` the batch of every step; `reference` is another than `start`;
+  `edit` changes the batch, `batch_fn` the batch of every step; `reference` is another than `start`;
   `judge` is the model that the policy is read off by, where it is not the one trained.
   """
   completions = len(examples[0].completions)
@@ -99,7 +99,7 @@ def trained(
     objective=objective,
     tx=tx,
     steps=steps,
-    **({"before": before} if before else {}),
+    **({"batch_fn": batch_fn} if batch_fn else {}),
   )
   assert np.isfinite(metrics["loss"]).all()
   return finite_worlds.log_policy(judge or model, state.params, WORLD)
@@ -180,7 +180,7 @@ def test_sigmoid_reaches_the_optimum_with_the_projects_transformer():
     activation="silu", gated=True, qkv_bias=False, out_bias=False, mlp_bias=False, tied=False,
     init_std=0.3,
   )  # fmt: skip
-  model = finite_worlds.ending(transformer.build(config, remat="none"), WORLD)
+  model = finite_worlds.with_length_limit(transformer.build(config, remat="none"), WORLD)
   start = transformer.init_params(config, seed=4)
   # float32 leaves probabilities that sum to 1 but for 1e-7, which a KL would show.
   exact = lambda log_XY: closed_forms.normalised(log_XY.astype(np.float64))
@@ -377,7 +377,7 @@ def without_the_end_token(batch):
 
 def after_the_chosen():
   """The first rejected token is predicted at the chosen answer's end, as in a plain long row."""
-  inner = finite_worlds.any_length(WORLD)
+  inner = finite_worlds.unlimited_tabular(WORLD)
 
   def hidden(params, batch):
     scored = jnp.where(batch.branch_NL == 1, 1, 0)
@@ -392,7 +392,7 @@ def after_the_chosen():
     there, here = inner.hidden(params, moved), inner.hidden(params, batch)
     return jnp.where(wrong_NL[..., None], there, here)
 
-  return finite_worlds.ending(Model(hidden, inner.head, inner.vocab), WORLD)
+  return finite_worlds.with_length_limit(Model(hidden, inner.head, inner.vocab), WORLD)
 
 
 MISTAKES = {
@@ -455,7 +455,7 @@ def expected_gradient(table):
   objective, _ = program(MODEL, "policy_gradient", (("beta", BETA),), 2, STEPS)
   state, _ = finite_worlds.train(
     step.init_state(params, tx), copy(TABLE), finite_worlds.lay_out(scored_pairs()),
-    objective=objective, tx=tx, steps=1, before=follow,
+    objective=objective, tx=tx, steps=1, batch_fn=follow,
   )  # fmt: skip
   return np.asarray(params["table"] - state.params["table"])
 
@@ -483,7 +483,7 @@ def test_the_expected_policy_gradient_is_that_of_the_assumed_objective():
 
 @pytest.mark.slow
 def test_the_policy_gradient_reaches_the_optimum():
-  found = trained(scored_pairs(), "policy_gradient", before=follow, steps=3 * STEPS, beta=BETA)
+  found = trained(scored_pairs(), "policy_gradient", batch_fn=follow, steps=3 * STEPS, beta=BETA)
   assert_reached(found, OPTIMUM)
 
 

@@ -1,18 +1,18 @@
-"""Reward against KL on the embedded task: what each method reaches, and the best there can be.
+"""Measures reward against KL on the embedded task, for each method and for the exact frontier.
 
-A study is a folder. One reference is trained there, and its samples give the exact frontier and
-best-of-n; every other point is an ordinary run of `dpo_jax.train` in a folder of its own:
+A study is a folder. One reference model is trained there, and its samples give the exact frontier
+and best-of-n. Every other point is an ordinary run of `dpo_jax.train` in a folder of its own:
 
-  settings.json            what fixes the task; a study of other settings is refused
-  task/, sft/              the texts, and the reference
-  eval_pairs.jsonl         held-out pairs, for the runs' own evaluation
+  settings.json            settings of the task; a study with other settings is refused
+  task/, sft/              data of the task, and the reference model
+  eval_pairs.jsonl         held-out pairs, which every run is evaluated on while it trains
   reference.json           rewards of samples of the reference
-  seed0/pairs.jsonl        the pairs of a seed: new samples and new labels
-  seed0/dpo-2.5/           the run of a method at a β; point.json, once measured, is not made again
+  seed0/pairs.jsonl        training pairs of a seed: new samples and new labels
+  seed0/dpo-2.5/           run of a method at a β; a run with a point.json is not repeated
   frontier.json, frontier.png
 
-The files, each knowing those before it: `settings` (methods, sizes, flags), `yardstick` (a policy
-against the reference; best-of-n), `runs` (pairs and runs), `results` (tables and the picture).
+Each file imports only those before it: `settings` (methods, sizes, flags), `yardstick` (measures a
+policy against the reference; best-of-n), `runs` (pairs and runs), `results` (tables and plot).
 """
 
 from __future__ import annotations
@@ -59,25 +59,30 @@ def study(
   with_best_of_n: bool,
   say=print,
 ) -> Json:
-  """Trains and measures every point that is not there yet; writes frontier.json and frontier.png.
+  """Trains and measures every missing point; writes frontier.json and frontier.png.
 
   Args:
-    out: the study's folder.
-    settings: of the task.
-    betas: of every trained method, as `read_betas` gives them.
-    seeds: of pairs, training and samples.
+    out: folder of the study.
+    settings: settings of the task.
+    betas: values of β per trained method, as `read_betas` returns them.
+    seeds: random seeds of pairs, training and samples.
     with_best_of_n: whether best-of-n is among the methods.
-    say: takes a line about what is being done.
+    say: prints a line about the progress.
 
   Returns:
-    What frontier.json holds.
+    The content of frontier.json.
 
   Raises:
-    UserError: bad settings or a β missing, before anything is made; or a run that failed.
+    UserError: settings are invalid or a method has no β, before anything is written; or a run
+      failed.
   """
+  # The order is important:
+  # 1. All that the user may have mistyped is checked before the folder is created.
+  # 2. The folder is claimed before anything is written to it, so that two tasks never mix.
+  # 3. The yardstick samples the reference, which must be trained first.
   check(settings)
   wanted = tasks(betas, seeds)
-  out = out.absolute()  # the runs start in the project's root
+  out = out.absolute()  # runs start in the project's root, where a relative path means another
   claim(out, settings)
   make_reference(out, settings, say)
   yardstick = make_yardstick(out, settings, say)
@@ -87,7 +92,8 @@ def study(
     point = train_point(task, out, settings, yardstick)
     say(f"  KL {point['kl']:.2f}, reward {point['reward']:.2f}, share {point['fraction'] or 0:.3f}")
     points.append(point)
-  points.sort(key=lambda point: point["method"] == BEST_OF_N)  # the trained ones first
+  # Trained methods come first in tables and in the legend; the sort is stable.
+  points.sort(key=lambda point: point["method"] == BEST_OF_N)
   summary = summarise(settings, yardstick, points)
   files.write_text(out / "frontier.json", json.dumps(summary, indent=1) + "\n")
   plots.save_png(draw(summary), out / "frontier.png")

@@ -1,4 +1,4 @@
-"""What came out: points gathered over seeds, compared at equal KL, as tables and a picture."""
+"""Summarises points over seeds, compares methods at equal KL, and shows tables and a plot."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dpo_jax.experiments.frontier.settings import BEST_OF_N, COLORS, LABELS, Set
 from dpo_jax.experiments.frontier.yardstick import Json, Yardstick
 from dpo_jax.monitoring import plots
 
-KLS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0)  # nats at which methods are compared
+KLS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0)  # KLs in nats at which methods are compared
 
 
 def group(points: Iterable[Json]) -> dict[str, dict[float | None, list[Json]]]:
-  """Points by method and by what was varied (β, n or nothing), in order of appearance."""
+  """Groups points by method and by β, n or None, in order of appearance."""
   grouped: dict[str, dict[float | None, list[Json]]] = {}
   for point in points:
     varied = point["n"] if point["beta"] is None else point["beta"]
@@ -26,10 +26,10 @@ def group(points: Iterable[Json]) -> dict[str, dict[float | None, list[Json]]]:
 
 
 def at_equal_kl(points: Sequence[Json], kls: Sequence[float] = KLS) -> list[float | None]:
-  """Share of the frontier's gain of one method at given KLs, averaged over its seeds.
+  """Computes one method's share of the frontier's gain at given KLs, a mean over its seeds.
 
-  Between neighbouring points of a seed the share is interpolated in KL; where not every seed has a
-  point on both sides there is None. Points beyond the frontier's reach are left out.
+  The share is interpolated in KL between neighboring points of a seed. It is None where some seed
+  has no point on one side of the KL. Points beyond the frontier's reach are left out.
   """
   seeds = {point["seed"] for point in points}
   values = []
@@ -39,6 +39,8 @@ def at_equal_kl(points: Sequence[Json], kls: Sequence[float] = KLS) -> list[floa
       for point in points
       if point["seed"] == seed and point["fraction"] is not None and point["within_reach"]
     )
+    # NaN outside the measured range: np.interp would repeat the last value, and the mean over seeds
+    # must be unknown where one seed is.
     kl, fraction = np.array(own).T if own else (np.array([np.nan]), np.array([np.nan]))
     values.append(np.interp(kls, kl, fraction, left=np.nan, right=np.nan))
   mean = np.mean(values, axis=0)
@@ -46,10 +48,14 @@ def at_equal_kl(points: Sequence[Json], kls: Sequence[float] = KLS) -> list[floa
 
 
 def curve(frontier: estimates.Frontier) -> list[Json]:
-  """The exact frontier, and whether enough samples stand behind each of its points."""
+  """Lists the points of the exact frontier, means over prompts.
+
+  A point is within reach where its estimate rests on enough effective samples.
+  """
   columns = (frontier.kl_XF, frontier.reward_XF, frontier.effective_XF)
   return [
     {
+      # β starts at infinity, the reference itself, for which JSON has no number.
       "beta": float(beta) if math.isfinite(beta) else None,
       "kl": float(kl),
       "reward": float(reward),
@@ -63,7 +69,7 @@ def curve(frontier: estimates.Frontier) -> list[Json]:
 
 
 def summarise(settings: Settings, yardstick: Yardstick, points: Sequence[Json]) -> Json:
-  """All that frontier.json holds."""
+  """Returns the content of frontier.json."""
   grouped = group(points)
   return {
     "settings": settings._asdict(),
@@ -82,38 +88,44 @@ def summarise(settings: Settings, yardstick: Yardstick, points: Sequence[Json]) 
 
 
 def rows(points: Sequence[Json]) -> list[list[str]]:
-  """A row of text for every method and β: means over seeds, the share also least and greatest."""
+  """Formats one table row per method and β (or n): means over seeds, and the range of the share."""
   table = []
   for name, values in group(points).items():
     for varied, some in values.items():
-      mean = lambda key, some=some: _mean(point[key] for point in some)
       shares = [point["fraction"] for point in some if point["fraction"] is not None]
       share = "–"
       if shares:
         share = f"{np.mean(shares):.3f}"
         if len(shares) > 1:
           share += f" ({min(shares):.3f}–{max(shares):.3f})"
+        # Beyond its reach the frontier is a lower bound, so a share of it is an upper bound.
         if not all(point["within_reach"] for point in some):
           share = f"at most {share}"
       table.append(
         [
           LABELS[name],
           "–" if varied is None else f"{'n' if name == BEST_OF_N else 'β'} {varied:g}",
-          f"{mean('kl'):.2f}",
-          f"{mean('reward'):.2f}",
+          f"{_mean(some, 'kl'):.2f}",
+          f"{_mean(some, 'reward'):.2f}",
           share,
-          "–" if some[0]["seconds"] is None else f"{mean('seconds'):.0f}",
+          "–" if some[0]["seconds"] is None else f"{_mean(some, 'seconds'):.0f}",
         ]
       )
   return table
 
 
-def _mean(values: Iterable[float]) -> float:
-  return float(np.mean(list(values)))
+def _mean(points: Iterable[Json], key: str) -> float:
+  return float(np.mean([point[key] for point in points]))
+
+
+def _coordinates(points: Iterable[Json]) -> tuple[list[float], list[float]]:
+  """Returns the KLs and the rewards of points, for a plot."""
+  points = list(points)
+  return [point["kl"] for point in points], [point["reward"] for point in points]
 
 
 def show(summary: Json) -> None:
-  """Prints two tables: every point, and every method at equal KL."""
+  """Prints two tables: all points, and all methods at equal KL."""
   from rich.console import Console
   from rich.table import Table
 
@@ -135,7 +147,7 @@ def show(summary: Json) -> None:
 
 
 def draw(summary: Json) -> Figure:
-  """Reward against KL: the exact frontier in black, each method as a curve through its means."""
+  """Plots reward against KL: the exact frontier in black, one curve of means per method."""
   exact = summary["exact"]
   with plots.styled(
     "True reward against distance from the reference",
@@ -144,15 +156,13 @@ def draw(summary: Json) -> Figure:
     (7.2, 4.6),
   ) as (figure, ax):
     known = [point for point in exact if point["within_reach"]]
+    # The dashed part starts at the last known point, so that no gap is left between the two.
     beyond = exact[max(len(known) - 1, 0) :]
-    line = lambda some: ([point["kl"] for point in some], [point["reward"] for point in some])
-    ax.plot(*line(known), color="black", linewidth=2, label="exact frontier π*", zorder=3)
-    ax.plot(*line(beyond), color="black", linewidth=1.2, linestyle=(0, (2, 2)), zorder=3)
+    ax.plot(*_coordinates(known), color="black", linewidth=2, label="exact frontier π*", zorder=3)
+    ax.plot(*_coordinates(beyond), color="black", linewidth=1.2, linestyle=(0, (2, 2)), zorder=3)
     for name, values in group(summary["points"]).items():
       color = COLORS[name]
-      means = sorted(
-        (_mean(p["kl"] for p in some), _mean(p["reward"] for p in some)) for some in values.values()
-      )
+      means = sorted((_mean(some, "kl"), _mean(some, "reward")) for some in values.values())
       ax.plot(
         *zip(*means, strict=True),
         color=color,
@@ -165,7 +175,7 @@ def draw(summary: Json) -> Figure:
       if name != BEST_OF_N:
         every = [point for some in values.values() for point in some]
         ax.plot(
-          *line(every),
+          *_coordinates(every),
           color=color,
           linestyle="none",
           marker="o",

@@ -1,4 +1,4 @@
-"""What is made and trained, by the commands a user would run; what is there is not made again."""
+"""Creates data and trains models with the commands a user would run; existing files are reused."""
 
 from __future__ import annotations
 
@@ -14,34 +14,39 @@ from dpo_jax.experiments.frontier.yardstick import Json, Yardstick
 from dpo_jax.structs import UserError
 from dpo_jax.utils import files
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]  # of the project: the runs start there
+# The project's root, where runs start: the commands name scripts/ and configs/ by relative paths.
+# The index counts folders upward from this file, so it must change when the file moves.
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 def run(command: Sequence[str], log: pathlib.Path) -> float:
-  """Runs a Python command from the project's root, its words into a file; returns its seconds.
+  """Runs a Python command from the project's root and returns its time in seconds.
 
-  A process of its own, so that its memory is given back.
+  Output and errors are appended to `log`.
 
   Raises:
-    UserError: it failed; the last line it said.
+    UserError: the command failed; the message contains the last line of its output.
   """
+  # A process of its own, so that host and device memory are free again before the next run.
   log.parent.mkdir(parents=True, exist_ok=True)
   started = time.monotonic()
+  # Appended, and unbuffered (-u): a run that is killed and repeated leaves both outputs.
   with log.open("a", encoding="utf-8") as out:
     done = subprocess.run(
       [sys.executable, "-u", *command], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, check=False
     )
   if done.returncode:
-    words = log.read_text(encoding="utf-8").split("\n")
-    last = next((line for line in reversed(words) if line.strip()), "it said nothing")
+    lines = log.read_text(encoding="utf-8").split("\n")
+    last = next((line for line in reversed(lines) if line.strip()), "it printed nothing")
     raise UserError(f"{' '.join(command[:2])} … failed: {last.strip()} ({log} has all of it)")
   return time.monotonic() - started
 
 
 def make_reference(study: pathlib.Path, settings: Settings, say=print) -> None:
-  """The task's texts, the reference trained on them, and held-out pairs, unless all are there."""
+  """Writes the task's data, trains the reference on it and samples held-out pairs, unless done."""
   task, held_out = study / "task", study / "eval_pairs.jsonl"
-  if held_out.is_file():  # the last to be made, and whole once it is there
+  # Written last, and complete as soon as it exists: one file stands for all three steps.
+  if held_out.is_file():
     return
   say(f"training the reference: {study / 'sft'}")
   sizes = {
@@ -56,7 +61,7 @@ def make_reference(study: pathlib.Path, settings: Settings, say=print) -> None:
 
 
 def sft_command(study: pathlib.Path, settings: Settings) -> list[str]:
-  """The command that trains the reference."""
+  """Returns the arguments of the Python command that trains the reference."""
   flags = {
     "model.tokenizer": study / "task" / "tokenizer",
     "data.path": study / "task" / "sft.jsonl",
@@ -73,7 +78,7 @@ def sft_command(study: pathlib.Path, settings: Settings) -> list[str]:
 
 
 def make_pairs(model: pathlib.Path, prompts: pathlib.Path, out: pathlib.Path, *, seed: int) -> None:
-  """Preferences between two answers of a model to each prompt; a file there is kept."""
+  """Writes one preference per prompt between two samples of a model; an existing file is kept."""
   if out.is_file():
     return
   flags = {
@@ -84,40 +89,47 @@ def make_pairs(model: pathlib.Path, prompts: pathlib.Path, out: pathlib.Path, *,
     "max_tokens": MAX_TOKENS,
     "seed": seed,
   }
-  words = [f"--{name}={value}" for name, value in flags.items()]
-  run(["scripts/make_pairs.py", *words], out.with_suffix(".log"))
+  arguments = [f"--{name}={value}" for name, value in flags.items()]
+  run(["scripts/make_pairs.py", *arguments], out.with_suffix(".log"))
 
 
 def training_pairs(task: Task, study: pathlib.Path) -> pathlib.Path:
-  """The file of pairs a point is trained on; `make_training_pairs` makes it."""
+  """Returns the path of a run's training pairs; `make_training_pairs` writes them."""
   folder = study / f"seed{task.seed}"
-  return folder / ("pairs.jsonl" if task.first is None else f"{task.name}.pairs.jsonl")
+  return folder / ("pairs.jsonl" if task.predecessor is None else f"{task.name}.pairs.jsonl")
 
 
 def make_training_pairs(task: Task, study: pathlib.Path) -> None:
-  """The pairs of a point, unless they are there or it takes none."""
+  """Writes the training pairs of a run, unless they exist or its method needs none."""
   out, prompts = training_pairs(task, study), study / "task" / "prompts.jsonl"
   if out.is_file() or not any("{pairs}" in flag for flag in METHODS[task.method].flags):
     return
-  if task.first is None:
-    # Held-out pairs have seed 0; theirs are other prompts of the same numbers.
+  if task.predecessor is None:
+    # Held-out pairs have seed 0, first rounds odd seeds and second rounds even ones: the random
+    # numbers depend on the seed and a prompt's index, and the three must not share any.
     make_pairs(study / "sft" / "export", prompts, out, seed=1 + 2 * task.seed)
     return
   own = out.with_name(f"{task.name}.own.jsonl")
-  make_pairs(task.first.folder(study) / "export", prompts, own, seed=2 + 2 * task.seed)
-  lines = (path.read_text(encoding="utf-8") for path in (training_pairs(task.first, study), own))
+  make_pairs(task.predecessor.folder(study) / "export", prompts, own, seed=2 + 2 * task.seed)
+  lines = (
+    path.read_text(encoding="utf-8") for path in (training_pairs(task.predecessor, study), own)
+  )
   files.write_text(out, lines)
 
 
 def learning_rate(task: Task) -> float | None:
-  """Of DPO at a β: 0.01/β, 4e-3 at most, and three quarters of it in a second round."""
+  """Returns the learning rate of DPO: min(0.004, 0.01/β), times 3/4 in a second round.
+
+  It falls with β: a larger β has its optimum at smaller log-ratios, which steps of one size would
+  pass. None for a method without β.
+  """
   if task.beta is None:
     return None
-  return min(4e-3, 1e-2 / task.beta) * (1.0 if task.first is None else 0.75)
+  return min(4e-3, 1e-2 / task.beta) * (1.0 if task.predecessor is None else 0.75)
 
 
 def command(task: Task, study: pathlib.Path, settings: Settings) -> list[str]:
-  """The command that trains one point."""
+  """Returns the arguments of the Python command that trains one run."""
   method, reference = METHODS[task.method], study / "sft" / "export"
   filled = {
     "pairs": training_pairs(task, study),
@@ -126,11 +138,12 @@ def command(task: Task, study: pathlib.Path, settings: Settings) -> list[str]:
     "eval_prompts": study / "task" / "eval_prompts.jsonl",
     "reference": reference,
     "on_policy_steps": settings.on_policy_steps,
-    "epochs": settings.epochs if task.first is None else settings.epochs / 2,
+    # A second round has twice the pairs: half the epochs make as many updates.
+    "epochs": settings.epochs if task.predecessor is None else settings.epochs / 2,
     "beta": task.beta,
     "rate": learning_rate(task),
   }
-  start = reference if task.first is None else task.first.folder(study) / "export"
+  start = reference if task.predecessor is None else task.predecessor.folder(study) / "export"
   return [
     "-m",
     "dpo_jax.train",
@@ -143,16 +156,20 @@ def command(task: Task, study: pathlib.Path, settings: Settings) -> list[str]:
 
 
 def train_point(task: Task, study: pathlib.Path, settings: Settings, yardstick: Yardstick) -> Json:
-  """One point, trained and measured unless it already is; what it goes on from before it."""
+  """Trains and measures one run, and before it the run whose policy it continues from.
+
+  A run that is already measured is read from its point.json.
+  """
   folder = task.folder(study)
   kept = folder / "point.json"
   if kept.is_file():
     return json.loads(kept.read_text(encoding="utf-8"))
-  if task.first is not None:
-    train_point(task.first, study, settings, yardstick)
+  if task.predecessor is not None:
+    train_point(task.predecessor, study, settings, yardstick)
   make_training_pairs(task, study)
   seconds = run(command(task, study, settings), folder.with_name(f"{task.name}.log"))
   point = {"method": task.method, "beta": task.beta, "seed": task.seed, "n": None}
   point |= yardstick.measure(folder / "export", seed=task.seed) | {"seconds": seconds}
+  # Written last: an interrupted run has no point.json, and the same command resumes it.
   files.write_text(kept, json.dumps(point, indent=1) + "\n")
   return point

@@ -1,4 +1,4 @@
-"""What a study is asked for: methods, sizes and runs, read from flags and checked."""
+"""Defines the methods, sizes and runs of a study; reads them from flags and checks them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from dpo_jax.monitoring import plots
 from dpo_jax.structs import UserError
 from dpo_jax.utils import files
 
-MAX_TOKENS = 48  # of an answer
+MAX_TOKENS = 48  # largest length of a completion
 
 # --- The methods ----------------------------------------------------------------------------------
 
 
 class Method(NamedTuple):
-  """How the points of one method are trained.
+  """Contains the configuration that trains the points of one method.
 
   Attributes:
-    label: its name in the plot and the table.
-    color: of its curve.
-    config: a file of configs/ and its argument.
-    flags: of the run; names in braces are filled in by `runs.command`.
-    betas: the values of β it is trained at unless others are asked for; none has no β.
-    follows: a method whose policy, of the same β and seed, it goes on from: to the pairs that one
-      was trained on come as many of its policy's own samples. The reference stays what it was.
+    label: name in plot and table.
+    color: color of the curve.
+    config: file of configs/ and its argument.
+    flags: flags of the run; `runs.command` fills in the names in braces.
+    betas: default values of β; empty for a method without β.
+    follows: method whose policy, of the same β and seed, this method continues from. It trains on
+      that method's pairs and on as many new pairs sampled from the policy. The reference does not
+      change.
   """
 
   label: str
@@ -49,7 +50,8 @@ _PROMPTS = (
   "--config.train.steps={on_policy_steps}",
 )
 _BETA = "--config.loss.beta={beta}"
-# A larger β asks for smaller log-ratios, past which steps of one size would carry them.
+# The optimum at a larger β has smaller log-ratios, which steps of a fixed size would pass; so the
+# learning rate depends on β.
 _RATE = "--config.optimizer.learning_rate={rate}"
 _BETAS = (6.0, 3.0, 1.5, 0.8)
 
@@ -68,7 +70,8 @@ METHODS: dict[str, Method] = {
     _BETAS,
     follows="dpo",
   ),
-  # Its optimum is π_ref exp(p/τ), p in [0, 1] the chance to win, so τ is far smaller than β.
+  # The optimum of IPO is π_ref exp(p/τ)/Z with p in [0, 1] the probability to win. In DPO's stands
+  # a reward of several units, so for the same KL τ must be far smaller than β.
   "ipo": Method(
     "IPO",
     plots.EVAL,
@@ -104,16 +107,16 @@ COLORS = {name: method.color for name, method in METHODS.items()} | {BEST_OF_N: 
 
 
 class Settings(NamedTuple):
-  """What fixes the task of a study: two studies that differ here do not share a folder.
+  """Contains the sizes of a study; studies with different sizes cannot share a folder.
 
   Attributes:
-    pairs: training pairs of a seed, one a prompt.
-    epochs: passes over them; a second round, which has twice the pairs, makes half as many.
-    on_policy_steps: updates of methods that sample as they go.
-    sft_rows, sft_steps: texts that the reference learns from, and its updates.
-    eval_prompts: unseen prompts that policies are measured on.
-    frontier_prompts, frontier_samples: of those, and answers of the reference to each, that the
-      exact frontier and best-of-n rest on.
+    pairs: number of training pairs per seed, one per prompt.
+    epochs: passes over the pairs; a second round, with twice the pairs, makes half as many.
+    on_policy_steps: updates of a method that samples while it trains.
+    sft_rows, sft_steps: examples and updates that the reference is trained with.
+    eval_prompts: number of unseen prompts that policies are measured on.
+    frontier_prompts: number of these prompts that the exact frontier and best-of-n are computed on.
+    frontier_samples: samples of the reference for each of them.
   """
 
   pairs: int = 36_000
@@ -131,24 +134,24 @@ SEEDS = (0, 1, 2)
 
 
 class Task(NamedTuple):
-  """One run to train; `beta` is None where the method has none."""
+  """Identifies one run; `beta` is None where the method has none."""
 
   method: str
   beta: float | None
   seed: int
 
   def folder(self, study: pathlib.Path) -> pathlib.Path:
-    """Its workdir."""
+    """Returns the workdir of the run."""
     return study / f"seed{self.seed}" / self.name
 
   @property
   def name(self) -> str:
-    """Of its workdir, and of the files beside it."""
+    """The name of the workdir, and the beginning of names of files next to it."""
     return self.method if self.beta is None else f"{self.method}-{self.beta:g}"
 
   @property
-  def first(self) -> Task | None:
-    """The point it goes on from."""
+  def predecessor(self) -> Task | None:
+    """The run whose policy this run continues from; None where it starts from the reference."""
     follows = METHODS[self.method].follows
     return self._replace(method=follows) if follows else None
 
@@ -156,13 +159,16 @@ class Task(NamedTuple):
 # --- Reading and checking -------------------------------------------------------------------------
 
 
-def numbers(text: str, written: str, kind: type = float) -> list[Any]:
-  """The numbers of a flag, separated by commas, each once and in order of appearance.
+def parse_numbers(text: str, written: str, kind: type = float) -> list[Any]:
+  """Reads numbers separated by commas; repeated ones are dropped, the order stays.
 
   Args:
     text: the numbers.
-    written: the whole flag as the user wrote it, for the error.
+    written: the whole flag as the user wrote it, for the error message.
     kind: int or float.
+
+  Raises:
+    UserError: a part is not a number.
   """
   found = []
   for part in text.split(","):
@@ -175,7 +181,11 @@ def numbers(text: str, written: str, kind: type = float) -> list[Any]:
 
 
 def read_methods(text: str) -> list[str]:
-  """The names of a --methods flag; everything there is for an empty one."""
+  """Reads the names of methods from a --methods flag; an empty one means all methods.
+
+  Raises:
+    UserError: a name is unknown or missing.
+  """
   names = list(dict.fromkeys(text.split(","))) if text else [*METHODS, BEST_OF_N]
   for name in names:
     if not name:
@@ -190,9 +200,12 @@ def read_methods(text: str) -> list[str]:
 def read_betas(
   texts: Sequence[str], methods: Sequence[str], *, quick: bool = False
 ) -> dict[str, list[float]]:
-  """β of every trained method from --betas flags, `METHOD:1,2,4`, and the defaults of the rest.
+  """Reads β per trained method from --betas flags such as `METHOD:1,2,4`; others have defaults.
 
-  A quick study has the first of the defaults alone.
+  A quick study uses only the first of the defaults.
+
+  Raises:
+    UserError: a flag names no requested method with a β, or a β is no positive number.
   """
   some = slice(1 if quick else None)
   betas = {name: list(METHODS[name].betas[some]) for name in methods if name in METHODS}
@@ -201,21 +214,25 @@ def read_betas(
     if not colon or not betas.get(name):
       able = [known for known, defaults in betas.items() if defaults]
       raise UserError(
-        f"--betas={text} names no method with a β among those asked for;"
+        f"--betas={text} names no method with a β among the requested ones;"
         f" write METHOD:1,2,4 with METHOD one of {', '.join(able) or 'none: there is none'}"
       )
-    betas[name] = numbers(values, f"--betas={text}")
-    for beta in betas[name]:
+    betas[name] = parse_numbers(values, f"--betas={text}")
+    for beta in betas[name]:  # written so that NaN, which float() accepts, is refused too
       if not 0 < beta < math.inf:
         raise UserError(f"--betas={text}: β is {beta:g}; it must be above 0 and finite")
   return betas
 
 
 def read_seeds(text: str | None, *, quick: bool = False) -> list[int]:
-  """The seeds of a --seeds flag, or of None the defaults, of which a quick study has the first."""
+  """Reads a --seeds flag; None means the defaults, of which a quick study uses only the first.
+
+  Raises:
+    UserError: a seed is no integer or out of range.
+  """
   if text is None:
     return list(SEEDS[:1] if quick else SEEDS)
-  seeds = numbers(text, f"--seeds={text}", int)
+  seeds = parse_numbers(text, f"--seeds={text}", int)
   for seed in seeds:
     if not 0 <= seed < 2**31:
       raise UserError(f"--seeds={text}: {seed} does not lie between 0 and 2^31 - 1")
@@ -223,14 +240,14 @@ def read_seeds(text: str | None, *, quick: bool = False) -> list[int]:
 
 
 def tasks(betas: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> list[Task]:
-  """Every run asked for, seed by seed, so that a study stopped early has whole seeds.
+  """Lists every requested run, seed by seed, so that a study stopped early has complete seeds.
 
   Raises:
-    UserError: a method that has a β is given none.
+    UserError: a method that needs a β has none.
   """
   for name, values in betas.items():
     if METHODS[name].betas and not values:
-      raise UserError(f"{name} is asked for at no β; give it one or more, or leave it out")
+      raise UserError(f"{name} is requested without a β; give it one or more, or leave it out")
   return [
     Task(name, beta, seed)
     for seed in seeds
@@ -240,9 +257,9 @@ def tasks(betas: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> list[Ta
 
 
 def check(settings: Settings) -> None:
-  """Values that would fail only after the reference was trained."""
+  """Raises `UserError` for sizes that would fail only after the reference was trained."""
   for name, value in settings._asdict().items():
-    if not 0 < value < math.inf:
+    if not 0 < value < math.inf:  # written so that NaN is refused too
       raise UserError(f"--{name}={value:g}; it must be above 0")
   if settings.frontier_prompts > settings.eval_prompts:
     raise UserError(
@@ -254,26 +271,26 @@ def check(settings: Settings) -> None:
 
 
 def claim(study: pathlib.Path, settings: Settings) -> None:
-  """Makes a folder this study's own, or finds that it already is.
+  """Writes the settings to a folder, or checks that they are those already written there.
 
   Raises:
-    UserError: it is no folder, or holds a study of other settings.
+    UserError: the path is no folder, or it contains a study with other settings.
   """
   files.check_folder(study, f"--out={study}")
-  held, now = study / "settings.json", settings._asdict()
-  if held.is_file():
+  stored, now = study / "settings.json", settings._asdict()
+  if stored.is_file():
     try:
-      before = json.loads(held.read_text(encoding="utf-8"))
+      before = json.loads(stored.read_text(encoding="utf-8"))
     except ValueError:
-      raise UserError(f"{held} is not JSON; choose another --out") from None
+      raise UserError(f"{stored} is not JSON; choose another --out") from None
     changed = [
       f"{key} was {before.get(key)}, now {now[key]}" for key in now if before.get(key) != now[key]
     ]
     if changed:
       raise UserError(
-        f"{study} holds a study with other settings: {'; '.join(changed)}. Choose another --out,"
-        " or the same values to go on"
+        f"{study} contains a study with other settings: {'; '.join(changed)}. Choose another --out,"
+        " or give the same values to continue it"
       )
     return
   study.mkdir(parents=True, exist_ok=True)
-  files.write_text(held, json.dumps(now, indent=1) + "\n")
+  files.write_text(stored, json.dumps(now, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Policies against the reference: reward, KL and share of the frontier's gain; best-of-n, exactly.
+"""Measures policies against the reference: reward, KL, share of the frontier's gain; best-of-n.
 
 X lists prompts, S samples of a prompt, R distinct rewards among them.
 """
@@ -21,18 +21,18 @@ from dpo_jax.utils import files
 
 Json = dict[str, Any]
 
-EVERYDAY = 2  # answers a prompt that a policy is measured by
+EVERYDAY = 2  # samples per prompt that a policy is measured with
 
 
 class Yardstick(NamedTuple):
-  """What policies are measured against, drawn once from the reference.
+  """Contains the samples of the reference that policies are measured against.
 
   Attributes:
-    reference: the model.
-    prompts: that policies answer.
-    reference_X: mean reward of the reference on each of them.
-    many_XS: rewards of many samples of the reference to the first of them.
-    frontier: the exact frontier by those samples.
+    reference: the reference model.
+    prompts: unseen prompts that policies complete.
+    reference_X: mean reward of the reference per prompt.
+    many_XS: rewards of many samples of the reference, for the first few prompts.
+    frontier: the exact frontier, computed from `many_XS`.
   """
 
   reference: rollouts.LanguageModel
@@ -42,9 +42,9 @@ class Yardstick(NamedTuple):
   frontier: Frontier
 
   def measure(self, export: pathlib.Path, *, seed: int) -> Json:
-    """Reward, KL and share of the frontier's gain of the model in a folder."""
+    """Measures reward, KL and share of the frontier's gain of the model in a folder."""
     policy = rollouts.load(export)
-    # The reference's own samples take seeds 0 and 1.
+    # The reference was sampled with seeds 0 and 1: a policy's samples must be independent of those.
     rollout = rollouts.sample(
       policy,
       self.prompts,
@@ -54,6 +54,7 @@ class Yardstick(NamedTuple):
       seed=2 + seed,
     )
     examples = rollout.examples()
+    # KL(π ‖ π_ref) is estimated by the mean log-ratio of the policy's own samples.
     policy_XS, reference_XS = (
       evaluate.scorer(model.config)(model.params, examples).logp_BK
       for model in (policy, self.reference)
@@ -69,7 +70,7 @@ class Yardstick(NamedTuple):
 def describe(
   reward_X: np.ndarray, reference_X: np.ndarray, kl_X: np.ndarray, frontier: Frontier
 ) -> Json:
-  """Means over prompts with 95% intervals; the KL is in nats an answer."""
+  """Returns means over prompts with 95% intervals; the KL is in nats per completion."""
   estimates = {
     "reward": mean_estimate(reward_X),
     "kl": mean_estimate(kl_X),
@@ -78,13 +79,14 @@ def describe(
   known = bool(estimates["kl"].mean <= frontier.reach)
   out: Json = {"within_reach": known}
   for name, (mean, *interval) in estimates.items():
+    # None for NaN and infinity, which JSON has no number for: at a KL of 0 there is no gain.
     out[name] = mean if math.isfinite(mean) else None
     out[f"{name}_interval"] = interval if np.isfinite(interval).all() else None
   return out
 
 
 def make_yardstick(study: pathlib.Path, settings: Settings, say=print) -> Yardstick:
-  """Samples of the reference, drawn once and kept in reference.json."""
+  """Samples the reference, or reads the rewards of its samples from reference.json."""
   reference = rollouts.load(study / "sft" / "export")
   prompts = rollouts.read_prompts(study / "task" / "eval_prompts.jsonl")
   kept = study / "reference.json"
@@ -93,13 +95,14 @@ def make_yardstick(study: pathlib.Path, settings: Settings, say=print) -> Yardst
       f"the exact frontier: {settings.frontier_samples} samples of the reference to each of"
       f" {settings.frontier_prompts} prompts"
     )
-    take = functools.partial(
+    sample = functools.partial(
       rollouts.sample, reference, reward=rewards.resolve("controlled"), max_tokens=MAX_TOKENS
     )
-    everyday = take(prompts, num=EVERYDAY, seed=0)
-    many = take(prompts[: settings.frontier_prompts], num=settings.frontier_samples, seed=1)
+    everyday = sample(prompts, num=EVERYDAY, seed=0)
+    many = sample(prompts[: settings.frontier_prompts], num=settings.frontier_samples, seed=1)
     found = {"everyday": everyday.reward_XS.tolist(), "many": many.reward_XS.tolist()}
     files.write_text(kept, json.dumps(found) + "\n")
+  # Read back even when just written, so that a repeated study computes with the same numbers.
   found = json.loads(kept.read_text(encoding="utf-8"))
   many_XS = np.array(found["many"])
   return Yardstick(
@@ -115,43 +118,45 @@ def make_yardstick(study: pathlib.Path, settings: Settings, say=print) -> Yardst
 
 
 def best_of_n(reward_S: np.ndarray, n: int) -> tuple[float, float]:
-  """Expected reward and KL of taking the best of n samples, for one prompt.
+  """Computes the expected reward and the KL of taking the best of n samples, for one prompt.
 
     P(r) = [C(#{r_s <= r}, n) - C(#{r_s < r}, n)] / C(S, n)
     E[r] = Σ_r P(r) r,    KL(π_n ‖ π_ref) = Σ_r P(r) log(P(r) / p(r)),    p(r) = #{r_s = r} / S
 
-  P is the distribution of the largest of n of the S samples, over all ways to take them. Samples of
-  one reward are told apart by nothing, so within a reward π_n is π_ref, and the KL of the answers
-  is that of the rewards. Where no two answers have one reward it is log n - (n - 1)/n, which is
-  otherwise a bound from above (Beirami et al. 2024).
+  P is the distribution of the largest of n rewards, over all subsets of n of the S samples. Among
+  completions of equal reward, best-of-n chooses as π_ref does, so the KL of the completions is the
+  KL of their rewards. Without ties it is log n - (n - 1)/n, which with ties is an upper bound
+  (Beirami et al. 2024).
 
   Args:
     reward_S: rewards of samples of the reference.
-    n: answers to choose from, at most S.
+    n: number of completions to choose from, at most S.
 
   Returns:
-    The mean reward and the KL, nats.
+    The mean reward and the KL in nats.
   """
   level_R, count_R = np.unique(np.asarray(reward_S, np.float64), return_counts=True)
+  # Binomials in logs: those of 4,096 samples exceed float64. Their ratios lie between 0 and 1.
   log_R = _log_choose(np.cumsum(count_R), n) - _log_choose(np.array([len(reward_S)]), n)
   chance_R = np.diff(np.exp(log_R), prepend=0.0)
-  some_R = chance_R > 0
+  some_R = chance_R > 0  # 0 log 0 = 0: rewards too low to be the best of n add nothing
   ratio_R = chance_R[some_R] / (count_R[some_R] / len(reward_S))
   kl = float(chance_R[some_R] @ np.log(ratio_R))
-  # The reference itself is at no distance, whatever rounding says.
+  # Best of one is the reference itself: exactly 0, not what rounding leaves.
   return float(chance_R @ level_R), kl if n > 1 else 0.0
 
 
 def _log_choose(total_R: np.ndarray, n: int) -> np.ndarray:
-  """log C(total, n), minus infinity where total < n."""
+  """Computes log C(total, n); minus infinity where total < n."""
   steps = np.arange(n)
+  # Where total < n a factor of total (total - 1) ... is 0; its log is the minus infinity wanted.
   with np.errstate(divide="ignore"):
     terms_Rn = np.log(np.maximum(total_R[:, None] - steps, 0)) - np.log(n - steps)
   return terms_Rn.sum(1)
 
 
 def best_of_n_points(yardstick: Yardstick) -> list[Json]:
-  """Points for n = 1, 2, 4, … while sixteen samples or more stand behind each of the n."""
+  """Computes the points of best-of-n for n = 1, 2, 4, ..., up to S/16."""
   many_XS = yardstick.many_XS
   points = []
   for n in (2**k for k in range(int(math.log2(many_XS.shape[1])) - 3)):
