@@ -82,6 +82,22 @@ FLOORS = {
     "evaluation",
     "training",
   },
+  "commands": {
+    "structs",
+    "utils",
+    "model",
+    "data",
+    "controlled",
+    "distributed",
+    "hf",
+    "monitoring",
+    "generation",
+    "evaluation",
+    "training",
+    "experiments",
+    "benchmarking",
+  },
+  "__main__": {"commands"},
 }
 # Libraries that a package must not know, or a module whose rule is another than its package's.
 PLAIN = {"flax", "optax", "ml_collections", "orbax", "absl"}
@@ -112,6 +128,7 @@ FORBIDDEN = {
   "training": NO_FLAGS,
   "training.setup": {"torch"},  # these two read a run's ConfigDict
   "training.datasets": {"torch"},
+  "commands": {"torch"},
 }
 
 
@@ -194,7 +211,7 @@ def test_every_floor_is_below_the_ones_above_it():
 
 
 def test_no_module_hides_a_library_when_run_as_a_file():
-  names = {path.stem for path in modules()} | {p.stem for p in (ROOT / "scripts").glob("*.py")}
+  names = {path.stem for path in modules()} | {p.stem for p in (ROOT / "scripts").rglob("*.py")}
   assert not names & set(sys.stdlib_module_names)
   assert not names & {"jax", "flax", "optax", "grain", "numpy", "tokenizers", "safetensors"}
 

@@ -15,7 +15,9 @@ from dpo_jax.generation import rollouts
 from dpo_jax.structs import UserError
 from dpo_jax.utils import workdir
 
-ROOT = pathlib.Path(__file__).resolve().parents[3]  # of the project: the runs start there
+# The folder that contains the package. The runs start there, so that they find it uninstalled too.
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+DPO_JAX = ("-m", "dpo_jax")
 
 
 def run(command: Sequence[str], log: pathlib.Path) -> float:
@@ -35,7 +37,7 @@ def run(command: Sequence[str], log: pathlib.Path) -> float:
   if done.returncode:
     words = log.read_text(encoding="utf-8").split("\n")
     last = next((line for line in reversed(words) if line.strip()), "it said nothing")
-    raise UserError(f"{' '.join(command[:2])} … failed: {last.strip()} ({log} has all of it)")
+    raise UserError(f"{' '.join(command[:3])} … failed: {last.strip()} ({log} has all of it)")
   return time.monotonic() - started
 
 
@@ -51,7 +53,7 @@ def make_reference(study: pathlib.Path, settings: Settings, say=print) -> None:
     "eval_prompts": settings.eval_prompts,
   }
   flags = [f"--{name}={value}" for name, value in sizes.items()]
-  run(["scripts/make_controlled.py", f"--out={task}", *flags], study / "task.log")
+  run([*DPO_JAX, "make-controlled", f"--out={task}", *flags], study / "task.log")
   run(sft_command(study, settings), study / "sft.log")
   make_pairs(study / "sft" / "export", task / "eval_prompts.jsonl", held_out, seed=0)
 
@@ -65,9 +67,9 @@ def sft_command(study: pathlib.Path, settings: Settings) -> list[str]:
     "optimizer.warmup_steps": min(50, settings.sft_steps // 2),
   }
   return [
-    "-m",
-    "dpo_jax.train",
-    "--config=configs/controlled.py:sft",
+    *DPO_JAX,
+    "train",
+    "--config=controlled:sft",
     f"--workdir={study / 'sft'}",
     *(f"--config.{key}={value}" for key, value in flags.items()),
   ]
@@ -86,7 +88,7 @@ def make_pairs(model: pathlib.Path, prompts: pathlib.Path, out: pathlib.Path, *,
     "seed": seed,
   }
   words = [f"--{name}={value}" for name, value in flags.items()]
-  run(["scripts/make_pairs.py", *words], out.with_suffix(".log"))
+  run([*DPO_JAX, "make-pairs", *words], out.with_suffix(".log"))
 
 
 def training_pairs(task: Task, study: pathlib.Path) -> pathlib.Path:
@@ -133,9 +135,9 @@ def command(task: Task, study: pathlib.Path, settings: Settings) -> list[str]:
   }
   start = reference if task.first is None else task.first.folder(study) / "export"
   return [
-    "-m",
-    "dpo_jax.train",
-    f"--config=configs/{method.config}",
+    *DPO_JAX,
+    "train",
+    f"--config={method.config}",
     f"--workdir={task.folder(study)}",
     f"--config.model.path={start}",
     f"--config.seed={task.seed}",
