@@ -27,14 +27,20 @@ from dpo_jax.training.run import Run
 from dpo_jax.utils import cli
 from dpo_jax.utils import workdir as workdirs
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/NAME.py or configs/NAME.py:ARG")
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; a run found there is resumed")
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  config_flags.DEFINE_config_file("config", None, "NAME, NAME:ARG, or FILE.py in place of NAME")
+  flags.DEFINE_string("workdir", None, "folder of the run; a run found there is resumed")
+  flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
   """Runs the command."""
   del argv
-  execute(_CONFIG.value, pathlib.Path(_WORKDIR.value))
+  execute(FLAGS.config, pathlib.Path(FLAGS.workdir))
 
 
 def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -108,5 +114,4 @@ def _export(run: Run, final: PyTree) -> None:
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "workdir"])
-  cli.run(main)
+  cli.run(main, define_flags)

@@ -1,80 +1,8 @@
-"""Writes a checkpoint of a run as a Hugging Face model folder.
-
-  python scripts/convert_hf.py --workdir runs/dpo --out runs/dpo-best
-  python scripts/convert_hf.py --workdir runs/dpo --out runs/dpo-100 --step 100
-  python scripts/convert_hf.py --workdir runs/lora --out runs/merged --merge_lora
-
-The folder holds `config.json`, the weights (in shards above --max_shard_gb) and, untouched, the
-tokenizer of the run. Of a run that trained adapters it holds those, in PEFT's format, or with
---merge_lora the whole model with the adapters added to its weights.
-"""
+"""Runs `dpo-jax convert` from a checkout: dpo_jax/commands/convert_hf.py."""
 
 import _root  # noqa: F401 (puts the package on the path)
-from absl import flags
 
-from dpo_jax.utils import cli
-
-WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-OUT = flags.DEFINE_string("out", None, "model folder to write; it must not exist", required=True)
-STEP = flags.DEFINE_integer("step", None, "which checkpoint; the latest if left out")
-MERGE = flags.DEFINE_boolean("merge_lora", False, "write the model with its adapters added to it")
-SHARD = flags.DEFINE_float("max_shard_gb", 5.0, "size of a weights file, in 1e9 bytes", 1e-9)
-
-
-def main(_):
-  import json
-  import pathlib
-
-  from ml_collections import ConfigDict
-
-  from dpo_jax.hf import checkpoint as hf_checkpoint
-  from dpo_jax.hf import peft
-  from dpo_jax.model import lora
-  from dpo_jax.structs import UserError
-  from dpo_jax.training import setup
-  from dpo_jax.training.checkpoint import Checkpoints
-  from dpo_jax.utils import files
-
-  workdir, out = pathlib.Path(WORKDIR.value), pathlib.Path(OUT.value)
-  if out.exists():
-    raise UserError(f"--out={out} exists; name a new folder")
-  files.check_writable(out, f"--out={out}")
-  if not (workdir / "config.json").is_file() or not (workdir / "checkpoints").is_dir():
-    raise UserError(f"--workdir={workdir} holds no run; name the folder that was trained into")
-  fields = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-  model = ConfigDict(fields["model"])
-  given = {"path": "", "rank": 0} | fields.get("lora", {})
-  start = given.pop("path")
-  # A finished run's export says what its adapters are, wherever the one it started from has gone.
-  known = workdir / "export" if peft.is_adapter(workdir / "export") else start
-  settings = peft.read_settings(known)[0] if start else lora.LoRA(**given)
-  if MERGE.value and not settings.rank:
-    raise UserError(f"--merge_lora: {workdir} trained the model itself; leave the flag out")
-  model_config, _ = setup.describe_model(model)
-  checkpoints = Checkpoints(workdir / "checkpoints")
-  try:
-    step = checkpoints.latest() if STEP.value is None else STEP.value
-    trained = checkpoints.restore_params(step)
-  finally:
-    checkpoints.close()
-
-  source, shard = model.path or model.tokenizer, int(SHARD.value * 1e9)
-  if not settings.rank:
-    hf_checkpoint.save(out, model_config, trained, source=source, max_shard_size=shard)
-    print(f"{out}: the model of step {step}")
-    return
-  _, base = hf_checkpoint.load(source, dtype=model.param_dtype)
-  if MERGE.value:
-    merged = lora.merge(lora.attach(base, trained, settings.scale))
-    hf_checkpoint.save(out, model_config, merged, source=source, max_shard_size=shard)
-    print(f"{out}: the model of step {step}, its adapters merged")
-  else:
-    folder = pathlib.Path(source)
-    name = str(folder.resolve() if folder.is_dir() else folder)
-    about = peft.Adapter(settings, name, peft.fingerprint_of(base))
-    peft.save(out, model_config, trained, about, source=source)
-    print(f"{out}: the adapters of step {step}")
-
+from dpo_jax.commands import console
 
 if __name__ == "__main__":
-  cli.run(main)
+  console.run("convert")

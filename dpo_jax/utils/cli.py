@@ -1,7 +1,7 @@
 """The door of every command: flags in, one clear line out when something is wrong.
 
-A command defines absl flags, writes `def main(argv)` and ends with `cli.run(main)`. Nothing here
-loads jax, so that `--help` answers at once; commands import what is heavy inside `main`.
+A command defines absl flags and `main(argv)`, and is run by `cli.run`. Nothing here loads jax, so
+that `--help` answers at once; commands import what is heavy inside `main`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -26,16 +26,31 @@ FLAGS = flags.FLAGS
 _HELP = ("--help", "-help", "-h", "--helpshort")
 
 
-def run(main: Callable[[list[str]], Any], arguments: int = 0) -> None:
-  """Parses the command line, calls `main(argv)` and exits.
+def run(
+  main: Callable[[list[str]], Any],
+  define_flags: Callable[[], None] | None = None,
+  *,
+  usage: str | None = None,
+  arguments: int = 0,
+) -> None:
+  """Parses the command line `sys.argv`, calls `main(argv)` and exits.
 
-  Besides flags, `arguments` words may be given; they are in `argv`, behind the command's name.
+  Args:
+    main: the command; `argv` holds its name and the words that are not flags.
+    define_flags: defines its flags; None if its module has done that when it was imported.
+    usage: its help, before the flags; by default the docstring of its module.
+    arguments: how many words it takes besides flags.
 
   Bad input (`UserError`, a file that cannot be read or written, an unknown flag or config key)
   prints `error: …` on stderr, one line, and exits 1. A mistake of the program keeps its traceback.
   """
+  if define_flags is not None:
+    define_flags()
   if any(argument in _HELP for argument in sys.argv[1:]):
-    _print_help()
+    try:
+      print(_help(main.__module__, usage), flush=True)
+    except BrokenPipeError:
+      _leave_unread()
     sys.exit(0)
   keep_freed_memory()
   enable_compilation_cache()
@@ -104,9 +119,8 @@ def _guarded(main: Callable[[list[str]], Any], argv: list[str], arguments: int) 
     logging.set_verbosity(logging.WARNING)  # the libraries below narrate every file they open
   try:
     return main(argv)
-  except BrokenPipeError:  # the reader (`| head`) has what it wanted
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(141)
+  except BrokenPipeError:
+    _leave_unread()
   except OSError as error:
     if error.filename is None and error.errno is None:
       raise
@@ -117,6 +131,13 @@ def _guarded(main: Callable[[list[str]], Any], argv: list[str], arguments: int) 
     if not isinstance(error, UserError):
       raise
     fail(error)
+
+
+def _leave_unread() -> NoReturn:
+  """Exits without a word, since the reader of the output (`| head`) has what it wanted."""
+  # Python would otherwise complain when it flushes what is left.
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  sys.exit(141)
 
 
 def os_error_line(error: OSError) -> str:
@@ -131,10 +152,7 @@ def os_error_line(error: OSError) -> str:
 def _parse(argv: Sequence[str]) -> list[str]:
   """absl's parsing, with one line for whatever the user wrote wrongly."""
   _accept_natural_numbers_and_none()
-  for name, path in _config_paths(argv):
-    if not os.path.isfile(path.split(":")[0]):
-      what = "a folder" if os.path.isdir(path) else "no such file"
-      fail(f"--{name}={path}: {what}; configurations are files in configs/")
+  argv = _with_paths_of_configurations(argv)
   try:
     rest = FLAGS(argv)
     _refuse_none()
@@ -142,7 +160,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
   except flags.Error as error:
     fail(_flag_line(str(error)))
   except SyntaxError as error:
-    given = {os.path.abspath(path.split(":")[0]) for _, path in _config_paths(argv)}
+    given = {os.path.abspath(path.split(":")[0]) for *_, path in _given_configurations(argv)}
     if os.path.abspath(error.filename or "") not in given:
       raise
     fail(f"{error.filename}: no configuration in Python: {error.msg}, line {error.lineno}")
@@ -162,6 +180,8 @@ def _flag_line(message: str) -> str:
   if "must have a value other than None" in message:
     name = message.split("--")[1].split("=")[0]
     return f"--{name} is required (see --help)"
+  if "get_config() takes 0 positional arguments" in message:
+    return f"{message.split(': ')[0].removeprefix('flag ')}: it takes no argument behind a colon"
   message = message.replace("('Non-boolean argument to boolean flag', ", "not true or false: ")
   message = message.replace("invalid literal for int() with base 10", "not an integer")
   message = message.replace("could not convert string to float", "not a number")
@@ -179,20 +199,56 @@ def _config_names() -> list[str]:
   return [name for name in FLAGS if library.is_config_flag(FLAGS[name])] if library else []
 
 
-def _config_paths(argv: Sequence[str]) -> list[tuple[str, str]]:
-  """(flag, `file.py:argument`) of every configuration named on the command line."""
-  found = []
+def shipped_configurations() -> dict[str, pathlib.Path]:
+  """Files of the configurations that come with the package, by their names."""
+  package = pathlib.Path(__file__).parents[1]
+  # An installed package contains them as `dpo_jax.configs`; in a checkout they lie beside it.
+  inside = package / "configs"
+  folder = inside if inside.is_dir() else package.parent / "configs"
+  return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def _given_configurations(argv: Sequence[str]) -> Iterator[tuple[str, int, str]]:
+  """Finds the configurations of a command line: a flag, the place of its value, and the value."""
   for name in _config_names():
-    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+    for place, argument in enumerate(argv):
       flag, equals, value = argument.partition("=")
-      if flag in (f"--{name}", f"-{name}") and (equals or following is not None):
-        found.append((name, value if equals else following))
+      if flag not in (f"--{name}", f"-{name}"):
+        continue
+      if equals:
+        yield name, place, value
+      elif place + 1 < len(argv):
+        yield name, place + 1, argv[place + 1]
+
+
+def _with_paths_of_configurations(argv: Sequence[str]) -> list[str]:
+  """The command line with the files of the configurations that it names; a file that exists wins.
+
+  `--config=preferences:ARG` becomes `--config=/…/configs/preferences.py:ARG`.
+  """
+  found = list(argv)
+  for name, place, value in _given_configurations(argv):
+    path, colon, argument = value.partition(":")
+    if os.path.isfile(path):
+      continue
+    shipped = shipped_configurations()
+    if path not in shipped:
+      fail(f"--{name}={value}: {_no_configuration(path, shipped)}")
+    found[place] = argv[place].removesuffix(value) + f"{shipped[path]}{colon}{argument}"
   return found
+
+
+def _no_configuration(path: str, shipped: Iterable[str]) -> str:
+  """Tells why there is no configuration at a path, and which there are."""
+  near = difflib.get_close_matches(path, shipped, n=1, cutoff=0.5)
+  hint = f"did you mean {near[0]!r}? " if near else ""
+  what = "a folder" if os.path.isdir(path) else "no such file"
+  return f"{what}; {hint}configurations are files, or one of {', '.join(shipped)}"
 
 
 def _unknown_override(argv: Sequence[str]) -> str | None:
   """The first `--config.a.b=…` that names no field, with the nearest one that exists."""
-  for name, path in _config_paths(argv):
+  for name, _, path in _given_configurations(argv):
     try:
       config = _config_library().ConfigFileFlagParser(name).parse(path)
     except Exception:  # the configuration itself is at fault, and says so
@@ -280,25 +336,26 @@ class _Text(flags.ArgumentParser):
 # ---------------------------------------------------------------------------- help
 
 
-def _print_help() -> None:
-  """The command's own words, then its flags with their defaults."""
-  print((sys.modules["__main__"].__doc__ or "").strip())
-  print("\noptions:")
-  own = FLAGS.get_key_flags_for_module(sys.argv[0])
+def _help(module: str, usage: str | None) -> str:
+  """Returns the usage of the command in `module`, then its flags with their defaults."""
+  # absl files the flags of the main program under its path.
+  own = FLAGS.get_key_flags_for_module(sys.argv[0] if module == "__main__" else module)
   rows = [(_shown(flag), (flag.help or "") + _default(flag)) for flag in own]
   rows += [
     (f"--{name}.a.b=VALUE", "sets field a.b of the configuration") for name in _config_names()
   ]
   width = max((len(left) for left, _ in rows), default=0)
-  for left, right in rows:
-    print(
-      textwrap.fill(
-        right,
-        max(shutil.get_terminal_size().columns, width + 40),
-        initial_indent=f"  {left:<{width}}  ",
-        subsequent_indent=" " * (width + 4),
-      )
+  lines = [
+    textwrap.fill(
+      right,
+      max(shutil.get_terminal_size().columns, width + 40),
+      initial_indent=f"  {left:<{width}}  ",
+      subsequent_indent=" " * (width + 4),
     )
+    for left, right in rows
+  ]
+  text = (usage or sys.modules[module].__doc__ or "").strip()
+  return "\n".join([text, "", "options:", *lines])
 
 
 def _default(flag: flags.Flag) -> str:

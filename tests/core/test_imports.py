@@ -80,6 +80,22 @@ FLOORS = {
     "monitoring",
     "training",
   },
+  "commands": {
+    "structs",
+    "utils",
+    "model",
+    "data",
+    "controlled",
+    "distributed",
+    "hf",
+    "monitoring",
+    "generation",
+    "evaluation",
+    "training",
+    "experiments",
+    "benchmarking",
+  },
+  "__main__": {"commands"},
 }
 # Libraries that a package must not know, or a module whose rule is another than its package's.
 PLAIN = {"flax", "optax", "ml_collections", "orbax", "absl"}
@@ -110,6 +126,7 @@ FORBIDDEN = {
   "benchmarking.timing": NO_FLAGS,
   "training": NO_FLAGS,
   "training.setup": {"absl", "torch"},  # config stops at this door: it reads a ConfigDict
+  "commands": {"torch"},
 }
 
 
@@ -203,7 +220,7 @@ def test_every_floor_is_below_the_ones_above_it():
 
 
 def test_no_module_hides_a_library_when_run_as_a_file():
-  names = {path.stem for path in modules()} | {p.stem for p in (ROOT / "scripts").glob("*.py")}
+  names = {path.stem for path in modules()} | {p.stem for p in (ROOT / "scripts").rglob("*.py")}
   assert not names & set(sys.stdlib_module_names)
   assert not names & {"jax", "flax", "optax", "grain", "numpy", "tokenizers", "safetensors"}
 

@@ -243,7 +243,8 @@ def test_a_second_round_has_the_pairs_of_the_first_and_as_many_of_its_policy(tmp
   seen = []
 
   def fake(words, log):
-    flags = dict(word.removeprefix("--").split("=", 1) for word in words[1:])
+    assert words[:3] == ["-m", "dpo_jax", "make-pairs"]
+    flags = dict(word.removeprefix("--").split("=", 1) for word in words[3:])
     seen.append(flags)
     pathlib.Path(flags["out"]).write_text(f"{flags['model']}\n", encoding="utf-8")
 

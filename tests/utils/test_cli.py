@@ -9,6 +9,7 @@ import time
 import pytest
 
 from dpo_jax.utils import cli
+from tests.support.paths import CONFIGS
 
 COMMAND = '''"""Counts the rows of a file.
 
@@ -129,7 +130,10 @@ def test_interrupting_imports_is_quiet(command):
     ("--kind=odd", ["--kind=odd", "plain|fancy"]),
     ("--num_rows", ["Missing value", "num_rows"]),
     ("rows.jsonl", ["unexpected argument 'rows.jsonl'"]),
-    ("--config=none.py", ["none.py", "no such file"]),
+    ("--config=none.py", ["none.py", "no such file; configurations are files, or one of"]),
+    ("--config=preference:a", ["preference:a: no such file; did you mean 'preferences'?"]),
+    ("--config=none", ["one of benchmark, controlled, llama_1b, llama_8b, preferences, qwen"]),
+    ("--config=qwen_0_5b:a", ["qwen_0_5b.py:a: it takes no argument behind a colon"]),
     ("--config=.", ["--config=.: a folder; configurations are files"]),
     ("--config=words.md", ["words.md: no configuration in Python: ", "line 1"]),
   ],
@@ -142,6 +146,23 @@ def test_a_configuration_may_follow_a_space(command):
   assert_refused(command("--config", "none.py"), "none.py", "no such file")
   wrong = ("--config", "config.py", "--config.loss.bta", "1")
   assert_refused(command(*wrong), "config.loss has no field 'bta'", "did you mean 'beta'?")
+
+
+def test_a_configuration_has_a_name_and_a_file_of_that_name_comes_first(command, tmp_path):
+  for given in (["--config=preferences:loss=ipo,beta=0.5"], ["--config", "preferences:loss=ipo"]):
+    done = command(*given, "--config.loss.beta=0.25", "--config.train.steps=7")
+    found = json.loads(done.stdout)
+    assert (found["loss"]["name"], found["loss"]["beta"]) == ("ipo", 0.25)
+    assert found["train"]["steps"] == 7
+  own = tmp_path / "preferences"
+  own.write_text(CONFIG)
+  assert json.loads(command(f"--config={own}").stdout)["path"] == "x"
+
+
+def test_shipped_configurations_are_the_files_of_configs():
+  found = cli.shipped_configurations()
+  assert {*found.values()} == {*CONFIGS.glob("*.py")}
+  assert found["controlled"] == CONFIGS / "controlled.py"
 
 
 def test_a_missing_flag_is_one_line(command):

@@ -14,9 +14,10 @@ from dpo_jax.experiments.frontier.yardstick import Json, Yardstick
 from dpo_jax.structs import UserError
 from dpo_jax.utils import files
 
-# The project's root, where runs start: the commands name scripts/ and configs/ by relative paths.
+# The folder that contains the package. The runs start there, so that they find it uninstalled too.
 # The index counts folders upward from this file, so it must change when the file moves.
 ROOT = pathlib.Path(__file__).resolve().parents[3]
+DPO_JAX = ("-m", "dpo_jax")
 
 
 def run(command: Sequence[str], log: pathlib.Path) -> float:
@@ -38,7 +39,7 @@ def run(command: Sequence[str], log: pathlib.Path) -> float:
   if done.returncode:
     lines = log.read_text(encoding="utf-8").split("\n")
     last = next((line for line in reversed(lines) if line.strip()), "it printed nothing")
-    raise UserError(f"{' '.join(command[:2])} … failed: {last.strip()} ({log} has all of it)")
+    raise UserError(f"{' '.join(command[:3])} … failed: {last.strip()} ({log} has all of it)")
   return time.monotonic() - started
 
 
@@ -55,7 +56,7 @@ def make_reference(study: pathlib.Path, settings: Settings, say=print) -> None:
     "eval_prompts": settings.eval_prompts,
   }
   flags = [f"--{name}={value}" for name, value in sizes.items()]
-  run(["scripts/make_controlled.py", f"--out={task}", *flags], study / "task.log")
+  run([*DPO_JAX, "make-controlled", f"--out={task}", *flags], study / "task.log")
   run(sft_command(study, settings), study / "sft.log")
   make_pairs(study / "sft" / "export", task / "eval_prompts.jsonl", held_out, seed=0)
 
@@ -69,9 +70,9 @@ def sft_command(study: pathlib.Path, settings: Settings) -> list[str]:
     "optimizer.warmup_steps": min(50, settings.sft_steps // 2),
   }
   return [
-    "-m",
-    "dpo_jax.train",
-    "--config=configs/controlled.py:sft",
+    *DPO_JAX,
+    "train",
+    "--config=controlled:sft",
     f"--workdir={study / 'sft'}",
     *(f"--config.{key}={value}" for key, value in flags.items()),
   ]
@@ -90,7 +91,7 @@ def make_pairs(model: pathlib.Path, prompts: pathlib.Path, out: pathlib.Path, *,
     "seed": seed,
   }
   arguments = [f"--{name}={value}" for name, value in flags.items()]
-  run(["scripts/make_pairs.py", *arguments], out.with_suffix(".log"))
+  run([*DPO_JAX, "make-pairs", *arguments], out.with_suffix(".log"))
 
 
 def training_pairs(task: Task, study: pathlib.Path) -> pathlib.Path:
@@ -145,9 +146,9 @@ def command(task: Task, study: pathlib.Path, settings: Settings) -> list[str]:
   }
   start = reference if task.predecessor is None else task.predecessor.folder(study) / "export"
   return [
-    "-m",
-    "dpo_jax.train",
-    f"--config=configs/{method.config}",
+    *DPO_JAX,
+    "train",
+    f"--config={method.config}",
     f"--workdir={task.folder(study)}",
     f"--config.model.path={start}",
     f"--config.seed={task.seed}",

@@ -23,7 +23,7 @@ class Method(NamedTuple):
   Attributes:
     label: name in plot and table.
     color: color of the curve.
-    config: file of configs/ and its argument.
+    config: name of a configuration and its argument.
     flags: flags of the run; `runs.command` fills in the names in braces.
     betas: default values of β; empty for a method without β.
     follows: method whose policy, of the same β and seed, this method continues from. It trains on
@@ -56,11 +56,11 @@ _RATE = "--config.optimizer.learning_rate={rate}"
 _BETAS = (6.0, 3.0, 1.5, 0.8)
 
 METHODS: dict[str, Method] = {
-  "dpo": Method("DPO", plots.TRAIN, "controlled.py:dpo", (*_PAIRS, _BETA, _RATE), _BETAS),
+  "dpo": Method("DPO", plots.TRAIN, "controlled:dpo", (*_PAIRS, _BETA, _RATE), _BETAS),
   "dpo_again": Method(
     "DPO, second round",
     "#8c6bd1",
-    "controlled.py:dpo",
+    "controlled:dpo",
     (
       *_PAIRS,
       _BETA,
@@ -75,17 +75,17 @@ METHODS: dict[str, Method] = {
   "ipo": Method(
     "IPO",
     plots.EVAL,
-    "controlled.py:dpo",
+    "controlled:dpo",
     (*_PAIRS, _BETA, "--config.loss.name=ipo"),
     (0.3, 0.12, 0.05),
   ),
   "on_policy": Method(
-    "on-policy", plots.CHOSEN, "controlled.py:on_policy", (*_PROMPTS, _BETA), _BETAS
+    "on-policy", plots.CHOSEN, "controlled:on_policy", (*_PROMPTS, _BETA), _BETAS
   ),
   "sft": Method(
     "SFT on chosen",
     plots.REJECTED,
-    "preferences.py:loss=sft",
+    "preferences:loss=sft",
     (
       *_PAIRS,
       "--config.data.max_length=64",

@@ -1,0 +1,79 @@
+"""Writes a checkpoint of a run as a Hugging Face model folder.
+
+  dpo-jax convert --workdir runs/dpo --out runs/dpo-best
+  dpo-jax convert --workdir runs/dpo --out runs/dpo-100 --step 100
+  dpo-jax convert --workdir runs/lora --out runs/merged --merge_lora
+
+The folder contains `config.json`, the weights (in several files above --max_shard_gb) and an
+unchanged copy of the run's tokenizer. For a run that trained adapters it contains those, in PEFT's
+format, or with --merge_lora the whole model with the adapters added to its weights.
+"""
+
+from absl import flags
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string("workdir", None, "folder of the run", required=True)
+  flags.DEFINE_string("out", None, "model folder to write; it must not exist yet", required=True)
+  flags.DEFINE_integer("step", None, "step of the checkpoint (default: the latest)")
+  flags.DEFINE_boolean("merge_lora", False, "write the model with its adapters added to it")
+  flags.DEFINE_float("max_shard_gb", 5.0, "size of a weights file, in 1e9 bytes", 1e-9)
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  import json
+  import pathlib
+
+  from ml_collections import ConfigDict
+
+  from dpo_jax.hf import checkpoint as hf_checkpoint
+  from dpo_jax.hf import peft
+  from dpo_jax.model import lora
+  from dpo_jax.structs import UserError
+  from dpo_jax.training import setup
+  from dpo_jax.training.checkpoint import Checkpoints
+  from dpo_jax.utils import files
+
+  workdir, out = pathlib.Path(FLAGS.workdir), pathlib.Path(FLAGS.out)
+  if out.exists():
+    raise UserError(f"--out={out} exists; name a new folder")
+  files.check_writable(out, f"--out={out}")
+  if not (workdir / "config.json").is_file() or not (workdir / "checkpoints").is_dir():
+    raise UserError(f"--workdir={workdir} holds no run; name the folder that was trained into")
+  fields = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+  model = ConfigDict(fields["model"])
+  given = {"path": "", "rank": 0} | fields.get("lora", {})
+  start = given.pop("path")
+  # A finished run's export says what its adapters are, wherever the one it started from has gone.
+  known = workdir / "export" if peft.is_adapter(workdir / "export") else start
+  settings = peft.read_settings(known)[0] if start else lora.LoRA(**given)
+  if FLAGS.merge_lora and not settings.rank:
+    raise UserError(f"--merge_lora: {workdir} trained the model itself; leave the flag out")
+  model_config, _ = setup.describe_model(model)
+  checkpoints = Checkpoints(workdir / "checkpoints")
+  try:
+    step = checkpoints.latest() if FLAGS.step is None else FLAGS.step
+    trained = checkpoints.restore_params(step)
+  finally:
+    checkpoints.close()
+
+  source, shard = model.path or model.tokenizer, int(FLAGS.max_shard_gb * 1e9)
+  if not settings.rank:
+    hf_checkpoint.save(out, model_config, trained, source=source, max_shard_size=shard)
+    print(f"{out}: the model of step {step}")
+    return
+  _, base = hf_checkpoint.load(source, dtype=model.param_dtype)
+  if FLAGS.merge_lora:
+    merged = lora.merge(lora.attach(base, trained, settings.scale))
+    hf_checkpoint.save(out, model_config, merged, source=source, max_shard_size=shard)
+    print(f"{out}: the model of step {step}, its adapters merged")
+  else:
+    folder = pathlib.Path(source)
+    name = str(folder.resolve() if folder.is_dir() else folder)
+    about = peft.Adapter(settings, name, peft.fingerprint_of(base))
+    peft.save(out, model_config, trained, about, source=source)
+    print(f"{out}: the adapters of step {step}")

@@ -1,0 +1,80 @@
+"""Shows what a model will be trained on: texts, token ids, which tokens are scored, and the ledger.
+
+  dpo-jax inspect --data pairs.jsonl --model DIR
+  dpo-jax inspect --data pairs.jsonl --model DIR --json
+
+Prompt tokens are given, completion tokens are scored; neighbouring tokens have different shades; ✂
+marks where text was cut. Then follow lengths, the tokens that each layout computes, and the ledger:
+how many rows were kept, cut and dropped, and why. With --json one object is printed: format, rows,
+pairs, dropped, truncated, tokens; for unpaired completions also labels.
+
+The first row decides what the rows are: unpaired completions if it has a label (loss kto), ranked
+completions if it has a list of answers (plackett_luce), pairs if it has chosen and rejected, and
+texts otherwise (sft). --kind overrides that: pairs can serve as any of these.
+"""
+
+from absl import flags
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string(
+    "data", None, "file of rows; several separated by commas, or a pattern", required=True
+  )
+  flags.DEFINE_string("model", None, "folder of the model or its tokenizer", required=True)
+  flags.DEFINE_integer("rows", 3, "rows to show, from the first", lower_bound=0)
+  flags.DEFINE_bool("json", False, "print the ledger alone, as one JSON object")
+  flags.DEFINE_enum(
+    "kind",
+    None,
+    ["pairs", "text", "unpaired", "ranked"],
+    "how to use the rows (default: told by the first row)",
+  )
+  flags.DEFINE_integer(
+    "max_length",
+    None,
+    "tokens of a sequence at most: prompt and one completion together",
+    lower_bound=2,
+  )
+  flags.DEFINE_integer("prompt_floor", 64, "prompt tokens that are never cut", lower_bound=1)
+  flags.DEFINE_enum(
+    "truncation", "drop", ["drop", "cut"], "what to do with completions that do not fit"
+  )
+  flags.DEFINE_string("template", "", "arguments of the chat template as JSON")
+  flags.DEFINE_list("fields", [], "field names of the rows: prompt=question,chosen=better")
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  import json
+
+  from dpo_jax.data import chat_template, encode
+  from dpo_jax.data.tokenizer import load_tokenizer
+
+  arguments = chat_template.read_arguments(FLAGS.template, "--template")
+  tokenizer = load_tokenizer(FLAGS.model, template_arguments=arguments)
+  fields = encode.read_fields(FLAGS.fields)
+  kind = FLAGS.kind or encode.detect_kind(FLAGS.data, fields)
+  how = {
+    "kind": kind,
+    "max_length": FLAGS.max_length,
+    "prompt_floor": FLAGS.prompt_floor,
+    "truncation": FLAGS.truncation,
+    "fields": fields,
+  }
+  examples, ledger, _ = encode.load_examples(FLAGS.data, tokenizer, **how)
+  if FLAGS.json:
+    print(json.dumps(ledger.to_json()))
+    return
+  from rich.console import Console
+
+  from dpo_jax.data import preview
+
+  console = Console()
+  encoder = encode.Encoder(tokenizer, **how)
+  for row, outcome in enumerate(encode.first_rows(FLAGS.data, encoder, FLAGS.rows)):
+    console.print(preview.show_row(row, outcome, tokenizer, kind=kind))
+  console.print(preview.show_lengths(examples), preview.show_layouts(examples))
+  console.print(preview.show_ledger(ledger, examples))

@@ -1,0 +1,60 @@
+"""Writes the embedded task: texts to learn from, prompts to sample from, and their tokenizer.
+
+  dpo-jax make-controlled --out runs/quickstart/task
+
+The folder then contains
+  sft.jsonl           {"prompt": …, "completion": …}: whole reviews from the grammar
+  prompts.jsonl       {"prompt": …}: openings to sample preference pairs from
+  eval_prompts.jsonl  {"prompt": …}: openings for the evaluation
+  tokenizer/          a word-level tokenizer in Hugging Face's format
+No opening is in two of the three files, nor twice in one.
+"""
+
+from absl import flags
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string("out", None, "folder to write, made where missing", required=True)
+  flags.DEFINE_integer("seed", 0, "random seed of the texts", lower_bound=0)
+  flags.DEFINE_integer("sft_rows", 32_000, "reviews to learn from", lower_bound=1)
+  flags.DEFINE_integer("prompts", 32_000, "openings to sample pairs from", lower_bound=1)
+  flags.DEFINE_integer("eval_prompts", 1_024, "openings for the evaluation", lower_bound=1)
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  import json
+  import pathlib
+
+  import numpy as np
+
+  from dpo_jax.controlled import reviews as controlled_reviews
+  from dpo_jax.controlled import word_tokenizer
+
+  folder = pathlib.Path(FLAGS.out)
+  reviews = controlled_reviews.distinct(
+    FLAGS.eval_prompts + FLAGS.prompts + FLAGS.sft_rows, FLAGS.seed
+  )
+  evaluation = reviews[: FLAGS.eval_prompts]
+  prompts = reviews[FLAGS.eval_prompts : -FLAGS.sft_rows]
+  sft = reviews[-FLAGS.sft_rows :]
+
+  word_tokenizer.write(folder / "tokenizer", controlled_reviews.vocabulary())
+  rows = {
+    "sft.jsonl": [{"prompt": prompt, "completion": answer} for prompt, answer in sft],
+    "prompts.jsonl": [{"prompt": prompt} for prompt, _ in prompts],
+    "eval_prompts.jsonl": [{"prompt": prompt} for prompt, _ in evaluation],
+  }
+  for name, content in rows.items():
+    text = "".join(json.dumps(row) + "\n" for row in content)
+    (folder / name).write_text(text, encoding="utf-8")
+
+  rewards = np.array([controlled_reviews.reward(prompt, answer) for prompt, answer in sft])
+  print(
+    f"{folder}: {len(sft)} reviews, {len(prompts)} + {len(evaluation)} prompts,"
+    f" {len(controlled_reviews.vocabulary())} words;"
+    f" true reward {rewards.mean():.2f} ± {rewards.std():.2f}"
+  )

@@ -1,0 +1,88 @@
+"""Tokenizes rows once, into a TFDS data set (ArrayRecord) that training reads by random access.
+
+  dpo-jax prepare --data 'parts/*.parquet' --model MODEL_DIR --out prepared
+  dpo-jax train … --config.data.path=prepared
+
+A prepared set is tied to its tokenizer, template, kind and max_length: runs with others refuse it.
+Rows are held out by prompt, so that no prompt is on both sides.
+"""
+
+from absl import flags
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string(
+    "data", None, "file of rows; several separated by commas, or a pattern", required=True
+  )
+  flags.DEFINE_string("model", None, "folder of the model or its tokenizer", required=True)
+  flags.DEFINE_string("out", None, "folder to make", required=True)
+  flags.DEFINE_enum(
+    "kind",
+    None,
+    ["pairs", "text", "unpaired", "ranked"],
+    "how to use the rows (default: told by the first row)",
+  )
+  flags.DEFINE_integer(
+    "max_length",
+    512,
+    "tokens of a sequence at most: prompt and one completion together",
+    lower_bound=2,
+  )
+  flags.DEFINE_integer("prompt_floor", 64, "prompt tokens that are never cut", lower_bound=1)
+  flags.DEFINE_enum(
+    "truncation", "drop", ["drop", "cut"], "what to do with completions that do not fit"
+  )
+  flags.DEFINE_list("fields", [], "field names of the rows: prompt=question,chosen=better")
+  flags.DEFINE_string("template", "", "arguments of the chat template as JSON")
+  flags.DEFINE_float(
+    "eval_fraction", 0.1, "fraction of the prompts to hold out", lower_bound=0, upper_bound=0.99
+  )
+  flags.DEFINE_integer("seed", 0, "random seed of the held-out prompts", lower_bound=0)
+  flags.DEFINE_integer(
+    "workers",
+    None,
+    "processes that tokenize, 0 for this one alone (default: one per core)",
+    lower_bound=0,
+  )
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  import os
+  import time
+
+  from dpo_jax.data import chat_template, encode, prepared, tokenizer
+
+  arguments = chat_template.read_arguments(FLAGS.template, "--template")
+  fields = encode.read_fields(FLAGS.fields)
+  encoder = encode.Encoder(
+    tokenizer.load_tokenizer(FLAGS.model, template_arguments=arguments),
+    kind=FLAGS.kind or encode.detect_kind(FLAGS.data, fields),
+    max_length=FLAGS.max_length,
+    prompt_floor=FLAGS.prompt_floor,
+    truncation=FLAGS.truncation,
+    fields=fields,
+  )
+  workers = os.cpu_count() if FLAGS.workers is None else FLAGS.workers
+  started = said = time.perf_counter()
+  for ledger in prepared.prepare(
+    FLAGS.out,
+    FLAGS.data,
+    encoder,
+    eval_fraction=FLAGS.eval_fraction,
+    seed=FLAGS.seed,
+    workers=workers,
+  ):
+    now = time.perf_counter()
+    if now - said > 5:
+      said = now
+      print(f"{ledger.rows:,} rows, {ledger.rows / (now - started):,.0f} a second", flush=True)
+  seconds = time.perf_counter() - started
+  dropped = "".join(f", {count:,} {reason}" for reason, count in ledger.dropped.items())
+  print(f"{FLAGS.out}: {ledger.pairs:,} of {ledger.rows:,} rows kept{dropped}")
+  print(
+    f"{seconds:.0f} s, {ledger.rows / seconds:,.0f} rows a second; --config.data.path={FLAGS.out}"
+  )
