@@ -183,7 +183,7 @@ def test_sigmoid_reaches_the_optimum_with_the_projects_transformer():
   model = finite_worlds.with_length_limit(transformer.build(config, remat="none"), WORLD)
   start = transformer.init_params(config, seed=4)
   # float32 leaves probabilities that sum to 1 but for 1e-7, which a KL would show.
-  exact = lambda log_XY: closed_forms.normalised(log_XY.astype(np.float64))
+  exact = lambda log_XY: closed_forms.normalized(log_XY.astype(np.float64))
   reference = exact(finite_worlds.log_policy(model, start, WORLD))
   mu = np.log((np.exp(reference) + 1 / len(WORLD.completions)) / 2)
   pace = {"steps": 800, "peak": 0.003}
@@ -295,7 +295,7 @@ def all_cases():
     "odpo": (
       "odpo", {"margin_scale": 0.7}, with_scores(), tilted(ref, (REWARD + 0.7 * OFFSET) / BETA)
     ),
-    "chi_po": ("chi_po", {}, away, closed_forms.linked(ref, s, closed_forms.LINKS["chi_po"])),
+    "chi_po": ("chi_po", {}, away, closed_forms.under_divergence(ref, s, closed_forms.DIVERGENCES["chi_po"])),
     # Labels without error between two scores: the margin stays finite.
     "cdpo": ("cdpo", smooth, two_scores(1.0), tilted(ref, GOOD * odds / BETA)),
     "exo_pair": ("exo_pair", smooth, two_scores(0.9), tilted(ref, GOOD * 0.8 * odds / BETA)),
@@ -319,7 +319,12 @@ def all_cases():
   }  # fmt: skip
   for link in ("forward_kl", "jensen_shannon", "alpha"):
     given = {"link": link} | ({"link_alpha": 0.4} if link == "alpha" else {})
-    cases[link] = ("sigmoid", given, away, closed_forms.linked(ref, s, closed_forms.LINKS[link]))
+    cases[link] = (
+      "sigmoid",
+      given,
+      away,
+      closed_forms.under_divergence(ref, s, closed_forms.DIVERGENCES[link]),
+    )
   return cases
 
 
