@@ -17,8 +17,8 @@ def tables(kind, together):
 
 def reward_distribution(kind, together):
   """Returns the possible rewards of a completion and their probabilities, both exact."""
-  # The value of every statement is a multiple of 1/8, so rewards lie on a grid, and the distribution
-  # of a sum is a convolution.
+  # The value of every statement is a multiple of 1/8, so rewards lie on a grid and the
+  # distribution of a sum is a convolution.
   step = 1 / 8
 
   def probabilities(table):
