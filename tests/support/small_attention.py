@@ -56,7 +56,10 @@ def close(found, expected):
 def rows_of(batch, seed=0, heads=HEADS, kv_heads=KV_HEADS, dtype=np.float32):
   """Samples queries, keys and values, and the output's gradient, which is 0 at padding."""
   rng = np.random.default_rng(seed)
-  make = lambda heads: rng.normal(size=(*batch.ids_NL.shape, heads, HEAD)).astype(dtype)
+
+  def make(heads):
+    return rng.normal(size=(*batch.ids_NL.shape, heads, HEAD)).astype(dtype)
+
   real = (batch.pair_NL >= 0)[..., None, None]
   return (make(heads), make(kv_heads), make(kv_heads)), make(heads) * real
 
