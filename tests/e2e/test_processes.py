@@ -54,7 +54,7 @@ def reached(task, name, lines):
 def test_two_processes_are_the_run_of_one_device(task):
   """Parameters divided among the devices of both."""
   found = together(task, "two", 2, **GENTLE, **{"parallel.fsdp": 4})
-  small_task.alike(found, alone(task, "alone", **GENTLE))
+  small_task.assert_close(found, alone(task, "alone", **GENTLE))
 
 
 def test_processes_that_differ_stop_before_the_first_step(task):
@@ -186,7 +186,7 @@ def test_steps_of_several_processes_are_those_of_one_device(task, count, changes
   found = together(task, name, count, **(TWENTY | changes))
   same = {key: value for key, value in changes.items() if not key.startswith("parallel")}
   one = "_".join(["one", *map(str, same.values())])
-  small_task.alike(found, alone(task, one, **(TWENTY | same)))
+  small_task.assert_close(found, alone(task, one, **(TWENTY | same)))
 
 
 SAMPLED = {"on_policy.reward": "controlled", "on_policy.max_tokens": 12, "data.row_length": 0}
@@ -197,7 +197,7 @@ def test_samples_of_several_processes_are_those_of_one(task):
   """The policy is divided among both, and each samples from a copy of its own."""
   given = GENTLE | SAMPLED | {"data.path": str(task / "prompts.jsonl"), "eval.samples": 8}
   found = together(task, "sampled", 2, **given, **{"parallel.fsdp": 4})
-  small_task.alike(found, alone(task, "sampled_one", **given))
+  small_task.assert_close(found, alone(task, "sampled_one", **given))
 
 
 @pytest.mark.slow
@@ -207,7 +207,7 @@ def test_a_store_filled_by_several_serves_one(task):
   parts = sorted((task / "store").rglob("*.safetensors"))
   again = alone(task, "served", **GENTLE, **store)
   assert sorted((task / "store").rglob("*.safetensors")) == parts
-  small_task.alike(found, again)
+  small_task.assert_close(found, again)
 
 
 @pytest.mark.slow
@@ -227,7 +227,7 @@ def test_asked_to_stop_one_all_leave_at_one_step_and_go_on(task):
   assert [status for status, _ in small_task.end(started)] == [preemption.AGAIN] * 4
   found = alone(task, "told", **given)
   assert [line["step"] for line in found[0]] == list(range(61))
-  small_task.alike(found, straight)
+  small_task.assert_close(found, straight)
 
 
 @pytest.mark.slow
@@ -243,5 +243,5 @@ def test_a_lost_process_costs_what_was_not_saved_and_no_more(task):
   assert [line["step"] for line in found[0]] == list(range(41))
   files = [task / name / "export" / "model.safetensors" for name in ("whole", "broken")]
   assert files[0].read_bytes() == files[1].read_bytes()
-  small_task.alike(found, straight)
+  small_task.assert_close(found, straight)
   shutil.rmtree(task / "broken")

@@ -1,4 +1,4 @@
-"""The study of reward against KL: its flags, its arithmetic, its folders; nothing is trained."""
+"""Tests the flags, the arithmetic and the folders of the frontier study, without any training."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ def test_best_of_one_is_the_reference():
   assert kl == pytest.approx(0, abs=1e-12)
 
 
-def test_best_among_equals_is_the_reference():
+def test_best_of_equal_rewards_is_the_reference():
   assert best_of_n(np.full(9, 2.5), 4) == pytest.approx((2.5, 0.0))
 
 
@@ -53,15 +53,16 @@ def test_best_of_n_is_the_mean_over_all_subsets_with_ties(n):
   assert kl == pytest.approx(sum(p * math.log(p / share[r]) for r, p in chance.items()))
 
 
-def test_without_ties_the_kl_is_the_known_one():
-  # Differences of order n / S are left.
+def test_without_ties_the_kl_is_log_n_minus_n_minus_1_over_n():
+  # The formula is for sampling with replacement; the difference is of order n / S.
   for n in (2, 8, 32):
     _, kl = best_of_n(np.arange(200_000.0), n)
     assert kl == pytest.approx(math.log(n) - (n - 1) / n, abs=1e-3)
 
 
-def test_best_of_n_never_passes_the_frontier():
+def test_best_of_n_never_exceeds_the_frontier():
   rng = np.random.default_rng(0)
+  # Few distinct rewards: with ties the bound on the KL is strict.
   many_XS = rng.choice([-3.0, 0.0, 1.0, 4.0], (8, 512), p=[0.3, 0.4, 0.2, 0.1])
   points = best_of_n_points(yardstick(many_XS))
   assert [point["n"] for point in points] == [1, 2, 4, 8, 16, 32]
@@ -91,47 +92,47 @@ def test_betas_of_one_method_leave_the_others():
   assert betas["ipo"] == list(settings.METHODS["ipo"].betas)
 
 
-def test_a_quick_study_is_one_seed_and_one_beta_a_method_unless_given(tmp_path):
-  # Through the command, with the study itself left out.
+def test_a_quick_study_has_one_seed_and_one_beta_per_method_unless_given(tmp_path):
+  # Runs the command itself, with the study replaced by an exit that prints what it was given.
   code = (
     "import runpy, sys; from dpo_jax.experiments import frontier;"
     "frontier.study = lambda out, settings, betas, seeds, **_: sys.exit(f'{betas} {seeds}');"
     "sys.argv = sys.argv[1:]; sys.path.insert(0, 'scripts');"
     "runpy.run_path(sys.argv[0], run_name='__main__')"
   )
-  words = ["scripts/frontier.py", f"--out={tmp_path}", "--quick", "--betas=ipo:2,1"]
-  done = subprocess.run(
-    [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False
+  arguments = ["scripts/frontier.py", f"--out={tmp_path}", "--quick", "--betas=ipo:2,1"]
+  finished = subprocess.run(
+    [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
   )
   betas = {name: list(method.betas[:1]) for name, method in settings.METHODS.items()}
-  assert done.stderr.strip() == f"{betas | {'ipo': [2.0, 1.0]}} [0]"
+  assert finished.stderr.strip() == f"{betas | {'ipo': [2.0, 1.0]}} [0]"
   assert settings.read_seeds(None) == [0, 1, 2]
   assert settings.read_seeds("3,4", quick=True) == [3, 4]
 
 
 @pytest.mark.parametrize(
-  ("flags", "says"),
+  ("flags", "message"),
   [
     (["--out=a.txt"], "--out=a.txt: '.txt' is no kind of picture; end it in one of"),
     (["--out=file/a.png"], "is no folder; name a file in a folder"),
     (["--out=a.png", "--betas=1,nan"], "--betas=1,nan: give numbers from 0.01 to 1e6"),
   ],
 )
-def test_finite_samples_refuses_before_anything_is_drawn(flags, says, tmp_path):
+def test_finite_samples_refuses_before_anything_is_drawn(flags, message, tmp_path):
   (tmp_path / "file").touch()
-  done = subprocess.run(
+  finished = subprocess.run(
     [sys.executable, ROOT / "scripts/finite_samples.py", *flags, "--samples=1", "--sizes=2"],
     cwd=tmp_path,
     capture_output=True,
     text=True,
     check=False,
   )
-  assert done.returncode == 1 and done.stdout == ""
-  assert says in done.stderr and done.stderr.count("\n") == 1
+  assert finished.returncode == 1 and finished.stdout == ""
+  assert message in finished.stderr and finished.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-  ("read", "says"),
+  ("read", "message"),
   [
     (lambda: settings.read_methods("dpo,ppo"), "there is no 'ppo', only dpo, dpo_again"),
     (
@@ -159,23 +160,23 @@ def test_finite_samples_refuses_before_anything_is_drawn(flags, says, tmp_path):
     ),
   ],
 )
-def test_bad_flags_say_what_and_the_way_out(read, says):
+def test_bad_flags_report_the_value_and_the_way_out(read, message):
   with pytest.raises(UserError) as error:
     read()
-  assert says in str(error.value)
+  assert message in str(error.value)
   assert "\n" not in str(error.value)
 
 
-def test_the_command_refuses_before_anything_is_made(tmp_path):
-  done = subprocess.run(
+def test_the_command_refuses_before_anything_is_written(tmp_path):
+  finished = subprocess.run(
     [sys.executable, ROOT / "scripts/frontier.py", f"--out={tmp_path / 'a'}", "--methods=ppo"],
     capture_output=True,
     text=True,
     check=False,
   )
-  assert done.returncode == 1
-  assert done.stderr.startswith("error: --methods=ppo")
-  assert done.stderr.count("\n") == 1
+  assert finished.returncode == 1
+  assert finished.stderr.startswith("error: --methods=ppo")
+  assert finished.stderr.count("\n") == 1
   assert not (tmp_path / "a").exists()
 
 
@@ -192,7 +193,7 @@ def test_a_study_of_other_settings_is_refused(tmp_path):
     settings.claim(tmp_path / "file", settings.Settings())
 
 
-def test_whole_seeds_come_first():
+def test_runs_are_ordered_by_seed():
   found = settings.tasks({"dpo": [2.0, 1.0], "sft": []}, [3, 4])
   one = [("dpo", 2.0), ("dpo", 1.0), ("sft", None)]
   assert found == [settings.Task(*what, seed) for seed in (3, 4) for what in one]
@@ -207,7 +208,7 @@ def test_every_point_has_a_folder_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in settings.METHODS if name != "sft"])
-def test_a_method_at_no_beta_is_refused_before_anything_is_made(name, tmp_path, monkeypatch):
+def test_a_method_without_a_beta_is_refused_before_anything_is_written(name, tmp_path, monkeypatch):
   monkeypatch.setattr(runs, "run", lambda *_: pytest.fail("started"))
   out = tmp_path / "a"
   with pytest.raises(UserError, match=f"{name} is requested without a β"):
@@ -216,22 +217,22 @@ def test_a_method_at_no_beta_is_refused_before_anything_is_made(name, tmp_path, 
 
 
 @pytest.mark.parametrize("name", settings.METHODS)
-def test_commands_name_the_seed_the_data_and_nothing_unfilled(name, tmp_path):
+def test_commands_contain_seed_and_data_and_no_unfilled_name(name, tmp_path):
   task = settings.Task(name, 0.5 if settings.METHODS[name].betas else None, 7)
-  words = runs.command(task, tmp_path, settings.Settings())
-  assert f"--workdir={task.folder(tmp_path)}" in words
+  arguments = runs.command(task, tmp_path, settings.Settings())
+  assert f"--workdir={task.folder(tmp_path)}" in arguments
   reference = tmp_path / "sft" / "export"
   if task.predecessor is None:
-    assert f"--config.model.path={reference}" in words
+    assert f"--config.model.path={reference}" in arguments
   else:
-    assert f"--config.model.path={tmp_path / 'seed7' / 'dpo-0.5' / 'export'}" in words
-    assert f"--config.reference.path={reference}" in words
-  assert "--config.seed=7" in words
-  assert not any("{" in word for word in words)
-  assert ("--config.loss.beta=0.5" in words) == (task.beta is not None)
+    assert f"--config.model.path={tmp_path / 'seed7' / 'dpo-0.5' / 'export'}" in arguments
+    assert f"--config.reference.path={reference}" in arguments
+  assert "--config.seed=7" in arguments
+  assert not any("{" in argument for argument in arguments)
+  assert ("--config.loss.beta=0.5" in arguments) == (task.beta is not None)
 
 
-def test_a_point_that_is_there_is_not_trained_again(tmp_path, monkeypatch):
+def test_a_measured_point_is_not_trained_again(tmp_path, monkeypatch):
   monkeypatch.setattr(runs, "run", lambda *_: pytest.fail("trained"))
   task = settings.Task("dpo", 2.5, 0)
   task.folder(tmp_path).mkdir(parents=True)
@@ -239,7 +240,7 @@ def test_a_point_that_is_there_is_not_trained_again(tmp_path, monkeypatch):
   assert runs.train_point(task, tmp_path, settings.Settings(), None) == {"kl": 1.0}
 
 
-def test_a_second_round_has_the_pairs_of_the_first_and_as_many_of_its_policy(tmp_path, monkeypatch):
+def test_a_second_round_adds_as_many_pairs_of_the_first_rounds_policy(tmp_path, monkeypatch):
   seen = []
 
   def fake(words, log):
@@ -266,7 +267,7 @@ def test_a_failed_run_is_one_line(tmp_path):
   assert log.read_text() == "1\nerror: no such thing\n"
 
 
-# --- What came out --------------------------------------------------------------------------------
+# --- Results ----------------------------------------------------------------------------------
 
 
 def point(method="dpo", beta=2.5, seed=0, kl=1.0, reward=4.0, fraction=0.8, **more):
@@ -287,7 +288,7 @@ def test_equal_kl_interpolates_within_each_seed():
   assert found[1:3] == pytest.approx([(0.8 + 0.6) / 2, (0.9 + 0.6) / 2])
 
 
-def test_equal_kl_of_points_without_a_share():
+def test_equal_kl_of_points_without_a_share_is_none():
   assert results.at_equal_kl([point(fraction=None)], (1.0,)) == [None]
 
 
@@ -324,17 +325,17 @@ def test_summary_table_and_picture(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_small_study_from_nothing_and_again(tmp_path):
-  words = [
+def test_a_small_study_from_nothing_and_repeated(tmp_path):
+  arguments = [
     *(sys.executable, ROOT / "scripts/frontier.py", f"--out={tmp_path}", "--quick"),
     *("--methods=dpo,best_of_n", "--betas=dpo:2.5", "--seeds=0"),
   ]
-  subprocess.run(words, check=True)
+  subprocess.run(arguments, check=True)
   summary = json.loads((tmp_path / "frontier.json").read_text())
   dpo = [point for point in summary["points"] if point["method"] == "dpo"]
   assert [(point["beta"], point["seed"]) for point in dpo] == [(2.5, 0)]
   assert dpo[0]["kl"] >= 0 and (tmp_path / "frontier.png").is_file()
   made = (tmp_path / "seed0" / "dpo-2.5" / "export" / "config.json").stat().st_mtime_ns
-  subprocess.run(words, check=True)
+  subprocess.run(arguments, check=True)
   assert json.loads((tmp_path / "frontier.json").read_text()) == summary
   assert (tmp_path / "seed0" / "dpo-2.5" / "export" / "config.json").stat().st_mtime_ns == made

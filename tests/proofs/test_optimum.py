@@ -1,9 +1,10 @@
-"""The optimum, reached: what the production step ends at, beside closed forms in plain numpy.
+"""Proves that the production step reaches the optimum of each loss, known in closed form.
 
-Every answer of a small world is listed and every ordered pair of them is an example, weighted by
-how often it occurs, so the minimum of the loss is that of infinitely much data. The whole path is
-the one that trains large models: layout with packing and shared prompts, ragged micro-batches,
-log-probs at scored tokens, step, optimiser. Mistakes go the same way and must not arrive.
+Every completion of a small world is listed, and every ordered pair of them is an example, weighted
+by how often it occurs. So the minimum of the loss is that of infinitely much data. The path is the
+one that trains large models: layout with packing and shared prompts, ragged micro-batches,
+log-probs at scored tokens, step, optimizer. Deliberate mistakes take the same path and must miss
+the optimum.
 """
 
 import functools
@@ -24,18 +25,19 @@ from dpo_jax.model import transformer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import Model
 from tests.support import closed_forms
+from tests.support.closed_forms import DIVERGENCES, under_divergence
 
 BETA, FLIPPED, STEPS = 0.5, 0.2, 500
 WORLD = finite_worlds.make()
-TOKENS_Y = np.array([len(answer) for answer in WORLD.completions])
+TOKENS_Y = np.array([len(completion) for completion in WORLD.completions])
 MODEL = finite_worlds.tabular(WORLD)
 TABLE = finite_worlds.table(WORLD, seed=0)
-# The reference, by walking its table; that the production path agrees is a test of its own.
+# Computed without the production path, which is compared with it in a test below.
 REFERENCE = closed_forms.walk(TABLE["table"], WORLD)
 REWARD = np.random.default_rng(1).normal(0, 1, REFERENCE.shape)
 BETTER = 1 / (1 + np.exp(REWARD[:, None, :] - REWARD[:, :, None]))
 OPTIMUM = closed_forms.tilted(REFERENCE, REWARD / BETA)
-# Where the pairs come from need not be the reference; half of it is uniform here.
+# A distribution μ of completions in the pairs that is not the reference: half of it is uniform.
 ELSEWHERE = np.log((np.exp(REFERENCE) + 1 / len(WORLD.completions)) / 2)
 
 
@@ -50,7 +52,7 @@ def float64():
 
 @functools.cache
 def program(model, name, given, completions, steps, rounds=1, peak=0.1):
-  """Objective and optimiser, the same objects for the same arguments: each is compiled once."""
+  """Returns objective and optimizer; the cache makes equal arguments compile only once."""
   loss = losses.resolve(name, **dict(given))
   objective = step.Objective(
     logprobs.make_scored_fn(model, beyond_shorter=loss.ld_alpha, aligned=loss.wpo),
@@ -62,6 +64,7 @@ def program(model, name, given, completions, steps, rounds=1, peak=0.1):
 
 
 def copy(params):
+  """Copies parameters to new buffers, since a state and its reference may not share any."""
   return jax.tree.map(lambda x: jnp.array(np.asarray(x)), params)
 
 
@@ -76,21 +79,31 @@ def trained(
   peak=0.1,
   edit=lambda batch: batch,
   batch_fn=None,
-  how="shared",
-  judge=None,
+  layout="shared",
+  eval_model=None,
   **given,
 ):
-  """log π of every answer after training on `examples`: [X, Y].
+  """Trains on `examples` and returns log π of every completion: [X, Y].
 
-  `edit` changes the batch, `batch_fn` the batch of every step; `reference` is another than `start`;
-  `judge` is the model that the policy is read off by, where it is not the one trained.
+  Args:
+    examples: weighted examples.
+    name: name of the loss; `given` are its arguments.
+    model: the model to train.
+    start: initial parameters.
+    reference: reference parameters, where they are not `start`.
+    steps, peak: number of steps and peak learning rate.
+    edit: changes the batch before training.
+    batch_fn: computes the batch of every step.
+    layout: layout of the rows.
+    eval_model: the model that reads log π from the trained parameters, where it is not `model`.
   """
   completions = len(examples[0].completions)
   objective, tx = program(model, name, tuple(given.items()), completions, steps, peak=peak)
   batch = edit(
-    finite_worlds.lay_out(examples, row_length=48 if how == "shared" else 60, layout=how)
+    finite_worlds.lay_out(examples, row_length=48 if layout == "shared" else 60, layout=layout)
   )
   state = step.init_state(copy(start), tx, objective.loss)
+  # `init_state` makes them float32, and a scan needs the type that float64 updates return.
   state = state._replace(running_stats=jax.tree.map(jnp.float64, state.running_stats))
   state, metrics = finite_worlds.train(
     state,
@@ -102,31 +115,32 @@ def trained(
     **({"batch_fn": batch_fn} if batch_fn else {}),
   )
   assert np.isfinite(metrics["loss"]).all()
-  return finite_worlds.log_policy(judge or model, state.params, WORLD)
+  return finite_worlds.log_policy(eval_model or model, state.params, WORLD)
 
 
 def population(preference=BETTER, mu=REFERENCE):
-  """Every ordered pair of answers, weighted μ(y_w) μ(y_l) p(y_w ≻ y_l)."""
+  """Lists every ordered pair of completions with weight μ(y_w) μ(y_l) p(y_w ≻ y_l)."""
   weight = np.exp(mu)[:, :, None] * np.exp(mu)[:, None, :] * preference
   return finite_worlds.weigh(finite_worlds.tuples(WORLD), weight)
 
 
 def flipped(preference):
-  """Labels of which a share is turned round."""
+  """Returns the preferences after a share of the labels is flipped."""
   return (1 - FLIPPED) * preference + FLIPPED * (1 - preference)
 
 
 def assert_reached(found, expected, bound=1e-8):
+  """Asserts that KL(found ‖ expected) is below `bound` nats for every prompt."""
   np.testing.assert_allclose(np.exp(found).sum(-1), 1, rtol=1e-12)
   gap = closed_forms.kl(found, expected)
   assert gap.max() < bound, gap
 
 
-# --- the world is what it says --------------------------------------------------------------------
+# --- the world itself -----------------------------------------------------------------------------
 
 
-def test_all_answers_are_listed_and_each_policy_sums_to_one():
-  # 1 + 2 + 4 texts of two letters, each ended
+def test_all_completions_are_listed_and_each_policy_sums_to_one():
+  # 1 + 2 + 4 sequences of two letters, each with its end token
   assert sorted(map(tuple, WORLD.completions)) == [
     (0,),
     (1, 0),
@@ -139,18 +153,18 @@ def test_all_answers_are_listed_and_each_policy_sums_to_one():
   np.testing.assert_allclose(np.exp(REFERENCE).sum(-1), 1, rtol=1e-12)
 
 
-@pytest.mark.parametrize("how", ["shared", "packed", "padded"])
-def test_the_production_path_agrees_with_a_walk_through_the_table(how):
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+def test_the_production_path_agrees_with_a_walk_through_the_table(layout):
   np.testing.assert_allclose(finite_worlds.log_policy(MODEL, TABLE, WORLD), REFERENCE, rtol=1e-12)
   examples = finite_worlds.tuples(WORLD)
-  batch = collate.collate(examples, layout=how, row_length=60)
+  batch = collate.collate(examples, layout=layout, row_length=60)
   logps = np.asarray(jax.jit(logprobs.make_logps_fn(MODEL))(TABLE, batch)).reshape(-1, 2)
   rows = np.asarray(batch.row_NS).reshape(-1, 2)[:, 0]
   pairs = np.stack(np.broadcast_arrays(REFERENCE[:, :, None], REFERENCE[:, None, :]), -1)
   np.testing.assert_allclose(logps[rows >= 0], pairs.reshape(-1, 2)[rows[rows >= 0]], rtol=1e-12)
 
 
-def test_the_optimum_is_the_derivations():
+def test_the_optimum_equals_that_of_the_derivation():
   found = derivation.optimal_policy(REFERENCE, REWARD, beta=BETA)
   np.testing.assert_allclose(found, OPTIMUM, rtol=1e-12)
 
@@ -159,31 +173,34 @@ def test_the_optimum_is_the_derivations():
 
 
 def test_sigmoid_reaches_the_optimum_quickly():
-  """The proof of the default suite; the slow ones are ten thousand times as strict."""
+  """Belongs to the default suite; the slow tests are ten thousand times as strict."""
   assert closed_forms.kl(REFERENCE, OPTIMUM).min() > 0.1
   assert_reached(trained(population(), beta=BETA, steps=150), OPTIMUM, bound=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["shared", "packed", "padded"])
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
 @pytest.mark.parametrize("mu", [REFERENCE, ELSEWHERE], ids=["own", "elsewhere"])
-def test_sigmoid_reaches_the_optimum_wherever_the_pairs_come_from(mu, how):
-  assert_reached(trained(population(mu=mu), beta=BETA, how=how), OPTIMUM)
+def test_sigmoid_reaches_the_optimum_wherever_the_pairs_come_from(mu, layout):
+  assert_reached(trained(population(mu=mu), beta=BETA, layout=layout), OPTIMUM)
 
 
 @pytest.mark.slow
 def test_sigmoid_reaches_the_optimum_with_the_projects_transformer():
-  """The model that the commands train, in its own float32: weights shared by all prompts."""
+  """Trains the model of the commands, in its own float32; all prompts share its weights."""
   config = ModelConfig(
     family="llama", vocab=WORLD.ids, width=32, layers=2, heads=2, kv_heads=2, head_width=16,
     mlp_width=64, max_positions=16, norm="rms", norm_eps=1e-6, positions="rotary",
     activation="silu", gated=True, qkv_bias=False, out_bias=False, mlp_bias=False, tied=False,
     init_std=0.3,
   )  # fmt: skip
+
+  def exact(log_XY):
+    # In float32 probabilities sum to 1 up to 1e-7 only, which the KL would show.
+    return closed_forms.normalized(log_XY.astype(np.float64))
+
   model = finite_worlds.with_length_limit(transformer.build(config, remat="none"), WORLD)
   start = transformer.init_params(config, seed=4)
-  # float32 leaves probabilities that sum to 1 but for 1e-7, which a KL would show.
-  exact = lambda log_XY: closed_forms.normalised(log_XY.astype(np.float64))
   reference = exact(finite_worlds.log_policy(model, start, WORLD))
   mu = np.log((np.exp(reference) + 1 / len(WORLD.completions)) / 2)
   pace = {"steps": 800, "peak": 0.003}
@@ -193,31 +210,33 @@ def test_sigmoid_reaches_the_optimum_with_the_projects_transformer():
 
 # --- every loss with a closed form ----------------------------------------------------------------
 
-# Two scores of answers, and a better score that wins nine times in ten, or always.
+# Completions with one of two scores; the better score wins nine times in ten, or always.
 GOOD = np.random.default_rng(2).permuted(np.tile([0.0, 0, 0, 0, 1, 1, 1], (3, 1)), axis=1)
 SIDE = GOOD[:, :, None] - GOOD[:, None, :]
 
 
 def with_scores():
-  """The preferences of `population` with an answer's score beside it."""
+  """Returns the preferences of `population`, each completion with its score."""
   scores = list(itertools.product(*(range(n) for n in (*BETTER.shape,))))
-  pick = lambda x, y, z: (OFFSET[x, y], OFFSET[x, z])
-  return [
-    example._replace(scores=pick(*scores[example.row])) for example in population(mu=ELSEWHERE)
-  ]
+
+  def with_offsets(example):
+    x, y, z = scores[example.row]
+    return example._replace(scores=(OFFSET[x, y], OFFSET[x, z]))
+
+  return [with_offsets(example) for example in population(mu=ELSEWHERE)]
 
 
 OFFSET = np.round(np.random.default_rng(4).uniform(0, 2, REFERENCE.shape), 3)
 
 
 def rankings():
-  """Every order of every three answers, with its Plackett-Luce probability."""
+  """Lists every order of every three completions with its Plackett-Luce probability."""
   mu, good = np.exp(REFERENCE), np.exp(REWARD)
   triples = finite_worlds.tuples(WORLD, completions=3)
   weights = np.zeros(len(triples))
   places = itertools.product(range(len(good)), itertools.product(range(good.shape[1]), repeat=3))
   for row, (x, order) in enumerate(places):
-    if len(set(order)) == 3:
+    if len(set(order)) == 3:  # three different completions
       left = good[x, list(order)]
       likely = left[0] / left.sum() * left[1] / left[1:].sum()
       weights[row] = mu[x, list(order)].prod() * likely
@@ -225,12 +244,12 @@ def rankings():
 
 
 def texts():
-  """Every answer with the probability it has under the optimum."""
+  """Lists every completion with its probability under the optimum."""
   return finite_worlds.weigh(finite_worlds.tuples(WORLD, completions=1), np.exp(OPTIMUM))
 
 
 def margin_of(loss, share):
-  """Where a preference held with probability `share` draws the margin: a minimum over a line."""
+  """Finds the margin m that minimizes share · loss(m) + (1 - share) · loss(-m) by grid search."""
   middle, width = 0.0, 6.0
   while width > 1e-9:
     z = np.linspace(middle - width, middle + width, 101)
@@ -244,42 +263,53 @@ def discopop(z):
 
 
 def contrasting(chosen, rejected):
-  """Chosen and rejected answers drawn apart, from these distributions: p(y ≻ y') is not asked for.
+  """Lists pairs whose chosen and rejected completions are sampled independently of each other.
 
-  Of y and y', y is then the chosen one with odds chosen(y) rejected(y') : chosen(y') rejected(y).
+  Of y and y', y is then chosen with odds chosen(y) rejected(y') : chosen(y') rejected(y).
   """
   weight = normal(chosen)[:, :, None] * normal(rejected)[:, None, :]
   return finite_worlds.weigh(finite_worlds.tuples(WORLD), weight)
 
 
 def normal(mass):
+  """Divides by the sum, so that each prompt has a distribution."""
   return mass / mass.sum(-1, keepdims=True)
 
 
 def classified():
-  """Pairs for bco_pair, and what it ends at: rewards symmetric about a δ that is their mean.
+  """Returns pairs for bco_pair and its optimum: rewards symmetric about δ, which is their mean.
 
-  With log π/π_ref = (δ + a s)/β, s in {-1, 0, 1}, and a such that π sums to 1 for every prompt.
+  There log π/π_ref = (δ + a s)/β with s in {-1, 0, 1}, and a such that π sums to 1 for every
+  prompt.
   """
   delta, side = -0.2, np.tile([-1.0, -1, -1, 0, 1, 1, 1], (3, 1))
-  h_of = lambda a: (delta + a * side) / BETA
-  total = lambda a: np.exp(REFERENCE + h_of(a)).sum(-1, keepdims=True) - 1
-  a = closed_forms.root(total, 0.3, 20, (3, 1))
-  share = 1 / (1 + np.exp(-a * side))  # of an answer's appearances that are as the chosen one
-  return contrasting(share, 1 - share), REFERENCE + h_of(a)
+
+  def log_ratio(a):
+    return (delta + a * side) / BETA
+
+  def excess(a):
+    return np.exp(REFERENCE + log_ratio(a)).sum(-1, keepdims=True) - 1
+
+  a = closed_forms.root(excess, 0.3, 20, (3, 1))
+  share = 1 / (1 + np.exp(-a * side))  # how often a completion is the chosen one of its pair
+  return contrasting(share, 1 - share), REFERENCE + log_ratio(a)
 
 
 def all_cases():
-  """Name -> (loss, arguments, examples, log-probs of the optimum)."""
+  """Builds all cases: name -> (loss, arguments, examples, log-probs of the optimum)."""
   ref, tilted, s = REFERENCE, closed_forms.tilted, REWARD / BETA
   uniform = np.zeros_like(ref)
   own, away = population(), population(mu=ELSEWHERE)
-  two_scores = lambda share: population(preference=0.5 + SIDE * (share - 0.5), mu=ELSEWHERE)
+
+  def two_scores(share):
+    return population(preference=0.5 + SIDE * (share - 0.5), mu=ELSEWHERE)
+
   won = closed_forms.better_than_mu(REFERENCE, BETTER)
   won_away = closed_forms.better_than_mu(ELSEWHERE, BETTER)
-  # A loss of pairs beside the likelihood of the chosen answer: pairs for which both want the same.
+  # Losses that add the likelihood of the chosen completion to a loss of pairs: the pairs are chosen
+  # such that both terms have the same optimum.
   star, even = np.exp(OPTIMUM), np.ones_like(ref)
-  by_token = star * TOKENS_Y  # a likelihood a token takes the length out again
+  by_token = star * TOKENS_Y  # a likelihood per token divides by the length again
   apart = contrasting(by_token, by_token * np.exp(BETA * (ref - OPTIMUM)))
   mean = OPTIMUM / TOKENS_Y
   odds_apart = contrasting(by_token, by_token * (1 - np.exp(mean)) / np.exp(mean))
@@ -291,11 +321,11 @@ def all_cases():
     "plackett_luce": ("plackett_luce", {}, rankings(), OPTIMUM),
     "sft": ("sft", {}, texts(), OPTIMUM),
     "wpo": ("sigmoid", {"wpo": True}, away, OPTIMUM),
-    # Offsets of the size of what was scored move the reward by as much.
+    # An offset by the difference of scores adds the scores to the reward.
     "odpo": (
       "odpo", {"margin_scale": 0.7}, with_scores(), tilted(ref, (REWARD + 0.7 * OFFSET) / BETA)
     ),
-    "chi_po": ("chi_po", {}, away, closed_forms.linked(ref, s, closed_forms.LINKS["chi_po"])),
+    "chi_po": ("chi_po", {}, away, under_divergence(ref, s, DIVERGENCES["chi_po"])),
     # Labels without error between two scores: the margin stays finite.
     "cdpo": ("cdpo", smooth, two_scores(1.0), tilted(ref, GOOD * odds / BETA)),
     "exo_pair": ("exo_pair", smooth, two_scores(0.9), tilted(ref, GOOD * 0.8 * odds / BETA)),
@@ -304,7 +334,7 @@ def all_cases():
       "discopop", {"tau": 1.0}, two_scores(0.9),
       tilted(ref, GOOD * margin_of(discopop, 0.9) / BETA),
     ),
-    # Answers from the reference, at β = 1: twice as likely as the reference times the win rate.
+    # Completions sampled from the reference, β = 1: the optimum is twice π_ref times the win rate.
     "nca_pair": ("nca_pair", {"beta": 1.0}, own, ref + np.log(2 * won)),
     "sppo_hard": ("sppo_hard", {}, own, closed_forms.regressed(ref, (won - 0.5) / BETA)),
     "sigmoid_norm": ("sigmoid_norm", {}, away, closed_forms.averaged(ref, s, TOKENS_Y)),
@@ -319,19 +349,24 @@ def all_cases():
   }  # fmt: skip
   for link in ("forward_kl", "jensen_shannon", "alpha"):
     given = {"link": link} | ({"link_alpha": 0.4} if link == "alpha" else {})
-    cases[link] = ("sigmoid", given, away, closed_forms.linked(ref, s, closed_forms.LINKS[link]))
+    cases[link] = (
+      "sigmoid",
+      given,
+      away,
+      under_divergence(ref, s, DIVERGENCES[link]),
+    )
   return cases
 
 
 CASES = all_cases()
 
 
-# Their minimum over a population has no closed form, or none short of certainty.
+# Losses whose minimum over a population has no closed form, or lies at probabilities of 0 or 1.
 WITHOUT_CLOSED_FORM = {
-  "apo_zero": "linear in σ(βc): an answer is pulled all the way up or down",
+  "apo_zero": "linear in σ(βc): a completion is pulled all the way up or down",
   "kto": "linear in σ(β(a - z0)): the same",
-  "apo_down": "two sigmoids that nothing makes agree",
-  "dpop": "the penalty is on the chosen answer alone, so margins do not add up",
+  "apo_down": "the optima of its two sigmoids differ",
+  "dpop": "the penalty is on the chosen completion alone, so margins do not add up",
   "aot": "reads sorted quantities, not pairs",
   "aot_unpaired": "reads sorted quantities, not pairs",
 }
@@ -343,6 +378,7 @@ def test_every_loss_has_its_optimum_here_or_a_reason():
 
 
 def given_of(name, given):
+  """Adds β to the arguments of a loss that has a β."""
   reads_beta = name in losses.LOSSES and "beta" in losses.arguments(name)
   return ({"beta": BETA} if reads_beta else {}) | given
 
@@ -351,8 +387,8 @@ def given_of(name, given):
 @pytest.mark.parametrize("case", CASES)
 def test_each_loss_reaches_its_own_optimum(case):
   name, given, examples, expected = CASES[case]
-  assert closed_forms.kl(REFERENCE, expected).min() > 1e-3  # there is a way to go
-  # The hinge has kinks, around which a step goes back and forth until it is small.
+  assert closed_forms.kl(REFERENCE, expected).min() > 1e-3  # training has a distance to cover
+  # The hinge has kinks, around which training oscillates until the learning rate is small.
   steps = 4 * STEPS if name == "hinge" else STEPS
   assert_reached(trained(examples, name, steps=steps, **given_of(name, given)), expected)
 
@@ -361,7 +397,7 @@ def test_each_loss_reaches_its_own_optimum(case):
 
 
 def heads(batch):
-  """The first scored token of every answer: its input is the last token of the prompt."""
+  """Marks the first scored token of every completion, whose input is the prompt's last token."""
   return (batch.branch_NL > 0) & (batch.ids_NL > WORLD.letters)
 
 
@@ -370,27 +406,27 @@ def without_the_first_token(batch):
 
 
 def without_the_end_token(batch):
-  """What masks made from ids do where the padding is the end token."""
+  """Drops the end token, like a mask made from ids where the padding token is the end token."""
   scored = batch.weight_NL * (batch.target_NL != finite_worlds.END)
   return batch._replace(weight_NL=scored.astype(np.float32))
 
 
 def after_the_chosen():
-  """The first rejected token is predicted at the chosen answer's end, as in a plain long row."""
+  """Predicts the first rejected token at the chosen completion's end, as in a plain long row."""
   inner = finite_worlds.unlimited_tabular(WORLD)
 
   def hidden(params, batch):
     scored = jnp.where(batch.branch_NL == 1, 1, 0)
     same = batch.pair_NL[:, :, None] == batch.pair_NL[:, None, :]
-    tokens_NL = jnp.where(same, scored[:, None, :], 0).sum(-1)  # of the pair's chosen answer
+    tokens_NL = jnp.where(same, scored[:, None, :], 0).sum(-1)  # in the chosen completion
     wrong_NL = (batch.branch_NL == 2) & (batch.ids_NL > WORLD.letters)
     moved = batch._replace(
       ids_NL=jnp.where(wrong_NL, finite_worlds.END, batch.ids_NL),
       branch_NL=jnp.where(wrong_NL, 1, batch.branch_NL),
       position_NL=batch.position_NL + jnp.where(wrong_NL, tokens_NL, 0),
     )
-    there, here = inner.hidden(params, moved), inner.hidden(params, batch)
-    return jnp.where(wrong_NL[..., None], there, here)
+    wrong_NLV, right_NLV = inner.hidden(params, moved), inner.hidden(params, batch)
+    return jnp.where(wrong_NL[..., None], wrong_NLV, right_NLV)
 
   return finite_worlds.with_length_limit(Model(hidden, inner.head, inner.vocab), WORLD)
 
@@ -400,19 +436,19 @@ MISTAKES = {
   "mean for sum": {"name": "sigmoid_norm"},
   "no reference": {"reference_free": True},
   "another reference": {"reference": finite_worlds.table(WORLD, seed=7)},
-  "first answer token dropped": {"edit": without_the_first_token},
+  "first completion token dropped": {"edit": without_the_first_token},
   "end token dropped": {"edit": without_the_end_token},
-  "first rejected token predicted after the chosen answer": {
+  "first rejected token predicted after the chosen completion": {
     "model": after_the_chosen(),
-    "judge": MODEL,
+    "eval_model": MODEL,
   },
   "cdpo for robust, on flipped labels": {"name": "cdpo", "label_smoothing": FLIPPED},
-  "flipped labels taken for true": {"flipped": True},
+  "flipped labels treated as true": {"flipped": True},
 }
 
 
 def mistaken(mistake):
-  """KL(π ‖ π*) of every prompt where training makes the mistake."""
+  """Trains with a mistake and returns KL(π ‖ π*) per prompt."""
   settings = dict(MISTAKES[mistake])
   noisy = settings.pop("flipped", False) or settings.get("name") == "cdpo"
   found = trained(population(flipped(BETTER) if noisy else BETTER), beta=BETA, **settings)
@@ -421,7 +457,7 @@ def mistaken(mistake):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_does_not_arrive(mistake):
+def test_a_mistake_misses_the_optimum(mistake):
   gap = mistaken(mistake).max()
   assert (gap < 1e-8) if mistake == "none" else (gap > 1e-3), gap
 
@@ -430,7 +466,10 @@ def test_a_mistake_does_not_arrive(mistake):
 
 
 def follow(params, batch):
-  """The batch weighted by how likely the policy is to sample its answers, two at a time."""
+  """Weights each pair of the batch by the probability that the policy samples both completions.
+
+  The weights get no gradient, just as sampling has none.
+  """
   logps_ANS = jax.lax.map(functools.partial(logprobs.make_logps_fn(MODEL), params), batch)
   both = jnp.exp(logps_ANS.reshape(*logps_ANS.shape[:2], -1, 2).sum(-1))
   weight_ANS = jnp.repeat(both, 2, axis=-1) * (batch.weight_NS > 0)
@@ -438,7 +477,7 @@ def follow(params, batch):
 
 
 def scored_pairs():
-  """Every two answers with their rewards."""
+  """Lists every pair of completions with their rewards."""
   places = itertools.product(*(range(n) for n in BETTER.shape))
   return [
     example._replace(scores=(REWARD[x, y], REWARD[x, z]))
@@ -450,7 +489,7 @@ DOWNHILL = optax.sgd(1.0)
 
 
 def expected_gradient(table):
-  """Of policy_gradient over all samples, by a production step of size 1."""
+  """Returns the expectation of policy_gradient's gradient, from one production step of size 1."""
   params, tx = {"table": jnp.asarray(table)}, DOWNHILL
   objective, _ = program(MODEL, "policy_gradient", (("beta", BETA),), 2, STEPS)
   state, _ = finite_worlds.train(
@@ -492,7 +531,7 @@ def test_the_policy_gradient_reaches_the_optimum():
 
 @pytest.mark.slow
 def test_every_hard_sync_moves_on_by_the_whole_reward():
-  """TR-DPO: after j references the policy is π_ref exp(j r/β)/Z, ever further from the first."""
+  """Checks TR-DPO: after j rounds the policy is π_ref exp(j r/β)/Z, ever further from the first."""
   objective, tx = program(MODEL, "sigmoid", (("beta", BETA),), 2, STEPS, rounds=3)
   batch, distance = finite_worlds.lay_out(population(mu=ELSEWHERE)), []
   state = step.init_state(copy(TABLE), tx, objective.loss)._replace(reference=copy(TABLE))
@@ -510,7 +549,7 @@ def test_every_hard_sync_moves_on_by_the_whole_reward():
 @pytest.mark.slow
 @pytest.mark.parametrize("beta", [1.0, 0.5])
 def test_the_gap_falls_as_one_over_the_number_of_pairs(beta):
-  """Slope -1 on log axes, and the height that the information in a labelled pair gives."""
+  """Checks slope -1 on log axes, and the height that the Fisher information of a pair predicts."""
   found = finite_worlds.finite_samples((2000, 8000, 32000, 128000), beta=beta, samples=32)
   assert found.slope_NS.max() < 1e-6  # each minimum was found
   gap_N = found.gap_NS.mean(axis=1)

@@ -1,6 +1,6 @@
-"""Chat templates of the kinds in use, as short as their traits allow; made for tests."""
+"""Short chat templates for tests, each with the traits of a kind in use."""
 
-# Llama 3: a header for every turn, texts trimmed, BOS written by the template.
+# Llama 3: every turn has a header, contents are trimmed, and the template writes BOS.
 LLAMA3 = (
   "{{ bos_token }}{% for m in messages %}"
   "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim }}"
@@ -8,14 +8,14 @@ LLAMA3 = (
   "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 
-# Mistral: no head of an answer's turn at all, the system's words in the last user turn, and only
-# where that is the last turn of all; calls of tools have a form of their own.
+# Mistral: assistant turns have no header. The system message is written into the last user turn,
+# and only where that is the last of all turns. Tool calls have a format of their own.
 MISTRAL = (
-  "{% set told = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
-  "{% set turns = messages[1:] if told else messages %}{{ bos_token }}{% for m in turns %}"
+  "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
+  "{% set turns = messages[1:] if system else messages %}{{ bos_token }}{% for m in turns %}"
   "{% if m['role'] == 'user' %}"
   "{% if tools %}{{ '[AVAILABLE_TOOLS] ' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{% endif %}"
-  "{{ '[INST] ' + (told + '\n\n' if told and loop.last else '') + m['content'] + '[/INST]' }}"
+  "{{ '[INST] ' + (system + '\n\n' if system and loop.last else '') + m['content'] + '[/INST]' }}"
   "{% elif m['tool_calls'] %}"
   "{% for call in m['tool_calls'] %}{{ '[TOOL_CALLS] ' + call['function'] | tojson }}{% endfor %}"
   "{{ eos_token }}"
@@ -23,8 +23,8 @@ MISTRAL = (
   "{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}"
 )
 
-# Qwen 3: ChatML; thoughts behind the last user turn alone, an empty thought written for answers
-# without one, and into the prompt where thinking is switched off.
+# Qwen 3: ChatML. Thoughts are kept only after the last user turn. A completion without a thought
+# gets an empty one, and so does the prompt when thinking is switched off.
 QWEN3 = (
   "{% set ns = namespace(last=-1) %}"
   "{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}"
@@ -47,7 +47,7 @@ QWEN3 = (
   "{% endif %}{% endif %}"
 )
 
-# Gemma: the assistant is called model, and a system turn is refused.
+# Gemma: the assistant is named model, and a system turn raises an exception.
 GEMMA = (
   "{{ bos_token }}{% for m in messages %}"
   "{% if m['role'] == 'system' %}{{ raise_exception('system turns are not known') }}{% endif %}"
@@ -56,25 +56,25 @@ GEMMA = (
   "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 
-# Writes a head for every turn and knows nothing of one that is to come.
+# Every turn has a header, and add_generation_prompt is ignored.
 NO_PROMPT = (
   "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
 )
 
-# Phi 3: ends the turn, and then the text, where no answer is awaited.
+# Phi 3: ends the turn and then also the sequence, unless a completion is to follow.
 TWO_ENDS = (
   "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
   "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
 )
 
-# A reasoner: opens the thought for the model, and forgets what was thought in every turn.
+# A reasoning model: the prompt opens the thought, and the thoughts of all turns are removed.
 REASONER = (
   "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'].split('</think>')[-1] }}"
   "{{ '<|end|>' if m['role'] == 'assistant' }}{% endfor %}"
   "{{ '<|assistant|><think>\n' if add_generation_prompt }}"
 )
 
-# Says nothing of system turns.
+# System turns are left out without an error.
 NO_SYSTEM = (
   "{% for m in messages if m['role'] != 'system' %}"
   "{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
@@ -82,7 +82,7 @@ NO_SYSTEM = (
 )
 
 _TURNS = ("<|user|>", "<|assistant|>", "<|end|>")
-# Name: template, special tokens, and the names of those that the template itself uses.
+# Name -> (template, special tokens, names of the special tokens that the template itself uses).
 KINDS = {
   "llama3": (
     LLAMA3,

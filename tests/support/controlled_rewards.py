@@ -1,4 +1,4 @@
-"""The exact distribution of rewards on the embedded task."""
+"""Computes the exact distribution of rewards on the embedded task."""
 
 import itertools
 
@@ -10,13 +10,16 @@ WAYS = list(itertools.product(lexicon.KINDS, (False, True)))
 
 
 def tables(kind, together):
+  """Returns the tables of the aspects of a kind of review, and of its verdict."""
   aspects = [reviews.aspect_table(kind, a, together) for a in lexicon.TRAIT_OF[kind]]
   return [*aspects, reviews.verdict_table(kind, together)]
 
 
 def reward_distribution(kind, together):
-  """The exact distribution of an answer's reward: its values, and their probabilities."""
-  step = 1 / 8  # every statement's value is a multiple
+  """Returns the possible rewards of a completion and their probabilities, both exact."""
+  # The value of every statement is a multiple of 1/8, so rewards lie on a grid and the
+  # distribution of a sum is a convolution.
+  step = 1 / 8
 
   def probabilities(table):
     return np.bincount(np.round((table.value_Ph + 3) / step).astype(int), table.prob_Ph, 49)

@@ -1,4 +1,4 @@
-"""Messages of conversations, and rows converted by the format they are in."""
+"""Builds messages of conversations, and converts rows by their format."""
 
 from dpo_jax.data import readers
 
@@ -16,11 +16,11 @@ def assistant(text):
 
 
 def reply(text):
-  """A completion: a list of one message of the assistant."""
+  """Returns a completion: a list of one assistant message."""
   return [assistant(text)]
 
 
 def convert(row, **kwargs):
-  """Returns the name of the row's format, and the row converted by it."""
+  """Returns the name of a row's format, and the row converted by it."""
   found = readers.detect(row, **kwargs)
   return found.name, found.convert(row)

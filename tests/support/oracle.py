@@ -1,12 +1,12 @@
-"""Every loss in NumPy, from its paper: values in float64, slopes by the complex step.
+"""Implements every loss in NumPy, from its paper: values in float64, slopes by the complex step.
 
-Nothing of the implementation is used here and no jax. A pair is three couples of arrays, each
-(chosen, rejected): p log-probs under the policy, q under the reference, n answer tokens.
+Nothing of the implementation is used here, and no jax. A pair has three tuples of arrays, each
+(chosen, rejected): p log-probs under the policy, q under the reference, n completion tokens.
 
 The slope of f at x is Im f(x + ih) / h with h = 1e-30 (Squire and Trapp 1998). Nothing is
-subtracted, so it is as exact as f, provided that f is built from analytic functions and that every
-choice (a maximum, a clip, the order of a sort) looks at the real part alone. Where a paper takes no
-gradient through a quantity, its real part is used.
+subtracted, so the slope is as exact as f. Two conditions hold: f is built from analytic functions,
+and every choice (a maximum, a clip, the order of a sort) looks at the real part alone. Where a
+paper takes no gradient through a quantity, its real part is used.
 """
 
 import itertools
@@ -14,12 +14,12 @@ import itertools
 import numpy as np
 
 STEP = 1e-30
-# Where exponentials go on as their tangent: e^20 is 5e8.
+# From here on exponentials are replaced by their tangent, as in the losses: e^20 is 5e8.
 TANGENT_FROM = 20.0
 
 
 def log_sigmoid(z):
-  """log σ(z) = -log(1 + e^-z), e never raised to a positive power."""
+  """Computes log σ(z) = -log(1 + e^-z) without raising e to a positive power."""
   far = np.where(np.real(z) < 0, z, -z)  # -|z|
   return np.where(np.real(z) < 0, z, 0) - np.log1p(np.exp(far))
 
@@ -33,46 +33,48 @@ def positive_part(x):
 
 
 def exponential(u):
-  """e^u, above 20 the tangent there."""
+  """Computes e^u, and above 20 the tangent at 20."""
+  # The unused branch is evaluated too; at 0 it cannot overflow.
   near = np.exp(np.where(np.real(u) > TANGENT_FROM, 0, u))
   return np.where(np.real(u) > TANGENT_FROM, np.exp(TANGENT_FROM) * (1 + u - TANGENT_FROM), near)
 
 
 def log_one_minus_exp(a):
-  """log(1 - e^a) for a < 0."""
+  """Computes log(1 - e^a) for a < 0."""
   return np.log(-np.expm1(a))
 
 
-# --- links: u = log π/π_ref of one answer, in place of which f'(e^u) stands -----------------------
+# --- divergences: f'(e^u) replaces u = log π/π_ref of one completion ------------------------------
 
 
-def link_reverse_kl(u):
+def derivative_reverse_kl(u):
   """f(x) = x log x, f' = log x + 1."""
   return u
 
 
-def link_forward_kl(u):
+def derivative_forward_kl(u):
   """f(x) = -log x, f' = -1/x."""
   return -exponential(-u)
 
 
-def link_jensen_shannon(u):
+def derivative_jensen_shannon(u):
   """f(x) = x log x - (x + 1) log((x + 1)/2), f' = log(2x/(1 + x))."""
   return np.log(2) + log_sigmoid(u)
 
 
-def link_alpha(u, alpha):
+def derivative_alpha(u, alpha):
   """f' = (1 - x^-α)/α."""
   return (1 - exponential(-alpha * u)) / alpha
 
 
-def linked(name, alpha=None):
+def derivative_of(name, alpha=None):
+  """Returns f'(e^u) as a function of u, by the name of the divergence."""
   return {
     None: lambda u: u,
-    "reverse_kl": link_reverse_kl,
-    "forward_kl": link_forward_kl,
-    "jensen_shannon": link_jensen_shannon,
-    "alpha": lambda u: link_alpha(u, alpha),
+    "reverse_kl": derivative_reverse_kl,
+    "forward_kl": derivative_forward_kl,
+    "jensen_shannon": derivative_jensen_shannon,
+    "alpha": lambda u: derivative_alpha(u, alpha),
   }[name]
 
 
@@ -116,7 +118,7 @@ def hinge(p, q, n, beta, link=lambda u: u):
 
 
 def exo_pair(p, q, n, beta, label_smoothing, link=lambda u: u):
-  """KL of (σ(z), σ(-z)) from the smoothed label (1-ε, ε)."""
+  """Computes the KL of (σ(z), σ(-z)) from the smoothed label (1-ε, ε)."""
   z, e = beta * margin(p, q, link), label_smoothing
   right = sigmoid_of(z) * (log_sigmoid(z) - np.log1p(-e))
   return right + sigmoid_of(-z) * (log_sigmoid(-z) - np.log(e))
@@ -148,7 +150,7 @@ def apo_down(p, q, n, beta):
 
 
 def discopop(p, q, n, beta, tau, link=lambda u: u):
-  """e^-z g as one exponential, for z far below 0."""
+  """Computes e^-z σ(z/τ) as one exponential, which stays finite for z far below 0."""
   z = beta * margin(p, q, link)
   return -log_sigmoid(z) * sigmoid_of(-z / tau) + np.exp(log_sigmoid(z / tau) - z)
 
@@ -183,7 +185,7 @@ def cpo(p, q, n, beta, sft_weight):
 
 
 def orpo(p, q, n, odds_weight):
-  """odds(p) = p / (1 - p) of the geometric mean p = exp(log π / n)."""
+  """Computes ORPO with odds(p) = p / (1 - p) of the geometric mean p = exp(log π / n)."""
   a, b = p[0] / n[0], p[1] / n[1]
   log_odds = (a - log_one_minus_exp(a)) - (b - log_one_minus_exp(b))
   return -a - odds_weight * log_sigmoid(log_odds)
@@ -224,9 +226,10 @@ PAIRS = {
 def combined(
   terms, p, q, n, *, sft_weight=0.0, link=None, link_alpha=None, reference_free=False, **options
 ):
-  """Σ weight loss + sft_weight (-log π(y_w)/|y_w|); `terms` is ((weight, name), ...).
+  """Computes Σ weight loss + sft_weight (-log π(y_w)/|y_w|).
 
-  Each loss reads those of `options` that it knows. `sft` as a term is a mean over tokens.
+  `terms` is ((weight, name), ...). Each loss gets those of `options` that are among its
+  arguments. `sft` as a term is a mean over tokens.
   """
   if reference_free:
     q = (0.0, 0.0)
@@ -239,7 +242,7 @@ def combined(
     known = loss.__code__.co_varnames[3 : loss.__code__.co_argcount]
     own = {k: v for k, v in options.items() if k in known}
     if link is not None:
-      own["link"] = linked(link, link_alpha)
+      own["link"] = derivative_of(link, link_alpha)
     total = total + weight * loss(p, q, n, **own)
   return total
 
@@ -248,7 +251,8 @@ def combined(
 
 
 def _cdpo_of_sorted(first, second, beta, e, weight):
-  """cDPO on differences of equal ranks, given back where the first of the two quantities stands."""
+  """Computes cDPO on differences of equal ranks; each loss is put where the first quantity was."""
+  # Pairs of weight 0 are padding and must not take a rank.
   there = np.flatnonzero(weight > 0)
   up = there[np.argsort(np.real(first[there]), kind="stable")]
   down = there[np.argsort(np.real(second[there]), kind="stable")]
@@ -259,20 +263,20 @@ def _cdpo_of_sorted(first, second, beta, e, weight):
 
 
 def aot(p, q, n, beta, label_smoothing, weight):
-  """Sorted log π(y_w)/π(y_l) against the sorted same of the reference."""
+  """Compares sorted log π(y_w)/π(y_l) of the policy with the sorted ones of the reference."""
   return _cdpo_of_sorted(p[0] - p[1], q[0] - q[1], beta, label_smoothing, weight)
 
 
 def aot_unpaired(p, q, n, beta, label_smoothing, weight):
-  """Sorted log-ratios of chosen answers against sorted ones of rejected answers."""
+  """Compares sorted log-ratios of chosen completions with sorted ones of rejected completions."""
   c, r = ratios(p, q)
   return _cdpo_of_sorted(c, r, beta, label_smoothing, weight)
 
 
 def kto(p, q, *, beta, desirable_weight, undesirable_weight, label, weight, kl=None):
-  """λ_y - v; here p and q are (judged answer, mismatched answer).
+  """Computes λ_y - v; here p and q are (labeled completion, mismatched completion).
 
-  The distance z0 is estimated from the whole batch, kept at or above 0, and takes no gradient.
+  The KL z0 is estimated from the whole batch, kept at or above 0, and takes no gradient.
   """
   if kl is None:
     mismatched = np.real(p[1]) - q[1]
@@ -283,11 +287,11 @@ def kto(p, q, *, beta, desirable_weight, undesirable_weight, label, weight, kl=N
   return np.where(label > 0, good, bad)
 
 
-# --- losses of K answers --------------------------------------------------------------------------
+# --- losses of K completions ----------------------------------------------------------------------
 
 
 def plackett_luce(p, q, *, beta, present):
-  """Minus the log-probability of the ranking, from the enumeration of its choices."""
+  """Computes minus the log-probability of the ranking, one choice after the other."""
   out = []
   for p_K, q_K, present_K in zip(p, q, present, strict=True):
     z = [beta * (x - y) for x, y, here in zip(p_K, q_K, present_K, strict=True) if here]
@@ -300,11 +304,11 @@ def plackett_luce(p, q, *, beta, present):
 
 
 def ranking_probability(z, ranking):
-  """Pr(ranking) under Plackett-Luce: without replacement, in proportion to e^z."""
+  """Computes Pr(ranking) under Plackett-Luce: choices without replacement, proportional to e^z."""
   left, total = list(ranking), 1.0
-  for answer in ranking:
-    total *= np.exp(z[answer]) / sum(np.exp(z[k]) for k in left)
-    left.remove(answer)
+  for chosen in ranking:
+    total *= np.exp(z[chosen]) / sum(np.exp(z[k]) for k in left)
+    left.remove(chosen)
   return total
 
 
@@ -313,7 +317,10 @@ def all_rankings(count):
 
 
 def policy_gradient(p, q, *, beta, reward, present):
-  """-1/K Σ_k (R_k - mean of the others' R) log π(y_k),  R = r - β log π/π_ref held fixed."""
+  """Computes -1/K Σ_k (R_k - mean of the others' R) log π(y_k) with R = r - β log π/π_ref.
+
+  R gets no gradient.
+  """
   out = []
   for p_K, q_K, r_K, present_K in zip(p, q, reward, present, strict=True):
     at = np.flatnonzero(present_K)
@@ -329,7 +336,7 @@ def policy_gradient(p, q, *, beta, reward, present):
 
 
 def slopes(loss, p):
-  """d loss_B / d p for each array of the couple `p`; a pair's loss reads its own log-probs only."""
+  """Computes d loss_B / d p for each array of `p`; a pair's loss reads its own log-probs only."""
   found = []
   for which in range(len(p)):
     moved = [x + (1j * STEP if k == which else 0) for k, x in enumerate(p)]
@@ -338,7 +345,7 @@ def slopes(loss, p):
 
 
 def slopes_of_batch(loss, p, cotangent):
-  """d Σ cotangent loss / d p, an input at a time: any input may move any loss."""
+  """Computes d Σ cotangent loss / d p, one input at a time: any input may change any loss."""
   found = []
   for which in range(len(p)):
     slope = np.zeros(p[which].shape)
@@ -350,7 +357,7 @@ def slopes_of_batch(loss, p, cotangent):
   return found
 
 
-# --- answers in tokens ----------------------------------------------------------------------------
+# --- completions as tokens ------------------------------------------------------------------------
 
 
 def log_softmax(logits_TV):
@@ -359,9 +366,10 @@ def log_softmax(logits_TV):
 
 
 def desensitised(logits_TV, targets_T, shorter, alpha):
-  """LD-DPO's log-prob of an answer, and its slope by the logits: tokens from `shorter` on count α.
+  """Computes LD-DPO's log-prob of a completion, and its slope with respect to the logits.
 
-  Liu et al. 2024: log π(y_1..y_s) + α log π(y_s+1.. | y_1..y_s), s tokens in the shorter answer.
+  Liu et al. 2024: log π(y_1..y_s) + α log π(y_s+1.. | y_1..y_s), s = `shorter` tokens in the
+  shorter completion.
   """
   logps_TV, every = log_softmax(logits_TV), np.arange(len(targets_T))
   weight_T = np.where(every < shorter, 1.0, alpha)
@@ -371,7 +379,10 @@ def desensitised(logits_TV, targets_T, shorter, alpha):
 
 
 def alignment(logits_TV, targets_T):
-  """WPO: mean over tokens of log π(y_t) - log Σ_v π(v)². Zhou et al. 2024, section 3.3."""
+  """Computes WPO's mean over tokens of log π(y_t) - log Σ_v π(v)².
+
+  Zhou et al. 2024, section 3.3.
+  """
   logps_TV = log_softmax(logits_TV)
   found_T = logps_TV[np.arange(len(targets_T)), targets_T] - np.log(np.exp(2 * logps_TV).sum(-1))
   return found_T.mean()

@@ -1,4 +1,4 @@
-"""Where the project lies: its root, and files that tests read."""
+"""Paths of the project: its root, and files that tests read."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""Small files of preferences, and the sets prepared from them."""
+"""Writes small files of preferences, and prepares data sets from them."""
 
 import json
 
@@ -14,9 +14,10 @@ def text(rng, longest=6):
 
 
 def rows_of(kind, count=90):
+  """Yields random rows of a kind, and at last a row whose completions are all empty."""
   rng = np.random.default_rng(0)
   for i in range(count):
-    prompt = f"question {i // 3}"  # three rows a prompt
+    prompt = f"question {i // 3}"  # three rows per prompt
     if kind == "ranked":
       completions = [f" {text(rng)} {k}" for k in range(rng.integers(2, 5))]
       yield {
@@ -40,11 +41,13 @@ def write(path, rows):
 
 
 def prepare(out, paths, encoder, **how):
+  """Prepares a data set and returns its ledger."""
   (*_, ledger) = prepared.prepare(out, paths, encoder, **how)
   return ledger
 
 
 def same(found, expected):
+  """Asserts that two sequences of examples are identical."""
   assert len(found) == len(expected)
   for left, right in zip(found, expected, strict=True):
     assert (left.row, left.weight, left.scores) == (right.row, right.weight, right.scores)

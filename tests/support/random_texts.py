@@ -1,11 +1,13 @@
-"""Hypothesis strategies of texts, and the settings for tests of real tokenizers with them."""
+"""Hypothesis strategies for texts, and settings for tests of tokenizers with them."""
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+# Few characters, so that spaces, line feeds and characters of several bytes often meet.
 SHORT = st.text(" \n\tgodb🙂é한", min_size=1, max_size=8)
 
 
+# Every character but surrogates (Cs), which UTF-8 cannot encode.
 ANYTHING = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 
 

@@ -1,4 +1,4 @@
-"""Rows, gradients and steps that the tests of every kind of attention share."""
+"""Provides rows, gradients and steps for the tests of all kinds of attention."""
 
 import functools
 
@@ -27,14 +27,14 @@ HEADS, KV_HEADS, HEAD = 4, 2, 8
 
 
 def examples(count, completions, seed=0):
-  """Ragged ones; every second has an answer less than the others, where those have two."""
+  """Returns ragged examples; every second one has a completion less, where others have two."""
   some = tiny.pairs(count, seed=seed, completions=completions)
   cut = [e._replace(completions=e.completions[: max(1, completions - e.row % 2)]) for e in some]
   return fill_up(cut, completions)
 
 
 def batch_of(name="shared", completions=2, groups=2, count=5):
-  """Texts listed, with a row and a text of nothing but padding at least."""
+  """Builds a batch that lists its sequences and has a row and a sequence of nothing but padding."""
   some = examples(count, completions)
   sizes = collate.fit_sizes([some], layout=name, row_length=48, groups=groups, texts=True)
   sizes = sizes._replace(rows=sizes.rows + groups * completions, texts=sizes.texts + 1)
@@ -54,14 +54,19 @@ def close(found, expected):
 
 
 def rows_of(batch, seed=0, heads=HEADS, kv_heads=KV_HEADS, dtype=np.float32):
-  """Queries, keys and values, and a slope of what comes of them at real tokens."""
+  """Samples queries, keys and values, and the output's gradient, which is 0 at padding."""
   rng = np.random.default_rng(seed)
-  make = lambda heads: rng.normal(size=(*batch.ids_NL.shape, heads, HEAD)).astype(dtype)
+
+  def make(heads):
+    return rng.normal(size=(*batch.ids_NL.shape, heads, HEAD)).astype(dtype)
+
   real = (batch.pair_NL >= 0)[..., None, None]
   return (make(heads), make(kv_heads), make(kv_heads)), make(heads) * real
 
 
 def value_and_gradient(attend, qkv, slope):
+  """Returns the output at real tokens, and the gradients of Σ output · slope by q, k and v."""
+
   def value(*qkv):
     out = attend(*qkv)
     return (out * slope).sum(), out
@@ -76,7 +81,7 @@ def params():
 
 
 def steps(attention, mode, *mesh, accumulate=1, config=CONFIG, remat="dots"):
-  """Parameters and losses after two steps on ragged rankings."""
+  """Trains two steps on ragged rankings and returns parameters and losses."""
   executor = Executor(mode, *mesh)
   loss = losses.resolve("plackett_luce", beta=0.5)
   tx = optax.adamw(1e-3, eps=1e-3)
@@ -86,13 +91,15 @@ def steps(attention, mode, *mesh, accumulate=1, config=CONFIG, remat="dots"):
   start = jax.tree.map(np.asarray, transformer.init_params(config, 0))
   state = executor.compile_init(init)(executor.place(start))
   reference_params = executor.place(start)
-  take = executor.compile_step(functools.partial(step.train_step, objective=objective, tx=tx))
+  train_step_fn = executor.compile_step(
+    functools.partial(step.train_step, objective=objective, tx=tx)
+  )
   found = []
   sets = [examples(16, 3, seed=index) for index in range(2)]
   texts = attention in attention_kernels.SEQUENCE_KERNELS
   for batch in tiny.one_shape(sets, executor.groups, accumulate, texts=texts):
     assert (batch.sequence_GTW is None) == (not texts)
-    state, means = take(state, reference_params, executor.place_batch(batch))
+    state, means = train_step_fn(state, reference_params, executor.place_batch(batch))
     found.append(float(executor.metrics_to_host(means)["loss"]))
   return executor.to_host(state.params), found
 

@@ -1,4 +1,4 @@
-"""Log-probs of a few pairs, and the slopes of losses on them."""
+"""Provides log-probs of a few pairs, and the slopes of losses on them."""
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ KTO_REFERENCE = UnpairedLogps(np.zeros(2), np.zeros(2))
 
 
 def random_logps(seed=0, count=6):
+  """Samples log-probs of pairs under a policy and a reference."""
   rng = np.random.default_rng(seed)
   q = -rng.uniform(5, 50, (2, count))
   p = np.minimum(q + rng.normal(0, 3, (2, count)), -0.5)
@@ -27,6 +28,9 @@ def random_logps(seed=0, count=6):
 
 
 def slopes_of(loss, policy, reference):
-  """d Σ loss / d log π of chosen and rejected."""
-  total = lambda p: loss(policy._replace(chosen_B=p[0], rejected_B=p[1]), reference).sum()
+  """Computes d Σ loss / d log π of the chosen and of the rejected completions."""
+
+  def total(p):
+    return loss(policy._replace(chosen_B=p[0], rejected_B=p[1]), reference).sum()
+
   return jax.jit(jax.grad(total))((jnp.asarray(policy.chosen_B), jnp.asarray(policy.rejected_B)))

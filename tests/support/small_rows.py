@@ -1,4 +1,4 @@
-"""Preferences of a few words, and examples of random ids, with a tokenizer and a file for them."""
+"""Provides preferences of a few words, examples of random ids, a tokenizer and files of rows."""
 
 import json
 
@@ -17,7 +17,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def rows_file(tmp_path):
-  """Writes rows, one a line, and says where."""
+  """Returns a function that writes rows, one per line, and returns the path."""
 
   def write(rows, name="rows.jsonl"):
     path = tmp_path / name
@@ -32,6 +32,10 @@ def pair(prompt="the answer is", chosen=" good", rejected=" bad", **rest):
 
 
 def examples(size, seed=0, longest=20, completions=2):
+  """Samples examples of 1 to `longest` random ids per prompt and per completion."""
   rng = np.random.default_rng(seed)
-  text = lambda: rng.integers(1, 100, rng.integers(1, longest + 1)).astype(np.int32)
+
+  def text():
+    return rng.integers(1, 100, rng.integers(1, longest + 1)).astype(np.int32)
+
   return [Example(text(), tuple(text() for _ in range(completions)), row=i) for i in range(size)]

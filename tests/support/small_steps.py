@@ -1,4 +1,4 @@
-"""An objective over the tiny model, and how near two steps should be."""
+"""Provides objectives over the tiny model, and compares the results of two steps."""
 
 import numpy as np
 
@@ -7,6 +7,7 @@ from tests.support import tiny
 
 
 def objective(name="sigmoid", sync=None, **given):
+  """Builds the objective of a loss by its name and arguments."""
   loss = losses.resolve(name, **given)
   return step.Objective(
     logps_fn=logprobs.make_scored_fn(tiny.MODEL, beyond_shorter=loss.ld_alpha, aligned=loss.wpo),
@@ -17,6 +18,7 @@ def objective(name="sigmoid", sync=None, **given):
 
 
 def close(found, expected, rtol=1e-5):
+  """Asserts equal arrays, up to rounding relative to the largest value of each array."""
   for key in expected:
     scale = np.abs(expected[key]).max()
     np.testing.assert_allclose(found[key], expected[key], rtol=rtol, atol=rtol * scale, err_msg=key)

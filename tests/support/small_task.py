@@ -1,4 +1,4 @@
-"""A random Llama with a tokenizer, a few preferences, and a run on them that takes seconds."""
+"""Provides a random Llama, a tokenizer, a few preferences, and runs on them that take seconds."""
 
 import json
 import os
@@ -16,7 +16,8 @@ from dpo_jax.model import families, transformer
 from dpo_jax.monitoring.loggers import read_metrics
 from tests.support.paths import ROOT
 
-# A learning rate at which rounding does not grow beyond what is looked for in a few steps.
+# Adam divides by sqrt(v) + eps, so gradients near 0 turn rounding into whole steps. With this
+# learning rate and eps, runs that sum in different orders agree within the tolerances below.
 GENTLE = {"optimizer.learning_rate": 1e-3, "optimizer.eps": 1e-4}
 TWENTY = GENTLE | {
   "optimizer.eps": 1e-3,
@@ -24,6 +25,7 @@ TWENTY = GENTLE | {
   "checkpoint.every": 0,
   "eval.every": 10,
 }
+# Metrics that depend on the clock: no two runs agree on them.
 CLOCK = {"pairs_per_second", "tokens_per_second"}
 MEASURED = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "eval/loss", "reward")
 
@@ -42,7 +44,7 @@ LLAMA = families.from_hf(
 
 
 def write(folder, seed=0):
-  """`base`, a model with its tokenizer, and `pairs.jsonl`, in a folder."""
+  """Writes `base`, a model with its tokenizer, and `pairs.jsonl` to a folder."""
   word_tokenizer.write(folder / "tokenizer", reviews.vocabulary())
   params = transformer.init_params(LLAMA, seed)
   hf_checkpoint.save(folder / "base", LLAMA, params, source=folder / "tokenizer")
@@ -56,7 +58,7 @@ def write(folder, seed=0):
 
 
 def configured(task, **changes):
-  """Four steps on two devices, with changes by their dotted names."""
+  """Returns the configuration of four steps on two devices, changed by dotted field names."""
   config = preferences.get_config()
   config.model.path, config.data.path = str(task / "base"), str(task / "pairs.jsonl")
   config.data.row_length = 128
@@ -70,7 +72,7 @@ def configured(task, **changes):
 
 
 def command(task, name, program=("-m", "dpo_jax.train"), **changes):
-  """The run of `configured`, for a process of its own, on all devices it has."""
+  """Returns the command of the run of `configured`, as a process that uses all its devices."""
   given = {
     "model.path": task / "base",
     "data.path": task / "pairs.jsonl",
@@ -88,7 +90,8 @@ def command(task, name, program=("-m", "dpo_jax.train"), **changes):
 
 
 def start(task, name, processes, devices=4, each=None, **changes):
-  """A run of several processes that share some devices; `each` changes what one of them is told."""
+  """Starts a run of several processes that divide `devices`; `each` has changes for one process."""
+  # Port 0 lets the system choose a free one, so that parallel tests do not collide.
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
@@ -109,17 +112,18 @@ def start(task, name, processes, devices=4, each=None, **changes):
 
 
 def end(started, timeout=240):
-  """Exit status and stderr of every process, all of them over."""
-  said = [process.communicate(timeout=timeout)[1] for process in started]
-  return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
+  """Waits for all processes; returns the exit status and stderr of each."""
+  errors = [process.communicate(timeout=timeout)[1] for process in started]
+  return [(process.returncode, text) for process, text in zip(started, errors, strict=True)]
 
 
 def outcome(folder):
+  """Reads the metrics and the exported weights of a run."""
   return read_metrics(folder / "metrics.jsonl"), peft.load_model(folder / "export")[1]
 
 
-def alike(found, expected):
-  """As far as float32 sums in another order allow."""
+def assert_close(found, expected):
+  """Asserts equal outcomes up to the rounding of float32 sums in another order."""
   (lines, params), (wanted, model) = found, expected
   for line, other in zip(lines, wanted, strict=True):
     for key in set(MEASURED) & line.keys() & other.keys():
@@ -130,6 +134,7 @@ def alike(found, expected):
 
 
 def flat(tree, prefix=""):
+  """Flattens nested dictionaries into {dotted name: array}."""
   found = {}
   for name, node in tree.items():
     inside = flat(node, f"{prefix}{name}.") if isinstance(node, dict) else {prefix + name: node}

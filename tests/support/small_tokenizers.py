@@ -1,4 +1,4 @@
-"""Tokenizers of each family, trained on a few lines: small enough to be made anew by every test."""
+"""Builds small tokenizers of each family, trained on a few lines, quickly enough for every test."""
 
 import json
 import pathlib
@@ -25,7 +25,7 @@ CHATML = (
   "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# Writes the system turn with the last user turn, and only where that is the last turn of all.
+# The system message is written into the last user turn, and only if that is the last of all turns.
 SYSTEM_LAST = (
   "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
   "{% set turns = messages[1:] %}{% else %}{% set turns = messages %}{% endif %}"
@@ -37,7 +37,7 @@ SYSTEM_LAST = (
 
 
 def byte_level(folder: pathlib.Path, *, special: tuple[str, ...] = (), **settings) -> pathlib.Path:
-  """GPT-2's kind: bytes, spaces before words, no BOS; with these special tokens, if others."""
+  """Builds a tokenizer like GPT-2's: bytes, spaces before words, no BOS; `special` as given."""
   tokenizer = Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   tokenizer.decoder = decoders.ByteLevel()
@@ -53,7 +53,7 @@ def byte_level(folder: pathlib.Path, *, special: tuple[str, ...] = (), **setting
 
 
 def by_merges(folder: pathlib.Path, *merges: tuple[str, str], **settings) -> pathlib.Path:
-  """Bytes and these merges, the first the strongest, anywhere in a text; offsets are trimmed."""
+  """Builds a byte tokenizer with these merges, in order of priority, also across words."""
   vocab = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
   for pair in merges:
     vocab["".join(pair)] = len(vocab)
@@ -65,7 +65,7 @@ def by_merges(folder: pathlib.Path, *merges: tuple[str, str], **settings) -> pat
 
 
 def byte_fallback(folder: pathlib.Path, **settings) -> pathlib.Path:
-  """Llama's kind: a space before everything, bytes for the unknown, BOS by post-processor."""
+  """Builds a tokenizer like Llama's: a space first, bytes for unknown characters, and BOS."""
   special = ["<unk>", "<s>", "</s>"]
   words = BPE_WORDS
   vocab = {token: i for i, token in enumerate(special)}
@@ -93,7 +93,7 @@ def byte_fallback(folder: pathlib.Path, **settings) -> pathlib.Path:
   return save(folder, tokenizer, {"bos_token": "<s>", "eos_token": "</s>"} | settings)
 
 
-# Letters, and words by the prefixes that their merges go through.
+# Letters, and every prefix of a word: its merges add one letter at a time.
 BPE_WORDS = list(
   dict.fromkeys(
     [*"▁abcdefghijklmnopqrstuvwxyzHA.,:?"]
@@ -103,7 +103,7 @@ BPE_WORDS = list(
 
 
 def word_level(folder: pathlib.Path, **settings) -> pathlib.Path:
-  """Words and a space between them; what is not a word it knows is `<unk>`."""
+  """Builds a tokenizer of words between spaces; an unknown word is `<unk>`."""
   words = ["<unk>", "<s>", "</s>", "the", "answer", "is", "good", "bad", "and"]
   tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
   tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -113,6 +113,7 @@ def word_level(folder: pathlib.Path, **settings) -> pathlib.Path:
 
 
 def save(folder: pathlib.Path, tokenizer: Tokenizer, settings: dict) -> pathlib.Path:
+  """Writes tokenizer.json and tokenizer_config.json to a folder, and returns it."""
   folder.mkdir(parents=True, exist_ok=True)
   tokenizer.save(str(folder / "tokenizer.json"))
   (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")

@@ -1,4 +1,4 @@
-"""A language model in a few lines of pure functions, and random pairs for every identity."""
+"""Provides a language model in a few lines of pure functions, and random pairs to test it with."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ VOCAB, WIDTH = 37, 16
 
 
 def init(seed=0, vocab=VOCAB, width=WIDTH):
-  """Parameters as numpy arrays, so that two trees never share buffers."""
+  """Samples parameters as NumPy arrays, so that two trees never share device buffers."""
   rng = np.random.default_rng(seed)
   shapes = {
     "embed": (vocab, width),
@@ -27,7 +27,7 @@ def init(seed=0, vocab=VOCAB, width=WIDTH):
 
 
 def hidden(params, batch):
-  """One layer of attention under the mask rule of `TokenBatch`."""
+  """Computes one layer of attention under the mask rule of `TokenBatch`."""
   x_NLD = params["embed"][batch.ids_NL] + params["position"][batch.position_NL]
   q_NLD, k_NLD, v_NLD = (x_NLD @ params[name] for name in ("query", "key", "value"))
   same = batch.pair_NL[:, :, None] == batch.pair_NL[:, None, :]
@@ -43,9 +43,12 @@ MODEL = Model(hidden, lambda params: Head(params["head"], params["bias"]), VOCAB
 
 
 def pairs(count, seed=0, completions=2, vocab=VOCAB, longest=9):
-  """Random pairs with ragged lengths and ragged weights."""
+  """Samples pairs with different lengths and different weights."""
   rng = np.random.default_rng(seed)
-  ids = lambda: rng.integers(0, vocab, rng.integers(1, longest)).astype(np.int32)
+
+  def ids():
+    return rng.integers(0, vocab, rng.integers(1, longest)).astype(np.int32)
+
   return [
     Example(ids(), tuple(ids() for _ in range(completions)), float(rng.uniform(0.2, 2.0)), row)
     for row in range(count)
@@ -53,19 +56,19 @@ def pairs(count, seed=0, completions=2, vocab=VOCAB, longest=9):
 
 
 def labelled(count, seed):
-  """`pairs` with labels for kto, every second row of them desirable; others do not read them."""
+  """Returns `pairs` with labels for kto, every second pair desirable; other losses ignore them."""
   return [
     pair._replace(scores=(float(i % 2),) * 2) for i, pair in enumerate(pairs(count, seed=seed))
   ]
 
 
 def batches(count, groups, accumulate=1):
-  """So many batches of 16 ragged pairs: see `one_shape`."""
+  """Returns `count` batches of 16 ragged pairs, all of one shape."""
   return one_shape([labelled(16, seed) for seed in range(count)], groups, accumulate)
 
 
 def one_shape(sets, groups, accumulate=1, **how):
-  """A batch of each set of examples, all of one shape: a step compiles once for all of them."""
+  """Builds one batch per set of examples, all of one shape, so that a step compiles only once."""
   how = {"row_length": 48, "groups": groups, **how}
   cut = [[some[i::accumulate] for i in range(accumulate)] for some in sets]
   sizes = collate.fit_sizes([part for parts in cut for part in parts], **how)
