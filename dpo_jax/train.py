@@ -34,6 +34,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; a run found 
 def main(argv: list[str]) -> None:
   """Runs the command."""
   del argv
+  assert _WORKDIR.value is not None  # a required flag: see below
   execute(_CONFIG.value, pathlib.Path(_WORKDIR.value))
 
 
