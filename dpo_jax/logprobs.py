@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -175,7 +175,8 @@ def scored_logps(
     head = head._replace(kernel_VD=copy_per_group(head.kernel_VD, groups * parts))
   if token_fn is token_logps:
     kept = per_group * vocab <= budget.kept
-    logps_cGm = _head_logps(kept, cut(hidden_GMD), head, cut(target_GM), count)
+    # JAX types the result of a custom_vjp with nondiff_argnums as an unknown object.
+    logps_cGm = cast(Array, _head_logps(kept, cut(hidden_GMD), head, cut(target_GM), count))
   else:
 
     @jax.checkpoint  # recomputes each chunk's logits in the backward pass: they are not stored
@@ -361,6 +362,7 @@ def make_stored_fn(*, beyond_shorter: float = 1.0) -> Callable[[TokenBatch], Arr
   def stored_fn(batch: TokenBatch) -> Array:
     if beyond_shorter != 1:
       batch = shorter_completion_weights(batch, beyond_shorter)
+    assert batch.reference_NL is not None
     return _reduce_by_slot(jax.ops.segment_sum, batch.reference_NL * batch.weight_NL, batch)
 
   return stored_fn

@@ -9,7 +9,7 @@ are divided by counts of the global batch, so micro-batches, shards and ragged r
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import jax
@@ -163,7 +163,7 @@ def batch_sums(
   logps_NS: Array,
   reference_NS: Array | None,
   slots: Slots,
-  running_stats: dict[str, Array] | None = None,
+  running_stats: Mapping[str, Array | float] | None = None,
   alignment_NS: Array | None = None,
 ) -> tuple[metrics.Sums, Array]:
   """Computes loss and metrics as sums with counts, and flags slots whose loss is not finite.
@@ -189,7 +189,7 @@ def batch_sums(
 
   weight_BK, score_BK = by(slots.weight_NS), by(slots.score_NS)
   weight_B = weight_BK[:, 0]
-  supplied = (running_stats or {}) | {"weight_B": weight_B}
+  supplied = {**(running_stats or {}), "weight_B": weight_B}
   if loss.kind == "text":
     # A text has no second completion: its loss reads `chosen_B` alone.
     policy = logprobs.PairLogps(logps_NS.reshape(-1), jnp.zeros(()))
@@ -204,11 +204,13 @@ def batch_sums(
       loss_B = loss_B * jnp.exp(jnp.minimum(by(alignment_NS).sum(axis=1), 0.0))
     sums = metrics.pair_sums(policy, reference, loss_B, weight_B, loss.beta)
   elif loss.kind == "unpaired":
+    assert reference_NS is not None
     policy, reference = logprobs.to_unpaired(logps_NS), logprobs.to_unpaired(reference_NS)
     label_B = score_BK[:, 0]  # of both slots: the second is the mismatched completion
     loss_B = loss(policy, reference, label_B=label_B, **supplied)
     sums = metrics.unpaired_sums(policy, reference, loss_B, weight_B, label_B, loss.beta)
   else:
+    assert reference_NS is not None
     policy = logprobs.to_ranked(logps_NS, slots, completions)
     reference = logprobs.to_ranked(reference_NS, slots, completions)
     present_BK = weight_BK > 0

@@ -64,7 +64,7 @@ scored tokens are listed group by group, so that gathering them needs no communi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -72,6 +72,8 @@ import numpy as np
 # Data code makes numpy arrays and compiled code takes jax arrays; every record accepts both.
 Array = jax.Array | np.ndarray
 PyTree = Any
+# It comes from an extension module that has no types.
+Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
 
 # The records are NamedTuples: jax treats them as pytrees without registration, so they pass through
 # jit, vmap and grad as they are. A field that is None has no leaves.

@@ -85,6 +85,9 @@ class Program:
         text=True,
         env={**os.environ, **contestant.environment},
       )
+    # Both are pipes, as requested above.
+    assert self.process.stdin is not None and self.process.stdout is not None
+    self._stdin, self._stdout = self.process.stdin, self.process.stdout
 
   def receive(self, wanted: str) -> Any:
     """Waits for the next message of a kind.
@@ -92,7 +95,7 @@ class Program:
     Raises:
       StoppedError: the program ended without it.
     """
-    for line in self.process.stdout:
+    for line in self._stdout:
       if line.startswith("@"):
         message = json.loads(line[1:])
         if wanted in message:
@@ -104,8 +107,8 @@ class Program:
   def block(self) -> dict[str, Any]:
     """Runs one block and returns its report."""
     try:
-      self.process.stdin.write("go\n")
-      self.process.stdin.flush()
+      self._stdin.write("go\n")
+      self._stdin.flush()
     except BrokenPipeError:
       raise StoppedError(self.reason()) from None
     return self.receive("block")

@@ -83,12 +83,12 @@ def turns(
     source: stream of the lines `go`; by default standard input.
     say: sends a message; by default to standard output.
   """
-  source = sys.stdin if source is None else source
+  stream: TextIO = sys.stdin if source is None else source
   say = _say if say is None else say
   if pace.lockstep:
     say({"ready": True})
   for _ in range(pace.blocks):
-    if pace.lockstep and source.readline().strip() != "go":
+    if pace.lockstep and stream.readline().strip() != "go":
       return
     yield (lambda block: say({"block": block})) if pace.lockstep else (lambda block: None)
 

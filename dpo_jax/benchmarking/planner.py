@@ -151,6 +151,7 @@ def plan(config: ConfigDict, lengths: Lengths) -> dict[str, Any]:
   run = outline(config, lengths)
   # The donated state is argument and output in the same bytes, which are counted once.
   about = run.compile().memory_analysis()
+  assert about is not None, "the compiler of this platform reports no memory"
   kept = run.state.reference  # where the reference follows the policy
   held = {
     "params": memory.device_bytes(run.state.params),
@@ -192,7 +193,8 @@ def _model_config(config: ConfigDict) -> ModelConfig:
 
 def _completions(config: ConfigDict, loss: losses.Loss) -> int:
   """Returns the slots of an example; ranked completions are taken to be as many as on policy."""
-  return {"text": 1, "pairs": 2, "unpaired": 2}.get(loss.kind, config.on_policy.num)
+  ranked: int = config.on_policy.num
+  return {"text": 1, "pairs": 2, "unpaired": 2}.get(loss.kind, ranked)
 
 
 def _as(shapes: PyTree, dtype: str) -> PyTree:

@@ -120,6 +120,7 @@ def measure(axis: str, value: int) -> dict[str, Any]:
   compiled = run.compile()
   compile_seconds = time.perf_counter() - began
   about = compiled.memory_analysis()
+  assert about is not None, "the compiler of this platform reports no memory"
   planned = about.argument_size_in_bytes + about.temp_size_in_bytes
   # Donated arguments are also outputs; they count once.
   planned += about.output_size_in_bytes - about.alias_size_in_bytes

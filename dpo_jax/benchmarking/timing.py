@@ -215,7 +215,8 @@ def measure_generation(
     sampler.generate(config, params, prompts, max_tokens=tokens, **settings)
     return time.perf_counter() - before
 
-  seconds(1), seconds(new_tokens)  # compiles
+  for tokens in (1, new_tokens):
+    seconds(tokens)  # compiles
   times = [(seconds(1), seconds(new_tokens)) for _ in range(blocks)]
 
   def median(rates: Iterator[float]) -> float:
@@ -247,9 +248,13 @@ def _count(params: PyTree) -> int:
 def _listen_to_compiler() -> list[float]:
   """Returns a list that grows by the seconds of every compilation from here on."""
   seconds: list[float] = []
-  jax.monitoring.register_event_duration_secs_listener(
-    lambda event, duration, **kwargs: seconds.append(duration) if event == _COMPILED else None
-  )
+
+  def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+    del kwargs
+    if event == _COMPILED:
+      seconds.append(duration_secs)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
   return seconds
 
 

@@ -24,13 +24,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from dpo_jax.distributed import memory
 from dpo_jax.distributed import sharding as shardings
 from dpo_jax.distributed.gather import gather_to_host
-from dpo_jax.structs import PyTree, TokenBatch, UserError
+from dpo_jax.structs import Array, Device, PyTree, TokenBatch, UserError
 
 MODES = ("mesh", "pmap")
 AXIS = "data"
 
 
-def pick_devices(count: int) -> list[jax.Device]:
+def pick_devices(count: int) -> list[Device]:
   """Returns the first `count` devices, or for 0 all devices of all processes.
 
   Raises:
@@ -89,7 +89,7 @@ def _mesh_shape(mode: str, devices: int, **sizes: int) -> tuple[int, ...]:
   return devices // math.prod(sizes.values()), *sizes.values()
 
 
-def _check_offload(mode: str, device: jax.Device) -> None:
+def _check_offload(mode: str, device: Device) -> None:
   """Checks that the optimizer's state can be stored in the host's memory."""
   if mode == "pmap":
     raise UserError("parallel.offload_optimizer needs parallel.mode=mesh, and it is pmap")
@@ -258,7 +258,8 @@ class Executor:
     (part, parts), size = share, x.shape[axis]
     shape = (*x.shape[:axis], size * parts, *x.shape[axis + 1 :])
 
-    def piece(index: tuple[slice, ...]) -> np.ndarray:
+    def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+      assert index is not None  # JAX's type allows it, and its code never passes it
       # JAX asks only for pieces of this process's devices, in global indices; `x` starts at its
       # own part.
       start, end, _ = index[axis].indices(shape[axis])
@@ -370,14 +371,14 @@ class Executor:
     mine = np.asarray(x.addressable_shards[0].data)
     return mine if self.mode == "mesh" else mine[0]
 
-  def compile_forward(self, fn: Callable[[PyTree, TokenBatch], jax.Array]) -> Callable[..., Any]:
+  def compile_forward(self, fn: Callable[[PyTree, TokenBatch], Array]) -> Callable[..., Any]:
     """Compiles fn(params, batch) -> [N, S] for placed parameters and host batches.
 
     The batch has one micro-batch, arrays [1, rows or groups, ...], and all its rows in every
     process. Each process gets the complete result as a NumPy array.
     """
 
-    def first(params: PyTree, batch: TokenBatch) -> jax.Array:
+    def first(params: PyTree, batch: TokenBatch) -> Array:
       return fn(params, jax.tree.map(lambda x: x[0], batch))
 
     def gathered(params: PyTree, batch: TokenBatch) -> jax.Array:

@@ -23,6 +23,7 @@ def gather_to_host(x: Any, lead: Lead = ()) -> np.ndarray:
   # them here; 2. one layer is taken, on the device, so that only that layer is copied; 3. the
   # entire array is copied from the shards that this process has.
   if not x.is_fully_addressable and not x.is_fully_replicated:
+    assert isinstance(x.sharding, NamedSharding)  # the one kind that crosses processes here
     return np.asarray(_index_replicated(NamedSharding(x.sharding.mesh, PartitionSpec()))(x, lead))
   if lead:
     return np.asarray(_index(x, lead))

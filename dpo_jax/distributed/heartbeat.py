@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from multiprocessing import connection
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import jax
 import numpy as np
@@ -80,7 +80,8 @@ class Heartbeat:
       # The port is open to the network: only holders of the secret are accepted.
       token = secrets.token_bytes(32)
       server = connection.Listener(("0.0.0.0", 0), authkey=token, backlog=jax.process_count())
-      port = server.address[1].to_bytes(2, "big")
+      _, number = cast(tuple[str, int], server.address)  # a string only for a socket file
+      port = number.to_bytes(2, "big")
       about = np.frombuffer(socket.inet_aton(_own_address()) + port + token, np.uint8)
     # The broadcast is a sum over devices, which widens uint8.
     about = np.asarray(multihost_utils.broadcast_one_to_all(about)).astype(np.uint8).tobytes()

@@ -194,7 +194,7 @@ def code_digest() -> str:
   return found.hexdigest()
 
 
-def on_main_process(fn: Callable[[], None], name: str) -> None:
+def on_main_process(fn: Callable[[], object], name: str) -> None:
   """Calls `fn` in the main process, while the others wait at the barrier `name`."""
   if is_main_process():
     fn()

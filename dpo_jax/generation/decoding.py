@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,8 +102,12 @@ class State(NamedTuple):
 
 def specs(mesh: Mesh) -> tuple[Batch, State]:
   """Returns the partition specs of batch and state: rows are divided over all devices."""
-  rows, everywhere = PartitionSpec(mesh.axis_names), PartitionSpec()
-  cache = kv_cache.Cache(PartitionSpec(None, mesh.axis_names), rows, everywhere)
+
+  def spec(*axes: Any) -> Any:  # a record has it in the place of an array
+    return PartitionSpec(*axes)
+
+  rows, everywhere = spec(mesh.axis_names), spec()
+  cache = kv_cache.Cache(spec(None, mesh.axis_names), rows, everywhere)
   return Batch(rows, rows, rows, everywhere), State(cache, rows, rows, rows, rows, everywhere)
 
 

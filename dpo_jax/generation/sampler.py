@@ -253,8 +253,8 @@ def _apply_stops(
 def _mesh_of(params: PyTree) -> Mesh | None:
   """Returns the mesh of the devices that store the parameters, None for a single device."""
   sharding = jax.tree.leaves(params)[0].sharding
-  on_mesh = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
-  return sharding.mesh if on_mesh else None
+  mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+  return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
 
 
 # --- checks ---------------------------------------------------------------------------------------

@@ -114,13 +114,15 @@ def kto(
   ratio_B = policy.completion_B - reference.completion_B
   if kl is None:
     mismatched_ratio_B = policy.mismatched_B - reference.mismatched_B
-    kl = (
+    estimate = (
       mismatched_ratio_B.mean()
       if weight_B is None
       else (mismatched_ratio_B * weight_B).sum() / weight_B.sum()
     )
+  else:
+    estimate = kl
   # A KL divergence is never negative, but its estimate from few completions may be.
-  z0 = jax.lax.stop_gradient(jnp.maximum(kl, 0.0))
+  z0 = jax.lax.stop_gradient(jnp.maximum(estimate, 0.0))
   # 1 - σ(v) is written σ(-v): exact where σ(v) is close to 1.
   desirable_B = desirable_weight * jax.nn.sigmoid(-beta * (ratio_B - z0))
   return jnp.where(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +103,8 @@ def attend(
   top = functools.reduce(jnp.maximum, [s.max(axis=-1, keepdims=True) for s in scored])
   weights = [jnp.exp(s - jax.lax.stop_gradient(top)) for s in scored]
   total = sum(w.sum(axis=-1, keepdims=True) for w in weights)
-  out = sum(mix(w, keys) for w, (keys, _) in zip(weights, parts, strict=True))
+  mixed = [mix(w, keys) for w, (keys, _) in zip(weights, parts, strict=True)]
+  out = cast(Array, sum(mixed))  # of one part at least, so not the 0 that a sum starts from
   # The division comes last: over K numbers per query instead of over all its keys.
   out = (out.reshape(N, J, H // J, Q, K) / total).astype(q_NQHK.dtype)
   return out.transpose(0, 3, 1, 2, 4).reshape(N, Q, H, K)

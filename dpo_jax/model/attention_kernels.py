@@ -23,7 +23,7 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ import numpy as np
 
 from dpo_jax.distributed import sharding
 from dpo_jax.model.config import ModelConfig
-from dpo_jax.structs import Array, TokenBatch, UserError
+from dpo_jax.structs import Array, Device, TokenBatch, UserError
 
 # These run on sequences. "blocked" is `attention.attend_blocks`, which supports every model and
 # device, and "tiles" is `attention_tiled.attend_tiles`; both run on rows.
@@ -54,7 +54,7 @@ def choose(
   config: ModelConfig,
   *,
   dtype: str,
-  device: jax.Device,
+  device: Device,
   sequence: int = 1,
   divided: bool = False,
 ) -> tuple[str, str]:
@@ -102,7 +102,7 @@ def _unsupported(config: ModelConfig, sequence: int) -> str:
   return ""
 
 
-def _unsupported_by_cudnn(config: ModelConfig, dtype: str, device: jax.Device) -> str:
+def _unsupported_by_cudnn(config: ModelConfig, dtype: str, device: Device) -> str:
   """Returns the reason why cuDNN's kernel does not run a model on a device, or ""."""
   # AMD's GPUs have names here ("gfx90a"), NVIDIA's have numbers ("9.0").
   found = str(getattr(device, "compute_capability", ""))
@@ -270,8 +270,9 @@ def _dot_product_attention(q, k, v, length_X, options: KernelOptions) -> Array:
     # Padding stands at the end, where causal attention of real tokens does not look, so lengths
     # only save work. They are left out with a window, since cuDNN is not known to support both.
     mask = {"local_window_size": (options.window - 1, 0)}
+  kernel = cast(Literal["cudnn", "xla"], options.kernel)
   return jax.nn.dot_product_attention(
-    q, k, v, scale=options.scale or None, is_causal=True, implementation=options.kernel, **mask
+    q, k, v, scale=options.scale or None, is_causal=True, implementation=kernel, **mask
   )
 
 
@@ -300,7 +301,8 @@ def _splash(q, k, v, length_X, options: KernelOptions) -> Array:
   segment_XW = (jnp.arange(width) >= length_X[:, None]).astype(jnp.int32)
   # Splash wants heads before positions.
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-  return jax.vmap(attend)(q, k, v, splash.SegmentIds(segment_XW, segment_XW)).swapaxes(1, 2)
+  out = jax.vmap(attend)(q, k, v, splash.SegmentIds(segment_XW, segment_XW))
+  return cast(Array, out).swapaxes(1, 2)  # a tuple only where residuals are requested
 
 
 _KERNELS: dict[str, Callable[..., Array]] = {

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,8 @@ def attend_tiles(
   # The query heads of one key/value head are joined with the queries of a tile: one product.
   q = q_NLHK.reshape(rows, count, TILE, heads // groups, groups, size)
   q_TJQK = q.transpose(0, 1, 3, 4, 2, 5).reshape(rows * count, heads // groups, -1, size)
-  out_TJQK = _attend(q_TJQK, keys, tokens, window, plan, options)
+  # JAX types the result of a custom_vjp with nondiff_argnums as an unknown object.
+  out_TJQK = cast(Array, _attend(q_TJQK, keys, tokens, window, plan, options))
   out = out_TJQK.reshape(rows, count, heads // groups, groups, TILE, size)
   return out.transpose(0, 1, 4, 2, 3, 5).reshape(rows, -1, heads, size)[:, :length]
 

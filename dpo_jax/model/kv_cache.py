@@ -5,7 +5,7 @@ Axes beyond the key in `structs`: `J` key/value heads, `T` columns of the cache.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def prefill(
   pair_NL = jnp.where(position_NL < 0, -1, 0)
   tokens = Tokens(jnp.maximum(position_NL, 0), pair_NL, jnp.zeros_like(pair_NL))
   decoder = Decoder(config, jnp.dtype(dtype), return_keys=True)
-  hidden_NLD, keys = decoder.apply(params, ids_NL, tokens)
+  hidden_NLD, keys = cast(tuple[Array, Keys], decoder.apply(params, ids_NL, tokens))
 
   cache = Cache(keys, Tokens(tokens.position_NL, pair_NL, tokens.branch_NL), jnp.asarray(length))
   return hidden_NLD[:, -1], widen(cache, columns)
@@ -105,7 +105,8 @@ def decode(
   position_N1 = position_N[:, None]
   # Pair 0 and branch 0, as in `prefill`: a prompt and what continues it are one causal sequence.
   tokens = Tokens(position_N1, jnp.zeros_like(position_N1), jnp.zeros_like(position_N1))
-  hidden_N1D, new = decoder.apply(params, ids_N[:, None], tokens, cache.keys, cache.tokens)
+  out = decoder.apply(params, ids_N[:, None], tokens, cache.keys, cache.tokens)
+  hidden_N1D, new = cast(tuple[Array, Keys], out)
 
   def write(old: Array, x: Array, axis: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(old, x, cache.filled, axis)

@@ -79,7 +79,9 @@ class Mixture(nn.Module):
     sizes_E = jnp.bincount(expert_TK.reshape(-1), length=settings.count).astype(jnp.int32)
 
     def multiply(x_RD: Array, kernel_EDF: Array) -> Array:
-      y_RF = jax.lax.ragged_dot(x_RD, kernel_EDF, sizes_E, preferred_element_type=jnp.float32)
+      y_RF = jax.lax.ragged_dot(
+        jnp.asarray(x_RD), jnp.asarray(kernel_EDF), sizes_E, preferred_element_type=jnp.float32
+      )
       return y_RF.astype(self.dtype)
 
     # 2. Repeat each token once per chosen expert (pair r is of token r // K) and run the experts.

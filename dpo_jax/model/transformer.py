@@ -147,6 +147,7 @@ class Block(nn.Module):
     keys = Keys(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
     options = {"scale": c.attention_scale, "cap": c.attention_cap}
     if past is not None:
+      assert past_tokens is not None
       # Old and new keys stay two arrays: joining them would copy the cache in every layer.
       cached = (past, visible(tokens, past_tokens, layer.window))
       y = attend(q, [cached, (keys, visible(tokens, tokens, layer.window))], **options)
@@ -251,7 +252,8 @@ class Decoder(nn.Module):
       block,
       variable_axes={"params": 0, "lora": 0, "intermediates": 0},
       split_rngs={"params": True, "dropout": True},
-      in_axes=(0, 0, *[nn.broadcast] * 5),
+      # Flax's type leaves out the tuple that its documentation describes.
+      in_axes=(0, 0, *[nn.broadcast] * 5),  # pyright: ignore[reportArgumentType]
       length=c.layers,
     )
     # The first two arguments (`past`, `layer`) are scanned over layers; the other five are shared.

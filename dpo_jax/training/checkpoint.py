@@ -13,6 +13,7 @@ import itertools
 import logging
 import pathlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -140,7 +141,8 @@ class Checkpoints:
     self._open = functools.partial(
       ocp.training.Checkpointer,
       str(self.directory),
-      preservation_policy=policies.AnyPreservationPolicy(kept),
+      # Orbax's policies take another record of a checkpoint than its own protocol names.
+      preservation_policy=policies.AnyPreservationPolicy(kept),  # pyright: ignore[reportArgumentType]
       cleanup_tmp_directories=tidy,
     )
     self._orbax = self._open()
@@ -153,7 +155,7 @@ class Checkpoints:
     """Returns the step of the latest whole checkpoint, None where there is none."""
     return latest_step(self.directory)
 
-  def save(self, step: int, state: PyTree, metrics: dict[str, float] | None = None) -> None:
+  def save(self, step: int, state: PyTree, metrics: Mapping[str, float] | None = None) -> None:
     """Starts writing `state` as the checkpoint of `step`; returns before it is on disk.
 
     Args:
@@ -166,7 +168,9 @@ class Checkpoints:
     """
     self.wait()  # one at a time, so that an error names the right step
     try:
-      response = self._orbax.save_async(step, _to_saved(state), force=True, metrics=metrics)
+      response = self._orbax.save_async(
+        step, _to_saved(state), force=True, metrics=None if metrics is None else {**metrics}
+      )
     except Exception as error:
       raise self._failure(step, error) from error
     self._pending = (step, response)

@@ -204,6 +204,8 @@ def _read_examples(
     "fields": data.fields,
   }
   prepared = prepared_data.is_prepared_set(data.path)
+  examples: Sequence[Example]
+  held_out: Sequence[Example] = []
   if prepared:
     examples, held_out, ledger = _read_prepared(data, encode.Encoder(tokenizer, **how))
   else:
@@ -228,7 +230,10 @@ def _read_examples(
     # One number of completions for training and evaluation: K is an axis of both.
     most = Measured.concatenate(examples, held_out).lengths[1].shape[1]
     held_out = fill_up(held_out, most)
-    examples = examples.widened(most) if prepared else fill_up(examples, most)
+    if isinstance(examples, prepared_data.PairSet):
+      examples = examples.widened(most)  # its examples stay on disk
+    else:
+      examples = fill_up(examples, most)
   held_out = _limited(held_out, data)
   # Without scores every margin would be 0, and a loss that reads margins would be another loss.
   for path, some in ((data.path, examples), (data.eval_path, held_out)):
@@ -260,9 +265,9 @@ def _read_prepared(
   return examples, held_out[: data.eval_limit] if held_out else [], ledger
 
 
-def _limited(held_out: list[Any], data: DataSettings) -> list[Any]:
+def _limited(held_out: Sequence[Any], data: DataSettings) -> list[Any]:
   """Returns at most `eval_limit` held-out rows; refuses none where prompts are sampled from."""
-  held_out = held_out[: data.eval_limit]
+  held_out = [*held_out[: data.eval_limit]]
   if data.eval_samples and not held_out:
     raise UserError(
       f"eval.samples is {data.eval_samples}, and no row is held out to take prompts from; set"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from dpo_jax import logprobs, step
 from dpo_jax.distributed import executor, memory, preemption, processes
@@ -97,7 +98,7 @@ def fill_store(run: Run, reference_params: PyTree | None) -> PyTree | None:
     return reference_params
   forward = run.executor.compile_forward(logprobs.make_token_fn(run.model))
 
-  def token_fn(batch: TokenBatch) -> jax.Array:
+  def token_fn(batch: TokenBatch) -> np.ndarray:
     return forward(reference_params, jax.tree.map(lambda x: x[None], batch))
 
   reference_cache.fill_all(

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import optax
 
 from dpo_jax.monitoring.loggers import Loggers, Silent
-from dpo_jax.structs import Array, TokenBatch, UserError
+from dpo_jax.structs import TokenBatch, UserError
 from dpo_jax.training.checkpoint import Checkpoints
 
 
@@ -18,7 +19,7 @@ class _Pending(NamedTuple):
   """A step whose metrics may not be computed yet."""
 
   index: int
-  means: dict[str, Array]  # on the devices
+  means: dict[str, jax.Array]  # on the devices
   facts: dict[str, float]  # on host
   batch: TokenBatch
 
@@ -31,7 +32,7 @@ class MetricsWriter:
     log: Loggers | Silent,
     checkpoints: Checkpoints,
     *,
-    to_host: Callable[[dict[str, Array]], dict[str, np.ndarray]],
+    to_host: Callable[[dict[str, jax.Array]], dict[str, np.ndarray]],
     schedule: optax.Schedule,
     data_path: str,
   ):
@@ -54,7 +55,7 @@ class MetricsWriter:
     self._since = time.perf_counter()
 
   def add(
-    self, index: int, means: dict[str, Array], facts: dict[str, float], batch: TokenBatch
+    self, index: int, means: dict[str, jax.Array], facts: dict[str, float], batch: TokenBatch
   ) -> None:
     """Takes the metrics of a step, on device, and writes those of the step before.
 
@@ -86,7 +87,7 @@ class MetricsWriter:
       | pending.facts
       | {
         # Optax counts updates made, from 0.
-        "learning_rate": float(self._schedule(pending.index - 1)),
+        "learning_rate": float(np.asarray(self._schedule(pending.index - 1))),
         "pairs_per_second": rows / elapsed,
         "tokens_per_second": tokens / elapsed,
       },
@@ -97,7 +98,8 @@ class MetricsWriter:
   ) -> UserError:
     """Returns the error of a step, once the checkpoint before it is on disk."""
     if not len(bad_rows):  # the loss is finite and its gradient is not: any row may be the cause
-      bad_rows = pending.batch.row_NS[pending.batch.row_NS >= 0]
+      row_ANS = np.asarray(pending.batch.row_NS)
+      bad_rows = row_ANS[row_ANS >= 0]
     rows = sorted(set(bad_rows.tolist()))
     named = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
     self._checkpoints.wait()

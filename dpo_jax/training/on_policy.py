@@ -163,7 +163,7 @@ def _pick(row: Example, order: Sequence[int] | np.ndarray) -> Example:
   """Picks completions of an example in an order; a pair of equal ones gets weight 0."""
   completions = tuple(row.completions[i] for i in order)
   # Weight 0 rather than a row less: the number of examples, and so the shapes, stay.
-  same = len(order) == 2 and np.array_equal(*completions)
+  same = len(order) == 2 and np.array_equal(completions[0], completions[1])
   return row._replace(
     completions=completions,
     scores=tuple(row.scores[i] for i in order),

@@ -77,8 +77,8 @@ def from_host(tx: optax.GradientTransformation) -> optax.GradientTransformation:
   The new state is placed by whoever compiles the update, in `out_shardings`.
   """
 
-  def update(grads: PyTree, state: PyTree, params: PyTree | None = None):
-    return tx.update(grads, jax.device_put(state, jax.memory.Space.Device), params)
+  def update(updates: PyTree, state: PyTree, params: PyTree | None = None):
+    return tx.update(updates, jax.device_put(state, jax.memory.Space.Device), params)
 
   return optax.GradientTransformation(tx.init, update)
 

@@ -99,8 +99,9 @@ class Store:
     In a causal model the start of a completion has the same log-probs whatever follows, so one that
     was cut is found in the whole one.
     """
-    found = [self._match(ids, _digest(example.prompt)) for ids in example.completions]
-    return None if any(one is None for one in found) else tuple(found)
+    matches = [self._match(ids, _digest(example.prompt)) for ids in example.completions]
+    found = tuple(match for match in matches if match is not None)
+    return found if len(found) == len(matches) else None
 
   def _match(self, ids: np.ndarray, digest: np.ndarray) -> np.ndarray | None:
     """Returns the log-probs of one completion of a prompt with that digest."""

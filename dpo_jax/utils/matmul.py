@@ -58,9 +58,9 @@ def _pulled(x_xD: Array, kernel: Array, axis: int, slope_xF: Array) -> tuple[Arr
 
 product.defvjp(
   lambda x_xD, kernel_DF: (product(x_xD, kernel_DF), (x_xD, kernel_DF)),
-  lambda saved, slope_xF: _pulled(*saved, 0, slope_xF),
+  lambda saved, slope_xF: _pulled(saved[0], saved[1], 0, slope_xF),
 )
 product_of_rows.defvjp(
   lambda x_xD, table_VD: (product_of_rows(x_xD, table_VD), (x_xD, table_VD)),
-  lambda saved, slope_xV: _pulled(*saved, 1, slope_xV),
+  lambda saved, slope_xV: _pulled(saved[0], saved[1], 1, slope_xV),
 )

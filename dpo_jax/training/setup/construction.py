@@ -21,7 +21,7 @@ from dpo_jax.hf import peft, safetensors_files
 from dpo_jax.model import attention_kernels, lora, transformer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.lora import LoRA
-from dpo_jax.structs import Model, PyTree
+from dpo_jax.structs import Device, Model, PyTree
 from dpo_jax.training import datasets, optimizer, reference_cache
 from dpo_jax.training.checkpoint import latest_step
 from dpo_jax.training.run import LoopSettings, Run
@@ -207,7 +207,7 @@ def _adapt(
 
 
 def reference_key(
-  config: ConfigDict, model_config: ModelConfig, device: jax.Device, attention: str
+  config: ConfigDict, model_config: ModelConfig, device: Device, attention: str
 ) -> dict[str, Any]:
   """Returns all that the reference's log-probs depend on besides prompt and completion.
 
