@@ -120,7 +120,13 @@ def test_a_quick_study_is_one_seed_and_one_beta_a_method_unless_given(tmp_path):
 def test_finite_samples_refuses_before_anything_is_drawn(flags, says, tmp_path):
   (tmp_path / "file").touch()
   done = subprocess.run(
-    [sys.executable, ROOT / "scripts/finite_samples.py", *flags, "--samples=1", "--sizes=2"],
+    [
+      sys.executable,
+      ROOT / "scripts/studies/finite_samples.py",
+      *flags,
+      "--samples=1",
+      "--sizes=2",
+    ],
     cwd=tmp_path,
     capture_output=True,
     text=True,
