@@ -75,7 +75,7 @@ setup() {
 run() {
   local flags
   flags=$(printf ' %q' "$@")
-  on all "rm -f train.status && (nohup bash -c 'bash scripts/again.sh .venv/bin/python -m dpo_jax.train --config.parallel.coordinator=auto \"\$@\"; echo \$? > train.status' train$flags > train.log 2>&1 < /dev/null &)"
+  on all "rm -f train.status && (nohup bash -c 'bash scripts/launch/again.sh .venv/bin/python -m dpo_jax.train --config.parallel.coordinator=auto \"\$@\"; echo \$? > train.status' train$flags > train.log 2>&1 < /dev/null &)"
 }
 
 logs() { on 0 "tail -n 100 -F train.log"; }
@@ -86,7 +86,7 @@ status() {
 }
 
 # Every process saves after the step it is at.
-stop() { on all "pkill -TERM -f '[s]cripts/again.sh' || true"; }
+stop() { on all "pkill -TERM -f '[s]cripts/launch/again.sh' || true"; }
 
 delete() {
   if [ -n "${QUEUED:-}" ]; then

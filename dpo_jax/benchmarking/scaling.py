@@ -11,6 +11,7 @@ import ctypes
 import gc
 import json
 import pathlib
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -138,6 +139,54 @@ def measure(axis: str, value: int) -> dict[str, Any]:
   if free is None or planned < free / 3:
     found["seconds"], found["measured_mb"] = _run(run, compiled)
   return found
+
+
+def check_axes(names: Sequence[str], flag: str) -> None:
+  """Checks the names of quantities that a flag gives.
+
+  Raises:
+    UserError: one is not known.
+  """
+  for name in names:
+    if name not in AXES:
+      raise UserError(f"{flag}: {name!r} does not grow; known are {', '.join(AXES)}")
+
+
+def missing(points: Sequence[dict[str, Any]], axis: str, most: int | None) -> list[int]:
+  """Returns the values of a quantity, up to `most`, that have not been measured."""
+  known = {one["value"] for one in points if one["axis"] == axis}
+  most = most or max(AXES[axis].values)
+  return [x for x in AXES[axis].values if x <= most and x not in known]
+
+
+def measure_apart(
+  command: Sequence[str], axis: str, value: int, limit_s: float
+) -> dict[str, Any] | None:
+  """Measures a point in a process of its own and prints a line about it.
+
+  Args:
+    command: prints what `measure` returns as JSON, given `--point=AXIS=VALUE`.
+    axis, value: the point.
+    limit_s: seconds after which it is given up.
+
+  Returns:
+    The point; None where its process fails or takes too long.
+  """
+  words = [*command, f"--point={axis}={value}"]
+  try:
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, timeout=limit_s)
+  except subprocess.TimeoutExpired:
+    why = f"took more than --limit={limit_s} seconds"
+  except subprocess.CalledProcessError as error:
+    why = f"failed ({error.returncode})"
+  else:
+    found = json.loads(done.stdout)
+    took = "not run" if found["seconds"] is None else f"{found['seconds']:.3f} s"
+    planned = f"{found['planned_mb']:,.0f} MB by the compiler"
+    print(f"{axis} {value}: {took}, {planned}", file=sys.stderr)
+    return found
+  print(f"{axis} {value}: left out; its process {why}", file=sys.stderr)
+  return None
 
 
 def _run(run: planner.Outline, compiled: jax.stages.Compiled) -> tuple[float, float | None]:

@@ -1,7 +1,7 @@
-"""What scripts/compare.py times: groups of programs that train one shape on the same rows.
+"""Groups of programs that `comparison` times: each trains one shape on the same rows.
 
-A group of the suite "cpu" is named by its shape, perhaps with more behind a dash; of "gpu", by
-shape and lengths of configs/benchmark.py.
+A group of the suite "cpu" is named by its shape, perhaps with more after a dash; a group of "gpu"
+by the shape and the lengths of configs/benchmark.py.
 """
 
 from typing import Any, NamedTuple
@@ -12,11 +12,11 @@ class Program(NamedTuple):
 
   Attributes:
     name: in tables.
-    options: of scripts/peers/trl_step.py, for a peer; None for ours.
+    options: those of scripts/benchmarks/peers/trl_step.py, for a peer; None for ours.
     changes: fields of our configuration.
     store: whether our reference is computed beforehand.
-    processes: of ours, each on its share of the processors.
-    best: whether ratios may be taken to it, a peer; not to one that trains in lower precision.
+    processes: how many of ours run, each on its share of the processors.
+    best: whether ratios may be taken to this peer; not where it trains in lower precision.
   """
 
   name: str
@@ -39,8 +39,8 @@ PACKED = {"data.layout": "packed"}
 PADDED = {"data.layout": "padded"}
 BFLOAT16 = {"model.compute_dtype": "bfloat16"}
 LORA = {"lora.rank": 16, "lora.alpha": 32.0}
-AGAIN = {"checkpointing": True}  # activations are computed again on the way back
-LOW = {"dtype": "autocast"}
+AGAIN: dict[str, Any] = {"checkpointing": True}  # activations are recomputed in the backward pass
+LOW: dict[str, Any] = {"dtype": "autocast"}
 
 CPU = {
   "a": [
@@ -70,7 +70,7 @@ CPU = {
     trl("bfloat16 weights", dtype="bfloat16", best=False),
   ],
 }
-# Groups whose programs are started one at a time.
+# Groups whose programs run one at a time.
 APART = ("b-peers",)
 
 

@@ -2,7 +2,7 @@
 # Runs a command, and again as long as it exits with status 75: a training that saved and left when
 # asked to, or lost a process. Asked to stop itself (SIGTERM), it passes that on and stops.
 #
-#   bash scripts/again.sh COMMAND…              RESTARTS=N gives up after so many, 100 by default
+#   bash scripts/launch/again.sh COMMAND…              RESTARTS=N gives up after so many, 100 by default
 set -uo pipefail
 
 main() {
@@ -12,6 +12,8 @@ main() {
   while true; do
     "$@" &
     child=$!
+    # Asked to stop before it was known whom to tell.
+    [ -z "$stopping" ] || kill -TERM "$child" 2>/dev/null
     wait "$child"
     status=$?
     # A signal ends the wait and not the command.
@@ -31,7 +33,7 @@ main() {
 }
 
 if [ $# = 0 ]; then
-  echo 'error: usage: bash scripts/again.sh COMMAND…' >&2
+  echo 'error: usage: bash scripts/launch/again.sh COMMAND…' >&2
   exit 1
 fi
 main "$@"

@@ -1,15 +1,17 @@
 """Runs a command as several processes of this machine, each on its share of the processors.
 
-  python scripts/local.py 2 python -m dpo_jax.train --config=… --workdir=…
+  python scripts/launch/local.py 2 python -m dpo_jax.train --config=… --workdir=…
 
-On CPUs a small model trains quicker so (docs/scale.md). The first process alone prints; all of them
-end together, and this with the status of one that failed; of training, 75 if they saved and left.
-COMMAND is one of this project's that have --config: flags of `config.parallel` are added to it.
+On CPUs a small model trains faster this way (docs/scale.md). Only the first process prints. All
+end together, and this program with the status of one that failed; if a training was asked to stop
+and saved, that is 75. COMMAND is one of this project's that have --config: flags of
+`config.parallel` are added to it.
 """
 
+import pathlib
 import sys
 
-import _root  # noqa: F401 (puts the package on the path)
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # the package, uninstalled
 
 from dpo_jax.utils import cli
 
@@ -24,7 +26,7 @@ def main():
     return 0
   try:
     if len(words) < 2 or not words[0].isdecimal():
-      raise UserError("usage: python scripts/local.py PROCESSES COMMAND…, as in its --help")
+      raise UserError("usage: python scripts/launch/local.py PROCESSES COMMAND…, as in its --help")
     return local_launcher.run(words[1:], int(words[0]))
   except OSError as error:
     cli.fail(f"{cli.os_error_line(error)}; COMMAND is a program and its flags, as in --help")

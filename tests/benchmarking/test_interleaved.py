@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from dpo_jax.benchmarking import interleaved, pacing
+from dpo_jax.benchmarking import interleaved, pacing, suites
 from dpo_jax.benchmarking.interleaved import Contestant, Rules
 from dpo_jax.benchmarking.pacing import Pace
 from tests.support.paths import ROOT
@@ -152,7 +152,7 @@ def test_what_is_to_be_prepared_runs_once_before(stage):
 
 @pytest.fixture
 def trl_step(monkeypatch):
-  monkeypatch.syspath_prepend(ROOT / "scripts" / "peers")
+  monkeypatch.syspath_prepend(ROOT / "scripts" / "benchmarks" / "peers")
   return importlib.import_module("trl_step")
 
 
@@ -195,10 +195,8 @@ def test_a_trainers_steps_become_blocks(trl_step, monkeypatch, capsys):
   assert blocks.result()["steps"] == 4 and blocks.result()["peak_memory_mb"] == 7
 
 
-def test_every_program_of_the_suites_can_be_asked_for(trl_step, monkeypatch):
+def test_every_program_of_the_suites_can_be_asked_for(trl_step):
   """Shapes, fields and options that exist; names that tell programs apart."""
-  monkeypatch.syspath_prepend(ROOT / "scripts")
-  suites = importlib.import_module("suites")
   get_config = runpy.run_path(str(ROOT / "configs" / "benchmark.py"))["get_config"]
   known = {field.name for field in dataclasses.fields(trl_step.Options)}
   for suite, join in ((suites.CPU, None), (suites.GPU, ",lengths=")):
@@ -214,7 +212,7 @@ def test_every_program_of_the_suites_can_be_asked_for(trl_step, monkeypatch):
 
 
 def compare(*arguments):
-  command = [sys.executable, "scripts/compare.py", *arguments]
+  command = [sys.executable, "scripts/benchmarks/compare.py", *arguments]
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

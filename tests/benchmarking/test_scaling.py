@@ -81,7 +81,8 @@ def test_points_are_kept_whole_or_refused(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_measures_in_a_process_of_its_own_and_goes_on(tmp_path):
-  command = [sys.executable, "scripts/growth.py", f"--out={tmp_path}", "--only=pairs", "--most=1"]
+  script = "scripts/benchmarks/growth.py"
+  command = [sys.executable, script, f"--out={tmp_path}", "--only=pairs", "--most=1"]
   run = lambda: subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
   done = run()
   assert "pairs 1: " in done.stderr

@@ -226,7 +226,7 @@ def test_no_module_hides_a_library_when_run_as_a_file():
 
 
 def test_peers_without_jax_can_take_turns():
-  """What scripts/peers/ imports of the package: the standard library alone."""
+  """What scripts/benchmarks/peers/ imports of the package: the standard library alone."""
   for name in (
     "__init__",
     "utils/__init__",

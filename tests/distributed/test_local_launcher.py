@@ -19,7 +19,7 @@ TWO = pytest.mark.skipif(CORES < 2, reason="needs two processors")
 
 def start(*words, **how):
   return subprocess.Popen(
-    [sys.executable, "scripts/local.py", *words],
+    [sys.executable, "scripts/launch/local.py", *words],
     cwd=ROOT,
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
@@ -52,12 +52,12 @@ def test_every_process_gets_its_index_before_a_pace():
 @pytest.mark.parametrize(
   ("words", "line"),
   [
-    ([], "usage: python scripts/local.py PROCESSES COMMAND"),
-    (["two", "true"], "usage: python scripts/local.py PROCESSES COMMAND"),
+    ([], "usage: python scripts/launch/local.py PROCESSES COMMAND"),
+    (["two", "true"], "usage: python scripts/launch/local.py PROCESSES COMMAND"),
     (["9999", "true"], "9999 processes: this machine lends"),
     (["1", "no-such-command"], "no-such-command"),
     (["1", "./README.md"], "./README.md: permission denied; COMMAND is a program"),
-    (["²", "true"], "usage: python scripts/local.py PROCESSES COMMAND"),
+    (["²", "true"], "usage: python scripts/launch/local.py PROCESSES COMMAND"),
   ],
 )
 def test_what_cannot_be_started_is_one_line(words, line):
@@ -130,7 +130,7 @@ def test_the_benchmark_counts_the_rows_of_all():
   pace = '{"lockstep": true, "blocks": 1, "block_steps": 2}'
   command = [sys.executable, *config, *small, pace]
   blocks = []
-  for words in ([sys.executable, "scripts/local.py", "2", *command], command):
+  for words in ([sys.executable, "scripts/launch/local.py", "2", *command], command):
     process = subprocess.run(
       words, cwd=ROOT, input="go\n", capture_output=True, text=True, timeout=300, check=True
     )

@@ -42,7 +42,7 @@ def fake(folder, name, text):
 
 
 def test_the_scripts_are_clean():
-  scripts = [*ROOT.glob("scripts/*.sh"), ROOT / "scripts" / "slurm.sbatch", ROOT / ".ci" / "run"]
+  scripts = [*ROOT.glob("scripts/**/*.sh"), ROOT / "scripts" / "slurm.sbatch", ROOT / ".ci" / "run"]
   checked = subprocess.run(
     [pathlib.Path(sys.executable).with_name("shellcheck"), "-x", *scripts],
     cwd=ROOT,
@@ -158,7 +158,7 @@ def test_a_tpu_that_was_taken_away_is_asked_for_again(tmp_path):
     (["scripts/tpu_vm.sh", "logs", "now"], TPU, "logs takes no arguments"),
     (["scripts/slurm.sbatch"], {}, "usage: sbatch scripts/slurm.sbatch FLAGS"),
     (["scripts/slurm.sbatch", "--config=x"], {}, "this is no SLURM job; submit it"),
-    (["scripts/again.sh"], {}, "usage: bash scripts/again.sh COMMAND"),
+    (["scripts/launch/again.sh"], {}, "usage: bash scripts/launch/again.sh COMMAND"),
   ],
 )
 def test_what_is_missing_is_said_in_one_line(arguments, env, words):
@@ -185,7 +185,7 @@ def counting(folder, statuses):
 )
 def test_a_command_is_started_again_when_it_asks_for_it(tmp_path, statuses, starts, status):
   program, log = counting(tmp_path, statuses)
-  done = bash("scripts/again.sh", str(program), RESTARTS="3")
+  done = bash("scripts/launch/again.sh", str(program), RESTARTS="3")
   assert done.returncode == status
   assert len(log.read_text().splitlines()) == starts
   assert ("gave up after 3 restarts" in done.stderr) == (starts == 4)
@@ -198,7 +198,7 @@ def test_asked_to_stop_it_passes_that_on_and_starts_nothing_more(tmp_path):
     "train",
     f"trap 'echo saved; exit 75' TERM\necho x >> {ready}\nwhile :; do sleep 0.05; done",
   )
-  command = ["bash", "scripts/again.sh", str(tmp_path / "train")]
+  command = ["bash", "scripts/launch/again.sh", str(tmp_path / "train")]
   with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
     while not ready.exists():
       time.sleep(0.02)
@@ -231,7 +231,7 @@ def test_slurm_starts_a_process_for_every_gpu():
 
 
 def test_pods_find_each_other_where_the_jobset_puts_them():
-  described = yaml.safe_load((ROOT / "scripts" / "jobset.yaml").read_text())
+  described = yaml.safe_load((ROOT / "scripts" / "launch" / "jobset.yaml").read_text())
   (job,) = described["spec"]["replicatedJobs"]
   spec = job["template"]["spec"]
   (container,) = spec["template"]["spec"]["containers"]

@@ -121,7 +121,13 @@ def test_a_quick_study_has_one_seed_and_one_beta_per_method_unless_given(tmp_pat
 def test_finite_samples_refuses_before_anything_is_drawn(flags, message, tmp_path):
   (tmp_path / "file").touch()
   finished = subprocess.run(
-    [sys.executable, ROOT / "scripts/finite_samples.py", *flags, "--samples=1", "--sizes=2"],
+    [
+      sys.executable,
+      ROOT / "scripts/studies/finite_samples.py",
+      *flags,
+      "--samples=1",
+      "--sizes=2",
+    ],
     cwd=tmp_path,
     capture_output=True,
     text=True,

@@ -1,6 +1,7 @@
 """Times TRL's DPOTrainer on rows of token ids, as scripts/benchmark.py does this project's step.
 
-  python scripts/peers/trl_step.py '{"pairs": "pairs.jsonl", "model": {…}}' '{"blocks": 4, …}'
+  python scripts/benchmarks/peers/trl_step.py '{"pairs": "pairs.jsonl", "model": {…}}' \\
+    '{"blocks": 4, …}'
 
 The first object holds the fields of `Options`, the second those of
 `dpo_jax.benchmarking.pacing.Pace`; with lockstep it takes its turns as told there. Weights are
@@ -28,7 +29,7 @@ import warnings  # noqa: E402
 from typing import Any  # noqa: E402
 
 if __name__ == "__main__":
-  sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent.parent)
+  sys.path[0] = str(pathlib.Path(__file__).resolve().parents[3])
   os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
   warnings.filterwarnings("ignore")
 
