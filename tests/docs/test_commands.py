@@ -26,7 +26,7 @@ TRAIN = "dpo_jax.train"
 SUBCOMMANDS = {"inspect": "inspect_data", "prepare": "prepare_data", "convert": "convert_hf"}
 # Shell scripts that pass flags on, and to which program.
 PASSED_ON = {
-  "scripts/compare.sh": "scripts/compare.py",
+  "scripts/benchmarks/compare.sh": "scripts/benchmarks/compare.py",
   "scripts/tpu_vm.sh": TRAIN,
   "scripts/slurm.sbatch": TRAIN,
 }
@@ -250,11 +250,11 @@ def test_commands_that_need_hardware_stand_under_a_line_that_says_so(page):
 def test_the_commands_of_a_page_are_found(tmp_path):
   page = tmp_path / "page.md"
   page.write_text(
-    "On a GPU:\n\n```\nbash scripts/compare.sh gpu \\\n  runs/x --only=a  # long\n```\n\n"
+    "On a GPU:\n\n```\nbash scripts/benchmarks/compare.sh gpu \\\n  runs/x --only=a  # long\n```\n\n"
     "`python scripts/score.py --model DIR [--reference DIR]` scores.\n"
   )
   first, second = commands(page)
-  assert split(first.text) == ["bash", "scripts/compare.sh", "gpu", "runs/x", "--only=a"]
+  assert split(first.text) == ["bash", "scripts/benchmarks/compare.sh", "gpu", "runs/x", "--only=a"]
   assert "On a GPU" in first.context
   assert program(split(second.text)) == (
     "scripts/score.py",
