@@ -30,7 +30,7 @@ from dpo_jax.structs import (
 from dpo_jax.utils.matmul import product_of_rows
 
 
-class Room(NamedTuple):
+class LogitBudget(NamedTuple):
   """float32 logits that one group of rows may hold.
 
   Attributes:
@@ -44,8 +44,8 @@ class Room(NamedTuple):
 
 
 # 32 MiB on a CPU, 512 MiB elsewhere, where products of few rows are slow; kept 256 and 512 MiB.
-ROOM = {"cpu": Room(2**23, 2**26)}
-ROOM_ELSEWHERE = Room(2**27, 2**27)
+LOGIT_BUDGET = {"cpu": LogitBudget(2**23, 2**26)}
+LOGIT_BUDGET_ELSEWHERE = LogitBudget(2**27, 2**27)
 _NOWHERE = 2**31 - 1  # no place in any batch
 
 
@@ -92,7 +92,7 @@ def slot_logps(
   head: Head,
   batch: TokenBatch,
   *,
-  room: Room | None = None,
+  budget: LogitBudget | None = None,
   token_fn: TokenFn = token_logps,
 ) -> Array:
   """Summed log-prob of every slot, the head run at scored tokens only: [N, S], nats.
@@ -104,13 +104,13 @@ def slot_logps(
     hidden_NLD: input of the head.
     head: the unembedding.
     batch: rows; `scored_GM` says where the head runs.
-    room: for logits; what suits the platform unless given.
+    budget: of logits; what suits the platform unless given.
     token_fn: what is summed over the tokens of a slot; their log-prob unless given.
 
   Returns:
     logps_NS: float32 or wider, zero in empty slots.
   """
-  logps_GM = scored_logps(hidden_NLD, head, batch, room=room, token_fn=token_fn)
+  logps_GM = scored_logps(hidden_NLD, head, batch, budget=budget, token_fn=token_fn)
   groups = len(batch.scored_GM)
   rows, slots = batch.weight_NS.shape
   pick = _picker(batch)
@@ -125,7 +125,7 @@ def scored_logps(
   head: Head,
   batch: TokenBatch,
   *,
-  room: Room | None = None,
+  budget: LogitBudget | None = None,
   token_fn: TokenFn = token_logps,
 ) -> Array:
   """Log-prob of every scored token, where `scored_GM` has it: [G, M], nats; arguments as above."""
@@ -137,9 +137,9 @@ def scored_logps(
   divide = lambda x_GM: x_GM.reshape(groups * parts, -1, *x_GM.shape[2:])
   hidden_GMD, target_GM = divide(by_rows(pick(hidden_NLD))), divide(pick(batch.target_NL))
   head = head._replace(kernel_VD=by_vocabulary(head.kernel_VD))
-  room = room or ROOM.get(jax.default_backend(), ROOM_ELSEWHERE)
+  budget = budget or LOGIT_BUDGET.get(jax.default_backend(), LOGIT_BUDGET_ELSEWHERE)
   each_group, vocab = target_GM.shape[1], head.kernel_VD.shape[0]
-  chunks, size = _chunking(each_group, room.chunk // vocab)
+  chunks, size = _chunking(each_group, budget.chunk // vocab)
   cut = functools.partial(_cut, chunks=chunks, size=size)
   count: Array | int = chunks
   if chunks > 1 and groups * parts == 1:
@@ -149,7 +149,7 @@ def scored_logps(
   elif chunks > 1:
     head = head._replace(kernel_VD=for_each_group(head.kernel_VD, groups * parts))
   if token_fn is token_logps:
-    kept = each_group * vocab <= room.kept
+    kept = each_group * vocab <= budget.kept
     logps_cGm = _head_logps(kept, cut(hidden_GMD), head, cut(target_GM), count)
   else:
     fn = jax.checkpoint(lambda x_GmD, at_Gm, head: token_fn(_group_logits(x_GmD, head), at_Gm))
@@ -158,9 +158,9 @@ def scored_logps(
   return logps_GM.reshape(groups, -1)[:, :scored]
 
 
-def _chunking(tokens: int, room: int) -> tuple[int, int]:
+def _chunking(tokens: int, budget: int) -> tuple[int, int]:
   """How many chunks, and tokens of each: evenly, no more than there is room for."""
-  chunks = max(1, -(-tokens // max(1, min(room, tokens))))
+  chunks = max(1, -(-tokens // max(1, min(budget, tokens))))
   size = -(-tokens // chunks)
   # Products of an odd number of rows run at half the speed in bfloat16.
   return chunks, size + (-size % 32 if size > 128 else 0)
@@ -266,7 +266,7 @@ LogpsFn = Callable[..., Array]
 
 
 def make_logps_fn(
-  model: Model, *, room: Room | None = None, beyond_shorter: float = 1.0
+  model: Model, *, budget: LogitBudget | None = None, beyond_shorter: float = 1.0
 ) -> LogpsFn:
   """The production path as one function: (params, batch, key=None) -> logps_NS, nats.
 
@@ -274,10 +274,10 @@ def make_logps_fn(
 
   Args:
     model: the language model.
-    room: for logits; what suits the platform unless given.
+    budget: of logits; what suits the platform unless given.
     beyond_shorter: weight of answer tokens beyond the length of the pair's shorter answer.
   """
-  scored_fn = make_scored_fn(model, room=room, beyond_shorter=beyond_shorter)
+  scored_fn = make_scored_fn(model, budget=budget, beyond_shorter=beyond_shorter)
   return lambda params, batch, key=None: scored_fn(params, batch, key).logps_NS
 
 
@@ -292,12 +292,12 @@ def make_stored_fn(*, beyond_shorter: float = 1.0) -> Callable[[TokenBatch], Arr
   return stored_fn
 
 
-def make_token_fn(model: Model, *, room: Room | None = None) -> LogpsFn:
+def make_token_fn(model: Model, *, budget: LogitBudget | None = None) -> LogpsFn:
   """(params, batch) -> log-probs of the scored tokens one by one, [G, M], nats: `scored_logps`."""
 
   def token_fn(params: PyTree, batch: TokenBatch) -> Array:
     hidden_NLD = model.hidden(params, batch)
-    return scored_logps(hidden_NLD, model.head(params), batch, room=room)
+    return scored_logps(hidden_NLD, model.head(params), batch, budget=budget)
 
   return token_fn
 
@@ -320,7 +320,7 @@ class Scored(NamedTuple):
 def make_scored_fn(
   model: Model,
   *,
-  room: Room | None = None,
+  budget: LogitBudget | None = None,
   beyond_shorter: float = 1.0,
   aligned: bool = False,
 ) -> Callable[..., Scored]:
@@ -337,7 +337,7 @@ def make_scored_fn(
       if model.routed is None
       else model.routed(params, batch, *keys)
     )
-    sums = functools.partial(slot_logps, head=model.head(params), room=room)
+    sums = functools.partial(slot_logps, head=model.head(params), budget=budget)
     alignment_NS = None
     if aligned:
       fixed_NLD = jax.lax.stop_gradient(hidden_NLD)
@@ -359,18 +359,18 @@ class Slots(NamedTuple):
   Attributes:
     tokens_NS: scored tokens.
     weight_NS: weight of the row; 0 is an empty slot.
-    grade_NS: see `TokenBatch`.
+    score_NS: see `TokenBatch`.
   """
 
   tokens_NS: Array
   weight_NS: Array
-  grade_NS: Array
+  score_NS: Array
 
 
 def slots_of(batch: TokenBatch) -> Slots:
   """The slots of a batch; with micro-batches, [A, N, S]."""
   tokens = jax.vmap(slot_tokens) if batch.ids_NL.ndim == 3 else slot_tokens
-  return Slots(tokens(batch), batch.weight_NS, batch.grade_NS)
+  return Slots(tokens(batch), batch.weight_NS, batch.score_NS)
 
 
 def to_pairs(logps_NS: Array, slots: Slots) -> PairLogps:
@@ -387,7 +387,7 @@ def to_unpaired(logps_NS: Array) -> UnpairedLogps:
   return UnpairedLogps(logps_B2[:, 0], logps_B2[:, 1])
 
 
-def to_ranked(logps_NS: Array, slots: Slots, answers: int) -> RankedLogps:
-  """Lists runs of `answers` slots as rankings, absent answers included (weight 0)."""
-  tokens_BK = jnp.maximum(slots.tokens_NS, 1.0).reshape(-1, answers)
-  return RankedLogps(logps_NS.reshape(-1, answers), tokens_BK)
+def to_ranked(logps_NS: Array, slots: Slots, completions: int) -> RankedLogps:
+  """Lists runs of `completions` slots as rankings, absent answers included (weight 0)."""
+  tokens_BK = jnp.maximum(slots.tokens_NS, 1.0).reshape(-1, completions)
+  return RankedLogps(logps_NS.reshape(-1, completions), tokens_BK)

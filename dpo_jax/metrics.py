@@ -87,14 +87,14 @@ def unpaired_sums(
 
   `kl` is the mean log-ratio of the mismatched answers, nats, before any clipping at zero.
   """
-  ratio_B = policy.answer_B - reference.answer_B
+  ratio_B = policy.completion_B - reference.completion_B
   sums = {
     "loss": _weighted(loss_B, weight_B),
     "kl": _weighted(policy.mismatched_B - reference.mismatched_B, weight_B),
   }
   for name, held_B in (("desirable", label_B > 0), ("undesirable", label_B <= 0)):
     sums[f"rewards/{name}"] = _weighted(beta * ratio_B, weight_B * held_B)
-    sums[f"logps/{name}"] = _weighted(policy.answer_B, weight_B * held_B)
+    sums[f"logps/{name}"] = _weighted(policy.completion_B, weight_B * held_B)
   return sums
 
 
@@ -125,7 +125,7 @@ def ranked_sums(
       kl          log π/π_ref, nats
       objective   -r + β log π/π_ref, what on-policy training minimises
   """
-  ratio_BK = policy.answers_BK - reference.answers_BK
+  ratio_BK = policy.completions_BK - reference.completions_BK
   weight_BK = weight_B[:, None] * present_BK
   sums = {"loss": _weighted(loss_B, weight_B)}
   if reward_BK is not None:
@@ -136,7 +136,7 @@ def ranked_sums(
     }
   for name, part in (("best", slice(0, 1)), ("rest", slice(1, None))):
     sums[f"rewards/{name}"] = _weighted(beta * ratio_BK[:, part], weight_BK[:, part])
-    sums[f"logps/{name}"] = _weighted(policy.answers_BK[:, part], weight_BK[:, part])
+    sums[f"logps/{name}"] = _weighted(policy.completions_BK[:, part], weight_BK[:, part])
   margin_BK = beta * (ratio_BK[:, :1] - ratio_BK[:, 1:])
   return sums | {
     "rewards/accuracies": _weighted(_above(margin_BK), weight_BK[:, 1:]),

@@ -29,14 +29,14 @@ class TrainState(NamedTuple):
     step: updates made.
     params: what is trained: the policy, or the adapters of one whose base is frozen.
     opt_state: of the optimiser.
-    memory: running means that the loss reads (bco_pair's δ, kto's KL); empty for most.
+    running_stats: running statistics that the loss reads (bco_pair's δ, kto's KL); empty for most.
     reference: the reference, if it follows the policy (TR-DPO); otherwise None, and never here.
   """
 
   step: Array
   params: PyTree
   opt_state: PyTree
-  memory: dict[str, Array]
+  running_stats: dict[str, Array]
   reference: PyTree | None = None
 
 
@@ -56,11 +56,11 @@ class Objective(NamedTuple):
   Attributes:
     logps_fn: (params, batch, key=None) -> logps_NS, nats; the key is for dropout.
     loss: from `losses.resolve`.
-    answers: K, slots of a row of data: 1 for text, 2 for pairs and unpaired rows.
+    completions: K, slots of a row of data: 1 for text, 2 for pairs and unpaired rows.
     scored_fn: as logps_fn -> `Scored`, with all that the policy's pass is asked for beside its
       log-probs; None where they are all.
     sync: how the reference follows the policy; None if it does not.
-    policy: (trained, frozen) -> the policy's parameters; what is trained, unless given.
+    policy: (trained, reference_params) -> the policy's parameters; what is trained, unless given.
     dropout_seed: of the keys of dropout, which go by it and the step; None for no dropout.
     balance: weight of the term that spreads tokens over the experts of a mixture.
     stored_fn: batch -> logps_NS of a reference whose log-probs the batches bring along; None where
@@ -69,10 +69,10 @@ class Objective(NamedTuple):
 
   logps_fn: logprobs.LogpsFn
   loss: Loss
-  answers: int = 2
+  completions: int = 2
   scored_fn: Callable[..., Scored] | None = None
   sync: Sync | None = None
-  policy: Callable[[PyTree, PyTree | None], PyTree] = lambda trained, frozen: trained
+  policy: Callable[[PyTree, PyTree | None], PyTree] = lambda trained, reference_params: trained
   dropout_seed: int | None = None
   balance: float = 0.0
   stored_fn: Callable[[TokenBatch], Array] | None = None
@@ -82,7 +82,7 @@ def init_state(
   params: PyTree, tx: optax.GradientTransformation, loss: Loss | None = None
 ) -> TrainState:
   """Step 0 of a run from its initial parameters; a reference that follows is put in afterwards."""
-  start = {key: jnp.float32(value) for key, value in (loss.memory if loss else {}).items()}
+  start = {key: jnp.float32(value) for key, value in (loss.running_stats if loss else {}).items()}
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), start)
 
 
@@ -94,7 +94,7 @@ def batch_sums(
   logps_NS: Array,
   reference_NS: Array | None,
   slots: Slots,
-  memory: dict[str, Array] | None = None,
+  running_stats: dict[str, Array] | None = None,
   alignment_NS: Array | None = None,
 ) -> tuple[metrics.Sums, Array]:
   """Loss and metrics of some slots as sums with counts, and which slots have a loss not finite.
@@ -102,11 +102,11 @@ def batch_sums(
   The loss of an empty slot is finite and its weight zero. Leading axes of slots may be joined:
   any [N, S] whose rows hold runs of K slots will do.
   """
-  loss, answers = objective.loss, objective.answers
-  by = lambda x_NS: x_NS.reshape(-1, answers)
-  weight_BK, grade_BK = by(slots.weight_NS), by(slots.grade_NS)
+  loss, completions = objective.loss, objective.completions
+  by = lambda x_NS: x_NS.reshape(-1, completions)
+  weight_BK, score_BK = by(slots.weight_NS), by(slots.score_NS)
   weight_B = weight_BK[:, 0]
-  supplied = (memory or {}) | {"weight_B": weight_B}
+  supplied = (running_stats or {}) | {"weight_B": weight_B}
   if loss.kind == "text":
     policy = logprobs.PairLogps(logps_NS.reshape(-1), jnp.zeros(()))
     loss_B = loss(policy)
@@ -114,26 +114,26 @@ def batch_sums(
   elif loss.kind == "pairs":
     policy = logprobs.to_pairs(logps_NS, slots)
     reference = None if reference_NS is None else logprobs.to_pairs(reference_NS, slots)
-    loss_B = loss(policy, reference, margin_B=grade_BK[:, 0] - grade_BK[:, 1], **supplied)
+    loss_B = loss(policy, reference, margin_B=score_BK[:, 0] - score_BK[:, 1], **supplied)
     if alignment_NS is not None:
       # WPO: pairs the policy would hardly give itself count less. Zhou et al. 2024.
       loss_B = loss_B * jnp.exp(jnp.minimum(by(alignment_NS).sum(axis=1), 0.0))
     sums = metrics.pair_sums(policy, reference, loss_B, weight_B, loss.beta)
   elif loss.kind == "unpaired":
     policy, reference = logprobs.to_unpaired(logps_NS), logprobs.to_unpaired(reference_NS)
-    label_B = grade_BK[:, 0]
+    label_B = score_BK[:, 0]
     loss_B = loss(policy, reference, label_B=label_B, **supplied)
     sums = metrics.unpaired_sums(policy, reference, loss_B, weight_B, label_B, loss.beta)
   else:
-    policy = logprobs.to_ranked(logps_NS, slots, answers)
-    reference = logprobs.to_ranked(reference_NS, slots, answers)
+    policy = logprobs.to_ranked(logps_NS, slots, completions)
+    reference = logprobs.to_ranked(reference_NS, slots, completions)
     present_BK = weight_BK > 0
-    loss_B = loss(policy, reference, present_BK=present_BK, reward_BK=grade_BK, **supplied)
-    reward_BK = grade_BK if loss.samples else None
+    loss_B = loss(policy, reference, present_BK=present_BK, reward_BK=score_BK, **supplied)
+    reward_BK = score_BK if loss.samples else None
     sums = metrics.ranked_sums(
       policy, reference, loss_B, weight_B, present_BK, loss.beta, reward_BK
     )
-  bad_NS = jnp.repeat(~jnp.isfinite(loss_B), answers).reshape(logps_NS.shape)
+  bad_NS = jnp.repeat(~jnp.isfinite(loss_B), completions).reshape(logps_NS.shape)
   return sums, bad_NS & (slots.weight_NS > 0)
 
 
@@ -141,7 +141,7 @@ def loss_count(objective: Objective, slots: Slots) -> Array:
   """What the loss is averaged over: weighted tokens of text, weighted rows otherwise."""
   if objective.loss.kind == "text":
     return jnp.sum(slots.tokens_NS * slots.weight_NS)
-  return slots.weight_NS.reshape(-1, objective.answers)[:, 0].sum()
+  return slots.weight_NS.reshape(-1, objective.completions)[:, 0].sum()
 
 
 # --- the step -------------------------------------------------------------------------------------
@@ -149,18 +149,18 @@ def loss_count(objective: Objective, slots: Slots) -> Array:
 
 def train_step(
   state: TrainState,
-  ref_params: PyTree | None,
+  reference_params: PyTree | None,
   batch: TokenBatch,
   *,
   objective: Objective,
   tx: optax.GradientTransformation,
   axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
-  """One update of the policy; `ref_params` is read and never written.
+  """One update of the policy; `reference_params` is read and never written.
 
   Args:
     state: the policy, its optimiser, the step number and what else evolves.
-    ref_params: the frozen reference, which adapters also take their base from; None where the
+    reference_params: the frozen reference, which adapters also take their base from; None where the
       loss reads none, the state holds it or its log-probs are stored.
     batch: every array with a leading axis of micro-batches, whose gradients are added exactly.
     objective: what is minimised.
@@ -172,8 +172,9 @@ def train_step(
     `rows` and `tokens`, of data, that the batch held; `nonfinite_row_ANS`, of all slots of the
     global batch, the data row of one whose loss is not finite, and -1 for the others.
   """
-  fixed = ref_params if state.reference is None else state.reference
-  grads, sums, bad_ANS = _gradient(objective, state, fixed, batch, axis_name)
+  if state.reference is not None:
+    reference_params = state.reference
+  grads, sums, bad_ANS = _gradient(objective, state, reference_params, batch, axis_name)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   means = metrics.divide(sums)
@@ -181,7 +182,7 @@ def train_step(
     step=state.step + 1,
     params=params,
     opt_state=opt_state,
-    memory=objective.loss.remember(state.memory, means),
+    running_stats=objective.loss.update_running_stats(state.running_stats, means),
     reference=_followed(state, params, objective.sync),
   )
   facts = _facts(objective, batch, bad_ANS, axis_name)
@@ -194,7 +195,7 @@ def _facts(
   """What is told of a global batch beside its metrics."""
   bad_row_ANS = jnp.where(bad_ANS, batch.row_NS, -1)
   counts = {
-    "rows": (batch.row_NS >= 0).sum() // objective.answers,
+    "rows": (batch.row_NS >= 0).sum() // objective.completions,
     "tokens": (batch.pair_NL >= 0).sum(),
   }
   if axis_name is not None:
@@ -206,7 +207,7 @@ def _facts(
 def _gradient(
   objective: Objective,
   state: TrainState,
-  fixed: PyTree | None,
+  reference_params: PyTree | None,
   batch: TokenBatch,
   axis_name: str | None,
 ) -> tuple[PyTree, metrics.Sums, Array]:
@@ -218,12 +219,12 @@ def _gradient(
   count = total(loss_count(objective, slots_A))
   # d loss / d logps of some slots, their sums, and which are not finite.
   slope_fn = _globally(_slope, axis_name) if objective.loss.batch_wide else _slope
-  slope = functools.partial(slope_fn, objective, count, state.memory)
-  policy_fn = _policy_fn(objective, state.step, fixed)
+  slope = functools.partial(slope_fn, objective, count, state.running_stats)
+  policy_fn = _policy_fn(objective, state.step, reference_params)
 
   reference_ANS = None
   if objective.loss.needs_reference:
-    forward = objective.stored_fn or (lambda micro: objective.logps_fn(fixed, micro))
+    forward = objective.stored_fn or (lambda micro: objective.logps_fn(reference_params, micro))
     reference_ANS = jax.lax.stop_gradient(jax.lax.map(forward, batch))
   ready_A = None
   if objective.loss.batch_wide and len(batch.ids_NL) > 1:
@@ -255,7 +256,7 @@ def _gradient(
 
 
 def _policy_fn(
-  objective: Objective, index: Array, fixed: PyTree | None
+  objective: Objective, index: Array, reference_params: PyTree | None
 ) -> Callable[[PyTree, TokenBatch], Scored]:
   """(trained, micro-batch) -> `Scored` of the policy at a step."""
   keys: tuple[jax.Array, ...] = ()
@@ -264,7 +265,7 @@ def _policy_fn(
     keys = (jax.random.fold_in(jax.random.key(objective.dropout_seed), index),)
 
   def policy_fn(trained: PyTree, micro: TokenBatch) -> Scored:
-    params = objective.policy(trained, fixed)
+    params = objective.policy(trained, reference_params)
     if objective.scored_fn is None:
       return Scored(objective.logps_fn(params, micro, *keys))
     return objective.scored_fn(params, micro, *keys)
@@ -286,9 +287,9 @@ def _balance(routing: Routing, weight: float) -> tuple[Array, metrics.Sums]:
   return weight * slope_E, {"router/balance": (balance, jnp.ones(()))}
 
 
-def _slope(objective, count, memory, logps_NS, reference_NS, slots, alignment_NS=None):
+def _slope(objective, count, running_stats, logps_NS, reference_NS, slots, alignment_NS=None):
   def mean_loss(logps_NS):
-    sums, bad_NS = batch_sums(objective, logps_NS, reference_NS, slots, memory, alignment_NS)
+    sums, bad_NS = batch_sums(objective, logps_NS, reference_NS, slots, running_stats, alignment_NS)
     return sums["loss"][0] / count, (sums, bad_NS)
 
   slope_NS, (sums, bad_NS) = jax.grad(mean_loss, has_aux=True)(logps_NS)
@@ -303,10 +304,10 @@ def _globally(fn, axis_name):
   if axis_name is None:
     return fn
 
-  def over_devices(objective, count, memory, *parts):
+  def over_devices(objective, count, running_stats, *parts):
     rows = len(parts[0])
     gather = lambda x: jax.lax.all_gather(x, axis_name, tiled=True)
-    slope_NS, sums, bad_NS = fn(objective, count, memory, *jax.tree.map(gather, parts))
+    slope_NS, sums, bad_NS = fn(objective, count, running_stats, *jax.tree.map(gather, parts))
     start = jax.lax.axis_index(axis_name) * rows
     own = lambda x_NS: jax.lax.dynamic_slice_in_dim(x_NS, start, rows)
     return own(slope_NS), sums, own(bad_NS)

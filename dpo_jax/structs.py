@@ -41,12 +41,12 @@ class UnpairedLogps(NamedTuple):
   """Summed log-probabilities, in nats, of B answers that were each judged by themselves.
 
   Attributes:
-    answer_B: of the judged answer to its own prompt.
+    completion_B: of the judged answer to its own prompt.
     mismatched_B: of an answer to another prompt behind this prompt, from which the distance
       between policy and reference is estimated.
   """
 
-  answer_B: Array
+  completion_B: Array
   mismatched_B: Array
 
 
@@ -56,7 +56,7 @@ class RankedLogps(NamedTuple):
   Token counts as in `PairLogps`. Rows of fewer than K answers are filled up at their end.
   """
 
-  answers_BK: Array
+  completions_BK: Array
   tokens_BK: Array | None = None
 
 
@@ -81,14 +81,14 @@ class TokenBatch(NamedTuple):
     weight_NS: float32 weight of the pair that the slot belongs to; 0 is an empty slot, or one whose
       answer is absent because another row has more. The K slots of a pair are neighbours, chosen
       first, so `reshape(-1, K)` of any [N, S] array lists pairs.
-    grade_NS: float32 what is known of the answer in the slot besides its order: its reward, or for
+    score_NS: float32 what is known of the answer in the slot besides its order: its reward, or for
       an answer judged by itself 1 if it is desirable and 0 if not; 0 where nothing is known.
     row_NS: int32 row of the data set that the slot came from; -1 is an empty or absent one.
     reference_NL: float32 log-prob of the target under the reference, nats, where that is stored; 0
       where nothing is scored. None where the reference is computed along.
-    text_GTW: int32 flat position, as in `scored_GM`, of the token at each position of each text, a
-      prompt with one answer; one past the end behind the text. None where attention takes the rows
-      as they are.
+    sequence_GTW: int32 flat position, as in `scored_GM`, of the token at each position of each
+      sequence, a prompt with one answer; one past the end behind the sequence. None where attention
+      takes the rows as they are.
     place_NLK: int32 flat place (text * W + position) of the token in each of its group's texts that
       has it, those first; T * W fills what is left over. K is 1 where no text shares a token.
   """
@@ -102,10 +102,10 @@ class TokenBatch(NamedTuple):
   weight_NL: Array
   scored_GM: Array
   weight_NS: Array
-  grade_NS: Array
+  score_NS: Array
   row_NS: Array
   reference_NL: Array | None = None
-  text_GTW: Array | None = None
+  sequence_GTW: Array | None = None
   place_NLK: Array | None = None
 
 

@@ -66,7 +66,7 @@ def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
   processes.start(section.coordinator, section.processes, section.process)
   with processes.Touch(), processes.quiet(), contextlib.ExitStack() as stack:
     workdirs.check(workdir, config.to_json_best_effort())
-    if workdir.exists() and processes.first():
+    if workdir.exists() and processes.is_main_process():
       stack.enter_context(workdirs.alone(workdir))
     _execute(config, workdir, stack)
 
@@ -78,7 +78,7 @@ def _execute(config: ConfigDict, workdir: pathlib.Path, stack: contextlib.ExitSt
       " that exists, --config.model.path=DIR, or train the model itself"
     )
   new = not workdir.exists()
-  run, trained, frozen, ledger = build(config, workdir)
+  run, trained, reference_params, ledger = build(config, workdir)
 
   def claim() -> None:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def _execute(config: ConfigDict, workdir: pathlib.Path, stack: contextlib.ExitSt
       stack.enter_context(workdirs.alone(workdir))
     workdirs.claim(workdir, config.to_json_best_effort(indent=2), ledger)
 
-  final = train(run, trained, frozen, lambda: processes.on_first(claim, "claim"))
+  final = train(run, trained, reference_params, lambda: processes.on_main_process(claim, "claim"))
   _export(run, final)
 
 
@@ -97,7 +97,7 @@ def _export(run: Run, final: PyTree) -> None:
   print(f"exporting to {out}", flush=True)
   if run.adapter:
     final = jax.tree.map(gathered, final)
-  if processes.first():
+  if processes.is_main_process():
     if run.adapter:
       peft.save(out, run.model_config, final, run.adapter, source=source)
     else:
@@ -112,12 +112,14 @@ def _export(run: Run, final: PyTree) -> None:
 # -- training ------------------------------------------------------------------------------------
 
 
-def train(run: Run, trained: PyTree, frozen: PyTree | None, claim: Callable[[], None]) -> PyTree:
+def train(
+  run: Run, trained: PyTree, reference_params: PyTree | None, claim: Callable[[], None]
+) -> PyTree:
   """From the initial parameters, or the latest checkpoint, to the last step.
 
   Args:
     run: the run.
-    trained, frozen: as `build` returns them; taken over, and gone afterwards.
+    trained, reference_params: as `build` returns them; taken over, and gone afterwards.
     claim: makes the workdir this run's own; called when nothing but training is left to fail.
 
   Returns:
@@ -127,27 +129,30 @@ def train(run: Run, trained: PyTree, frozen: PyTree | None, claim: Callable[[], 
   start = latest_step(directory) or 0
   init = functools.partial(step.init_state, tx=run.tx, loss=run.objective.loss)
   follows = run.objective.sync is not None  # then it is part of what evolves
-  like = jax.eval_shape(init, trained)._replace(reference=frozen if follows else None)
+  like = jax.eval_shape(init, trained)._replace(reference=reference_params if follows else None)
   like = run.executor.abstract(like)
-  sampler = run.material.sampler
+  sampler = run.data.sampler
   sizes = None
   if sampler:
-    sizes = sampler.sizes(run.executor.alone(run.objective.policy(trained, frozen)))
-  feed_after = functools.partial(datasets.make_feed, run.config, run.material, sizes)
-  processes.agree(_facts(run))
-  placed = None if frozen is None else run.executor.place(frozen)
-  placed = fill_store(run, placed)
+    sizes = sampler.sizes(
+      run.executor.gather_locally(run.objective.policy(trained, reference_params))
+    )
+  feed_after = functools.partial(datasets.make_feed, run.config, run.data, sizes)
+  processes.assert_consistent(_facts(run))
+  if reference_params is not None:
+    reference_params = run.executor.place(reference_params)
+  reference_params = fill_store(run, reference_params)
   if start:
     # The checkpoint's take their place.
     jax.tree.map(lambda x: x.delete() if isinstance(x, jax.Array) else None, trained)
   else:
     state = run.executor.compile_init(init)(run.executor.place(trained))
-    prove(run, state, placed, feed_after(0))
+    prove(run, state, reference_params, feed_after(0))
     if follows:
-      state = state._replace(reference=placed)
+      state = state._replace(reference=reference_params)
   if follows:
-    placed = None
-  del trained, frozen
+    reference_params = None
+  del trained
   claim()
   ranks = run.objective.loss.kind in ("pairs", "ranked")
   checkpoints = Checkpoints(
@@ -162,24 +167,24 @@ def train(run: Run, trained: PyTree, frozen: PyTree | None, claim: Callable[[], 
       start, saved = checkpoints.restore_latest(like)
       state = run.executor.place(saved)
       del saved
-    parts = {"policy": like.params, "optimiser": like.opt_state, "reference": placed}
-    if placed is not None:
-      executor.assert_separate(state, placed)
+    parts = {"policy": like.params, "optimiser": like.opt_state, "reference": reference_params}
+    if reference_params is not None:
+      executor.assert_separate(state, reference_params)
     logs = Silent()
-    if processes.first():
+    if processes.is_main_process():
       logs = Loggers(run.workdir, start_step=start, total_steps=run.steps)
     with preemption.Notice() as notice, logs as log:
       if start:
         log.say(f"resuming after step {start} of {run.steps}")
       feed = feed_after(start, share=run.executor.share)
       with memory.told(parts, memory.limit()):
-        state = _loop(run, state, placed, feed, start, checkpoints, log, notice)
+        state = _loop(run, state, reference_params, feed, start, checkpoints, log, notice)
   finally:
     checkpoints.close()
-  return run.executor.single(state.params)
+  return run.executor.unreplicate(state.params)
 
 
-def _loop(run, state, frozen, feed, start, checkpoints, log, notice) -> step.TrainState:
+def _loop(run, state, reference_params, feed, start, checkpoints, log, notice) -> step.TrainState:
   """Steps start + 1 to the last, with evaluation and checkpoints where they fall due.
 
   At a notice it saves and exits, after the step that it is at.
@@ -187,17 +192,17 @@ def _loop(run, state, frozen, feed, start, checkpoints, log, notice) -> step.Tra
   take = run.executor.compile_step(
     functools.partial(step.train_step, objective=run.objective, tx=run.tx)
   )
-  judge = _Judge(run, frozen)
+  judge = _Judge(run, reference_params)
   if start == 0 and judge.ready:
     log.write_eval(0, judge(state))
   meter, shapes = _Meter(run, checkpoints, log), set()
   for index in range(start + 1, run.steps + 1):
-    batch, facts = feed(index, _policy(run, state, frozen) if run.material.sampler else None)
+    batch, facts = feed(index, _policy(run, state, reference_params) if run.data.sampler else None)
     shape = tuple(x.shape for x in jax.tree.leaves(batch))
     if shapes and shape not in shapes:
       log.say(f"step {index}: compiles for batches of another shape, number {len(shapes) + 1}")
     shapes.add(shape)
-    state, means = take(state, frozen, run.executor.place_batch(batch))
+    state, means = take(state, reference_params, run.executor.place_batch(batch))
     meter.add(index, means, facts, batch)
     evaluating = judge.ready and (index == run.steps or _due(index, run.config.eval.every))
     leaving = notice.leaving(index) and index < run.steps
@@ -209,7 +214,7 @@ def _loop(run, state, frozen, feed, start, checkpoints, log, notice) -> step.Tra
     if scores:
       log.write_eval(index, scores)
     if saving:
-      checkpoints.save(index, run.executor.single(state), scores)
+      checkpoints.save(index, run.executor.unreplicate(state), scores)
     if leaving:
       checkpoints.wait()
       preemption.leave(index)
@@ -217,10 +222,12 @@ def _loop(run, state, frozen, feed, start, checkpoints, log, notice) -> step.Tra
   return state
 
 
-def _policy(run: Run, state: step.TrainState, frozen: PyTree | None) -> PyTree:
+def _policy(run: Run, state: step.TrainState, reference_params: PyTree | None) -> PyTree:
   """The policy's parameters, one copy of them, on device."""
-  here = run.executor.here
-  return run.objective.policy(here(state.params), None if frozen is None else here(frozen))
+  local_copy = run.executor.local_copy
+  return run.objective.policy(
+    local_copy(state.params), None if reference_params is None else local_copy(reference_params)
+  )
 
 
 def _due(index: int, every: int) -> bool:
@@ -230,20 +237,18 @@ def _due(index: int, every: int) -> bool:
 class _Judge:
   """Held-out metrics, and facts of samples; a frozen reference's log-probs are computed once."""
 
-  def __init__(self, run: Run, frozen: PyTree | None):
-    settings, material = run.config, run.material
-    self.run, self.frozen = run, frozen
+  def __init__(self, run: Run, reference_params: PyTree | None):
+    settings, data = run.config, run.data
+    self.run, self.reference_params = run, reference_params
     self.probe = _probe(run)
     self.forward = run.executor.compile_forward(run.objective.logps_fn)
     size = settings.eval.batch_size or settings.train.batch_size // settings.train.accumulate
     self.batches: list[TokenBatch] = []
-    if material.held_out and material.sampler is None:
-      self.batches = list(
-        batches.eval_batches(material.held_out, batch_size=size, **material.batching)
-      )
+    if data.held_out and data.sampler is None:
+      self.batches = list(batches.eval_batches(data.held_out, batch_size=size, **data.batching))
     self.reference = self._stored()
     if self.reference is None:
-      self.reference = self._logps(frozen if run.objective.loss.needs_reference else None)
+      self.reference = self._logps(reference_params if run.objective.loss.needs_reference else None)
     self.ready = bool(self.batches or self.probe)
 
   def _logps(self, params: PyTree | None) -> np.ndarray | None:
@@ -268,19 +273,20 @@ class _Judge:
 
   def _both(self, state: step.TrainState) -> tuple[PyTree, PyTree | None]:
     """One copy of the policy and of the reference, which share the base of adapters."""
-    here = self.run.executor.here
-    fixed = self.frozen if state.reference is None else state.reference
-    fixed = None if fixed is None else here(fixed)
-    policy = self.run.objective.policy(here(state.params), fixed)
-    return policy, fixed if self.run.objective.loss.needs_reference else None
+    local_copy = self.run.executor.local_copy
+    reference_params = self.reference_params if state.reference is None else state.reference
+    if reference_params is not None:
+      reference_params = local_copy(reference_params)
+    policy = self.run.objective.policy(local_copy(state.params), reference_params)
+    return policy, reference_params if self.run.objective.loss.needs_reference else None
 
   def _means(self, state: step.TrainState) -> dict[str, float]:
     slots = jax.tree.map(lambda *x: np.concatenate(x), *map(logprobs.slots_of, self.batches))
     followed = self._logps(state.reference)
     reference = self.reference if followed is None else followed
-    memory = self.run.executor.fetch(state.memory)
-    policy = self._logps(self.run.objective.policy(state.params, self.frozen))
-    sums, _ = step.batch_sums(self.run.objective, policy, reference, slots, memory)
+    running_stats = self.run.executor.to_host(state.running_stats)
+    policy = self._logps(self.run.objective.policy(state.params, self.reference_params))
+    sums, _ = step.batch_sums(self.run.objective, policy, reference, slots, running_stats)
     return {k: float(v) for k, v in metrics.divide(sums).items()}
 
 
@@ -291,10 +297,10 @@ def _probe(run: Run) -> sample_probe.Probe | None:
   return sample_probe.make_probe(
     run.model_config,
     run.objective.logps_fn,
-    run.material.held_out,
+    run.data.held_out,
     samples=run.config.eval.samples,
     eos_ids=rollouts.eos_ids(run.model_config, run.tokenizer),
-    max_tokens=run.config.on_policy.max_tokens if run.material.sampler else 0,
+    max_tokens=run.config.on_policy.max_tokens if run.data.sampler else 0,
     seed=run.config.seed,
   )
 
@@ -364,7 +370,7 @@ def _facts(run: Run) -> dict[str, Any]:
   return {
     **{f"config.{name}": value for name, value in config.items()},
     "the code": processes.code_digest(),
-    "the data": datasets.digest(run.material),
+    "the data": datasets.digest(run.data),
     "the model folder": [safetensors_files.sampled_digest(pathlib.Path(path)) for path in folders],
     "what the reference store lacks": [len(some) for some in run.lacking],
     "how far the run has come": latest_step(run.workdir / "checkpoints"),
@@ -374,7 +380,9 @@ def _facts(run: Run) -> dict[str, Any]:
 # -- the run proves itself -----------------------------------------------------------------------
 
 
-def prove(run: Run, state: step.TrainState, frozen: PyTree | None, feed: datasets.Feed) -> None:
+def prove(
+  run: Run, state: step.TrainState, reference_params: PyTree | None, feed: datasets.Feed
+) -> None:
   """Checks on the first pairs that the policy is the reference and the loss what it must then be.
 
   With a reference of its own folder, or one rounded to a narrower type, the two differ: then the
@@ -383,26 +391,28 @@ def prove(run: Run, state: step.TrainState, frozen: PyTree | None, feed: dataset
   Raises:
     UserError: the parts do not belong together; nothing has been trained or written yet.
   """
-  batch, _ = feed(1, _policy(run, state, frozen) if run.material.sampler else None)
+  batch, _ = feed(1, _policy(run, state, reference_params) if run.data.sampler else None)
   first = jax.tree.map(lambda x: x[:1], batch)
   micro = jax.tree.map(lambda x: x[0], first)
   forward = run.executor.compile_forward(run.objective.logps_fn)
-  policy_NS = forward(run.objective.policy(state.params, frozen), first)
+  policy_NS = forward(run.objective.policy(state.params, reference_params), first)
   if not np.isfinite(policy_NS).all():
     raise UserError(
       f"the model gives log-probs that are not finite before any training, on rows"
       f" {sorted(set(micro.row_NS[~np.isfinite(policy_NS)].tolist()))[:8]}; its weights or its"
       " configuration are broken"
     )
-  if run.material.sampler is None:
-    example, decode = run.material.examples[0], run.tokenizer.decode
-    print(f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.answers[0])[:60]!r}")
+  if run.data.sampler is None:
+    example, decode = run.data.examples[0], run.tokenizer.decode
+    print(f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.completions[0])[:60]!r}")
   if not run.objective.loss.needs_reference:
     return
   stored_fn = run.objective.stored_fn
-  reference_NS = forward(frozen, first) if stored_fn is None else np.asarray(stored_fn(micro))
+  reference_NS = (
+    forward(reference_params, first) if stored_fn is None else np.asarray(stored_fn(micro))
+  )
   sums = lambda x_NS: step.batch_sums(
-    run.objective, x_NS, reference_NS, logprobs.slots_of(micro), run.objective.loss.memory
+    run.objective, x_NS, reference_NS, logprobs.slots_of(micro), run.objective.loss.running_stats
   )[0]
   loss = lambda x_NS: float(metrics.divide(sums(x_NS))["loss"])
   found, expected = loss(policy_NS), loss(reference_NS)

@@ -88,28 +88,28 @@ def outline(config: ConfigDict, lengths: Lengths) -> Outline:
   attention = setup.choose_attention(config, model_config, executor)
   _, objective = setup.make_objective(config, model_config, loss, settings, attention)
   _, tx = setup.make_optimizer(config, config.train.steps or 1000)
-  objective = objective._replace(answers=_answers(config, loss))
+  objective = objective._replace(completions=_answers(config, loss))
 
   live = loss.needs_reference and not config.reference.store
   shapes = transformer.param_shapes(model_config)
   policy = _as(shapes, config.model.param_dtype)
-  trained, frozen = policy, _as(shapes, config.reference.param_dtype) if live else None
+  trained, reference_params = policy, _as(shapes, config.reference.param_dtype) if live else None
   if settings:
     start = peft.load(config.lora.path, model_config)[1] if config.lora.path else None
     trained = _shapes_of(start or lora.init(model_config, settings, config.seed))
-    frozen = lora.attach(policy, trained, settings.scale) if start else policy
+    reference_params = lora.attach(policy, trained, settings.scale) if start else policy
   state = jax.eval_shape(functools.partial(step.init_state, tx=tx, loss=loss), trained)
   if objective.sync:
-    state, frozen = state._replace(reference=frozen), None
+    state, reference_params = state._replace(reference=reference_params), None
   return Outline(
     executor=executor,
     take=functools.partial(step.train_step, objective=objective, tx=tx),
     state=executor.abstract(state),
-    reference=None if frozen is None else executor.abstract(frozen),
+    reference=None if reference_params is None else executor.abstract(reference_params),
     batch=_batch(
       config,
       model_config.vocab,
-      objective.answers,
+      objective.completions,
       lengths,
       groups=executor.groups,
       texts=attention in attention_kernels.TEXTS,
@@ -184,7 +184,7 @@ def _shapes_of(tree: PyTree) -> PyTree:
 
 
 def _batch(
-  config: ConfigDict, vocab: int, answers: int, lengths: Lengths, **batching: Any
+  config: ConfigDict, vocab: int, completions: int, lengths: Lengths, **batching: Any
 ) -> TokenBatch:
   """A batch of synthetic rows, laid out as those of training are."""
   rows = timing.make_pairs(
@@ -200,7 +200,7 @@ def _batch(
   examples = []
   for number, row in enumerate(rows):
     two = [array(row["chosen_ids"]), array(row["rejected_ids"])]
-    some = tuple((two * answers)[:answers])
+    some = tuple((two * completions)[:completions])
     known = tuple(np.zeros(len(ids), np.float32) for ids in some) if config.reference.store else ()
     examples.append(Example(array(row["prompt_ids"]), some, row=number, reference=known))
   stream = batches.batches(

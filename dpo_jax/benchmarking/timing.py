@@ -66,9 +66,9 @@ def make_pairs(
     return np.exp(np.log(mean) - sigma**2 / 2 + sigma * rng.standard_normal(shape))
 
   prompts = draw(mean_length * prompt_fraction, pairs)
-  answers = draw(mean_length * (1 - prompt_fraction), pairs, 2)
+  completions = draw(mean_length * (1 - prompt_fraction), pairs, 2)
   words = lambda count: rng.integers(FIRST_WORD, vocab, count).tolist()
-  for drawn, both in zip(prompts, answers, strict=True):
+  for drawn, both in zip(prompts, completions, strict=True):
     prompt = int(np.clip(drawn, 4, max_length - shortest))
     chosen, rejected = np.clip(both, shortest, max_length - prompt).astype(int).tolist()
     yield {
@@ -245,29 +245,29 @@ def _stepper(
   executor = run.executor
   init = functools.partial(step.init_state, tx=run.tx, loss=run.objective.loss)
   state = executor.compile_init(init)(executor.place(params))
-  placed = None if reference is None else executor.place(reference)
-  placed = fill_store(run, placed)
+  reference_params = None if reference is None else executor.place(reference)
+  reference_params = fill_store(run, reference_params)
   compiled = executor.compile_step(
     functools.partial(step.train_step, objective=run.objective, tx=run.tx)
   )
 
   def take(batch: TokenBatch) -> dict[str, Any]:
     nonlocal state
-    state, means = compiled(state, placed, executor.place_batch(batch))
+    state, means = compiled(state, reference_params, executor.place_batch(batch))
     return executor.metrics_to_host(means)
 
   return take
 
 
 def _stream(run: Run, steps: int) -> Iterator[TokenBatch]:
-  feed = datasets.make_feed(run.config, run.material, None, 0, share=run.executor.share)
+  feed = datasets.make_feed(run.config, run.data, None, 0, share=run.executor.share)
   return (feed(k, None)[0] for k in range(1, steps + 1))
 
 
 def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
   """What is known of every block, in the order in which they ran."""
   stream, results = _stream(run, pace.steps), []
-  by_row = {example.row: example for example in run.material.examples}
+  by_row = {example.row: example for example in run.data.examples}
   for _ in range(pace.warmup):
     take(next(stream))
   for tell in pacing.turns(pace):
@@ -281,10 +281,10 @@ def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
         take(batch)
         seen += batch.row_NS[batch.row_NS >= 0].tolist()
         real, room = real + (batch.pair_NL >= 0).sum(), room + batch.pair_NL.size
-    answers = len(run.material.examples[0].answers)
+    completions = len(run.data.examples[0].completions)
     # Every answer of a row is a slot of its own: each row is seen once an answer.
-    counts = np.sum([_tokens(by_row[row]) for row in seen], axis=0) / answers
-    counts = [len(seen) / answers, *counts, real, room]
+    counts = np.sum([_tokens(by_row[row]) for row in seen], axis=0) / completions
+    counts = [len(seen) / completions, *counts, real, room]
     pairs, distinct, scored, repeated, real, room = _of_all(counts)
     results.append(
       {
@@ -309,16 +309,16 @@ def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
 
 def _of_all(counts: Sequence[float]) -> list[float]:
   """Added up over the processes of this run."""
-  if not processes.several():
+  if not processes.is_multiprocess():
     return list(map(float, counts))
   return multihost_utils.process_allgather(np.asarray(counts, np.float32)).sum(axis=0).tolist()
 
 
 def _tokens(example: Example) -> tuple[int, int, int]:
   """Distinct input tokens of a pair, how many are scored, and all with the prompt in each text."""
-  scored = sum(len(answer) for answer in example.answers)
+  scored = sum(len(answer) for answer in example.completions)
   prompt = len(example.prompt)
-  return prompt - 1 + scored, scored, len(example.answers) * prompt + scored
+  return prompt - 1 + scored, scored, len(example.completions) * prompt + scored
 
 
 def peak_memory_mb() -> float:

@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
   if FLAGS.generate:
     result = timing.measure_generation(
       run.model_config,
-      run.executor.single(run.executor.place(params)),
+      run.executor.unreplicate(run.executor.place(params)),
       rows=FLAGS.rows,
       prompt_tokens=FLAGS.prompt_tokens,
       new_tokens=FLAGS.new_tokens,
@@ -94,5 +94,5 @@ def main(argv: list[str]) -> None:
     )
   else:
     result = timing.measure(run, params, reference, pace=pace, started=started)
-  if processes.first():
+  if processes.is_main_process():
     print(json.dumps(result))

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
   prompts = every[FLAGS.skip :][: FLAGS.limit]
   if not prompts:
     raise UserError(f"--skip={FLAGS.skip} leaves none of {FLAGS.prompts}'s {len(every)} prompts")
-  drawn = rollouts.draw(
+  rollout = rollouts.sample(
     rollouts.load(FLAGS.model),
     prompts,
     reward,
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     temperature=FLAGS.temperature,
     seed=FLAGS.seed,
   )
-  rows = rollouts.label(drawn, seed=FLAGS.seed)
+  rows = rollouts.label(rollout, seed=FLAGS.seed)
   if not rows:
     raise UserError(
       f"every pair of answers is equal, so {FLAGS.out} is not written; raise --temperature"
@@ -66,5 +66,5 @@ def main(argv: list[str]) -> None:
   better = sum(row["chosen_reward"] > row["rejected_reward"] for row in rows)
   print(
     f"{FLAGS.out}: {len(rows)} pairs ({total - len(rows)} of equal answers left out);"
-    f" mean reward {drawn.reward_XS.mean():.2f}, chosen is the better in {better / len(rows):.1%}"
+    f" mean reward {rollout.reward_XS.mean():.2f}, chosen is the better in {better / len(rows):.1%}"
   )

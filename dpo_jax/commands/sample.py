@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
   )
 
   _, params = peft.load_model(FLAGS.model, shardings=executor.Executor().home)
-  answers = sampler.generate(
+  completions = sampler.generate(
     config,
     params,
     prompt_ids,
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
     ends=stops.ends if stops.texts else None,
     **knobs,
   )
-  rows = rollouts.rows_of(stops, prompts, prompt_ids, answers)
+  rows = rollouts.rows_of(stops, prompts, prompt_ids, completions)
   if FLAGS.out:
     rollouts.write_rows(FLAGS.out, rows)
     print(f"{len(prompts) * FLAGS.num} samples of {len(prompts)} prompts in {FLAGS.out}")

@@ -76,14 +76,14 @@ class Template:
       raise RowError("chat template: where an answer begins cannot be told")
     return waiting + head.removeprefix(here).rstrip(" ")
 
-  def texts(self, talk: Conversation, answers: Sequence[Messages]) -> tuple[str, list[str]]:
+  def texts(self, talk: Conversation, completions: Sequence[Messages]) -> tuple[str, list[str]]:
     """`start`, and what the template writes of each answer behind it, the turn's end included.
 
     Raises:
       RowError: as `start`; or an answer does not begin where the prompt ends.
     """
     start = self.start(talk)
-    return start, [self._reply(talk, answer, start) for answer in answers]
+    return start, [self._reply(talk, answer, start) for answer in completions]
 
   def _reply(self, talk: Conversation, answer: Messages, start: str) -> str:
     whole = self._write(talk, answer)

@@ -14,7 +14,7 @@ A batch holds exactly the pairs it is given, whatever the layout. Only the paddi
 rounded, so that few shapes are ever compiled: see `packing.Sizes`.
 
 Prompts with fewer answers than others are filled up to K with absent ones (`examples.fill_up`). An
-absent answer has no tokens, and its slot is an empty one: weight 0, grade 0, data row -1.
+absent answer has no tokens, and its slot is an empty one: weight 0, score 0, data row -1.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def fit_sizes(
 ) -> Sizes:
   """Sizes that these batches share, but for those above `quantile` in rows: see `packing.fit`."""
   places = [packing.place(*lengths(batch), layout, row_length) for batch in batches]
-  answers = lengths(batches[0])[1].shape[1]
-  return packing.fit(places, answers, layout, groups, quantile, steps, texts)
+  completions = lengths(batches[0])[1].shape[1]
+  return packing.fit(places, completions, layout, groups, quantile, steps, texts)
 
 
 def collate(
@@ -122,7 +122,7 @@ def collate(
     sizes: what shapes are rounded up to, from `fit_sizes`; by default what this batch needs.
     share: (i, H) gives the rows of the i-th of H hosts, whose groups they are: put together they
       are the batch, whatever H is. Of examples that know their `lengths`, only those are read.
-    texts: whether texts are listed, `text_GTW` and `place_NLK`; if sizes are given, they say.
+    texts: whether texts are listed, `sequence_GTW` and `place_NLK`; if sizes are given, they say.
 
   Returns:
     The batch, numpy arrays.
@@ -145,12 +145,12 @@ def collate_many(
   """`collate` of A micro-batches into arrays of one shape, with A as their leading axis."""
   for batch in micro_batches:
     check_fits(batch, layout, row_length)
-  answers = lengths(micro_batches[0])[1].shape[1]
-  most_pairs = sizes.slots // answers if sizes else None
+  completions = lengths(micro_batches[0])[1].shape[1]
+  most_pairs = sizes.slots // completions if sizes else None
   places = [
     packing.place(*lengths(batch), layout, row_length, most_pairs) for batch in micro_batches
   ]
-  sizes = sizes or packing.fit(places, answers, layout, groups, texts=texts)
+  sizes = sizes or packing.fit(places, completions, layout, groups, texts=texts)
   places, shape = packing.shape_of(places, sizes, layout, groups, row_length)
   stored = bool(micro_batches[0][0].reference)
   filled = [
@@ -158,7 +158,7 @@ def collate_many(
     for batch, place in zip(micro_batches, places, strict=True)
   ]
   if shape.texts:
-    copies = answers if layout == "shared" else 1
+    copies = completions if layout == "shared" else 1
     listed = functools.partial(with_texts, texts=shape.texts, width=shape.width, copies=copies)
     filled = list(map(listed, filled))
   stack = lambda arrays: None if arrays[0] is None else np.stack(arrays)
@@ -209,12 +209,12 @@ class _Pieces(NamedTuple):
 def _pieces(measured: Measured, places: Places, length: int, layout: str) -> _Pieces:
   """Of examples whose texts lie one behind the other, in rows of so many tokens."""
   prompt_B, tokens_BK = measured.lengths
-  answers = tokens_BK.shape[1]
+  completions = tokens_BK.shape[1]
   # Which branch each piece of an example is, and which text of it.
-  every = np.arange(1, answers + 1)
+  every = np.arange(1, completions + 1)
   if layout == "shared":
     branch_P = np.concatenate([[0], every])
-    text_P = np.zeros(answers + 1, np.int64)
+    text_P = np.zeros(completions + 1, np.int64)
   else:
     branch_P = np.stack([np.zeros_like(every), every], axis=1).reshape(-1)
     text_P = np.repeat(every - 1, 2)
@@ -233,7 +233,7 @@ def _pieces(measured: Measured, places: Places, length: int, layout: str) -> _Pi
     row_BP = places.row_B[:, None]
     column_BP = places.column_B[:, None] + np.cumsum(length_BP, 1) - length_BP
     pair_BP = places.order_B[:, None] * (text_P[-1] + 1) + text_P
-    slot_BP = places.order_B[:, None] * answers + np.maximum(branch_P - 1, 0)
+    slot_BP = places.order_B[:, None] * completions + np.maximum(branch_P - 1, 0)
   return _Pieces(
     length_BP=length_BP,
     source_BP=choose(start_B[:, None], before_BK),
@@ -259,7 +259,7 @@ def _fill(
   log-probs of the reference.
   """
   prompt_B, tokens_BK = measured.lengths
-  texts = [ids for example in examples for ids in (example.prompt, *example.answers)]
+  texts = [ids for example in examples for ids in (example.prompt, *example.completions)]
   flat = np.concatenate([*texts, np.zeros(1, np.int32)])
   pieces = _pieces(measured, places, shape.length, layout)
 
@@ -322,10 +322,10 @@ def _slot_arrays(
   layout: str,
   shape: Shape,
 ) -> dict[str, np.ndarray]:
-  """Weights, grades and data rows of the slots."""
-  answers = tokens_BK.shape[1]
-  first_B = places.row_B * shape.slots + (0 if layout == "padded" else places.order_B * answers)
-  at_BK = first_B[:, None] + np.arange(answers)
+  """Weights, scores and data rows of the slots."""
+  completions = tokens_BK.shape[1]
+  first_B = places.row_B * shape.slots + (0 if layout == "padded" else places.order_B * completions)
+  at_BK = first_B[:, None] + np.arange(completions)
   present_BK = tokens_BK > 0
   weight_X = np.zeros(shape.rows * shape.slots, np.float32)
   weight_B = np.array([example.weight for example in examples], np.float32)
@@ -333,12 +333,12 @@ def _slot_arrays(
   row_X = np.full(shape.rows * shape.slots, -1, np.int32)
   row_B = np.array([example.row for example in examples], np.int32)
   row_X[at_BK] = np.where(present_BK, row_B[:, None], -1)
-  grade_X = np.zeros(shape.rows * shape.slots, np.float32)
-  if examples and examples[0].grades:
-    grade_X[at_BK] = np.array([example.grades for example in examples], np.float32)
+  score_X = np.zeros(shape.rows * shape.slots, np.float32)
+  if examples and examples[0].scores:
+    score_X[at_BK] = np.array([example.scores for example in examples], np.float32)
   return {
     "weight_NS": weight_X.reshape(shape.rows, shape.slots),
-    "grade_NS": grade_X.reshape(shape.rows, shape.slots),
+    "score_NS": score_X.reshape(shape.rows, shape.slots),
     "row_NS": row_X.reshape(shape.rows, shape.slots),
   }
 
@@ -350,7 +350,7 @@ def _slot_arrays(
 
 
 def with_texts(batch: TokenBatch, *, texts: int, width: int, copies: int) -> TokenBatch:
-  """Lists the texts that the rows of a batch hold: `text_GTW` and `place_NLK`.
+  """Lists the texts that the rows of a batch hold: `sequence_GTW` and `place_NLK`.
 
   P lists pairs of a row.
 
@@ -384,8 +384,10 @@ def with_texts(batch: TokenBatch, *, texts: int, width: int, copies: int) -> Tok
   place_XK = np.where(held_XK, number_XK * width + position_X[:, None], texts * width)
   place_NLK[row_X, column_X] = place_XK
   block = rows // groups
-  text_GTW = np.full((groups, texts * width), block * length, np.int32)
+  sequence_GTW = np.full((groups, texts * width), block * length, np.int32)
   group_XK = np.broadcast_to((row_X // block)[:, None], held_XK.shape)
   at_XK = np.broadcast_to((row_X % block * length + column_X)[:, None], held_XK.shape)
-  text_GTW[group_XK[held_XK], place_XK[held_XK]] = at_XK[held_XK]
-  return batch._replace(text_GTW=text_GTW.reshape(groups, texts, width), place_NLK=place_NLK)
+  sequence_GTW[group_XK[held_XK], place_XK[held_XK]] = at_XK[held_XK]
+  return batch._replace(
+    sequence_GTW=sequence_GTW.reshape(groups, texts, width), place_NLK=place_NLK
+  )

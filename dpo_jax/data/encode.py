@@ -120,29 +120,29 @@ class Encoder:
     with _at(first) as row:
       return readers.detect(row, self.fields, kind=self.kind).name
 
-  def _cut(self, where, prompt, answers, preference: Preference) -> Encoded | Dropped:
-    largest = max(int(ids.max()) for ids in (prompt, *answers))
+  def _cut(self, where, prompt, completions, preference: Preference) -> Encoded | Dropped:
+    largest = max(int(ids.max()) for ids in (prompt, *completions))
     if largest >= self.tokenizer.vocab_size:
       raise UserError(
         f"{where}: token id {largest} is not in the tokenizer, whose ids go to"
         f" {self.tokenizer.vocab_size - 1}; the rows were made with another"
       )
-    before = (prompt, *answers)
+    before = (prompt, *completions)
     kept = truncate(
       prompt,
-      answers,
+      completions,
       max_length=self.max_length,
       prompt_floor=self.prompt_floor,
       mode=self.truncation,
       bos_id=self.tokenizer.bos_id if self.tokenizer.adds_bos else None,
     )
     if kept is None:
-      return Dropped(where, "too long", max(map(len, answers)))
-    prompt, answers, cuts = kept
-    if any(np.array_equal(one, other) for one, other in itertools.combinations(answers, 2)):
+      return Dropped(where, "too long", max(map(len, completions)))
+    prompt, completions, cuts = kept
+    if any(np.array_equal(one, other) for one, other in itertools.combinations(completions, 2)):
       return Dropped(where, "equal answers after cutting")
-    lost = tuple(len(a) - len(b) for a, b in zip(before, (prompt, *answers), strict=True))
-    return Encoded(where, prompt, answers, preference.grades, preference.weight, cuts, lost)
+    lost = tuple(len(a) - len(b) for a, b in zip(before, (prompt, *completions), strict=True))
+    return Encoded(where, prompt, completions, preference.scores, preference.weight, cuts, lost)
 
 
 class _Chunk(NamedTuple):
@@ -157,8 +157,8 @@ class Encoded(NamedTuple):
 
   where: str
   prompt: Any = None
-  answers: tuple[np.ndarray, ...] = ()
-  grades: tuple[float, ...] = ()
+  completions: tuple[np.ndarray, ...] = ()
+  scores: tuple[float, ...] = ()
   weight: float = 1.0
   cuts: tuple[str, ...] = ()
   lost: tuple[int, ...] = ()
@@ -166,10 +166,10 @@ class Encoded(NamedTuple):
   def examples(self, row: int, kind: str) -> list[Example]:
     """What the row gives: of unpaired rows, every answer by itself."""
     if kind != "unpaired":
-      return [Example(self.prompt, self.answers, self.weight, row, self.grades)]
+      return [Example(self.prompt, self.completions, self.weight, row, self.scores)]
     return [
-      Example(self.prompt, (ids,), self.weight, row, (grade,))
-      for ids, grade in zip(self.answers, self.grades, strict=True)
+      Example(self.prompt, (ids,), self.weight, row, (score,))
+      for ids, score in zip(self.completions, self.scores, strict=True)
     ]
 
 
@@ -232,7 +232,7 @@ def stream_examples(
   if encoder.kind == "unpaired":
     ledger.labels = {"desirable": 0, "undesirable": 0}
   shortest = None  # tokens of the longest answer, least over the pairs that are too long
-  graded = None
+  has_scores = None
   for form, outcomes in _outcomes(files, encoder, limit, workers):
     known = ledger.format.split(", ") if ledger.format else []
     ledger.format = ", ".join(dict.fromkeys([*known, form]))
@@ -243,9 +243,9 @@ def stream_examples(
         if found.tokens:
           shortest = min(found.tokens, shortest or found.tokens)
         continue
-      graded = bool(found.grades) if graded is None else graded
-      if bool(found.grades) != graded:
-        had, has = ("a", "none") if graded else ("no", "one")
+      has_scores = bool(found.scores) if has_scores is None else has_scores
+      if bool(found.scores) != has_scores:
+        had, has = ("a", "none") if has_scores else ("no", "one")
         raise UserError(
           f"{found.where}: the rows before have {had} score or margin and this one has {has}; give"
           " one to every row or to none"
@@ -254,7 +254,7 @@ def stream_examples(
       ledger.pairs += 1
       for example in found.examples(row, encoder.kind):
         if encoder.kind == "unpaired":
-          ledger.labels["desirable" if example.grades[0] == 1 else "undesirable"] += 1
+          ledger.labels["desirable" if example.scores[0] == 1 else "undesirable"] += 1
         yield example
   if not ledger.pairs:
     raise UserError(_nothing_left(ledger, files, encoder.max_length, shortest))

@@ -20,22 +20,22 @@ class Example(NamedTuple):
 
   Attributes:
     prompt: int32 [P], P >= 1: the first answer token needs one to be predicted from.
-    answers: K arrays int32 [n_k], n_k >= 1, best first; they hold the end token where the text
+    completions: K arrays int32 [n_k], n_k >= 1, best first; they hold the end token where the text
       really ends. The first is always there; others, behind those that are, may be absent: n_k = 0.
       Of an answer judged by itself: that answer, and one to another prompt.
     weight: weight of the pair in losses and metrics.
     row: row of the data set that it came from.
-    grades: what is known of each answer besides its order, as `TokenBatch.grade_NS` has it; or
+    scores: what is known of each answer besides its order, as `TokenBatch.score_NS` has it; or
       nothing.
     reference: float32 [n_k] for each answer, log-probs of its tokens under the reference, nats; or
       nothing.
   """
 
   prompt: np.ndarray
-  answers: tuple[np.ndarray, ...]
+  completions: tuple[np.ndarray, ...]
   weight: float = 1.0
   row: int = 0
-  grades: tuple[float, ...] = ()
+  scores: tuple[float, ...] = ()
   reference: tuple[np.ndarray, ...] = ()
 
 
@@ -47,9 +47,9 @@ class Measured(NamedTuple):
   @classmethod
   def of(cls, *sets: Sequence[Example]) -> Measured:
     """Of several sets, as one; K is the most answers of any."""
-    prompts, answers = zip(*(lengths(some) for some in sets if len(some)), strict=True)
-    most = max(tokens_BK.shape[1] for tokens_BK in answers)
-    wide = [np.pad(x_BK, ((0, 0), (0, most - x_BK.shape[1]))) for x_BK in answers]
+    prompts, completions = zip(*(lengths(some) for some in sets if len(some)), strict=True)
+    most = max(tokens_BK.shape[1] for tokens_BK in completions)
+    wide = [np.pad(x_BK, ((0, 0), (0, most - x_BK.shape[1]))) for x_BK in completions]
     return cls((np.concatenate(prompts), np.concatenate(wide)))
 
   def some(self, index: np.ndarray | slice) -> Measured:
@@ -90,7 +90,7 @@ class Lazy(Sequence[Example]):
 
 def truncate(
   prompt: np.ndarray,
-  answers: Sequence[np.ndarray],
+  completions: Sequence[np.ndarray],
   *,
   max_length: int | None,
   prompt_floor: int = 64,
@@ -109,7 +109,7 @@ def truncate(
 
   Args:
     prompt: int32 [P].
-    answers: K arrays int32.
+    completions: K arrays int32.
     max_length: the window in tokens, or None for no limit.
     prompt_floor: tokens of the prompt that are never cut.
     mode: "drop" or "cut".
@@ -120,12 +120,12 @@ def truncate(
   """
   if mode not in ("drop", "cut"):
     raise UserError(f"unknown truncation {mode!r}; choose 'drop' or 'cut'")
-  answers = tuple(answers)
+  completions = tuple(completions)
   if max_length is None:
-    return prompt, answers, ()
-  longest = max(len(answer) for answer in answers)
+    return prompt, completions, ()
+  longest = max(len(answer) for answer in completions)
   if len(prompt) + longest <= max_length:
-    return prompt, answers, ()
+    return prompt, completions, ()
 
   floor = max(1, min(prompt_floor, max_length // 2, len(prompt)))
   keep = min(len(prompt), max(floor, max_length - longest))
@@ -139,31 +139,31 @@ def truncate(
     prompt = np.concatenate([prompt[:bos], prompt[len(prompt) - keep + bos :]])
     cuts += ("prompt",)
   if room < longest:
-    answers = tuple(answer[:room] for answer in answers)
+    completions = tuple(answer[:room] for answer in completions)
     cuts += ("answer",)
-  return prompt, answers, cuts
+  return prompt, completions, cuts
 
 
 # --- all with as many answers, and their lengths --------------------------------------------------
 
 
-def fill_up(examples: Sequence[Example], answers: int | None = None) -> list[Example]:
+def fill_up(examples: Sequence[Example], completions: int | None = None) -> list[Example]:
   """The same examples, all with K answers: absent ones stand behind those there are.
 
   Args:
     examples: each with K answers or fewer.
-    answers: K; by default the most that any has.
+    completions: K; by default the most that any has.
   """
-  most = max((len(example.answers) for example in examples), default=0)
-  answers = most if answers is None else answers
-  if most > answers:
-    raise ValueError(f"an example has {most} answers, {answers} are wanted")
+  most = max((len(example.completions) for example in examples), default=0)
+  completions = most if completions is None else completions
+  if most > completions:
+    raise ValueError(f"an example has {most} answers, {completions} are wanted")
   absent = np.zeros(0, np.int32)
 
   def filled(example: Example) -> Example:
-    missing = answers - len(example.answers)
-    grades = example.grades + (0.0,) * missing if example.grades else ()
-    return example._replace(answers=example.answers + (absent,) * missing, grades=grades)
+    missing = completions - len(example.completions)
+    scores = example.scores + (0.0,) * missing if example.scores else ()
+    return example._replace(completions=example.completions + (absent,) * missing, scores=scores)
 
   return [filled(example) for example in examples]
 
@@ -174,7 +174,7 @@ def lengths(examples: Sequence[Example] | Measured) -> tuple[np.ndarray, np.ndar
   if known is not None:
     return known
   prompt_B = np.array([len(example.prompt) for example in examples])
-  return prompt_B, np.array([[len(ids) for ids in example.answers] for example in examples])
+  return prompt_B, np.array([[len(ids) for ids in example.completions] for example in examples])
 
 
 # --- sides ----------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def with_mismatched(
     seed: of the order.
 
   Returns:
-    The examples in their order, with answers (judged, mismatched) and the label as both grades.
+    The examples in their order, with answers (judged, mismatched) and the label as both scores.
   """
   if not examples:
     return []
@@ -239,8 +239,8 @@ def with_mismatched(
 
   def read(number: int) -> Example:
     example, other = examples[number], examples[int(other_B[number])]
-    answers = example.answers[0], other.answers[0][: tokens_B[number]]
-    return example._replace(answers=answers, grades=example.grades[:1] * 2)
+    completions = example.completions[0], other.completions[0][: tokens_B[number]]
+    return example._replace(completions=completions, scores=example.scores[:1] * 2)
 
   return Lazy(read, (prompt_B, np.stack([tokens_BK[:, 0], tokens_B], axis=1)))
 

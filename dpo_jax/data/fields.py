@@ -34,14 +34,14 @@ class Preference(NamedTuple):
   message; token ids stand as they are.
 
   Attributes:
-    prompt, answers: see above.
-    grades: a number for each answer: its score, or its label as 1 or 0; or nothing.
+    prompt, completions: see above.
+    scores: a number for each answer: its score, or its label as 1 or 0; or nothing.
     weight: how much the row counts.
   """
 
   prompt: Content
-  answers: tuple[Content, ...]
-  grades: tuple[float, ...] = ()
+  completions: tuple[Content, ...]
+  scores: tuple[float, ...] = ()
   weight: float = 1.0
 
 
@@ -98,7 +98,7 @@ def answers_of(row: Row, field: str) -> list[Any]:
 
 
 def number(value: Any, field: str) -> float:
-  # Grades are float32 on the device; NaN fails every comparison.
+  # Scores are float32 on the device; NaN fails every comparison.
   if type(value) not in (int, float) or not abs(value) < 3e38:
     raise UserError(f"field {field} is {show(value)}, not a finite number")
   return float(value)
@@ -119,10 +119,10 @@ def is_label(value: Any) -> bool:
   return type(value) in (bool, int) and value in (0, 1)
 
 
-def pair_grades(row: Row) -> tuple[float, ...]:
-  """Grades of chosen and rejected, from the first of these that the row has; nothing without.
+def pair_scores(row: Row) -> tuple[float, ...]:
+  """Scores of chosen and rejected, from the first of these that the row has; nothing without.
 
-    margin                             by how much chosen is better, 0 or more: grades margin and 0
+    margin                             by how much chosen is better, 0 or more: scores margin and 0
     chosen_score and rejected_score    a score each
     chosen_reward and rejected_reward  a reward each, as `scripts/make_pairs.py` writes them
 

@@ -63,13 +63,13 @@ def _from_messages(row: Row) -> Preference:
   )
 
 
-def _after(prompt: Messages, *answers: Messages) -> Preference:
+def _after(prompt: Messages, *completions: Messages) -> Preference:
   """Answers of one message each to a prompt, or whole conversations, which bring their own."""
-  if all(len(answer) > 1 for answer in answers):
-    return _after_shared(*answers)
-  if any(len(answer) != 1 for answer in answers):
+  if all(len(answer) > 1 for answer in completions):
+    return _after_shared(*completions)
+  if any(len(answer) != 1 for answer in completions):
     raise RowError("answer of several messages")
-  return Preference(prompt, tuple(map(_reply, answers)))
+  return Preference(prompt, tuple(map(_reply, completions)))
 
 
 def _from_shared_messages(row: Row) -> Preference:
@@ -119,11 +119,11 @@ def _from_conversations(row: Row) -> Preference:
   prompt = row_fields.messages(
     row_fields.field_of(row, "conversations"), "conversations", role="user"
   )
-  answers = (
+  completions = (
     _reply(row_fields.messages(row_fields.field_of(row, field), field, role="assistant"))
     for field in ("chosen", "rejected")
   )
-  return Preference(prompt, tuple(answers))
+  return Preference(prompt, tuple(completions))
 
 
 def _from_compared(row: Row) -> Preference:
@@ -144,7 +144,7 @@ def _from_compared(row: Row) -> Preference:
   better, worse = ("answer_a", "answer_b") if mean > 0 else ("answer_b", "answer_a")
   pair = row | {"chosen": row.get(better), "rejected": row.get(worse)}
   form = next(form for form in PAIRS if form.serves(pair))
-  return form.convert(pair)._replace(grades=(abs(mean), 0.0), weight=abs(mean))
+  return form.convert(pair)._replace(scores=(abs(mean), 0.0), weight=abs(mean))
 
 
 def instruction_prompt(instruction: str, context: str = "") -> str:
@@ -184,7 +184,7 @@ def _judged(form: Form) -> Form:
   """The same form with a label that says whether the answer is desirable."""
 
   def convert(row: Row) -> Preference:
-    return form.convert(row)._replace(grades=(row_fields.label_of(row),))
+    return form.convert(row)._replace(scores=(row_fields.label_of(row),))
 
   return Form(f"{form.name} with label", (*form.fields, "label"), _always, convert)
 
@@ -193,22 +193,22 @@ def _from_ranked_ids(row: Row) -> Preference:
   prompt = row_fields.ids_of(row, "prompt_ids")
   if not prompt:
     raise RowError("empty prompt")
-  answers = [
+  completions = [
     row_fields.check_ids(value, "answers_ids")
     for value in row_fields.answers_of(row, "answers_ids")
   ]
-  return _by_scores(Preference(prompt, tuple(answers)), row)
+  return _by_scores(Preference(prompt, tuple(completions)), row)
 
 
 def _from_ranked(row: Row) -> Preference:
   """A prompt and a list of answers: all texts, or messages as those of a pair."""
-  prompt, answers = row_fields.field_of(row, "prompt"), row_fields.answers_of(row, "answers")
-  if all(isinstance(value, str) for value in (prompt, *answers)):
+  prompt, completions = row_fields.field_of(row, "prompt"), row_fields.answers_of(row, "answers")
+  if all(isinstance(value, str) for value in (prompt, *completions)):
     return _by_scores(
-      Preference(row_fields.valid(prompt), tuple(map(row_fields.valid, answers))), row
+      Preference(row_fields.valid(prompt), tuple(map(row_fields.valid, completions))), row
     )
-  answers = [row_fields.messages(value, "answers", role="assistant") for value in answers]
-  return _by_scores(_after(row_fields.messages(prompt, "prompt", role="user"), *answers), row)
+  completions = [row_fields.messages(value, "answers", role="assistant") for value in completions]
+  return _by_scores(_after(row_fields.messages(prompt, "prompt", role="user"), *completions), row)
 
 
 def _by_scores(preference: Preference, row: Row) -> Preference:
@@ -219,7 +219,7 @@ def _by_scores(preference: Preference, row: Row) -> Preference:
   scores = row.get("scores")
   if scores is None:
     return preference
-  count = len(preference.answers)
+  count = len(preference.completions)
   if not isinstance(scores, list) or len(scores) != count:
     raise UserError(
       f"field scores is {row_fields.show(scores)}, not a list of {count} numbers, one an answer"
@@ -229,7 +229,8 @@ def _by_scores(preference: Preference, row: Row) -> Preference:
     raise RowError("equal scores")
   order = sorted(range(count), key=lambda k: -scores[k])
   return preference._replace(
-    answers=tuple(preference.answers[k] for k in order), grades=tuple(scores[k] for k in order)
+    completions=tuple(preference.completions[k] for k in order),
+    scores=tuple(scores[k] for k in order),
   )
 
 

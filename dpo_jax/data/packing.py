@@ -100,11 +100,11 @@ def place(
   """
   cost_B = costs(prompt_B, tokens_BK, layout)
   about_B = (tokens_BK.sum(1), (tokens_BK > 0).sum(1), costs(prompt_B, tokens_BK, "padded"))
-  size, answers = tokens_BK.shape
+  size, completions = tokens_BK.shape
   if layout == "padded":
     zeros_B = np.zeros(size, np.int64)
-    first_B = np.arange(size) * answers
-    return Places(first_B, zeros_B, zeros_B, *about_B, size * answers, movable=False)
+    first_B = np.arange(size) * completions
+    return Places(first_B, zeros_B, zeros_B, *about_B, size * completions, movable=False)
   row_B, column_B, order_B = (np.zeros(size, np.int64) for _ in range(3))
   used: list[int] = []
   held: list[int] = []
@@ -144,7 +144,7 @@ def deal(cost_B: np.ndarray, parts: int) -> list[np.ndarray]:
 
 def fit(
   places: Sequence[Places],
-  answers: int,
+  completions: int,
   layout: str,
   groups: int,
   quantile: float = 1.0,
@@ -155,7 +155,7 @@ def fit(
 
   Args:
     places: how some batches were packed.
-    answers: K.
+    completions: K.
     layout: of the rows.
     groups: G.
     quantile: how many of the batches the rows suffice for, and the width of texts; larger ones take
@@ -165,7 +165,7 @@ def fit(
   """
   taken = [place.rows for place in places]
   if layout == "padded":  # rows do not vary: whole groups of whole pairs
-    step = groups * answers
+    step = groups * completions
   else:
     step = groups * power_of_two(int(np.median(taken)) // groups // steps)
   rows = round_up(int(np.quantile(taken, quantile, method="higher")), step)
@@ -177,7 +177,7 @@ def fit(
     scored = max(scored, most * groups / held)
     most_texts = max(most_texts, int(of_groups(dealt, dealt.texts_B, held, groups).max()))
   pairs = max(int(place.order_B.max()) + 1 for place in places)
-  slots = 1 if layout == "padded" else answers * power_of_two(2 * pairs - 1)
+  slots = 1 if layout == "padded" else completions * power_of_two(2 * pairs - 1)
   sizes = Sizes(rows, step, int(np.ceil(scored)), slots)
   if not texts:
     return sizes

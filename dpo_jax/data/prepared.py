@@ -81,8 +81,8 @@ def prepare(
         f"eval fraction {eval_fraction} of {ledger.pairs} examples leaves one side empty; give 0 to"
         " hold nothing out"
       )
-    answers = max(spool.answers for spool in spools.values())
-    measured = {name: spool.measure(answers) for name, spool in spools.items() if spool.rows}
+    completions = max(spool.completions for spool in spools.values())
+    measured = {name: spool.measure(completions) for name, spool in spools.items() if spool.rows}
     ledger.tokens = encode.count_tokens(Measured.of(*measured.values()))
     about = {"rules": encode.RULES, "tokenizer": encoder.tokenizer.digest(), "seed": seed}
     about |= {name: getattr(encoder, name) for name in ASKED if name != "eval_fraction"}
@@ -109,40 +109,40 @@ class _Spool:
     self.rows = array.array("q")
     self.counts = array.array("q")  # tokens of the prompt, and of every answer
     self.widths = array.array("q")  # how many counts an example has
-    self.grades = array.array("d")
+    self.scores = array.array("d")
     self.weights = array.array("f")
-    self.answers = 0
+    self.completions = 0
 
   def add(self, example: Example) -> None:
-    texts = (example.prompt, *example.answers)
+    texts = (example.prompt, *example.completions)
     for ids in texts:
       self.file.write(np.asarray(ids, np.int32).tobytes())
     self.rows.append(example.row)
     self.counts.extend(map(len, texts))
     self.widths.append(len(texts))
-    self.grades.extend(example.grades)
+    self.scores.extend(example.scores)
     self.weights.append(example.weight)
-    self.answers = max(self.answers, len(example.answers))
+    self.completions = max(self.completions, len(example.completions))
 
-  def measure(self, answers: int) -> Measured:
+  def measure(self, completions: int) -> Measured:
     """Lengths of the examples, absent answers being of none."""
-    counts_BK = np.zeros((len(self.rows), 1 + answers), np.int32)
+    counts_BK = np.zeros((len(self.rows), 1 + completions), np.int32)
     widths_B = np.asarray(self.widths)
-    counts_BK[np.arange(1 + answers) < widths_B[:, None]] = self.counts
+    counts_BK[np.arange(1 + completions) < widths_B[:, None]] = self.counts
     return Measured((counts_BK[:, 0], counts_BK[:, 1:]))
 
   def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
     """Keys and features, as TFDS wants them."""
-    graded = len(self.grades) > 0
-    at = graded_at = 0
+    has_scores = len(self.scores) > 0
+    at = score_at = 0
     self.file.seek(0)
     each = zip(self.rows, self.widths, self.weights, strict=True)
     for key, (row, width, weight) in enumerate(each):
       lengths = np.array(self.counts[at : at + width], np.int32)
       ids = np.frombuffer(self.file.read(4 * int(lengths.sum())), np.int32)
-      grades = self.grades[graded_at : graded_at + (width - 1) * graded]
-      at, graded_at = at + width, graded_at + len(grades)
-      features = {"ids": ids, "lengths": lengths, "grades": np.array(grades, np.float32)}
+      scores = self.scores[score_at : score_at + (width - 1) * has_scores]
+      at, score_at = at + width, score_at + len(scores)
+      features = {"ids": ids, "lengths": lengths, "grades": np.array(scores, np.float32)}
       yield key, features | {"row": row, "weight": weight}
 
 
@@ -155,8 +155,8 @@ def _builder_class() -> type:
   class TfdsPairs(tfds.core.GeneratorBasedBuilder):
     """Prompts and their answers as token ids: `ids` are the prompt's and every answer's in turn.
 
-    `lengths` divides them; `grades` and `weight` are those of `Example`, the former perhaps none;
-    `row` is the row they were in.
+    `lengths` divides them; `grades` are the scores of an `Example`, perhaps none, under the name
+    that sets on disk have; `weight` is its weight, `row` the row it was in.
     """
 
     name = NAME
@@ -239,16 +239,16 @@ class PairSet(Lazy):
 
   def _read(self, number: int) -> Example:
     record = self.source[number]
-    prompt, *answers = np.split(record["ids"], np.cumsum(record["lengths"])[:-1])
-    example = Example(prompt, tuple(answers), float(record["weight"]), int(record["row"]))
-    example = example._replace(grades=tuple(record["grades"].tolist()))
+    prompt, *completions = np.split(record["ids"], np.cumsum(record["lengths"])[:-1])
+    example = Example(prompt, tuple(completions), float(record["weight"]), int(record["row"]))
+    example = example._replace(scores=tuple(record["grades"].tolist()))
     (filled,) = fill_up([example], self.lengths[1].shape[1])
     return filled
 
-  def widened(self, answers: int) -> PairSet:
+  def widened(self, completions: int) -> PairSet:
     """The same with K answers, those that are not there absent."""
     prompt_B, tokens_BK = self.lengths
-    wide = np.pad(tokens_BK, ((0, 0), (0, answers - tokens_BK.shape[1])))
+    wide = np.pad(tokens_BK, ((0, 0), (0, completions - tokens_BK.shape[1])))
     return PairSet(self.source, (prompt_B, wide))
 
 

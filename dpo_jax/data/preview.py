@@ -45,7 +45,7 @@ def show_example(
   prompt_tokens: int = 96,
   lost: Sequence[int] = (),
 ) -> Panel:
-  """One row: prompt and answers, every token in its own shade, with their ids and grades.
+  """One row: prompt and answers, every token in its own shade, with their ids and scores.
 
   Args:
     example: the row.
@@ -54,7 +54,7 @@ def show_example(
     prompt_tokens: how many of a long prompt's last tokens are shown.
     lost: tokens that were cut from the prompt's start and from every answer's end.
   """
-  gone, *ends_gone = lost or [0] * (1 + len(example.answers))
+  gone, *ends_gone = lost or [0] * (1 + len(example.completions))
   shown = example.prompt[-prompt_tokens:]
   hidden = len(example.prompt) - len(shown)
   given = f"prompt · {len(example.prompt)} tokens, given" + (
@@ -62,8 +62,8 @@ def show_example(
   )
   given += f", {CUT} {gone} cut before" if gone else ""
   parts = _part(given, shown, tokenizer, GIVEN, before=bool(gone and not hidden))
-  answers = zip(_roles(example, kind), example.answers, ends_gone, strict=False)
-  for (name, shades), answer, gone in answers:
+  completions = zip(_roles(example, kind), example.completions, ends_gone, strict=False)
+  for (name, shades), answer, gone in completions:
     ends = tokenizer.eos_id is not None and tokenizer.eos_id in answer
     title = f"{name} · {len(answer)} tokens, scored, {'ended' if ends else 'no end token'}"
     title += f", {CUT} {gone} cut behind" if gone else ""
@@ -77,14 +77,14 @@ def _roles(example: Example, kind: str) -> list[tuple[str, tuple[str, str]]]:
   if kind == "text":
     return [("answer", GOOD)]
   if kind == "unpaired":
-    judged = ("desirable", GOOD) if example.grades[0] else ("undesirable", BAD)
+    judged = ("desirable", GOOD) if example.scores[0] else ("undesirable", BAD)
     return [judged, ("mismatched", MIDDLING)]
-  count = sum(len(answer) > 0 for answer in example.answers)
+  count = sum(len(answer) > 0 for answer in example.completions)
   names = [f"answer {k} of {count}" for k in range(1, count + 1)]
   names = names if kind == "ranked" else ["chosen", "rejected"]
-  grades = [f" (grade {grade:g})" for grade in example.grades[:count]] or [""] * count
+  scores = [f" (score {score:g})" for score in example.scores[:count]] or [""] * count
   shades = [GOOD, *[MIDDLING] * (count - 2), BAD]
-  return [(name + grade, shade) for name, grade, shade in zip(names, grades, shades, strict=True)]
+  return [(name + score, shade) for name, score, shade in zip(names, scores, shades, strict=True)]
 
 
 def show_ledger(ledger: Ledger, examples: Sequence[Example]) -> Table:

@@ -190,13 +190,13 @@ def detect(row: Row, fields: dict[str, str] | None = None, *, kind: str = "pairs
     "pairs"     chosen and rejected                both answers
     "text"      an answer without a label          the answer
                 chosen and rejected                chosen
-    "unpaired"  an answer and a label              the answer; its grade is 1 if desirable, or 0
-                chosen and rejected                both, of grades 1 and 0, to be judged apart
+    "unpaired"  an answer and a label              the answer; its score is 1 if desirable, or 0
+                chosen and rejected                both, of scores 1 and 0, to be judged apart
     "ranked"    answers, best first, or by scores  all of them
                 chosen and rejected                both
 
-  Ranked rows do not serve pairs: best against worst would be a guess at what was meant. Grades of
-  pairs and ranked answers are their scores or margins: see `fields.pair_grades`.
+  Ranked rows do not serve pairs: best against worst would be a guess at what was meant. Scores of
+  pairs and ranked answers are their scores or margins: see `fields.pair_scores`.
 
   Args:
     row: usually the first.
@@ -281,13 +281,13 @@ def _convert(form: Form, of: str, fields: dict[str, str], kind: str, row: Row) -
     weight=preference.weight * row_fields.weight_of(row),
   )
   if of == "pairs" and kind == "text":
-    preference = preference._replace(answers=preference.answers[:1])
+    preference = preference._replace(completions=preference.completions[:1])
   elif of == "pairs":
-    known = preference.grades or row_fields.pair_grades(row)
-    preference = preference._replace(grades=(1.0, 0.0) if kind == "unpaired" else known)
-  if not all(_has_text(answer) for answer in preference.answers):
+    known = preference.scores or row_fields.pair_scores(row)
+    preference = preference._replace(scores=(1.0, 0.0) if kind == "unpaired" else known)
+  if not all(_has_text(answer) for answer in preference.completions):
     raise RowError("empty answer")
-  if any(one == other for one, other in itertools.combinations(preference.answers, 2)):
+  if any(one == other for one, other in itertools.combinations(preference.completions, 2)):
     raise RowError("equal answers")
   return preference
 

@@ -110,12 +110,12 @@ class Tokenizer:
     out: list[Encoded | RowError | None] = [None] * len(preferences)
     texts: list[str] = []
     jobs: list[tuple[int, list[int], bool]] = []  # row, where each answer begins, who ends the text
-    for i, (prompt, answers, *_) in enumerate(preferences):
+    for i, (prompt, completions, *_) in enumerate(preferences):
       if not isinstance(prompt, str) and (not prompt or isinstance(prompt[0], int)):
-        out[i] = _as_they_stand(prompt, answers)
+        out[i] = _as_they_stand(prompt, completions)
         continue
       try:
-        whole, starts = self._render(prompt, answers)
+        whole, starts = self._render(prompt, completions)
       except RowError as error:
         out[i] = error
         continue
@@ -166,17 +166,17 @@ class Tokenizer:
     while any(ids[:shared] != texts[0][:shared] for ids in texts):
       shared -= 1
     prompt = self._with_bos(texts[0][:shared])
-    answers = [ids[shared:] for ids in texts]
-    if not prompt and len(answers) == 1:
+    completions = [ids[shared:] for ids in texts]
+    if not prompt and len(completions) == 1:
       # A text on its own, without BOS: its first token can only be given, not predicted.
-      prompt, answers = answers[0][:1], [answers[0][1:]]
+      prompt, completions = completions[0][:1], [completions[0][1:]]
     if not prompt:
       raise RowError("no prompt token before the answer")
-    if not all(answers):
+    if not all(completions):
       raise RowError("empty answer")
-    if any(one == other for one, other in itertools.combinations(answers, 2)):
+    if any(one == other for one, other in itertools.combinations(completions, 2)):
       raise RowError("equal answers")
-    return _array(prompt), tuple(_array(self._with_end(ids, is_chat)) for ids in answers)
+    return _array(prompt), tuple(_array(self._with_end(ids, is_chat)) for ids in completions)
 
   def _with_bos(self, ids: list[int]) -> list[int]:
     # A template, or the text itself, may have written it already.
@@ -226,11 +226,11 @@ class Tokenizer:
 
   # --- conversations ------------------------------------------------------------------------------
 
-  def _render(self, prompt: Any, answers: Sequence) -> tuple[list[str], list[int]]:
+  def _render(self, prompt: Any, completions: Sequence) -> tuple[list[str], list[int]]:
     """Whole texts, one an answer, and the character each answer begins at."""
     if isinstance(prompt, str):
-      return [prompt + answer for answer in answers], [len(prompt)] * len(answers)
-    start, written = self.template.texts(conversation(prompt), answers)
+      return [prompt + answer for answer in completions], [len(prompt)] * len(completions)
+    start, written = self.template.texts(conversation(prompt), completions)
     return [start + text for text in written], [len(start)] * len(written)
 
   def _special(self, name: str) -> int | None:
@@ -267,10 +267,10 @@ def _read_object(file: pathlib.Path) -> dict[str, Any]:
   return found
 
 
-def _as_they_stand(prompt: list[int], answers: Sequence[list[int]]) -> Encoded | RowError:
+def _as_they_stand(prompt: list[int], completions: Sequence[list[int]]) -> Encoded | RowError:
   if not prompt:
     return RowError("empty prompt")
-  return _array(prompt), tuple(_array(ids) for ids in answers)
+  return _array(prompt), tuple(_array(ids) for ids in completions)
 
 
 def _first_token(encoding: tokenizers.Encoding, start: int) -> int:

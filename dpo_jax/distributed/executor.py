@@ -237,11 +237,11 @@ class Executor:
     devices = self.groups // share[1]
     return np.moveaxis(x.reshape(len(x), devices, -1, *x.shape[2:]), 1, 0)
 
-  def fetch(self, tree: PyTree) -> PyTree:
+  def to_host(self, tree: PyTree) -> PyTree:
     """One copy of a placed tree, on host. All processes call it together."""
-    return jax.tree.map(gathered, self.single(tree))
+    return jax.tree.map(gathered, self.unreplicate(tree))
 
-  def single(self, tree: PyTree) -> PyTree:
+  def unreplicate(self, tree: PyTree) -> PyTree:
     """One copy of a placed tree, still on devices: what a checkpoint takes."""
     if self.mode == "mesh":
       return tree
@@ -254,11 +254,11 @@ class Executor:
 
     return jax.tree.map(joined, tree)
 
-  def here(self, tree: PyTree) -> PyTree:
-    """One copy of a placed tree that this process can use by itself: see `alone`."""
-    return self.alone(self.single(tree))
+  def local_copy(self, tree: PyTree) -> PyTree:
+    """One copy of a placed tree that this process can use by itself: see `gather_locally`."""
+    return self.gather_locally(self.unreplicate(tree))
 
-  def alone(self, tree: PyTree) -> PyTree:
+  def gather_locally(self, tree: PyTree) -> PyTree:
     """One copy of a tree, as `place` takes it, that this process can use without the others.
 
     All processes call it together. In a run of several it is on this one's first device, whole.
@@ -283,7 +283,7 @@ class Executor:
     return init
 
   def compile_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
-    """step(state, ref_params, batch, axis_name=…) -> (state, metrics), the state donated.
+    """step(state, reference_params, batch, axis_name=…) -> (state, metrics), the state donated.
 
     Metrics come back as `metrics_to_host` understands them.
     """

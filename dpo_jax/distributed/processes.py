@@ -114,26 +114,26 @@ def _give_up(coordinator: str) -> None:
   os._exit(1)
 
 
-def several() -> bool:
+def is_multiprocess() -> bool:
   """Whether there are more than this one."""
   return jax.process_count() > 1
 
 
-def first() -> bool:
+def is_main_process() -> bool:
   """Whether this is the process that writes and speaks."""
   return jax.process_index() == 0
 
 
 def wait(name: str) -> None:
   """Returns when every process has come to this point."""
-  if several():
+  if is_multiprocess():
     multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
 def quiet() -> Any:
   """Prints nothing in processes other than the first."""
-  if first():
+  if is_main_process():
     yield
     return
   with (
@@ -147,7 +147,7 @@ def quiet() -> Any:
 # --- agreement ------------------------------------------------------------------------------------
 
 
-def agree(facts: dict[str, Any]) -> None:
+def assert_consistent(facts: dict[str, Any]) -> None:
   """Refuses processes that differ in what all must have alike.
 
   Args:
@@ -156,7 +156,7 @@ def agree(facts: dict[str, Any]) -> None:
   Raises:
     UserError: in every process; names what differs, and in which of them.
   """
-  if not several():
+  if not is_multiprocess():
     return
   text = lambda value: json.dumps(value, sort_keys=True, default=str).encode()
   digests = [hashlib.blake2b(text(value), digest_size=16).digest() for value in facts.values()]
@@ -197,13 +197,13 @@ class Touch:
   def __enter__(self) -> Self:
     self._lines: dict[int, connection.Connection] = {}
     self._lock, self._over = threading.Lock(), threading.Event()
-    if several():
+    if is_multiprocess():
       self._connect()
       threading.Thread(target=self._beat, daemon=True).start()
     return self
 
   def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-    if not several():
+    if not is_multiprocess():
       return
     if error is None or isinstance(error, SystemExit):  # which all of them come to together
       wait("leaving")
@@ -222,7 +222,7 @@ class Touch:
     """All others connect to the first, at an address that it shares through the devices."""
     about = np.zeros(4 + 2 + 32, np.uint8)
     server = None
-    if first():
+    if is_main_process():
       token = secrets.token_bytes(32)
       server = connection.Listener(("0.0.0.0", 0), authkey=token, backlog=jax.process_count())
       port = server.address[1].to_bytes(2, "big")
@@ -271,7 +271,7 @@ class Touch:
     self._tell(f"{status} {sentence}")
     more = "; run the same command again to go on from what was saved" if status == AGAIN else ""
     os.write(2, f"error: {sentence}{more}\n".encode())
-    if first() and linger:
+    if is_main_process() and linger:
       time.sleep(1.0)  # JAX ends the others as soon as this one is gone; let them say why before
     os._exit(status)
 
@@ -296,8 +296,8 @@ def _own_address() -> str:
       return "127.0.0.1"
 
 
-def on_first(fn: Callable[[], None], name: str) -> None:
+def on_main_process(fn: Callable[[], None], name: str) -> None:
   """Calls `fn` in the first process, while the others wait for it."""
-  if first():
+  if is_main_process():
     fn()
   wait(name)

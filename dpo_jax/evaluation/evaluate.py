@@ -27,8 +27,9 @@ from dpo_jax.evaluation.estimates import (
   preference_metrics,
   sampled_metrics,
 )
+from dpo_jax.generation import rollouts
 from dpo_jax.generation.rewards import Reward
-from dpo_jax.generation.rollouts import Drawn, LanguageModel, draw
+from dpo_jax.generation.rollouts import LanguageModel, Rollout
 from dpo_jax.losses import Loss
 from dpo_jax.model import transformer
 from dpo_jax.model.config import ModelConfig
@@ -67,14 +68,14 @@ def make_scorer(model: Model, *, batch_size: int = 64) -> Callable[..., Scores]:
 
   def score(params: PyTree, examples: Sequence[Example]) -> Scores:
     numbered = [example._replace(row=i) for i, example in enumerate(examples)]
-    answers = len(examples[0].answers)
-    logp_BK = np.full((len(examples), answers), np.nan)
+    completions = len(examples[0].completions)
+    logp_BK = np.full((len(examples), completions), np.nan)
     for batch in batches.eval_batches(numbered, batch_size=batch_size):
-      row_XK = batch.row_NS.reshape(-1, answers)
-      logp_XK = np.asarray(logps_fn(params, batch), np.float64).reshape(-1, answers)
+      row_XK = batch.row_NS.reshape(-1, completions)
+      logp_XK = np.asarray(logps_fn(params, batch), np.float64).reshape(-1, completions)
       filled_X = row_XK[:, 0] >= 0
       logp_BK[row_XK[filled_X, 0]] = logp_XK[filled_X]
-    tokens = [[len(answer) for answer in example.answers] for example in examples]
+    tokens = [[len(answer) for answer in example.completions] for example in examples]
     return Scores(logp_BK, np.array(tokens))
 
   return score
@@ -144,13 +145,13 @@ def losses_of(
   Raises:
     UserError: the loss reads by how much the chosen answer is better, and the rows do not say.
   """
-  if ask.reads("margin_B") and not examples[0].grades:
+  if ask.reads("margin_B") and not examples[0].scores:
     raise UserError(
       f"loss {ask.name!r} reads by how much the chosen answer is better, and the rows do not say;"
       " give them a field margin, or chosen_score and rejected_score"
     )
-  grades = [example.grades or (0.0, 0.0) for example in examples]
-  margin_B = np.array([chosen - rejected for chosen, rejected in grades])
+  scores = [example.scores or (0.0, 0.0) for example in examples]
+  margin_B = np.array([chosen - rejected for chosen, rejected in scores])
   weight_B = np.array([example.weight for example in examples])
   return np.asarray(ask(policy, reference, margin_B=margin_B, weight_B=weight_B))
 
@@ -230,8 +231,8 @@ def on_samples(
     seed: of the samples.
     shown: prompts whose first answers are kept side by side.
   """
-  # Three seeds, so that nothing drawn for one purpose is drawn again for another.
-  take = functools.partial(draw, reward=reward, max_tokens=max_tokens)
+  # Three seeds, so that nothing sampled for one purpose is sampled again for another.
+  take = functools.partial(rollouts.sample, reward=reward, max_tokens=max_tokens)
   ours = take(policy, prompts, num=num, seed=3 * seed)
   theirs = take(reference, prompts, num=num, seed=3 * seed + 1)
   many = take(reference, prompts[:frontier_prompts], num=frontier_samples, seed=3 * seed + 2)
@@ -273,12 +274,12 @@ def _curve(frontier: Frontier) -> list[Json]:
   ]
 
 
-def _side_by_side(ours: Drawn, theirs: Drawn, count: int) -> list[Json]:
+def _side_by_side(ours: Rollout, theirs: Rollout, count: int) -> list[Json]:
   return [
     {
       "prompt": prompt,
-      "reference": theirs.answers[x][0],
-      "policy": ours.answers[x][0],
+      "reference": theirs.completions[x][0],
+      "policy": ours.completions[x][0],
       "reference_reward": float(theirs.reward_XS[x, 0]),
       "policy_reward": float(ours.reward_XS[x, 0]),
     }

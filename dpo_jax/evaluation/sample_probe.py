@@ -69,7 +69,7 @@ def make_probe(
     raise UserError(f"samples is {samples}; a probe needs 1 answer or more")
   if not examples:
     raise UserError("there is no held-out example to take prompts from; set some aside")
-  max_tokens = max_tokens or max(len(ids) for example in examples for ids in example.answers)
+  max_tokens = max_tokens or max(len(ids) for example in examples for ids in example.completions)
   prompts = _prompts(examples, samples, max_tokens, config)
   size = min(batch_size, samples)
   rows = {
@@ -93,26 +93,26 @@ def make_probe(
     # One device is enough, and a tree that several hold would make all of them do the same.
     here = jax.local_devices()[0]
     params, reference = jax.device_put((params, reference), here)
-    answers = [ids for (ids,) in answer(params)]
+    completions = [ids for (ids,) in answer(params)]
     array = lambda ids: np.asarray(ids, np.int32)
-    drawn = [Example(array(x), (array(y),)) for x, y in zip(prompts, answers, strict=True)]
-    policy_B, tokens = score(params, drawn), sum(map(len, answers))
+    sampled = [Example(array(x), (array(y),)) for x, y in zip(prompts, completions, strict=True)]
+    policy_B, tokens = score(params, sampled), sum(map(len, completions))
     found = {}
     if reference is not None:
-      ratio_B = policy_B - score(reference, drawn)
+      ratio_B = policy_B - score(reference, sampled)
       found = {"kl": ratio_B.mean(), "kl_per_token": ratio_B.sum() / tokens}
-    found |= text_facts(answers, eos_ids) | {"entropy": -policy_B.sum() / tokens}
+    found |= text_facts(completions, eos_ids) | {"entropy": -policy_B.sum() / tokens}
     return {f"sampled/{name}": float(value) for name, value in found.items()}
 
   return probe
 
 
 def _score(
-  forward: logprobs.LogpsFn, rows: dict[str, Any], params: PyTree, drawn: Sequence[Example]
+  forward: logprobs.LogpsFn, rows: dict[str, Any], params: PyTree, sampled: Sequence[Example]
 ) -> np.ndarray:
   """Log-probs of whole answers, nats, so many rows at a time as `rows` has."""
   size = rows["sizes"].rows
-  parts = [drawn[i : i + size] for i in range(0, len(drawn), size)]
+  parts = [sampled[i : i + size] for i in range(0, len(sampled), size)]
   found = [forward(params, collate.collate(part, **rows))[: len(part), 0] for part in parts]
   return np.concatenate(found).astype(np.float64)
 
@@ -136,10 +136,10 @@ def _prompts(
 # -- answers as text -----------------------------------------------------------------------------
 
 
-def text_facts(answers: Sequence[Sequence[int]], eos_ids: Sequence[int]) -> dict[str, float]:
+def text_facts(completions: Sequence[Sequence[int]], eos_ids: Sequence[int]) -> dict[str, float]:
   """Diversity, repetition and length of answers; the end token is no part of an n-gram."""
-  ended = [bool(ids) and ids[-1] in eos_ids for ids in answers]
-  texts = [ids[: len(ids) - end] for ids, end in zip(answers, ended, strict=True)]
+  ended = [bool(ids) and ids[-1] in eos_ids for ids in completions]
+  texts = [ids[: len(ids) - end] for ids, end in zip(completions, ended, strict=True)]
   bigrams = [gram for text in texts for gram in ngrams(text, 2)]
   fours = [ngrams(text, 4) for text in texts]
   return {
@@ -147,8 +147,8 @@ def text_facts(answers: Sequence[Sequence[int]], eos_ids: Sequence[int]) -> dict
     "repetition": _share(
       sum(len(grams) - len(set(grams)) for grams in fours), sum(map(len, fours))
     ),
-    "tokens": _share(sum(map(len, answers)), len(answers)),
-    "ended": _share(sum(ended), len(answers)),
+    "tokens": _share(sum(map(len, completions)), len(completions)),
+    "ended": _share(sum(ended), len(completions)),
   }
 
 

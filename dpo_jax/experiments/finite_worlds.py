@@ -37,13 +37,13 @@ class World(NamedTuple):
     letters: how many letters there are.
     longest: tokens of the longest answers, the end token included.
     prompts: X arrays of ids.
-    answers: Y arrays of ids, the same answers to every prompt.
+    completions: Y arrays of ids, the same answers to every prompt.
   """
 
   letters: int
   longest: int
   prompts: tuple[np.ndarray, ...]
-  answers: tuple[np.ndarray, ...]
+  completions: tuple[np.ndarray, ...]
 
   @property
   def vocab(self) -> int:
@@ -133,7 +133,7 @@ def table(world: World, seed: int, scale: float = 0.7) -> dict[str, np.ndarray]:
 
 def log_policy(model: Model, params: PyTree, world: World) -> np.ndarray:
   """log π(y|x) of every answer by the production path, each text in a row of its own: [X, Y]."""
-  texts = [Example(prompt, (answer,)) for prompt in world.prompts for answer in world.answers]
+  texts = [Example(prompt, (answer,)) for prompt in world.prompts for answer in world.completions]
   length = collate.fit_row_length(texts, "padded")
   batch = collate.collate(texts, layout="padded", row_length=length)
   logps_NS = _compiled(model)(params, batch)
@@ -149,9 +149,9 @@ def _compiled(model: Model) -> logprobs.LogpsFn:
 # --- data -----------------------------------------------------------------------------------------
 
 
-def tuples(world: World, answers: int = 2) -> list[Example]:
+def tuples(world: World, completions: int = 2) -> list[Example]:
   """Every row of K answers to every prompt, in the order of an array [X, Y, ..., Y]; weight 1."""
-  lists = itertools.product(world.prompts, itertools.product(world.answers, repeat=answers))
+  lists = itertools.product(world.prompts, itertools.product(world.completions, repeat=completions))
   return [Example(prompt, texts, 1.0, row) for row, (prompt, texts) in enumerate(lists)]
 
 
@@ -311,7 +311,7 @@ def finite_samples(
     model, reference = tabular(world), table(world, seed)
     log_reference_XY = log_policy(model, reference, world)
     reward_XY = rng.normal(0, 1, log_reference_XY.shape)
-    log_mu_XY = np.log((np.exp(log_reference_XY) + 1 / len(world.answers)) / 2)
+    log_mu_XY = np.log((np.exp(log_reference_XY) + 1 / len(world.completions)) / 2)
     log_optimal_XY = log_reference_XY + reward_XY / beta
     log_optimal_XY -= np.log(np.exp(log_optimal_XY).sum(-1, keepdims=True))
 

@@ -101,10 +101,10 @@ def specs(mesh: Mesh) -> tuple[Batch, State]:
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "mesh"))
-def read(
+def prefill(
   params: PyTree, knobs: Knobs, batch: Batch, *, plan: Plan, mesh: Mesh | None = None
 ) -> tuple[State, Array]:
-  """Reads the prompts of a batch.
+  """Prefills the cache with the prompts of a batch.
 
   Args:
     params, knobs, batch, plan: the model, what is asked of it, and of what.
@@ -113,12 +113,12 @@ def read(
   Returns:
     The state at the first token of all answers, and that token, [R, 1].
   """
-  rows = functools.partial(_read_rows, plan)
+  rows = functools.partial(_prefill_rows, plan)
   return _each(mesh, rows, specs(mesh)[0] if mesh else None)(params, knobs, batch)
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "tokens", "plan", "mesh"))
-def write(
+def decode(
   params: PyTree,
   knobs: Knobs,
   state: State,
@@ -134,9 +134,9 @@ def write(
     params, knobs, state: of the batch so far.
     columns: of the cache from here on, with room for these tokens.
     tokens: to write, of answers that do not end before.
-    plan, mesh: as in `read`.
+    plan, mesh: as in `prefill`.
   """
-  rows = functools.partial(_write_rows, plan, columns, tokens)
+  rows = functools.partial(_decode_rows, plan, columns, tokens)
   return _each(mesh, rows, specs(mesh)[1] if mesh else None)(params, knobs, state)
 
 
@@ -155,7 +155,7 @@ def _each(mesh: Mesh | None, fn: Callable, given: PyTree) -> Callable:
   )
 
 
-def _read_rows(plan: Plan, params: PyTree, knobs: Knobs, batch: Batch) -> tuple[State, Array]:
+def _prefill_rows(plan: Plan, params: PyTree, knobs: Knobs, batch: Batch) -> tuple[State, Array]:
   hidden_ND, cache = kv_cache.prefill(
     plan.config,
     params,
@@ -176,7 +176,7 @@ def _read_rows(plan: Plan, params: PyTree, knobs: Knobs, batch: Batch) -> tuple[
   return State(cache, token_R, each(batch.lengths_N), keys_R, done_R, step), out_R[:, None]
 
 
-def _write_rows(
+def _decode_rows(
   plan: Plan, columns: int, tokens: int, params: PyTree, knobs: Knobs, state: State
 ) -> tuple[State, Array]:
   first, filled = state.step, state.cache.filled

@@ -86,14 +86,14 @@ def _check_signature(name: str, found: Callable) -> None:
     ) from None
 
 
-def values(reward: Reward, prompts: Iterable[str], answers: Iterable[str]) -> np.ndarray:
+def values(reward: Reward, prompts: Iterable[str], completions: Iterable[str]) -> np.ndarray:
   """The reward of each (prompt, answer): float64 [B].
 
   Raises:
     UserError: the reward failed, or gave something else than a real number within float32.
   """
   rewards = []
-  for prompt, answer in zip(prompts, answers, strict=True):
+  for prompt, answer in zip(prompts, completions, strict=True):
     try:
       value = reward(prompt, answer)
     except (Exception, SystemExit) as error:

@@ -100,23 +100,23 @@ def generate(
   mesh = _mesh_of(params)
   answer = functools.partial(_answer, plan, mesh, params, knobs, max_tokens, ends)
   batches = _batches(prompts, num, batch_size, width, 1 if mesh is None else mesh.size)
-  answers: list[list[Ids]] = [[[] for _ in range(num)] for _ in prompts]
+  completions: list[list[Ids]] = [[[] for _ in range(num)] for _ in prompts]
   # A step of the loop is too small for two cores; two batches at a time are not. Two programs that
   # each wait for all devices could wait for each other.
   with futures.ThreadPoolExecutor(max_workers=2 if mesh is None else 1) as pool:
     for batch, out_RT in pool.map(answer, batches):
-      _collect(answers, batch, out_RT)
-  return answers
+      _collect(completions, batch, out_RT)
+  return completions
 
 
-def _collect(answers: list[list[Ids]], batch: Batch, out_RT: np.ndarray) -> None:
+def _collect(completions: list[list[Ids]], batch: Batch, out_RT: np.ndarray) -> None:
   """Files the rows of a batch under their prompts and samples; those that fill it are left out."""
   samples = batch.sample_S.tolist()
   out_NST = out_RT.reshape(len(batch.prompt_N), len(samples), -1)
   for prompt, out_ST in zip(batch.prompt_N.tolist(), out_NST, strict=True):
     for sample, out_T in zip(samples, out_ST, strict=True):
-      if prompt >= 0 and sample < len(answers[prompt]):
-        answers[prompt][sample] = out_T[out_T >= 0].tolist()
+      if prompt >= 0 and sample < len(completions[prompt]):
+        completions[prompt][sample] = out_T[out_T >= 0].tolist()
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -177,11 +177,13 @@ def _answer(
   if mesh is not None:
     put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
     placed = Batch(*map(put, batch, decoding.specs(mesh)[0]))
-  state, out_RT = decoding.read(params, knobs, placed, **setting)
+  state, out_RT = decoding.prefill(params, knobs, placed, **setting)
   out_RT = np.asarray(out_RT)
   for tokens in _growth(max_tokens):
     columns = batch.ids_NL.shape[1] + out_RT.shape[1] + tokens
-    state, more_RT = decoding.write(params, knobs, state, columns=columns, tokens=tokens, **setting)
+    state, more_RT = decoding.decode(
+      params, knobs, state, columns=columns, tokens=tokens, **setting
+    )
     out_RT = np.concatenate([out_RT, more_RT], axis=1)
     done_R = np.array(state.done_R)
     if ends is not None:

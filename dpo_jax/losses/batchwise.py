@@ -102,7 +102,7 @@ def kto(
 
   Ethayarajh et al. 2024.
   """
-  gain_B = policy.answer_B - reference.answer_B
+  gain_B = policy.completion_B - reference.completion_B
   if kl is None:
     apart_B = policy.mismatched_B - reference.mismatched_B
     kl = apart_B.mean() if weight_B is None else (apart_B * weight_B).sum() / weight_B.sum()
@@ -159,11 +159,11 @@ def policy_gradient(
   count_B1 = jnp.maximum(present_BK.sum(axis=1, keepdims=True), 1)
   others_BK = (return_BK.sum(axis=1, keepdims=True) - return_BK) / jnp.maximum(count_B1 - 1, 1)
   lead_BK = jax.lax.stop_gradient(jnp.where(present_BK, return_BK - others_BK, 0.0))
-  return -(lead_BK * policy.answers_BK).sum(axis=1) / count_B1[:, 0]
+  return -(lead_BK * policy.completions_BK).sum(axis=1) / count_B1[:, 0]
 
 
 def _ranked_ratios(policy: RankedLogps, reference: RankedLogps | None) -> Array:
   """log π/π_ref of every answer, nats: [B, K]."""
   if reference is None:
-    return jnp.asarray(policy.answers_BK)
-  return policy.answers_BK - reference.answers_BK
+    return jnp.asarray(policy.completions_BK)
+  return policy.completions_BK - reference.completions_BK

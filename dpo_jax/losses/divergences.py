@@ -1,4 +1,4 @@
-"""What combines with a loss: links of f-divergences in place of the log-ratio.
+"""What combines with a loss: f-divergences in place of the reverse KL.
 
 The optimum under an f-divergence penalty is r = β f'(π*/π_ref) + const, so that f' of the ratio
 takes the place of its logarithm in every loss of the margin. Wang et al. 2024 (f-DPO).
@@ -38,7 +38,7 @@ def alpha(u: Array, *, link_alpha: float = 0.5) -> Array:
   return (1 - tangent_exp(-link_alpha * u)) / link_alpha
 
 
-LINKS: dict[str, Callable[..., Array]] = {
+DIVERGENCES: dict[str, Callable[..., Array]] = {
   "reverse_kl": reverse_kl,
   "forward_kl": forward_kl,
   "jensen_shannon": jensen_shannon,
@@ -46,9 +46,9 @@ LINKS: dict[str, Callable[..., Array]] = {
 }
 
 
-def linked(
-  policy: PairLogps, reference: PairLogps, link: Callable[[Array], Array]
+def with_divergence(
+  policy: PairLogps, reference: PairLogps, divergence: Callable[[Array], Array]
 ) -> tuple[PairLogps, None]:
-  """Pairs whose log-ratios, against no reference, are the links of the given ones."""
+  """Pairs whose log-ratios, against no reference, are f' of the given ones."""
   c_B, r_B = log_ratios(policy, reference)
-  return policy._replace(chosen_B=link(c_B), rejected_B=link(r_B)), None
+  return policy._replace(chosen_B=divergence(c_B), rejected_B=divergence(r_B)), None

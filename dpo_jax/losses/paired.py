@@ -174,7 +174,7 @@ def odpo(
 
     loss = -log σ(z - αΔ)
 
-  `margin_B` is Δ >= 0, how much better the chosen answer was graded, in the grader's units;
+  `margin_B` is Δ >= 0, how much better the chosen answer was scored, in the scorer's units;
   `margin_scale` is α. log(1 + exp(αΔ)) where policy equals reference. Amini et al. 2024.
   """
   return -jax.nn.log_sigmoid(beta * margins(policy, reference) - margin_scale * margin_B)

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from dpo_jax.losses import batchwise, paired
-from dpo_jax.losses.divergences import LINKS, linked
+from dpo_jax.losses.divergences import DIVERGENCES, with_divergence
 from dpo_jax.structs import Array, UserError
 
 LossFn = Callable[..., Array]
@@ -54,7 +54,8 @@ LOSSES: dict[str, LossFn] = {
 _KINDS = {"sft": "text", "kto": "unpaired", "plackett_luce": "ranked", "policy_gradient": "ranked"}
 # Losses that read no reference.
 FREE = frozenset({"simpo", "cpo", "orpo", "sft"})
-# Losses that read the two log-ratios by their difference alone, so that a link may replace them.
+# Losses that read the two log-ratios by their difference alone, so that f' of a divergence may
+# replace them.
 OF_MARGIN = frozenset({"sigmoid", "cdpo", "robust", "hinge", "exo_pair", "discopop", "odpo"})
 # Losses that a policy without reference still has a meaning for.
 _MAY_BE_FREE = OF_MARGIN | {"ipo", "ipo_mean", "sigmoid_norm"}
@@ -66,7 +67,7 @@ _AVERAGED = frozenset({"ipo_mean", "sigmoid_norm", "simpo", "orpo"})
 SUPPLIED = frozenset({"delta", "kl", "label_B", "margin_B", "present_BK", "reward_BK", "weight_B"})
 
 # Running means over the batches before: what a loss calls it, and its next value from the metrics.
-_MEMORIES: dict[str, tuple[str, Callable[[Mapping[str, Array]], Array]]] = {
+_RUNNING_STATS: dict[str, tuple[str, Callable[[Mapping[str, Array]], Array]]] = {
   "bco_pair": ("delta", lambda m: (m["rewards/chosen"] + m["rewards/rejected"]) / 2),
   "kto": ("kl", lambda m: jnp.maximum(m["kl"], 0.0)),
 }
@@ -112,7 +113,7 @@ class Loss:
     beta: reward units per nat, of the rewards that are reported.
     needs_reference: whether log-probs of the reference are read.
     batch_wide: whether the loss of a pair depends on the other pairs of the global batch.
-    link: takes the place of the log-ratio of either answer, in losses of the margin.
+    divergence: takes the place of the log-ratio of either answer, in losses of the margin.
     ld_alpha: weight of answer tokens beyond the length of the shorter answer (LD-DPO).
     wpo: whether pairs are weighted by how likely the policy is to give them (WPO).
     running_decay: share of a running mean that a step keeps.
@@ -124,7 +125,7 @@ class Loss:
   beta: float
   needs_reference: bool
   batch_wide: bool
-  link: Callable[[Array], Array] | None = None
+  divergence: Callable[[Array], Array] | None = None
   ld_alpha: float = 1.0
   wpo: bool = False
   running_decay: float = 0.0
@@ -139,8 +140,8 @@ class Loss:
     total = None
     for weight, name, fn in self.terms:
       pair = (policy, reference)
-      if self.link is not None and name in OF_MARGIN:
-        pair = linked(policy, reference, self.link)
+      if self.divergence is not None and name in OF_MARGIN:
+        pair = with_divergence(policy, reference, self.divergence)
       wanted = inspect.signature(fn).parameters.keys() & supplied.keys() & SUPPLIED
       value = fn(*pair, **{key: supplied[key] for key in wanted})
       value = value if weight == 1 else weight * value
@@ -158,20 +159,22 @@ class Loss:
     return any(name == "policy_gradient" for _, name, _ in self.terms)
 
   @property
-  def memory(self) -> dict[str, float]:
+  def running_stats(self) -> dict[str, float]:
     """Running means that live in the state of training, at their start."""
     return {
-      _MEMORIES[name][0]: 0.0
+      _RUNNING_STATS[name][0]: 0.0
       for _, name, _ in self.terms
-      if name in _MEMORIES and self.running_decay > 0
+      if name in _RUNNING_STATS and self.running_decay > 0
     }
 
-  def remember(self, memory: Mapping[str, Array], means: Mapping[str, Array]) -> dict[str, Array]:
+  def update_running_stats(
+    self, running_stats: Mapping[str, Array], means: Mapping[str, Array]
+  ) -> dict[str, Array]:
     """The running means after a step, from the step's own means."""
-    seen = {key: read(means) for key, read in _MEMORIES.values() if key in memory}
+    seen = {key: read(means) for key, read in _RUNNING_STATS.values() if key in running_stats}
     keep = self.running_decay
     mix = lambda old, new: (keep * old + (1 - keep) * new).astype(old.dtype)
-    return {key: mix(memory[key], value) for key, value in seen.items()}
+    return {key: mix(running_stats[key], value) for key, value in seen.items()}
 
 
 def resolve(name: str, **given: Any) -> Loss:
@@ -219,7 +222,7 @@ def resolve(name: str, **given: Any) -> Loss:
     beta=betas[0] if betas else 1.0,
     needs_reference=not free,
     batch_wide=bool(wide),
-    link=_link(extra),
+    divergence=_divergence(extra),
     ld_alpha=float(extra.get("ld_alpha", 1.0)),
     wpo=bool(extra.get("wpo")),
     running_decay=running,
@@ -255,13 +258,13 @@ def _bind(name: str, bound: dict[str, Any], in_sum: bool) -> LossFn:
   return functools.partial(fn, **own) if own else fn
 
 
-def _link(extra: Mapping[str, Any]) -> Callable[[Array], Array] | None:
+def _divergence(extra: Mapping[str, Any]) -> Callable[[Array], Array] | None:
   name = extra.get("link") or "reverse_kl"
   if name == "reverse_kl":
     return None
   if name == "alpha" and extra.get("link_alpha") is not None:
-    return functools.partial(LINKS[name], link_alpha=extra["link_alpha"])
-  return LINKS[name]
+    return functools.partial(DIVERGENCES[name], link_alpha=extra["link_alpha"])
+  return DIVERGENCES[name]
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -361,8 +364,8 @@ def _check_combination(names: list[str], extra: Mapping[str, Any]) -> None:
       refuse("reference_free", f"{name} is about the ratio to a reference")
     if extra.get("link") and name not in OF_MARGIN | {"sft"}:
       refuse("link", f"links replace the log-ratio in {', '.join(sorted(OF_MARGIN))}")
-  if extra.get("link") and extra["link"] not in LINKS:
-    raise UserError(f"loss.link is {extra['link']!r}; known: {', '.join(LINKS)}")
+  if extra.get("link") and extra["link"] not in DIVERGENCES:
+    raise UserError(f"loss.link is {extra['link']!r}; known: {', '.join(DIVERGENCES)}")
   if extra.get("link") and extra.get("reference_free"):
     refuse("link", "without a reference there is no ratio; leave reference_free out")
   if extra.get("link_alpha") is not None and extra.get("link") != "alpha":

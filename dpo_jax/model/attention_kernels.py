@@ -130,15 +130,15 @@ class Texts(NamedTuple):
 
 def texts_of(batch: TokenBatch) -> Texts | None:
   """Of a batch that lists its texts; None of one that does not."""
-  if batch.text_GTW is None or batch.place_NLK is None:
+  if batch.sequence_GTW is None or batch.place_NLK is None:
     return None
-  groups, texts, width = batch.text_GTW.shape
+  groups, texts, width = batch.sequence_GTW.shape
   place_GYK = jnp.asarray(batch.place_NLK).reshape(groups, -1, batch.place_NLK.shape[-1])
-  token_GX = jnp.asarray(batch.text_GTW).reshape(groups, texts * width)
+  token_GX = jnp.asarray(batch.sequence_GTW).reshape(groups, texts * width)
   size = place_GYK.shape[1]
   read_GX = _taken(place_GYK[..., 0], token_GX, fill=-1)
   origin_GX = jnp.where(read_GX == jnp.arange(texts * width), token_GX, size)
-  length_GT = (batch.text_GTW < size).sum(axis=-1, dtype=jnp.int32)
+  length_GT = (batch.sequence_GTW < size).sum(axis=-1, dtype=jnp.int32)
   return Texts(token_GX, place_GYK, origin_GX, length_GT)
 
 

@@ -60,6 +60,25 @@ def _hush_late_writers() -> None:
   sys.unraisablehook = hook
 
 
+# Fields of a `TrainState` that checkpoints keep under an older name, so that a run which was begun
+# before they were renamed goes on.
+_SAVED_AS = {"running_stats": "memory"}
+
+
+def _to_saved(state: PyTree) -> PyTree:
+  """Names the fields of a state as checkpoints do; returns any other tree as it is."""
+  if not hasattr(state, "_asdict"):
+    return state
+  return {_SAVED_AS.get(name, name): tree for name, tree in state._asdict().items()}
+
+
+def _from_saved(saved: PyTree, like: PyTree) -> PyTree:
+  """Undoes `_to_saved`: returns a state of the type of `like`."""
+  if not hasattr(like, "_asdict"):
+    return saved
+  return type(like)(**{name: saved[_SAVED_AS.get(name, name)] for name in like._fields})
+
+
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
   """What to read a leaf as: its shape and type, where it says or on one device."""
   place = getattr(leaf, "sharding", None)
@@ -139,7 +158,7 @@ class Checkpoints:
     """
     self.wait()
     try:
-      response = self._orbax.save_async(step, state, force=True, metrics=metrics)
+      response = self._orbax.save_async(step, _to_saved(state), force=True, metrics=metrics)
     except Exception as error:
       raise self._failure(step, error) from error
     self._pending = (step, response)
@@ -174,7 +193,7 @@ class Checkpoints:
       UserError: there is no such checkpoint, or it does not fit `like`.
     """
     step = self._known(step)
-    loaded = self._load(step, jax.tree.map(_abstract, like))
+    loaded = _from_saved(self._load(step, jax.tree.map(_abstract, _to_saved(like))), like)
     placed = lambda leaf, wanted: leaf if getattr(wanted, "sharding", None) else np.asarray(leaf)
     return jax.tree.map(placed, loaded, like)
 
@@ -196,7 +215,9 @@ class Checkpoints:
       for spoilt in errors:
         names = (f"unreadable-{spoilt}" + "x" * more for more in itertools.count())
         aside = next(p for p in map(self.directory.with_name, names) if not p.exists())
-        processes.on_first(functools.partial((self.directory / str(spoilt)).rename, aside), "aside")
+        processes.on_main_process(
+          functools.partial((self.directory / str(spoilt)).rename, aside), "aside"
+        )
         print(
           f"the checkpoint of step {spoilt} cannot be read and is now {aside}; going on from step"
           f" {step}",

@@ -31,21 +31,21 @@ from dpo_jax.structs import PyTree, TokenBatch, UserError
 from dpo_jax.training import on_policy, reference_cache
 
 
-class Material(NamedTuple):
+class TrainingData(NamedTuple):
   """Rows or prompts, and how batches are made of them.
 
   Attributes:
     examples: rows to train on, in memory or read as they are needed; on policy, prompts (texts or
       messages).
     held_out: rows to judge by; on policy, prompts as examples without answers.
-    answers: K, slots of a row of data.
+    completions: K, slots of a row of data.
     batching: layout, row_length, groups and texts of `batches.batches`.
     sampler: makes batches of prompts; None where rows are trained on as they stand.
   """
 
   examples: Sequence[Any]
   held_out: Sequence[Example]
-  answers: int
+  completions: int
   batching: dict[str, Any]
   sampler: on_policy.Sampler | None
 
@@ -87,7 +87,7 @@ def load(
   groups: int,
   *,
   texts: bool = False,
-) -> tuple[Material, dict]:
+) -> tuple[TrainingData, dict]:
   """What the run learns from, and the ledger of what became of every row.
 
   With `texts`, batches list the texts of their rows.
@@ -113,12 +113,12 @@ def load(
       groups=groups,
       balance=config.data.balance,
     )
-    return Material(examples, held_out, len(examples[0].answers), batching, None), ledger
+    return TrainingData(examples, held_out, len(examples[0].completions), batching, None), ledger
 
   prompts, held_out, longest, ledger = _load_prompts(config, tokenizer, model_config)
-  answers = 2 if loss.kind == "pairs" else config.on_policy.num
+  completions = 2 if loss.kind == "pairs" else config.on_policy.num
   # Room for the longest prompt with answers that take all they may.
-  copies = 1 if config.data.layout == "padded" else answers
+  copies = 1 if config.data.layout == "padded" else completions
   need = packing.round_up(longest + copies * config.on_policy.max_tokens, 64)
   batching["row_length"] = config.data.row_length or need
   settings = dict(config.on_policy)
@@ -135,7 +135,7 @@ def load(
     batching=batching,
     **settings,
   )
-  return Material(prompts, held_out, answers, batching, sampler), ledger
+  return TrainingData(prompts, held_out, completions, batching, sampler), ledger
 
 
 def _check_named(field: str, path: str) -> None:
@@ -181,7 +181,7 @@ def _load_rows(config, loss, tokenizer, model_config):
     examples = examples.widened(most) if prepared else fill_up(examples, most)
   held_out = _limited(held_out, config)
   for path, some in ((data.path, examples), (data.eval_path, held_out)):
-    if loss.reads("margin_B") and some and not some[0].grades:
+    if loss.reads("margin_B") and some and not some[0].scores:
       raise UserError(
         f"loss {loss.name!r} reads by how much the chosen answer is better, and the rows of {path}"
         " do not say; give them a field margin, or chosen_score and rejected_score"
@@ -264,14 +264,14 @@ def stored(
   model_config: ModelConfig,
   device: jax.Device,
   attention: str,
-  material: Material,
-) -> tuple[reference_cache.Store | None, tuple[Lazy, ...], Material]:
+  training_data: TrainingData,
+) -> tuple[reference_cache.Store | None, tuple[Lazy, ...], TrainingData]:
   """The store of the reference's log-probs, what it lacks, and the rows with what it has."""
   path = config.reference.store
   if not path:
-    return None, (), material
+    return None, (), training_data
   store = reference_cache.Store(path, _reference_key(config, model_config, device, attention))
-  sides = (material.examples, material.held_out)
+  sides = (training_data.examples, training_data.held_out)
   lacking = tuple(filter(len, (reference_cache.lacking(side, store) for side in sides)))
   rows, missing = sum(map(len, sides)), sum(map(len, lacking))
   print(
@@ -279,7 +279,7 @@ def stored(
     file=sys.stderr,
   )
   examples, held_out = (reference_cache.stored(side, store) for side in sides)
-  return store, lacking, material._replace(examples=examples, held_out=held_out)
+  return store, lacking, training_data._replace(examples=examples, held_out=held_out)
 
 
 def _reference_key(
@@ -304,21 +304,21 @@ def _reference_key(
   }
 
 
-def digest(material: Material) -> str:
+def digest(training_data: TrainingData) -> str:
   """Of the length of every row, and of the text of a thousand."""
   found = hashlib.blake2b(digest_size=16)
-  if material.sampler is not None:
-    found.update(repr(material.examples).encode())
+  if training_data.sampler is not None:
+    found.update(repr(training_data.examples).encode())
     return found.hexdigest()
-  for side in (material.examples, material.held_out):
+  for side in (training_data.examples, training_data.held_out):
     if not len(side):
       continue
     for array in lengths(side):
       found.update(np.ascontiguousarray(array).tobytes())
     for i in np.linspace(0, len(side) - 1, min(len(side), 1000), dtype=np.int64):
       example = side[int(i)]
-      found.update(repr((example.grades, example.weight)).encode())
-      for ids in (example.prompt, *example.answers):
+      found.update(repr((example.scores, example.weight)).encode())
+      for ids in (example.prompt, *example.completions):
         found.update(np.asarray(ids, np.int32).tobytes())
   return found.hexdigest()
 
@@ -328,7 +328,7 @@ Feed = Callable[[int, PyTree], tuple[TokenBatch, dict[str, float]]]
 
 def make_feed(
   config: ConfigDict,
-  material: Material,
+  training_data: TrainingData,
   sizes: packing.Sizes | None,
   start: int,
   share: tuple[int, int] = (0, 1),
@@ -338,16 +338,16 @@ def make_feed(
   `sizes` are those of the sampler for the initial parameters, also where a run goes on; None where
   nothing is sampled. `share` is that of `Executor`: the part of every batch that is made here.
   """
-  if material.sampler is not None:
-    return lambda step, params: material.sampler.batch(step - 1, params, sizes, share)
+  if training_data.sampler is not None:
+    return lambda step, params: training_data.sampler.batch(step - 1, params, sizes, share)
   stream = batches.batches(
-    material.examples,
+    training_data.examples,
     batch_size=config.train.batch_size,
     accumulate=config.train.accumulate,
     seed=config.seed,
     start=start,
     share=share,
     balance=config.data.balance,
-    **material.batching,
+    **training_data.batching,
   )
   return lambda step, params: (next(stream), {})

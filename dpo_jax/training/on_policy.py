@@ -96,9 +96,9 @@ class Sampler:
     return [examples[i : i + size] for i in range(0, len(examples), size)]
 
   def _examples(self, index: int, params: PyTree) -> tuple[list[Example], dict[str, float]]:
-    """What batch `index` holds: samples with their rewards as grades, or preferences of them."""
+    """What batch `index` holds: samples with their rewards as scores, or preferences of them."""
     picked = batches.order(len(self.prompts), self.batch_size, seed=self.seed)[index]
-    drawn = rollouts.draw(
+    rollout = rollouts.sample(
       rollouts.LanguageModel(self.model_config, params, self.tokenizer),
       [self.prompts[i] for i in picked],
       self.reward,
@@ -111,11 +111,11 @@ class Sampler:
       width=self.width,
     )
     rows = [
-      example._replace(row=row, grades=tuple(reward_S.tolist()))
-      for example, row, reward_S in zip(drawn.examples(), picked, drawn.reward_XS, strict=True)
+      example._replace(row=row, scores=tuple(reward_S.tolist()))
+      for example, row, reward_S in zip(rollout.examples(), picked, rollout.reward_XS, strict=True)
     ]
-    lengths = [len(ids) for example in rows for ids in example.answers]
-    facts = {"reward": float(drawn.reward_XS.mean()), "tokens": float(np.mean(lengths))}
+    lengths = [len(ids) for example in rows for ids in example.completions]
+    facts = {"reward": float(rollout.reward_XS.mean()), "tokens": float(np.mean(lengths))}
     if self.loss.kind == "pairs":
       rows = self._pairs(rows, np.random.default_rng([self.seed, index]))
     elif not self.loss.samples:
@@ -129,9 +129,9 @@ class Sampler:
 
   def _pairs(self, rows: list[Example], rng: np.random.Generator) -> list[Example]:
     if self.prefer == "rank":
-      return [_pick(row, _extremes(row.grades)) for row in rows]
+      return [_pick(row, _extremes(row.scores)) for row in rows]
     return [
-      _pick(row, [a, a + 1] if row.grades[a] - row.grades[a + 1] > rng.logistic() else [a + 1, a])
+      _pick(row, [a, a + 1] if row.scores[a] - row.scores[a + 1] > rng.logistic() else [a + 1, a])
       for row in rows
       for a in range(0, self.num - 1, 2)
     ]
@@ -139,22 +139,22 @@ class Sampler:
 
 def _ranked(row: Example) -> Example:
   """The answers by their rewards, best first; a row counts nothing if all have the same."""
-  ranked = _pick(row, np.argsort(-np.array(row.grades), kind="stable"))
-  return ranked._replace(weight=0.0) if len(set(row.grades)) == 1 else ranked
+  ranked = _pick(row, np.argsort(-np.array(row.scores), kind="stable"))
+  return ranked._replace(weight=0.0) if len(set(row.scores)) == 1 else ranked
 
 
-def _extremes(grades: Sequence[float]) -> list[int]:
+def _extremes(scores: Sequence[float]) -> list[int]:
   """The best and the worst; the same one twice where all are equal."""
-  return [int(np.argmax(grades)), int(np.argmin(grades))]
+  return [int(np.argmax(scores)), int(np.argmin(scores))]
 
 
 def _pick(row: Example, order: Sequence[int] | np.ndarray) -> Example:
   """The answers of a row in an order; a pair of equal answers counts nothing."""
-  answers = tuple(row.answers[i] for i in order)
-  same = len(order) == 2 and np.array_equal(*answers)
+  completions = tuple(row.completions[i] for i in order)
+  same = len(order) == 2 and np.array_equal(*completions)
   return row._replace(
-    answers=answers,
-    grades=tuple(row.grades[i] for i in order),
+    completions=completions,
+    scores=tuple(row.scores[i] for i in order),
     weight=0.0 if same else row.weight,
   )
 

@@ -93,7 +93,7 @@ class Store:
     In a causal model the start of an answer has the same log-probs whatever follows, so an answer
     that was cut is found in the whole one.
     """
-    found = [self._match(ids, _digest(example.prompt)) for ids in example.answers]
+    found = [self._match(ids, _digest(example.prompt)) for ids in example.completions]
     return None if any(one is None for one in found) else tuple(found)
 
   def _match(self, ids: np.ndarray, digest: np.ndarray) -> np.ndarray | None:
@@ -114,7 +114,7 @@ class Store:
     pairs = [
       (_digest(example.prompt), ids, logps)
       for example in examples
-      for ids, logps in zip(example.answers, example.reference, strict=True)
+      for ids, logps in zip(example.completions, example.reference, strict=True)
       if len(ids)
     ]
     digests, ids, logps = zip(*pairs, strict=True)
@@ -225,12 +225,12 @@ def fill(
     UserError: a log-prob is not finite, or the disk is full; the parts before are kept.
   """
   numbered = Lazy(lambda i: examples[i]._replace(row=i), lengths(examples))
-  answers = numbered.lengths[1].shape[1]
+  completions = numbered.lengths[1].shape[1]
   keep = store.add if store else lambda examples: None
   waiting: list[Example] = []
   tokens, done, since = 0, 0, time.perf_counter()
   for batch in batches.eval_batches(numbered, **batching):
-    for number, logps in _by_example(batch, token_fn(batch), answers):
+    for number, logps in _by_example(batch, token_fn(batch), completions):
       example = numbered[number]
       if not all(np.isfinite(one).all() for one in logps):
         raise UserError(
@@ -249,7 +249,7 @@ def fill(
 
 
 def _by_example(
-  batch: TokenBatch, logps_GM: np.ndarray, answers: int
+  batch: TokenBatch, logps_GM: np.ndarray, completions: int
 ) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
   """The data row of every example of a batch, and the log-probs of its answers' tokens."""
   groups, length = len(batch.scored_GM), batch.ids_NL.shape[1]
@@ -262,7 +262,7 @@ def _by_example(
   order_X = np.argsort(slot_X, kind="stable")
   counts = np.bincount(slot_X, minlength=batch.row_NS.size)
   pieces = np.split(logps_GM[real_GM][order_X], np.cumsum(counts)[:-1])
-  for first in range(0, batch.row_NS.size, answers):
+  for first in range(0, batch.row_NS.size, completions):
     row = int(batch.row_NS.reshape(-1)[first])
     if row >= 0:
-      yield row, tuple(pieces[first : first + answers])
+      yield row, tuple(pieces[first : first + completions])

@@ -44,7 +44,7 @@ class Run(NamedTuple):
   model: Model
   model_config: ModelConfig
   tokenizer: Tokenizer
-  material: datasets.Material
+  data: datasets.TrainingData
   steps: int
   schedule: optax.Schedule
   tx: optax.GradientTransformation
@@ -70,7 +70,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
   start = None if settings is None else _start(config, model_config, settings)
   attention = choose_attention(config, model_config, executor)
   model, objective = make_objective(config, model_config, loss, settings, attention)
-  material, ledger = datasets.load(
+  training_data, ledger = datasets.load(
     config,
     loss,
     tokenizer,
@@ -79,26 +79,28 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     texts=attention in attention_kernels.TEXTS,
   )
   device = executor.devices[0]
-  store, lacking, material = datasets.stored(config, model_config, device, attention, material)
-  passes = config.train.epochs * len(material.examples) / config.train.batch_size
+  store, lacking, training_data = datasets.stored(
+    config, model_config, device, attention, training_data
+  )
+  passes = config.train.epochs * len(training_data.examples) / config.train.batch_size
   steps = config.train.steps or max(1, round(passes))
   schedule, tx = make_optimizer(config, steps)
   places = executor.shardings(transformer.param_shapes(model_config))
   trained = _load(config, model_config, places)
-  frozen, adapter = None, None
+  reference_params, adapter = None, None
   if settings:
-    trained, frozen, adapter = _adapted(config, settings, start, trained)
+    trained, reference_params, adapter = _adapted(config, settings, start, trained)
   elif loss.needs_reference and (lacking or not store):
-    frozen = _reference(config, model_config, places, trained)
+    reference_params = _reference(config, model_config, places, trained)
   run = Run(
     workdir=workdir,
     config=config,
     executor=executor,
-    objective=objective._replace(answers=material.answers),
+    objective=objective._replace(completions=training_data.completions),
     model=model,
     model_config=model_config,
     tokenizer=tokenizer,
-    material=material,
+    data=training_data,
     steps=steps,
     schedule=schedule,
     tx=tx,
@@ -107,7 +109,7 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
     store=store,
     lacking=lacking,
   )
-  return run, trained, frozen, ledger
+  return run, trained, reference_params, ledger
 
 
 def check(config: ConfigDict) -> tuple[losses.Loss, LoRA | None, Executor]:
@@ -166,7 +168,9 @@ def make_objective(
   )
   if settings:
     objective = objective._replace(
-      policy=lambda trained, frozen: lora.attach(frozen, trained, settings.scale),
+      policy=lambda trained, reference_params: lora.attach(
+        reference_params, trained, settings.scale
+      ),
       dropout_seed=config.seed if settings.dropout else None,
     )
   return model, objective
@@ -184,23 +188,23 @@ def make_optimizer(
   return schedule, optimizer.from_host(tx) if config.parallel.offload_optimizer else tx
 
 
-def fill_store(run: Run, frozen: PyTree | None) -> PyTree | None:
+def fill_store(run: Run, reference_params: PyTree | None) -> PyTree | None:
   """Computes what the store lacks, of a placed reference; says how far it is.
 
   Returns:
     What is needed of the reference from then on: with a store, only the base of adapters.
   """
   if not run.store:
-    return frozen
+    return reference_params
   forward = run.executor.compile_forward(logprobs.make_token_fn(run.model))
-  token_fn = lambda batch: forward(frozen, jax.tree.map(lambda x: x[None], batch))
+  token_fn = lambda batch: forward(reference_params, jax.tree.map(lambda x: x[None], batch))
   # All processes compute, the first one writes.
-  store = run.store if processes.first() else None
+  store = run.store if processes.is_main_process() else None
   settings = run.config.train
   size = settings.batch_size // settings.accumulate
   started = said = time.perf_counter()
   for examples in run.lacking:
-    batching = run.material.batching | {"batch_size": size}
+    batching = run.data.batching | {"batch_size": size}
     for done in reference_cache.fill(store, examples, token_fn, **batching):
       now = time.perf_counter()
       if now - said >= 5 or done == len(examples):
@@ -211,8 +215,8 @@ def fill_store(run: Run, frozen: PyTree | None) -> PyTree | None:
   processes.wait("reference store")
   run.store.refresh()
   if run.adapter:
-    return frozen
-  jax.tree.map(lambda x: x.delete(), frozen)
+    return reference_params
+  jax.tree.map(lambda x: x.delete(), reference_params)
   return None
 
 

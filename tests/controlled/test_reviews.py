@@ -105,14 +105,14 @@ def test_statements_are_distinct_balanced_and_end_only_at_their_end(kind, togeth
 def _count(kind, together):
   """Answers about a kind: statements are cut apart in one way only, so derivations are texts."""
   *aspects, verdict = tables(kind, together)
-  answers = 0
+  completions = 0
   for aspect in aspects:
     signs = [np.sign(table.value_T) for table in (aspect, verdict)]
     contrasts = sum((signs[0] == s).sum() * (signs[1] == -s).sum() for s in (-1, 1))
     everything = len(aspect.texts) * len(verdict.texts)
     joined = contrasts * len(lexicon.CONTRASTS) + (everything - contrasts) * len(lexicon.ADDITIONS)
-    answers += joined + everything  # or as two sentences
-  return int(answers) * 2  # the verdict after or before
+    completions += joined + everything  # or as two sentences
+  return int(completions) * 2  # the verdict after or before
 
 
 def _openings(kind, together):
@@ -123,13 +123,13 @@ def _openings(kind, together):
 
 
 def test_number_of_texts():
-  answers = {way: _count(*way) for way in WAYS}
+  completions = {way: _count(*way) for way in WAYS}
   openings = {way: _openings(*way) for way in WAYS}
   # openings: sizes of (who) x (article) x (quality) x (time) x (occasion) x (things of the kinds)
   things = 6 + 7 + 7 + 6 + 6
   assert sum(openings.values()) == (1 + 7) * 2 * 17 * 19 * 11 * 2 * things
-  assert min(answers.values()) > 10**7
-  assert sum(answers[way] * openings[way] for way in WAYS) > 10**13
+  assert min(completions.values()) > 10**7
+  assert sum(completions[way] * openings[way] for way in WAYS) > 10**13
 
 
 def test_rewards_spread_like_a_bell():
@@ -154,9 +154,9 @@ def test_generated_texts_follow_the_exact_distribution():
 
 
 def test_a_text_depends_on_seed_and_index_alone():
-  prompts, answers = reviews.generate(50, 3)
-  assert reviews.generate(20, 3) == (prompts[:20], answers[:20])
-  assert reviews.generate(50, 4) != (prompts, answers)
+  prompts, completions = reviews.generate(50, 3)
+  assert reviews.generate(20, 3) == (prompts[:20], completions[:20])
+  assert reviews.generate(50, 4) != (prompts, completions)
 
 
 def test_person_and_number_agree():

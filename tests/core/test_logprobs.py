@@ -14,8 +14,10 @@ from dpo_jax.structs import Head
 from tests.support import tiny
 
 
-def _batch(layout="shared", groups=1, answers=2, count=6):
-  return collate(tiny.pairs(count, answers=answers), layout=layout, row_length=48, groups=groups)
+def _batch(layout="shared", groups=1, completions=2, count=6):
+  return collate(
+    tiny.pairs(count, completions=completions), layout=layout, row_length=48, groups=groups
+  )
 
 
 def _naive(params, batch):
@@ -50,21 +52,21 @@ def test_log_probs_of_all_answers_of_two_tokens_sum_to_one():
 
 
 @pytest.mark.parametrize(
-  ("layout", "groups", "room"),  # all at once, eight tokens a chunk, one token a chunk
+  ("layout", "groups", "budget"),  # all at once, eight tokens a chunk, one token a chunk
   [
-    ("shared", 1, logprobs.Room(2**22, 2**22)),
-    ("shared", 1, logprobs.Room(2**22, 0)),
-    ("shared", 1, logprobs.Room(37 * 8, 2**22)),
-    ("shared", 2, logprobs.Room(37 * 8, 2**22)),
-    ("packed", 2, logprobs.Room(37, 0)),
-    ("padded", 1, logprobs.Room(37 * 8, 0)),
+    ("shared", 1, logprobs.LogitBudget(2**22, 2**22)),
+    ("shared", 1, logprobs.LogitBudget(2**22, 0)),
+    ("shared", 1, logprobs.LogitBudget(37 * 8, 2**22)),
+    ("shared", 2, logprobs.LogitBudget(37 * 8, 2**22)),
+    ("packed", 2, logprobs.LogitBudget(37, 0)),
+    ("padded", 1, logprobs.LogitBudget(37 * 8, 0)),
   ],
 )
-def test_production_equals_naive(layout, groups, room):
+def test_production_equals_naive(layout, groups, budget):
   params = jax.tree.map(jnp.asarray, tiny.init())
   batch = _batch(layout, groups)
   weights_NS = np.random.default_rng(0).normal(size=batch.weight_NS.shape)
-  production = logprobs.make_logps_fn(tiny.MODEL, room=room)
+  production = logprobs.make_logps_fn(tiny.MODEL, budget=budget)
 
   def loss(params, fn):
     logps_NS = fn(params, batch)
@@ -136,7 +138,7 @@ def _temporaries(logps, vocab, width=64):
 
 def test_memory_is_a_fraction_of_the_naive_path_and_flat_in_the_vocabulary():
   naive = _temporaries(logprobs.naive_slot_logps, 50_000)
-  again = functools.partial(logprobs.slot_logps, room=logprobs.Room(2**22, 0))
+  again = functools.partial(logprobs.slot_logps, budget=logprobs.LogitBudget(2**22, 0))
   assert _temporaries(again, 50_000) <= naive / 5
   # What is left beside the logits is the head's own gradient.
   beside = lambda vocab: _temporaries(again, vocab) - vocab * 64 * 4
@@ -146,7 +148,9 @@ def test_memory_is_a_fraction_of_the_naive_path_and_flat_in_the_vocabulary():
 def test_logits_that_are_kept_are_what_keeping_costs():
   """1,200 scored tokens of 50,000 logits each, once and not twice."""
   kept, again = (
-    _temporaries(functools.partial(logprobs.slot_logps, room=logprobs.Room(2**22, kept)), 50_000)
+    _temporaries(
+      functools.partial(logprobs.slot_logps, budget=logprobs.LogitBudget(2**22, kept)), 50_000
+    )
     for kept in (2**27, 0)
   )
   assert kept - again <= 1.1 * 1200 * 50_000 * 4

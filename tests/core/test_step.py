@@ -68,8 +68,8 @@ def test_a_step_by_sgd_raises_the_margin():
 @pytest.mark.parametrize("name", ["sigmoid", "sft"])
 def test_k_micro_batches_are_one_large_batch(name):
   """Ragged lengths and ragged weights: a mean of means would differ."""
-  answers = 1 if name == "sft" else 2
-  sets = [tiny.pairs(8, seed, answers=answers) for seed in range(3)]
+  completions = 1 if name == "sft" else 2
+  sets = [tiny.pairs(8, seed, completions=completions) for seed in range(3)]
   cut = lambda s: [s[:2], s[2:4], s[4:6], s[6:]]
   whole, whole_reports = run([stack([s], sizes=SIZES) for s in sets], name=name)
   parts, part_reports = run([stack(cut(s), sizes=SIZES) for s in sets], name=name)
@@ -88,18 +88,18 @@ def test_layout_and_padding_change_nothing():
   close(run([stack([examples], sizes=roomy)] * 2)[0], expected)
 
 
-def ragged(answers, size=6):
-  """Rows of so many answers, with weights and grades that every objective can read."""
-  rng = np.random.default_rng(answers)
+def ragged(completions, size=6):
+  """Rows of so many answers, with weights and scores that every objective can read."""
+  rng = np.random.default_rng(completions)
   text = lambda most: rng.integers(1, tiny.VOCAB, rng.integers(1, most)).astype(np.int32)
   return [
     Example(
       text(9),
-      tuple(text(7) for _ in range(answers)),
+      tuple(text(7) for _ in range(completions)),
       row=i,
       weight=0.5 + i % 3,
       # Alike in judged answers, which are two: the answer and a mismatched one.
-      grades=(float(i % 2),) * 2 if answers == 2 else tuple(rng.normal(size=answers)),
+      scores=(float(i % 2),) * 2 if completions == 2 else tuple(rng.normal(size=completions)),
     )
     for i in range(size)
   ]
@@ -121,7 +121,7 @@ def test_loss_and_gradient_of_every_objective_know_no_layout(name):
     following, report = step.train_step(state, reference, batch, objective=made, tx=tx)
     return following.opt_state.trace, report["loss"]
 
-  batch = lambda way: stack([ragged(made.answers)], layout=way)
+  batch = lambda way: stack([ragged(made.completions)], layout=way)
   found = {way: take(tiny.init(1), tiny.init(0), batch(way)) for way in packing.LAYOUTS}
   expected, loss = found.pop("padded")
   assert max(np.abs(x).max() for x in expected.values()) > 1e-3
@@ -140,12 +140,12 @@ def test_pair_weights_weigh():
 
 
 def test_sft_is_a_mean_over_tokens_of_the_whole_batch():
-  examples = [e._replace(weight=1.0) for e in tiny.pairs(4, answers=1)]
+  examples = [e._replace(weight=1.0) for e in tiny.pairs(4, completions=1)]
   batch = stack([examples[:1], examples[1:]])
   _, (report,) = run([batch], name="sft")
   logps_fn = jax.jit(logprobs.make_logps_fn(tiny.MODEL))
   logps = [np.asarray(logps_fn(tiny.init(), collate.collate([e], row_length=48))) for e in examples]
-  tokens = sum(len(e.answers[0]) for e in examples)
+  tokens = sum(len(e.completions[0]) for e in examples)
   np.testing.assert_allclose(report["loss"], -sum(x.sum() for x in logps) / tokens, rtol=1e-5)
 
 
@@ -184,9 +184,9 @@ def test_slots_whose_loss_is_not_finite_are_named():
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired", "kto"])
 def test_a_batch_wide_loss_sees_all_micro_batches(name):
   """Sorted or pooled over the global batch: micro-batches change nothing."""
-  grades = lambda i: (float(i % 2),) * 2
+  scores = lambda i: (float(i % 2),) * 2
   sets = [
-    [e._replace(weight=1.0, grades=grades(i)) for i, e in enumerate(tiny.pairs(8, seed))]
+    [e._replace(weight=1.0, scores=scores(i)) for i, e in enumerate(tiny.pairs(8, seed))]
     for seed in range(2)
   ]
   given = {"name": name, "beta": 2.0, "tx": optax.sgd(0.5)}
@@ -223,19 +223,19 @@ def test_delta_is_the_running_mean_of_the_rewards_before():
   for state, report in zip(states[1:], reports, strict=True):
     mean = (report["rewards/chosen"] + report["rewards/rejected"]) / 2
     expected = 0.75 * expected + 0.25 * mean
-    np.testing.assert_allclose(state.memory["delta"], expected, rtol=1e-6)
-  assert abs(float(states[-1].memory["delta"])) > 1e-3
+    np.testing.assert_allclose(state.running_stats["delta"], expected, rtol=1e-6)
+  assert abs(float(states[-1].running_stats["delta"])) > 1e-3
 
 
 def test_a_running_kl_replaces_the_estimate_of_the_batch():
-  examples = [e._replace(grades=(1.0, 1.0)) for e in tiny.pairs(4)]
+  examples = [e._replace(scores=(1.0, 1.0)) for e in tiny.pairs(4)]
   batch = stack([examples])
   states, reports = state_after([batch] * 3, "kto", beta=1.0, running_decay=0.5, tx=optax.sgd(2.0))
   kl = 0.0
   for state, report in zip(states[1:], reports, strict=True):
     kl = 0.5 * kl + 0.5 * max(0.0, float(report["kl"]))
-    np.testing.assert_allclose(state.memory["kl"], kl, rtol=1e-6)
-  assert state_after([batch], "kto")[0][-1].memory == {}
+    np.testing.assert_allclose(state.running_stats["kl"], kl, rtol=1e-6)
+  assert state_after([batch], "kto")[0][-1].running_stats == {}
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.6])
@@ -284,9 +284,9 @@ def test_wpo_weighs_pairs_by_what_the_policy_would_say():
 def test_ld_alpha_weighs_tokens_beyond_the_shorter_answer():
   """α = 0 is the log-prob of answers cut to the shorter length, in every layout; α = ½ half-way."""
   examples = tiny.pairs(6)
-  shorter = [min(map(len, e.answers)) for e in examples]
+  shorter = [min(map(len, e.completions)) for e in examples]
   cut = [
-    e._replace(answers=tuple(a[:n] for a in e.answers))
+    e._replace(completions=tuple(a[:n] for a in e.completions))
     for e, n in zip(examples, shorter, strict=True)
   ]
 
@@ -313,8 +313,8 @@ def test_ld_alpha_weighs_tokens_beyond_the_shorter_answer():
 
 def test_rankings_of_different_length_train_together():
   """Two answers in a set of three are Plackett-Luce of two: sigmoid."""
-  three = [e._replace(weight=1.0) for e in tiny.pairs(4, answers=3)]
-  two = [e._replace(answers=e.answers[:2]) for e in three]
+  three = [e._replace(weight=1.0) for e in tiny.pairs(4, completions=3)]
+  two = [e._replace(completions=e.completions[:2]) for e in three]
   _, (report,) = run([stack([fill_up(two, 3)])], name="plackett_luce", beta=0.5)
   np.testing.assert_allclose(report["loss"], np.log(2), rtol=1e-6)
   filled, _ = run([stack([fill_up(two, 3)])] * 3, name="plackett_luce", beta=0.5)

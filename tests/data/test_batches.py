@@ -15,9 +15,9 @@ from dpo_jax.structs import TokenBatch, UserError
 from tests.support.small_rows import examples
 
 
-def data_rows(batch: TokenBatch, answers=2) -> list[int]:
+def data_rows(batch: TokenBatch, completions=2) -> list[int]:
   """Data rows of a batch, each named once."""
-  rows = batch.row_NS.reshape(-1, answers)[:, 0]
+  rows = batch.row_NS.reshape(-1, completions)[:, 0]
   return sorted(rows[rows >= 0].tolist())
 
 
@@ -224,10 +224,10 @@ def test_judged_answers_make_batches(rows_file, tokenizer, name):
   some, _, _ = encode.load_examples(rows_file(rows), tokenizer, kind="unpaired")
   some = with_mismatched(some, max_length=40)
   (batch,) = data_batches.eval_batches(some, batch_size=8, layout=name)
-  row_B2, grade_B2 = batch.row_NS.reshape(-1, 2), batch.grade_NS.reshape(-1, 2)
+  row_B2, score_B2 = batch.row_NS.reshape(-1, 2), batch.score_NS.reshape(-1, 2)
   there_B = row_B2[:, 0] >= 0
   assert sorted(row_B2[there_B, 0].tolist()) == list(range(8))
-  assert (row_B2[there_B] % 2 == grade_B2[there_B]).all(), "odd rows are desirable"
+  assert (row_B2[there_B] % 2 == score_B2[there_B]).all(), "odd rows are desirable"
 
 
 # --- real files -----------------------------------------------------------------------------------

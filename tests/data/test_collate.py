@@ -20,9 +20,9 @@ def ids(*values):
   return np.array(values, np.int32)
 
 
-def example(rng, row, *, answers=2, longest=12):
+def example(rng, row, *, completions=2, longest=12):
   text = lambda: rng.integers(1, 100, rng.integers(1, longest + 1)).astype(np.int32)
-  return Example(text(), tuple(text() for _ in range(answers)), float(rng.uniform(0.5, 2)), row)
+  return Example(text(), tuple(text() for _ in range(completions)), float(rng.uniform(0.5, 2)), row)
 
 
 def examples(size, seed=0, **kwargs):
@@ -67,7 +67,7 @@ def expected(some: list[Example]) -> dict:
   return {
     e.row: [
       (e.prompt.tolist(), answer.tolist(), float(np.float32(e.weight)))
-      for answer in e.answers
+      for answer in e.completions
       if len(answer)
     ]
     for e in some
@@ -114,38 +114,42 @@ def test_padded_rows_by_hand():
 @given(
   seed=st.integers(0, 10_000),
   size=st.integers(1, 12),
-  answers=st.sampled_from([1, 2, 3]),
+  completions=st.sampled_from([1, 2, 3]),
   groups=st.sampled_from([1, 2, 4]),
 )
-def test_a_batch_holds_exactly_its_pairs(name, seed, size, answers, groups):
-  some = examples(size, seed, answers=answers)
+def test_a_batch_holds_exactly_its_pairs(name, seed, size, completions, groups):
+  some = examples(size, seed, completions=completions)
   length = fit_row_length(some, name)
   batch = collate(some, layout=name, row_length=length, groups=groups)
   assert read_back(batch) == expected(some)
   rows, slots = batch.weight_NS.shape
   assert rows % groups == 0 and batch.ids_NL.shape == (rows, length)
   # Neighbouring slots are one pair, and no pair is in two groups.
-  pairs = batch.row_NS.reshape(-1, answers)
+  pairs = batch.row_NS.reshape(-1, completions)
   assert (pairs == pairs[:, :1]).all()
-  assert rows // groups * slots % answers == 0
+  assert rows // groups * slots % completions == 0
 
 
 # --- fewer answers than others --------------------------------------------------------------------
 
 
 def ragged(size, seed=0, *, most=4):
-  """Examples of 1 to `most` answers, with grades."""
+  """Examples of 1 to `most` answers, with scores."""
   rng = np.random.default_rng(seed)
-  some = [example(rng, row, answers=int(rng.integers(1, most + 1))) for row in range(size)]
-  return [e._replace(grades=tuple(rng.normal(size=len(e.answers)).tolist())) for e in some]
+  some = [example(rng, row, completions=int(rng.integers(1, most + 1))) for row in range(size)]
+  return [e._replace(scores=tuple(rng.normal(size=len(e.completions)).tolist())) for e in some]
 
 
 def test_absent_answers_by_hand():
   one = Example(ids(5, 6, 7), (ids(8, 9),), 2.0, 41, (0.5,))
   (filled,) = fill_up([one], 3)
-  assert [len(answer) for answer in filled.answers] == [2, 0, 0] and filled.grades == (0.5, 0, 0)
+  assert [len(answer) for answer in filled.completions] == [2, 0, 0] and filled.scores == (
+    0.5,
+    0,
+    0,
+  )
   assert fill_up([one]) == [one] and fill_up([]) == []
-  assert fill_up([one._replace(grades=())], 2)[0].grades == ()
+  assert fill_up([one._replace(scores=())], 2)[0].scores == ()
   with pytest.raises(ValueError, match="an example has 1 answers, 0 are wanted"):
     fill_up([one], 0)
   for name in ("shared", "packed"):  # one answer is laid out alike in both
@@ -154,7 +158,7 @@ def test_absent_answers_by_hand():
     assert batch.target_NL.tolist() == [[0, 0, 8, 9, 0, 0]]
     assert batch.pair_NL.tolist() == [[0, 0, 0, 0, -1, -1]]
     assert batch.weight_NS.tolist() == [[2, 0, 0]]
-    assert batch.grade_NS.tolist() == [[0.5, 0, 0]]
+    assert batch.score_NS.tolist() == [[0.5, 0, 0]]
     assert batch.row_NS.tolist() == [[41, -1, -1]]
   # Padded, absent answers are rows of padding.
   batch = collate([filled], layout="padded", row_length=6)
@@ -180,23 +184,23 @@ def test_absent_answers_cost_nothing():
 )
 def test_a_batch_of_ragged_answers_holds_exactly_those_there_are(name, seed, size, spare, groups):
   some = ragged(size, seed)
-  answers = max(len(e.answers) for e in some) + spare
-  filled = fill_up(some, answers)
+  completions = max(len(e.completions) for e in some) + spare
+  filled = fill_up(some, completions)
   length = fit_row_length(filled, name)
   batch = collate(filled, layout=name, row_length=length, groups=groups)
   assert read_back(batch) == expected(some)
   # Neighbouring slots are one prompt's; those that are there stand first.
   by_row = {e.row: e for e in some}
-  kept = (x.reshape(-1, answers) for x in (batch.row_NS, batch.weight_NS, batch.grade_NS))
-  for row_K, weight_K, grade_K in zip(*kept, strict=True):
+  kept = (x.reshape(-1, completions) for x in (batch.row_NS, batch.weight_NS, batch.score_NS))
+  for row_K, weight_K, score_K in zip(*kept, strict=True):
     if row_K[0] < 0:
-      assert (row_K < 0).all() and not weight_K.any() and not grade_K.any()
+      assert (row_K < 0).all() and not weight_K.any() and not score_K.any()
       continue
     e = by_row.pop(int(row_K[0]))
-    missing = answers - len(e.answers)
-    assert row_K.tolist() == [e.row] * len(e.answers) + [-1] * missing
-    assert weight_K.tolist() == [float(np.float32(e.weight))] * len(e.answers) + [0] * missing
-    np.testing.assert_array_equal(grade_K, np.float32((*e.grades, *[0] * missing)))
+    missing = completions - len(e.completions)
+    assert row_K.tolist() == [e.row] * len(e.completions) + [-1] * missing
+    assert weight_K.tolist() == [float(np.float32(e.weight))] * len(e.completions) + [0] * missing
+    np.testing.assert_array_equal(score_K, np.float32((*e.scores, *[0] * missing)))
   assert not by_row
 
 
@@ -204,8 +208,8 @@ def test_a_batch_of_ragged_answers_holds_exactly_those_there_are(name, seed, siz
 @pytest.mark.parametrize("groups", [1, 2])
 def test_log_probs_of_ragged_answers_are_those_of_each_prompt_alone(name, groups):
   params = tiny.init()
-  some = tiny.pairs(13, seed=3, answers=4)
-  some = [e._replace(answers=e.answers[: 1 + e.row % 4]) for e in some]
+  some = tiny.pairs(13, seed=3, completions=4)
+  some = [e._replace(completions=e.completions[: 1 + e.row % 4]) for e in some]
   batch = collate(fill_up(some), layout=name, row_length=48, groups=groups)
   logps_BK = np.asarray(tiny_logps(params, batch)).reshape(-1, 4)
   row_BK = batch.row_NS.reshape(-1, 4)
@@ -214,9 +218,9 @@ def test_log_probs_of_ragged_answers_are_those_of_each_prompt_alone(name, groups
   one_shape = packing.Sizes(rows=4, rows_step=4, scored=8, slots=1)  # compiled once
   for e in some:
     alone = collate([e], layout="padded", row_length=24, sizes=one_shape)
-    alone_K = np.asarray(tiny_logps(params, alone)).reshape(-1)[: len(e.answers)]
+    alone_K = np.asarray(tiny_logps(params, alone)).reshape(-1)[: len(e.completions)]
     assert (alone_K < 0).all()
-    np.testing.assert_allclose(found[e.row][: len(e.answers)], alone_K, rtol=1e-5)
+    np.testing.assert_allclose(found[e.row][: len(e.completions)], alone_K, rtol=1e-5)
 
 
 # --- packing --------------------------------------------------------------------------------------
@@ -233,7 +237,7 @@ def test_scored_positions_are_listed_once_in_their_group(name, groups):
     real = listed[listed < block]
     assert (listed[len(real) :] == block).all(), "what is left over is one past the end"
     assert real.tolist() == np.flatnonzero(batch.weight_NL.reshape(groups, -1)[g]).tolist()
-  assert (batch.scored_GM < block).sum() == sum(len(a) for e in some for a in e.answers)
+  assert (batch.scored_GM < block).sum() == sum(len(a) for e in some for a in e.completions)
 
 
 def test_masks_come_from_lengths_not_from_ids():
@@ -302,8 +306,8 @@ def test_errors_name_the_row_and_the_way_out():
 # --- truncation -----------------------------------------------------------------------------------
 
 
-def cut(prompt, *answers, **kwargs):
-  out = truncate(ids(*prompt), [ids(*a) for a in answers], **kwargs)
+def cut(prompt, *completions, **kwargs):
+  out = truncate(ids(*prompt), [ids(*a) for a in completions], **kwargs)
   return out and (out[0].tolist(), [a.tolist() for a in out[1]], out[2])
 
 
@@ -320,10 +324,10 @@ def test_the_prompt_is_cut_from_the_left_and_keeps_its_bos():
 
 
 def test_below_the_floor_a_pair_is_dropped_or_both_answers_cut_alike():
-  answers = [11, 12, 13, 14, 15, 99], [21, 22, 99]  # 99 ends a text
+  completions = [11, 12, 13, 14, 15, 99], [21, 22, 99]  # 99 ends a text
   where = {"max_length": 8, "prompt_floor": 4}
-  assert cut([1, 2, 3, 4, 5, 6], *answers, **where) is None
-  kept = cut([1, 2, 3, 4, 5, 6], *answers, mode="cut", **where)
+  assert cut([1, 2, 3, 4, 5, 6], *completions, **where) is None
+  kept = cut([1, 2, 3, 4, 5, 6], *completions, mode="cut", **where)
   # Four tokens of the prompt leave four for each answer; the cut one has lost its end token.
   assert kept == ([3, 4, 5, 6], [[11, 12, 13, 14], [21, 22, 99]], ("prompt", "answer"))
 
@@ -355,13 +359,13 @@ def test_truncation_always_fits_and_keeps_ends_of_prompts_and_starts_of_answers(
   if out is None:
     assert mode == "drop" and prompt + max(a, b) > window
     return
-  kept, answers, cuts = out
-  assert len(kept) + max(map(len, answers)) <= window
-  assert len(kept) >= 1 and min(map(len, answers)) >= 1
+  kept, completions, cuts = out
+  assert len(kept) + max(map(len, completions)) <= window
+  assert len(kept) >= 1 and min(map(len, completions)) >= 1
   assert kept[-1] == prompt - 1
   assert ("prompt" in cuts) == (len(kept) < prompt)
-  limit = max(map(len, answers))
-  for original, answer in zip(texts[1], answers, strict=True):
+  limit = max(map(len, completions))
+  for original, answer in zip(texts[1], completions, strict=True):
     assert answer.tolist() == original[:limit].tolist()
 
 

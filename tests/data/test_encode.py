@@ -31,9 +31,9 @@ def test_every_row_is_accounted_for(rows_file, tokenizer):
   assert form == "strings"
   assert [example.row for example in found] == [0, 4, 5]
   assert all(example.prompt[0] == tokenizer.bos_id for example in found)
-  lengths, answers = data_examples.lengths(found)
-  assert (lengths + answers.max(1)).max() == 40
-  taken = packing.costs(lengths, answers, "shared").sum()
+  lengths, completions = data_examples.lengths(found)
+  assert (lengths + completions.max(1)).max() == 40
+  taken = packing.costs(lengths, completions, "shared").sum()
   assert ledger.to_json() == {
     "format": "strings",
     "rows": 6,
@@ -42,7 +42,7 @@ def test_every_row_is_accounted_for(rows_file, tokenizer):
     "truncated": {"prompt": 1},
     "tokens": {
       "prompt": lengths.sum(),
-      "answer": answers.sum(),
+      "answer": completions.sum(),
       "padding": ledger.tokens["padding"],
       "shared": lengths.sum() - 3,
     },
@@ -57,7 +57,7 @@ def test_a_cut_answer_has_no_end(rows_file, tokenizer):
     path, tokenizer, max_length=24, prompt_floor=4, truncation="cut"
   )
   (example,) = found
-  chosen, rejected = (answer.tolist() for answer in example.answers)
+  chosen, rejected = (answer.tolist() for answer in example.completions)
   assert tokenizer.eos_id not in chosen and rejected[-1] == tokenizer.eos_id
   assert ledger.truncated == {"prompt": 1, "answer": 1}
   assert ledger.dropped == {"equal answers after cutting": 1}, "what differed was cut off"
@@ -65,8 +65,8 @@ def test_a_cut_answer_has_no_end(rows_file, tokenizer):
 
 def test_texts_to_learn_from_have_one_answer(rows_file, tokenizer):
   found, ledger, form = encode.load_examples(rows_file([pair()]), tokenizer, kind="text")
-  assert len(found[0].answers) == 1 and ledger.tokens["shared"] == 0
-  assert tokenizer.decode(found[0].answers[0]) == "good"
+  assert len(found[0].completions) == 1 and ledger.tokens["shared"] == 0
+  assert tokenizer.decode(found[0].completions[0]) == "good"
   path = rows_file([{"text": "the answer"}])
   found, _, form = encode.load_examples(path, tokenizer, kind="text")
   assert form == "text" and found[0].prompt.tolist() == [tokenizer.bos_id]
@@ -74,8 +74,8 @@ def test_texts_to_learn_from_have_one_answer(rows_file, tokenizer):
 
 def test_ids_are_scored_as_they_stand(rows_file, tokenizer):
   path = rows_file([{"prompt_ids": [1, 5], "chosen_ids": [6, 2], "rejected_ids": [7]}])
-  ((prompt, answers, *_),), ledger, form = encode.load_examples(path, tokenizer, max_length=8)
-  assert (prompt.tolist(), [a.tolist() for a in answers]) == ([1, 5], [[6, 2], [7]])
+  ((prompt, completions, *_),), ledger, form = encode.load_examples(path, tokenizer, max_length=8)
+  assert (prompt.tolist(), [a.tolist() for a in completions]) == ([1, 5], [[6, 2], [7]])
   assert form == ledger.format == "ids"
 
 
@@ -102,8 +102,8 @@ def judged(label=True, prompt="the answer is", completion=" good"):
   return {"prompt": prompt, "completion": completion, "label": label}
 
 
-def ranked(*answers, prompt="the answer is", **rest):
-  return {"prompt": prompt, "answers": list(answers), **rest}
+def ranked(*completions, prompt="the answer is", **rest):
+  return {"prompt": prompt, "answers": list(completions), **rest}
 
 
 def test_judged_answers_and_pairs_taken_apart(rows_file, tokenizer):
@@ -113,9 +113,9 @@ def test_judged_answers_and_pairs_taken_apart(rows_file, tokenizer):
   ]
   found, ledger, form = encode.load_examples(paths, tokenizer, kind="unpaired")
   assert form == "completion with label, strings"
-  assert [(e.row, e.grades) for e in found] == [(0, (1,)), (1, (0,)), (3, (1,)), (3, (0,))]
-  texts = [tokenizer.decode(e.answers[0]) for e in found]
-  assert texts == ["good", "bad", "good", "bad"] and all(len(e.answers) == 1 for e in found)
+  assert [(e.row, e.scores) for e in found] == [(0, (1,)), (1, (0,)), (3, (1,)), (3, (0,))]
+  texts = [tokenizer.decode(e.completions[0]) for e in found]
+  assert texts == ["good", "bad", "good", "bad"] and all(len(e.completions) == 1 for e in found)
   assert found[2].prompt.tolist() == found[3].prompt.tolist()
   # A row is kept or dropped, also one that became two answers.
   assert (ledger.rows, ledger.pairs) == (5, 3)
@@ -134,10 +134,10 @@ def test_ranked_answers_are_filled_up_to_the_most(rows_file, tokenizer):
   ]
   path = rows_file(rows)
   found, ledger, form = encode.load_examples(path, tokenizer, kind="ranked")
-  texts = lambda e: [tokenizer.decode(answer) for answer in e.answers]
+  texts = lambda e: [tokenizer.decode(answer) for answer in e.completions]
   assert form == "ranked" and "labels" not in ledger.to_json()
   assert [texts(e) for e in found] == [["good", "bad", "", ""], ["is", "good", "bad", "so"]]
-  assert [e.grades for e in found] == [(2, 1, 0, 0), (4, 3, 2, 1)]
+  assert [e.scores for e in found] == [(2, 1, 0, 0), (4, 3, 2, 1)]
   assert ledger.dropped == {"fewer than two answers": 1, "equal answers": 1}
   # Copies of the prompt that shared rows save: one for the row of two, three for the row of four.
   assert ledger.tokens["shared"] == (1 + 3) * (len(found[0].prompt) - 1)
@@ -145,7 +145,7 @@ def test_ranked_answers_are_filled_up_to_the_most(rows_file, tokenizer):
   both = [path, rows_file([pair(chosen_score=2, rejected_score=1)], "pairs")]
   found, ledger, form = encode.load_examples(both, tokenizer, kind="ranked")
   assert form == "ranked, strings" and texts(found[-1]) == ["good", "bad", "", ""]
-  assert found[-1].grades == (2, 1, 0, 0)
+  assert found[-1].scores == (2, 1, 0, 0)
   (batch,) = batches.eval_batches(found, batch_size=8)
   assert sorted({*batch.row_NS.ravel().tolist()} - {-1}) == [0, 1, 4]
 
@@ -159,15 +159,15 @@ def test_ranked_answers_may_become_equal_by_cutting(rows_file, tokenizer):
   assert ledger.dropped == {"equal answers after cutting": 1}
 
 
-def test_margins_and_scores_are_grades(rows_file, tokenizer):
-  grades = lambda *rows: [e.grades for e in encode.load_examples(rows_file(rows), tokenizer)[0]]
-  assert grades(pair()) == [()]
-  assert grades(pair(margin=2), pair(margin=0)) == [(2, 0), (0, 0)]
-  assert grades(pair(chosen_score=1, rejected_score=3)) == [(1, 3)]
+def test_margins_and_scores_are_scores(rows_file, tokenizer):
+  scores = lambda *rows: [e.scores for e in encode.load_examples(rows_file(rows), tokenizer)[0]]
+  assert scores(pair()) == [()]
+  assert scores(pair(margin=2), pair(margin=0)) == [(2, 0), (0, 0)]
+  assert scores(pair(chosen_score=1, rejected_score=3)) == [(1, 3)]
   rewarded = rows_file([pair(chosen_reward=1.5, rejected_reward=-1)])
   some, _, _ = encode.load_examples(rewarded, tokenizer)
   (batch,) = batches.eval_batches(some, batch_size=1)
-  assert batch.grade_NS.tolist() == [[1.5, -1]]
+  assert batch.score_NS.tolist() == [[1.5, -1]]
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_margins_and_scores_are_grades(rows_file, tokenizer):
     ([ranked(" a")] * 2, "ranked", r"no row is of use .* dropped fewer than two answers: 2"),
   ],
 )
-def test_bad_grades_and_labels_are_one_line(rows_file, tokenizer, rows, kind, line):
+def test_bad_scores_and_labels_are_one_line(rows_file, tokenizer, rows, kind, line):
   with pytest.raises(UserError, match=line) as raised:
     encode.load_examples(rows_file(rows), tokenizer, kind=kind)
   assert "\n" not in str(raised.value)
@@ -235,13 +235,13 @@ def test_a_mismatched_answer_is_to_another_prompt(prompts, seed):
   assert len(found) == len(whole) == len(some)
   for before, cut, after in zip(some, found, whole, strict=True):
     assert (after.weight, after.row, after.prompt) == (before.weight, before.row, before.prompt)
-    assert after.answers[0] is before.answers[0] and after.grades == before.grades * 2
-    source = some[int(after.answers[1][0])]
+    assert after.completions[0] is before.completions[0] and after.scores == before.scores * 2
+    source = some[int(after.completions[1][0])]
     assert source.prompt.tolist() != before.prompt.tolist()
-    assert after.answers[1].tolist() == source.answers[0].tolist()
+    assert after.completions[1].tolist() == source.completions[0].tolist()
     # A window of 4 and a prompt of 1 token leave 3, for this one alone.
-    assert cut.answers[1].tolist() == source.answers[0][:3].tolist()
-    assert cut._replace(answers=after.answers) == after
+    assert cut.completions[1].tolist() == source.completions[0][:3].tolist()
+    assert cut._replace(completions=after.completions) == after
   for known, read in zip(
     data_examples.lengths(found), data_examples.lengths(list(found)), strict=True
   ):
@@ -251,7 +251,7 @@ def test_a_mismatched_answer_is_to_another_prompt(prompts, seed):
 def test_mismatched_answers_are_a_function_of_examples_and_seed():
   some = judged_examples(range(40))
   sources = lambda some, seed: [
-    int(e.answers[1][0]) for e in data_examples.with_mismatched(some, seed=seed)
+    int(e.completions[1][0]) for e in data_examples.with_mismatched(some, seed=seed)
   ]
   first = sources(some, 1)
   assert sources(some, 1) == first != sources(some, 2)

@@ -17,7 +17,7 @@ def convert(row, **kwargs):
 
 
 @pytest.mark.parametrize(
-  ("fields", "grades"),
+  ("fields", "scores"),
   [
     ({}, ()),
     ({"margin": None, "chosen_score": None}, ()),
@@ -37,14 +37,14 @@ def convert(row, **kwargs):
     {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
   ],
 )
-def test_pairs_may_say_by_how_much(row, fields, grades):
+def test_pairs_may_say_by_how_much(row, fields, scores):
   row = row | fields
   assert readers.detect_kind(row) == "pairs"
   for kind in ("pairs", "ranked"):
-    assert convert(row, kind=kind)[1].grades == grades
+    assert convert(row, kind=kind)[1].scores == scores
   # Where answers are judged by themselves, or one is learned from, nobody asks.
-  assert convert(row, kind="unpaired")[1].grades == (1.0, 0.0)
-  assert convert(row, kind="text")[1].grades == ()
+  assert convert(row, kind="unpaired")[1].scores == (1.0, 0.0)
+  assert convert(row, kind="text")[1].scores == ()
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_pairs_may_say_by_how_much(row, fields, grades):
     ({"chosen_reward": "high", "rejected_reward": 0}, r'field chosen_reward is "high", not a'),
   ],
 )
-def test_broken_grades_are_named(fields, line):
+def test_broken_scores_are_named(fields, line):
   with pytest.raises(UserError, match=line):
     convert({"prompt": "a", "chosen": "b", "rejected": "c"} | fields)
 
@@ -130,9 +130,9 @@ def test_compared_answers_may_be_messages_and_serve_other_kinds():
     "preference": 2,
   }
   name, found = convert(row, kind="unpaired")
-  assert name == "compared" and found.grades == (1.0, 0.0)
-  assert [answer[0]["content"] for answer in found.answers] == ["b", "a"]
-  assert convert(COMPARED | {"preference": 1}, kind="ranked")[1].answers == ("a", "b")
+  assert name == "compared" and found.scores == (1.0, 0.0)
+  assert [answer[0]["content"] for answer in found.completions] == ["b", "a"]
+  assert convert(COMPARED | {"preference": 1}, kind="ranked")[1].completions == ("a", "b")
 
 
 def test_a_row_may_say_how_much_it_counts():

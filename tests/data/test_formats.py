@@ -99,10 +99,10 @@ def convert(row, **kwargs):
 def test_what_rows_mean(row, name, meaning):
   assert convert(row) == (name, meaning)
   # Where one answer is learned from, it is the chosen one.
-  assert convert(row, kind="text") == (name, meaning._replace(answers=meaning.answers[:1]))
+  assert convert(row, kind="text") == (name, meaning._replace(completions=meaning.completions[:1]))
   # Ranked they are two of two; judged by themselves, one is desirable and one is not.
   assert convert(row, kind="ranked") == (name, meaning)
-  assert convert(row, kind="unpaired") == (name, meaning._replace(grades=(1.0, 0.0)))
+  assert convert(row, kind="unpaired") == (name, meaning._replace(scores=(1.0, 0.0)))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ UNPAIRED = [
 def test_answers_judged_by_themselves(row, name, meaning, label):
   row = row | {"label": label}
   assert readers.detect_kind(row) == "unpaired"
-  expected = (f"{name} with label", meaning._replace(grades=(float(label),)))
+  expected = (f"{name} with label", meaning._replace(scores=(float(label),)))
   assert convert(row, kind="unpaired") == expected
   for kind in ("pairs", "text", "ranked"):
     with pytest.raises(
@@ -217,7 +217,7 @@ def test_ranked_answers(row, name, meaning):
   assert convert(row, kind="ranked") == (name, meaning)
   assert convert(row | {"scores": None}, kind="ranked") == (name, meaning)
   # Scores put them in order; those of equal score stay as they stand.
-  b, c, d = meaning.answers
+  b, c, d = meaning.completions
   by_scores = Preference(meaning.prompt, (c, b, d), (2.5, -1.0, -1.0))
   assert convert(row | {"scores": [-1, 2.5, -1]}, kind="ranked") == (name, by_scores)
   for kind in ("pairs", "text", "unpaired"):
@@ -228,9 +228,9 @@ def test_ranked_answers(row, name, meaning):
 @given(scores=st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=6, unique=True))
 def test_the_highest_score_is_the_best(scores):
   row = {"prompt": "a", "answers": [f"answer {score}" for score in scores], "scores": scores}
-  _, (_, answers, grades, _) = convert(row, kind="ranked")
-  assert list(grades) == sorted(scores, reverse=True)
-  assert list(answers) == [f"answer {score}" for score in grades]
+  _, (_, completions, found, _) = convert(row, kind="ranked")
+  assert list(found) == sorted(scores, reverse=True)
+  assert list(completions) == [f"answer {score}" for score in found]
 
 
 @pytest.mark.parametrize(

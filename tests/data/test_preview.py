@@ -41,8 +41,8 @@ def test_a_row_shows_texts_ids_and_ends(tmp_path):
   shown = console.export_text()
   for part in ("the answer is", "good 🙂é!<|endoftext|>", "bad<|endoftext|>"):
     assert part in shown
-  assert f"{len(example.answers[1])} tokens, scored, ended" in shown
-  assert " ".join(map(str, example.answers[1])) in shown
+  assert f"{len(example.completions[1])} tokens, scored, ended" in shown
+  assert " ".join(map(str, example.completions[1])) in shown
 
 
 def show(folder, kind, *rows):
@@ -59,7 +59,7 @@ def show(folder, kind, *rows):
   return console.export_text()
 
 
-def test_labels_grades_and_ranks_are_shown(tmp_path):
+def test_labels_scores_and_ranks_are_shown(tmp_path):
   judged = {"prompt": "the answer is", "completion": " good", "label": True}
   other = {"prompt": "a", "completion": " bad", "label": 0}
   shown = show(tmp_path, "unpaired", judged, other, other | {"prompt": "and"})
@@ -67,11 +67,11 @@ def test_labels_grades_and_ranks_are_shown(tmp_path):
   assert "│ desirable · 2 tokens, scored, ended" in first and "mismatched · 2 tokens" in first
   assert len(others) == 2 and all("│ undesirable · 2 tokens" in other for other in others)
   shown = show(tmp_path, "pairs", ROW | {"margin": 1.5})
-  assert "chosen (grade 1.5) · " in shown and "rejected (grade 0) · " in shown
+  assert "chosen (score 1.5) · " in shown and "rejected (score 0) · " in shown
   ranked = {"prompt": "the answer is", "answers": [" bad", " good", " is"], "scores": [0, 2.5, 1]}
   shown = show(tmp_path, "ranked", ranked, ranked | {"answers": [" a", " b"], "scores": [0, 1]})
-  assert "answer 1 of 3 (grade 2.5)" in shown and "answer 3 of 3 (grade 0)" in shown
-  assert "answer 2 of 2 (grade 0)" in shown and "answer 3 of 2" not in shown
+  assert "answer 1 of 3 (score 2.5)" in shown and "answer 3 of 3 (score 0)" in shown
+  assert "answer 2 of 2 (score 0)" in shown and "answer 3 of 2" not in shown
   assert "at least 2, 2.5 on average" in shown
   assert " answer · " in show(tmp_path, "text", ROW)
 
@@ -119,7 +119,7 @@ def test_cuts_are_marked_and_dropped_rows_say_why(tmp_path):
   cut, rest = console.export_text().split("row 1: dropped, equal answers")
   assert "row 0, cut" in cut and "─ row 2 ─" in rest and preview.CUT not in rest
   assert f"4 tokens, given, ✂ {len(whole.prompt) - 4} cut before" in cut and "│ ✂" in cut
-  lost = len(whole.answers[0]) - 36
+  lost = len(whole.completions[0]) - 36
   assert f"chosen · 36 tokens, scored, no end token, ✂ {lost} cut behind" in cut
   assert cut.count("cut behind") == 1 and "rejected · 2 tokens, scored, ended" in cut
 

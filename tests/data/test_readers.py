@@ -148,18 +148,18 @@ def test_a_field_map_names_what_is_what():
   assert convert(row, fields=fields, kind="unpaired")[1] == Preference("q", ("a",), (1.0,))
   assert readers.detect_kind(row, fields) == "unpaired"
   row = {"q": "a", "chosen": "b", "rejected": "c", "gap": 2}
-  assert convert(row, fields={"prompt": "q", "margin": "gap"})[1].grades == (2.0, 0.0)
+  assert convert(row, fields={"prompt": "q", "margin": "gap"})[1].scores == (2.0, 0.0)
 
 
 def test_columns_joined_by_a_plus_are_a_list():
   row = {"q": "p", "x": "one", "y": "two", "first": 2, "second": 2, "a+b": "best"}
   fields = {"prompt": "q", "answer_a": "x", "answer_b": "y", "preference": "first+second"}
-  assert convert(row, fields=fields)[1].answers == ("two", "one")
+  assert convert(row, fields=fields)[1].completions == ("two", "one")
   ranked = {"prompt": "q", "answers": "y+x", "scores": "first+second"}
-  assert convert(row | {"first": 1}, fields=ranked, kind="ranked")[1].answers == ("one", "two")
+  assert convert(row | {"first": 1}, fields=ranked, kind="ranked")[1].completions == ("one", "two")
   # A name that is there is itself, whatever is in it.
   pair = {"prompt": "q", "chosen": "a+b", "rejected": "x"}
-  assert convert(row, fields=pair)[1].answers == ("best", "one")
+  assert convert(row, fields=pair)[1].completions == ("best", "one")
   with pytest.raises(UserError, match=r"preference=first\+third is not in the row"):
     convert(row, fields=fields | {"preference": "first+third"})
 
@@ -252,7 +252,7 @@ def test_real_judged_answers(shared_data):
   form = detect(read[0], kind="unpaired")
   found = [form.convert(row) for row in read]
   assert form.name == "chat with label" and len(found) == 236
-  assert sum(preference.grades == (1.0,) for preference in found) == 113
+  assert sum(preference.scores == (1.0,) for preference in found) == 113
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_other_projects_files_by_field_map(shared_data, file, fields):
   form = detect(read[0], fields)
   for row in read:
     preference = form.convert(row)
-    assert preference.answers[0] != preference.answers[1]
+    assert preference.completions[0] != preference.completions[1]
 
 
 def test_parquet_is_read_a_row_group_at_a_time(tmp_path):

@@ -45,8 +45,8 @@ def made(tmp_path_factory):
 
 def texts(tokenizer, preference):
   """Decoded prompt, and whole texts, special tokens written out."""
-  prompt, answers = tokenizer.encode_preference(preference)
-  whole = [tokenizer.decode([*prompt, *answer], special=True) for answer in answers]
+  prompt, completions = tokenizer.encode_preference(preference)
+  whole = [tokenizer.decode([*prompt, *answer], special=True) for answer in completions]
   return tokenizer.decode(prompt, special=True), whole
 
 
@@ -62,9 +62,9 @@ def test_a_token_that_holds_any_of_the_answer_belongs_to_it(made):
 def test_the_prompt_is_what_all_answers_share(made):
   # With "good" the space goes to the answer, with "\n" it would not; the prompt is one for both.
   tokenizer = made["byte_level"]
-  prompt, answers = tokenizer.encode_preference(Preference("the answer ", ("good", "\nbad")))
+  prompt, completions = tokenizer.encode_preference(Preference("the answer ", ("good", "\nbad")))
   assert tokenizer.decode(prompt) == "the answer"
-  assert [tokenizer.decode(a) for a in answers] == [" good", " \nbad"]
+  assert [tokenizer.decode(a) for a in completions] == [" good", " \nbad"]
 
 
 def test_an_answer_may_change_the_tokens_before_it(tmp_path):
@@ -87,8 +87,8 @@ def test_bos_stands_once_and_eos_ends_the_answer(made):
   tokenizer = made["byte_fallback"]
   assert tokenizer.adds_bos
   for prompt in ("the answer", "<s>the answer"):  # the text may have written it already
-    ids, answers = tokenizer.encode_preference(Preference(prompt, (" is good", " is bad")))
-    for answer in answers:
+    ids, completions = tokenizer.encode_preference(Preference(prompt, (" is good", " is bad")))
+    for answer in completions:
       whole = [*ids, *answer]
       assert whole.count(tokenizer.bos_id) == 1 and whole[0] == tokenizer.bos_id
       assert whole.count(tokenizer.eos_id) == 1 and whole[-1] == tokenizer.eos_id
@@ -130,8 +130,8 @@ def test_answers_that_become_one_are_dropped(made):
 
 
 def test_ids_stand_as_they_are(made):
-  prompt, answers = made["byte_fallback"].encode_preference(Preference([5, 6], ([7, 2], [8])))
-  assert prompt.tolist() == [5, 6] and [a.tolist() for a in answers] == [[7, 2], [8]]
+  prompt, completions = made["byte_fallback"].encode_preference(Preference([5, 6], ([7, 2], [8])))
+  assert prompt.tolist() == [5, 6] and [a.tolist() for a in completions] == [[7, 2], [8]]
   assert prompt.dtype == np.int32
 
 
@@ -160,11 +160,11 @@ def test_many_rows_at_once_equal_one_by_one(made):
 def test_ids_decode_to_the_text_whatever_it_is(made, family, prompt, first, second):
   tokenizer = made[family]
   try:
-    ids, answers = tokenizer.encode_preference(Preference(prompt, (first, second)))
+    ids, completions = tokenizer.encode_preference(Preference(prompt, (first, second)))
   except RowError as error:
     assert str(error) in ("no prompt token before the answer", "equal answers")
     return
-  for answer, text in zip(answers, (first, second), strict=True):
+  for answer, text in zip(completions, (first, second), strict=True):
     whole = [int(x) for x in (*ids, *answer)]
     assert tokenizer.decode(whole) == prompt + text
     assert whole.count(tokenizer.eos_id) == 1 and whole[-1] == tokenizer.eos_id
@@ -365,9 +365,9 @@ def test_what_is_given_and_what_is_scored(kinds, case):
   assert tokenizer.decode(ids, special=True) == given
   assert tokenizer.decode(one, special=True) == scored
   assert tokenizer.encode_prompt(prompt) == ids.tolist()
-  for answer_ids in (one.tolist(), two.tolist()):
-    ends = [id for id in answer_ids if id in tokenizer.end_ids]
-    assert ends == answer_ids[-1:]
+  for completion_ids in (one.tolist(), two.tolist()):
+    ends = [id for id in completion_ids if id in tokenizer.end_ids]
+    assert ends == completion_ids[-1:]
 
 
 @pytest.mark.parametrize("kind", ["llama3", "mistral", "qwen3", "gemma", "no_prompt", "two_ends"])
@@ -382,10 +382,10 @@ def test_ids_decode_to_what_the_template_writes(kinds, kind, asked, first, secon
   tokenizer = kinds(kind)
   prompt = [*[*ONE, *assistant("bad")] * turns, user(asked)]
   prompt = [system("be kind"), *prompt] if kind in ("mistral", "qwen3") else prompt
-  answers = assistant(first), assistant(second)
-  start, written = tokenizer.template.texts(Conversation(prompt), answers)
+  completions = assistant(first), assistant(second)
+  start, written = tokenizer.template.texts(Conversation(prompt), completions)
   try:
-    ids, found = tokenizer.encode_preference(Preference(prompt, answers))
+    ids, found = tokenizer.encode_preference(Preference(prompt, completions))
   except RowError as error:
     assert str(error) == "equal answers" and first.strip() == second.strip()
     return
@@ -561,11 +561,11 @@ BY_MANY = settings(
 def test_ids_of_real_tokenizers_decode_to_the_text(real, prompt, first, second):
   """The text, where the tokenizer itself gives it back; the end once; the answer's tokens alone."""
   try:
-    ids, answers = real.encode_preference(Preference(prompt, (first, second)))
+    ids, completions = real.encode_preference(Preference(prompt, (first, second)))
   except RowError as error:
     assert str(error) in ("no prompt token before the answer", "equal answers")
     return
-  for answer, text in zip(answers, (first, second), strict=True):
+  for answer, text in zip(completions, (first, second), strict=True):
     whole = [*ids, *answer.tolist()]
     if real.decode(real.encode_prompt(prompt + text)) == prompt + text:
       assert real.decode(whole) == prompt + text
@@ -580,10 +580,10 @@ def test_ids_of_real_tokenizers_decode_to_the_text(real, prompt, first, second):
 @given(asked=SHORT, first=SHORT, second=SHORT, turns=st.integers(0, 2))
 def test_ids_of_real_templates_decode_to_what_they_write(real, asked, first, second, turns):
   prompt = [*[user("why?"), *assistant("so")] * turns, user(asked)]
-  answers = assistant(first), assistant(second)
-  start, written = real.template.texts(Conversation(prompt), answers)
+  completions = assistant(first), assistant(second)
+  start, written = real.template.texts(Conversation(prompt), completions)
   try:
-    ids, found = real.encode_preference(Preference(prompt, answers))
+    ids, found = real.encode_preference(Preference(prompt, completions))
   except RowError as error:
     assert str(error) == "equal answers"
     return
@@ -678,17 +678,17 @@ def test_ids_of_real_rows_decode_to_their_text(real, shared_data, file):
       preference = convert(row)
     except RowError:
       continue
-    prompt, answers = real.encode_preference(preference)
-    whole = [real.decode([*prompt, *answer]) for answer in answers]
-    ends = [answer.tolist().count(real.eos_id) for answer in answers]
+    prompt, completions = real.encode_preference(preference)
+    whole = [real.decode([*prompt, *answer]) for answer in completions]
+    ends = [answer.tolist().count(real.eos_id) for answer in completions]
     assert ends == [1, 1]
     if isinstance(preference.prompt, str):
-      assert whole == [preference.prompt + answer for answer in preference.answers]
+      assert whole == [preference.prompt + answer for answer in preference.completions]
       # What is scored is the answer, and at most the space before it.
-      for answer, text in zip(answers, preference.answers, strict=True):
+      for answer, text in zip(completions, preference.completions, strict=True):
         assert real.decode(answer).strip() == text.strip()
     else:
-      for text, answer in zip(whole, preference.answers, strict=True):
+      for text, answer in zip(whole, preference.completions, strict=True):
         assert answer[0]["content"].strip() in text
         assert preference.prompt[-1]["content"].strip() in real.decode(prompt)
     seen += 1

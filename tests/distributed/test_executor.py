@@ -33,10 +33,10 @@ def trajectory(mode, devices, *, accumulate=1, steps=4, name="sigmoid", offload=
   for batch in tiny.batches(steps, executor.groups, accumulate):
     state, report = take(state, reference, executor.place_batch(batch))
     reports.append(executor.metrics_to_host(report))
-  unchanged = executor.fetch(reference)
+  unchanged = executor.to_host(reference)
   for key, value in tiny.init().items():
     np.testing.assert_array_equal(unchanged[key], value)
-  return executor.fetch(state.params), reports
+  return executor.to_host(state.params), reports
 
 
 @functools.cache
@@ -117,9 +117,9 @@ def test_a_single_copy_leaves_and_comes_back(mode):
   executor = Executor(mode, 4)
   host = tiny.init()
   there = executor.place(host)
-  for key, value in executor.fetch(there).items():
+  for key, value in executor.to_host(there).items():
     np.testing.assert_array_equal(value, host[key])
-    assert executor.single(there)[key].shape == value.shape
+    assert executor.unreplicate(there)[key].shape == value.shape
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ CONFIG = families.from_hf(
 MODEL = transformer.build(CONFIG)
 TX = optax.adamw(1e-3, eps=1e-3)  # so gentle that rounding does not grow in twenty steps
 TOKENS = ("position", "pair", "branch")
-ROOM = logprobs.Room(2**9, 0)  # several chunks a group
+LOGIT_BUDGET = logprobs.LogitBudget(2**9, 0)  # several chunks a group
 
 
 @functools.cache
@@ -43,7 +43,7 @@ def params():
 
 
 def objective(name):
-  logps_fn = logprobs.make_logps_fn(MODEL, room=ROOM)
+  logps_fn = logprobs.make_logps_fn(MODEL, budget=LOGIT_BUDGET)
   return step.Objective(logps_fn, losses.resolve(name, beta=0.5))
 
 
@@ -70,7 +70,7 @@ def trajectory(*mesh, name="sigmoid", accumulate=1, steps=3):
     found.append(float(means["loss"]))
   wanted = jax.tree.map(lambda x: x.sharding, executor.abstract(state))
   jax.tree.map(lambda x, place: x.sharding == place or pytest.fail(), state, wanted)
-  return executor.fetch(state), found
+  return executor.to_host(state), found
 
 
 @functools.cache

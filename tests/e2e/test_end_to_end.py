@@ -169,7 +169,7 @@ def test_what_evolves_beside_the_policy_resumes_too(task):
   checkpoints = Checkpoints(task / "follows" / "checkpoints")
   saved = checkpoints.restore(like._replace(reference=reference), 6)
   checkpoints.close()
-  assert saved.memory["delta"] != 0
+  assert saved.running_stats["delta"] != 0
   table = lambda tree: np.asarray(tree["params"]["embed"]["embedding"])
   # Step 6 has just carried the reference most of the way to the policy.
   gone, left = (np.abs(table(saved.params) - table(x)).max() for x in (reference, saved.reference))
@@ -223,15 +223,15 @@ def test_every_loss_is_reached_from_the_configuration(task, name):
   config = dpo_config(task)
   config.loss.update(name=name, beta=None)
   rows = pairs_of(task)
-  graded = [row | {"chosen_score": 2.0, "rejected_score": 1.0} for row in rows]
-  config.data.path = write_rows(task / "graded.jsonl", graded)
+  with_scores = [row | {"chosen_score": 2.0, "rejected_score": 1.0} for row in rows]
+  config.data.path = write_rows(task / "scores.jsonl", with_scores)
   if name == "policy_gradient":
     config = on_policy_config(task)
     config.data.path = write_rows(task / "p.jsonl", [{"prompt": row["prompt"]} for row in rows])
   run, _, reference, _ = build(config, task / "never")
   assert run.objective.loss.name == name
   assert (reference is None) == (name in losses.FREE)
-  assert run.objective.answers == {"sft": 1, "policy_gradient": 4}.get(name, 2)
+  assert run.objective.completions == {"sft": 1, "policy_gradient": 4}.get(name, 2)
 
 
 @pytest.mark.slow

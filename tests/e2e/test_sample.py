@@ -75,12 +75,14 @@ def test_samples_in_a_file_are_those_of_the_package(folder, tmp_path):
   model = rollouts.load(folder)
   stops = rollouts.Stops(model.tokenizer, (2,), (7, 9), ("e",))
   ids = rollouts.encode_prompts(model.tokenizer, [one["prompt"] for one in asked])
-  answers = sampler.generate(
+  completions = sampler.generate(
     model.config, model.params, ids, max_tokens=12, min_p=0.01, seed=5, num=2,
     eos_ids=(2, 7, 9), ends=stops.ends,
   )  # fmt: skip
-  assert [row["tokens"] for row in rows] == [len(ids) for each in answers for ids in each]
-  assert [row["finish"] for row in rows] == [stops.finish(ids) for each in answers for ids in each]
+  assert [row["tokens"] for row in rows] == [len(ids) for each in completions for ids in each]
+  assert [row["finish"] for row in rows] == [
+    stops.finish(ids) for each in completions for ids in each
+  ]
   assert not any("e" in row["text"] for row in rows)
 
 

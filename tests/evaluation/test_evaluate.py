@@ -85,18 +85,18 @@ def log_probs(model, prompt):
 # --- Log-probs ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("answers", [1, 2, 3])
-def test_scorer_gives_every_answer_its_own_log_prob(answers):
+@pytest.mark.parametrize("completions", [1, 2, 3])
+def test_scorer_gives_every_answer_its_own_log_prob(completions):
   # Ragged batches and packed rows against one example a batch through the naive path.
-  examples = tiny.pairs(7, answers=answers)
+  examples = tiny.pairs(7, completions=completions)
   params = tiny.init()
   scores = evaluate.make_scorer(tiny.MODEL, batch_size=3)(params, examples)
   for example, logp_K, tokens_K in zip(examples, *scores, strict=True):
     batch = collate([example], layout="padded", row_length=32)
     hidden = tiny.MODEL.hidden(params, batch)
     alone = logprobs.naive_slot_logps(hidden, tiny.MODEL.head(params), batch)
-    np.testing.assert_allclose(logp_K, np.asarray(alone).reshape(-1)[:answers], rtol=1e-5)
-    assert tokens_K.tolist() == [len(answer) for answer in example.answers]
+    np.testing.assert_allclose(logp_K, np.asarray(alone).reshape(-1)[:completions], rtol=1e-5)
+    assert tokens_K.tolist() == [len(answer) for answer in example.completions]
 
 
 def test_scores_as_pairs():
@@ -123,11 +123,11 @@ def test_sampled_measures_agree_with_the_listed_language(models):
     seed=0,
     **SIZES,
   )
-  answers = [policy.tokenizer.decode(ids) for ids in every_answer()]
+  completions = [policy.tokenizer.decode(ids) for ids in every_answer()]
   kl, ours, theirs, points = [], [], [], []
   betas = np.geomspace(0.1, 50, 200)[:, None]
   for prompt in PROMPTS:
-    reward_Y = np.array([wanted(prompt, answer) for answer in answers])
+    reward_Y = np.array([wanted(prompt, answer) for answer in completions])
     ours_Y, theirs_Y = log_probs(policy, prompt), log_probs(reference, prompt)
     kl.append(np.exp(ours_Y) @ (ours_Y - theirs_Y))
     ours.append(np.exp(ours_Y) @ reward_Y)
@@ -168,12 +168,12 @@ def test_a_policy_that_is_its_reference_is_nowhere(models):
 
 def test_drawn_answers_are_what_was_sampled(models):
   model, _ = models
-  drawn = rollouts.draw(model, PROMPTS, wanted, num=3, max_tokens=LONGEST, seed=5)
-  again = rollouts.draw(model, PROMPTS, wanted, num=3, max_tokens=LONGEST, seed=5)
-  assert drawn.answer_ids == again.answer_ids
+  rollout = rollouts.sample(model, PROMPTS, wanted, num=3, max_tokens=LONGEST, seed=5)
+  again = rollouts.sample(model, PROMPTS, wanted, num=3, max_tokens=LONGEST, seed=5)
+  assert rollout.completion_ids == again.completion_ids
   for x, prompt in enumerate(PROMPTS):
     for answer, ids, reward in zip(
-      drawn.answers[x], drawn.answer_ids[x], drawn.reward_XS[x], strict=True
+      rollout.completions[x], rollout.completion_ids[x], rollout.reward_XS[x], strict=True
     ):
       assert answer == model.tokenizer.decode(ids)
       assert reward == wanted(prompt, answer)
@@ -183,33 +183,33 @@ def test_drawn_answers_are_what_was_sampled(models):
 # --- Labels ---------------------------------------------------------------------------------------
 
 
-def _drawn(reward_XS):
+def _rollout(reward_XS):
   """Answers told apart by their ids, of the given rewards."""
   reward_XS = np.asarray(reward_XS, np.float64)
   names = [[f"{s}" for s in range(reward_XS.shape[1])]] * len(reward_XS)
   ids = [[[s] for s in range(reward_XS.shape[1])]] * len(reward_XS)
-  return rollouts.Drawn(["p"] * len(reward_XS), [[1]] * len(reward_XS), names, ids, reward_XS)
+  return rollouts.Rollout(["p"] * len(reward_XS), [[1]] * len(reward_XS), names, ids, reward_XS)
 
 
 @pytest.mark.parametrize("margin", [0.0, 1.0, -2.0])
 def test_labels_follow_bradley_and_terry(margin):
   count = 20_000
-  rows = rollouts.label(_drawn(np.tile([[3.0 + margin, 3.0]], (count, 1))))
+  rows = rollouts.label(_rollout(np.tile([[3.0 + margin, 3.0]], (count, 1))))
   share = np.mean([row["chosen_ids"] == [0] for row in rows])
   expected = 1 / (1 + np.exp(-margin))
   assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / count)
 
 
 def test_labels_are_sure_where_rewards_are_far_apart():
-  rows = rollouts.label(_drawn(np.tile([[1e5, -1e5, -1e5, 1e5]], (10, 1))))
+  rows = rollouts.label(_rollout(np.tile([[1e5, -1e5, -1e5, 1e5]], (10, 1))))
   assert [row["chosen"] for row in rows] == ["0", "3"] * 10
   assert all(row["chosen_reward"] == 1e5 for row in rows)
   assert all(row["rejected_reward"] == -1e5 for row in rows)
 
 
 def test_equal_answers_make_no_pair():
-  drawn = _drawn([[1.0, 2.0]])._replace(answer_ids=[[[7], [7]]])
-  assert rollouts.label(drawn) == []
+  rollout = _rollout([[1.0, 2.0]])._replace(completion_ids=[[[7], [7]]])
+  assert rollouts.label(rollout) == []
 
 
 # --- Pairs ----------------------------------------------------------------------------------------
@@ -240,7 +240,11 @@ def test_pairs_are_read_with_and_without_a_reference(models, tmp_path, capsys):
   rollouts.write_rows(tmp_path / "rows.jsonl", rows)
   (example,) = evaluate.read_pairs(tmp_path / "rows.jsonl", policy, None)
   assert "2 rows (strings), 1 kept, 1 dropped: equal answers" in capsys.readouterr().err
-  assert [x.tolist() for x in (example.prompt, *example.answers)] == [[1, 4], [4, END], [5, END]]
+  assert [x.tolist() for x in (example.prompt, *example.completions)] == [
+    [1, 4],
+    [4, END],
+    [5, END],
+  ]
   assert len(evaluate.read_pairs(tmp_path / "rows.jsonl", policy, reference)) == 1
   word_tokenizer.write(tmp_path / "swapped", [" b", " a"])
   other = reference._replace(tokenizer=tokenizer.load_tokenizer(tmp_path / "swapped"))
@@ -268,13 +272,13 @@ def test_pairs_under_the_reference_itself(models):
   np.testing.assert_allclose(found["eval_loss"], np.log(2), rtol=1e-6)
 
 
-def test_a_loss_of_graded_pairs_reads_the_grades(models):
-  """At the reference odpo is log(1 + e^Δ); rows without grades are refused."""
+def test_a_loss_of_scored_pairs_reads_the_scores(models):
+  """At the reference odpo is log(1 + e^Δ); rows without scores are refused."""
   model, _ = models
   plain = Example(np.array([1, 4]), (np.array([5, 5, 2]), np.array([4, 2])))
-  graded = plain._replace(grades=(2.0, 0.5))
+  scored = plain._replace(scores=(2.0, 0.5))
   ask = evaluate.objective("odpo", 0.1)
-  found = evaluate.on_pairs(model, model, [graded] * 2, ask)
+  found = evaluate.on_pairs(model, model, [scored] * 2, ask)
   np.testing.assert_allclose(found["eval_loss"], np.log1p(np.exp(1.5)), rtol=1e-6)
   with pytest.raises(UserError, match="give them a field margin"):
     evaluate.on_pairs(model, model, [plain] * 2, ask)

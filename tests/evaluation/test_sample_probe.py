@@ -128,7 +128,7 @@ def test_one_compilation_for_policy_reference_and_every_call():
 @pytest.mark.parametrize("mode", MODES)
 def test_trees_placed_for_training_are_taken_one_copy_of(mode, monkeypatch):
   executor = Executor(mode)
-  placed = [executor.single(executor.place(params(seed))) for seed in (1, 0)]
+  placed = [executor.unreplicate(executor.place(params(seed))) for seed in (1, 0)]
   held_by = []
   generate = sample_probe.sampler.generate
 
@@ -174,8 +174,8 @@ def test_an_answer_may_be_as_long_as_the_longest_of_the_examples(monkeypatch):
 
 
 def test_text_by_hand():
-  answers = [[3, 3, 3, 3, 3, 3, END], [3, 4, END], [4]]
-  found = sample_probe.text_facts(answers, (END,))
+  completions = [[3, 3, 3, 3, 3, 3, END], [3, 4, END], [4]]
+  found = sample_probe.text_facts(completions, (END,))
   assert found == {
     "distinct_2": 2 / 6,  # five times 3 3, once 3 4
     "repetition": 2 / 3,  # of three times 3 3 3 3

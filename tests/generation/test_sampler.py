@@ -127,7 +127,7 @@ def test_a_sample_is_a_function_of_seed_prompt_index_and_sample_index():
   assert other != together
   # The samples of a prompt differ among themselves, and so do equal prompts.
   same = sampler.generate(LLAMA, params, [[1]] * 6, max_tokens=12, num=5)
-  assert len({tuple(answer) for answers in same for answer in answers}) > 25
+  assert len({tuple(answer) for completions in same for answer in completions}) > 25
 
 
 def test_every_bit_of_a_large_seed_counts():
@@ -145,17 +145,19 @@ def test_every_bit_of_a_large_seed_counts():
 def test_an_answer_ends_with_its_end_token():
   params = params_of(LLAMA)
   endless = sampler.generate(LLAMA, params, PROMPTS, max_tokens=15, seed=1, num=8)
-  assert {len(answer) for answers in endless for answer in answers} == {15}
+  assert {len(answer) for completions in endless for answer in completions} == {15}
   ended = sampler.generate(LLAMA, params, PROMPTS, max_tokens=15, seed=1, num=8, eos_ids=(0, 3))
   cut = [
     [
       answer[: next((i + 1 for i, token in enumerate(answer) if token in (0, 3)), 15)]
-      for answer in answers
+      for answer in completions
     ]
-    for answers in endless
+    for completions in endless
   ]
   assert ended == cut
-  assert any(answer[-1] in (0, 3) and len(answer) < 15 for answers in ended for answer in answers)
+  assert any(
+    answer[-1] in (0, 3) and len(answer) < 15 for completions in ended for answer in completions
+  )
 
 
 @pytest.mark.parametrize(
@@ -238,7 +240,7 @@ def test_a_cache_that_grows_changes_nothing(monkeypatch):
   monkeypatch.setattr(sampler, "FIRST_TOKENS", 3)
   assert list(sampler._growth(10)) == [2, 3, 4]
   assert draw() == at_once
-  lengths = {len(answer) for answers in at_once for answer in answers}
+  lengths = {len(answer) for completions in at_once for answer in completions}
   assert min(lengths) < 3 and max(lengths) == 10
 
 
@@ -251,7 +253,7 @@ def test_an_answer_ends_where_it_is_said_to(monkeypatch):
 
   whole = sampler.generate(LLAMA, params_of(LLAMA), PROMPTS, **settings)
   found = sampler.generate(LLAMA, params_of(LLAMA), PROMPTS, ends=ends, **settings)
-  assert found == [[answer[: ends(answer)] for answer in answers] for answers in whole]
+  assert found == [[answer[: ends(answer)] for answer in completions] for completions in whole]
   assert found != whole
 
 
@@ -327,6 +329,6 @@ def test_no_prompts_give_no_answers():
 def test_bfloat16_generates_and_wide_models_need_no_more_positions_than_they_have():
   config = dataclasses.replace(GPT2, max_positions=9)
   params = jax.tree.map(lambda x: x.astype("bfloat16"), params_of(config))
-  (answers,) = sampler.generate(config, params, [[1, 2]], max_tokens=7, num=3, dtype="bfloat16")
-  assert [len(answer) for answer in answers] == [7] * 3
-  assert all(0 <= token < 5 for answer in answers for token in answer)
+  (completions,) = sampler.generate(config, params, [[1, 2]], max_tokens=7, num=3, dtype="bfloat16")
+  assert [len(answer) for answer in completions] == [7] * 3
+  assert all(0 <= token < 5 for answer in completions for token in answer)

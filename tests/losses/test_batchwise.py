@@ -63,12 +63,12 @@ def test_the_estimate_behind_kto_gets_no_gradient():
   found = jax.grad(loss)(jax.tree.map(jnp.asarray, KTO))
   np.testing.assert_array_equal(found.mismatched_B, 0)
   fixed = jax.grad(lambda p: loss(p, kl=1.0))(jax.tree.map(jnp.asarray, KTO))  # the mean is 1
-  np.testing.assert_allclose(found.answer_B, fixed.answer_B, rtol=1e-6)
+  np.testing.assert_allclose(found.completion_B, fixed.completion_B, rtol=1e-6)
   assert jax.grad(lambda kl: loss(KTO, kl=kl))(1.0) == 0
 
 
 def test_rows_of_weight_zero_leave_the_estimate_behind_kto_alone():
-  far = UnpairedLogps(np.append(KTO.answer_B, 50.0), np.append(KTO.mismatched_B, 50.0))
+  far = UnpairedLogps(np.append(KTO.completion_B, 50.0), np.append(KTO.mismatched_B, 50.0))
   zeros = UnpairedLogps(np.zeros(3), np.zeros(3))
   label, weight = np.array([1.0, 0.0, 1.0]), np.array([1.0, 1.0, 0.0])
   found = LOSSES["kto"](far, zeros, label_B=label, weight_B=weight)
@@ -123,9 +123,9 @@ def test_equal_returns_give_no_gradient():
   policy = RankedLogps(jnp.array([[-1.0, -5.0, -9.0]]))
   reference = RankedLogps(jnp.array([[-3.0, -3.0, -3.0]]))
   # r = β log π/π_ref + 7: the policy is optimal already
-  reward = 0.5 * (policy.answers_BK - reference.answers_BK) + 7
+  reward = 0.5 * (policy.completions_BK - reference.completions_BK) + 7
   loss = lambda p: LOSSES["policy_gradient"](p, reference, beta=0.5, reward_BK=reward).sum()
-  np.testing.assert_allclose(jax.jit(jax.grad(loss))(policy).answers_BK, 0, atol=1e-6)
+  np.testing.assert_allclose(jax.jit(jax.grad(loss))(policy).completions_BK, 0, atol=1e-6)
 
 
 def test_a_lone_sample_gives_no_gradient():
@@ -141,13 +141,13 @@ def test_a_lone_sample_gives_no_gradient():
   assert np.isfinite(slope).all()
 
 
-@pytest.mark.parametrize("answers", [2, 3])
-def test_policy_gradient_is_unbiased(answers):
+@pytest.mark.parametrize("completions", [2, 3])
+def test_policy_gradient_is_unbiased(completions):
   """Its mean over all K-tuples of samples is the gradient of E[-r + β log π/π_ref], exactly."""
   rng = np.random.default_rng(0)
   scores, ref_scores, reward = rng.normal(size=(3, 4)).astype(np.float32)
   reference, beta = jax.nn.log_softmax(ref_scores), 0.7
-  tuples = np.array(list(itertools.product(range(4), repeat=answers)))
+  tuples = np.array(list(itertools.product(range(4), repeat=completions)))
 
   def objective(scores):
     logps = jax.nn.log_softmax(scores)

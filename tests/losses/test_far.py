@@ -9,7 +9,7 @@ import pytest
 
 from dpo_jax.losses import LOSSES, OF_MARGIN, arguments, resolve
 from dpo_jax.structs import PairLogps, RankedLogps, UnpairedLogps
-from tests.support.small_logps import LINKS, PAIRED
+from tests.support.small_logps import DIVERGENCES, PAIRED
 
 # Every log-prob of chosen and rejected, policy and reference, at -1e4, -3 or 1e4: 81 pairs.
 FAR = np.array(list(itertools.product([-1e4, -3.0, 1e4], repeat=4)), np.float32).T
@@ -45,9 +45,9 @@ def test_value_and_slope_stay_finite(name):
   _far_pairs(lambda *pair: at(pair)(jnp.array([0.1, 1.0])).sum(0))
 
 
-@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("link", DIVERGENCES)
 @pytest.mark.parametrize("name", sorted(OF_MARGIN))
-def test_value_and_slope_stay_finite_with_every_link(name, link):
+def test_value_and_slope_stay_finite_with_every_divergence(name, link):
   _far_pairs(resolve(name, beta=1.0, link=link))
 
 

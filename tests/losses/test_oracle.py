@@ -57,9 +57,9 @@ OPTIONS = {
 NO_REFERENCE = {"simpo", "cpo", "orpo", "sft"}
 WHOLE_BATCH = {"aot", "aot_unpaired"}
 OTHER_DATA = {"kto", "plackett_luce", "policy_gradient"}
-# Losses that read the pair through m = c - r alone, and so take a link.
+# Losses that read the pair through m = c - r alone, and so take a divergence.
 OF_THE_MARGIN = ("sigmoid", "cdpo", "robust", "hinge", "exo_pair", "discopop", "odpo")
-LINKS = (
+DIVERGENCES = (
   {"link": "reverse_kl"},
   {"link": "forward_kl"},
   {"link": "jensen_shannon"},
@@ -220,7 +220,7 @@ def test_sft_weight_adds_the_mean_log_prob_of_a_chosen_token(dtype):
 @PRECISIONS
 def test_links(dtype):
   cases = []
-  for name, link in itertools.product(OF_THE_MARGIN, LINKS):
+  for name, link in itertools.product(OF_THE_MARGIN, DIVERGENCES):
     own, supplied = _first(name)
     # A small β: e^8 is 3000 and belongs inside the sigmoid's range.
     cases.append(_resolved(name, ((1.0, name),), own | {"beta": 0.01} | link, supplied))
@@ -232,7 +232,7 @@ def test_exponentials_go_on_as_their_tangent(dtype):
   """Log-ratios to 60 nats either way, where the loss is as steep as the tangent at 20."""
   _, q, n = _draw(17, dtype)
   away = np.random.default_rng(18).uniform(-60, 60, q.shape).astype(np.float32)
-  given = [("sigmoid", {"beta": 1e-3} | link) for link in LINKS]
+  given = [("sigmoid", {"beta": 1e-3} | link) for link in DIVERGENCES]
   given.append(("chi_po", {"beta": 1e-3, "clip": 1e9}))
   cases = [_resolved(name, ((1.0, name),), own) for name, own in given]
   _compare_pairs(cases, q + away, q, n)
@@ -395,7 +395,7 @@ BIGRAM = Model(_hidden_of_the_last_token, lambda p: Head(p["head"], p["bias"]), 
 def _answers(params, examples):
   """(logits_TV, targets_T) of both answers of every example, float64."""
   wide = {key: np.float64(params[key]) for key in ("embed", "head", "bias")}
-  texts = [[(np.append(e.prompt[-1:], ids[:-1]), ids) for ids in e.answers] for e in examples]
+  texts = [[(np.append(e.prompt[-1:], ids[:-1]), ids) for ids in e.completions] for e in examples]
   logits = lambda ids: wide["embed"][ids] @ wide["head"].T + wide["bias"]
   return [[(logits(before), ids) for before, ids in text] for text in texts]
 
@@ -416,12 +416,12 @@ def test_tokens_beyond_the_shorter_answer(layout, alpha):
   batch = collate(examples, layout=layout, row_length=48)
   logps_fn = make_logps_fn(BIGRAM, beyond_shorter=alpha)
   expected, slope = np.zeros((8, 2)), np.zeros(tiny.VOCAB)
-  for at, answers in enumerate(_answers(params, examples)):
-    shorter = min(len(targets) for _, targets in answers)
-    for which, (logits, targets) in enumerate(answers):
+  for at, completions in enumerate(_answers(params, examples)):
+    shorter = min(len(targets) for _, targets in completions)
+    for which, (logits, targets) in enumerate(completions):
       expected[at, which], by_logits = oracle.desensitised(logits, targets, shorter, alpha)
       slope += (1 + which) * by_logits.sum(0)
-  lengths = np.array([[len(ids) for ids in e.answers] for e in examples])
+  lengths = np.array([[len(ids) for ids in e.completions] for e in examples])
   assert (lengths[:, 0] < lengths[:, 1]).any() and (lengths[:, 0] > lengths[:, 1]).any()
   # Chosen answers once, rejected ones twice, empty slots not at all.
   factor_NS = np.resize([1.0, 2.0], batch.row_NS.shape) * (batch.row_NS >= 0)

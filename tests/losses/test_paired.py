@@ -11,9 +11,9 @@ import pytest
 from dpo_jax.losses import LOSSES, OF_MARGIN, resolve
 from dpo_jax.structs import PairLogps, RankedLogps, UnpairedLogps
 from tests.support.small_logps import (
+  DIVERGENCES,
   KTO,
   KTO_REFERENCE,
-  LINKS,
   PAIRED,
   POLICY,
   REFERENCE,
@@ -169,7 +169,7 @@ def test_policy_gradient_by_hand():
   np.testing.assert_allclose(loss(reward_BK=np.array([[5.0, 1.0]])), [-4.0], rtol=1e-6)
 
 
-def test_links_by_hand():
+def test_divergences_by_hand():
   # c = log 2, r = -log 2, β = 1; f' of the ratios 2 and 1/2.
   policy, reference = ratios(np.array([math.log(2)]), np.array([-math.log(2)])), zeros_of(1)
   for link, chosen, rejected in (
@@ -234,11 +234,11 @@ def test_values_at_the_reference_that_depend_on_more_than_beta(epsilon):
   np.testing.assert_allclose(at("odpo", margin_B=epsilon), softplus(epsilon), rtol=1e-6)
 
 
-@pytest.mark.parametrize("answers", [2, 3, 5])
-def test_ranking_at_the_reference_is_log_of_the_number_of_rankings(answers):
-  logps = RankedLogps(-np.arange(3.0 * answers).reshape(3, answers))
+@pytest.mark.parametrize("completions", [2, 3, 5])
+def test_ranking_at_the_reference_is_log_of_the_number_of_rankings(completions):
+  logps = RankedLogps(-np.arange(3.0 * completions).reshape(3, completions))
   found = LOSSES["plackett_luce"](logps, logps)
-  np.testing.assert_allclose(found, math.log(math.factorial(answers)), rtol=1e-6)
+  np.testing.assert_allclose(found, math.log(math.factorial(completions)), rtol=1e-6)
 
 
 def test_kto_at_the_reference_is_half_the_weight():
@@ -249,9 +249,9 @@ def test_kto_at_the_reference_is_half_the_weight():
   np.testing.assert_allclose(found, [0.6, 0.25], rtol=1e-6)
 
 
-@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("link", DIVERGENCES)
 @pytest.mark.parametrize("name", sorted(OF_MARGIN))
-def test_a_link_changes_nothing_at_the_reference(name, link):
+def test_a_divergence_changes_nothing_at_the_reference(name, link):
   linked = resolve(name, link=link)(POLICY, POLICY)
   np.testing.assert_allclose(linked, LOSSES[name](POLICY, POLICY), rtol=1e-6)
 
@@ -455,7 +455,7 @@ def test_arguments_of_a_sum_reach_the_terms_that_read_them():
   np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_sft_weight_reads_log_probs_even_under_a_link():
+def test_sft_weight_reads_log_probs_even_under_a_divergence():
   policy, reference = random_logps()
   plain = resolve("sigmoid", link="forward_kl")(policy, reference)
   found = resolve("sigmoid", link="forward_kl", sft_weight=2.0)(policy, reference)
@@ -463,7 +463,7 @@ def test_sft_weight_reads_log_probs_even_under_a_link():
   np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_reverse_kl_is_no_link():
+def test_reverse_kl_is_the_log_ratio():
   policy, reference = random_logps()
   np.testing.assert_array_equal(
     resolve("sigmoid", link="reverse_kl")(policy, reference), LOSSES["sigmoid"](policy, reference)

@@ -37,9 +37,9 @@ def test_resolve_says_what_a_loss_needs(name, kind, reference, wide):
 
 
 def test_only_losses_with_a_running_mean_remember():
-  assert resolve("bco_pair").memory == {"delta": 0.0}
-  assert resolve("0.5*bco_pair + sigmoid").memory == {"delta": 0.0}
-  assert resolve("sigmoid").memory == resolve("kto").memory == {}
+  assert resolve("bco_pair").running_stats == {"delta": 0.0}
+  assert resolve("0.5*bco_pair + sigmoid").running_stats == {"delta": 0.0}
+  assert resolve("sigmoid").running_stats == resolve("kto").running_stats == {}
 
 
 def test_a_loss_ignores_what_it_is_supplied_but_does_not_read():

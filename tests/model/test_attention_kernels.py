@@ -50,8 +50,8 @@ def test_texts_of_a_shared_row_by_hand():
   pair = Example(ids(5, 6, 7), (ids(1, 2), ids(3)), 1.0, 0)
   batch = collate.collate([pair], layout="shared", row_length=6, texts=True)
   assert batch.ids_NL.tolist() == [[5, 6, 7, 1, 7, 0]]
-  assert batch.text_GTW.shape == (1, 2, 128) and (batch.text_GTW[:, :, 4:] == 6).all()
-  assert batch.text_GTW[0, :, :4].tolist() == [[0, 1, 2, 3], [0, 1, 4, 6]]
+  assert batch.sequence_GTW.shape == (1, 2, 128) and (batch.sequence_GTW[:, :, 4:] == 6).all()
+  assert batch.sequence_GTW[0, :, :4].tolist() == [[0, 1, 2, 3], [0, 1, 4, 6]]
   none = 2 * 128
   assert batch.place_NLK.tolist() == [
     [[0, 128], [1, 129], [2, none], [3, none], [130, none], [none, none]]
@@ -59,17 +59,17 @@ def test_texts_of_a_shared_row_by_hand():
 
 
 @pytest.mark.parametrize("name", packing.LAYOUTS)
-@pytest.mark.parametrize("answers", [1, 2, 3])
-def test_texts_are_those_of_the_examples(name, answers):
-  batch = batch_of(name, answers)
-  groups, texts, width = batch.text_GTW.shape
+@pytest.mark.parametrize("completions", [1, 2, 3])
+def test_texts_are_those_of_the_examples(name, completions):
+  batch = batch_of(name, completions)
+  groups, texts, width = batch.sequence_GTW.shape
   ids_GY = np.pad(batch.ids_NL.reshape(groups, -1), ((0, 0), (0, 1)), constant_values=-1)
-  read = np.take_along_axis(ids_GY, batch.text_GTW.reshape(groups, -1), axis=1)
+  read = np.take_along_axis(ids_GY, batch.sequence_GTW.reshape(groups, -1), axis=1)
   found = [text[text >= 0].tolist() for text in read.reshape(-1, width)]
   written = [
     [*e.prompt.tolist(), *answer[:-1].tolist()]
-    for e in examples(5, answers)
-    for answer in e.answers
+    for e in examples(5, completions)
+    for answer in e.completions
     if len(answer)
   ]
   assert sorted(filter(None, found)) == sorted(written) and [] in found
@@ -78,8 +78,8 @@ def test_texts_are_those_of_the_examples(name, answers):
   for group in range(groups):
     token = np.repeat(np.arange(ids_GY.shape[1] - 1), batch.place_NLK.shape[-1])
     real = place_GX[group] < texts * width
-    assert (batch.text_GTW[group].reshape(-1)[place_GX[group][real]] == token[real]).all()
-    assert real.sum() == (batch.text_GTW[group] < ids_GY.shape[1] - 1).sum()
+    assert (batch.sequence_GTW[group].reshape(-1)[place_GX[group][real]] == token[real]).all()
+    assert real.sum() == (batch.sequence_GTW[group] < ids_GY.shape[1] - 1).sum()
   assert ((batch.place_NLK[..., 0] < texts * width) == (batch.pair_NL >= 0)).all()
 
 
@@ -89,10 +89,10 @@ def test_widths_are_few():
   ]  # fmt: skip
   some = tiny.pairs(64, longest=300)
   stream = data_batches.batches(some, batch_size=8, accumulate=2, texts=True, groups=2)
-  shapes = {next(stream).text_GTW.shape for _ in range(16)}
+  shapes = {next(stream).sequence_GTW.shape for _ in range(16)}
   assert len(shapes) <= 2
   batches = data_batches.eval_batches(some, batch_size=7, texts=True)
-  assert len({batch.text_GTW.shape for batch in batches}) == 1
+  assert len({batch.sequence_GTW.shape for batch in batches}) == 1
 
 
 def test_hosts_make_the_texts_of_their_own_rows():
@@ -106,7 +106,7 @@ def test_hosts_make_the_texts_of_their_own_rows():
   jax.tree.map(np.testing.assert_array_equal, joined, whole)
   # A host may have nothing but padding.
   only = collate.collate([some[0]], row_length=48, groups=2, texts=True, share=(1, 2))
-  assert (only.text_GTW == 48).all()
+  assert (only.sequence_GTW == 48).all()
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def by_texts(batch, kind):
 
 
 @pytest.mark.parametrize(
-  ("name", "answers", "window", "kv_heads"),
+  ("name", "completions", "window", "kv_heads"),
   [
     ("shared", 1, 0, 2),
     ("shared", 2, 0, 1),
@@ -140,8 +140,8 @@ def by_texts(batch, kind):
     ("padded", 2, 0, 2),
   ],
 )
-def test_attention_over_texts_is_that_over_rows(name, answers, window, kv_heads):
-  batch = batch_of(name, answers)
+def test_attention_over_texts_is_that_over_rows(name, completions, window, kv_heads):
+  batch = batch_of(name, completions)
   qkv, slope = rows_of(batch, kv_heads=kv_heads)
   expected = value_and_gradient(by_rows(batch, window, scale=0.3), qkv, slope)
   found = value_and_gradient(
@@ -154,7 +154,7 @@ def test_attention_over_texts_is_that_over_rows(name, answers, window, kv_heads)
 
 @pytest.mark.parametrize("window", [0, 3])
 def test_splash_is_the_attention_over_rows(window):
-  batch = batch_of(answers=3, count=2, groups=1)
+  batch = batch_of(completions=3, count=2, groups=1)
   qkv, slope = rows_of(batch)
   expected = value_and_gradient(by_rows(batch, window, scale=0.3), qkv, slope)
   kind = attention_kernels.Kind("splash", window, 0.3, interpret=True)
@@ -184,7 +184,7 @@ def test_splash_is_given_what_it_takes(divided, window):
   with jax.set_mesh(mesh) if divided else contextlib.nullcontext():
     text = lowered("tpu", by_texts(batch, attention_kernels.Kind("splash", window)), *qkv)
   assert text.count("@tpu_custom_call") == 3  # forward; queries; keys and values
-  texts = batch.text_GTW.shape[1] if divided else 2 * batch.text_GTW.shape[1]
+  texts = batch.sequence_GTW.shape[1] if divided else 2 * batch.sequence_GTW.shape[1]
   assert f"tensor<{texts}x{HEADS // 2 if divided else HEADS}x128x{HEAD}xbf16>" in text
   assert (f"x{HEADS}x128x{HEAD}x" in text) != divided
 
@@ -200,7 +200,7 @@ def test_cudnn_is_given_what_it_takes(cudnn_there, window):
   said = lambda name: set(re.findall(rf'"{name}": "?(\w+)', text.replace(r"\22", '"')))
   assert said("mask_type") == {"CAUSAL" if window else "PADDING_CAUSAL"}
   assert said("sliding_window_length") == {str(window)}
-  texts = batch.text_GTW.shape[0] * batch.text_GTW.shape[1]
+  texts = batch.sequence_GTW.shape[0] * batch.sequence_GTW.shape[1]
   assert f"tensor<{texts}x128x{HEADS}x{HEAD}xbf16>" in text
   assert "128x128" not in text  # no length x length
 
@@ -211,7 +211,7 @@ def test_cudnn_is_given_what_it_takes_on_a_mesh(cudnn_there):
   qkv, _ = rows_of(batch, dtype=jnp.bfloat16)
   with jax.set_mesh(executor.mesh):
     text = lowered("cuda", by_texts(batch, attention_kernels.Kind("cudnn")), *qkv)
-  texts = batch.text_GTW.shape[1]  # of one of two groups, half the heads
+  texts = batch.sequence_GTW.shape[1]  # of one of two groups, half the heads
   assert "__cudnn$fmhaSoftmaxBackward" in text
   assert f"tensor<{texts}x128x{HEADS // 2}x{HEAD}xbf16>" in text
   assert f"x128x{HEADS}x{HEAD}x" not in text
@@ -352,7 +352,7 @@ def test_a_run_says_what_it_takes_instead(tmp_path, capsys):
   why = "cudnn runs on NVIDIA GPUs, and this is cpu"
   said = capsys.readouterr().err.splitlines()
   assert f"model.attention is cudnn, but {why}: blocked is taken" in said
-  assert not run.material.batching["texts"]
+  assert not run.data.batching["texts"]
   setup.build(configured(tmp_path, "auto"), tmp_path)
   assert "model.attention" not in capsys.readouterr().err
 
@@ -360,10 +360,10 @@ def test_a_run_says_what_it_takes_instead(tmp_path, capsys):
 def test_a_run_lists_texts_where_they_are_taken(tmp_path):
   config = configured(tmp_path, "xla")
   run, trained, *_ = setup.build(config, tmp_path)
-  batch, _ = datasets.make_feed(config, run.material, None, 0)(1, None)
-  assert batch.text_GTW is not None
+  batch, _ = datasets.make_feed(config, run.data, None, 0)(1, None)
+  assert batch.sequence_GTW is not None
   lengths = planner.Lengths(60)
-  assert planner.outline(config, lengths).batch.text_GTW is not None
+  assert planner.outline(config, lengths).batch.sequence_GTW is not None
   keys = [
     datasets._reference_key(config, run.model_config, jax.devices()[0], name)
     for name in ("blocked", "xla", "cudnn")

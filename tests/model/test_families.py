@@ -106,9 +106,9 @@ def test_a_token_at_a_time_equals_the_whole(case):
   """Greedy answers from the cache are the argmax of the logits of the whole text."""
   config, params = model(case)
   prompts = [cases.IDS_NL[0, :7].tolist(), cases.IDS_NL[1, :4].tolist()]
-  answers = sampler.generate(config, params, prompts, max_tokens=9, temperature=0)
+  completions = sampler.generate(config, params, prompts, max_tokens=9, temperature=0)
   built = transformer.build(config)
-  for prompt, (answer,) in zip(prompts, answers, strict=True):
+  for prompt, (answer,) in zip(prompts, completions, strict=True):
     text = prompt + answer
     padded_NL = np.array([text + [0] * (16 - len(text))], np.int32)
     hidden_NLD = jax.jit(built.hidden)(params, whole_rows(padded_NL))

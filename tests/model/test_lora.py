@@ -206,7 +206,7 @@ def objective(name="sigmoid", dropout=0.0):
   return step.Objective(
     logps_fn,
     loss,
-    policy=lambda trained, frozen: lora.attach(frozen, trained, SETTINGS.scale),
+    policy=lambda trained, reference_params: lora.attach(reference_params, trained, SETTINGS.scale),
     dropout_seed=0 if dropout else None,
   )
 
@@ -220,8 +220,8 @@ def trajectory(mode, devices, accumulate=1, dropout=0.3):
   executor = Executor(mode, devices)
   init, own = functools.partial(step.init_state, tx=TX), moved(settings=TWO)
   state = executor.compile_init(init)(executor.place(own))
-  frozen = executor.place(lora.attach(base(), own, TWO.scale))
-  assert_separate(state, frozen)
+  reference_params = executor.place(lora.attach(base(), own, TWO.scale))
+  assert_separate(state, reference_params)
   fn = functools.partial(step.train_step, objective=objective(dropout=dropout), tx=TX)
   take, losses_ = executor.compile_step(fn), []
   pairs, size = tiny.pairs(8), 8 // accumulate
@@ -229,10 +229,10 @@ def trajectory(mode, devices, accumulate=1, dropout=0.3):
     [pairs[i : i + size] for i in range(0, 8, size)], row_length=24, groups=executor.groups
   )
   for _ in range(3):
-    state, means = take(state, frozen, executor.place_batch(batch))
+    state, means = take(state, reference_params, executor.place_batch(batch))
     losses_.append(executor.metrics_to_host(means)["loss"])
-  same(executor.fetch(frozen)["params"], base()["params"])
-  return executor.fetch(state), losses_
+  same(executor.to_host(reference_params)["params"], base()["params"])
+  return executor.to_host(state), losses_
 
 
 @pytest.mark.slow
@@ -467,16 +467,19 @@ def test_going_on_from_an_adapter_keeps_it_in_the_reference(task, straight, mode
   changes = {"parallel.mode": mode, "data.eval_fraction": 0.0}
   config = configured(task, **changes, **{"lora.rank": 0, "lora.target": "all-linear"})
   config.lora.update(path=str(straight / "export"), dropout=0.0)
-  run, trained, frozen, _ = build(config, task / f"on_{mode}")
+  run, trained, reference_params, _ = build(config, task / f"on_{mode}")
   settings, given = peft.load(straight / "export", run.model_config)
   same(trained, given)
-  batch = collate.collate(run.material.examples[:4], row_length=128)
+  batch = collate.collate(run.data.examples[:4], row_length=128)
   merged = lora.merge(lora.attach({"params": base_of(task)}, given, settings.scale))
   logps_fn = run.objective.logps_fn
-  near(logps_fn(frozen, batch), logps_fn(merged, batch), rtol=1e-5)
-  assert np.abs(logps_fn(frozen, batch) - logps_fn({"params": base_of(task)}, batch)).max() > 1e-3
+  near(logps_fn(reference_params, batch), logps_fn(merged, batch), rtol=1e-5)
+  assert (
+    np.abs(logps_fn(reference_params, batch) - logps_fn({"params": base_of(task)}, batch)).max()
+    > 1e-3
+  )
   seen = []
-  train.train(run._replace(steps=1), trained, frozen, lambda: seen.append(1))
+  train.train(run._replace(steps=1), trained, reference_params, lambda: seen.append(1))
   assert seen and "step 0: loss 0.693147, as it must be" in capsys.readouterr().out
 
 
@@ -506,8 +509,10 @@ def test_the_reference_is_the_base_and_no_second_copy(task, tmp_path, mode, monk
 
   def most(**more):
     held.clear()
-    run, trained, frozen, _ = build(configured(task, **changes, **more), tmp_path / str(len(more)))
-    train.train(run, trained, frozen, lambda: None)
+    run, trained, reference_params, _ = build(
+      configured(task, **changes, **more), tmp_path / str(len(more))
+    )
+    train.train(run, trained, reference_params, lambda: None)
     return max(held), 2 * sum(x.nbytes for x in jax.tree.leaves(trained))
 
   before = on_device()

@@ -49,7 +49,7 @@ def one_step(batch, balance, mode="mesh", devices=1):
     functools.partial(step.train_step, objective=objective(balance), tx=tx)
   )
   state, metrics = take(state, executor.place(params()), executor.place_batch(batch))
-  return executor.fetch(state.params), executor.metrics_to_host(metrics)
+  return executor.to_host(state.params), executor.metrics_to_host(metrics)
 
 
 def test_the_balance_by_hand():

@@ -42,7 +42,8 @@ def pairs():
   """Pairs of texts longer than the windows, no id of a special token among them."""
   return [
     example._replace(
-      prompt=example.prompt % 37 + 3, answers=tuple(answer % 37 + 3 for answer in example.answers)
+      prompt=example.prompt % 37 + 3,
+      completions=tuple(answer % 37 + 3 for answer in example.completions),
     )
     for example in tiny.pairs(4, longest=12)
   ]
@@ -51,7 +52,7 @@ def pairs():
 def their_logps(model, example):
   """Summed log-prob of both answers, one text at a time."""
   found = []
-  for answer in example.answers:
+  for answer in example.completions:
     ids_L = np.concatenate([example.prompt, answer])
     logps_LV = torch.log_softmax(theirs.logits(model, ids_L[None])[0].float(), -1)
     at = np.arange(len(example.prompt) - 1, len(ids_L) - 1)

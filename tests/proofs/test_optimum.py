@@ -27,7 +27,7 @@ from tests.support import closed_forms
 
 BETA, FLIPPED, STEPS = 0.5, 0.2, 500
 WORLD = finite_worlds.make()
-TOKENS_Y = np.array([len(answer) for answer in WORLD.answers])
+TOKENS_Y = np.array([len(answer) for answer in WORLD.completions])
 MODEL = finite_worlds.tabular(WORLD)
 TABLE = finite_worlds.table(WORLD, seed=0)
 # The reference, by walking its table; that the production path agrees is a test of its own.
@@ -36,7 +36,7 @@ REWARD = np.random.default_rng(1).normal(0, 1, REFERENCE.shape)
 BETTER = 1 / (1 + np.exp(REWARD[:, None, :] - REWARD[:, :, None]))
 OPTIMUM = closed_forms.tilted(REFERENCE, REWARD / BETA)
 # Where the pairs come from need not be the reference; half of it is uniform here.
-ELSEWHERE = np.log((np.exp(REFERENCE) + 1 / len(WORLD.answers)) / 2)
+ELSEWHERE = np.log((np.exp(REFERENCE) + 1 / len(WORLD.completions)) / 2)
 
 
 @pytest.fixture(autouse=True)
@@ -49,13 +49,13 @@ def float64():
 
 
 @functools.cache
-def program(model, name, given, answers, steps, rounds=1, peak=0.1):
+def program(model, name, given, completions, steps, rounds=1, peak=0.1):
   """Objective and optimiser, the same objects for the same arguments: each is compiled once."""
   loss = losses.resolve(name, **dict(given))
   objective = step.Objective(
     logprobs.make_logps_fn(model, beyond_shorter=loss.ld_alpha),
     loss,
-    answers=answers,
+    completions=completions,
     scored_fn=logprobs.make_scored_fn(model, beyond_shorter=loss.ld_alpha, aligned=loss.wpo),
     sync=step.Sync(every=steps, alpha=1.0) if rounds > 1 else None,
   )
@@ -86,13 +86,13 @@ def trained(
   `edit` changes the batch, `before` the batch of every step; `reference` is another than `start`;
   `judge` is the model that the policy is read off by, where it is not the one trained.
   """
-  answers = len(examples[0].answers)
-  objective, tx = program(model, name, tuple(given.items()), answers, steps, peak=peak)
+  completions = len(examples[0].completions)
+  objective, tx = program(model, name, tuple(given.items()), completions, steps, peak=peak)
   batch = edit(
     finite_worlds.lay_out(examples, row_length=48 if how == "shared" else 60, layout=how)
   )
   state = step.init_state(copy(start), tx, objective.loss)
-  state = state._replace(memory=jax.tree.map(jnp.float64, state.memory))
+  state = state._replace(running_stats=jax.tree.map(jnp.float64, state.running_stats))
   state, metrics = finite_worlds.train(
     state,
     copy(start if reference is None else reference),
@@ -128,7 +128,7 @@ def assert_reached(found, expected, bound=1e-8):
 
 def test_all_answers_are_listed_and_each_policy_sums_to_one():
   # 1 + 2 + 4 texts of two letters, each ended
-  assert sorted(map(tuple, WORLD.answers)) == [
+  assert sorted(map(tuple, WORLD.completions)) == [
     (0,),
     (1, 0),
     (1, 1, 0),
@@ -186,7 +186,7 @@ def test_sigmoid_reaches_the_optimum_with_the_projects_transformer():
   # float32 leaves probabilities that sum to 1 but for 1e-7, which a KL would show.
   exact = lambda log_XY: closed_forms.normalised(log_XY.astype(np.float64))
   reference = exact(finite_worlds.log_policy(model, start, WORLD))
-  mu = np.log((np.exp(reference) + 1 / len(WORLD.answers)) / 2)
+  mu = np.log((np.exp(reference) + 1 / len(WORLD.completions)) / 2)
   pace = {"steps": 800, "peak": 0.003}
   found = trained(population(mu=mu), model=model, start=start, beta=BETA, **pace)
   assert_reached(exact(found), closed_forms.tilted(reference, REWARD / BETA))
@@ -194,17 +194,17 @@ def test_sigmoid_reaches_the_optimum_with_the_projects_transformer():
 
 # --- every loss with a closed form ----------------------------------------------------------------
 
-# Two grades of answers, and a better grade that wins nine times in ten, or always.
+# Two scores of answers, and a better score that wins nine times in ten, or always.
 GOOD = np.random.default_rng(2).permuted(np.tile([0.0, 0, 0, 0, 1, 1, 1], (3, 1)), axis=1)
 SIDE = GOOD[:, :, None] - GOOD[:, None, :]
 
 
-def graded():
-  """The preferences of `population` with an answer's grade beside it."""
-  grades = list(itertools.product(*(range(n) for n in (*BETTER.shape,))))
+def with_scores():
+  """The preferences of `population` with an answer's score beside it."""
+  scores = list(itertools.product(*(range(n) for n in (*BETTER.shape,))))
   pick = lambda x, y, z: (OFFSET[x, y], OFFSET[x, z])
   return [
-    example._replace(grades=pick(*grades[example.row])) for example in population(mu=ELSEWHERE)
+    example._replace(scores=pick(*scores[example.row])) for example in population(mu=ELSEWHERE)
   ]
 
 
@@ -214,7 +214,7 @@ OFFSET = np.round(np.random.default_rng(4).uniform(0, 2, REFERENCE.shape), 3)
 def rankings():
   """Every order of every three answers, with its Plackett-Luce probability."""
   mu, good = np.exp(REFERENCE), np.exp(REWARD)
-  triples = finite_worlds.tuples(WORLD, answers=3)
+  triples = finite_worlds.tuples(WORLD, completions=3)
   weights = np.zeros(len(triples))
   places = itertools.product(range(len(good)), itertools.product(range(good.shape[1]), repeat=3))
   for row, (x, order) in enumerate(places):
@@ -227,7 +227,7 @@ def rankings():
 
 def texts():
   """Every answer with the probability it has under the optimum."""
-  return finite_worlds.weigh(finite_worlds.tuples(WORLD, answers=1), np.exp(OPTIMUM))
+  return finite_worlds.weigh(finite_worlds.tuples(WORLD, completions=1), np.exp(OPTIMUM))
 
 
 def margin_of(loss, share):
@@ -275,7 +275,7 @@ def all_cases():
   ref, tilted, s = REFERENCE, closed_forms.tilted, REWARD / BETA
   uniform = np.zeros_like(ref)
   own, away = population(), population(mu=ELSEWHERE)
-  two_grades = lambda share: population(preference=0.5 + SIDE * (share - 0.5), mu=ELSEWHERE)
+  two_scores = lambda share: population(preference=0.5 + SIDE * (share - 0.5), mu=ELSEWHERE)
   won = closed_forms.better_than_mu(REFERENCE, BETTER)
   won_away = closed_forms.better_than_mu(ELSEWHERE, BETTER)
   # A loss of pairs beside the likelihood of the chosen answer: pairs for which both want the same.
@@ -292,15 +292,17 @@ def all_cases():
     "plackett_luce": ("plackett_luce", {}, rankings(), OPTIMUM),
     "sft": ("sft", {}, texts(), OPTIMUM),
     "wpo": ("sigmoid", {"wpo": True}, away, OPTIMUM),
-    # Offsets of the size of what was graded move the reward by as much.
-    "odpo": ("odpo", {"margin_scale": 0.7}, graded(), tilted(ref, (REWARD + 0.7 * OFFSET) / BETA)),
+    # Offsets of the size of what was scored move the reward by as much.
+    "odpo": (
+      "odpo", {"margin_scale": 0.7}, with_scores(), tilted(ref, (REWARD + 0.7 * OFFSET) / BETA)
+    ),
     "chi_po": ("chi_po", {}, away, closed_forms.linked(ref, s, closed_forms.LINKS["chi_po"])),
-    # Labels without error between two grades: the margin stays finite.
-    "cdpo": ("cdpo", smooth, two_grades(1.0), tilted(ref, GOOD * odds / BETA)),
-    "exo_pair": ("exo_pair", smooth, two_grades(0.9), tilted(ref, GOOD * 0.8 * odds / BETA)),
-    "hinge": ("hinge", {}, two_grades(0.9), tilted(ref, GOOD / BETA)),
+    # Labels without error between two scores: the margin stays finite.
+    "cdpo": ("cdpo", smooth, two_scores(1.0), tilted(ref, GOOD * odds / BETA)),
+    "exo_pair": ("exo_pair", smooth, two_scores(0.9), tilted(ref, GOOD * 0.8 * odds / BETA)),
+    "hinge": ("hinge", {}, two_scores(0.9), tilted(ref, GOOD / BETA)),
     "discopop": (
-      "discopop", {"tau": 1.0}, two_grades(0.9),
+      "discopop", {"tau": 1.0}, two_scores(0.9),
       tilted(ref, GOOD * margin_of(discopop, 0.9) / BETA),
     ),
     # Answers from the reference, at β = 1: twice as likely as the reference times the win rate.
@@ -440,7 +442,7 @@ def scored_pairs():
   """Every two answers with their rewards."""
   places = itertools.product(*(range(n) for n in BETTER.shape))
   return [
-    example._replace(grades=(REWARD[x, y], REWARD[x, z]))
+    example._replace(scores=(REWARD[x, y], REWARD[x, z]))
     for example, (x, y, z) in zip(finite_worlds.tuples(WORLD), places, strict=True)
   ]
 
@@ -461,7 +463,7 @@ def expected_gradient(table):
 
 def test_the_expected_policy_gradient_is_that_of_the_assumed_objective():
   table = finite_worlds.table(WORLD, seed=5)["table"]
-  texts = [Example(x, (y,)) for x in WORLD.prompts for y in WORLD.answers]
+  texts = [Example(x, (y,)) for x in WORLD.prompts for y in WORLD.completions]
   batch = collate.collate(texts, layout="padded", row_length=8)
 
   def assumed(table):
@@ -472,7 +474,7 @@ def test_the_expected_policy_gradient_is_that_of_the_assumed_objective():
 
   expected = np.asarray(jax.jit(jax.grad(assumed))(table))
   found = expected_gradient(table)
-  # Grades are stored in float32.
+  # Scores are stored in float32.
   np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
   assert np.abs(expected).max() > 0.01
   optimal = closed_forms.unwalk(OPTIMUM, WORLD, table)

@@ -20,7 +20,9 @@ def walk(table, world):
       seen.append(token)
     return total
 
-  return np.array([[of(prompt, answer) for answer in world.answers] for prompt in world.prompts])
+  return np.array(
+    [[of(prompt, answer) for answer in world.completions] for prompt in world.prompts]
+  )
 
 
 def unwalk(log_XY, world, like):
@@ -28,7 +30,7 @@ def unwalk(log_XY, world, like):
   table, base = like.copy(), world.ids + 1
   for prompt, log_Y in zip(world.prompts, log_XY, strict=True):
     mass = {}
-    for answer, log_prob in zip(world.answers, log_Y, strict=True):
+    for answer, log_prob in zip(world.completions, log_Y, strict=True):
       for place, token in enumerate(answer):
         row = mass.setdefault(tuple(answer[:place]), np.zeros(world.vocab))
         row[token] += np.exp(log_prob)

@@ -18,8 +18,12 @@ def rows_of(kind, count=90):
   for i in range(count):
     prompt = f"question {i // 3}"  # three rows a prompt
     if kind == "ranked":
-      answers = [f" {text(rng)} {k}" for k in range(rng.integers(2, 5))]
-      yield {"prompt": prompt, "answers": answers, "scores": list(range(len(answers), 0, -1))}
+      completions = [f" {text(rng)} {k}" for k in range(rng.integers(2, 5))]
+      yield {
+        "prompt": prompt,
+        "answers": completions,
+        "scores": list(range(len(completions), 0, -1)),
+      }
     elif kind == "unpaired":
       yield {"prompt": prompt, "completion": f" {text(rng)}", "label": bool(rng.integers(2))}
     else:
@@ -43,8 +47,8 @@ def prepare(out, paths, encoder, **how):
 def same(found, expected):
   assert len(found) == len(expected)
   for left, right in zip(found, expected, strict=True):
-    assert (left.row, left.weight, left.grades) == (right.row, right.weight, right.grades)
+    assert (left.row, left.weight, left.scores) == (right.row, right.weight, right.scores)
     for one, other in zip(
-      (left.prompt, *left.answers), (right.prompt, *right.answers), strict=True
+      (left.prompt, *left.completions), (right.prompt, *right.completions), strict=True
     ):
       np.testing.assert_array_equal(one, other)

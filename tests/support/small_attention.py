@@ -26,23 +26,23 @@ CONFIG = families.from_hf(LLAMA)
 HEADS, KV_HEADS, HEAD = 4, 2, 8
 
 
-def examples(count, answers, seed=0):
+def examples(count, completions, seed=0):
   """Ragged ones; every second has an answer less than the others, where those have two."""
-  some = tiny.pairs(count, seed=seed, answers=answers)
-  cut = [e._replace(answers=e.answers[: max(1, answers - e.row % 2)]) for e in some]
-  return fill_up(cut, answers)
+  some = tiny.pairs(count, seed=seed, completions=completions)
+  cut = [e._replace(completions=e.completions[: max(1, completions - e.row % 2)]) for e in some]
+  return fill_up(cut, completions)
 
 
-def batch_of(name="shared", answers=2, groups=2, count=5):
+def batch_of(name="shared", completions=2, groups=2, count=5):
   """Texts listed, with a row and a text of nothing but padding at least."""
-  some = examples(count, answers)
+  some = examples(count, completions)
   sizes = collate.fit_sizes([some], layout=name, row_length=48, groups=groups, texts=True)
-  sizes = sizes._replace(rows=sizes.rows + groups * answers, texts=sizes.texts + 1)
+  sizes = sizes._replace(rows=sizes.rows + groups * completions, texts=sizes.texts + 1)
   return collate.collate(some, layout=name, row_length=48, groups=groups, sizes=sizes)
 
 
 def without_texts(batch):
-  return batch._replace(text_GTW=None, place_NLK=None)
+  return batch._replace(sequence_GTW=None, place_NLK=None)
 
 
 def close(found, expected):
@@ -81,20 +81,20 @@ def steps(attention, mode, *mesh, accumulate=1, config=CONFIG, remat="dots"):
   loss = losses.resolve("plackett_luce", beta=0.5)
   tx = optax.adamw(1e-3, eps=1e-3)
   model = transformer.build(config, attention=attention, remat=remat)
-  objective = step.Objective(logprobs.make_logps_fn(model), loss, answers=3)
+  objective = step.Objective(logprobs.make_logps_fn(model), loss, completions=3)
   init = functools.partial(step.init_state, tx=tx, loss=loss)
   start = jax.tree.map(np.asarray, transformer.init_params(config, 0))
   state = executor.compile_init(init)(executor.place(start))
-  fixed = executor.place(start)
+  reference_params = executor.place(start)
   take = executor.compile_step(functools.partial(step.train_step, objective=objective, tx=tx))
   found = []
   sets = [examples(16, 3, seed=index) for index in range(2)]
   texts = attention in attention_kernels.TEXTS
   for batch in tiny.one_shape(sets, executor.groups, accumulate, texts=texts):
-    assert (batch.text_GTW is None) == (not texts)
-    state, means = take(state, fixed, executor.place_batch(batch))
+    assert (batch.sequence_GTW is None) == (not texts)
+    state, means = take(state, reference_params, executor.place_batch(batch))
     found.append(float(executor.metrics_to_host(means)["loss"]))
-  return executor.fetch(state.params), found
+  return executor.to_host(state.params), found
 
 
 @functools.cache

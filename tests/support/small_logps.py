@@ -8,7 +8,7 @@ from dpo_jax.losses import LOSSES, kind_of
 from dpo_jax.structs import PairLogps, UnpairedLogps
 
 PAIRED = sorted(name for name in LOSSES if kind_of(name) == "pairs")
-LINKS = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
+DIVERGENCES = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
 # c = -1 - -2 = 1, r = -4 - -3 = -1, m = 2; c/|y_w| = 1/2, r/|y_l| = -1/4.
 TOKENS = (np.array([2.0]), np.array([4.0]))
 POLICY = PairLogps(np.array([-1.0]), np.array([-4.0]), *TOKENS)

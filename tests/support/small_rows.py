@@ -31,7 +31,7 @@ def pair(prompt="the answer is", chosen=" good", rejected=" bad", **rest):
   return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **rest}
 
 
-def examples(size, seed=0, longest=20, answers=2):
+def examples(size, seed=0, longest=20, completions=2):
   rng = np.random.default_rng(seed)
   text = lambda: rng.integers(1, 100, rng.integers(1, longest + 1)).astype(np.int32)
-  return [Example(text(), tuple(text() for _ in range(answers)), row=i) for i in range(size)]
+  return [Example(text(), tuple(text() for _ in range(completions)), row=i) for i in range(size)]

@@ -11,7 +11,7 @@ def objective(name="sigmoid", sync=None, **given):
   return step.Objective(
     logps_fn=logprobs.make_logps_fn(tiny.MODEL, beyond_shorter=loss.ld_alpha),
     loss=loss,
-    answers={"text": 1, "ranked": 3}.get(loss.kind, 2),
+    completions={"text": 1, "ranked": 3}.get(loss.kind, 2),
     scored_fn=logprobs.make_scored_fn(tiny.MODEL, beyond_shorter=loss.ld_alpha, aligned=loss.wpo),
     sync=sync,
   )

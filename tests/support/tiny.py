@@ -42,12 +42,12 @@ def hidden(params, batch):
 MODEL = Model(hidden, lambda params: Head(params["head"], params["bias"]), VOCAB)
 
 
-def pairs(count, seed=0, answers=2, vocab=VOCAB, longest=9):
+def pairs(count, seed=0, completions=2, vocab=VOCAB, longest=9):
   """Random pairs with ragged lengths and ragged weights."""
   rng = np.random.default_rng(seed)
   ids = lambda: rng.integers(0, vocab, rng.integers(1, longest)).astype(np.int32)
   return [
-    Example(ids(), tuple(ids() for _ in range(answers)), float(rng.uniform(0.2, 2.0)), row)
+    Example(ids(), tuple(ids() for _ in range(completions)), float(rng.uniform(0.2, 2.0)), row)
     for row in range(count)
   ]
 
@@ -55,7 +55,7 @@ def pairs(count, seed=0, answers=2, vocab=VOCAB, longest=9):
 def labelled(count, seed):
   """`pairs` with labels for kto, every second row of them desirable; others do not read them."""
   return [
-    pair._replace(grades=(float(i % 2),) * 2) for i, pair in enumerate(pairs(count, seed=seed))
+    pair._replace(scores=(float(i % 2),) * 2) for i, pair in enumerate(pairs(count, seed=seed))
   ]
 
 

@@ -4,6 +4,7 @@ import itertools
 import re
 import subprocess
 import sys
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -40,6 +41,29 @@ def test_a_state_comes_back_to_the_bit(tmp_path):
   for key, value in state_at(7).params.items():
     np.testing.assert_array_equal(params[key], value)
   again.close()
+
+
+class OldState(NamedTuple):
+  """`TrainState` as it was before `memory` became `running_stats`."""
+
+  step: Any
+  params: Any
+  opt_state: Any
+  memory: Any
+  reference: Any = None
+
+
+def test_a_checkpoint_of_before_a_field_was_renamed_is_read(tmp_path):
+  state = state_at(2)._replace(running_stats={"delta": np.asarray(0.75, np.float32)})
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(2, OldState(*state))
+  checkpoints.wait()
+  restored = checkpoints.restore(jax.eval_shape(lambda: state))
+  assert isinstance(restored, step.TrainState)
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+  for found, saved in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+    np.testing.assert_array_equal(found, saved)
+  checkpoints.close()
 
 
 @pytest.mark.parametrize(("higher", "kept"), [(True, [2, 4, 5]), (False, [3, 4, 5])])
@@ -175,10 +199,10 @@ def test_a_state_is_read_onto_another_mesh_to_the_bit(tmp_path):
   state = places[0].place(host)
   for index, (here, there) in enumerate(itertools.pairwise(places)):
     checkpoints = Checkpoints(tmp_path / str(index))
-    checkpoints.save(1, here.single(state))
+    checkpoints.save(1, here.unreplicate(state))
     checkpoints.wait()
     state = there.place(checkpoints.restore(there.abstract(host), 1))
     checkpoints.close()
-    found = there.fetch(state)
+    found = there.to_host(state)
     jax.tree.map(np.testing.assert_array_equal, found, host)
   assert state["query"]["kernel"].sharding.shard_shape((2, 16, 8)) == (2, 8, 4)

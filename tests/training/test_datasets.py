@@ -40,13 +40,13 @@ def test_rows_of_a_prepared_set_stay_on_disk(tmp_path, tokenizer, kind, loss):
   path, out = rows_file(tmp_path, kind), tmp_path / "prepared"
   encoder = encode.Encoder(tokenizer, kind=kind, max_length=64)
   prepared_sets.prepare(out, path, encoder, eval_fraction=0.0)
-  material, _ = load(out, tokenizer, loss, eval_fraction=0.0)
+  training_data, _ = load(out, tokenizer, loss, eval_fraction=0.0)
   plain, _ = load(path, tokenizer, loss, eval_fraction=0.0)
-  assert isinstance(material.examples, examples.Lazy)
-  prepared_sets.same(material.examples, plain.examples)
+  assert isinstance(training_data.examples, examples.Lazy)
+  prepared_sets.same(training_data.examples, plain.examples)
   for known, read in zip(
-    examples.lengths(material.examples),
-    examples.lengths(list(material.examples)),
+    examples.lengths(training_data.examples),
+    examples.lengths(list(training_data.examples)),
     strict=True,
   ):
     assert np.array_equal(known, read)

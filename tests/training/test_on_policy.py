@@ -20,11 +20,11 @@ from dpo_jax.training import on_policy
 GOOD = {"reward": "controlled", "num": 4, "max_tokens": 8, "temperature": 1.0, "prefer": "rank"}
 
 
-def row(grades, answers=None):
-  """One prompt with as many answers as grades, told apart by their only token."""
-  answers = range(len(grades)) if answers is None else answers
-  ids = tuple(np.array([a], np.int32) for a in answers)
-  return Example(np.array([9], np.int32), ids, grades=tuple(map(float, grades)))
+def row(scores, completions=None):
+  """One prompt with as many answers as scores, told apart by their only token."""
+  completions = range(len(scores)) if completions is None else completions
+  ids = tuple(np.array([a], np.int32) for a in completions)
+  return Example(np.array([9], np.int32), ids, scores=tuple(map(float, scores)))
 
 
 def sampler(prefer="rank", num=4, loss="sigmoid"):
@@ -33,12 +33,12 @@ def sampler(prefer="rank", num=4, loss="sigmoid"):
 
 
 def tokens(example):
-  return [int(answer[0]) for answer in example.answers]
+  return [int(answer[0]) for answer in example.completions]
 
 
 def test_ranked_pairs_are_the_best_and_the_worst():
   (pair,) = sampler()._pairs([row([1, 5, -2, 5])], np.random.default_rng(0))
-  assert tokens(pair) == [1, 2] and pair.grades == (5.0, -2.0) and pair.weight == 1
+  assert tokens(pair) == [1, 2] and pair.scores == (5.0, -2.0) and pair.weight == 1
 
 
 def test_bradley_terry_prefers_with_the_probability_of_the_rewards_difference():
@@ -55,15 +55,15 @@ def test_equal_answers_count_nothing_and_nothing_else_is_an_error():
   assert weights == [0.0, 1.0]
   assert on_policy._ranked(row([2, 2, 2])).weight == 0
   ranked = on_policy._ranked(row([2, 5, 3]))
-  assert tokens(ranked) == [1, 2, 0] and ranked.grades == (5.0, 3.0, 2.0) and ranked.weight == 1
+  assert tokens(ranked) == [1, 2, 0] and ranked.scores == (5.0, 3.0, 2.0) and ranked.weight == 1
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "plackett_luce"])
 def test_a_batch_without_any_preference_is_an_error(loss, monkeypatch):
-  same = on_policy.rollouts.Drawn(
+  same = on_policy.rollouts.Rollout(
     ["a", "b"], [[5], [6]], [["x", "y"]] * 2, [[[7], [7]]] * 2, np.ones((2, 2))
   )
-  monkeypatch.setattr(on_policy.rollouts, "draw", lambda *_, **__: same)
+  monkeypatch.setattr(on_policy.rollouts, "sample", lambda *_, **__: same)
   fields = {"prompts": ["a", "b"], "batch_size": 2, "accumulate": 1, "seed": 0, "batching": {}}
   made = dataclasses.replace(sampler(num=2, loss=loss), **fields)
   with pytest.raises(UserError, match=r"nothing is left to prefer; raise loss\.beta") as error:
@@ -124,15 +124,15 @@ def test_on_policy_training_ends_at_the_optimum(tmp_path, name):
 
   reference, policy = load(tmp_path / "sft" / "export"), load(tmp_path / "run" / "export")
   vocab, eos = policy.config.vocab, policy.tokenizer.eos_id
-  answers = [(eos,)] + [
+  completions = [(eos,)] + [
     (first, second) for first in range(vocab) if first != eos for second in range(vocab)
   ]
   for word in WORDS:
     prompt = policy.tokenizer.encode_prompt(word)
-    example = Example(np.array(prompt, np.int32), tuple(np.array(a, np.int32) for a in answers))
+    example = Example(np.array(prompt, np.int32), tuple(np.array(a, np.int32) for a in completions))
     log_p, log_ref = (scorer(m.config)(m.params, [example]).logp_BK[0] for m in (policy, reference))
     np.testing.assert_allclose(np.exp(log_p).sum(), 1, rtol=1e-4)
-    reward = [weather(word, policy.tokenizer.decode(list(a))) for a in answers]
+    reward = [weather(word, policy.tokenizer.decode(list(a))) for a in completions]
     log_best = log_ref + np.array(reward) / BETA
     log_best -= jax.nn.logsumexp(log_best)
     kl = lambda log_q, log_p=log_p: float((np.exp(log_p) * (log_p - log_q)).sum())

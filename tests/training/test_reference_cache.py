@@ -51,7 +51,7 @@ def ids(*numbers):
 @pytest.mark.parametrize(("mode", "devices"), [("mesh", 1), ("mesh", 4), ("pmap", 4)])
 def test_what_is_stored_is_what_the_reference_computes(tmp_path, name, mode, devices):
   """Token by token, in whatever rows it was computed and is asked for."""
-  pairs = tiny.pairs(13, answers=2)
+  pairs = tiny.pairs(13, completions=2)
   fn = token_fn(mode=mode, devices=devices)
   store = filled(tmp_path, pairs, fn, layout=name, groups=devices)
   for beyond in (1.0, 0.3):
@@ -70,8 +70,8 @@ def test_what_is_stored_is_what_the_reference_computes(tmp_path, name, mode, dev
 @pytest.mark.parametrize("name", packing.LAYOUTS)
 def test_answers_that_are_not_there_are_no_matter(tmp_path, name):
   ragged = [
-    example._replace(answers=example.answers[: 2 + i % 3])
-    for i, example in enumerate(tiny.pairs(9, answers=4))
+    example._replace(completions=example.completions[: 2 + i % 3])
+    for i, example in enumerate(tiny.pairs(9, completions=4))
   ]
   examples = fill_up(ragged)
   store = filled(tmp_path, examples, layout=name)
@@ -87,14 +87,14 @@ def test_a_step_needs_no_reference_then(tmp_path):
   live = step.Objective(logprobs.make_logps_fn(tiny.MODEL), loss)
   stored = live._replace(stored_fn=logprobs.make_stored_fn())
   after = []
-  for objective, ref_params, examples in (
+  for objective, reference_params, examples in (
     (live, tiny.init(), pairs),
     (stored, None, reference_cache.stored(pairs, store)),
   ):
     batch = collate.collate_many([examples[:4], examples[4:]], row_length=64)
     state = step.init_state(tiny.init(seed=1), tx, loss)  # a policy that has moved away
     take = jax.jit(functools.partial(step.train_step, objective=objective, tx=tx))
-    after.append(take(state, ref_params, batch))
+    after.append(take(state, reference_params, batch))
   (one, means), (other, more) = after
   np.testing.assert_allclose(means["rewards/margins"], more["rewards/margins"], rtol=1e-5)
   for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
@@ -110,15 +110,15 @@ def test_what_is_found_is_the_same_text_divided_alike(tmp_path):
   (whole, other) = store.find(known)
   assert len(whole) == 4 and len(other) == 2
   # A window that cuts an answer leaves its start what it was.
-  np.testing.assert_array_equal(store.find(known._replace(answers=(ids(4, 5),)))[0], whole[:2])
+  np.testing.assert_array_equal(store.find(known._replace(completions=(ids(4, 5),)))[0], whole[:2])
   again = reference_cache.Store(tmp_path, KEY)
   np.testing.assert_array_equal(again.find(known)[0], whole)
   for missing in (
     known._replace(prompt=ids(2, 3)),  # cut from the left: other predecessors
-    known._replace(prompt=ids(1, 2, 3, 4), answers=(ids(5, 6, 7),)),  # another mask
-    known._replace(answers=(ids(4, 5, 6, 8),)),  # another tokenizer
-    known._replace(answers=(ids(4, 5, 6, 7, 0),)),  # longer
-    known._replace(answers=(ids(8, 9), ids(9, 8))),  # one of two
+    known._replace(prompt=ids(1, 2, 3, 4), completions=(ids(5, 6, 7),)),  # another mask
+    known._replace(completions=(ids(4, 5, 6, 8),)),  # another tokenizer
+    known._replace(completions=(ids(4, 5, 6, 7, 0),)),  # longer
+    known._replace(completions=(ids(8, 9), ids(9, 8))),  # one of two
   ):
     assert store.find(missing) is None
   assert len(reference_cache.lacking([known, missing], store)) == 1
@@ -129,8 +129,8 @@ def test_prompts_of_one_half_of_a_digest_are_kept_apart(tmp_path, monkeypatch):
   """The first half orders the answers, the second tells prompts apart."""
   halves = lambda prompt: np.array([7, prompt.sum()], np.uint64)
   monkeypatch.setattr(reference_cache, "_digest", halves)
-  answers = tiny.pairs(1)[0].answers
-  pairs = [Example(ids(1, n), answers, row=n) for n in range(6)]
+  completions = tiny.pairs(1)[0].completions
+  pairs = [Example(ids(1, n), completions, row=n) for n in range(6)]
   store = filled(tmp_path, pairs)
   for example in pairs:
     expected = filled(tmp_path / "alone" / str(example.row), [example]).find(example)
@@ -254,14 +254,16 @@ def test_a_run_with_a_store_is_the_run_without(task, tmp_path, changes, capsys):
 
 def test_a_full_store_spares_the_reference_and_serves_other_runs(task, tmp_path):
   store = {"reference.store": str(tmp_path / "store")}
-  run, trained, frozen, _ = build(small_task.configured(task, **store), tmp_path / "a")
-  assert frozen is not None and sum(map(len, run.lacking)) == 32
-  train.train(run, trained, frozen, lambda: None)
-  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
+  run, trained, reference_params, _ = build(small_task.configured(task, **store), tmp_path / "a")
+  assert reference_params is not None and sum(map(len, run.lacking)) == 32
+  train.train(run, trained, reference_params, lambda: None)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(reference_params))
   others = {"loss.name": "ipo", "loss.beta": 0.3, "optimizer.learning_rate": 1e-4, "seed": 1}
   for changes in (others, {"loss.ld_alpha": 0.5}, {"data.max_length": 300}):
-    run, _, frozen, _ = build(small_task.configured(task, **store, **changes), tmp_path / "b")
-    assert frozen is None and not run.lacking
+    run, _, reference_params, _ = build(
+      small_task.configured(task, **store, **changes), tmp_path / "b"
+    )
+    assert reference_params is None and not run.lacking
   for changes in (
     {"model.compute_dtype": "bfloat16"},
     {"model.param_dtype": "bfloat16"},

@@ -45,7 +45,7 @@ class Yardstick(NamedTuple):
     """Reward, KL and share of the frontier's gain of the model in a folder."""
     policy = rollouts.load(export)
     # The reference's own samples take seeds 0 and 1.
-    drawn = rollouts.draw(
+    rollout = rollouts.sample(
       policy,
       self.prompts,
       rewards.resolve("controlled"),
@@ -53,13 +53,13 @@ class Yardstick(NamedTuple):
       max_tokens=MAX_TOKENS,
       seed=2 + seed,
     )
-    examples = drawn.examples()
+    examples = rollout.examples()
     policy_XS, reference_XS = (
       evaluate.scorer(model.config)(model.params, examples).logp_BK
       for model in (policy, self.reference)
     )
     return describe(
-      drawn.reward_XS.mean(1),
+      rollout.reward_XS.mean(1),
       self.reference_X,
       (policy_XS - reference_XS).mean(1),
       self.frontier,
@@ -94,7 +94,7 @@ def make_yardstick(study: pathlib.Path, settings: Settings, say=print) -> Yardst
       f" {settings.frontier_prompts} prompts"
     )
     take = functools.partial(
-      rollouts.draw, reference, reward=rewards.resolve("controlled"), max_tokens=MAX_TOKENS
+      rollouts.sample, reference, reward=rewards.resolve("controlled"), max_tokens=MAX_TOKENS
     )
     everyday = take(prompts, num=EVERYDAY, seed=0)
     many = take(prompts[: settings.frontier_prompts], num=settings.frontier_samples, seed=1)
