@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
 
   word_tokenizer.write(folder / "tokenizer", controlled_reviews.vocabulary())
   rows = {
-    "sft.jsonl": [{"prompt": prompt, "completion": answer} for prompt, answer in sft],
+    "sft.jsonl": [{"prompt": prompt, "completion": completion} for prompt, completion in sft],
     "prompts.jsonl": [{"prompt": prompt} for prompt, _ in prompts],
     "eval_prompts.jsonl": [{"prompt": prompt} for prompt, _ in evaluation],
   }
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     text = "".join(json.dumps(row) + "\n" for row in content)
     (folder / name).write_text(text, encoding="utf-8")
 
-  rewards = np.array([controlled_reviews.reward(prompt, answer) for prompt, answer in sft])
+  rewards = np.array([controlled_reviews.reward(prompt, completion) for prompt, completion in sft])
   print(
     f"{folder}: {len(sft)} reviews, {len(prompts)} + {len(evaluation)} prompts,"
     f" {len(controlled_reviews.vocabulary())} words;"
