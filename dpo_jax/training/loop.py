@@ -53,10 +53,13 @@ def prepare(run: Run, trained: PyTree, reference_params: PyTree | None) -> Prepa
   Raises:
     UserError: the parts do not belong together.
   """
+  # By the names of folders alone: `Checkpoints` would tidy the folder, and nothing of the workdir
+  # is changed before training may start.
   start = latest_step(run.workdir / "checkpoints") or 0
   init = functools.partial(step.init_state, tx=run.tx, loss=run.objective.loss)
   # A reference that follows the policy is part of what evolves: state and checkpoints have it.
   follows = run.objective.sync is not None
+  # Shapes alone: a resumed run must not fill memory with moments that it replaces at once.
   like = jax.eval_shape(init, trained)._replace(reference=reference_params if follows else None)
   like = run.executor.abstract(like)
   sizes = None
@@ -73,12 +76,14 @@ def prepare(run: Run, trained: PyTree, reference_params: PyTree | None) -> Prepa
     # The checkpoint's parameters take the place of these: free the memory before they are read.
     jax.tree.map(lambda x: x.delete() if isinstance(x, jax.Array) else None, trained)
   else:
+    # Compiled for the shardings of the state: plain `jit(tx.init)` puts all moments on one device.
     state = run.executor.compile_init(init)(run.executor.place(trained))
     params = _policy_params(run, state, reference_params) if run.data.sampler else None
     batch, _ = feed_after(0)(1, params)
     check_step_zero(run, state.params, reference_params, batch)
     if follows:
       state = state._replace(reference=reference_params)
+  # In the state (or the checkpoint) from here on, and so no argument of the step.
   if follows:
     reference_params = None
   return Prepared(start, like, state, reference_params, feed_after)
@@ -108,6 +113,7 @@ def fill_store(run: Run, reference_params: PyTree | None) -> PyTree | None:
     batch_size=run.data.settings.batch_size // run.data.settings.accumulate,
     batching=run.data.batching,
   )
+  # Adapters need their base in every step. A stored reference needs no parameters any more.
   if run.adapter:
     return reference_params
   jax.tree.map(lambda x: x.delete(), reference_params)
@@ -125,6 +131,7 @@ def train(run: Run, prepared: Prepared) -> PyTree:
     What was trained as it ends: one copy of it, on device.
   """
   start, state, reference_params = prepared.start, prepared.state, prepared.reference_params
+  # Accuracy needs completions that are ordered, which only pairs and rankings have.
   ranks = run.objective.loss.kind in ("pairs", "ranked")
   checkpoints = Checkpoints(
     run.workdir / "checkpoints",
@@ -140,6 +147,8 @@ def train(run: Run, prepared: Prepared) -> PyTree:
       state = run.executor.place(saved)
       del saved
     assert state is not None
+    # The step donates the state: a buffer that the reference shares would be gone with it, or end
+    # the process.
     if reference_params is not None:
       executor.assert_separate(state, reference_params)
     parts = {
@@ -147,16 +156,19 @@ def train(run: Run, prepared: Prepared) -> PyTree:
       "optimiser": prepared.like.opt_state,
       "reference": reference_params,
     }
+    # Only the first process writes metrics: several would mix their lines in one file.
     logs: Loggers | Silent = Silent()
     if processes.is_main_process():
       logs = Loggers(run.workdir, start_step=start, total_steps=run.steps)
     with preemption.Notice() as notice, logs as log:
       if start:
         log.say(f"resuming after step {start} of {run.steps}")
+      # Made here, not in `prepare`: where the latest checkpoint was unreadable, `start` is earlier.
       feed = prepared.feed_after(start, share=run.executor.share)
       with memory.explain_out_of_memory(parts, memory.device_capacity()):
         state = _take_steps(run, state, reference_params, feed, start, checkpoints, log, notice)
   finally:
+    # Also after an error: the checkpoint that is being written ends whole.
     checkpoints.close()
   return run.executor.unreplicate(state.params)
 
@@ -179,6 +191,7 @@ def _take_steps(
     functools.partial(step.train_step, objective=run.objective, tx=run.tx)
   )
   evaluator = make_evaluator(run, reference_params)
+  # The value before training, with which every later evaluation is compared.
   if start == 0 and evaluator.ready:
     log.write_eval(0, evaluator(state))
   writer = MetricsWriter(
@@ -193,14 +206,18 @@ def _take_steps(
     params = _policy_params(run, state, reference_params) if run.data.sampler else None
     batch, facts = feed(index, params)
     shape = tuple(x.shape for x in jax.tree.leaves(batch))
+    # Another shape compiles for seconds or minutes, in which the run would seem to hang.
     if shapes and shape not in shapes:
       log.say(f"step {index}: compiles for batches of another shape, number {len(shapes) + 1}")
     shapes.add(shape)
     # The state is donated: the old one's memory becomes the new one's.
     state, means = train_step_fn(state, reference_params, run.executor.place_batch(batch))
+    # Read a step later: reading now would make the device wait for the host.
     writer.add(index, means, facts, batch)
     last = index == run.steps
     evaluating = evaluator.ready and (last or _is_due(index, run.settings.eval_every))
+    # `should_stop` comes first, since it must be called at every step. At the last one the run ends
+    # anyway.
     leaving = notice.should_stop(index) and not last
     saving = leaving or last or _is_due(index, run.settings.checkpoint_every)
     if not (evaluating or saving):

@@ -76,7 +76,9 @@ class MetricsWriter:
       return
     pending, self._pending = self._pending, None
     means = self._to_host(pending.means)  # waits for the step
+    # Taken out of the means: they are counts and row numbers, and no curve.
     bad_row_ANS, rows, tokens = (means.pop(key) for key in ("nonfinite_row_ANS", "rows", "tokens"))
+    # After the transfer, which waits for the step: before it, only the launch would be timed.
     now = time.perf_counter()
     elapsed, self._since = now - self._since, now
     if not (np.isfinite(means["loss"]) and np.isfinite(means["grad_norm"])):
@@ -102,6 +104,7 @@ class MetricsWriter:
       bad_rows = row_ANS[row_ANS >= 0]
     rows = sorted(set(bad_rows.tolist()))
     named = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
+    # The last checkpoint may still be on its way to disk, and the message promises that it is kept.
     self._checkpoints.wait()
     last = self._checkpoints.latest()
     kept = f"the checkpoint of step {last} is kept" if last else "no checkpoint was due before"

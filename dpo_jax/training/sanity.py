@@ -27,17 +27,20 @@ def check_step_zero(
     UserError: the parts do not belong together; nothing has been trained or written yet.
   """
   objective, executor = run.objective, run.executor
+  # One micro-batch is enough, and takes no more memory than a step does.
   first = jax.tree.map(lambda x: x[:1], batch)
   micro = jax.tree.map(lambda x: x[0], first)
   # The program that evaluation runs, so that it is compiled once.
   forward = executor.compile_forward(objective.logps)
   policy_NS = forward(objective.policy(trained, reference_params), first)
+  # Before the comparison below, which would put the blame for NaN on the reference.
   if not np.isfinite(policy_NS).all():
     raise UserError(
       f"the model gives log-probs that are not finite before any training, on rows"
       f" {sorted(set(micro.row_NS[~np.isfinite(policy_NS)].tolist()))[:8]}; its weights or its"
       " configuration are broken"
     )
+  # Shown, so that a wrong template or a wrong boundary is seen before hours of training.
   if run.data.sampler is None:
     example, decode = run.data.examples[0], run.tokenizer.decode
     print(f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.completions[0])[:60]!r}")
@@ -61,6 +64,8 @@ def check_step_zero(
       f"step 0: loss {found:.6f}; it would be {expected:.6f} if policy and reference were equal"
     )
     return
+  # Written with `not <=`, so that NaN is refused. Relative for a large loss, which float32 rounds
+  # in proportion to its size.
   if not abs(found - expected) <= 1e-5 * max(1.0, abs(expected)):
     raise UserError(
       f"at step 0 policy and reference are the same weights, yet the loss is {found:.6f} and not"
