@@ -26,12 +26,14 @@ from dpo_jax.structs import PyTree, UserError
 
 def _reason(error: BaseException) -> str:
   """Finds the line that matters of an Orbax error, which hides the cause deep in a chain."""
+  # By `__context__` too: not every layer names its cause. A cause may lead back to itself.
   chain: list[BaseException] = []
   cause: BaseException | None = error
   while cause is not None and cause not in chain:
     chain.append(cause)
     cause = cause.__cause__ or cause.__context__
   for link in chain:
+    # A full disk may be known by its message alone: not every layer raises an OSError.
     text = str(link)
     if getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
       return "no space left on the device"
@@ -120,6 +122,7 @@ class Checkpoints:
     higher: bool = True,
     tidy: bool = False,
   ):
+    # A union of two rules: by the best alone, the latest would go, from which a run resumes.
     policies = ocp.training.preservation_policies
     kept: list[Any] = [policies.LatestN(keep)]
     if best:
@@ -130,6 +133,7 @@ class Checkpoints:
         policies.BestN(
           n=1,
           get_metric_fn=lambda m: sign * m[best] if m and best in m else worst,
+          # Otherwise every checkpoint without an evaluation would stay for ever.
           keep_checkpoints_without_metrics=False,
         )
       )
@@ -179,6 +183,7 @@ class Checkpoints:
     """Returns once everything started is on disk; raises as `save` does."""
     if self._pending is None:
       return
+    # Forgotten before it is waited for: a failure is raised once, and not again by `close`.
     (step, response), self._pending = self._pending, None
     try:
       response.result()
@@ -233,6 +238,7 @@ class Checkpoints:
       except UserError as error:
         errors[step] = error
         continue
+      # Moved only now: while nothing can be read, all stays where it was, for a person to look at.
       for spoilt in errors:
         names = (f"unreadable-{spoilt}" + "x" * more for more in itertools.count())
         aside = next(p for p in map(self.directory.with_name, names) if not p.exists())
@@ -254,6 +260,8 @@ class Checkpoints:
     """Reads the trained parameters alone, to host, whatever else the checkpoint contains."""
     step = self._known(step)
     try:
+      # The structure is the checkpoint's own: to export or sample, nobody has to know optimizer or
+      # loss.
       kept = self._orbax.metadata(step).metadata
       if kept is None:
         raise ValueError("it has no list of its contents")

@@ -77,6 +77,7 @@ class Evaluator:
     """
     self._executor, self._objective = executor, objective
     self._reference_params, self._rows, self._probe = reference_params, rows, probe
+    # `Objective.logps` drops nothing: dropout belongs to training alone.
     self._forward = executor.compile_forward(objective.logps)
     self._reference_XS = self._frozen_logps()
     self.ready = bool(rows or probe)
@@ -101,6 +102,7 @@ class Evaluator:
 
   def _logps(self, params: PyTree) -> np.ndarray:
     """Returns the log-probs of every slot of every batch, one batch below the other."""
+    # The compiled forward pass takes batches as the step does, with an axis of micro-batches.
     with_micro_batches = (jax.tree.map(lambda x: x[None], batch) for batch in self._rows)
     return np.concatenate([self._forward(params, batch) for batch in with_micro_batches])
 
@@ -110,6 +112,7 @@ class Evaluator:
     reference = self._reference_XS
     if state.reference is not None:
       reference = self._logps(state.reference)
+    # Read and not updated: an evaluation must not change the training that follows.
     running_stats = self._executor.to_host(state.running_stats)
     policy = self._logps(self._objective.policy(state.params, self._reference_params))
     # All examples at once: a batch-wide loss of each batch by itself would be another number.

@@ -104,14 +104,17 @@ def make_optimizer(
   Raises:
     UserError: a value with which a step would not go downhill.
   """
+  # At 1, Adam's correction of the bias, 1 - b^t, would be 0, and it is divided by.
   for name, value in (("b1", b1), ("b2", b2)):
     if not 0 <= value < 1:
       raise UserError(f"optimizer.{name} is {value!r}; it must be 0 or above and below 1")
   for name, value in (("weight_decay", weight_decay), ("clip_norm", clip_norm)):
     if not 0 <= value < float("inf"):
       raise UserError(f"optimizer.{name} is {value!r}; it must be 0 or above")
+  # At 0, a parameter whose gradient is exactly 0 would be updated by 0 / 0.
   if not 0 < eps < float("inf"):
     raise UserError(f"optimizer.eps is {eps!r}; it must be above 0, such as 1e-8")
+  # The decay is multiplied by the learning rate, as in PyTorch's AdamW, so it follows the schedule.
   adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
   # Clipped first: the moments must not see the gradient of a burst either.
   return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
