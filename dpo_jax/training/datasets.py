@@ -129,6 +129,7 @@ def _load_examples(
 ) -> tuple[TrainingData, dict[str, Any]]:
   """Reads examples that are trained on as they stand."""
   examples, held_out, ledger = _read_examples(rows, settings.seed, loss, tokenizer)
+  # By lengths alone, in moments. Otherwise the run would stop at the batch that the row falls into.
   for some in filter(len, (examples, held_out)):
     if batching.row_length and batching.layout != "padded":
       collate.check_fits(some, batching.layout, batching.row_length)
@@ -166,6 +167,7 @@ def _load_on_policy(
   copies = 1 if batching.layout == "padded" else completions
   need = packing.round_up(longest + copies * max_tokens, 64)
   batching = batching._replace(row_length=batching.row_length or need)
+  # A copy, since the reward is taken out of it.
   sampling = dict(sampling)
   sampler = on_policy.Sampler(
     model_config=model_config,
@@ -176,6 +178,7 @@ def _load_on_policy(
     batch_size=settings.batch_size,
     accumulate=settings.accumulate,
     seed=settings.seed,
+    # One width for the whole run: sampling is compiled once.
     width=packing.round_up(longest, 8),
     batching=batching,
     **sampling,
@@ -234,6 +237,7 @@ def _read_examples(
       examples = examples.widened(most)  # its examples stay on disk
     else:
       examples = fill_up(examples, most)
+  # After all of the above, so that the limit changes neither mismatched prompts nor K.
   held_out = _limited(held_out, data)
   # Without scores every margin would be 0, and a loss that reads margins would be another loss.
   for path, some in ((data.path, examples), (data.eval_path, held_out)):
@@ -332,6 +336,7 @@ def digest(data: TrainingData) -> str:
   """
   found = hashlib.blake2b(digest_size=16)
   if data.sampler is not None:
+    # On policy the examples are prompts, strings or messages, few enough to take whole.
     found.update(repr(data.examples).encode())
     return found.hexdigest()
   for side in (data.examples, data.held_out):
@@ -339,6 +344,7 @@ def digest(data: TrainingData) -> str:
       continue
     for array in lengths(side):
       found.update(np.ascontiguousarray(array).tobytes())
+    # Spread over all, so that another order, or a row more, changes most of them.
     for i in np.linspace(0, len(side) - 1, min(len(side), 1000), dtype=np.int64):
       example = side[int(i)]
       found.update(repr((example.scores, example.weight)).encode())
@@ -372,9 +378,11 @@ def make_feed(
   if sampler is not None:
 
     def sample(step: int, params: PyTree) -> tuple[TokenBatch, dict[str, float]]:
+      # Steps count from 1, batches from 0.
       return sampler.batch(step - 1, params, sizes, share)
 
     return sample
+  # Opened at `start`: a resumed run seeks there, and makes no earlier batch again.
   stream = batches.batches(
     data.examples,
     batch_size=data.settings.batch_size,

@@ -104,6 +104,7 @@ class Sampler:
 
   def _examples(self, index: int, params: PyTree) -> tuple[list[Example], dict[str, float]]:
     """Samples the examples of batch `index`, their rewards as scores, or preferences of them."""
+    # By index, not from a generator that remembers: a resumed run continues with the same prompts.
     picked = batches.order(len(self.prompts), self.batch_size, seed=self.seed)[index]
     rollout = rollouts.sample(
       rollouts.LanguageModel(self.model_config, params, self.tokenizer),
@@ -125,7 +126,9 @@ class Sampler:
     lengths = [len(ids) for example in rows for ids in example.completions]
     facts = {"reward": float(rollout.reward_XS.mean()), "tokens": float(np.mean(lengths))}
     if self.loss.kind == "pairs":
+      # A generator per batch, so that the labels of a batch do not depend on those before it.
       rows = self._pairs(rows, np.random.default_rng([self.seed, index]))
+    # policy_gradient reads the rewards themselves, in any order.
     elif not self.loss.is_on_policy:
       rows = [_ranked(row) for row in rows]
     # A mean over examples that all count nothing would be 0 / 0.
@@ -150,6 +153,7 @@ class Sampler:
 
 def _ranked(row: Example) -> Example:
   """Sorts the completions by reward, best first; weight 0 where all rewards are equal."""
+  # Stable: completions of equal reward keep the order in which they were sampled.
   ranked = _pick(row, np.argsort(-np.array(row.scores), kind="stable"))
   return ranked._replace(weight=0.0) if len(set(row.scores)) == 1 else ranked
 

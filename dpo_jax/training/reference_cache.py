@@ -69,10 +69,13 @@ class Store:
   def __init__(self, root: str | pathlib.Path, key: dict[str, Any]):
     root = pathlib.Path(root)
     check(root)
+    # Sorted, since the folder is named by a digest of this text: the order in which a dictionary
+    # was filled must not matter.
     text = json.dumps(key, sort_keys=True, indent=2) + "\n"
     self.folder = root / hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     self.folder.mkdir(parents=True, exist_ok=True)
     _write(root / MARK, json.dumps({"version": VERSION}) + "\n")
+    # The key itself beside its digest, so that a person can see why nothing was found.
     _write(self.folder / "key.json", text)
     self._parts: list[_Part] = []
     self.refresh()
@@ -105,11 +108,13 @@ class Store:
 
   def _match(self, ids: np.ndarray, digest: np.ndarray) -> np.ndarray | None:
     """Returns the log-probs of one completion of a prompt with that digest."""
+    # A completion without tokens only fills an example up to K.
     if not len(ids):
       return np.zeros(0, np.float32)
     first, last = (np.searchsorted(self._high_R, digest[0], side) for side in ("left", "right"))
     for at in range(first, last):
       part, row = self._parts[self._part_R[at]], self._row_R[at]
+      # A stored completion that is shorter lacks the log-probs of the rest.
       if part.digest_R2[row, 1] != digest[1] or part.tokens_R[row] < len(ids):
         continue
       # The digest is of the prompt alone; the ids of the completion are compared themselves.
@@ -131,6 +136,8 @@ class Store:
       if len(ids)
     ]
     digests, ids, logps = zip(*pairs, strict=True)
+    # float32, the type in which the step computes log-probs: a stored reference gives the same loss
+    # as a live one.
     arrays = {
       "prompts": np.stack(digests),
       "tokens": np.array([len(one) for one in ids], np.int32),
@@ -197,6 +204,7 @@ def _write(path: pathlib.Path, text: str) -> None:
 
 def _digest(ids: np.ndarray) -> np.ndarray:
   """Computes a digest of token ids: two uint64."""
+  # One type and layout, since the digest is of bytes: equal ids must give equal bytes.
   data = np.ascontiguousarray(ids, np.int32).tobytes()
   return np.frombuffer(hashlib.blake2b(data, digest_size=16).digest(), np.uint64)
 
@@ -295,6 +303,7 @@ def fill(
   for batch in batches.eval_batches(numbered, batch_size=batch_size, batching=batching):
     for number, logps in _by_example(batch, token_fn(batch), completions):
       example = numbered[number]
+      # Refused before it is stored: a store outlives the run, and later runs would trust it.
       if not all(np.isfinite(one).all() for one in logps):
         raise UserError(
           f"the reference gives data row {examples[number].row} log-probs that are not finite; its"
@@ -319,6 +328,8 @@ def _by_example(
   groups, length = len(batch.scored_GM), batch.ids_NL.shape[1]
   slots = batch.row_NS.shape[1]
   block = batch.ids_NL.size // groups
+  # The list of scored positions is padded with one past the end of its group, and counts within its
+  # group.
   real_GM = batch.scored_GM < block
   at_X = (batch.scored_GM + block * np.arange(groups)[:, None])[real_GM]
   slot_X = at_X // length * slots + batch.slot_NL.reshape(-1)[at_X]
