@@ -62,6 +62,8 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
   Raises:
     UserError: one line with the value, the rule and a way out.
   """
+  # The order is important: 1. what no file is needed for; 2. headers, tokenizer and data; 3.
+  # weights. A mistake ends the run before the next part has taken its time.
   checked = check(config)
   check_inputs(config)
   described = describe(config, checked)

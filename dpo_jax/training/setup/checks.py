@@ -89,6 +89,7 @@ def _check_sync(section: ConfigDict, loss: losses.Loss) -> step.Sync | None:
   every, alpha = section.sync_every, section.sync_alpha
   if every < 0:
     raise UserError(f"reference.sync_every is {every}; it must be 0 (never) or a number of steps")
+  # Also where nothing is synchronised: a value out of range is never passed over in silence.
   if not 0 < alpha <= 1:
     raise UserError(f"reference.sync_alpha is {alpha}; it must lie above 0 and be 1 at most")
   if every and not loss.needs_reference:
@@ -103,7 +104,9 @@ def _check_lora(config: ConfigDict, loss: losses.Loss) -> None:
   section = config.lora
   given = dict(section)
   path = given.pop("path")
+  # Fields that differ from their default: one that was set and does nothing would be a mistake.
   set_ = [name for name, usual in LoRA._field_defaults.items() if given[name] != usual]
+  # Dropout alone may be set beside a folder: it belongs to training, not to the adapter.
   if path and (section.rank or set(set_) - {"dropout"}):
     name = "rank" if section.rank else min(set(set_) - {"dropout"})
     raise UserError(

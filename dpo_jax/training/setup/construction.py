@@ -164,6 +164,7 @@ def _load_policy(config: ConfigDict, model_config: ModelConfig, places: PyTree) 
   def make() -> PyTree:
     return transformer.init_params(model_config, config.seed, dtype=dtype)
 
+  # Sampled straight to their places: a large model would not fit on one device first.
   return jax.jit(make, out_shardings=places)()
 
 
@@ -194,6 +195,7 @@ def _adapt(
 ) -> tuple[PyTree, PyTree, peft.Adapter]:
   """Returns what is trained, what stays frozen, and the facts that an exported adapter states."""
   path = config.model.path
+  # Absolute, since the exported adapter names its base from another folder.
   base_name = str(pathlib.Path(path).resolve()) if path and pathlib.Path(path).is_dir() else path
   about = peft.Adapter(adapters, base_name, peft.fingerprint_of(base))
   if not config.lora.path:
@@ -226,6 +228,7 @@ def reference_key(
     "param_dtypes": types,
     "compute_dtype": config.model.compute_dtype,
     "layout": config.data.layout,
+    # Other devices and compilers round differently: what they computed is not found.
     "device": device.device_kind,
     "jax": jax.__version__,
   }
@@ -235,6 +238,7 @@ def facts(config: ConfigDict, run: Run) -> dict[str, Any]:
   """Returns what must be identical in all processes of a run, by the names that errors use."""
   sections = json.loads(config.to_json_best_effort())
   sections["parallel"].pop("process")  # the one field in which processes differ
+  # Samples of the weights: a full digest would read them all once more.
   folders = filter(None, (config.model.path, config.reference.path))
   return {
     **{f"config.{name}": value for name, value in sections.items()},

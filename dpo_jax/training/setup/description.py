@@ -85,6 +85,7 @@ def describe(config: ConfigDict, checked: Checked) -> Described:
     sampling=dict(config.on_policy) if config.on_policy.reward else None,
   )
   passes = config.train.epochs * len(data.examples) / config.train.batch_size
+  # At least one step: a fraction of an epoch of a small file must not round to no training.
   steps = config.train.steps or max(1, round(passes))
   return Described(
     model_config=model_config,
@@ -107,6 +108,7 @@ def data_settings(config: ConfigDict) -> datasets.DataSettings:
     eval_fraction=data.eval_fraction,
     eval_limit=data.eval_limit,
     eval_samples=config.eval.samples,
+    # An empty name stands for the usual field.
     fields={k: v for k, v in data.fields.items() if v},
     max_length=data.max_length,
     prompt_floor=data.prompt_floor,
@@ -124,6 +126,7 @@ def describe_adapters(config: ConfigDict) -> LoRA | None:
     reference_cache.check(pathlib.Path(config.reference.store))
   section = config.lora
   if section.path:
+    # Rank, scale and targets are the adapter's own; dropout is a choice of this training.
     adapters = peft.read_settings(section.path)[0]._replace(dropout=section.dropout)
     lora.check(adapters)
     return adapters
@@ -173,6 +176,7 @@ def choose_attention(config: ConfigDict, model_config: ModelConfig, executor: Ex
     sequence=config.parallel.sequence,
     divided=executor.mode == "mesh" and len(executor.devices) > 1,
   )
+  # Reported: a slower implementation, taken in silence, would look like a slow machine.
   if why:
     print(f"model.attention is {name}, but {why}: {taken} is taken", file=sys.stderr)
   return taken
@@ -180,6 +184,7 @@ def choose_attention(config: ConfigDict, model_config: ModelConfig, executor: Ex
 
 def _check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
   """Checks that the reference reads ids as the policy does, as far as its folder says."""
+  # A folder may have weights and no tokenizer; then there is nothing to compare.
   if not path or not (pathlib.Path(path) / "tokenizer.json").is_file():
     return
   if not tokenizer.same_ids(load_tokenizer(path)):
