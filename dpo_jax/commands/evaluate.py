@@ -61,10 +61,12 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
   del argv
+  # Before the imports: they are part of the time that a user waits.
   started = FLAGS.started or time.time()
   import json
   import pathlib
 
+  # Imported here, since these load jax, for which `--help` should not wait.
   from dpo_jax.evaluation import evaluate
   from dpo_jax.generation import rewards, rollouts
   from dpo_jax.monitoring import report
@@ -76,6 +78,8 @@ def main(argv: list[str]) -> None:
   if FLAGS.out:
     files.check_output_file(FLAGS.out)
   ask = evaluate.resolve_pair_loss(FLAGS.loss, FLAGS.beta)
+  # A reward of the user's own is imported, and prompts are read, before any model: mistakes in them
+  # show at once.
   reward = rewards.resolve(FLAGS.reward) if FLAGS.reward else None
   prompts = rollouts.read_prompts(FLAGS.prompts) if FLAGS.prompts else None
   policy, reference = rollouts.load(FLAGS.model), rollouts.load(FLAGS.reference)
@@ -99,5 +103,6 @@ def main(argv: list[str]) -> None:
     out = pathlib.Path(FLAGS.out)
     files.write_text(out, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     print(f"{out}: the numbers")
+    # The report reads its folder's summary.json, and no other name.
     if out.name == "summary.json" and reward is not None:
       print(f"{report.write(out.parent)}: the report")

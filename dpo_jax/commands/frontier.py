@@ -50,9 +50,12 @@ def main(argv: list[str]) -> None:
   del argv
   import pathlib
 
+  # Imported here, since it loads jax, for which `--help` should not wait.
   from dpo_jax.experiments import frontier
 
   sizes = {name: FLAGS[name].value for name in frontier.Settings._fields}
+  # Sizes have no default as flags: --quick has defaults of its own, and a size that is given
+  # replaces either.
   given = {name: value for name, value in sizes.items() if value is not None}
   settings = (frontier.QUICK if FLAGS.quick else frontier.Settings())._replace(**given)
   methods = frontier.read_methods(FLAGS.methods)

@@ -47,6 +47,7 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
   del argv
+  # Imported here, since these load jax, for which `--help` and a mistyped flag should not wait.
   from dpo_jax.data import chat_template
   from dpo_jax.distributed import executor
   from dpo_jax.generation import rollouts, sampler, stopping
@@ -63,16 +64,20 @@ def main(argv: list[str]) -> None:
     "seed": FLAGS.seed,
     "num": FLAGS.num,
   }
+  # The order is important: 1. flags; 2. prompts and tokenizer; 3. weights, which may take minutes
+  # to read. A mistake shows in the first part that can know it.
   if (FLAGS.prompt is None) == (FLAGS.prompts is None):
     raise UserError("give either --prompt=TEXT or --prompts=FILE")
   sampler.check_sampling(**knobs)
   narrowed = [
     name for name in ("top_k", "top_p", "min_p") if FLAGS[name].value != FLAGS[name].default
   ]
+  # A flag that would change nothing is most likely a mistake.
   if FLAGS.temperature == 0 and narrowed:
     raise UserError(
       f"--temperature=0 takes the likeliest token, which --{narrowed[0]} cannot change; keep one"
     )
+  # Before sampling, which would be lost if the file could not be written.
   if FLAGS.out:
     files.check_output_file(FLAGS.out)
   prompts = [FLAGS.prompt] if FLAGS.prompts is None else rollouts.read_prompts(FLAGS.prompts)
@@ -120,6 +125,7 @@ def _stop_ids(vocab: int) -> tuple[int, ...]:
   from dpo_jax.structs import UserError
 
   for text in FLAGS.stop_ids:
+    # `isdecimal` accepts the digits of other scripts, and `int` a sign and underscores.
     if not (text.isascii() and text.isdecimal()) or int(text) >= vocab:
       raise UserError(f"--stop_ids names {text!r}; the model's ids go from 0 to {vocab - 1}")
   return tuple(map(int, FLAGS.stop_ids))

@@ -34,11 +34,14 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
   del argv
+  # Imported here, since these load jax, for which `--help` should not wait.
   from dpo_jax.evaluation import evaluate
   from dpo_jax.generation import rollouts
   from dpo_jax.structs import UserError
   from dpo_jax.utils import files
 
+  # First what can be checked at once: models take minutes to read, and scores would be lost if the
+  # file could not be written.
   files.check_output_file(FLAGS.out)
   if not FLAGS.reference and (FLAGS.loss or FLAGS.beta):
     raise UserError("--loss and --beta are for losses and rewards, which need a --reference")
