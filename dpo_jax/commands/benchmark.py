@@ -56,6 +56,7 @@ def main(argv: list[str]) -> None:
   import tempfile
   import time
 
+  # Before jax is imported, which the seconds to the first step include.
   started = time.perf_counter()
   import jax
 
@@ -70,7 +71,9 @@ def main(argv: list[str]) -> None:
   config = FLAGS.config
   section = config.parallel
   where = (section.coordinator, section.processes, section.process)
+  # SIGTERM ends a benchmark: it has nothing to save.
   processes.start(*where, notice=False)
+  # The folder may go after set-up: rows and tokenizer are in memory by then.
   with tempfile.TemporaryDirectory() as folder:
     if not config.data.path and "synthetic" in config:
       config.data.path, config.model.tokenizer = timing.write_task(

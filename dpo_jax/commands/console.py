@@ -61,6 +61,7 @@ _CALL = re.compile(rf"python -m dpo_jax\.train\b|{PROGRAM} ([a-z-]+)")
 
 def main() -> None:
   """The program: runs the command that its first word names, with the words after it as flags."""
+  # `python -m dpo_jax` is started by the path of __main__.py, the installed program by its name.
   module = pathlib.Path(sys.argv[0]).name == "__main__.py"
   program, words = "python -m dpo_jax" if module else PROGRAM, sys.argv[1:]
   if not words or words[0] in HELP:
@@ -72,6 +73,7 @@ def main() -> None:
     print(f"{PROGRAM} {__version__}")
     return
   name = find(program, words[0])
+  # The command takes the first word for the program's name, in its help and in its errors.
   sys.argv = [f"{program} {name}", *words[1:]]
   _run(name, lambda other: f"{program} {other}")
 
@@ -114,6 +116,7 @@ def find(program: str, word: str) -> str:
   name = spellings.get(word.replace("-", "_"))
   if name is not None:
     return name
+  # Not at the top: the list of commands should not wait for absl.
   from dpo_jax.utils import cli
 
   if word.startswith("-"):

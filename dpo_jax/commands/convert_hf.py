@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
   from dpo_jax.utils import files
 
   workdir, out = pathlib.Path(FLAGS.workdir), pathlib.Path(FLAGS.out)
+  # Everything that can be refused comes before the weights, which may take minutes to read.
   if out.exists():
     raise UserError(f"--out={out} exists; name a new folder")
   files.check_writable(out, f"--out={out}")
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> None:
   if FLAGS.merge_lora and not settings.rank:
     raise UserError(f"--merge_lora: {workdir} trained the model itself; leave the flag out")
   model_config, _ = setup.describe_model(model)
+  # Not tidied: the run may still be training, and a checkpoint that is half written is its own.
   checkpoints = Checkpoints(workdir / "checkpoints")
   try:
     step = checkpoints.latest() if FLAGS.step is None else FLAGS.step

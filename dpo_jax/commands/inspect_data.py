@@ -50,6 +50,7 @@ def main(argv: list[str]) -> None:
   del argv
   import json
 
+  # Imported here: `--help` should not wait for tokenizers and readers of data files.
   from dpo_jax.data import chat_template, encode
   from dpo_jax.data.tokenizer import load_tokenizer
 
@@ -57,6 +58,7 @@ def main(argv: list[str]) -> None:
   tokenizer = load_tokenizer(FLAGS.model, template_arguments=arguments)
   fields = encode.read_fields(FLAGS.fields)
   kind = FLAGS.kind or encode.detect_kind(FLAGS.data, fields)
+  # The same arguments for the ledger and for the rows that are shown: both must cut alike.
   how = {
     "kind": kind,
     "max_length": FLAGS.max_length,

@@ -38,6 +38,7 @@ def main(argv: list[str]) -> None:
   reviews = controlled_reviews.distinct(
     FLAGS.eval_prompts + FLAGS.prompts + FLAGS.sft_rows, FLAGS.seed
   )
+  # Slices of one list of distinct openings: no opening is in two of the files.
   evaluation = reviews[: FLAGS.eval_prompts]
   prompts = reviews[FLAGS.eval_prompts : -FLAGS.sft_rows]
   sft = reviews[-FLAGS.sft_rows :]

@@ -35,10 +35,13 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
   del argv
+  # Imported here, since these load jax, for which `--help` should not wait.
   from dpo_jax.generation import rewards, rollouts
   from dpo_jax.structs import UserError
   from dpo_jax.utils import files
 
+  # The order is important: flags, the output, the user's reward and the prompts all come before the
+  # model, which may take minutes to read.
   if FLAGS.num % 2:
     raise UserError(f"--num={FLAGS.num} answers do not pair up; give an even number")
   files.check_output_file(FLAGS.out)

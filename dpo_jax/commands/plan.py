@@ -32,11 +32,14 @@ def main(argv: list[str]) -> None:
 
   import jax
 
+  # Before anything starts JAX's devices, whose number is fixed from then on. The CPU is enough, and
+  # every machine has it: only shapes are compiled.
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", FLAGS.devices)
   from dpo_jax.benchmarking import planner
   from dpo_jax.distributed import memory
 
+  # absl's lower bound lets infinity and NaN pass.
   if FLAGS.device_memory is not None and not FLAGS.device_memory < float("inf"):
     cli.fail(f"--device_memory={FLAGS.device_memory}: a number of GiB is asked for")
   lengths = planner.Lengths(FLAGS.mean_length, FLAGS.prompt_fraction)
@@ -56,6 +59,7 @@ def main(argv: list[str]) -> None:
   if room is None or total <= room:
     return
   print("what would change it, one at a time:")
+  # Each change compiles the step anew, so its line is printed as soon as it is known.
   for named, other in planner.changes(config, FLAGS.devices):
     less = planner.plan(other, lengths)["bytes_per_device"]["total"]
     print(f"  {less / memory.GIB:8.2f} GiB  {named}", flush=True)
