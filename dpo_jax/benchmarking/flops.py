@@ -31,6 +31,7 @@ def step_flops(
   body = 0.0
   layers = transformer.param_shapes(config)["params"]["layers"]
   for path, leaf in jax.tree_util.tree_leaves_with_path(layers):
+    # Matrices alone: norms and biases take FLOPs in proportion to the width, not to its square.
     if path[-1].key != "kernel":
       continue
     # Kernels of experts are [layers, experts, D, F], all others [layers, D, F].
@@ -53,6 +54,7 @@ def product_rate(dtype: str) -> tuple[float, str]:
     FLOPs per second, and the product that reached them, such as `2048 bfloat16 to float32`.
   """
   cpu = jax.default_backend() == "cpu"
+  # Large enough that the rate no longer rises with the size, which an accelerator reaches later.
   sizes = (1024, 2048) if cpu else (4096, 8192, 12288)
   kinds = {(dtype, dtype), (dtype, "float32")} | ({("float32", "float32")} if cpu else set())
   # CPU devices share the same cores, so their rates do not add up.
@@ -71,6 +73,7 @@ def _rate(size: int, dtype: str, result: str, repeats: int = 8) -> float:
   product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.dtype(result)))
   product(x, x).block_until_ready()  # compiles
   times = []
+  # The best of several: other programs only ever make it slower.
   for _ in range(repeats):
     before = time.perf_counter()
     product(x, x).block_until_ready()

@@ -66,6 +66,7 @@ def read(text: str, usual: Pace) -> Pace:
       right, what = isinstance(value, bool), "true or false"
     else:
       least = 0 if name == "warmup" else 1
+      # True is an int in Python.
       right = isinstance(value, int) and not isinstance(value, bool) and value >= least
       what = f"a whole number, {least} or more"
     if not right:
@@ -88,6 +89,7 @@ def turns(
   if pace.lockstep:
     say({"ready": True})
   for _ in range(pace.blocks):
+    # At the end of the input `readline` returns "": a driver that is gone ends the program.
     if pace.lockstep and stream.readline().strip() != "go":
       return
     yield (lambda block: say({"block": block})) if pace.lockstep else (lambda block: None)
@@ -115,6 +117,7 @@ class Meter:
     self.wall_s = time.perf_counter() - self._began
     self.cpu_s = _own_seconds() - self._own
     others = _busy_seconds() - self._busy - self.cpu_s
+    # The system counts in ticks: for an idle machine the difference may come out below 0.
     self.other_cores = max(0.0, others) / max(self.wall_s, 1e-9)
 
   def report(self) -> dict[str, float]:
@@ -130,6 +133,7 @@ class Meter:
 
 def _own_seconds() -> float:
   """Returns the processor time of this process so far."""
+  # All threads of this process, and no child's.
   times = os.times()
   return times.user + times.system
 
@@ -141,6 +145,7 @@ def _busy_seconds() -> float:
   except OSError:
     return 0.0
   # user, nice, system, idle, iowait, irq, softirq, steal
+  # The two fields behind these, guest and guest_nice, are contained in user and nice.
   ticks = [int(x) for x in first.split()[1:9]]
   return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
 

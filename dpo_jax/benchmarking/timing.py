@@ -73,6 +73,8 @@ def make_pairs(
     return rng.integers(FIRST_WORD, vocab, count).tolist()
 
   for drawn, both in zip(prompts, completions, strict=True):
+    # The prompt leaves room for the shortest completion: no row is over `max_length`, where
+    # programs would drop or cut it each in its own way.
     prompt = int(np.clip(drawn, 4, max_length - shortest))
     chosen, rejected = np.clip(both, shortest, max_length - prompt).astype(int).tolist()
     yield {
@@ -127,6 +129,8 @@ def measure(
   take = _stepper(run, params, reference)
   del params, reference  # their memory is part of what is measured
 
+  # A pass of its own over the stream. It may be repeated, since batch k depends on data, seed and k
+  # alone.
   shapes = {
     tuple(x.shape for x in jax.tree.leaves(batch)): batch for batch in _stream(run, pace.steps)
   }
@@ -136,6 +140,7 @@ def measure(
   first_step = time.perf_counter() - started
   for batch in others:
     take(batch)
+  # Read here: the product that is timed further down is compiled too.
   compile_seconds = sum(compiled)
 
   # Blocks, for their median: other programs of the machine disturb some and not all.
@@ -143,11 +148,13 @@ def measure(
   if not results:
     return {"steps": 0}
   ceiling, product = product_rate(run.settings.compute_dtype)
+  # Of all processes together, as the counts of the blocks are.
   (ceiling,) = _of_all([ceiling])
 
   def rate(unit: str) -> float:
     return statistics.median(block[unit] / block["seconds"] for block in results)
 
+  # A ratio of sums: blocks differ in length, and a mean of ratios would favour the short ones.
   per_pair = sum(block["flops"] for block in results) / sum(block["pairs"] for block in results)
   pairs = sorted(block["pairs"] / block["seconds"] for block in results)
   return {
@@ -212,11 +219,13 @@ def measure_generation(
 
   def seconds(tokens: int) -> float:
     before = time.perf_counter()
+    # Returns lists on host, so it has waited for the device.
     sampler.generate(config, params, prompts, max_tokens=tokens, **settings)
     return time.perf_counter() - before
 
   for tokens in (1, new_tokens):
     seconds(tokens)  # compiles
+  # In turns, so that a slow moment of the machine meets both alike.
   times = [(seconds(1), seconds(new_tokens)) for _ in range(blocks)]
 
   def median(rates: Iterator[float]) -> float:
@@ -254,6 +263,7 @@ def _listen_to_compiler() -> list[float]:
     if event == _COMPILED:
       seconds.append(duration_secs)
 
+  # Compilations are reported to listeners alone.
   jax.monitoring.register_event_duration_secs_listener(listen)
   return seconds
 
@@ -302,6 +312,7 @@ def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
         take(batch)
         seen += batch.row_NS[batch.row_NS >= 0].tolist()
         real, room = real + (batch.pair_NL >= 0).sum(), room + batch.pair_NL.size
+    # Counted after the clock has stopped: counting is no part of training.
     completions = len(run.data.examples[0].completions)
     # Every completion of a row is a slot of its own, so each row is seen once per completion.
     counts = np.sum([_tokens(by_row[row]) for row in seen], axis=0) / completions
@@ -345,6 +356,7 @@ def _tokens(example: Example) -> tuple[int, int, int]:
 
 def peak_memory_mb() -> float:
   """Returns the peak of memory so far, of the accelerator or on a CPU of this process, in MiB."""
+  # A CPU device reports nothing.
   stats = jax.local_devices()[0].memory_stats()
   if stats:
     return stats["peak_bytes_in_use"] / 2**20
