@@ -39,6 +39,8 @@ def check_python(path: str) -> str:
   Raises:
     UserError: there is no such program.
   """
+  # Not `resolve`: the python of a virtual environment is a link, and the program behind it does not
+  # have the environment's packages.
   python = pathlib.Path(path).absolute()
   if not python.is_file():
     raise UserError(
@@ -74,6 +76,8 @@ def rules(
     rounds: how many count.
     quiet: seconds that a block waits at most for other programs to stop; 0 ignores them.
   """
+  # Loaded together, programs alternate within seconds and meet the same machine; it needs memory
+  # for all of them at once.
   loaded = not gpu and group not in APART
   return interleaved.Rules(
     rounds=rounds,
@@ -110,6 +114,8 @@ def contestants(
   """
   from dpo_jax.benchmarking import timing  # loads all of training, for which checks need not wait
 
+  # A group on a GPU is called SHAPE-LENGTHS, the argument of the configuration
+  # SHAPE,lengths=LENGTHS.
   shape = group.replace("-", ",lengths=") if gpu else group.partition("-")[0]
   config = get_config(shape)
   with config.unlocked():
@@ -118,6 +124,7 @@ def contestants(
   file.parent.mkdir(parents=True, exist_ok=True)
   lengths = {"max_length": config.data.max_length, "seed": config.seed, **config.synthetic}
   rows = list(timing.make_pairs(config.model.scratch.vocab_size, **lengths))
+  # For the peers. Ours make the very same rows from the configuration, by the same seed.
   file.write_text("".join(json.dumps(row) + "\n" for row in rows))
   usual = {
     "pairs": str(file),
@@ -147,6 +154,7 @@ def contestants(
       *(f"--config.{field}={value}" for field, value in fields.items()),
     )
     made.append(interleaved.Contestant(one.name, command, False, one.store, environment))
+  # `values` has the prompt once; once more, it counts with each completion.
   sizes = [len(row["prompt_ids"]) + sum(map(len, row.values())) for row in rows]
   return made, sum(sizes) / len(sizes)
 
@@ -157,6 +165,7 @@ def machine(*, gpu: bool) -> str:
   try:
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     name = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), name)
+    # Those that this process may use: a container has fewer than its machine.
     cores = len(os.sched_getaffinity(0))
   except OSError:  # not Linux
     cores = os.cpu_count()

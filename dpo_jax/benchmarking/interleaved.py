@@ -76,6 +76,8 @@ class Program:
   def __init__(self, contestant: Contestant, pace: Pace, log: pathlib.Path):
     self.log = log
     self.result: dict[str, Any] = {}
+    # A file, since a pipe that nobody reads fills up and stops the program. Appended to, since a
+    # program may be started in every round.
     with log.open("ab") as errors:
       self.process = subprocess.Popen(
         [*contestant.command, json.dumps(pace._asdict())],
@@ -109,6 +111,7 @@ class Program:
     try:
       self._stdin.write("go\n")
       self._stdin.flush()
+    # It ended between two blocks.
     except BrokenPipeError:
       raise StoppedError(self.reason()) from None
     return self.receive("block")
@@ -116,6 +119,8 @@ class Program:
   def close(self, patience_s: float = 300.0) -> None:
     """Closes its input, waits for its end, and keeps the JSON object that it prints last."""
     try:
+      # It closes the input, at which a program in lockstep ends, and reads what is left of the
+      # output, which would block the program when full.
       rest, _ = self.process.communicate(timeout=patience_s)
     except subprocess.TimeoutExpired:
       self.process.kill()
@@ -131,9 +136,11 @@ class Program:
 
   def reason(self) -> str:
     """Returns the reason why it ended, from its exit status and its log."""
+    # Its output has ended, so it is about to exit.
     code = self.process.wait()
     lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     text = "\n".join(lines[-200:]).lower()
+    # Linux ends a program that uses up the memory by SIGKILL; through a shell that is status 137.
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL) or any(x in text for x in _NO_MEMORY):
       return "out of memory"
     return f"failed ({code}): {lines[-1].strip()[:200] if lines else 'no output'}"
@@ -170,6 +177,7 @@ def compete(
   """
   logs.mkdir(parents=True, exist_ok=True)
   for contestant in contestants:
+    # A line of an earlier comparison must not pass for the reason of a failure.
     (logs / f"{contestant.name}.log").unlink(missing_ok=True)
   field = _Field(rules, logs, say)
   rounds: list[dict[str, Any]] = []
@@ -177,6 +185,7 @@ def compete(
     for contestant in contestants:
       field.enter(contestant)
     for number in range(field.most):
+      # Rounds that other programs disturbed are repeated, as far as spare ones go.
       if sum(one["clean"] for one in rounds) >= rules.rounds:
         break
       # The order rotates, so that no contestant always runs first.
@@ -191,6 +200,7 @@ def compete(
     for name in list(field.programs):
       field.stop(name)
   finally:
+    # Also after an interrupt: a program that went on would disturb all that is measured next.
     for program in field.programs.values():
       program.end()
   return {"rounds": rounds, "failed": field.failed, "results": field.results}
@@ -203,6 +213,7 @@ class _Field:
     self.rules, self.logs, self.say = rules, logs, say
     self.most = rules.rounds + (rules.spare if rules.loaded else 0)
     turns = self.most if rules.loaded else 1
+    # A loaded program is told at its start how many blocks there may be: spare rounds included.
     self.pace = rules.pace._replace(lockstep=True, blocks=rules.pace.blocks * turns)
     self.programs: dict[str, Program] = {}
     self.failed: dict[str, str] = {}
@@ -242,7 +253,9 @@ class _Field:
     return program
 
   def _prepare(self, contestant: Contestant) -> None:
+    # Not in lockstep, so that it runs through and ends by itself.
     program = self._launch(contestant, Pace(1, 1, 1))
+    # To fill a reference store takes a forward pass over all rows, perhaps for hours.
     program.close(patience_s=24 * 3600)
     if program.process.returncode:
       raise StoppedError(program.reason())
@@ -293,6 +306,7 @@ def summary(
     for c in contestants
   }
   peers = [c.name for c in contestants if c.peer and rates[c.name]]
+  # The fastest peer: a ratio to a slow setting of it would flatter.
   base = max(peers, key=lambda name: statistics.median(rates[name]), default=None)
   return base, {c.name: _row(c, found, used, base, tokens_per_pair) for c in contestants}
 
@@ -306,7 +320,9 @@ def _row(
 ) -> dict[str, Any]:
   name = contestant.name
   mine = [one["blocks"] for one in used if name in one["blocks"]]
+  # Within a round, where both met the same machine: what drifts between rounds cancels.
   ratios = [_rate(one[name]) / _rate(one[base]) for one in mine if base in one]
+  # Of all rounds: other programs change the speed of this one, not its memory.
   blocks = [block for one in found["rounds"] for block in one["blocks"].get(name, ())]
   rate = statistics.median(_rate(one[name]) for one in mine) if mine else None
   return {

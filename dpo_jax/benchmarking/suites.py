@@ -40,6 +40,8 @@ PADDED = {"data.layout": "padded"}
 BFLOAT16 = {"model.compute_dtype": "bfloat16"}
 LORA = {"lora.rank": 16, "lora.alpha": 32.0}
 AGAIN: dict[str, Any] = {"checkpointing": True}  # activations are recomputed in the backward pass
+# float32 weights with bfloat16 products, as ours have them; weights in bfloat16 are another
+# training.
 LOW: dict[str, Any] = {"dtype": "autocast"}
 
 CPU = {
@@ -83,6 +85,7 @@ def _whole() -> list[Program]:
     trl("precomputed", **LOW, precompute=True),
     trl("precomputed, checkpointing", **LOW, **AGAIN, precompute=True),
     trl("bfloat16 weights", dtype="bfloat16", best=False),
+    # Every layout, which separates what the layout gains from what the rest of the step does.
     ours("padded", PADDED),
     ours("packed", PACKED),
     ours("shared"),
