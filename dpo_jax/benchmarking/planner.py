@@ -103,9 +103,11 @@ def outline(config: ConfigDict, lengths: Lengths) -> Outline:
   trained, reference_params = policy, _as(shapes, config.reference.param_dtype) if live else None
   if adapters:
     start = peft.load(config.lora.path, model_config)[1] if config.lora.path else None
+    # Adapters are small enough to be made, and only their shapes are kept.
     trained = _shapes_of(start or lora.init(model_config, adapters, config.seed))
     # The base is the reference: it is there for any loss, and once.
     reference_params = lora.attach(policy, trained, adapters.scale) if start else policy
+  # No array is made: the model may be larger than the memory of this machine.
   state = jax.eval_shape(functools.partial(step.init_state, tx=tx, loss=loss), trained)
   if objective.sync:
     state, reference_params = state._replace(reference=reference_params), None
@@ -240,7 +242,9 @@ def _batch(
   examples = []
   for number, row in enumerate(rows):
     two = [np.asarray(row[name], np.int32) for name in ("chosen_ids", "rejected_ids")]
+    # The same two completions again, where a loss ranks more of them.
     some = tuple((two * completions)[:completions])
+    # Any values will do: that the field is there makes it another program.
     known = tuple(np.zeros(len(ids), np.float32) for ids in some) if stored else ()
     prompt = np.asarray(row["prompt_ids"], np.int32)
     examples.append(Example(prompt, some, row=number, reference=known))
@@ -274,6 +278,7 @@ def changes(config: ConfigDict, devices: int) -> Iterator[tuple[str, ConfigDict]
     values = dict(change)
     if "train.accumulate" in values:
       values["train.accumulate"] = 2 * config.train.accumulate
+      # Set-up would refuse it.
       if config.train.batch_size % (values["train.accumulate"] * devices):
         continue
     if "parallel.fsdp" in values:
@@ -286,6 +291,7 @@ def changes(config: ConfigDict, devices: int) -> Iterator[tuple[str, ConfigDict]
       continue
     if all(_value(config, name) == value for name, value in values.items()):
       continue
+    # A copy, so that each change is made to the user's own configuration and to no other change.
     other = config.copy_and_resolve_references()
     other.update_from_flattened_dict(values)
     yield " ".join(f"--config.{name}={value}" for name, value in values.items()), other

@@ -58,6 +58,7 @@ def configured(axis: str, value: int) -> tuple[ConfigDict, planner.Lengths]:
   """
   if axis not in AXES:
     raise UserError(f"{axis!r} does not grow; known are {', '.join(AXES)}")
+  # All else stays small and constant, so that the growth of one quantity is what is seen.
   width = value if axis == "width" else 64
   length = {"length": value, "pairs": 128, "answers": 128}.get(axis, 256)
   config = defaults.get_config()
@@ -67,6 +68,7 @@ def configured(axis: str, value: int) -> tuple[ConfigDict, planner.Lengths]:
       "vocab_size": value if axis == "vocabulary" else 1024,
       "hidden_size": width,
       "num_hidden_layers": value if axis == "depth" else 2,
+      # Heads of constant size: a wider model has more of them, as real ones do.
       "num_attention_heads": max(1, width // 64),
       "intermediate_size": 3 * width,
       "max_position_embeddings": 65536,
@@ -81,6 +83,7 @@ def configured(axis: str, value: int) -> tuple[ConfigDict, planner.Lengths]:
   if axis == "pairs":
     # A prompt of 64 tokens and two completions of 64, once each: exactly that many pairs fit.
     config.data.row_length = value * 192
+  # All of one length: padding would otherwise vary along with the quantity.
   return config, planner.Lengths(length, prompt_fraction=0.5, sigma=0.0)
 
 
@@ -125,6 +128,7 @@ def measure(axis: str, value: int) -> dict[str, Any]:
   planned = about.argument_size_in_bytes + about.temp_size_in_bytes
   # Donated arguments are also outputs; they count once.
   planned += about.output_size_in_bytes - about.alias_size_in_bytes
+  # The compiler's account is of one device; this process has all of them.
   planned *= len(run.executor.devices)
   found: dict[str, Any] = {
     "axis": axis,
@@ -135,6 +139,7 @@ def measure(axis: str, value: int) -> dict[str, Any]:
     "tokens": int((run.batch.pair_NL >= 0).sum()),
     "compile_seconds": compile_seconds,
   }
+  # Better left out than ended by the system in the middle of a figure.
   free = _field("/proc/meminfo", "MemAvailable")
   if free is None or planned < free / 3:
     found["seconds"], found["measured_mb"] = _run(run, compiled)
@@ -172,6 +177,8 @@ def measure_apart(
   Returns:
     The point; None where its process fails or takes too long.
   """
+  # A process of its own: memory that an earlier point has freed may stay with the process, and
+  # would hide what this point needs.
   words = [*command, f"--point={axis}={value}"]
   try:
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, timeout=limit_s)
@@ -198,11 +205,14 @@ def _run(run: planner.Outline, compiled: jax.stages.Compiled) -> tuple[float, fl
     ctypes.CDLL(None).malloc_trim(0)  # returns what compilation had used to the system
   before = _field("/proc/self/status", "VmRSS")
   state, reference = jax.tree.map(zeros, (run.state, run.reference))
+  # Two steps or more: the first touches its memory for the first time.
   times: list[float] = []
   while len(times) < 2 or (len(times) < 8 and sum(times) < 8):
+    # At each step, so that the peak is that of a step, not of compilation.
     _forget_most_held()
     began = time.perf_counter()
     state, _ = compiled(state, reference, batch)
+    # A call returns before its work is done; without this only the launch is timed.
     jax.block_until_ready(state)
     times.append(time.perf_counter() - began)
   most = _field("/proc/self/status", "VmHWM")
@@ -222,4 +232,5 @@ def _field(path: str, name: str) -> int | None:
 def _forget_most_held() -> None:
   """Resets the peak memory that the system has recorded for this process."""
   with contextlib.suppress(OSError):
+    # Writing 5 resets VmHWM alone: proc(5).
     pathlib.Path("/proc/self/clear_refs").write_text("5")
