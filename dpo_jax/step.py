@@ -151,6 +151,8 @@ def init_state(
   params: PyTree, tx: optax.GradientTransformation, loss: Loss | None = None
 ) -> TrainState:
   """Returns the state at step 0; a reference that follows the policy is put in afterwards."""
+  # Typed arrays: a Python number would have another type after the first step, which would be
+  # compiled again.
   start = {key: jnp.float32(value) for key, value in (loss.running_stats if loss else {}).items()}
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), start)
 
@@ -188,7 +190,9 @@ def batch_sums(
     return x_NS.reshape(-1, completions)
 
   weight_BK, score_BK = by(slots.weight_NS), by(slots.score_NS)
+  # The first slot speaks for its example; later ones have weight 0 where a completion is absent.
   weight_B = weight_BK[:, 0]
+  # Offered to every loss: each reads those that its function names.
   supplied = {**(running_stats or {}), "weight_B": weight_B}
   if loss.kind == "text":
     # A text has no second completion: its loss reads `chosen_B` alone.
@@ -220,6 +224,7 @@ def batch_sums(
     sums = metrics.ranked_sums(
       policy, reference, loss_B, weight_B, present_BK, loss.beta, reward_BK
     )
+  # From the losses, not from their mean, in which one bad row hides all others.
   bad_NS = jnp.repeat(~jnp.isfinite(loss_B), completions).reshape(logps_NS.shape)
   return sums, bad_NS & (slots.weight_NS > 0)
 
@@ -270,10 +275,12 @@ def train_step(
     step=state.step + 1,
     params=params,
     opt_state=opt_state,
+    # From means over the global batch, so that every device keeps the same statistics.
     running_stats=objective.loss.update_running_stats(state.running_stats, means),
     reference=_followed(state, params, objective.sync),
   )
   facts = _facts(objective, batch, bad_ANS, axis_name)
+  # The gradient's norm before clipping, which is a part of `tx` and would hide a burst.
   return following, means | {"grad_norm": optax.tree.norm(grads)} | facts
 
 
@@ -318,6 +325,8 @@ def _gradient(
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
   slots_A = logprobs.slots_of(batch)
+  # The count of the global batch, known before any loss: a mean of the means of ragged
+  # micro-batches would be wrong.
   count = total(loss_count(objective, slots_A))
   # d loss / d logps of some slots, their sums, and which are not finite.
   slope_fn = _globally(_slope, axis_name) if objective.loss.batch_wide else _slope
@@ -342,12 +351,14 @@ def _gradient(
       scored = policy_fn(trained, micro)
       return (scored.logps_NS, scored.routing and scored.routing.probs_E), scored
 
+    # Not `grad`: the slope of a batch-wide loss comes from all micro-batches, not from this pass.
     (logps_NS, _), pull, scored = jax.vjp(scored_fn, state.params, has_aux=True)
     found = slope(logps_NS, reference_NS, slots, scored.alignment_NS) if ready is None else ready
     slope_NS, sums, bad_NS = found
     # The balance of experts has a slope of its own, with respect to the router's probabilities.
     slope_E, more_sums = None, {}
     if scored.routing is not None:
+      # The balance is no sum over micro-batches, so the mean of theirs is minimised.
       weight = objective.balance / len(batch.ids_NL)
       slope_E, more_sums = _balance(total(scored.routing), weight)
     (more,) = pull((slope_NS, slope_E))
@@ -357,6 +368,7 @@ def _gradient(
   zeros = jax.tree.map(jnp.zeros_like, state.params)
   parts = (batch, reference_ANS, slots_A, ready_A)
   grads, (sums_A, bad_ANS) = jax.lax.scan(accumulate, zeros, parts)
+  # One reduction over the devices for the whole step, not one per micro-batch.
   return *total((grads, jax.tree.map(lambda x_A: x_A.sum(0), sums_A))), bad_ANS
 
 
@@ -386,6 +398,7 @@ def _balance(routing: Routing, weight: float) -> tuple[Array, metrics.Sums]:
   2021, eq. 4 to 6.
   """
   experts = len(routing.chosen_E)
+  # In float32, since the square of a number of tokens does not fit int32.
   slope_E = experts * routing.chosen_E / jnp.square(routing.tokens.astype(jnp.float32))
   balance = (slope_E * routing.probs_E).sum()
   return weight * slope_E, {"router/balance": (balance, jnp.ones(()))}
@@ -396,6 +409,7 @@ def _slope(objective, count, running_stats, logps_NS, reference_NS, slots, align
 
   def mean_loss(logps_NS):
     sums, bad_NS = batch_sums(objective, logps_NS, reference_NS, slots, running_stats, alignment_NS)
+    # Of (sum, count) only the sum has a gradient; the count is the global one, from outside.
     return sums["loss"][0] / count, (sums, bad_NS)
 
   slope_NS, (sums, bad_NS) = jax.grad(mean_loss, has_aux=True)(logps_NS)
@@ -415,6 +429,7 @@ def _globally(fn, axis_name):
     rows = len(parts[0])
     everywhere = jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), parts)
     slope_NS, sums, bad_NS = fn(objective, count, running_stats, *everywhere)
+    # Gathered in the order of the devices, so a device's own slots are one slice.
     start = jax.lax.axis_index(axis_name) * rows
 
     def own(x_NS: Array) -> Array:

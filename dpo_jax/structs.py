@@ -71,6 +71,7 @@ import numpy as np
 
 # Data code makes numpy arrays and compiled code takes jax arrays; every record accepts both.
 Array = jax.Array | np.ndarray
+# Nested containers of arrays, for which Python has no static type.
 PyTree = Any
 # It comes from an extension module that has no types.
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
@@ -166,6 +167,7 @@ class TokenBatch(NamedTuple):
   slot_NL: Array
   target_NL: Array
   weight_NL: Array
+  # Listed on host: a compiled program cannot find a varying number of scored tokens by itself.
   scored_GM: Array
   weight_NS: Array
   score_NS: Array
@@ -185,6 +187,8 @@ class Head(NamedTuple):
     soft_cap: c in cap(z) = c tanh(z / c); None for no cap.
   """
 
+  # Not a function to logits: the log-probs apply it to chunks of scored tokens, so that [N, L, V]
+  # never exists in memory.
   kernel_VD: Array
   bias_V: Array | None = None
   soft_cap: float | None = None
@@ -216,11 +220,13 @@ class Model(NamedTuple):
       experts.
   """
 
+  # Functions rather than a module: a model of any library can be trained that has these.
   hidden: Callable[..., Array]
   head: Callable[[PyTree], Head]
   vocab: int
   routed: Callable[..., tuple[Array, Routing]] | None = None
 
 
+# A class of its own: commands print it as one line, and leave every other error its traceback.
 class UserError(Exception):
   """Wrong input from the user. The message is one line: the value, the rule, and a way out."""
