@@ -106,6 +106,7 @@ class Loggers:
   def write(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Records the metrics of one training step."""
     values = {name: float(value) for name, value in metrics.items()}
+    # Recorded before it is shown: what was on the screen is in the file, whatever happens next.
     self._record(step, values)
     self._progress.step(step, values)
     self._warn(step, values)
@@ -120,6 +121,7 @@ class Loggers:
 
   def say(self, text: str) -> None:
     """Prints a line above the progress."""
+    # Without markup: alerts and paths may contain [brackets], which rich would interpret.
     self._console.print(text, markup=False, soft_wrap=True)
 
   def _warn(self, step: int, values: Mapping[str, float]) -> None:
@@ -136,6 +138,7 @@ class Loggers:
     try:
       yield
     except OSError as error:
+      # The run ends: without its metrics nobody could tell afterwards what it did.
       why = (error.strerror or str(error)).lower()
       raise UserError(
         f"metrics could not be written in {self._folder}: {why}; fix that and run the same command"
@@ -192,11 +195,14 @@ class _Lines:
   def __init__(self, path: pathlib.Path, start_step: int):
     self._last: tuple[int, int] | None = None  # step and offset of the last line
     if path.exists():
+      # A step past the checkpoint is taken again, and would be there twice.
       kept = [(line, r) for line, r in _records(path) if start_step and r["step"] <= start_step]
+      # Replaced as a whole: a kill at this moment must not cost the earlier steps.
       files.write_text(path, (line for line, _ in kept))
       if kept:
         line, record = kept[-1]
         self._last = record["step"], path.stat().st_size - len(line.encode())
+    # Not O_APPEND, with which Linux ignores the offset of `pwrite`.
     self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -251,6 +257,7 @@ class _Events:
   def _add(self, **fields: Any) -> None:
     now = time.time()
     self._file.write(Event(wall_time=now, **fields).SerializeToString())
+    # Not at each step: TensorBoard is looked at now and then, and disks are slow.
     if now > self._flushed + 10:
       self._flushed = now
       self._file.flush()
@@ -304,6 +311,7 @@ class _PlainLines:
     pass
 
   def step(self, step: int, values: Mapping[str, float]) -> None:
+    # At every step, also one without a line: the pace is counted from the first call.
     left = self._remaining.at(step)
     if self._started and step % self._every and step < self._total:
       return

@@ -179,6 +179,7 @@ def _draw_lines(ax: Axes, records: Records, lines: Sequence[tuple[str, str, str]
     "zorder": 3,
   }
   dashed: dict[str, Any] = points | {"linestyle": (0, (4, 2))}
+  # Several metrics keep their colors, so held-out values differ by their dashes alone.
   has_dashed = False
   for metric, label, color in lines:
     steps, trained = _series(records, metric)
@@ -216,6 +217,7 @@ def _draw_marks(ax: Axes, records: Records, name: str) -> None:
   """Draws levels to compare a curve with: chance, zero, the loss at the start."""
   if name == "accuracy":
     ax.axhline(0.5, color=MUTED, linewidth=1, linestyle=":")
+    # Chance stays in sight, and there is no space above 1, beyond which no share lies.
     ax.set_ylim(min(0.4, ax.get_ylim()[0]), max(1.0, min(1.02, ax.get_ylim()[1])))
   if name in ("margin", "rewards", "margin_by_length", "drift", "pair_mass"):
     ax.axhline(0, color=MUTED, linewidth=1, linestyle=":")
@@ -237,6 +239,7 @@ def frontier(
     points: `kl` and `reward` of trained policies, by name; also `kl_interval` and
       `reward_interval` (low, high) if known.
   """
+  # `np.interp` needs rising KLs.
   curve = sorted(exact, key=lambda point: point["kl"])
   kl, reward = ([point[key] for point in curve] for key in ("kl", "reward"))
   title = "True reward against distance from the reference"
@@ -322,6 +325,7 @@ def _draw_growth(ax: Axes, points: Records, curves: Mapping[str, tuple[str, str]
   if last:
     line = [last[1] * value / last[0] for value in values]
     ax.plot(values, line, color=MUTED, linestyle=":", linewidth=1.2, label="in proportion")
+  # Both logarithmic: growth by a power is a straight line, whose slope is the power.
   ax.set_xscale("log", base=2)
   ax.set_yscale("log")
   ax.yaxis.set_major_formatter(_Plain())
@@ -376,6 +380,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 def save_png(figure: Figure, path: pathlib.Path) -> None:
   """Writes a figure as PNG, for documents and slides."""
   with matplotlib.rc_context(_STYLE):
+    # In the style again: matplotlib reads some settings when it saves, not when it draws.
     figure.savefig(path, dpi=160)
 
 
@@ -383,6 +388,7 @@ def to_svg(figure: Figure) -> str:
   """Returns a figure as an `<svg>` element, for a page without other files."""
   buffer = io.StringIO()
   with matplotlib.rc_context(_STYLE):
+    # Without the date, so that the same metrics give the same page.
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
   text = buffer.getvalue()
   return text[text.index("<svg") :]  # without the XML header, which has no place inside a page

@@ -58,6 +58,7 @@ def _runs(folder: pathlib.Path) -> list[pathlib.Path]:
   if (folder / loggers.METRICS).is_file():
     return [folder]
   found = [path.parent for path in folder.glob(f"*/{loggers.METRICS}")]
+  # A supervised run comes before the preference run that starts from it.
   return sorted(found, key=lambda run: (run / loggers.METRICS).stat().st_mtime)
 
 
@@ -116,6 +117,7 @@ def _run_numbers(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, s
   def last(name: str) -> Any:
     return next((r[name] for r in reversed(records) if r.get(name) is not None), None)
 
+  # For the median: steps that compile would spoil a mean.
   speeds = sorted(r["pairs_per_second"] for r in records if r.get("pairs_per_second"))
   tiles = [("steps", f"{records[-1]['step']:,}" if records else "0", "")]
   for name, label, form in (
@@ -144,6 +146,7 @@ def _ledger(ledger: Mapping[str, Any]) -> str:
   rows += [(f"dropped: {reason}", n) for reason, n in ledger.get("dropped", {}).items()]
   rows += [(f"cut: {kind}", n) for kind, n in ledger.get("truncated", {}).items()]
   tokens = dict(ledger.get("tokens", {}))
+  # Tokens that are not computed, and so no part of the bar.
   saved = tokens.pop("shared", 0)
   if saved:
     rows.append(("prompt tokens shared by both completions", saved))
@@ -217,6 +220,7 @@ def _summary_numbers(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str
     ("seconds", "seconds in all", "{:,.0f}"),
   ):
     value, interval = summary.get(key), summary.get(f"{key}_interval")
+    # An unknown share is NaN, and gets no box.
     if value is not None and math.isfinite(value):
       note = f"{form.format(interval[0])} to {form.format(interval[1])}" if interval else ""
       yield label, form.format(value), note
@@ -274,4 +278,5 @@ def _is_count(value: Any) -> bool:
 
 
 def _e(value: Any) -> str:
+  # Prompts and completions come from files and models: they are text, whatever they contain.
   return html.escape(str(value))
