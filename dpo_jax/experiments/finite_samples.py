@@ -67,6 +67,7 @@ def halved_sizes(largest: int, count: int) -> tuple[int, ...]:
 def show(beta: float, gaps: Gaps) -> None:
   """Prints the gaps of one β: their slope against n, and mean and spread at each size."""
   mean = gaps.gap_NS.mean(axis=1)
+  # In logarithms a power law is a line; the prediction, n KL constant, has slope -1.
   slope = np.polyfit(np.log(gaps.sizes), np.log(mean), 1)[0]
   print(
     f"β = {beta:g}: slope {slope:.3f}; n KL as n grows {gaps.expected:.1f};"

@@ -266,6 +266,7 @@ def train(
     state, metrics = step.train_step(state, reference, current, objective=objective, tx=tx)
     return state, {key: value for key, value in metrics.items() if value.ndim == 0}
 
+  # One loop in one program: the steps are so small that to launch each would take longer.
   return jax.lax.scan(one_step, state, length=steps)
 
 
@@ -306,6 +307,7 @@ def expected_gap(
   """
   prompts = len(reward_XY)
   log_XY = log_reference_XY + reward_XY / beta
+  # Shifted by the maximum before the exponential: at a small β, exp(r/β) overflows.
   policy_XY = np.exp(log_XY - log_XY.max(-1, keepdims=True))
   policy_XY /= policy_XY.sum(-1, keepdims=True)
   p_XYY = bradley_terry(reward_XY)
@@ -352,12 +354,14 @@ def finite_samples(
     seed: random seed of the world and of the data sets.
     steps: number of training steps.
   """
+  # float64: the gap is a small difference of log-probs, which float32 would round away.
   with jax.enable_x64(True):
     rng = np.random.default_rng(seed)
     world = make()
     model, reference = tabular(world), table(world, seed)
     log_reference_XY = log_policy(model, reference, world)
     reward_XY = rng.normal(0, 1, log_reference_XY.shape)
+    # Half uniform, so that every completion is compared, also one that the reference hardly gives.
     log_mu_XY = np.log((np.exp(log_reference_XY) + 1 / len(world.completions)) / 2)
     log_optimal_XY = log_reference_XY + reward_XY / beta
     log_optimal_XY -= np.log(np.exp(log_optimal_XY).sum(-1, keepdims=True))
@@ -383,6 +387,7 @@ def finite_samples(
     for size in sizes:
       count_SE = rng.multinomial(size, share_E, size=samples)
       params_S, slope_S = train_on(count_SE.astype(float))
+      # `s=s` binds the number of this turn; the closure would see the last one.
       policies = [jax.tree.map(lambda x, s=s: x[s], params_S) for s in range(samples)]
       logs = [log_policy(model, params, world) for params in policies]
       gaps.append([kl_divergence(log_XY, log_optimal_XY).mean() for log_XY in logs])

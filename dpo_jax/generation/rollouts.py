@@ -47,6 +47,7 @@ def describe(
   """
   config = peft.read_config(path)
   tokenizer = load_tokenizer(path, template_arguments=template_arguments)
+  # A gather would clip ids beyond the embedding in silence.
   encode.check_vocabulary(tokenizer, config.vocab)
   return config, tokenizer
 
@@ -218,6 +219,7 @@ def sample(
     prompt if isinstance(prompt, str) else tokenizer.decode(ids)
     for prompt, ids in zip(prompts, prompt_ids, strict=True)
   ]
+  # Without special tokens: a reward reads text, and an end token is none.
   completions = [[tokenizer.decode(ids) for ids in each] for each in completion_ids]
   # In the order of `generate`, all samples of a prompt after one another, for the reshape below.
   repeated = [text for text in texts for _ in range(num)]
@@ -238,6 +240,7 @@ def label(rollout: Rollout, *, seed: int = 0) -> list[dict[str, Any]]:
   rng = np.random.default_rng(seed)
   rows = []
   for x, prompt in enumerate(rollout.prompts):
+    # Each sample in one pair only, so that the pairs of a prompt are independent.
     for a in range(0, len(rollout.completions[x]) - 1, 2):
       margin = rollout.reward_XS[x, a] - rollout.reward_XS[x, a + 1]
       # Logistic noise is below the margin with probability σ(margin), and nothing overflows.
@@ -245,6 +248,7 @@ def label(rollout: Rollout, *, seed: int = 0) -> list[dict[str, Any]]:
       # After the random number, so that equal completions do not change the labels of later pairs.
       if rollout.completion_ids[x][a] == rollout.completion_ids[x][a + 1]:
         continue
+      # Ids beside the texts: encoded again, a text may split into other tokens than were sampled.
       rows.append(
         {
           "prompt": prompt,

@@ -153,6 +153,7 @@ def _batches(
   widths = np.array([fixed or _round_up(len(prompt)) for prompt in prompts])
   samples = min(num, batch_size)  # of one prompt in one batch; the rest follow in further batches
   rows = round_to_devices(max(1, batch_size // samples))
+  # By width: in a batch of mixed lengths short prompts would pay for the longest.
   for width in np.unique(widths):
     (members,) = np.nonzero(widths == width)
     for start in range(0, len(members), rows):
@@ -216,6 +217,7 @@ def _generate_batch(
       params, sampling, state, columns=columns, tokens=tokens, **setting
     )
     out_RT = np.concatenate([out_RT, more_RT], axis=1)
+    # A copy: `asarray` of an array on device is read-only, and stops are written into it.
     done_R = np.array(state.done_R)
     if stop_fn is not None:
       _apply_stops(out_RT, done_R, stop_fn)

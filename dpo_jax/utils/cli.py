@@ -315,6 +315,8 @@ class _Integer(flags.IntegerParser):
   def parse(self, argument: Any) -> Any:
     if _is_none(argument):
       return None
+    # 1e3 is a number to everybody who writes a configuration; 0x1e is hexadecimal, with no
+    # exponent.
     if isinstance(argument, str) and "e" in argument.lower() and "x" not in argument:
       number = float(argument)
       if not number.is_integer():

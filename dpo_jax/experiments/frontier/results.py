@@ -34,6 +34,7 @@ def at_equal_kl(points: Sequence[Json], kls: Sequence[float] = KLS) -> list[floa
   seeds = {point["seed"] for point in points}
   values = []
   for seed in seeds:
+    # By KL, which `np.interp` needs to rise.
     own = sorted(
       (point["kl"], point["fraction"])
       for point in points
@@ -173,6 +174,7 @@ def draw(summary: Json) -> Figure:
         zorder=4,
       )
       if name != BEST_OF_N:
+        # Single runs as points, so that the scatter over seeds is seen beside the curve of means.
         every = [point for some in values.values() for point in some]
         ax.plot(
           *_coordinates(every),

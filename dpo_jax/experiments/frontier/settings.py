@@ -177,6 +177,7 @@ def parse_numbers(text: str, written: str, kind: type = float) -> list[Any]:
     except ValueError:
       what = "an integer" if kind is int else "a number"
       raise UserError(f"{written}: {part!r} is not {what}; separate several by commas") from None
+  # A repeated value would train two runs into one folder.
   return list(dict.fromkeys(found))
 
 

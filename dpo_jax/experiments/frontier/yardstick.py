@@ -98,6 +98,8 @@ def make_yardstick(study: pathlib.Path, settings: Settings, say=print) -> Yardst
     sample = functools.partial(
       rollouts.sample, reference, reward=rewards.resolve("controlled"), max_tokens=MAX_TOKENS
     )
+    # Two sets of samples: a reference measured on those that the frontier is made of would not be
+    # independent of it.
     everyday = sample(prompts, num=EVERYDAY, seed=0)
     many = sample(prompts[: settings.frontier_prompts], num=settings.frontier_samples, seed=1)
     found = {"everyday": everyday.reward_XS.tolist(), "many": many.reward_XS.tolist()}
