@@ -1,1 +1,1 @@
-"""Studies with exact answers: finite worlds, and the frontier of reward against KL."""
+"""Studies with a known optimum: worlds that can be listed, and the frontier of reward and KL."""

@@ -1,1 +1,6 @@
-"""Sampling from a model: the sampler and its programs, stopping rules, rollouts, rewards."""
+"""Sampling from a model.
+
+`sampler` makes batches of prompts and runs the two programs of `decoding` on them. `stopping` has
+the rules for where a completion ends. `rollouts` adds texts and the rewards of `rewards`, and makes
+preference pairs.
+"""

@@ -1,1 +1,4 @@
-"""Reading and writing Hugging Face folders: models, LoRA adapters, safetensors files."""
+"""Hugging Face folders, read and written: `checkpoint` for models, `peft` for LoRA adapters.
+
+Both rest on `safetensors_files`, the weights on disk, and `loading`, which puts them on devices.
+"""

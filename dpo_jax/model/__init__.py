@@ -1,1 +1,7 @@
-"""Decoders: configuration, layers, attention, key/value cache, LoRA and the model families."""
+"""Decoders of all families as one transformer, from their configuration to hidden states.
+
+`config` describes a model, and `families` reads it from the fields of a Hugging Face folder.
+`transformer` is built of `layers`, `rope`, `moe` and one attention: `attention` (blocks of
+queries), `attention_tiled` (CPUs) or `attention_kernels` (accelerators). `kv_cache` computes the
+same model token by token; `lora` adds adapters to it.
+"""
