@@ -1,7 +1,7 @@
-"""The door of every command: flags in, one clear line out when something is wrong.
+"""The command line of every command: flags are parsed, and what is wrong is said in one line.
 
 A command defines absl flags and `main(argv)`, and is run by `cli.run`. Nothing here loads jax, so
-that `--help` answers at once; commands import what is heavy inside `main`.
+that `--help` does not wait for it; commands import what is heavy inside `main`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def run(
   """Parses the command line `sys.argv`, calls `main(argv)` and exits.
 
   Args:
-    main: the command; `argv` holds its name and the words that are not flags.
+    main: the command; `argv` contains its name and the words that are not flags.
     define_flags: defines its flags; None if its module has done that when it was imported.
     usage: its help, before the flags; by default the docstring of its module.
     arguments: how many words it takes besides flags.
@@ -53,6 +53,7 @@ def run(
       _leave_unread()
     sys.exit(0)
   keep_freed_memory()
+  # Before `main` imports jax, which reads the folder of its cache at that moment.
   enable_compilation_cache()
   try:
     app.run(lambda argv: _guarded(main, argv, arguments), flags_parser=_parse)
@@ -63,6 +64,7 @@ def run(
 
 def fail(message: object) -> NoReturn:
   """Prints one line on stderr and exits 1."""
+  # A message of a library may have line breaks; here it is one line.
   print("error: " + " ".join(str(message).split()), file=sys.stderr)
   sys.exit(1)
 
@@ -81,7 +83,7 @@ def enable_compilation_cache() -> None:
     except OSError:  # a home that cannot be written: compile anew each time
       return
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-  # Read when jax is imported; a jax that is here already is told directly.
+  # Read when jax is imported; a jax that is imported already is configured directly.
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
   if "jax" in sys.modules:
     import jax
@@ -94,7 +96,7 @@ def enable_compilation_cache() -> None:
 
 
 def _processor() -> str:
-  """Eight digits that name this kind of processor and what it can do."""
+  """Returns eight digits that name this kind of processor and what it can do."""
   about = platform.machine()
   try:
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
@@ -122,6 +124,7 @@ def _guarded(main: Callable[[list[str]], Any], argv: list[str], arguments: int) 
   except BrokenPipeError:
     _leave_unread()
   except OSError as error:
+    # Raised by a library, not by the system: a mistake of the program.
     if error.filename is None and error.errno is None:
       raise
     fail(os_error_line(error))
@@ -137,11 +140,12 @@ def _leave_unread() -> NoReturn:
   """Exits without a word, since the reader of the output (`| head`) has what it wanted."""
   # Python would otherwise complain when it flushes what is left.
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  # 128 + SIGPIPE, the status that a shell gives a program whose reader has left.
   sys.exit(141)
 
 
 def os_error_line(error: OSError) -> str:
-  """What the system refused, and on which file: `/data/x.jsonl: no such file or directory`."""
+  """Describes what the system refused, and where: `/data/x.jsonl: no such file or directory`."""
   reason = (error.strerror or str(error)).lower()
   return f"{error.filename}: {reason}" if error.filename is not None else reason
 
@@ -150,7 +154,7 @@ def os_error_line(error: OSError) -> str:
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
-  """absl's parsing, with one line for whatever the user wrote wrongly."""
+  """Parses flags as absl does, but prints one line for whatever the user wrote wrongly."""
   _accept_natural_numbers_and_none()
   argv = _with_paths_of_configurations(argv)
   try:
@@ -160,6 +164,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
   except flags.Error as error:
     fail(_flag_line(str(error)))
   except SyntaxError as error:
+    # Only in the user's configuration: a syntax error in our own code is no mistake of the user.
     given = {os.path.abspath(path.split(":")[0]) for *_, path in _given_configurations(argv)}
     if os.path.abspath(error.filename or "") not in given:
       raise
@@ -189,18 +194,18 @@ def _flag_line(message: str) -> str:
 
 
 def _config_library() -> Any:
-  """ml_collections' flags where the command uses them, else None."""
+  """Returns ml_collections' module of flags where the command uses it, else None."""
   return sys.modules.get("ml_collections.config_flags.config_flags")
 
 
 def _config_names() -> list[str]:
-  """Names of the flags that are ml_collections configurations."""
+  """Lists the flags that are ml_collections configurations."""
   library = _config_library()
   return [name for name in FLAGS if library.is_config_flag(FLAGS[name])] if library else []
 
 
 def shipped_configurations() -> dict[str, pathlib.Path]:
-  """Files of the configurations that come with the package, by their names."""
+  """Finds the configurations that come with the package: their files, by name."""
   package = pathlib.Path(__file__).parents[1]
   # An installed package contains them as `dpo_jax.configs`; in a checkout they lie beside it.
   inside = package / "configs"
@@ -222,7 +227,7 @@ def _given_configurations(argv: Sequence[str]) -> Iterator[tuple[str, int, str]]
 
 
 def _with_paths_of_configurations(argv: Sequence[str]) -> list[str]:
-  """The command line with the files of the configurations that it names; a file that exists wins.
+  """Replaces names of configurations on a command line by their files; a file that exists wins.
 
   `--config=preferences:ARG` becomes `--config=/…/configs/preferences.py:ARG`.
   """
@@ -239,7 +244,7 @@ def _with_paths_of_configurations(argv: Sequence[str]) -> list[str]:
 
 
 def _no_configuration(path: str, shipped: Iterable[str]) -> str:
-  """Tells why there is no configuration at a path, and which there are."""
+  """Explains why there is no configuration at a path, and lists those there are."""
   near = difflib.get_close_matches(path, shipped, n=1, cutoff=0.5)
   hint = f"did you mean {near[0]!r}? " if near else ""
   what = "a folder" if os.path.isdir(path) else "no such file"
@@ -247,7 +252,7 @@ def _no_configuration(path: str, shipped: Iterable[str]) -> str:
 
 
 def _unknown_override(argv: Sequence[str]) -> str | None:
-  """The first `--config.a.b=…` that names no field, with the nearest one that exists."""
+  """Describes the first `--config.a.b=…` that names no field, with the nearest one that exists."""
   for name, _, path in _given_configurations(argv):
     try:
       config = _config_library().ConfigFileFlagParser(name).parse(path)
@@ -274,7 +279,7 @@ def _no_such_field(written: str, part: str, node: Any, seen: str) -> str:
 
 
 def _refuse_none() -> None:
-  """None may be written only where it means `not given`.
+  """Refuses None as a value, except where it means `not given`.
 
   That is where the configuration itself has it, and for every argument of a loss: a configuration
   may set one that another loss does not read.
@@ -285,6 +290,7 @@ def _refuse_none() -> None:
     if config is None or not library.get_override_values(FLAGS[name]):
       continue
     path = library.get_config_filename(FLAGS[name])
+    # Read again, as it is without the overrides.
     before = library.ConfigFileFlagParser(name).parse(path)
     for field in library.get_override_values(FLAGS[name]):
       now, then = config, before
