@@ -97,5 +97,6 @@ def main(argv: list[str]) -> None:
     )
   else:
     result = timing.measure(run, params, reference, pace=pace, started=started)
+  # Figures are those of all processes, so one line is enough.
   if processes.is_main_process():
     print(json.dumps(result))

@@ -1,7 +1,7 @@
 """Finds and runs the commands: of `dpo-jax NAME`, of `python -m dpo_jax NAME` and of scripts/.
 
-Imports nothing heavy, so that `dpo-jax --help` answers at once; the module of a command is imported
-when that command is run.
+Imports nothing heavy, so that `dpo-jax --help` is quick; the module of a command is imported when
+that command is run.
 """
 
 from __future__ import annotations
@@ -113,6 +113,7 @@ def find(program: str, word: str) -> str:
   """Finds a command by its own name or that of its module; exits with a line if there is none."""
   spellings = {command.module.rpartition(".")[2]: name for name, command in COMMANDS.items()}
   spellings |= {name.replace("-", "_"): name for name in COMMANDS}
+  # Modules are written with underscores and some commands with hyphens: all spellings are found.
   name = spellings.get(word.replace("-", "_"))
   if name is not None:
     return name
@@ -127,7 +128,7 @@ def find(program: str, word: str) -> str:
 
 
 def _listing(program: str) -> str:
-  """The help of the program: every command with its line."""
+  """Returns the help of the program: every command with its line."""
   width = max(map(len, COMMANDS))
   lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
   return "\n".join(

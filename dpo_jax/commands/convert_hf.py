@@ -75,6 +75,7 @@ def main(argv: list[str]) -> None:
     print(f"{out}: the model of step {step}, its adapters merged")
   else:
     folder = pathlib.Path(source)
+    # Absolute, since the exported adapter names its base from another folder.
     name = str(folder.resolve() if folder.is_dir() else folder)
     about = peft.Adapter(settings, name, peft.fingerprint_of(base))
     peft.save(out, model_config, trained, about, source=source)

@@ -73,6 +73,8 @@ def main(argv: list[str]) -> None:
   from dpo_jax.structs import UserError
   from dpo_jax.utils import files
 
+  # The order is important: flags, the output, the reward and the prompts, which take moments, come
+  # before the models.
   if bool(FLAGS.reward) != bool(FLAGS.prompts):
     raise UserError("--reward and --prompts go together: give both, or neither")
   if FLAGS.out:

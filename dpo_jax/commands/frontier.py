@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
   # replaces either.
   given = {name: value for name, value in sizes.items() if value is not None}
   settings = (frontier.QUICK if FLAGS.quick else frontier.Settings())._replace(**given)
+  # All flags are read and checked before the first run, which is one of many.
   methods = frontier.read_methods(FLAGS.methods)
   out = pathlib.Path(FLAGS.out)
   summary = frontier.study(

@@ -70,6 +70,7 @@ def main(argv: list[str]) -> None:
   if FLAGS.json:
     print(json.dumps(ledger.to_json()))
     return
+  # Behind the return above: with --json nothing is drawn.
   from rich.console import Console
 
   from dpo_jax.data import preview

@@ -100,6 +100,7 @@ def main(argv: list[str]) -> None:
     tokenizer, stopping.eos_ids(config, tokenizer), _stop_ids(config.vocab), FLAGS.stop
   )
 
+  # A complete copy on every device, each of which then completes its share of the rows.
   _, params = peft.load_model(FLAGS.model, shardings=executor.Executor().home)
   completions = sampler.generate(
     config,
