@@ -160,7 +160,7 @@ def contestants(
 
 
 def machine(*, gpu: bool) -> str:
-  """Describes the machine: its processor and, if asked for, its GPU."""
+  """Describes the machine: its processor and, if requested, its GPU."""
   name = platform.processor() or platform.machine()
   try:
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()

@@ -39,6 +39,8 @@ def step_flops(
     body += math.prod(leaf.shape) * (each.chosen / each.count if each else 1)
   head = config.vocab * config.width
   passes = (2 if adapters else 3) + reference
+  # The leading 2 is a multiplication and an addition. Adapters take all three passes, also where
+  # the model below them takes two.
   return lambda tokens, scored: (
     2 * (passes * (body * tokens + head * scored) + 3 * adapters * tokens)
   )

@@ -138,6 +138,7 @@ class Program:
     """Returns the reason why it ended, from its exit status and its log."""
     # Its output has ended, so it is about to exit.
     code = self.process.wait()
+    # A program that was killed may have left half a character.
     lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     text = "\n".join(lines[-200:]).lower()
     # Linux ends a program that uses up the memory by SIGKILL; through a shell that is status 137.
@@ -193,6 +194,7 @@ def compete(
       blocks = field.round([*contestants[first:], *contestants[:first]])
       if not blocks:
         break
+      # The worst block decides: one that was disturbed spoils the ratios of its round.
       others = max(block["other_cores"] for some in blocks.values() for block in some)
       rounds.append({"clean": others <= rules.max_other, "blocks": blocks})
       rates = ", ".join(f"{name} {_rate(some):,.0f}" for name, some in blocks.items())
@@ -249,6 +251,7 @@ class _Field:
 
   def _launch(self, contestant: Contestant, pace: Pace) -> Program:
     program = Program(contestant, pace, self.logs / f"{contestant.name}.log")
+    # Known before it is waited for, so that it is ended if it fails meanwhile.
     self.programs[contestant.name] = program
     return program
 

@@ -176,6 +176,7 @@ def plan(config: ConfigDict, lengths: Lengths) -> dict[str, Any]:
     "devices": len(run.executor.devices),
     "bytes_per_device": held | {"total": sum(held.values())},
     "kept_on_host": memory.host_bytes(run.state),
+    # Of the tokens themselves, without padding, as the benchmark counts them.
     "flops_per_step": flops(int((batch.pair_NL >= 0).sum()), int((batch.weight_NL > 0).sum())),
     "rows": batch.ids_NL.shape[1],
     "row_length": batch.ids_NL.shape[2],

@@ -181,6 +181,7 @@ def measure_apart(
   # would hide what this point needs.
   words = [*command, f"--point={axis}={value}"]
   try:
+    # Standard error is left to the terminal, where a failure is seen as it happens.
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, timeout=limit_s)
   except subprocess.TimeoutExpired:
     why = f"took more than --limit={limit_s} seconds"

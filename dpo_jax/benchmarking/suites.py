@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Program(NamedTuple):
-  """One of a group.
+  """A program of a group.
 
   Attributes:
     name: in tables.
@@ -77,7 +77,7 @@ APART = ("b-peers",)
 
 
 def _whole() -> list[Program]:
-  """The model itself trained, float32 weights in bfloat16 products; and adapters of it."""
+  """Lists programs that train the model itself, in bfloat16 products, or adapters of it."""
   lora = {**LOW, "lora_rank": 16}
   return [
     trl("", **LOW),
@@ -99,7 +99,7 @@ def _whole() -> list[Program]:
 
 
 def _adapted() -> list[Program]:
-  """Adapters of a model in bfloat16; the shape's configuration says so already."""
+  """Lists programs that train adapters of a bfloat16 model, as its configuration has it."""
   lora = {"dtype": "bfloat16", "lora_rank": 16}
   return [
     trl("LoRA", **lora),
@@ -114,6 +114,7 @@ def _adapted() -> list[Program]:
   ]
 
 
+# A model of 8B in float32, with gradient and moments, needs 128 GB: on one GPU only adapters fit.
 GPU = {
   f"{shape}-{lengths}": make()
   for shape, make in (("qwen_0_5b", _whole), ("llama_1b", _whole), ("llama_8b", _adapted))

@@ -30,7 +30,7 @@ from dpo_jax.training import datasets
 from dpo_jax.training.loop import fill_store
 from dpo_jax.training.run import Run
 
-FIRST_WORD, END = 3, 2  # ids below 3 are special; an answer ends in 2
+FIRST_WORD, END = 3, 2  # ids below 3 are special; a completion ends in 2
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -45,9 +45,9 @@ def make_pairs(
   shortest: int = 8,
   seed: int = 0,
 ) -> Iterator[dict[str, list[int]]]:
-  """Preference rows of random token ids with log-normal lengths.
+  """Yields preference rows of random token ids with log-normal lengths.
 
-  All lengths are drawn first, those of prompts before those of completions, then the ids row by
+  All lengths are sampled first, those of prompts before those of completions, then the ids row by
   row: a program of another library that does so too trains on the very same rows.
 
   Args:
@@ -86,6 +86,7 @@ def make_pairs(
 
 def write_task(folder: pathlib.Path, vocab: int, **lengths: Any) -> tuple[str, str]:
   """Writes synthetic pairs and a tokenizer of their ids; returns the paths of both."""
+  # Set-up needs a tokenizer, and refuses one whose ids go beyond the model's.
   word_tokenizer.write(folder / "tokenizer", [_word(i) for i in range(vocab - FIRST_WORD)])
   with (folder / "pairs.jsonl").open("w") as file:
     for row in make_pairs(vocab, **lengths):
@@ -282,6 +283,7 @@ def _stepper(
   )
 
   def take(batch: TokenBatch) -> dict[str, Any]:
+    # The step donates its state, so only the newest one is valid.
     nonlocal state
     state, means = compiled(state, reference_params, executor.place_batch(batch))
     return executor.metrics_to_host(means)  # waits for the step
