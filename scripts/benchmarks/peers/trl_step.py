@@ -3,10 +3,10 @@
   python scripts/benchmarks/peers/trl_step.py '{"pairs": "pairs.jsonl", "model": {…}}' \\
     '{"blocks": 4, …}'
 
-The first object holds the fields of `Options`, the second those of
-`dpo_jax.benchmarking.pacing.Pace`; with lockstep it takes its turns as told there. Weights are
-random and nothing is downloaded. Runs where torch, trl, transformers, datasets, peft and accelerate
-are, and without JAX.
+The first object contains the fields of `Options`, the second those of
+`dpo_jax.benchmarking.pacing.Pace`, which also describes turns in lockstep. Weights are random
+and nothing is downloaded. Runs where torch, trl, transformers, datasets, peft and accelerate are,
+and without JAX.
 """
 # pyright: reportMissingImports=false
 # Those libraries have an environment of their own, which the type checker does not see.
@@ -45,19 +45,19 @@ CHUNK = 50  # batches among which rows are sorted by length, as transformers doe
 
 @dataclasses.dataclass
 class Options:
-  """What is timed.
+  """The training that is timed.
 
   Attributes:
     pairs: file of rows, each with `prompt_ids`, `chosen_ids` and `rejected_ids`.
     model: fields of a config.json.
     batch_size: pairs of an update.
-    max_length: tokens of a prompt and one answer.
+    max_length: tokens of a prompt and one completion.
     dtype: "float32"; "autocast", of float32 weights to bfloat16; "bfloat16", weights too.
     checkpointing: whether activations are computed again on the way back.
     attention: "sdpa", "flash_attention_2", …; "best" is flash attention where installed, else sdpa.
     liger: whether Liger's fused layers are used where installed.
     precompute: whether the reference's log-probs are computed before training.
-    padding_free: whether the trainer is asked for rows without padding.
+    padding_free: whether the trainer is set to rows without padding.
     lora_rank: of adapters on all linear maps; 0 trains the model.
     sampling: "sequential", or "by_length": batches of rows of similar length.
     device: "cpu" or "cuda".
@@ -83,7 +83,7 @@ class Options:
 
 
 def read_pairs(options: Options) -> list[dict[str, Any]]:
-  """Rows in the order in which they are trained on.
+  """Returns the rows in the order in which they are trained on.
 
   By length: the batches that transformers' `group_by_length` makes, in shuffled order. It would
   begin with the longest, and a run shorter than an epoch would see little else.
@@ -112,7 +112,7 @@ def installed(package: str) -> bool:
 
 
 def make_model(options: Options, attention: str) -> Any:
-  """Random weights, on the device and in the type that they are held in."""
+  """Makes a model of random weights, on its device and in the type that it keeps them in."""
   import torch
   from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -125,7 +125,7 @@ def make_model(options: Options, attention: str) -> Any:
 
 
 def make_tokenizer(vocab: int) -> Any:
-  """Rows are ids already: all that the trainer asks of it are the special ones."""
+  """Makes a tokenizer of special ids alone: rows are ids, and the trainer needs no others of it."""
   from tokenizers import Tokenizer, models
   from transformers import PreTrainedTokenizerFast
 
@@ -137,7 +137,7 @@ def make_tokenizer(vocab: int) -> Any:
 
 
 def settings(options: Options, steps: int, folder: str) -> Any:
-  """The trainer's, as near to this project's own as it has them."""
+  """Returns the trainer's settings, as near to this project's own as it has them."""
   from trl import DPOConfig
 
   return DPOConfig(
@@ -169,7 +169,7 @@ def settings(options: Options, steps: int, folder: str) -> Any:
 
 
 class Memory:
-  """The most that was held of the device's memory, MB of 2^20 bytes."""
+  """The peak of the device's memory, in MB of 2^20 bytes."""
 
   def __init__(self, device: str):
     self.device = device
@@ -199,7 +199,7 @@ class Blocks:
     self.meter: pacing.Meter | None = None
 
   def step_done(self) -> bool:
-    """After each step; whether to stop."""
+    """Is called after each step; returns True once the run is to stop."""
     self.memory.wait()
     self.done += 1
     self.first_step = self.first_step or time.perf_counter() - STARTED
@@ -217,7 +217,7 @@ class Blocks:
     return False
 
   def counts(self) -> dict[str, int]:
-    """Pairs of the block, and their tokens, a prompt with each of its answers."""
+    """Counts the pairs of the block and their tokens; a prompt counts with each completion."""
     first, last = (self.done - i for i in (self.pace.block_steps, 0))
     seen = [self.rows[i % len(self.rows)] for i in range(first * self.size, last * self.size)]
     length = lambda row: 2 * len(row["prompt_ids"]) + sum(len(row[f"{x}_ids"]) for x in _ANSWERS)
