@@ -288,6 +288,7 @@ def _facts(
   objective: Objective, batch: TokenBatch, bad_ANS: Array, axis_name: str | None
 ) -> dict[str, Array]:
   """Counts examples and tokens of a global batch, and names the rows of its bad slots."""
+  # Rows of the data, which a user can look up, rather than places in a batch.
   bad_row_ANS = jnp.where(bad_ANS, batch.row_NS, -1)
   counts = {
     # Every completion of an example is a slot with its row.

@@ -162,6 +162,7 @@ def _load_on_policy(
   prompts, held_out, longest, ledger = _load_prompts(
     rows, settings, tokenizer, model_config, max_tokens
   )
+  # Pairs are made of the samples, two by two; other losses take all of them at once.
   completions = 2 if loss.kind == "pairs" else sampling["num"]
   # A row fits the longest prompt with completions that take all the tokens they may.
   copies = 1 if batching.layout == "padded" else completions

@@ -21,7 +21,7 @@ def make_evaluator(run: Run, reference_params: PyTree | None) -> Evaluator:
 
   Args:
     run: the run.
-    reference_params: a frozen reference, placed; None where there is none, or the state holds it.
+    reference_params: a frozen reference, placed; None where there is none, or the state has it.
   """
   rows: list[TokenBatch] = []
   # On policy there is no completion to evaluate: held-out prompts are only sampled from.

@@ -116,6 +116,7 @@ def fill_store(run: Run, reference_params: PyTree | None) -> PyTree | None:
   # Adapters need their base in every step. A stored reference needs no parameters any more.
   if run.adapter:
     return reference_params
+  # Deleted rather than dropped: the caller still has a name for it, and the step needs the memory.
   jax.tree.map(lambda x: x.delete(), reference_params)
   return None
 
@@ -230,6 +231,7 @@ def _take_steps(
     if found:
       log.write_eval(index, found)
     if saving:
+      # One copy: the tree of all devices under pmap would bind the checkpoint to their number.
       checkpoints.save(index, run.executor.unreplicate(state), found)
     if leaving:
       checkpoints.wait()

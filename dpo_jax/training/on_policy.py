@@ -123,6 +123,7 @@ class Sampler:
       example._replace(row=row, scores=tuple(reward_S.tolist()))
       for example, row, reward_S in zip(rollout.examples(), picked, rollout.reward_XS, strict=True)
     ]
+    # Of all samples, also of those that no pair takes.
     lengths = [len(ids) for example in rows for ids in example.completions]
     facts = {"reward": float(rollout.reward_XS.mean()), "tokens": float(np.mean(lengths))}
     if self.loss.kind == "pairs":

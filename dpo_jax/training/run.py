@@ -67,6 +67,7 @@ class Run(NamedTuple):
   """
 
   workdir: pathlib.Path
+  # Plain values: from here on nobody reads a `ConfigDict`.
   settings: LoopSettings
   executor: Executor
   objective: step.Objective
@@ -80,4 +81,5 @@ class Run(NamedTuple):
   adapter: peft.Adapter | None
   attention: str = "blocked"
   store: Store | None = None
+  # Examples, not log-probs: the loop computes those once the parameters are placed.
   lacking: tuple[Lazy, ...] = ()

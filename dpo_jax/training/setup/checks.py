@@ -197,6 +197,7 @@ def _check_numbers(config: ConfigDict) -> None:
     raise UserError(f"checkpoint.keep is {config.checkpoint.keep}; it must be 1 or above")
   if not config.train.steps and not 0 < config.train.epochs < float("inf"):
     raise UserError(f"train.epochs is {config.train.epochs}; it must be above 0")
+  # At 1 nothing would be left to train on.
   if not 0 <= config.data.eval_fraction < 1:
     raise UserError(f"data.eval_fraction is {config.data.eval_fraction}; it must lie in [0, 1)")
   if config.data.max_length < 2:

@@ -85,6 +85,7 @@ def _loop_settings(config: ConfigDict) -> LoopSettings:
   return LoopSettings(
     seed=config.seed,
     eval_every=config.eval.every,
+    # As many as a micro-batch: evaluation then fits wherever a step does.
     eval_batch_size=config.eval.batch_size or config.train.batch_size // config.train.accumulate,
     eval_samples=config.eval.samples,
     eval_max_tokens=config.on_policy.max_tokens if config.on_policy.reward else 0,
@@ -94,6 +95,7 @@ def _loop_settings(config: ConfigDict) -> LoopSettings:
     starts_as_reference=not config.reference.path and theirs in (own, "float32"),
     compute_dtype=config.model.compute_dtype,
     data_path=config.data.path,
+    # From scratch, the folder that was named for the tokenizer is all there is to copy from.
     source=config.model.path or config.model.tokenizer,
   )
 

@@ -54,6 +54,7 @@ def describe(config: ConfigDict, checked: Checked) -> Described:
   # 1. Folders, by their headers.
   adapters = describe_adapters(config)
   model_config, tokenizer = describe_model(config.model, config.data.template)
+  # By name and shape of every tensor, before the data: weights are read last of all.
   for path in filter(None, (config.model.path, config.reference.path)):
     hf_checkpoint.check(path)
   _check_tokenizer(config.reference.path, tokenizer)
@@ -140,6 +141,7 @@ def describe_model(section: ConfigDict, template: str = "") -> tuple[ModelConfig
     section: `model` of a configuration.
     template: `data.template`, values that the chat template reads.
   """
+  # Before the tokenizer is looked for in it, whose error would name another file.
   if section.path and not pathlib.Path(section.path).is_dir():
     raise UserError(
       f"model.path={section.path} is no folder that is there; name a Hugging Face model folder"
