@@ -311,6 +311,7 @@ def expected_gap(
   policy_XY = np.exp(log_XY - log_XY.max(-1, keepdims=True))
   policy_XY /= policy_XY.sum(-1, keepdims=True)
   p_XYY = bradley_terry(reward_XY)
+  # The variance of a label, twice, since a pair is sampled in both orders.
   pairs_XYY = pair_weights(log_mu_XY, 2 * p_XYY * (1 - p_XYY))
   gaps = []
   for pairs_YY, policy_Y in zip(pairs_XYY, policy_XY, strict=True):

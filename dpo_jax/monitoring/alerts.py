@@ -37,7 +37,7 @@ LOSS_LOST, HELD_OUT_RISE, TRAINING_RISE = 0.2, 0.1, 0.5
 # the lowest average is picked from thousands of steps.
 LOSS_NOISE = 6.0
 # Pairs with a shorter chosen completion have less than this share of the margin of the others;
-# read only where the accuracy shows that pairs are told apart at all.
+# read only where the accuracy shows that pairs are distinguished at all.
 LENGTH_SHARE, LENGTH_ACCURACY = 0.1, 0.6
 # Nats per completion, and per token. Figure 2 of Rafailov et al. 2023 ends at 20 nats, where
 # rewards have long been flat. At half a nat per token every token is 1.6 times as likely as under
@@ -82,6 +82,7 @@ class Watch:
 
   def see(self, step: int, metrics: Mapping[str, Any]) -> list[Alert]:
     """Adds the metrics of one step or one evaluation; returns the alerts that they raise."""
+    # A value that is not finite would stay in an average for ever; the run itself stops at one.
     values = {k: float(v) for k, v in metrics.items() if v is not None and math.isfinite(v)}
     self._facts.add(values)
     return [
@@ -92,6 +93,7 @@ class Watch:
 
   def see_record(self, record: Mapping[str, Any]) -> list[Alert]:
     """Adds a line of `metrics.jsonl`: the metrics of a step and, if any, of its evaluation."""
+    # Training metrics first, as in the run: an evaluation comes after the step of its line.
     parts: tuple[dict[str, Any], dict[str, Any]] = {}, {}
     for name, value in record.items():
       if name != "step":
@@ -232,6 +234,7 @@ def _both_fall(facts: _Facts) -> tuple[float, str]:
 
 
 def _overfits(facts: _Facts) -> tuple[float, str]:
+  # The evaluation before the first step has no training loss to be compared with.
   if not facts.ready("loss"):
     return 0.0, ""
   held_out, training = facts["eval/loss"], facts["loss"]
@@ -294,6 +297,7 @@ def _by_heart(facts: _Facts) -> tuple[float, str]:
   accuracy, loss = facts["rewards/accuracies"].now, facts["loss"]
   start = abs(loss.first)
   sure = 1 - (SURE_ACCURACY - accuracy) / (1 - SURE_ACCURACY)
+  # Some losses reach 0 or pass below it.
   spent = SPENT_LOSS * start / max(loss.now, 1e-9 * start) if start > 0 else 0.0
   return min(sure, spent), (
     f"on the training pairs accuracy is {accuracy:.3f} and the loss {loss.now:.3g}, at first"

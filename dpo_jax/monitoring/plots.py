@@ -185,6 +185,7 @@ def _draw_lines(ax: Axes, records: Records, lines: Sequence[tuple[str, str, str]
     steps, trained = _series(records, metric)
     # A learning rate has no noise, and a short run too few values for an average.
     if metric != "learning_rate" and len(trained) > 20:
+      # Single steps stay visible behind their average: how they scatter is the noise.
       ax.plot(steps, trained, color=color, alpha=0.18, linewidth=0.8)
       ax.plot(steps, smoothed(trained), color=color, label=label)
     elif trained.size:
@@ -296,6 +297,7 @@ def growth(points: Records, labels: Mapping[str, str]) -> Figure:
   with matplotlib.rc_context(_STYLE):
     figure = Figure(figsize=(14, 3.1 * rows), layout="constrained")
     panels = figure.subplots(rows, 4, squeeze=False)
+    # An odd number of quantities leaves two panels without curves.
     for unused in panels.flat[2 * len(names) :]:
       unused.set_visible(False)
     for number, name in enumerate(names):
@@ -320,6 +322,7 @@ def _draw_growth(ax: Axes, points: Records, curves: Mapping[str, tuple[str, str]
     if known:
       x, y = zip(*known, strict=True)
       ax.plot(x, y, color=color, marker=mark, markersize=4, label=label)
+      # Of the first curve, which is what was measured.
       last = last or known[-1]
   values = [point["value"] for point in points]
   if last:

@@ -101,6 +101,7 @@ def _run_section(
   yield _tiles(_run_numbers(records))
   yield '<div class="grid">'
   for key, figure in plots.curves(records).items():
+    # The plots of several runs share a folder, so their names begin with the run's.
     plots.save_png(figure, plots_folder / f"{name + '_' if name else ''}{key}.png")
     yield f"<figure>{plots.to_svg(figure)}</figure>"
   yield "</div>"
@@ -152,6 +153,7 @@ def _ledger(ledger: Mapping[str, Any]) -> str:
     rows.append(("prompt tokens shared by both completions", saved))
   if "eval" in ledger:
     rows.append(("held-out pairs", ledger["eval"].get("pairs", "")))
+  # Widths grow with the counts, from that of the label: a small count keeps a readable one.
   shares = "".join(
     f'<span class="{_e(kind)}" style="flex:{n} 0 auto"><i>{_e(kind)} {n:,}</i></span>'
     for kind, n in tokens.items()
@@ -204,6 +206,7 @@ def _points(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     interval = summary.get(f"reward_{who}_interval")
     return {"kl": kl, "reward": summary[f"reward_{who}"], "reward_interval": interval}
 
+  # The reference is at KL 0 by definition, so it has no interval.
   policy = point("policy", summary["kl"]) | {"kl_interval": summary.get("kl_interval")}
   return {"reference": point("reference", 0.0), "trained policy": policy}
 

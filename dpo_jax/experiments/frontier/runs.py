@@ -110,6 +110,7 @@ def make_training_pairs(task: Task, study: pathlib.Path) -> None:
     # numbers depend on the seed and a prompt's index, and the three must not share any.
     make_pairs(study / "sft" / "export", prompts, out, seed=1 + 2 * task.seed)
     return
+  # A file of its own, complete or absent: a round that was interrupted samples it once.
   own = out.with_name(f"{task.name}.own.jsonl")
   make_pairs(task.predecessor.folder(study) / "export", prompts, own, seed=2 + 2 * task.seed)
   lines = (
