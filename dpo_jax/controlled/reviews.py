@@ -102,7 +102,7 @@ def reward(prompt: str, completion: str) -> float:
 
 
 class Table(NamedTuple):
-  """All ways to make one statement.
+  """The phrases of one kind of statement, with their sentiments and probabilities.
 
   Attributes:
     texts: the phrases.

@@ -42,8 +42,8 @@ class Example(NamedTuple):
 class Measured(NamedTuple):
   """The lengths of some examples, for functions that read nothing else of them.
 
-  Packing, sizes and padding depend on lengths alone, and the examples themselves may be more than
-  memory holds.
+  Packing, sizes and padding depend on lengths alone, and the examples themselves may not fit in
+  memory.
 
   Attributes:
     lengths: prompt lengths [B] and completion lengths [B, K], in tokens: see `lengths`.

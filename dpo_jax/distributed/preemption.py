@@ -39,7 +39,7 @@ class Notice:
   def should_stop(self, step: int) -> bool:
     """Returns True if the run is to stop after this step. It must be called at every step."""
     if jax.process_count() > 1:
-      # The service agrees on a step that no process has passed; it counts on being asked each time.
+      # The service agrees on a step that no process has passed; it must be called at each.
       return multihost_utils.reached_preemption_sync_point(step)
     return self._given
 

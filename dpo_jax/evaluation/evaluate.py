@@ -108,7 +108,7 @@ def resolve_pair_loss(name: str, beta: float | None = None) -> Loss:
   loss = losses.resolve(name, **({"beta": beta} if takes_beta else {}))
   if loss.kind != "pairs":
     raise UserError(f"loss {name!r} is not computed from pairs; name a loss of pairs")
-  # A loss without β still reports rewards, in the β that was asked for.
+  # A loss without β still reports rewards, in the β that was requested.
   return loss if beta is None else dataclasses.replace(loss, beta=beta)
 
 

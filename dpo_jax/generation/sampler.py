@@ -286,10 +286,12 @@ def check_sampling(
     raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more, and finite")
   if top_k < 0:
     raise UserError(f"top_k is {top_k}; it must be 0 (all tokens) or more")
+  # At 0 no token would be left to sample.
   if not 0 < top_p <= 1:
     raise UserError(f"top_p is {top_p}; it must lie in (0, 1]")
   if not 0 <= min_p <= 1:
     raise UserError(f"min_p is {min_p}; it must lie between 0 (all tokens) and 1")
+  # Programs take it as two words of 32 bits.
   if not 0 <= seed < 2**64:
     raise UserError(f"seed is {seed}; it must be 0 or more and below 2**64")
 

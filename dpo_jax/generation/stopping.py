@@ -62,6 +62,7 @@ class Stops:
     """Returns "end" after a token of `end_ids`, "stop" after `ids` or `texts`, else "length"."""
     if ids[-1] in self.end_ids:
       return "end"
+    # A stop text may end within a token, so the last id alone does not tell.
     return "stop" if ids[-1] in self.ids or self.stop_length(ids) else "length"
 
   def truncate(self, text: str) -> str:

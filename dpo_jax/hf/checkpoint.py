@@ -184,6 +184,8 @@ def _match_tensors(
 
 def _check_header(weights: Weights, name: str, shape: tuple[int, ...], path: pathlib.Path) -> None:
   """Checks type and shape of a tensor on disk."""
+  # The type first: quantised weights are packed, so their shapes differ too, which would not say
+  # why.
   if weights.dtype(name) not in DTYPES:
     raise UserError(
       f"{path}: tensor {name} is {weights.dtype(name)}; quantised weights are not supported, use"
