@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -86,7 +87,18 @@ def command(task, name, program=("-m", "dpo_jax.train"), **changes):
   return [sys.executable, *program, *given, *flags]
 
 
-def start(task, name, processes, devices=4, each=None, **changes):
+def own_programs(folder):
+  """The environment of a process that is to be killed: compiled programs in a folder of its own.
+
+  Killed while it writes one, a process leaves half a program, which no other test should find.
+  """
+  own = folder / "programs"
+  if not own.is_dir():
+    shutil.copytree(os.environ["JAX_COMPILATION_CACHE_DIR"], own)
+  return os.environ | {"JAX_COMPILATION_CACHE_DIR": str(own)}
+
+
+def start(task, name, processes, devices=4, each=None, env=os.environ, **changes):
   """A run of several processes that share some devices; `each` changes what one of them is told."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
@@ -98,7 +110,7 @@ def start(task, name, processes, devices=4, each=None, **changes):
         task, name, **together, **changes, **{"parallel.process": i}, **(each or {}).get(i, {})
       ),
       cwd=ROOT,
-      env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices // processes), "JAX_PLATFORMS": "cpu"},
+      env=env | {"JAX_NUM_CPU_DEVICES": str(devices // processes), "JAX_PLATFORMS": "cpu"},
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
