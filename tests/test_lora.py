@@ -116,8 +116,8 @@ def test_gradients_are_those_of_the_merged_weights_by_the_chain_rule():
   s, params, own = SETTINGS.scale, base(), moved()
   logps_fn = logprobs.make_logps_fn(transformer.build(LLAMA, remat="full"))
   total = lambda tree: (logps_fn(tree, batch_of()) * jnp.arange(1.0, 3.0)).sum()
-  found = jax.grad(lambda own: total(lora.attach(params, own, s)))(own)
-  slope = jax.grad(total)(lora.merge(lora.attach(params, own, s)))["params"]["layers"]
+  found = jax.jit(jax.grad(lambda own: total(lora.attach(params, own, s))))(own)
+  slope = jax.jit(jax.grad(total))(lora.merge(lora.attach(params, own, s)))["params"]["layers"]
   by_hand = {}
   for name, x in own["layers"].items():
     dw = slope[name]["kernel"]
