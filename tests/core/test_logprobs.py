@@ -107,7 +107,7 @@ def test_soft_cap_and_bias_are_part_of_the_head():
 
 def test_bfloat16_hidden_states_still_sum_in_float32():
   """With 400 tokens of log(1/37), a bfloat16 sum would be nats off."""
-  logps_NS = logprobs.slot_logps(
+  logps_NS = jax.jit(logprobs.slot_logps)(
     jnp.zeros((1, 512, 4), jnp.bfloat16),
     Head(jnp.zeros((tiny.VOCAB, 4), jnp.bfloat16)),
     collate([_long_pair()], layout="shared", row_length=512),

@@ -1,5 +1,6 @@
 """A run killed at any moment goes on as if nothing had happened: to the bit, each step once."""
 
+import functools
 import json
 import random
 import subprocess
@@ -48,10 +49,12 @@ def has_come(moment, folder, began):
   return lines_of(folder) > began + 2
 
 
-def killed(command, folder, moment, rng):
+def killed(command, folder, env, moment, rng):
   """Starts a run and kills it; whether it was still there for that."""
   began = lines_of(folder)
-  with subprocess.Popen(command, cwd=small_task.ROOT, stdout=subprocess.DEVNULL) as process:
+  with subprocess.Popen(
+    command, cwd=small_task.ROOT, env=env, stdout=subprocess.DEVNULL
+  ) as process:
     while process.poll() is None and not has_come(moment, folder, began):
       time.sleep(0.001)
     time.sleep(rng.uniform(0, {"building": 4.0, "exporting": 0.01}.get(moment, 0.05)))
@@ -83,13 +86,14 @@ def survives(folder, case, kills, seed, steps=160):
   for name in ("straight", "killed"):
     store = {"reference.store": folder / f"store_{name}"} if case == "stored" else {}
     commands[name] = small_task.command(folder, name, **changes, **store)
-  rng = random.Random(seed)
+  rng, env = random.Random(seed), small_task.own_programs(folder)
+  stop = functools.partial(killed, commands["killed"], folder / "killed", env)
   for number in range(kills - 1):
-    assert killed(commands["killed"], folder / "killed", MOMENTS[number % len(MOMENTS)], rng)
+    assert stop(MOMENTS[number % len(MOMENTS)], rng)
   # An export that was too quick is made again by another start.
-  assert any(killed(commands["killed"], folder / "killed", "exporting", rng) for _ in range(5))
+  assert any(stop("exporting", rng) for _ in range(5))
   for command in commands.values():
-    ended = subprocess.run(command, cwd=small_task.ROOT, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=small_task.ROOT, env=env, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
   (found, held), (expected, wanted) = (outcome(folder / name) for name in ("killed", "straight"))
   first = expected[0]["step"]  # 0 where there is something to judge by before training

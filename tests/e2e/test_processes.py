@@ -68,7 +68,8 @@ def test_processes_that_differ_stop_before_the_first_step(task):
 
 def test_one_that_fails_ends_the_others_and_says_why(task):
   each = {1: {"data.path": "/nowhere.jsonl"}}
-  first, second = small_task.end(small_task.start(task, "failing", 2, each=each))
+  env = small_task.own_programs(task)
+  first, second = small_task.end(small_task.start(task, "failing", 2, each=each, env=env))
   assert first[0] == second[0] == 1
   assert "stopped: data.path: no data file /nowhere.jsonl" in first[1]
   assert "error: data.path: no data file /nowhere.jsonl" in second[1]
@@ -97,7 +98,7 @@ runpy.run_module("dpo_jax.train", run_name="__main__")
 def test_one_that_is_lost_ends_the_others_who_say_which(task, lost, sent, words):
   name = f"lost{lost}_{sent.name}"
   given = {"program": ("-c", IMPATIENT), "train.steps": 4000, "eval.every": 0}
-  started = small_task.start(task, name, 2, **given)
+  started = small_task.start(task, name, 2, env=small_task.own_programs(task), **given)
   reached(task, name, 3)
   started[lost].send_signal(sent)
   since = time.monotonic()
@@ -234,7 +235,7 @@ def test_asked_to_stop_one_all_leave_at_one_step_and_go_on(task):
 def test_a_lost_process_costs_what_was_not_saved_and_no_more(task):
   given = {"train.steps": 40, "checkpoint.every": 5}
   straight = together(task, "whole", 2, **given)
-  started = small_task.start(task, "broken", 2, **given)
+  started = small_task.start(task, "broken", 2, env=small_task.own_programs(task), **given)
   reached(task, "broken", 12)
   started[1].kill()
   status, said = small_task.end(started)[0]

@@ -92,10 +92,15 @@ def test_scorer_gives_every_answer_its_own_log_prob(completions):
   examples = tiny.pairs(7, completions=completions)
   params = tiny.init()
   scores = evaluate.make_scorer(tiny.MODEL, batch_size=3)(params, examples)
+
+  @jax.jit
+  def naive(params, batch):
+    hidden = tiny.MODEL.hidden(params, batch)
+    return logprobs.naive_slot_logps(hidden, tiny.MODEL.head(params), batch)
+
   for example, logp_K, tokens_K in zip(examples, *scores, strict=True):
     batch = collate([example], layout="padded", row_length=32)
-    hidden = tiny.MODEL.hidden(params, batch)
-    alone = logprobs.naive_slot_logps(hidden, tiny.MODEL.head(params), batch)
+    alone = naive(params, batch)
     np.testing.assert_allclose(logp_K, np.asarray(alone).reshape(-1)[:completions], rtol=1e-5)
     assert tokens_K.tolist() == [len(answer) for answer in example.completions]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dpo_jax.data import collate
+from dpo_jax.data import collate, packing
 from dpo_jax.generation import sampler
 from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.logprobs import logits, make_logps_fn
@@ -54,13 +54,23 @@ def shapes(file):
     return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
+@functools.cache
+def hidden_fn(case):
+  """Returns the forward pass, compiled once for sequences in rows of one shape."""
+  return jax.jit(transformer.build(config_of(case)).hidden)
+
+
+def logits_of(case, ids_NL):
+  """Computes the logits [N, L, V] of whole sequences."""
+  config, params = model(case)
+  hidden_NLD = hidden_fn(case)(params, whole_rows(ids_NL))
+  return np.asarray(logits(hidden_NLD, transformer.head(config, params)))
+
+
 @CASES
 def test_logits_are_those_of_transformers(case):
   """Errors are at most 1e-4 in float32, for logits with standard deviations of 1 to 4."""
-  config, params = model(case)
-  built = transformer.build(config)
-  hidden_NLD = jax.jit(built.hidden)(params, whole_rows(cases.IDS_NL))
-  found = logits(hidden_NLD, built.head(params))[:, ::3]
+  found = logits_of(case, cases.IDS_NL)[:, ::3]
   expected = np.load(GOLDEN)[case]
   assert expected.std() > 0.9
   np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -86,19 +96,34 @@ def test_folders_come_back_bit_for_bit(case, tmp_path):
 def test_shared_prompts_equal_separate_rows(case):
   """Sequences are longer than the windows, and branches stand far behind their prompts in a row."""
   config, params = model(case)
-  logps_fn = jax.jit(make_logps_fn(transformer.build(config)))
   examples = tiny.pairs(5, vocab=config.vocab, longest=12)
+  sizes = packing.Sizes(rows=10, rows_step=10, scored=12, slots=8)
+  lay_out = functools.partial(collate.collate, examples, row_length=48)
+  padded = lay_out(layout="padded", sizes=sizes._replace(slots=1))
+  shared = lay_out(layout="shared", sizes=sizes)
+  # Both are groups of rows of one batch, so one program is compiled, not two.
+  batch = jax.tree.map(lambda x, y: np.concatenate([x, y]), with_slots(padded, 8), shared)
+  logps_NS = np.asarray(jax.jit(make_logps_fn(transformer.build(config)))(params, batch))
 
-  def by_row(name):
-    batch = collate.collate(examples, layout=name, row_length=48)
-    pairs = zip(batch.row_NS.reshape(-1, 2), logps_fn(params, batch).reshape(-1, 2), strict=True)
+  def by_row(rows_NS, logps_NS):
+    pairs = zip(rows_NS.reshape(-1, 2), logps_NS.reshape(-1, 2), strict=True)
     return np.array(
       [logps for row, logps in sorted((r[0], tuple(x)) for r, x in pairs) if row >= 0]
     )
 
-  separate = by_row("padded")
+  separate = by_row(padded.row_NS, logps_NS[:10, :1])
   assert separate.shape == (5, 2)
-  np.testing.assert_allclose(by_row("shared"), separate, rtol=1e-5)
+  np.testing.assert_allclose(by_row(shared.row_NS, logps_NS[10:]), separate, rtol=1e-5)
+
+
+def with_slots(batch, slots):
+  """Adds empty slots behind the only slot of every row."""
+  empty = {"weight_NS": 0, "score_NS": 0, "row_NS": -1}
+  more = ((0, 0), (0, slots - 1))
+  widened = {
+    name: np.pad(getattr(batch, name), more, constant_values=x) for name, x in empty.items()
+  }
+  return batch._replace(**widened)
 
 
 @pytest.mark.parametrize("case", ["gpt2", "qwen2 windows", "gemma3", "smollm3", "mixtral"])
@@ -107,13 +132,15 @@ def test_a_token_at_a_time_equals_the_whole(case):
   config, params = model(case)
   prompts = [cases.IDS_NL[0, :7].tolist(), cases.IDS_NL[1, :4].tolist()]
   completions = sampler.generate(config, params, prompts, max_tokens=9, temperature=0)
-  built = transformer.build(config)
-  for prompt, (answer,) in zip(prompts, completions, strict=True):
-    text = prompt + answer
-    padded_NL = np.array([text + [0] * (16 - len(text))], np.int32)
-    hidden_NLD = jax.jit(built.hidden)(params, whole_rows(padded_NL))
-    logits_LV = np.asarray(logits(hidden_NLD, built.head(params)))[0]
-    assert answer == logits_LV[len(prompt) - 1 : len(text) - 1].argmax(-1).tolist()
+  texts = [prompt + answer for prompt, (answer,) in zip(prompts, completions, strict=True)]
+  # In rows of the shape of the other tests, for which the forward pass is compiled already.
+  ids_NL = np.zeros_like(cases.IDS_NL)
+  for ids_L, text in zip(ids_NL, texts, strict=True):
+    ids_L[: len(text)] = text
+  rows = zip(prompts, texts, logits_of(case, ids_NL), strict=True)
+  for prompt, text, logits_LV in rows:
+    found = logits_LV[len(prompt) - 1 : len(text) - 1].argmax(-1)
+    assert text[len(prompt) :] == found.tolist()
 
 
 def refused(fields, message):
@@ -166,7 +193,7 @@ def test_experts_divide_the_work_of_one_part_among_them():
   batch = whole_rows(cases.IDS_NL)
 
   def run(config, tree):
-    return transformer.build(config).hidden({"params": tree}, batch)
+    return jax.jit(transformer.build(config).hidden)({"params": tree}, batch)
 
   expected = run(dataclasses.replace(config, experts=None), plain)
   np.testing.assert_allclose(run(config, mixed), expected, atol=1e-5)

@@ -92,7 +92,7 @@ def test_the_scale_of_both_papers():
 def test_a_policy_starts_as_its_base_to_the_bit_and_knows_no_other_maps():
   config, params = LLAMA, base()
   start = lora.init(config, SETTINGS, seed=3)
-  hidden = transformer.build(config).hidden
+  hidden = jax.jit(transformer.build(config).hidden)
   batch = batch_of()
   np.testing.assert_array_equal(
     hidden(lora.attach(params, start, 1.5), batch), hidden(params, batch)
@@ -107,7 +107,7 @@ def test_a_policy_starts_as_its_base_to_the_bit_and_knows_no_other_maps():
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=lambda c: c.family)
 def test_merged_weights_compute_the_same(config):
   policy = lora.attach(base(config), moved(config), SETTINGS.scale)
-  hidden, batch = transformer.build(config).hidden, batch_of()
+  hidden, batch = jax.jit(transformer.build(config).hidden), batch_of()
   found, plain = hidden(lora.merge(policy), batch), hidden(base(config), batch)
   near(found, hidden(policy, batch), rtol=1e-5)
   assert np.abs(found - plain).max() > 0.1
@@ -122,8 +122,8 @@ def test_gradients_are_those_of_the_merged_weights_by_the_chain_rule():
   def total(tree):
     return (logps_fn(tree, batch_of()) * jnp.arange(1.0, 3.0)).sum()
 
-  found = jax.grad(lambda own: total(lora.attach(params, own, s)))(own)
-  slope = jax.grad(total)(lora.merge(lora.attach(params, own, s)))["params"]["layers"]
+  found = jax.jit(jax.grad(lambda own: total(lora.attach(params, own, s))))(own)
+  slope = jax.jit(jax.grad(total))(lora.merge(lora.attach(params, own, s)))["params"]["layers"]
   by_hand = {}
   for name, x in own["layers"].items():
     dw = slope[name]["kernel"]
@@ -266,7 +266,10 @@ def test_a_loss_without_reference_trains_adapters_too():
 
 def test_weight_decay_shrinks_both_parts():
   start = moved()
-  updates, _ = TX.update(jax.tree.map(jnp.zeros_like, start), TX.init(start), start)
+  still = jax.tree.map(np.zeros_like, start)
+  updates, _ = jax.jit(lambda grads, params: TX.update(grads, TX.init(params), params))(
+    still, start
+  )
   near(updates, jax.tree.map(lambda x: -1e-3 * x, start))
 
 

@@ -150,9 +150,10 @@ def test_every_stored_activation_of_gpt_nano_sort(shared_data):
   config, params = hf_checkpoint.load(folder)
   batch = whole_rows(stored["idx"])
   tokens = attention.Tokens(batch.position_NL, batch.pair_NL, batch.branch_NL)
-  (hidden, _), seen = transformer.Decoder(config).apply(
-    params, batch.ids_NL, tokens, capture_intermediates=True, mutable=["intermediates"]
+  apply = functools.partial(
+    transformer.Decoder(config).apply, capture_intermediates=True, mutable=["intermediates"]
   )
+  (hidden, _), seen = jax.jit(apply)(params, batch.ids_NL, tokens)
   seen = seen["intermediates"]
   layers = {name: out["__call__"][0][0] for name, out in seen["layers"].items() if name[0] != "_"}
   streams = seen["layers"]["__call__"][0][0]
@@ -248,7 +249,8 @@ def test_what_is_kept_for_the_backward_pass_changes_no_gradient(config):
 
   def gradient(remat):
     run = forward(config, remat=remat)
-    return jax.jit(jax.grad(lambda params: jnp.sin(run(params, batch)).sum()))(params)
+    gradient_fn = jax.jit(jax.grad(lambda params: jnp.sin(run(params, batch)).sum()))
+    return jax.device_get(gradient_fn(params))
 
   plain = gradient("none")
   for remat in ("dots", "full") if config is LLAMA else ("dots",):

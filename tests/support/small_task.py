@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -89,7 +90,18 @@ def command(task, name, program=("-m", "dpo_jax.train"), **changes):
   return [sys.executable, *program, *given, *flags]
 
 
-def start(task, name, processes, devices=4, each=None, **changes):
+def own_programs(folder):
+  """Returns an environment with a folder of compiled programs that no other test reads.
+
+  For a process that is to be killed: killed while it writes a program, it leaves half of one.
+  """
+  own = folder / "programs"
+  if not own.is_dir():
+    shutil.copytree(os.environ["JAX_COMPILATION_CACHE_DIR"], own)
+  return os.environ | {"JAX_COMPILATION_CACHE_DIR": str(own)}
+
+
+def start(task, name, processes, devices=4, each=None, env=os.environ, **changes):
   """Starts a run of several processes that divide `devices`; `each` has changes for one process."""
   # Port 0 lets the system choose a free one, so that parallel tests do not collide.
   with socket.socket() as probe:
@@ -102,7 +114,7 @@ def start(task, name, processes, devices=4, each=None, **changes):
         task, name, **together, **changes, **{"parallel.process": i}, **(each or {}).get(i, {})
       ),
       cwd=ROOT,
-      env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices // processes), "JAX_PLATFORMS": "cpu"},
+      env=env | {"JAX_NUM_CPU_DEVICES": str(devices // processes), "JAX_PLATFORMS": "cpu"},
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,

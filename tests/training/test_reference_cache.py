@@ -48,6 +48,13 @@ def ids(*numbers):
 # --- equal to the reference -----------------------------------------------------------------------
 
 
+@functools.cache
+def compiled(beyond=1.0):
+  """Returns functions of the stored and the computed log-probs, compiled once per shape."""
+  live_fn = logprobs.make_logps_fn(tiny.MODEL, beyond_shorter=beyond)
+  return jax.jit(logprobs.make_stored_fn(beyond_shorter=beyond)), jax.jit(live_fn)
+
+
 @pytest.mark.parametrize("name", packing.LAYOUTS)
 @pytest.mark.parametrize(("mode", "devices"), [("mesh", 1), ("mesh", 4), ("pmap", 4)])
 def test_what_is_stored_is_what_the_reference_computes(tmp_path, name, mode, devices):
@@ -56,8 +63,7 @@ def test_what_is_stored_is_what_the_reference_computes(tmp_path, name, mode, dev
   fn = token_fn(mode=mode, devices=devices)
   store = filled(tmp_path, pairs, fn, layout=name, groups=devices)
   for beyond in (1.0, 0.3):
-    stored_fn = logprobs.make_stored_fn(beyond_shorter=beyond)
-    live_fn = logprobs.make_logps_fn(tiny.MODEL, beyond_shorter=beyond)
+    stored_fn, live_fn = compiled(beyond)
     stream = batches.batches(
       reference_cache.stored(pairs, store),
       batch_size=6,
@@ -80,8 +86,9 @@ def test_answers_that_are_not_there_are_no_matter(tmp_path, name):
   examples = fill_up(ragged)
   store = filled(tmp_path, examples, layout=name)
   batch = collate.collate(reference_cache.stored(examples, store), row_length=64, layout=name)
-  live_NS = logprobs.make_logps_fn(tiny.MODEL)(tiny.init(), batch)
-  np.testing.assert_allclose(logprobs.make_stored_fn()(batch), live_NS, rtol=1e-5, atol=1e-5)
+  stored_fn, live_fn = compiled()
+  live_NS = live_fn(tiny.init(), batch)
+  np.testing.assert_allclose(stored_fn(batch), live_NS, rtol=1e-5, atol=1e-5)
 
 
 def test_a_step_needs_no_reference_then(tmp_path):
