@@ -34,7 +34,7 @@ def step_flops(
     # Matrices alone: norms and biases take FLOPs in proportion to the width, not to its square.
     if path[-1].key != "kernel":
       continue
-    # Kernels of experts are [layers, experts, D, F], all others [layers, D, F].
+    # Kernels of experts are [layers, experts, D, Ff], all others [layers, D, Ff].
     each = config.experts if len(leaf.shape) == 4 else None
     body += math.prod(leaf.shape) * (each.chosen / each.count if each else 1)
   head = config.vocab * config.width

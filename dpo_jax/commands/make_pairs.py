@@ -70,5 +70,5 @@ def main(argv: list[str]) -> None:
   better = sum(row["chosen_reward"] > row["rejected_reward"] for row in rows)
   print(
     f"{FLAGS.out}: {len(rows)} pairs ({total - len(rows)} of equal answers left out);"
-    f" mean reward {rollout.reward_XS.mean():.2f}, chosen is the better in {better / len(rows):.1%}"
+    f" mean reward {rollout.reward_XK.mean():.2f}, chosen is the better in {better / len(rows):.1%}"
   )

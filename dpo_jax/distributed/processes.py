@@ -168,9 +168,9 @@ def assert_consistent(facts: dict[str, Any]) -> None:
   digests = [_digest(value) for value in facts.values()]
   mine = np.frombuffer(b"".join(digests), np.uint8).reshape(len(facts), -1)
   everyone = np.asarray(multihost_utils.process_allgather(mine))
-  for name, digest_P in zip(facts, np.swapaxes(everyone, 0, 1), strict=True):
+  for name, digest_Pc in zip(facts, np.swapaxes(everyone, 0, 1), strict=True):
     others = [
-      str(i) for i, digest in enumerate(digest_P) if not np.array_equal(digest, digest_P[0])
+      str(i) for i, digest in enumerate(digest_Pc) if not np.array_equal(digest, digest_Pc[0])
     ]
     if others:
       raise UserError(

@@ -84,14 +84,14 @@ def by_rows(x_NLD: Array) -> Array:
   return _constrain(x_NLD, ROWS, _SEQUENCE, _FREE)
 
 
-def by_heads(x_NLHK: Array) -> Array:
+def by_heads(x_NLHHd: Array) -> Array:
   """Divides rows and tokens, and the heads over tensor if possible; never within a head."""
-  return _constrain(x_NLHK, ROWS, _SEQUENCE, ("tensor",), None)
+  return _constrain(x_NLHHd, ROWS, _SEQUENCE, ("tensor",), None)
 
 
-def gather_sequence(x_NJLK: Array) -> Array:
+def gather_sequence(x_NJLHd: Array) -> Array:
   """Gathers keys or values of complete rows on every device of the sequence axis."""
-  return _constrain(x_NJLK, ROWS, ("tensor",), None, None)
+  return _constrain(x_NJLHd, ROWS, ("tensor",), None, None)
 
 
 def sequence_parts(length: int) -> int:
@@ -104,8 +104,8 @@ def sequence_parts(length: int) -> int:
 def split_sequence(x_NL: Array, parts: int) -> Array:
   """Reshapes [N, L, ...] to [N, P, L / P, ...], with one part per device of the sequence axis."""
   rows, length, *rest = x_NL.shape
-  x_NPl = x_NL.reshape(rows, parts, length // parts, *rest)
-  return _constrain(x_NPl, ROWS, _SEQUENCE, None, *(_FREE,) * len(rest))
+  x_NDvl = x_NL.reshape(rows, parts, length // parts, *rest)
+  return _constrain(x_NDvl, ROWS, _SEQUENCE, None, *(_FREE,) * len(rest))
 
 
 def by_vocabulary(table_VD: Array) -> Array:
@@ -131,7 +131,7 @@ def map_over_shards(fn: Callable[..., Array], *, heads: int) -> Callable[..., Ar
   It serves custom kernels, which the compiler cannot divide.
 
   Args:
-    fn: (arrays [N, L, H, K], tree of arrays [G, ...]) -> [N, L, H, K], computed row by row.
+    fn: (arrays [N, L, H, Hd], tree of arrays [G, ...]) -> [N, L, H, Hd], computed row by row.
     heads: the heads are divided over tensor if their number allows it, else replicated.
 
   Returns:

@@ -110,36 +110,36 @@ def preference_metrics(
 # --- Samples --------------------------------------------------------------------------------------
 
 
-def wins(policy_XS: np.ndarray, reference_XR: np.ndarray) -> np.ndarray:
+def wins(policy_XK: np.ndarray, reference_XK: np.ndarray) -> np.ndarray:
   """Computes the share of pairs (policy sample, reference sample) that the policy wins: [X].
 
   A tie counts one half.
   """
   # All pairs of samples of a prompt, not only those of equal index: less variance from the same
   # samples.
-  difference_XSR = policy_XS[:, :, None] - reference_XR[:, None, :]
-  return ((np.sign(difference_XSR) + 1) / 2).mean((1, 2))
+  difference_XKK = policy_XK[:, :, None] - reference_XK[:, None, :]
+  return ((np.sign(difference_XKK) + 1) / 2).mean((1, 2))
 
 
 def sampled_metrics(
-  policy_XS: np.ndarray, reference_XR: np.ndarray, log_ratio_XS: np.ndarray
+  policy_XK: np.ndarray, reference_XK: np.ndarray, log_ratio_XK: np.ndarray
 ) -> dict[str, Estimate]:
   """Computes reward, win rate and KL of a policy from samples of it and of its reference.
 
   Args:
-    policy_XS: true rewards of the policy's samples for each prompt.
-    reference_XR: true rewards of the reference's samples for the same prompts.
-    log_ratio_XS: log π(y|x) - log π_ref(y|x) of the policy's samples, in nats. Its mean estimates
+    policy_XK: true rewards of the policy's samples for each prompt.
+    reference_XK: true rewards of the reference's samples for the same prompts.
+    log_ratio_XK: log π(y|x) - log π_ref(y|x) of the policy's samples, in nats. Its mean estimates
       KL(π ‖ π_ref) over whole completions.
   """
   # Samples of one prompt are averaged first: prompts are independent, samples of a prompt are not.
   return {
-    "reward_policy": mean_estimate(policy_XS.mean(1)),
-    "reward_reference": mean_estimate(reference_XR.mean(1)),
+    "reward_policy": mean_estimate(policy_XK.mean(1)),
+    "reward_reference": mean_estimate(reference_XK.mean(1)),
     # A normal interval of a share may reach beyond 0 and 1. Wilson's does not apply: per-prompt win
     # rates are not trials of 0 or 1.
-    "win_rate": _clipped(mean_estimate(wins(policy_XS, reference_XR)), 0.0, 1.0),
-    "kl": mean_estimate(log_ratio_XS.mean(1)),
+    "win_rate": _clipped(mean_estimate(wins(policy_XK, reference_XK)), 0.0, 1.0),
+    "kl": mean_estimate(log_ratio_XK.mean(1)),
   }
 
 
@@ -189,7 +189,7 @@ class Frontier(NamedTuple):
 BETAS = tuple(np.geomspace(50.0, 0.1, 64).tolist())
 
 
-def exact_frontier(reward_XS: np.ndarray, betas: Sequence[float] = BETAS) -> Frontier:
+def exact_frontier(reward_XK: np.ndarray, betas: Sequence[float] = BETAS) -> Frontier:
   """Estimates E[r] and KL of π* ∝ π_ref exp(r/β) by self-normalized importance sampling.
 
     w_k ∝ exp(r_k/β),  E[r] = Σ w_k r_k,  KL = Σ w_k log(K w_k),  effective samples 1/Σ w_k²
@@ -199,7 +199,7 @@ def exact_frontier(reward_XS: np.ndarray, betas: Sequence[float] = BETAS) -> Fro
   little.
 
   Args:
-    reward_XS: true rewards of K samples of the reference for each of X prompts.
+    reward_XK: true rewards of K samples of the reference for each of X prompts.
     betas: values of β > 0, in any order. Infinity, the reference itself, is added before them.
 
   Raises:
@@ -212,13 +212,13 @@ def exact_frontier(reward_XS: np.ndarray, betas: Sequence[float] = BETAS) -> Fro
   curves = []
   for beta in beta_F:
     # At β = inf all weights are equal, as r/β is 0: the reference itself.
-    log_w_XS = reward_XS / beta
+    log_w_XK = reward_XK / beta
     # The largest is subtracted before exp: r/β may be in the thousands.
-    log_w_XS = log_w_XS - log_w_XS.max(1, keepdims=True)
-    log_w_XS -= np.log(np.exp(log_w_XS).sum(1, keepdims=True))
-    w_XS = np.exp(log_w_XS)
-    kl_X = (w_XS * (log_w_XS + np.log(reward_XS.shape[1]))).sum(1)
-    curves.append(((w_XS * reward_XS).sum(1), kl_X, 1 / (w_XS**2).sum(1)))
+    log_w_XK = log_w_XK - log_w_XK.max(1, keepdims=True)
+    log_w_XK -= np.log(np.exp(log_w_XK).sum(1, keepdims=True))
+    w_XK = np.exp(log_w_XK)
+    kl_X = (w_XK * (log_w_XK + np.log(reward_XK.shape[1]))).sum(1)
+    curves.append(((w_XK * reward_XK).sum(1), kl_X, 1 / (w_XK**2).sum(1)))
   return Frontier(beta_F, *(np.stack(values, axis=1) for values in zip(*curves, strict=True)))
 
 

@@ -256,13 +256,13 @@ def evaluate_samples(
   # Both models score the policy's samples: KL(π ‖ π_ref) is an expectation under the policy.
   examples = ours.examples()
   logps = [scorer(x.config)(x.params, examples).logp_BK for x in (policy, reference)]
-  log_ratio_XS = logps[0] - logps[1]
+  log_ratio_XK = logps[0] - logps[1]
 
-  estimates = sampled_metrics(ours.reward_XS, theirs.reward_XS, log_ratio_XS)
+  estimates = sampled_metrics(ours.reward_XK, theirs.reward_XK, log_ratio_XK)
   # The frontier needs many samples per prompt, and so may rest on fewer prompts.
-  frontier = exact_frontier(many.reward_XS)
+  frontier = exact_frontier(many.reward_XK)
   estimates["fraction_of_frontier_gain"] = fraction_of_gain(
-    ours.reward_XS.mean(1), theirs.reward_XS.mean(1), log_ratio_XS.mean(1), frontier
+    ours.reward_XK.mean(1), theirs.reward_XK.mean(1), log_ratio_XK.mean(1), frontier
   )
   kl = estimates["kl"].mean
   return {
@@ -300,8 +300,8 @@ def _side_by_side(ours: Rollout, theirs: Rollout, count: int) -> list[Json]:
       "prompt": prompt,
       "reference": theirs.completions[x][0],
       "policy": ours.completions[x][0],
-      "reference_reward": float(theirs.reward_XS[x, 0]),
-      "policy_reward": float(ours.reward_XS[x, 0]),
+      "reference_reward": float(theirs.reward_XK[x, 0]),
+      "policy_reward": float(ours.reward_XK[x, 0]),
     }
     for x, prompt in enumerate(ours.prompts[:count])
   ]

@@ -66,14 +66,14 @@ def halved_sizes(largest: int, count: int) -> tuple[int, ...]:
 
 def show(beta: float, gaps: Gaps) -> None:
   """Prints the gaps of one β: their slope against n, and mean and spread at each size."""
-  mean = gaps.gap_NS.mean(axis=1)
+  mean = gaps.gap_SzRs.mean(axis=1)
   # In logarithms a power law is a line; the prediction, n KL constant, has slope -1.
   slope = np.polyfit(np.log(gaps.sizes), np.log(mean), 1)[0]
   print(
     f"β = {beta:g}: slope {slope:.3f}; n KL as n grows {gaps.expected:.1f};"
-    f" gradient at the end at most {gaps.slope_NS.max():.1e}"
+    f" gradient at the end at most {gaps.slope_SzRs.max():.1e}"
   )
-  for size, gap, spread in zip(gaps.sizes, mean, gaps.gap_NS.std(axis=1), strict=True):
+  for size, gap, spread in zip(gaps.sizes, mean, gaps.gap_SzRs.std(axis=1), strict=True):
     print(f"  n {size:7d}   KL {gap:.3e} ± {spread:.1e}   n KL {size * gap:6.1f}")
 
 
@@ -91,9 +91,9 @@ def draw(found: Mapping[float, Gaps]) -> Figure:
   colors = itertools.cycle((plots.TRAIN, plots.EVAL, plots.CHOSEN, plots.REJECTED))
   for color, (beta, gaps) in zip(colors, found.items(), strict=False):
     sizes = np.array(gaps.sizes)
-    each = np.repeat(sizes, gaps.gap_NS.shape[1])
-    ax.plot(each, gaps.gap_NS.reshape(-1), ".", color=color, alpha=0.35, markersize=5)
-    ax.plot(sizes, gaps.gap_NS.mean(axis=1), "o", color=color, label=f"β = {beta:g}, mean")
+    each = np.repeat(sizes, gaps.gap_SzRs.shape[1])
+    ax.plot(each, gaps.gap_SzRs.reshape(-1), ".", color=color, alpha=0.35, markersize=5)
+    ax.plot(sizes, gaps.gap_SzRs.mean(axis=1), "o", color=color, label=f"β = {beta:g}, mean")
     line = gaps.expected / sizes
     ax.plot(sizes, line, color=color, linewidth=1.2, label=f"{gaps.expected:.0f} / n, predicted")
   ax.legend(frameon=False)

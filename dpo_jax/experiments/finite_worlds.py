@@ -4,8 +4,6 @@ Token ids: 0 is the end token, 1, 2, ... are letters, and two more ids occur in 
 completion is any sequence of letters followed by the end token, of at most `longest` tokens. A
 completion of that length must end there, so the probabilities of the listed completions sum to 1
 under every policy.
-
-X lists prompts, Y completions, E examples, C sequences of visible tokens, V ids that are scored.
 """
 
 from __future__ import annotations
@@ -123,7 +121,7 @@ def with_length_limit(model: Model, world: World) -> Model:
 
 
 def unlimited_tabular(world: World) -> Model:
-  """Builds a model with one row of logits per sequence of visible tokens: {"table": [C, V]}.
+  """Builds a model with one row of logits per sequence of visible tokens: {"table": [texts, V]}.
 
   The row is chosen by the tokens that the mask makes visible and by their positions. A layout that
   shows a token too many or too few therefore reads another row, and is noticed.
@@ -226,10 +224,10 @@ def lay_out(examples: list[Example], *, row_length: int = 48, **options) -> Toke
   return collate.collate_many(micro_batches(examples), row_length=row_length, **options)
 
 
-def reweigh(batch: TokenBatch, weight_E: Array) -> TokenBatch:
-  """Returns the batch with new weights per data row; `weight_E` may be traced."""
+def reweigh(batch: TokenBatch, weight_B: Array) -> TokenBatch:
+  """Returns the batch with new weights per data row; `weight_B` may be traced."""
   # An empty slot has data row -1, which would read the last weight.
-  weight_NS = jnp.where(batch.row_NS >= 0, jnp.asarray(weight_E)[batch.row_NS], 0.0)
+  weight_NS = jnp.where(batch.row_NS >= 0, jnp.asarray(weight_B)[batch.row_NS], 0.0)
   return batch._replace(weight_NS=weight_NS)
 
 
@@ -328,14 +326,14 @@ class Gaps(NamedTuple):
 
   Attributes:
     sizes: number of pairs in a data set.
-    gap_NS: KL(π̂ ‖ π*) in nats, a mean over prompts.
+    gap_SzRs: KL(π̂ ‖ π*) in nats, a mean over prompts.
     slope_NS: gradient norm of the loss at the last step; near 0 where the minimum was found.
     expected: the limit of size times gap, in nats, by `expected_gap`.
   """
 
   sizes: tuple[int, ...]
-  gap_NS: np.ndarray
-  slope_NS: np.ndarray
+  gap_SzRs: np.ndarray
+  slope_SzRs: np.ndarray
   expected: float
 
 
@@ -368,7 +366,7 @@ def finite_samples(
     log_optimal_XY -= np.log(np.exp(log_optimal_XY).sum(-1, keepdims=True))
 
     weight_XYY = pair_weights(log_mu_XY, bradley_terry(reward_XY))
-    share_E = weight_XYY.reshape(-1) / weight_XYY.sum()
+    share_B = weight_XYY.reshape(-1) / weight_XYY.sum()
     # One batch lists every possible pair, and a data set is a vector of weights on it: how often
     # each pair was sampled. So one compiled program serves all data sets of all sizes.
     batch = lay_out(tuples(world))
@@ -378,20 +376,20 @@ def finite_samples(
 
     @jax.jit
     @jax.vmap
-    def train_on(weight_E: Array) -> tuple[PyTree, Array]:
+    def train_on(weight_B: Array) -> tuple[PyTree, Array]:
       state = step.init_state(jax.tree.map(jnp.asarray, reference), tx, loss)
-      sampled = reweigh(batch, weight_E)
+      sampled = reweigh(batch, weight_B)
       state, metrics = train(state, reference, sampled, objective=objective, tx=tx, steps=steps)
       return state.params, metrics["grad_norm"][-1]
 
     gaps, slopes = [], []
     for size in sizes:
-      count_SE = rng.multinomial(size, share_E, size=samples)
-      params_S, slope_S = train_on(count_SE.astype(float))
+      count_RsB = rng.multinomial(size, share_B, size=samples)
+      params_Rs, slope_Rs = train_on(count_RsB.astype(float))
       # `s=s` binds the number of this turn; the closure would see the last one.
-      policies = [jax.tree.map(lambda x, s=s: x[s], params_S) for s in range(samples)]
+      policies = [jax.tree.map(lambda x, s=s: x[s], params_Rs) for s in range(samples)]
       logs = [log_policy(model, params, world) for params in policies]
       gaps.append([kl_divergence(log_XY, log_optimal_XY).mean() for log_XY in logs])
-      slopes.append(np.asarray(slope_S))
+      slopes.append(np.asarray(slope_Rs))
     expected = expected_gap(log_mu_XY, log_reference_XY, reward_XY, beta)
     return Gaps(tuple(sizes), np.array(gaps), np.array(slopes), expected)

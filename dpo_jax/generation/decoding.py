@@ -65,19 +65,19 @@ class Plan(NamedTuple):
 
 
 class Batch(NamedTuple):
-  """N prompts with S samples each.
+  """N prompts with K samples each.
 
   Attributes:
     ids_NL: token ids, each prompt at the right end of its row.
     lengths_N: tokens of each prompt.
     prompt_N: index of each prompt; -1 for a row that only fills the batch.
-    sample_S: indices of the samples.
+    sample_K: indices of the samples.
   """
 
   ids_NL: Array
   lengths_N: Array
   prompt_N: Array
-  sample_S: Array
+  sample_K: Array
 
 
 class State(NamedTuple):
@@ -85,18 +85,18 @@ class State(NamedTuple):
 
   Attributes:
     cache: keys and values of all tokens but the last.
-    token_R: the last token of each completion.
-    position_R: the position of that token.
-    keys_R: one random key per completion.
-    done_R: True for a completion that has ended.
+    token_Sa: the last token of each completion.
+    position_Sa: the position of that token.
+    keys_Sa: one random key per completion.
+    done_Sa: True for a completion that has ended.
     step: the number of tokens so far of each completion that has not ended.
   """
 
   cache: kv_cache.Cache
-  token_R: Array
-  position_R: Array
-  keys_R: Array
-  done_R: Array
+  token_Sa: Array
+  position_Sa: Array
+  keys_Sa: Array
+  done_Sa: Array
   step: Array
 
 
@@ -152,7 +152,7 @@ def decode(
     tokens: how many tokens to generate at most.
 
   Returns:
-    The new state, and the tokens [R, tokens], -1 after the end of a completion.
+    The new state, and the tokens [Sa, tokens], -1 after the end of a completion.
   """
   rows = functools.partial(_decode_rows, plan, columns, tokens)
   return _on_each_device(mesh, rows, specs(mesh)[1] if mesh else None)(params, sampling, state)
@@ -195,17 +195,17 @@ def _prefill_rows(
 
   # The prompt goes through the model once; only then are its keys and values repeated per sample.
   def each(x: Array, axis: int = 0) -> Array:
-    return jnp.repeat(x, len(batch.sample_S), axis=axis)
+    return jnp.repeat(x, len(batch.sample_K), axis=axis)
 
   cache = kv_cache.Cache(
     jax.tree.map(lambda x: each(x, 1), cache.keys), jax.tree.map(each, cache.tokens), cache.filled
   )
   # Rows that only fill the batch start as ended, so that no loop waits for them.
-  keys_R, none_R = _keys(sampling.seed, batch), each(batch.prompt_N < 0)
+  keys_Sa, none_Sa = _keys(sampling.seed, batch), each(batch.prompt_N < 0)
   step = jnp.asarray(1)
-  token_R = _next_token(plan, params, sampling, each(hidden_ND), keys_R, step - 1)
-  out_R, done_R = _record(plan, token_R, none_R)
-  return State(cache, token_R, each(batch.lengths_N), keys_R, done_R, step), out_R[:, None]
+  token_Sa = _next_token(plan, params, sampling, each(hidden_ND), keys_Sa, step - 1)
+  out_Sa, done_Sa = _record(plan, token_Sa, none_Sa)
+  return State(cache, token_Sa, each(batch.lengths_N), keys_Sa, done_Sa, step), out_Sa[:, None]
 
 
 def _decode_rows(
@@ -214,96 +214,101 @@ def _decode_rows(
   first, filled = state.step, state.cache.filled
   state = state._replace(cache=kv_cache.widen(state.cache, columns))
   # Filled with -1 from the start: the loop may end before it has written every column.
-  out_RT = jnp.full((len(state.token_R), tokens), -1, jnp.int32)
+  out_SaLc = jnp.full((len(state.token_Sa), tokens), -1, jnp.int32)
 
   def continues(carry: tuple[State, Array]) -> Array:
     state, _ = carry
     # Under shard_map these are the rows of this device alone.
-    return (state.step < first + tokens) & ~state.done_R.all()
+    return (state.step < first + tokens) & ~state.done_Sa.all()
 
   def advance(carry: tuple[State, Array]) -> tuple[State, Array]:
-    state, out_RT = carry
-    hidden_RD, cache = kv_cache.decode(
-      plan.config, params, state.cache, state.token_R, state.position_R, dtype=plan.dtype
+    state, out_SaLc = carry
+    hidden_SaD, cache = kv_cache.decode(
+      plan.config, params, state.cache, state.token_Sa, state.position_Sa, dtype=plan.dtype
     )
-    token_R = _next_token(plan, params, sampling, hidden_RD, state.keys_R, state.step)
-    out_R, done_R = _record(plan, token_R, state.done_R)
+    token_Sa = _next_token(plan, params, sampling, hidden_SaD, state.keys_Sa, state.step)
+    out_Sa, done_Sa = _record(plan, token_Sa, state.done_Sa)
     at = state.step - first
-    out_RT = jax.lax.dynamic_update_slice_in_dim(out_RT, out_R[:, None], at, axis=1)
-    rest = (state.position_R + 1, state.keys_R, done_R, state.step + 1)
-    return State(cache, token_R, *rest), out_RT
+    out_SaLc = jax.lax.dynamic_update_slice_in_dim(out_SaLc, out_Sa[:, None], at, axis=1)
+    rest = (state.position_Sa + 1, state.keys_Sa, done_Sa, state.step + 1)
+    return State(cache, token_Sa, *rest), out_SaLc
 
-  state, out_RT = jax.lax.while_loop(continues, advance, (state, out_RT))
+  state, out_SaLc = jax.lax.while_loop(continues, advance, (state, out_SaLc))
   # Devices leave the loop after different numbers of tokens, but these two are replicated and must
   # be equal. On a device that left early all completions have ended, so nothing reads the columns
   # that it skipped.
   cache = state.cache._replace(filled=filled + tokens)
-  return state._replace(cache=cache, step=first + tokens), out_RT
+  return state._replace(cache=cache, step=first + tokens), out_SaLc
 
 
 # --- one token ------------------------------------------------------------------------------------
 
 
 def _next_token(
-  plan: Plan, params: PyTree, sampling: SamplingParams, hidden_RD: Array, keys_R: Array, step: Array
+  plan: Plan,
+  params: PyTree,
+  sampling: SamplingParams,
+  hidden_SaD: Array,
+  keys_Sa: Array,
+  step: Array,
 ) -> Array:
-  """Returns the next token of every row, the most likely one or a random one: [R]."""
-  logits_RV = logits(hidden_RD, transformer.head(plan.config, params))
+  """Returns the next token of every row, the most likely one or a random one: [Sa]."""
+  logits_SaV = logits(hidden_SaD, transformer.head(plan.config, params))
   if plan.greedy:
-    return logits_RV.argmax(axis=-1).astype(jnp.int32)
+    return logits_SaV.argmax(axis=-1).astype(jnp.int32)
   # The order is important: 1. temperature; 2. top-k, then top-p of what is left; 3. min-p. This is
   # the order of transformers, and top-p depends on the temperature.
-  logits_RV = logits_RV / sampling.temperature
+  logits_SaV = logits_SaV / sampling.temperature
   if plan.by_rank:
-    logits_RV = _apply_top_k_top_p(logits_RV, sampling.top_k, sampling.top_p)
+    logits_SaV = _apply_top_k_top_p(logits_SaV, sampling.top_k, sampling.top_p)
   if plan.by_ratio:
-    logits_RV = _apply_min_p(logits_RV, sampling.min_p)
+    logits_SaV = _apply_min_p(logits_SaV, sampling.min_p)
   # A key per row and step, so that neither other rows nor the batch's shape change a sample.
-  keys = jax.vmap(jax.random.fold_in, (0, None))(keys_R, step)
-  return jax.vmap(jax.random.categorical)(keys, logits_RV).astype(jnp.int32)
+  keys = jax.vmap(jax.random.fold_in, (0, None))(keys_Sa, step)
+  return jax.vmap(jax.random.categorical)(keys, logits_SaV).astype(jnp.int32)
 
 
-def _record(plan: Plan, token_R: Array, done_R: Array) -> tuple[Array, Array]:
-  """Returns the tokens, -1 for completions that had ended before, and the new `done_R`."""
-  ended_R = jnp.isin(token_R, jnp.array(plan.eos_ids, jnp.int32))
-  return jnp.where(done_R, -1, token_R).astype(jnp.int32), done_R | ended_R
+def _record(plan: Plan, token_Sa: Array, done_Sa: Array) -> tuple[Array, Array]:
+  """Returns the tokens, -1 for completions that had ended before, and the new `done_Sa`."""
+  ended_Sa = jnp.isin(token_Sa, jnp.array(plan.eos_ids, jnp.int32))
+  return jnp.where(done_Sa, -1, token_Sa).astype(jnp.int32), done_Sa | ended_Sa
 
 
 def _keys(seed: Array, batch: Batch) -> Array:
-  """Returns one random key per row, from (seed, prompt index, sample index): [R]."""
+  """Returns one random key per row, from (seed, prompt index, sample index): [Sa]."""
   fold = jax.random.fold_in
   # threefry by name: another default generator of JAX must not change the samples of a seed.
   key = jax.random.wrap_key_data(jnp.asarray(seed), impl="threefry2x32")
   of_prompt = jax.vmap(fold, (None, 0))(key, batch.prompt_N)
-  of_sample = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(of_prompt, batch.sample_S)
+  of_sample = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(of_prompt, batch.sample_K)
   return of_sample.reshape(-1)
 
 
-def _apply_top_k_top_p(logits_RV: Array, top_k: Array, top_p: Array) -> Array:
+def _apply_top_k_top_p(logits_SaV: Array, top_k: Array, top_p: Array) -> Array:
   """Sets to -inf all but the k most likely tokens, and of these all beyond a total probability p.
 
   Args:
-    logits_RV: logits after the temperature.
+    logits_SaV: logits after the temperature.
     top_k: k, 0 for all tokens.
     top_p: p, 1 for all tokens; Holtzman et al. 2020.
   """
-  vocab = logits_RV.shape[-1]
-  sorted_RV = -jnp.sort(-logits_RV, axis=-1)
+  vocab = logits_SaV.shape[-1]
+  sorted_SaV = -jnp.sort(-logits_SaV, axis=-1)
   kept_k = jnp.arange(vocab) < jnp.where(top_k > 0, top_k, vocab)
-  sorted_RV = jnp.where(kept_k, sorted_RV, -jnp.inf)
-  probs_RV = jax.nn.softmax(sorted_RV, axis=-1)
+  sorted_SaV = jnp.where(kept_k, sorted_SaV, -jnp.inf)
+  probs_SaV = jax.nn.softmax(sorted_SaV, axis=-1)
   # A token stays if the tokens before it have less than p together: so the first always stays, and
   # the one that reaches p is included.
-  before_RV = jnp.cumsum(probs_RV, axis=-1) - probs_RV
-  kept_RV = kept_k & ((before_RV < top_p) | (top_p >= 1))
+  before_SaV = jnp.cumsum(probs_SaV, axis=-1) - probs_SaV
+  kept_SaV = kept_k & ((before_SaV < top_p) | (top_p >= 1))
   # Back to the original order by value: tokens as likely as the last one kept stay too.
-  floor_R1 = jnp.where(kept_RV, sorted_RV, jnp.inf).min(axis=-1, keepdims=True)
-  return jnp.where(logits_RV >= floor_R1, logits_RV, -jnp.inf)
+  floor_Sa1 = jnp.where(kept_SaV, sorted_SaV, jnp.inf).min(axis=-1, keepdims=True)
+  return jnp.where(logits_SaV >= floor_Sa1, logits_SaV, -jnp.inf)
 
 
-def _apply_min_p(logits_RV: Array, min_p: Array) -> Array:
+def _apply_min_p(logits_SaV: Array, min_p: Array) -> Array:
   """Sets to -inf the tokens less likely than min_p times the most likely; Nguyen et al. 2024."""
   # In logits, where a ratio of probabilities is a difference: no softmax is needed, and tokens that
   # top-k removed do not matter.
-  floor_R1 = logits_RV.max(axis=-1, keepdims=True) + jnp.log(min_p)
-  return jnp.where(logits_RV >= floor_R1, logits_RV, -jnp.inf)
+  floor_Sa1 = logits_SaV.max(axis=-1, keepdims=True) + jnp.log(min_p)
+  return jnp.where(logits_SaV >= floor_Sa1, logits_SaV, -jnp.inf)

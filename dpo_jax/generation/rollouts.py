@@ -1,7 +1,4 @@
-"""Rollouts: completions sampled from a model, their rewards, and preference pairs made of them.
-
-Axes: X prompts, S samples of each prompt.
-"""
+"""Rollouts: completions sampled from a model, their rewards, and preference pairs made of them."""
 
 from __future__ import annotations
 
@@ -66,16 +63,16 @@ class Rollout(NamedTuple):
   Attributes:
     prompts: X texts.
     prompt_ids: X lists of token ids.
-    completions: X lists of S texts.
-    completion_ids: X lists of S lists of token ids, with the end token if the model produced it.
-    reward_XS: the reward of each completion.
+    completions: X lists of K texts.
+    completion_ids: X lists of K lists of token ids, with the end token if the model produced it.
+    reward_XK: the reward of each completion.
   """
 
   prompts: list[str]
   prompt_ids: list[list[int]]
   completions: list[list[str]]
   completion_ids: list[list[list[int]]]
-  reward_XS: np.ndarray
+  reward_XK: np.ndarray
 
   def examples(self) -> list[Example]:
     """Returns one example per prompt, with all its completions."""
@@ -242,7 +239,7 @@ def label(rollout: Rollout, *, seed: int = 0) -> list[dict[str, Any]]:
   for x, prompt in enumerate(rollout.prompts):
     # Each sample in one pair only, so that the pairs of a prompt are independent.
     for a in range(0, len(rollout.completions[x]) - 1, 2):
-      margin = rollout.reward_XS[x, a] - rollout.reward_XS[x, a + 1]
+      margin = rollout.reward_XK[x, a] - rollout.reward_XK[x, a + 1]
       # Logistic noise is below the margin with probability σ(margin), and nothing overflows.
       chosen, rejected = (a, a + 1) if margin > rng.logistic() else (a + 1, a)
       # After the random number, so that equal completions do not change the labels of later pairs.
@@ -254,8 +251,8 @@ def label(rollout: Rollout, *, seed: int = 0) -> list[dict[str, Any]]:
           "prompt": prompt,
           "chosen": rollout.completions[x][chosen],
           "rejected": rollout.completions[x][rejected],
-          "chosen_reward": float(rollout.reward_XS[x, chosen]),
-          "rejected_reward": float(rollout.reward_XS[x, rejected]),
+          "chosen_reward": float(rollout.reward_XK[x, chosen]),
+          "rejected_reward": float(rollout.reward_XK[x, rejected]),
           "prompt_ids": [int(id) for id in rollout.prompt_ids[x]],
           "chosen_ids": [int(id) for id in rollout.completion_ids[x][chosen]],
           "rejected_ids": [int(id) for id in rollout.completion_ids[x][rejected]],

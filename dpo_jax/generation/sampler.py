@@ -112,20 +112,20 @@ def generate(
   # One decoding step is too small to keep several cores busy, so two batches run at a time. Not on
   # several devices: two programs that each wait for all devices could wait for each other.
   with futures.ThreadPoolExecutor(max_workers=2 if mesh is None else 1) as pool:
-    for batch, out_RT in pool.map(generate_batch, batches):
-      _collect(completions, batch, out_RT)
+    for batch, out_SaLc in pool.map(generate_batch, batches):
+      _collect(completions, batch, out_SaLc)
   return completions
 
 
-def _collect(completions: list[list[Ids]], batch: Batch, out_RT: np.ndarray) -> None:
+def _collect(completions: list[list[Ids]], batch: Batch, out_SaLc: np.ndarray) -> None:
   """Stores the rows of a batch under prompt and sample, without rows that only fill the batch."""
-  samples = batch.sample_S.tolist()
+  samples = batch.sample_K.tolist()
   # Rows are ordered by prompt, then sample; the last batch may have samples beyond `num`.
-  out_NST = out_RT.reshape(len(batch.prompt_N), len(samples), -1)
-  for prompt, out_ST in zip(batch.prompt_N.tolist(), out_NST, strict=True):
-    for sample, out_T in zip(samples, out_ST, strict=True):
+  out_NKLc = out_SaLc.reshape(len(batch.prompt_N), len(samples), -1)
+  for prompt, out_KLc in zip(batch.prompt_N.tolist(), out_NKLc, strict=True):
+    for sample, out_Lc in zip(samples, out_KLc, strict=True):
       if prompt >= 0 and sample < len(completions[prompt]):
-        completions[prompt][sample] = out_T[out_T >= 0].tolist()
+        completions[prompt][sample] = out_Lc[out_Lc >= 0].tolist()
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -207,25 +207,25 @@ def _generate_batch(
       return jax.device_put(x, NamedSharding(mesh, spec))
 
     placed = Batch(*map(place, batch, decoding.specs(mesh)[0]))
-  state, out_RT = decoding.prefill(params, sampling, placed, **setting)
-  out_RT = np.asarray(out_RT)
+  state, out_SaLc = decoding.prefill(params, sampling, placed, **setting)
+  out_SaLc = np.asarray(out_SaLc)
   # Decoding runs in pieces, with a larger cache for each. Between two of them the host looks for
   # stop texts, and ends the loop as soon as all completions are finished.
   for tokens in _growth(max_tokens):
-    columns = batch.ids_NL.shape[1] + out_RT.shape[1] + tokens
-    state, more_RT = decoding.decode(
+    columns = batch.ids_NL.shape[1] + out_SaLc.shape[1] + tokens
+    state, more_SaLc = decoding.decode(
       params, sampling, state, columns=columns, tokens=tokens, **setting
     )
-    out_RT = np.concatenate([out_RT, more_RT], axis=1)
+    out_SaLc = np.concatenate([out_SaLc, more_SaLc], axis=1)
     # A copy: `asarray` of an array on device is read-only, and stops are written into it.
-    done_R = np.array(state.done_R)
+    done_Sa = np.array(state.done_Sa)
     if stop_fn is not None:
-      _apply_stops(out_RT, done_R, stop_fn)
+      _apply_stops(out_SaLc, done_Sa, stop_fn)
       # The device must know, or it would go on with what the host has ended.
-      state = state._replace(done_R=jax.device_put(done_R, state.done_R.sharding))
-    if done_R.all():
+      state = state._replace(done_Sa=jax.device_put(done_Sa, state.done_Sa.sharding))
+    if done_Sa.all():
       break
-  return batch, out_RT
+  return batch, out_SaLc
 
 
 def _growth(max_tokens: int) -> Iterator[int]:
@@ -241,15 +241,15 @@ def _growth(max_tokens: int) -> Iterator[int]:
 
 
 def _apply_stops(
-  out_RT: np.ndarray, done_R: np.ndarray, stop_fn: Callable[[Ids], int | None]
+  out_SaLc: np.ndarray, done_Sa: np.ndarray, stop_fn: Callable[[Ids], int | None]
 ) -> None:
   """Ends, in place, the completions that `stop_fn` reports as finished."""
-  for row, out_T in enumerate(out_RT):
-    ids = out_T[out_T >= 0].tolist()
+  for row, out_Lc in enumerate(out_SaLc):
+    ids = out_Lc[out_Lc >= 0].tolist()
     length = stop_fn(ids) if ids else None
     if length is not None:
-      out_T[length:] = -1
-      done_R[row] = True
+      out_Lc[length:] = -1
+      done_Sa[row] = True
 
 
 def _mesh_of(params: PyTree) -> Mesh | None:

@@ -7,8 +7,6 @@ c_attn does query, key and value), their adapters are written as one of k times 
 
 It computes the same, and `alpha_pattern` keeps the scale what it was. The metadata of the weights
 file lists such maps, so they are read back bit for bit.
-
-Axes beyond the key in `structs`: `R` rank, `F` outputs of a map; its inputs are `D` here.
 """
 
 from __future__ import annotations
@@ -145,11 +143,11 @@ def _to_peft(
       split += own
     a_layers = np.concatenate([by_path[path]["lora_a"] for path in own], axis=-1)
     b_layers = _blocks(module, by_path, maps)
-    for layer, (a_DR, b_RF) in enumerate(zip(a_layers, b_layers, strict=True)):
+    for layer, (a_DR, b_RFf) in enumerate(zip(a_layers, b_layers, strict=True)):
       # PEFT stores both parts as [out, in]; safetensors writes contiguous arrays only.
       name = _PREFIX + module.name.format(layer)
       arrays[f"{name}.lora_A.weight"] = np.ascontiguousarray(a_DR.T)
-      arrays[f"{name}.lora_B.weight"] = np.ascontiguousarray(b_RF.T)
+      arrays[f"{name}.lora_B.weight"] = np.ascontiguousarray(b_RFf.T)
   fields = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -317,15 +315,15 @@ def load(path: str | pathlib.Path, config: ModelConfig) -> tuple[LoRA, PyTree]:
     for layer, part in enumerate(parts):
       if part is None:
         continue
-      a_RD, b_FR = part
-      if a_RD.shape[1:] != a.shape[1:2] or b_FR.shape != (width, a_RD.shape[0]):
+      a_RD, b_FfR = part
+      if a_RD.shape[1:] != a.shape[1:2] or b_FfR.shape != (width, a_RD.shape[0]):
         raise UserError(
           f"{path} is an adapter of {base or 'another model'}: {module.name.format(layer)} has A"
-          f" {list(a_RD.shape)} and B {list(b_FR.shape)} there, and maps {a.shape[1]} to {width} in"
-          " this model; name its own base"
+          f" {list(a_RD.shape)} and B {list(b_FfR.shape)} there, and maps {a.shape[1]} to {width}"
+          " in this model; name its own base"
         )
       a[layer, :, : len(a_RD)] = a_RD.T
-      b[layer, : len(a_RD)] = b_FR.T
+      b[layer, : len(a_RD)] = b_FfR.T
       # What was written in blocks has the scale of the folder: see alpha_pattern in `_to_peft`.
       if not split.intersection(module.paths):
         b[layer] *= np.float32(_factor(fields, settings, module.name.format(layer), len(a_RD)))
@@ -397,8 +395,8 @@ def _take_pair(tensors: dict[str, np.ndarray], name: str) -> tuple[np.ndarray, n
   names = [f"{name}.lora_A.weight", f"{name}.lora_B.weight"]
   if not all(one in tensors for one in names):
     return None
-  a_RD, b_FR = (tensors.pop(one).astype(np.float32) for one in names)
-  return a_RD, b_FR
+  a_RD, b_FfR = (tensors.pop(one).astype(np.float32) for one in names)
+  return a_RD, b_FfR
 
 
 def _factor(fields: dict[str, Any], settings: LoRA, name: str, rank: int) -> float:

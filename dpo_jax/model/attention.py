@@ -2,8 +2,6 @@
 
 A key never stands later in its row than the queries that see it. A block of queries therefore needs
 only the keys up to its own end, and no length x length array is kept for the backward pass.
-
-Axes beyond the key in `structs`: `J` key/value heads, `Q` queries and `C` keys of one block.
 """
 
 from __future__ import annotations
@@ -64,38 +62,38 @@ class Keys(NamedTuple):
   Heads come before columns, because products over a cache in this order are four times faster.
   """
 
-  k_NJCK: Array
-  v_NJCK: Array
+  k_NJCHd: Array
+  v_NJCHd: Array
 
 
 def attend(
-  q_NQHK: Array, parts: list[tuple[Keys, Array]], *, scale: float = 0.0, cap: float = 0.0
+  q_NQHHd: Array, parts: list[tuple[Keys, Array]], *, scale: float = 0.0, cap: float = 0.0
 ) -> Array:
-  """Computes softmax attention of grouped queries, scores and sums in float32: [N, Q, H, K].
+  """Computes softmax attention of grouped queries, scores and sums in float32: [N, Q, H, Hd].
 
   Args:
-    q_NQHK: queries.
+    q_NQHHd: queries.
     parts: keys, each with its visible_NQC; one softmax runs over all parts together.
-    scale: factor of query times key; 0 means 1 / sqrt(K).
+    scale: factor of query times key; 0 means 1 / sqrt(Hd).
     cap: c of c tanh(score / c); 0 for no cap.
   """
-  N, Q, H, K = q_NQHK.shape
-  J = parts[0][0].k_NJCK.shape[1]
+  N, Q, H, Hd = q_NQHHd.shape
+  J = parts[0][0].k_NJCHd.shape[1]
   # The H / J query heads that share a key/value head are joined with the queries (x = H/J * Q): so
   # the products are plain batched ones, the fastest form on a CPU, and no key is repeated.
-  q_NJxK = q_NQHK.reshape(N, Q, J, H // J, K).transpose(0, 2, 3, 1, 4).reshape(N, J, -1, K)
+  q_NJxHd = q_NQHHd.reshape(N, Q, J, H // J, Hd).transpose(0, 2, 3, 1, 4).reshape(N, J, -1, Hd)
 
   def scores(keys: Keys, visible_NQC: Array) -> Array:
-    s = jnp.einsum("njxk,njck->njxc", q_NJxK, keys.k_NJCK, preferred_element_type=jnp.float32)
-    s = s.reshape(N, J, H // J, Q, -1) * (scale or 1.0 / math.sqrt(K))
+    s = jnp.einsum("njxk,njck->njxc", q_NJxHd, keys.k_NJCHd, preferred_element_type=jnp.float32)
+    s = s.reshape(N, J, H // J, Q, -1) * (scale or 1.0 / math.sqrt(Hd))
     # The cap comes before the mask, or hidden scores would be capped to values that count.
     s = cap * jnp.tanh(s / cap) if cap else s
     return jnp.where(visible_NQC[:, None, None], s, UNSEEN)
 
-  def mix(weights_NJGQC: Array, keys: Keys) -> Array:
+  def mix(weights_NJHjQC: Array, keys: Keys) -> Array:
     # Weights take the type of the values for the product; its sums stay float32.
-    weights = weights_NJGQC.astype(keys.v_NJCK.dtype).reshape(N, J, H // J * Q, -1)
-    return jnp.einsum("njxc,njck->njxk", weights, keys.v_NJCK, preferred_element_type=jnp.float32)
+    weights = weights_NJHjQC.astype(keys.v_NJCHd.dtype).reshape(N, J, H // J * Q, -1)
+    return jnp.einsum("njxc,njck->njxk", weights, keys.v_NJCHd, preferred_element_type=jnp.float32)
 
   scored = [scores(*part) for part in parts]
   # Subtracting the maximum keeps exp in range. The result does not depend on it, so neither does
@@ -105,20 +103,20 @@ def attend(
   total = sum(w.sum(axis=-1, keepdims=True) for w in weights)
   mixed = [mix(w, keys) for w, (keys, _) in zip(weights, parts, strict=True)]
   out = cast(Array, sum(mixed))  # of one part at least, so not the 0 that a sum starts from
-  # The division comes last: over K numbers per query instead of over all its keys.
-  out = (out.reshape(N, J, H // J, Q, K) / total).astype(q_NQHK.dtype)
-  return out.transpose(0, 3, 1, 2, 4).reshape(N, Q, H, K)
+  # The division comes last: over Hd numbers per query instead of over all its keys.
+  out = (out.reshape(N, J, H // J, Q, Hd) / total).astype(q_NQHHd.dtype)
+  return out.transpose(0, 3, 1, 2, 4).reshape(N, Q, H, Hd)
 
 
 def attend_blocks(
-  q_NLHK: Array, keys: Keys, tokens: Tokens, window: Array | None = None, **options: float
+  q_NLHHd: Array, keys: Keys, tokens: Tokens, window: Array | None = None, **options: float
 ) -> Array:
-  """Computes `attend` over whole rows, a block of queries at a time: [N, L, H, K].
+  """Computes `attend` over whole rows, a block of queries at a time: [N, L, H, Hd].
 
   The backward pass computes the scores of a block again instead of keeping them.
 
   Args:
-    q_NLHK: queries.
+    q_NLHHd: queries.
     keys: keys and values of the same columns.
     tokens: of these columns.
     window: as in `visible`.
@@ -129,26 +127,26 @@ def attend_blocks(
   # the second computation of the scores with the first there, so barriers against it
   # (prevent_cse) would only cost time.
   @functools.partial(jax.checkpoint, prevent_cse=False)
-  def attend_block(q_NQHK: Array, keys: Keys, query: Tokens, key: Tokens) -> Array:
-    return attend(q_NQHK, [(keys, visible(query, key, window))], **options)
+  def attend_block(q_NQHHd: Array, keys: Keys, query: Tokens, key: Tokens) -> Array:
+    return attend(q_NQHHd, [(keys, visible(query, key, window))], **options)
 
-  def attend_part(q_NLHK: Array, queries: Tokens, offset: int) -> Array:
+  def attend_part(q_NLHHd: Array, queries: Tokens, offset: int) -> Array:
     """Computes the attention of queries whose column i sees no key after column offset + i."""
-    length, out = q_NLHK.shape[1], []
+    length, out = q_NLHHd.shape[1], []
     for start in range(0, length, QUERY_BLOCK):
       stop = min(start + QUERY_BLOCK, length)
-      earlier = Keys(*(x_NJLK[:, :, : offset + stop] for x_NJLK in keys))
+      earlier = Keys(*(x_NJLHd[:, :, : offset + stop] for x_NJLHd in keys))
       query, key = queries.columns(start, stop), tokens.columns(0, offset + stop)
-      out.append(attend_block(q_NLHK[:, start:stop], earlier, query, key))
+      out.append(attend_block(q_NLHHd[:, start:stop], earlier, query, key))
     return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
 
-  length = q_NLHK.shape[1]
+  length = q_NLHHd.shape[1]
   parts = sharding.sequence_parts(length)
   if parts == 1:
-    return attend_part(q_NLHK, tokens, 0)
+    return attend_part(q_NLHHd, tokens, 0)
   # Every device has one part of the queries and all keys. All parts run the same program, so each
   # takes as many keys as the last part needs; the mask hides those that come too late.
   keys = Keys(*map(sharding.gather_sequence, keys))
-  own = jax.tree.map(lambda x: sharding.split_sequence(x, parts), (q_NLHK, tokens))
+  own = jax.tree.map(lambda x: sharding.split_sequence(x, parts), (q_NLHHd, tokens))
   each_part = functools.partial(attend_part, offset=length - length // parts)
-  return jax.vmap(each_part, in_axes=1, out_axes=1)(*own).reshape(q_NLHK.shape)
+  return jax.vmap(each_part, in_axes=1, out_axes=1)(*own).reshape(q_NLHHd.shape)

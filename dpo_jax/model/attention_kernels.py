@@ -8,13 +8,10 @@ several sequences; its result comes from the first of them. Everything else runs
 Both ways, forward and backward, are gathers and never scatters: no two sequences write to one
 place, so no addition depends on the order in which a device runs it.
 
-Memory: a device stores T W (2 H + 2 J) K elements for each of its groups, one layer at a time, and
+Memory: a device stores T W (2 H + 2 J) Hd elements for each of its groups, one layer at a time, and
 as many again in the backward pass. T W is at least the number of tokens with every prompt once per
 completion, and more where sequences differ in length. For comparison, the float32 scores of one
 block of the blocked attention are N L 128 H elements.
-
-Axes beyond the key in `structs`: `J` key/value heads, `X` places of a group's sequences, `Y` tokens
-of a group's rows.
 """
 
 from __future__ import annotations
@@ -129,16 +126,16 @@ class SequenceIndex(NamedTuple):
   """The correspondence of tokens of rows and places of sequences, group by group.
 
   Attributes:
-    token_GX: for every place of the sequences, its token in the rows; Y, one past the last, for
+    token_GTw: for every place of the sequences, its token in the rows; Y, one past the last, for
       padding.
-    place_GYK: for every token of the rows, its places in the sequences; X = T * W for none.
-    origin_GX: like token_GX, but Y where the result of the token is read from another sequence.
+    place_GNlK: for every token of the rows, its places in the sequences; X = T * W for none.
+    origin_GTw: like token_GTw, but Y where the result of the token is read from another sequence.
     length_GT: number of tokens of every sequence.
   """
 
-  token_GX: Array
-  place_GYK: Array
-  origin_GX: Array
+  token_GTw: Array
+  place_GNlK: Array
+  origin_GTw: Array
   length_GT: Array
 
 
@@ -147,54 +144,54 @@ def index_sequences(batch: TokenBatch) -> SequenceIndex | None:
   if batch.sequence_GTW is None or batch.place_NLK is None:
     return None
   groups, sequences, width = batch.sequence_GTW.shape
-  place_GYK = jnp.asarray(batch.place_NLK).reshape(groups, -1, batch.place_NLK.shape[-1])
-  token_GX = jnp.asarray(batch.sequence_GTW).reshape(groups, sequences * width)
-  size = place_GYK.shape[1]
+  place_GNlK = jnp.asarray(batch.place_NLK).reshape(groups, -1, batch.place_NLK.shape[-1])
+  token_GTw = jnp.asarray(batch.sequence_GTW).reshape(groups, sequences * width)
+  size = place_GNlK.shape[1]
   # A place is the origin of its token's result if it is the token's first place.
-  first_GX = _gather(place_GYK[..., 0], token_GX, fill=-1)
-  origin_GX = jnp.where(first_GX == jnp.arange(sequences * width), token_GX, size)
+  first_GTw = _gather(place_GNlK[..., 0], token_GTw, fill=-1)
+  origin_GTw = jnp.where(first_GTw == jnp.arange(sequences * width), token_GTw, size)
   length_GT = (batch.sequence_GTW < size).sum(axis=-1, dtype=jnp.int32)
-  return SequenceIndex(token_GX, place_GYK, origin_GX, length_GT)
+  return SequenceIndex(token_GTw, place_GNlK, origin_GTw, length_GT)
 
 
-def _gather(x_GY: Array, at_GX: Array, fill: float = 0) -> Array:
-  """Returns x at some indices of every group, `fill` for indices past the end: [G, X, …]."""
-  return jax.vmap(lambda x_Y, at_X: x_Y.at[at_X].get(mode="fill", fill_value=fill))(x_GY, at_GX)
+def _gather(x_GNl: Array, at_GTw: Array, fill: float = 0) -> Array:
+  """Returns x at some indices of every group, `fill` for indices past the end: [G, Tw, …]."""
+  return jax.vmap(lambda x_Nl, at_X: x_Nl.at[at_X].get(mode="fill", fill_value=fill))(x_GNl, at_GTw)
 
 
 # The gradient of a gather is a scatter, which adds in an order that a GPU does not fix. Here the
 # way back is known, so the gradient is a gather, too.
 @jax.custom_vjp
-def gather_both_ways(x_GYHK: Array, source_GX: Array, target_GYK: Array) -> Array:
-  """Gathers x at `source`, 0 for indices past its end: [G, X, H, K].
+def gather_both_ways(x_GNlHHd: Array, source_GTw: Array, target_GNlK: Array) -> Array:
+  """Gathers x at `source`, 0 for indices past its end: [G, Tw, H, Hd].
 
   Args:
-    x_GYHK: the array to read.
-    source_GX: index in x of each result.
-    target_GYK: indices in the result of each element of x, past the end for none. The gradient of x
-      is the sum of the result's gradients there.
+    x_GNlHHd: the array to read.
+    source_GTw: index in x of each result.
+    target_GNlK: indices in the result of each element of x, past the end for none. The gradient of
+      x is the sum of the result's gradients there.
   """
-  del target_GYK  # read in the backward pass only
-  return _gather(x_GYHK, source_GX)
+  del target_GNlK  # read in the backward pass only
+  return _gather(x_GNlHHd, source_GTw)
 
 
-def _gather_forward(x_GYHK: Array, source_GX: Array, target_GYK: Array) -> tuple[Array, Array]:
-  return gather_both_ways(x_GYHK, source_GX, target_GYK), target_GYK
+def _gather_forward(x_GNlHHd: Array, source_GTw: Array, target_GNlK: Array) -> tuple[Array, Array]:
+  return gather_both_ways(x_GNlHHd, source_GTw, target_GNlK), target_GNlK
 
 
-def _gather_backward(target_GYK: Array, slope_GXHK: Array) -> tuple[Array, None, None]:
-  if target_GYK.shape[-1] == 1:
-    return _gather(slope_GXHK, target_GYK[..., 0]), None, None
+def _gather_backward(target_GNlK: Array, slope_GTwHHd: Array) -> tuple[Array, None, None]:
+  if target_GNlK.shape[-1] == 1:
+    return _gather(slope_GTwHHd, target_GNlK[..., 0]), None, None
 
   def from_sequence(k: int) -> Array:
-    return _gather(slope_GXHK, target_GYK[..., k]).astype(jnp.float32)
+    return _gather(slope_GTwHHd, target_GNlK[..., k]).astype(jnp.float32)
 
   # One sequence after another: one gather of all would be K times as large. Sums are float32, since
   # a shared prompt adds up the gradients of all its completions.
   total = from_sequence(0)
-  for k in range(1, target_GYK.shape[-1]):
+  for k in range(1, target_GNlK.shape[-1]):
     total = total + from_sequence(k)
-  return total.astype(slope_GXHK.dtype), None, None
+  return total.astype(slope_GTwHHd.dtype), None, None
 
 
 gather_both_ways.defvjp(_gather_forward, _gather_backward)
@@ -209,7 +206,7 @@ class KernelOptions(NamedTuple):
   Attributes:
     kernel: a name in `SEQUENCE_KERNELS`.
     window: number of positions that a token sees back, its own included; 0 for all.
-    scale: factor of query times key; 0 means 1 / sqrt(K).
+    scale: factor of query times key; 0 means 1 / sqrt(Hd).
     interpret: whether splash runs in Pallas's interpreter, on a CPU.
   """
 
@@ -220,18 +217,18 @@ class KernelOptions(NamedTuple):
 
 
 def attend_sequences(
-  q_NLHK: Array, k_NLJK: Array, v_NLJK: Array, index: SequenceIndex, options: KernelOptions
+  q_NLHHd: Array, k_NLJHd: Array, v_NLJHd: Array, index: SequenceIndex, options: KernelOptions
 ) -> Array:
-  """Computes `attention.attend_blocks` with a kernel, up to rounding: [N, L, H, K], 0 in padding.
+  """Computes `attention.attend_blocks` with a kernel, up to rounding: [N, L, H, Hd], 0 in padding.
 
   Every device computes its own groups of rows, and its own heads where heads are divided.
   """
   # Query heads that share a key/value head must stay together, so heads are divided only if both
   # numbers are divisible.
   attend = sharding.map_over_shards(
-    functools.partial(_attend, options=options), heads=math.gcd(q_NLHK.shape[2], k_NLJK.shape[2])
+    functools.partial(_attend, options=options), heads=math.gcd(q_NLHHd.shape[2], k_NLJHd.shape[2])
   )
-  return attend((q_NLHK, k_NLJK, v_NLJK), index)
+  return attend((q_NLHHd, k_NLJHd, v_NLJHd), index)
 
 
 def _attend(
@@ -239,33 +236,33 @@ def _attend(
 ) -> Array:
   """Computes the attention of the rows of one device."""
   groups, count = index.length_GT.shape
-  first_GYK = index.place_GYK[..., :1]
+  first_GNlK = index.place_GNlK[..., :1]
 
-  def to_sequences(x_NLHK: Array, target_GYK: Array) -> Array:
-    x_GYHK = x_NLHK.reshape(groups, -1, *x_NLHK.shape[2:])
-    x_GXHK = gather_both_ways(x_GYHK, index.token_GX, target_GYK)
-    return x_GXHK.reshape(groups * count, -1, *x_NLHK.shape[2:])
+  def to_sequences(x_NLHHd: Array, target_GNlK: Array) -> Array:
+    x_GNlHHd = x_NLHHd.reshape(groups, -1, *x_NLHHd.shape[2:])
+    x_GTwHHd = gather_both_ways(x_GNlHHd, index.token_GTw, target_GNlK)
+    return x_GTwHHd.reshape(groups * count, -1, *x_NLHHd.shape[2:])
 
-  q_NLHK, k_NLJK, v_NLJK = qkv
+  q_NLHHd, k_NLJHd, v_NLJHd = qkv
   # The result of a prompt's token is read from its first sequence, so its queries in the others
   # have no gradient. Its keys and values have one in every sequence.
-  q = to_sequences(q_NLHK, first_GYK)
-  k, v = to_sequences(k_NLJK, index.place_GYK), to_sequences(v_NLJK, index.place_GYK)
+  q = to_sequences(q_NLHHd, first_GNlK)
+  k, v = to_sequences(k_NLJHd, index.place_GNlK), to_sequences(v_NLJHd, index.place_GNlK)
   # An empty sequence gets one token, of zeros: kernels disagree about sequences without any.
-  length_X = jnp.maximum(index.length_GT.reshape(-1), 1)
-  out = _KERNELS[options.kernel](q, k, v, length_X, options)
-  out_GXHK = out.reshape(groups, -1, *q_NLHK.shape[2:]).astype(q_NLHK.dtype)
-  out_GYHK = gather_both_ways(out_GXHK, first_GYK[..., 0], index.origin_GX[..., None])
-  return out_GYHK.reshape(q_NLHK.shape)
+  length_x = jnp.maximum(index.length_GT.reshape(-1), 1)
+  out = _KERNELS[options.kernel](q, k, v, length_x, options)
+  out_GTwHHd = out.reshape(groups, -1, *q_NLHHd.shape[2:]).astype(q_NLHHd.dtype)
+  out_GNlHHd = gather_both_ways(out_GTwHHd, first_GNlK[..., 0], index.origin_GTw[..., None])
+  return out_GNlHHd.reshape(q_NLHHd.shape)
 
 
-# Each kernel: causal attention over sequences, (q_XWHK, k_XWJK, v_XWJK, length_X, options) ->
-# [X, W, H, K].
+# Each kernel: causal attention over sequences, (q_TWHHd, k_TWJHd, v_TWJHd, length_x, options) ->
+# [T, W, H, Hd].
 
 
-def _dot_product_attention(q, k, v, length_X, options: KernelOptions) -> Array:
+def _dot_product_attention(q, k, v, length_x, options: KernelOptions) -> Array:
   """Calls `jax.nn.dot_product_attention`, by cuDNN or by XLA (which forms W x W scores)."""
-  mask: dict[str, Any] = {"query_seq_lengths": length_X, "key_value_seq_lengths": length_X}
+  mask: dict[str, Any] = {"query_seq_lengths": length_x, "key_value_seq_lengths": length_x}
   if 0 < options.window < q.shape[1]:
     # Padding stands at the end, where causal attention of real tokens does not look, so lengths
     # only save work. They are left out with a window, since cuDNN is not known to support both.
@@ -276,7 +273,7 @@ def _dot_product_attention(q, k, v, length_X, options: KernelOptions) -> Array:
   )
 
 
-def _splash(q, k, v, length_X, options: KernelOptions) -> Array:
+def _splash(q, k, v, length_x, options: KernelOptions) -> Array:
   """Calls JAX's kernel for TPUs, one sequence at a time; padding only sees padding."""
   # Imported here, because Pallas for TPUs takes time to load and few runs need it.
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -298,7 +295,7 @@ def _splash(q, k, v, length_X, options: KernelOptions) -> Array:
   # Splash takes no scale; queries are scaled in float32, so that they are rounded only once.
   scale = options.scale or 1 / np.sqrt(head_width)
   q = (q.astype(jnp.float32) * scale).astype(q.dtype)
-  segment_XW = (jnp.arange(width) >= length_X[:, None]).astype(jnp.int32)
+  segment_XW = (jnp.arange(width) >= length_x[:, None]).astype(jnp.int32)
   # Splash wants heads before positions.
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
   out = jax.vmap(attend)(q, k, v, splash.SegmentIds(segment_XW, segment_XW))

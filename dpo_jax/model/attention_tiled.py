@@ -6,9 +6,6 @@ many keys they must read, rounded up to one of a few widths, and each width has 
 turns as it has tiles. The backward pass keeps one log-sum-exp per query and computes the weights
 again from it: five products per tile, and no length x length array (Dao et al. 2022,
 "FlashAttention", alg. 4).
-
-Axes beyond the key in `structs`: `T` tiles, `J` key/value heads, `Q` queries of a tile times the
-query heads that share a key/value head, `C` keys of a tile.
 """
 
 from __future__ import annotations
@@ -35,7 +32,7 @@ class ScoreOptions(NamedTuple):
   """Options of the scores, the same for all layers.
 
   Attributes:
-    scale: factor of query times key; 0 means 1 / sqrt(K).
+    scale: factor of query times key; 0 means 1 / sqrt(Hd).
     cap: c of c tanh(score / c); 0 for no cap.
   """
 
@@ -47,13 +44,13 @@ class TilePlan(NamedTuple):
   """The order of a batch's tiles, so that tiles of one width share a loop.
 
   Attributes:
-    order_T: numbers of the tiles, those that read the fewest keys first. Tiles of padding alone
+    order_Ti: numbers of the tiles, those that read the fewest keys first. Tiles of padding alone
       come first of all.
-    bounds_X: for every width, the index in `order_T` of its first tile; then the end.
+    bounds_x: for every width, the index in `order_Ti` of its first tile; then the end.
   """
 
-  order_T: Array
-  bounds_X: Array
+  order_Ti: Array
+  bounds_x: Array
 
 
 def key_widths(tiles: int) -> tuple[int, ...]:
@@ -77,39 +74,39 @@ def plan_tiles(tokens: Tokens) -> TilePlan:
   begins_NL = jnp.diff(tokens.pair_NL, axis=1, prepend=-2) != 0
   start_NL = jax.lax.cummax(jnp.where(begins_NL, at_L, 0), axis=1)
   start_NL = jnp.where(tokens.pair_NL < 0, length, start_NL)  # padding needs no keys
-  first_NT = start_NL.reshape(rows, count, TILE).min(axis=2) // TILE
-  need_NT = jnp.maximum(jnp.arange(1, count + 1) - first_NT, 0)  # 0 where all is padding
-  need_T = need_NT.reshape(-1)
-  kind_T = jnp.searchsorted(jnp.array((0, *key_widths(count))), need_T)
-  order_T = jnp.argsort(kind_T)
+  first_NTi = start_NL.reshape(rows, count, TILE).min(axis=2) // TILE
+  need_NTi = jnp.maximum(jnp.arange(1, count + 1) - first_NTi, 0)  # 0 where all is padding
+  need_Ti = need_NTi.reshape(-1)
+  kind_Ti = jnp.searchsorted(jnp.array((0, *key_widths(count))), need_Ti)
+  order_Ti = jnp.argsort(kind_Ti)
   # Kind 0 needs no keys; counting from 1 leaves its tiles out of every loop.
-  bounds_X = jnp.searchsorted(kind_T[order_T], jnp.arange(1, len(key_widths(count)) + 2))
-  return TilePlan(order_T, bounds_X)
+  bounds_x = jnp.searchsorted(kind_Ti[order_Ti], jnp.arange(1, len(key_widths(count)) + 2))
+  return TilePlan(order_Ti, bounds_x)
 
 
 def attend_tiles(
-  q_NLHK: Array,
+  q_NLHHd: Array,
   keys: Keys,
   tokens: Tokens,
   plan: TilePlan,
   window: Array | None,
   options: ScoreOptions,
 ) -> Array:
-  """Computes `attention.attend_blocks` by tiles, up to rounding: [N, L, H, K].
+  """Computes `attention.attend_blocks` by tiles, up to rounding: [N, L, H, Hd].
 
   The result is 0 in tiles of padding alone.
   """
-  rows, length, heads, size = q_NLHK.shape
-  q_NLHK, tokens = _pad(q_NLHK, 1), _pad_tokens(tokens)
-  keys = Keys(*(_pad(x_NJLK, 2) for x_NJLK in keys))
-  groups = heads // keys.k_NJCK.shape[1]
-  count = q_NLHK.shape[1] // TILE
+  rows, length, heads, size = q_NLHHd.shape
+  q_NLHHd, tokens = _pad(q_NLHHd, 1), _pad_tokens(tokens)
+  keys = Keys(*(_pad(x_NJLHd, 2) for x_NJLHd in keys))
+  groups = heads // keys.k_NJCHd.shape[1]
+  count = q_NLHHd.shape[1] // TILE
   # The query heads of one key/value head are joined with the queries of a tile: one product.
-  q = q_NLHK.reshape(rows, count, TILE, heads // groups, groups, size)
-  q_TJQK = q.transpose(0, 1, 3, 4, 2, 5).reshape(rows * count, heads // groups, -1, size)
+  q = q_NLHHd.reshape(rows, count, TILE, heads // groups, groups, size)
+  q_TiJQhHd = q.transpose(0, 1, 3, 4, 2, 5).reshape(rows * count, heads // groups, -1, size)
   # JAX types the result of a custom_vjp with nondiff_argnums as an unknown object.
-  out_TJQK = cast(Array, _attend(q_TJQK, keys, tokens, window, plan, options))
-  out = out_TJQK.reshape(rows, count, heads // groups, groups, TILE, size)
+  out_TiJQhHd = cast(Array, _attend(q_TiJQhHd, keys, tokens, window, plan, options))
+  out = out_TiJQhHd.reshape(rows, count, heads // groups, groups, TILE, size)
   return out.transpose(0, 1, 4, 2, 3, 5).reshape(rows, -1, heads, size)[:, :length]
 
 
@@ -130,85 +127,85 @@ def _pad_tokens(tokens: Tokens) -> Tokens:
 # The gradient is written by hand: JAX cannot differentiate a loop whose number of turns is not
 # known when it is compiled, and would keep the weights of every tile.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q_TJQK, keys, tokens, window, plan, options):
-  return _forward(q_TJQK, keys, tokens, window, plan, options)[0]
+def _attend(q_TiJQhHd, keys, tokens, window, plan, options):
+  return _forward(q_TiJQhHd, keys, tokens, window, plan, options)[0]
 
 
-def _forward(q_TJQK, keys, tokens, window, plan, options):
+def _forward(q_TiJQhHd, keys, tokens, window, plan, options):
   """Computes the attention of every tile, and what the backward pass needs."""
 
   def attend_tile(tile, carry):
-    out_TJQK, norm_TJQ = carry
-    k_JCK, v_JCK = tile.read(keys.k_NJCK), tile.read(keys.v_NJCK)
-    s_JQC = _scores(q_TJQK[tile.index], k_JCK, tile.visible(tokens, window), options)
-    top_JQ1 = s_JQC.max(axis=-1, keepdims=True)
-    w_JQC = jnp.exp(s_JQC - top_JQ1)
-    total_JQ1 = w_JQC.sum(axis=-1, keepdims=True)
-    out_JQK = _product("jqc,jck->jqk", w_JQC, v_JCK) / total_JQ1
-    norm_JQ = (top_JQ1 + jnp.log(total_JQ1))[..., 0]
+    out_TiJQhHd, norm_TiJQh = carry
+    k_JCHd, v_JCHd = tile.read(keys.k_NJCHd), tile.read(keys.v_NJCHd)
+    s_JQhC = _scores(q_TiJQhHd[tile.index], k_JCHd, tile.visible(tokens, window), options)
+    top_JQh1 = s_JQhC.max(axis=-1, keepdims=True)
+    w_JQhC = jnp.exp(s_JQhC - top_JQh1)
+    total_JQh1 = w_JQhC.sum(axis=-1, keepdims=True)
+    out_JQhHd = _product("jqc,jck->jqk", w_JQhC, v_JCHd) / total_JQh1
+    norm_JQh = (top_JQh1 + jnp.log(total_JQh1))[..., 0]
     put = jax.lax.dynamic_update_index_in_dim
-    out_TJQK = put(out_TJQK, out_JQK.astype(out_TJQK.dtype), tile.index, 0)
-    return out_TJQK, put(norm_TJQ, norm_JQ, tile.index, 0)
+    out_TiJQhHd = put(out_TiJQhHd, out_JQhHd.astype(out_TiJQhHd.dtype), tile.index, 0)
+    return out_TiJQhHd, put(norm_TiJQh, norm_JQh, tile.index, 0)
 
-  start = jnp.zeros_like(q_TJQK), jnp.zeros(q_TJQK.shape[:-1], jnp.float32)
-  out_TJQK, norm_TJQ = _for_each_tile(attend_tile, tokens, plan, start)
-  out_TJQK, norm_TJQ = checkpoint_name((out_TJQK, norm_TJQ), REMAT_NAME)
-  return out_TJQK, (q_TJQK, keys, tokens, window, plan, out_TJQK, norm_TJQ)
+  start = jnp.zeros_like(q_TiJQhHd), jnp.zeros(q_TiJQhHd.shape[:-1], jnp.float32)
+  out_TiJQhHd, norm_TiJQh = _for_each_tile(attend_tile, tokens, plan, start)
+  out_TiJQhHd, norm_TiJQh = checkpoint_name((out_TiJQhHd, norm_TiJQh), REMAT_NAME)
+  return out_TiJQhHd, (q_TiJQhHd, keys, tokens, window, plan, out_TiJQhHd, norm_TiJQh)
 
 
-def _backward(options, saved, slope_TJQK):
+def _backward(options, saved, slope_TiJQhHd):
   """Computes the gradients of queries, keys and values."""
-  q_TJQK, keys, tokens, window, plan, out_TJQK, norm_TJQ = saved
+  q_TiJQhHd, keys, tokens, window, plan, out_TiJQhHd, norm_TiJQh = saved
   # The gradient of a softmax subtracts the mean of dw over a query's keys, Σ_c w dw. It equals
   # slope · out, which needs no array over keys.
-  slope_f32, out_f32 = slope_TJQK.astype(jnp.float32), out_TJQK.astype(jnp.float32)
-  mean_TJQ = (slope_f32 * out_f32).sum(axis=-1)
+  slope_f32, out_f32 = slope_TiJQhHd.astype(jnp.float32), out_TiJQhHd.astype(jnp.float32)
+  mean_TiJQh = (slope_f32 * out_f32).sum(axis=-1)
 
   def differentiate_tile(tile, carry):
-    dq_TJQK, dk_NJCK, dv_NJCK = carry
-    q_JQK, slope_JQK = q_TJQK[tile.index], slope_TJQK[tile.index]
-    k_JCK, v_JCK = tile.read(keys.k_NJCK), tile.read(keys.v_NJCK)
-    s_JQC = _scores(q_JQK, k_JCK, tile.visible(tokens, window), options)
-    w_JQC = jnp.exp(s_JQC - norm_TJQ[tile.index][..., None])
-    dw_JQC = _product("jqk,jck->jqc", slope_JQK, v_JCK)
-    ds_JQC = w_JQC * (dw_JQC - mean_TJQ[tile.index][..., None])
+    dq_TiJQhHd, dk_NJCHd, dv_NJCHd = carry
+    q_JQhHd, slope_JQhHd = q_TiJQhHd[tile.index], slope_TiJQhHd[tile.index]
+    k_JCHd, v_JCHd = tile.read(keys.k_NJCHd), tile.read(keys.v_NJCHd)
+    s_JQhC = _scores(q_JQhHd, k_JCHd, tile.visible(tokens, window), options)
+    w_JQhC = jnp.exp(s_JQhC - norm_TiJQh[tile.index][..., None])
+    dw_JQhC = _product("jqk,jck->jqc", slope_JQhHd, v_JCHd)
+    ds_JQhC = w_JQhC * (dw_JQhC - mean_TiJQh[tile.index][..., None])
     if options.cap:
       # d/dz c tanh(z / c) = 1 - (s / c)². The square of an unseen score would overflow, and zero
       # times infinity is NaN. Its weight is zero, so any finite score will do.
-      ds_JQC = ds_JQC * (1 - jnp.square(jnp.maximum(s_JQC, -options.cap) / options.cap))
-    ds_JQC = ds_JQC * _scale(options, q_JQK)
-    dq_JQK = _product("jqc,jck->jqk", ds_JQC, k_JCK)
-    dq_TJQK = jax.lax.dynamic_update_index_in_dim(
-      dq_TJQK, dq_JQK.astype(dq_TJQK.dtype), tile.index, 0
+      ds_JQhC = ds_JQhC * (1 - jnp.square(jnp.maximum(s_JQhC, -options.cap) / options.cap))
+    ds_JQhC = ds_JQhC * _scale(options, q_JQhHd)
+    dq_JQhHd = _product("jqc,jck->jqk", ds_JQhC, k_JCHd)
+    dq_TiJQhHd = jax.lax.dynamic_update_index_in_dim(
+      dq_TiJQhHd, dq_JQhHd.astype(dq_TiJQhHd.dtype), tile.index, 0
     )
     # Several tiles read the same keys, so gradients of keys are added up; those of a tile's
     # queries are written once.
-    dk_NJCK = tile.add(dk_NJCK, _product("jqc,jqk->jck", ds_JQC, q_JQK))
-    dv_NJCK = tile.add(dv_NJCK, _product("jqc,jqk->jck", w_JQC, slope_JQK))
-    return dq_TJQK, dk_NJCK, dv_NJCK
+    dk_NJCHd = tile.add(dk_NJCHd, _product("jqc,jqk->jck", ds_JQhC, q_JQhHd))
+    dv_NJCHd = tile.add(dv_NJCHd, _product("jqc,jqk->jck", w_JQhC, slope_JQhHd))
+    return dq_TiJQhHd, dk_NJCHd, dv_NJCHd
 
   zeros = [jnp.zeros(x.shape, jnp.float32) for x in keys]
-  start = (jnp.zeros_like(q_TJQK), *zeros)
-  dq_TJQK, *dkv = _for_each_tile(differentiate_tile, tokens, plan, start)
+  start = (jnp.zeros_like(q_TiJQhHd), *zeros)
+  dq_TiJQhHd, *dkv = _for_each_tile(differentiate_tile, tokens, plan, start)
   dkeys = Keys(*(x.astype(key.dtype) for x, key in zip(dkv, keys, strict=True)))
-  return dq_TJQK, dkeys, None, None, None
+  return dq_TiJQhHd, dkeys, None, None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _scale(options: ScoreOptions, q_JQK: Array) -> float:
+def _scale(options: ScoreOptions, q_JQhHd: Array) -> float:
   """Returns the factor of query times key."""
-  return options.scale or 1.0 / math.sqrt(q_JQK.shape[-1])
+  return options.scale or 1.0 / math.sqrt(q_JQhHd.shape[-1])
 
 
-def _scores(q_JQK: Array, k_JCK: Array, visible_QC: Array, options: ScoreOptions) -> Array:
+def _scores(q_JQhHd: Array, k_JCHd: Array, visible_QC: Array, options: ScoreOptions) -> Array:
   """Computes scaled, capped and masked scores, in float32: [J, Q, C]."""
-  s_JQC = _product("jqk,jck->jqc", q_JQK, k_JCK) * _scale(options, q_JQK)
-  s_JQC = options.cap * jnp.tanh(s_JQC / options.cap) if options.cap else s_JQC
-  shape = s_JQC.shape
+  s_JQhC = _product("jqk,jck->jqc", q_JQhHd, k_JCHd) * _scale(options, q_JQhHd)
+  s_JQhC = options.cap * jnp.tanh(s_JQhC / options.cap) if options.cap else s_JQhC
+  shape = s_JQhC.shape
   # The mask is the same for the query heads that are joined with the queries.
-  s = s_JQC.reshape(shape[0], -1, *visible_QC.shape)
+  s = s_JQhC.reshape(shape[0], -1, *visible_QC.shape)
   return jnp.where(visible_QC, s, UNSEEN).reshape(shape)
 
 
@@ -235,16 +232,16 @@ class _Tile(NamedTuple):
   first: Array
   width: int
 
-  def read(self, x_NJCK: Array) -> Array:
-    """Returns the keys or values that the tile reads: [J, C, K]."""
-    _, heads, _, size = x_NJCK.shape
+  def read(self, x_NJCHd: Array) -> Array:
+    """Returns the keys or values that the tile reads: [J, C, Hd]."""
+    _, heads, _, size = x_NJCHd.shape
     start = (self.row, 0, self.first * TILE, 0)
-    return jax.lax.dynamic_slice(x_NJCK, start, (1, heads, self.width * TILE, size))[0]
+    return jax.lax.dynamic_slice(x_NJCHd, start, (1, heads, self.width * TILE, size))[0]
 
-  def add(self, x_NJCK: Array, more_JCK: Array) -> Array:
+  def add(self, x_NJCHd: Array, more_JCHd: Array) -> Array:
     """Adds to the part of x that `read` returns."""
     start = (self.row, 0, self.first * TILE, 0)
-    return jax.lax.dynamic_update_slice(x_NJCK, (self.read(x_NJCK) + more_JCK)[None], start)
+    return jax.lax.dynamic_update_slice(x_NJCHd, (self.read(x_NJCHd) + more_JCHd)[None], start)
 
   def visible(self, tokens: Tokens, window: Array | None) -> Array:
     """Computes which of its queries sees which of its keys: [Q, C]."""
@@ -264,12 +261,12 @@ def _for_each_tile(
   for number, width in enumerate(key_widths(count)):
 
     def one(at, carry, width=width):
-      index = plan.order_T[at]
+      index = plan.order_Ti[at]
       place = index % count
       # A tile near the start of its row reads as many keys as others of its width; the mask hides
       # those that come after it.
       first = jnp.maximum(place + 1 - width, 0)
       return turn(_Tile(index, index // count, place, first, width), carry)
 
-    carry = jax.lax.fori_loop(plan.bounds_X[number], plan.bounds_X[number + 1], one, carry)
+    carry = jax.lax.fori_loop(plan.bounds_x[number], plan.bounds_x[number + 1], one, carry)
   return carry

@@ -1,7 +1,4 @@
-"""The key/value cache of generation, and the two ways to fill it: prefill and decode.
-
-Axes beyond the key in `structs`: `J` key/value heads, `T` columns of the cache.
-"""
+"""The key/value cache of generation, and the two ways to fill it: prefill and decode."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ class Cache(NamedTuple):
   """Keys and values of earlier tokens.
 
   Attributes:
-    keys: k and v of all layers, [layers, N, J, T, K].
+    keys: k and v of all layers, [layers, N, J, L, Hd].
     tokens: the token of each column, [N, T]; its pair is 0, or -1 where the column is padding or
       not yet written.
     filled: number of columns written so far, the same in all rows.

@@ -4,8 +4,6 @@ Hu et al. 2021, "LoRA". Adapters are a tree of their own, {"layers": {"query": {
 ...}}, float32 and stacked over layers like the kernels they belong to. The model reads them as a
 second collection next to its frozen parameters, with the scale s already multiplied into b: see
 `attach`.
-
-Axes beyond the key in `structs`: `R` rank, `F` outputs of a map; its inputs are `D` here.
 """
 
 from __future__ import annotations
@@ -87,7 +85,7 @@ def _patterns(target: str) -> list[str]:
 
 
 def linear_maps(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Lists all maps that can have an adapter: path in the tree to kernel shape, [layers, D, F]."""
+  """Lists all maps that can have an adapter: path in the tree to kernel shape, [layers, D, Ff]."""
   found = set()
 
   def record(call, args, kwargs, context):

@@ -2,9 +2,6 @@
 
 Experts have no capacity limit, so no token is dropped. Pairs of a token and one of its experts are
 sorted by expert, and each expert multiplies its run of them: only chosen experts do work.
-
-Axes beyond the key in `structs`: `E` experts, `T` tokens, `F` hidden size of an expert, `K` chosen
-experts of a token, `R` pairs of a token and a chosen expert.
 """
 
 from __future__ import annotations
@@ -56,50 +53,50 @@ class Mixture(nn.Module):
     """
     c, settings = self.config, self.config.experts
     assert settings is not None
-    x_TD = x_NLD.reshape(-1, c.width).astype(self.dtype)
+    x_TkD = x_NLD.reshape(-1, c.width).astype(self.dtype)
 
     def kernel(name: str, *shape: int) -> Array:
       return Kernel(shape, c.init_std, self.dtype, self.param_dtype, name=name)()
 
     router_DE = kernel("router", c.width, settings.count)
-    gate_EDF = kernel("gate", settings.count, c.width, c.mlp_width)
-    up_EDF = kernel("up", settings.count, c.width, c.mlp_width)
-    down_EFD = kernel("down", settings.count, c.mlp_width, c.width)
+    gate_EDFf = kernel("gate", settings.count, c.width, c.mlp_width)
+    up_EDFf = kernel("up", settings.count, c.width, c.mlp_width)
+    down_EFfD = kernel("down", settings.count, c.mlp_width, c.width)
 
     # The softmax is float32: rounded, the probabilities of similar experts would tie.
-    probs_TE = jax.nn.softmax(jnp.dot(x_TD, router_DE, preferred_element_type=jnp.float32))
-    weight_TK, expert_TK = jax.lax.top_k(probs_TE, settings.chosen)
+    probs_TkE = jax.nn.softmax(jnp.dot(x_TkD, router_DE, preferred_element_type=jnp.float32))
+    weight_TkEk, expert_TkEk = jax.lax.top_k(probs_TkE, settings.chosen)
     if settings.rescaled:
-      weight_TK = weight_TK / weight_TK.sum(axis=-1, keepdims=True)
-    self.sow("intermediates", "routing", routing(probs_TE, expert_TK, real_NL.reshape(-1)))
+      weight_TkEk = weight_TkEk / weight_TkEk.sum(axis=-1, keepdims=True)
+    self.sow("intermediates", "routing", routing(probs_TkE, expert_TkEk, real_NL.reshape(-1)))
 
     # The order is important:
     # 1. Sort the pairs by expert, so that each expert's inputs are one run of rows.
-    order_R = jnp.argsort(expert_TK.reshape(-1))
-    sizes_E = jnp.bincount(expert_TK.reshape(-1), length=settings.count).astype(jnp.int32)
+    order_As = jnp.argsort(expert_TkEk.reshape(-1))
+    sizes_E = jnp.bincount(expert_TkEk.reshape(-1), length=settings.count).astype(jnp.int32)
 
-    def multiply(x_RD: Array, kernel_EDF: Array) -> Array:
+    def multiply(x_AsD: Array, kernel_EDFf: Array) -> Array:
       y_RF = jax.lax.ragged_dot(
-        jnp.asarray(x_RD), jnp.asarray(kernel_EDF), sizes_E, preferred_element_type=jnp.float32
+        jnp.asarray(x_AsD), jnp.asarray(kernel_EDFf), sizes_E, preferred_element_type=jnp.float32
       )
       return y_RF.astype(self.dtype)
 
     # 2. Repeat each token once per chosen expert (pair r is of token r // K) and run the experts.
-    x_RD = x_TD[order_R // settings.chosen]
-    y_RD = multiply(self.act(multiply(x_RD, gate_EDF)) * multiply(x_RD, up_EDF), down_EFD)
+    x_AsD = x_TkD[order_As // settings.chosen]
+    y_AsD = multiply(self.act(multiply(x_AsD, gate_EDFf)) * multiply(x_AsD, up_EDFf), down_EFfD)
     # 3. Undo the sort, so that the outputs of a token stand together, and sum them up in float32.
-    y_TKD = y_RD[jnp.argsort(order_R)].reshape(*expert_TK.shape, c.width)
-    y_TD = jnp.einsum("tkd,tk->td", y_TKD, weight_TK, preferred_element_type=jnp.float32)
-    return y_TD.reshape(x_NLD.shape).astype(self.dtype)
+    y_TkEkD = y_AsD[jnp.argsort(order_As)].reshape(*expert_TkEk.shape, c.width)
+    y_TkD = jnp.einsum("tkd,tk->td", y_TkEkD, weight_TkEk, preferred_element_type=jnp.float32)
+    return y_TkD.reshape(x_NLD.shape).astype(self.dtype)
 
 
-def routing(probs_TE: Array, expert_TK: Array, real_T: Array) -> Routing:
+def routing(probs_TkE: Array, expert_TkEk: Array, real_Tk: Array) -> Routing:
   """Sums up how one layer spread its real tokens over the experts."""
-  count = probs_TE.shape[-1]
-  chosen_TE = jax.nn.one_hot(expert_TK, count).sum(axis=1)
+  count = probs_TkE.shape[-1]
+  chosen_TkE = jax.nn.one_hot(expert_TkEk, count).sum(axis=1)
   # Sums and not means: they add up over layers, micro-batches and devices, and are divided once.
   chosen_E, probs_E = (
-    jnp.where(real_T[:, None], x_TE, 0.0).sum(axis=0) for x_TE in (chosen_TE, probs_TE)
+    jnp.where(real_Tk[:, None], x_TkE, 0.0).sum(axis=0) for x_TkE in (chosen_TkE, probs_TkE)
   )
   # Counts have no gradient; the balancing loss reaches the router through the probabilities.
-  return Routing(jax.lax.stop_gradient(chosen_E), probs_E, real_T.sum())
+  return Routing(jax.lax.stop_gradient(chosen_E), probs_E, real_Tk.sum())

@@ -21,7 +21,7 @@ def rotary_names(config: ModelConfig) -> tuple[str, ...]:
 
 
 def rotary_frequencies(config: ModelConfig, name: str = "main") -> np.ndarray:
-  """Computes the angle per position, in radians, of each pair of dimensions: [K / 2], float64.
+  """Computes the angle per position, in radians, of each pair of dimensions: [Hd / 2], float64.
 
   Su et al. 2021, eq. 15. The scaling "llama3" is that of the Llama 3.1 release, "yarn" that of Peng
   et al. 2023.
@@ -53,7 +53,7 @@ def rotary_frequencies(config: ModelConfig, name: str = "main") -> np.ndarray:
 
 
 def _yarn_ramp(scaling: RopeScaling, rotated: int, base: float) -> np.ndarray:
-  """Computes the ramp of "yarn", not yet clipped: [K / 2].
+  """Computes the ramp of "yarn", not yet clipped: [Hd / 2].
 
   It is 0 at the dimension that makes high_factor turns over the original positions, and 1 at the
   dimension that makes low_factor turns.
@@ -82,7 +82,7 @@ def _magnitude(config: ModelConfig, name: str) -> float:
 
 
 def rotary_table(config: ModelConfig, position_NL: Array) -> tuple[Array, Array] | None:
-  """Computes cosine and sine of every position's angles, once for all layers: [N, L, 1, K / 2].
+  """Computes cosine and sine of every position's angles, once for all layers: [N, L, 1, Hd / 2].
 
   Both are float32. Where layers differ, a leading axis lists the tables of `rotary_names`. None if
   the model learns its positions.
@@ -101,16 +101,18 @@ def rotary_table(config: ModelConfig, position_NL: Array) -> tuple[Array, Array]
   return tables[0] if len(tables) == 1 else jax.tree.map(lambda *x: jnp.stack(x), *tables)
 
 
-def rotate(x_NLHK: Array, table: tuple[Array, Array] | None) -> Array:
+def rotate(x_NLHHd: Array, table: tuple[Array, Array] | None) -> Array:
   """Rotates (x_i, x_{i + R/2}) of the first R dimensions of each head by the position's angle.
 
   Pairs are half a head apart, as in the weights on the Hugging Face hub, not neighbors as in the
   paper. Returns x unchanged if there is no table.
   """
   if table is None:
-    return x_NLHK
+    return x_NLHHd
   cos, sin = table
   half = cos.shape[-1]
   # The dimensions after the first R carry no position and stay as they are.
-  a, b, rest = jnp.split(x_NLHK.astype(jnp.float32), (half, 2 * half), axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x_NLHK.dtype)
+  a, b, rest = jnp.split(x_NLHHd.astype(jnp.float32), (half, 2 * half), axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(
+    x_NLHHd.dtype
+  )

@@ -173,7 +173,7 @@ class Block(nn.Module):
     return x_NLD, keys if self.return_keys else None
 
   def heads(self, y_NLD: Array, table: Any, codes_NL: Array | None) -> tuple[Array, Array, Array]:
-    """Computes queries, keys and values, each [N, L, H or J, K]; the first two are rotated."""
+    """Computes queries, keys and values, each [N, L, H or J, Hd]; the first two are rotated."""
     c = self.config
 
     def project(name: str, heads: int) -> Array:

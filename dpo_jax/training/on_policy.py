@@ -120,12 +120,12 @@ class Sampler:
       width=self.width,
     )
     rows = [
-      example._replace(row=row, scores=tuple(reward_S.tolist()))
-      for example, row, reward_S in zip(rollout.examples(), picked, rollout.reward_XS, strict=True)
+      example._replace(row=row, scores=tuple(reward_K.tolist()))
+      for example, row, reward_K in zip(rollout.examples(), picked, rollout.reward_XK, strict=True)
     ]
     # Of all samples, also of those that no pair takes.
     lengths = [len(ids) for example in rows for ids in example.completions]
-    facts = {"reward": float(rollout.reward_XS.mean()), "tokens": float(np.mean(lengths))}
+    facts = {"reward": float(rollout.reward_XK.mean()), "tokens": float(np.mean(lengths))}
     if self.loss.kind == "pairs":
       # A generator per batch, so that the labels of a batch do not depend on those before it.
       rows = self._pairs(rows, np.random.default_rng([self.seed, index]))

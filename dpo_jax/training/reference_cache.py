@@ -43,15 +43,15 @@ class _Part(NamedTuple):
 
   Attributes:
     name: of the file.
-    digest_R2: uint64, of the prompt of each completion.
-    start_R, tokens_R: the position of its first token in the part, and the number of its tokens.
-    file: int32 `ids` [T] and float32 `logps` [T].
+    digest_Rc2: uint64, of the prompt of each completion.
+    start_Rc, tokens_Rc: the position of its first token in the part, and the number of its tokens.
+    file: int32 `ids` [tokens] and float32 `logps` [tokens].
   """
 
   name: str
-  digest_R2: np.ndarray
-  start_R: np.ndarray
-  tokens_R: np.ndarray
+  digest_Rc2: np.ndarray
+  start_Rc: np.ndarray
+  tokens_Rc: np.ndarray
   file: Any
 
 
@@ -87,14 +87,14 @@ class Store:
       if path.name not in known:
         self._parts.append(_open(path))
     # An index of all parts, sorted by the first half of the digest for a binary search.
-    digests = [part.digest_R2[:, 0] for part in self._parts]
-    high_R = np.concatenate([np.zeros(0, np.uint64), *digests])
-    counts = [len(part.digest_R2) for part in self._parts]
-    row_R = np.concatenate([np.zeros(0, np.int64), *map(np.arange, counts)])
-    order_R = np.argsort(high_R, kind="stable")
-    self._high_R = high_R[order_R]
-    self._part_R = np.repeat(np.arange(len(counts)), counts)[order_R]
-    self._row_R = row_R[order_R]
+    digests = [part.digest_Rc2[:, 0] for part in self._parts]
+    high_Rc = np.concatenate([np.zeros(0, np.uint64), *digests])
+    counts = [len(part.digest_Rc2) for part in self._parts]
+    row_Rc = np.concatenate([np.zeros(0, np.int64), *map(np.arange, counts)])
+    order_Rc = np.argsort(high_Rc, kind="stable")
+    self._high_Rc = high_Rc[order_Rc]
+    self._part_Rc = np.repeat(np.arange(len(counts)), counts)[order_Rc]
+    self._row_Rc = row_Rc[order_Rc]
 
   def find(self, example: Example) -> tuple[np.ndarray, ...] | None:
     """Returns the log-probs of the completions' tokens; None if one completion has none.
@@ -111,14 +111,14 @@ class Store:
     # A completion without tokens only fills an example up to K.
     if not len(ids):
       return np.zeros(0, np.float32)
-    first, last = (np.searchsorted(self._high_R, digest[0], side) for side in ("left", "right"))
+    first, last = (np.searchsorted(self._high_Rc, digest[0], side) for side in ("left", "right"))
     for at in range(first, last):
-      part, row = self._parts[self._part_R[at]], self._row_R[at]
+      part, row = self._parts[self._part_Rc[at]], self._row_Rc[at]
       # A stored completion that is shorter lacks the log-probs of the rest.
-      if part.digest_R2[row, 1] != digest[1] or part.tokens_R[row] < len(ids):
+      if part.digest_Rc2[row, 1] != digest[1] or part.tokens_Rc[row] < len(ids):
         continue
       # The digest is of the prompt alone; the ids of the completion are compared themselves.
-      piece = slice(int(part.start_R[row]), int(part.start_R[row]) + len(ids))
+      piece = slice(int(part.start_Rc[row]), int(part.start_Rc[row]) + len(ids))
       if np.array_equal(part.file.get_slice("ids")[piece], ids):
         return part.file.get_slice("logps")[piece]
     return None
@@ -186,14 +186,14 @@ def _open(path: pathlib.Path) -> _Part:
   """Opens a part; ids and log-probs stay on disk."""
   try:
     file = safe_open(path, framework="np")  # closed with the store
-    tokens_R = file.get_tensor("tokens").astype(np.int64)
-    digest_R2 = file.get_tensor("prompts")
+    tokens_Rc = file.get_tensor("tokens").astype(np.int64)
+    digest_Rc2 = file.get_tensor("prompts")
   except (SafetensorError, OSError) as error:
     raise UserError(
       f"{path} is a broken part of a reference store ({error}); remove it, and its"
       " log-probs are computed again"
     ) from None
-  return _Part(path.name, digest_R2, np.cumsum(tokens_R) - tokens_R, tokens_R, file)
+  return _Part(path.name, digest_Rc2, np.cumsum(tokens_Rc) - tokens_Rc, tokens_Rc, file)
 
 
 def _write(path: pathlib.Path, text: str) -> None:
@@ -331,13 +331,13 @@ def _by_example(
   # The list of scored positions is padded with one past the end of its group, and counts within its
   # group.
   real_GM = batch.scored_GM < block
-  at_X = (batch.scored_GM + block * np.arange(groups)[:, None])[real_GM]
-  slot_X = at_X // length * slots + batch.slot_NL.reshape(-1)[at_X]
+  at_Tk = (batch.scored_GM + block * np.arange(groups)[:, None])[real_GM]
+  slot_Tk = at_Tk // length * slots + batch.slot_NL.reshape(-1)[at_Tk]
   # The tokens of a completion are in order: sorted by slot, by a sort that is stable, they are
   # together and still in order.
-  order_X = np.argsort(slot_X, kind="stable")
-  counts = np.bincount(slot_X, minlength=batch.row_NS.size)
-  pieces = np.split(logps_GM[real_GM][order_X], np.cumsum(counts)[:-1])
+  order_Tk = np.argsort(slot_Tk, kind="stable")
+  counts = np.bincount(slot_Tk, minlength=batch.row_NS.size)
+  pieces = np.split(logps_GM[real_GM][order_Tk], np.cumsum(counts)[:-1])
   for first in range(0, batch.row_NS.size, completions):
     row = int(batch.row_NS.reshape(-1)[first])
     if row >= 0:

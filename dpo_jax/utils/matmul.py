@@ -18,17 +18,17 @@ NAME = "product"
 
 
 @jax.custom_vjp
-def product(x_xD: Array, kernel_DF: Array) -> Array:
+def product(x_xD: Array, kernel_DFf: Array) -> Array:
   """Computes x @ kernel with inputs in the type of x, and the result in float32 or wider.
 
   Args:
     x_xD: [..., D], any leading axes.
-    kernel_DF: [D, F], cast to the type of x.
+    kernel_DFf: [D, F], cast to the type of x.
 
   Returns:
-    [..., F].
+    [..., Ff].
   """
-  return _dot(x_xD, kernel_DF.astype(x_xD.dtype), 0)
+  return _dot(x_xD, kernel_DFf.astype(x_xD.dtype), 0)
 
 
 @jax.custom_vjp
@@ -44,21 +44,21 @@ def _dot(x_xD: Array, kernel: Array, axis: int) -> Array:
   return jax.lax.dot_general(x_xD, kernel, dims, preferred_element_type=wide)
 
 
-def _pulled(x_xD: Array, kernel: Array, axis: int, slope_xF: Array) -> tuple[Array, Array]:
+def _pulled(x_xD: Array, kernel: Array, axis: int, slope_xFf: Array) -> tuple[Array, Array]:
   """Returns the gradients with respect to x and the kernel, given that of the result."""
-  slope_xF = slope_xF.astype(x_xD.dtype)  # both products below then have narrow inputs
-  dx_xD = _dot(slope_xF, kernel.astype(x_xD.dtype), 1 - axis).astype(x_xD.dtype)
+  slope_xFf = slope_xFf.astype(x_xD.dtype)  # both products below then have narrow inputs
+  dx_xD = _dot(slope_xFf, kernel.astype(x_xD.dtype), 1 - axis).astype(x_xD.dtype)
   leading = tuple(range(x_xD.ndim - 1))
   # The order decides which axis comes first: [D, F] for a kernel, [V, D] for a table.
-  pair = (x_xD, slope_xF) if axis == 0 else (slope_xF, x_xD)
+  pair = (x_xD, slope_xFf) if axis == 0 else (slope_xFf, x_xD)
   wide = jnp.promote_types(x_xD.dtype, jnp.float32)
   dkernel = jax.lax.dot_general(*pair, ((leading, leading), ((), ())), preferred_element_type=wide)
   return dx_xD, dkernel.astype(kernel.dtype)
 
 
 product.defvjp(
-  lambda x_xD, kernel_DF: (product(x_xD, kernel_DF), (x_xD, kernel_DF)),
-  lambda saved, slope_xF: _pulled(saved[0], saved[1], 0, slope_xF),
+  lambda x_xD, kernel_DFf: (product(x_xD, kernel_DFf), (x_xD, kernel_DFf)),
+  lambda saved, slope_xFf: _pulled(saved[0], saved[1], 0, slope_xFf),
 )
 product_of_rows.defvjp(
   lambda x_xD, table_VD: (product_of_rows(x_xD, table_VD), (x_xD, table_VD)),

@@ -98,13 +98,13 @@ def test_wins_count_ties_as_one_half():
 
 def test_more_samples_of_a_prompt_are_not_more_prompts():
   rng = np.random.default_rng(0)
-  policy_XS, reference_XR, ratio_XS = rng.normal(size=(3, 40, 2))
-  once = estimates.sampled_metrics(policy_XS, reference_XR, ratio_XS)
+  policy_XK, reference_XK, ratio_XS = rng.normal(size=(3, 40, 2))
+  once = estimates.sampled_metrics(policy_XK, reference_XK, ratio_XS)
 
   def repeat(x):
     return np.repeat(x, 5, axis=1)
 
-  again = estimates.sampled_metrics(repeat(policy_XS), repeat(reference_XR), repeat(ratio_XS))
+  again = estimates.sampled_metrics(repeat(policy_XK), repeat(reference_XK), repeat(ratio_XS))
   for name in ("reward_policy", "reward_reference", "win_rate", "kl"):
     np.testing.assert_allclose(once[name], again[name])
 

@@ -179,7 +179,7 @@ def test_drawn_answers_are_what_was_sampled(models):
   assert rollout.completion_ids == again.completion_ids
   for x, prompt in enumerate(PROMPTS):
     for answer, ids, reward in zip(
-      rollout.completions[x], rollout.completion_ids[x], rollout.reward_XS[x], strict=True
+      rollout.completions[x], rollout.completion_ids[x], rollout.reward_XK[x], strict=True
     ):
       assert answer == model.tokenizer.decode(ids)
       assert reward == wanted(prompt, answer)
@@ -189,12 +189,12 @@ def test_drawn_answers_are_what_was_sampled(models):
 # --- Labels ---------------------------------------------------------------------------------------
 
 
-def _rollout(reward_XS):
+def _rollout(reward_XK):
   """Makes a rollout of distinct completions with the given rewards."""
-  reward_XS = np.asarray(reward_XS, np.float64)
-  names = [[f"{s}" for s in range(reward_XS.shape[1])]] * len(reward_XS)
-  ids = [[[s] for s in range(reward_XS.shape[1])]] * len(reward_XS)
-  return rollouts.Rollout(["p"] * len(reward_XS), [[1]] * len(reward_XS), names, ids, reward_XS)
+  reward_XK = np.asarray(reward_XK, np.float64)
+  names = [[f"{s}" for s in range(reward_XK.shape[1])]] * len(reward_XK)
+  ids = [[[s] for s in range(reward_XK.shape[1])]] * len(reward_XK)
+  return rollouts.Rollout(["p"] * len(reward_XK), [[1]] * len(reward_XK), names, ids, reward_XK)
 
 
 @pytest.mark.parametrize("margin", [0.0, 1.0, -2.0])

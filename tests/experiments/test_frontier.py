@@ -63,8 +63,8 @@ def test_without_ties_the_kl_is_log_n_minus_n_minus_1_over_n():
 def test_best_of_n_never_exceeds_the_frontier():
   rng = np.random.default_rng(0)
   # Few distinct rewards: with ties the bound on the KL is strict.
-  many_XS = rng.choice([-3.0, 0.0, 1.0, 4.0], (8, 512), p=[0.3, 0.4, 0.2, 0.1])
-  points = best_of_n_points(yardstick(many_XS))
+  many_XK = rng.choice([-3.0, 0.0, 1.0, 4.0], (8, 512), p=[0.3, 0.4, 0.2, 0.1])
+  points = best_of_n_points(yardstick(many_XK))
   assert [point["n"] for point in points] == [1, 2, 4, 8, 16, 32]
   assert points[0]["kl"] == 0 and points[0]["fraction"] is None
   for point in points[1:]:
@@ -72,8 +72,8 @@ def test_best_of_n_never_exceeds_the_frontier():
     assert point["kl"] < point["kl_bound"]
 
 
-def yardstick(many_XS):
-  return Yardstick(None, [], many_XS.mean(1), many_XS, estimates.exact_frontier(many_XS))
+def yardstick(many_XK):
+  return Yardstick(None, [], many_XK.mean(1), many_XK, estimates.exact_frontier(many_XK))
 
 
 # --- Flags ----------------------------------------------------------------------------------------
@@ -315,8 +315,8 @@ def test_rows_are_means_over_seeds():
 
 
 def test_summary_table_and_picture(tmp_path, capsys):
-  many_XS = np.random.default_rng(0).normal(0, 3, (8, 256))
-  found = yardstick(many_XS)
+  many_XK = np.random.default_rng(0).normal(0, 3, (8, 256))
+  found = yardstick(many_XK)
   points = [point(kl=k, beta=b, seed=s) for k, b in ((0.5, 4), (2, 1)) for s in (0, 1)]
   points += [point("sft", None, fraction=None), *best_of_n_points(found)]
   summary = results.summarise(settings.QUICK, found, points)

@@ -295,8 +295,8 @@ def test_few_shapes_and_every_sample_once():
   for num, size in ((1, 16), (3, 16), (40, 16)):
     seen = []
     for batch in sampler._batches(prompts, num, size):
-      seen += itertools.product(batch.prompt_N[batch.prompt_N >= 0], batch.sample_S)
-      assert batch.ids_NL.shape[0] * len(batch.sample_S) <= size
+      seen += itertools.product(batch.prompt_N[batch.prompt_N >= 0], batch.sample_K)
+      assert batch.ids_NL.shape[0] * len(batch.sample_K) <= size
       for row, prompt in enumerate(batch.prompt_N):
         length = lengths[prompt] if prompt >= 0 else 1
         assert batch.lengths_N[row] == length

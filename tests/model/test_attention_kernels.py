@@ -63,8 +63,8 @@ def test_texts_of_a_shared_row_by_hand():
 def test_texts_are_those_of_the_examples(name, completions):
   batch = batch_of(name, completions)
   groups, texts, width = batch.sequence_GTW.shape
-  ids_GY = np.pad(batch.ids_NL.reshape(groups, -1), ((0, 0), (0, 1)), constant_values=-1)
-  read = np.take_along_axis(ids_GY, batch.sequence_GTW.reshape(groups, -1), axis=1)
+  ids_GNl = np.pad(batch.ids_NL.reshape(groups, -1), ((0, 0), (0, 1)), constant_values=-1)
+  read = np.take_along_axis(ids_GNl, batch.sequence_GTW.reshape(groups, -1), axis=1)
   found = [text[text >= 0].tolist() for text in read.reshape(-1, width)]
   written = [
     [*e.prompt.tolist(), *answer[:-1].tolist()]
@@ -74,12 +74,12 @@ def test_texts_are_those_of_the_examples(name, completions):
   ]
   assert sorted(filter(None, found)) == sorted(written) and [] in found
   # Every place leads back to its token, and every token of a text is led to.
-  place_GX = batch.place_NLK.reshape(groups, -1)
+  place_GTw = batch.place_NLK.reshape(groups, -1)
   for group in range(groups):
-    token = np.repeat(np.arange(ids_GY.shape[1] - 1), batch.place_NLK.shape[-1])
-    real = place_GX[group] < texts * width
-    assert (batch.sequence_GTW[group].reshape(-1)[place_GX[group][real]] == token[real]).all()
-    assert real.sum() == (batch.sequence_GTW[group] < ids_GY.shape[1] - 1).sum()
+    token = np.repeat(np.arange(ids_GNl.shape[1] - 1), batch.place_NLK.shape[-1])
+    real = place_GTw[group] < texts * width
+    assert (batch.sequence_GTW[group].reshape(-1)[place_GTw[group][real]] == token[real]).all()
+    assert real.sum() == (batch.sequence_GTW[group] < ids_GNl.shape[1] - 1).sum()
   assert ((batch.place_NLK[..., 0] < texts * width) == (batch.pair_NL >= 0)).all()
 
 

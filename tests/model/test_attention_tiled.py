@@ -37,8 +37,8 @@ def test_a_tile_looks_back_to_where_its_first_pair_begins():
   # Columns 0-7, 8-15 and 16-23 see from 0 on: 1, 2 and 3 tiles. 24-31 hold pairs that begin at 20
   # and 30, and see the tile of column 20 and their own; 32-39 that of column 30 and their own.
   assert attention_tiled.key_widths(5) == (1, 2, 3, 4, 5)
-  np.testing.assert_array_equal(found.bounds_X, [0, 1, 4, 5, 5, 5])
-  assert found.order_T[0] == 0 and set(found.order_T[1:4].tolist()) == {1, 3, 4}
+  np.testing.assert_array_equal(found.bounds_x, [0, 1, 4, 5, 5, 5])
+  assert found.order_Ti[0] == 0 and set(found.order_Ti[1:4].tolist()) == {1, 3, 4}
 
 
 def test_tiles_of_padding_are_passed_over():
@@ -46,7 +46,7 @@ def test_tiles_of_padding_are_passed_over():
   found = attention_tiled.plan_tiles(
     Tokens(np.zeros_like(pair_NL), pair_NL, np.zeros_like(pair_NL))
   )
-  np.testing.assert_array_equal(found.bounds_X[jnp.array([0, -1])], [3, 4])
+  np.testing.assert_array_equal(found.bounds_x[jnp.array([0, -1])], [3, 4])
 
 
 @pytest.mark.parametrize("name", ["shared", "packed", "padded"])
@@ -59,8 +59,8 @@ def test_no_key_that_is_seen_is_left_out(name):
   seen_NLL = np.asarray(visible(tokens, tokens)) & (batch.pair_NL >= 0)[:, :, None]
   looked = set()
   for number, width in enumerate(attention_tiled.key_widths(count)):
-    for at in range(found.bounds_X[number], found.bounds_X[number + 1]):
-      row, place = divmod(int(found.order_T[at]), count)
+    for at in range(found.bounds_x[number], found.bounds_x[number + 1]):
+      row, place = divmod(int(found.order_Ti[at]), count)
       looked.add((row, place))
       first = max(0, place + 1 - width) * attention_tiled.TILE
       mine = seen_NLL[row, place * attention_tiled.TILE : (place + 1) * attention_tiled.TILE]

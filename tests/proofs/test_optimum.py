@@ -551,8 +551,8 @@ def test_every_hard_sync_moves_on_by_the_whole_reward():
 def test_the_gap_falls_as_one_over_the_number_of_pairs(beta):
   """Checks slope -1 on log axes, and the height that the Fisher information of a pair predicts."""
   found = finite_worlds.finite_samples((2000, 8000, 32000, 128000), beta=beta, samples=32)
-  assert found.slope_NS.max() < 1e-6  # each minimum was found
-  gap_N = found.gap_NS.mean(axis=1)
+  assert found.slope_SzRs.max() < 1e-6  # each minimum was found
+  gap_N = found.gap_SzRs.mean(axis=1)
   slope = np.polyfit(np.log(found.sizes), np.log(gap_N), 1)[0]
   assert -1.1 < slope < -0.9, slope
   ratio = (gap_N * np.array(found.sizes)).mean() / found.expected

@@ -1,7 +1,4 @@
-"""Measures policies against the reference: reward, KL, share of the frontier's gain; best-of-n.
-
-X lists prompts, S samples of a prompt, R distinct rewards among them.
-"""
+"""Measures policies against the reference: reward, KL, share of the frontier's gain; best-of-n."""
 
 from __future__ import annotations
 
@@ -31,14 +28,14 @@ class Yardstick(NamedTuple):
     reference: the reference model.
     prompts: unseen prompts that policies complete.
     reference_X: mean reward of the reference per prompt.
-    many_XS: rewards of many samples of the reference, for the first few prompts.
-    frontier: the exact frontier, computed from `many_XS`.
+    many_XK: rewards of many samples of the reference, for the first few prompts.
+    frontier: the exact frontier, computed from `many_XK`.
   """
 
   reference: rollouts.LanguageModel
   prompts: list[Any]
   reference_X: np.ndarray
-  many_XS: np.ndarray
+  many_XK: np.ndarray
   frontier: Frontier
 
   def measure(self, export: pathlib.Path, *, seed: int) -> Json:
@@ -55,14 +52,14 @@ class Yardstick(NamedTuple):
     )
     examples = rollout.examples()
     # KL(π ‖ π_ref) is estimated by the mean log-ratio of the policy's own samples.
-    policy_XS, reference_XS = (
+    policy_XK, reference_XK = (
       evaluate.scorer(model.config)(model.params, examples).logp_BK
       for model in (policy, self.reference)
     )
     return describe(
-      rollout.reward_XS.mean(1),
+      rollout.reward_XK.mean(1),
       self.reference_X,
-      (policy_XS - reference_XS).mean(1),
+      (policy_XK - reference_XK).mean(1),
       self.frontier,
     )
 
@@ -102,68 +99,68 @@ def make_yardstick(study: pathlib.Path, settings: Settings, say=print) -> Yardst
     # independent of it.
     everyday = sample(prompts, num=EVERYDAY, seed=0)
     many = sample(prompts[: settings.frontier_prompts], num=settings.frontier_samples, seed=1)
-    found = {"everyday": everyday.reward_XS.tolist(), "many": many.reward_XS.tolist()}
+    found = {"everyday": everyday.reward_XK.tolist(), "many": many.reward_XK.tolist()}
     files.write_text(kept, json.dumps(found) + "\n")
   # Read back even when just written, so that a repeated study computes with the same numbers.
   found = json.loads(kept.read_text(encoding="utf-8"))
-  many_XS = np.array(found["many"])
+  many_XK = np.array(found["many"])
   return Yardstick(
     reference,
     prompts,
     np.array(found["everyday"]).mean(1),
-    many_XS,
-    exact_frontier(many_XS),
+    many_XK,
+    exact_frontier(many_XK),
   )
 
 
 # --- Best of n ------------------------------------------------------------------------------------
 
 
-def best_of_n(reward_S: np.ndarray, n: int) -> tuple[float, float]:
+def best_of_n(reward_K: np.ndarray, n: int) -> tuple[float, float]:
   """Computes the expected reward and the KL of taking the best of n samples, for one prompt.
 
-    P(r) = [C(#{r_s <= r}, n) - C(#{r_s < r}, n)] / C(S, n)
-    E[r] = Σ_r P(r) r,    KL(π_n ‖ π_ref) = Σ_r P(r) log(P(r) / p(r)),    p(r) = #{r_s = r} / S
+    P(r) = [C(#{r_s <= r}, n) - C(#{r_s < r}, n)] / C(K, n)
+    E[r] = Σ_r P(r) r,    KL(π_n ‖ π_ref) = Σ_r P(r) log(P(r) / p(r)),    p(r) = #{r_s = r} / K
 
-  P is the distribution of the largest of n rewards, over all subsets of n of the S samples. Among
+  P is the distribution of the largest of n rewards, over all subsets of n of the K samples. Among
   completions of equal reward, best-of-n chooses as π_ref does, so the KL of the completions is the
   KL of their rewards. Without ties it is log n - (n - 1)/n, which with ties is an upper bound
   (Beirami et al. 2024).
 
   Args:
-    reward_S: rewards of samples of the reference.
-    n: number of completions to choose from, at most S.
+    reward_K: rewards of samples of the reference.
+    n: number of completions to choose from, at most K.
 
   Returns:
     The mean reward and the KL in nats.
   """
-  level_R, count_R = np.unique(np.asarray(reward_S, np.float64), return_counts=True)
+  level_Lv, count_Lv = np.unique(np.asarray(reward_K, np.float64), return_counts=True)
   # Binomials in logs: those of 4,096 samples exceed float64. Their ratios lie between 0 and 1.
-  log_R = _log_choose(np.cumsum(count_R), n) - _log_choose(np.array([len(reward_S)]), n)
-  chance_R = np.diff(np.exp(log_R), prepend=0.0)
-  some_R = chance_R > 0  # 0 log 0 = 0: rewards too low to be the best of n add nothing
-  ratio_R = chance_R[some_R] / (count_R[some_R] / len(reward_S))
-  kl = float(chance_R[some_R] @ np.log(ratio_R))
+  log_Lv = _log_choose(np.cumsum(count_Lv), n) - _log_choose(np.array([len(reward_K)]), n)
+  chance_Lv = np.diff(np.exp(log_Lv), prepend=0.0)
+  some_Lv = chance_Lv > 0  # 0 log 0 = 0: rewards too low to be the best of n add nothing
+  ratio_Lv = chance_Lv[some_Lv] / (count_Lv[some_Lv] / len(reward_K))
+  kl = float(chance_Lv[some_Lv] @ np.log(ratio_Lv))
   # Best of one is the reference itself: exactly 0, not what rounding leaves.
-  return float(chance_R @ level_R), kl if n > 1 else 0.0
+  return float(chance_Lv @ level_Lv), kl if n > 1 else 0.0
 
 
-def _log_choose(total_R: np.ndarray, n: int) -> np.ndarray:
+def _log_choose(total_Lv: np.ndarray, n: int) -> np.ndarray:
   """Computes log C(total, n); minus infinity where total < n."""
   steps = np.arange(n)
   # Where total < n a factor of total (total - 1) ... is 0; its log is the minus infinity wanted.
   with np.errstate(divide="ignore"):
-    terms_Rn = np.log(np.maximum(total_R[:, None] - steps, 0)) - np.log(n - steps)
-  return terms_Rn.sum(1)
+    terms_Lvn = np.log(np.maximum(total_Lv[:, None] - steps, 0)) - np.log(n - steps)
+  return terms_Lvn.sum(1)
 
 
 def best_of_n_points(yardstick: Yardstick) -> list[Json]:
   """Computes the points of best-of-n for n = 1, 2, 4, ..., up to S/16."""
-  many_XS = yardstick.many_XS
+  many_XK = yardstick.many_XK
   points = []
-  for n in (2**k for k in range(int(math.log2(many_XS.shape[1])) - 3)):
-    both = np.array([best_of_n(reward_S, n) for reward_S in many_XS])
-    found = describe(both[:, 0], many_XS.mean(1), both[:, 1], yardstick.frontier)
+  for n in (2**k for k in range(int(math.log2(many_XK.shape[1])) - 3)):
+    both = np.array([best_of_n(reward_K, n) for reward_K in many_XK])
+    found = describe(both[:, 0], many_XK.mean(1), both[:, 1], yardstick.frontier)
     point = {"method": BEST_OF_N, "beta": None, "seed": None, "n": n}
     points.append(point | found | {"kl_bound": math.log(n) - (n - 1) / n, "seconds": None})
   return points
