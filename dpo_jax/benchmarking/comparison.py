@@ -16,8 +16,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from dpo_jax.benchmarking import interleaved, pacing
 from dpo_jax.benchmarking.suites import APART, Program
 from dpo_jax.structs import UserError
@@ -89,7 +87,7 @@ def rules(
 def contestants(
   group: str,
   programs: Sequence[Program],
-  get_config: Callable[[str], ConfigDict],
+  get_config: Callable[[str], Any],
   out: pathlib.Path,
   *,
   gpu: bool,

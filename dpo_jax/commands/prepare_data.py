@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     truncation=FLAGS.truncation,
     fields=fields,
   )
-  workers = os.cpu_count() if FLAGS.workers is None else FLAGS.workers
+  workers = (os.cpu_count() or 1) if FLAGS.workers is None else FLAGS.workers
   started = said = time.perf_counter()
   for ledger in prepared.prepare(
     FLAGS.out,

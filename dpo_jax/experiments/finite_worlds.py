@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -278,7 +278,7 @@ def optimizer(steps: int, *, peak: float = 0.1, rounds: int = 1) -> optax.Gradie
     learning_rate=peak, schedule="cosine", warmup_steps=0, total_steps=steps, final_fraction=0.0
   )
 
-  def restarted(count: Array) -> Array:
+  def restarted(count: Any) -> Any:  # an optax.Schedule, whose types are as wide
     return schedule(count % steps)
 
   return make_optimizer(schedule if rounds == 1 else restarted, b2=0.99, clip_norm=0.0)

@@ -131,7 +131,14 @@ FORBIDDEN = {
 
 
 # Configuration stops at these doors: no other module knows a `ConfigDict`.
-DOORS = {"defaults", "train", "training.setup", "benchmarking.planner", "benchmarking.scaling"}
+DOORS = {
+  "defaults",
+  "train",
+  "commands",
+  "training.setup",
+  "benchmarking.planner",
+  "benchmarking.scaling",
+}
 
 
 def modules() -> list[pathlib.Path]:

@@ -242,3 +242,65 @@ def test_pods_find_each_other_where_the_jobset_puts_them():
   assert f"--config.parallel.processes={spec['completions']}" in words
   assert "--config.parallel.process=1" in words
   assert spec["parallelism"] == spec["completions"] and spec["completionMode"] == "Indexed"
+
+
+# -- continuous integration ------------------------------------------------------------------------
+
+
+def copied(folder, *names):
+  """Some files of the project, in a folder."""
+  for name in names:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / name, folder / name)
+
+
+def run_in(folder, script):
+  return subprocess.run(
+    ["bash", script], cwd=folder, capture_output=True, text=True, check=False, timeout=60
+  )
+
+
+@pytest.mark.parametrize(
+  ("failing", "ran"),
+  [(None, "lint test test-slow"), ("lint", "lint"), ("test", "lint test")],
+)
+def test_integration_asks_lint_first_and_names_what_fails(tmp_path, failing, ran):
+  copied(tmp_path, ".ci/run")
+  (tmp_path / "scripts").mkdir()
+  for name in ("lint", "test"):
+    status = 3 if failing == name else 0
+    fake(tmp_path / "scripts", f"{name}.sh", f'echo "{name}${{2:+-$2}}" >> ran; exit {status}')
+  done = run_in(tmp_path, ".ci/run")
+  assert (tmp_path / "ran").read_text().split() == ran.split()
+  assert done.returncode == (3 if failing else 0)
+  says = f"error: bash scripts/{failing}.sh failed with status 3; what it found is above"
+  assert (says in done.stderr) == bool(failing)
+
+
+@pytest.mark.parametrize(
+  ("failing", "words"),
+  [
+    ((), "lint: nothing to report"),
+    (("ruff", "pyright"), "error: lint: ruff check, ruff format --check, pyright --warnings;"),
+    (("pyright",), "error: lint: pyright --warnings; see above"),
+  ],
+)
+def test_lint_runs_all_three_and_names_those_that_found_something(tmp_path, failing, words):
+  copied(tmp_path, "scripts/lint.sh", "scripts/venv.sh", "requirements-dev.txt", "requirements.txt")
+  programs = tmp_path / ".venv" / "bin"
+  programs.mkdir(parents=True)
+  fake(programs, "python", "exit 0")
+  for name in ("ruff", "pyright"):
+    fake(programs, name, f'echo "{name} $*" >> ran; exit {int(name in failing)}')
+  done = run_in(tmp_path, "scripts/lint.sh")
+  assert done.returncode == bool(failing)
+  assert words in (done.stderr if failing else done.stdout)
+  ran = (tmp_path / "ran").read_text().splitlines()
+  assert ran == ["ruff check", "ruff format --check", "pyright --warnings"]
+
+
+def test_what_lints_is_pinned():
+  """Another release finds other things, in code that has not changed."""
+  text = (ROOT / "requirements-dev.txt").read_text()
+  assert re.search(r"^ruff==[\d.]+ ", text, re.MULTILINE)
+  assert re.search(r"^pyright\[nodejs\]==[\d.]+ ", text, re.MULTILINE)

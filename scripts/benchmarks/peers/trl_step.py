@@ -8,6 +8,8 @@ The first object holds the fields of `Options`, the second those of
 random and nothing is downloaded. Runs where torch, trl, transformers, datasets, peft and accelerate
 are, and without JAX.
 """
+# pyright: reportMissingImports=false
+# Those libraries have an environment of their own, which the type checker does not see.
 
 from __future__ import annotations
 
@@ -26,6 +28,7 @@ import statistics  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 import warnings  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 
 if __name__ == "__main__":
@@ -114,7 +117,7 @@ def make_model(options: Options, attention: str) -> Any:
   from transformers import AutoConfig, AutoModelForCausalLM
 
   torch.manual_seed(options.seed)
-  special = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": END}
+  special: dict[str, Any] = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": END}
   config = AutoConfig.for_model(**options.model, **special)
   dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
   with torch.device(options.device):
@@ -192,7 +195,8 @@ class Blocks:
     self.pace, self.rows, self.size, self.memory = pace, rows, size, memory
     self.turns = pacing.turns(pace)
     self.done, self.found, self.first_step = 0, [], 0.0
-    self.tell, self.meter = None, None
+    self.tell: Callable[[dict[str, Any]], None] | None = None  # of the block that is under way
+    self.meter: pacing.Meter | None = None
 
   def step_done(self) -> bool:
     """After each step; whether to stop."""
@@ -201,7 +205,7 @@ class Blocks:
     self.first_step = self.first_step or time.perf_counter() - STARTED
     if self.done < self.pace.warmup or (self.done - self.pace.warmup) % self.pace.block_steps:
       return False
-    if self.meter is not None:
+    if self.meter is not None and self.tell is not None:
       self.meter.__exit__()
       block = self.counts() | self.meter.report() | {"peak_memory_mb": round(self.memory.peak_mb())}
       self.found.append(block)
