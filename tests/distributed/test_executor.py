@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax import step
+from dpo_jax import logprobs, step
 from dpo_jax.data import collate
 from dpo_jax.distributed import memory
 from dpo_jax.distributed.executor import MODES, Executor, assert_separate
@@ -97,8 +97,9 @@ def test_only_the_moments_are_stored_on_the_host():
 def test_forward_gives_every_slot_in_the_order_of_the_batch(mode):
   executor = Executor(mode, 8)
   batch = collate.collate(tiny.pairs(16), row_length=48, groups=8)
-  alone = jax.jit(objective().logps_fn)(tiny.init(), batch)
-  forward = executor.compile_forward(objective().logps_fn)
+  logps_fn = logprobs.make_logps_fn(tiny.MODEL)
+  alone = jax.jit(logps_fn)(tiny.init(), batch)
+  forward = executor.compile_forward(logps_fn)
   together = forward(executor.place(tiny.init()), jax.tree.map(lambda x: x[None], batch))
   np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
 

@@ -309,7 +309,7 @@ def test_rewards_by_name_and_by_path():
     ),
     ("math:no_such", "'math'.* has no 'no_such'"),
     ("math:pi", "no function but float"),
-    ("os:getcwd", r"'os:getcwd' takes \(\); it must take \(prompt, answer\)"),
+    ("os:getcwd", r"'os:getcwd' takes \(\); it must take \(prompt, completion\)"),
     ("json:dumps", r"'json:dumps' takes \(obj, .* it must take"),
     (".x:f", "importing '.x' fails with TypeError"),
   ],
