@@ -2,7 +2,7 @@
 
 Sent SIGTERM, it saves after the step it is at and exits with status 75.
 
-  python -m dpo_jax.train --config=configs/preferences.py --workdir=runs/mine \\
+  python -m dpo_jax.train --config=preferences --workdir=runs/mine \\
     --config.model.path=MODEL_DIR --config.data.path=PREFERENCES.jsonl
 """
 

@@ -65,7 +65,12 @@ def main() -> None:
   module = pathlib.Path(sys.argv[0]).name == "__main__.py"
   program, words = "python -m dpo_jax" if module else PROGRAM, sys.argv[1:]
   if not words or words[0] in HELP:
-    print(_listing(program))
+    try:
+      print(_listing(program), flush=True)
+    except BrokenPipeError:
+      from dpo_jax.utils import cli
+
+      cli.leave_unread()
     return
   if words[0] == "--version":
     from dpo_jax import __version__

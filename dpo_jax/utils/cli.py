@@ -50,7 +50,7 @@ def run(
     try:
       print(_help(main.__module__, usage), flush=True)
     except BrokenPipeError:
-      _leave_unread()
+      leave_unread()
     sys.exit(0)
   keep_freed_memory()
   # Before `main` imports jax, which reads the folder of its cache at that moment.
@@ -122,7 +122,7 @@ def _guarded(main: Callable[[list[str]], Any], argv: list[str], arguments: int) 
   try:
     return main(argv)
   except BrokenPipeError:
-    _leave_unread()
+    leave_unread()
   except OSError as error:
     # Raised by a library, not by the system: a mistake of the program.
     if error.filename is None and error.errno is None:
@@ -136,7 +136,7 @@ def _guarded(main: Callable[[list[str]], Any], argv: list[str], arguments: int) 
     fail(error)
 
 
-def _leave_unread() -> NoReturn:
+def leave_unread() -> NoReturn:
   """Exits without a word, since the reader of the output (`| head`) has what it wanted."""
   # Python would otherwise complain when it flushes what is left.
   os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

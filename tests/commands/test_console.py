@@ -59,6 +59,17 @@ def test_the_list_loads_nothing_heavy():
   assert call("-c", show).stdout.splitlines()[-1] == "[]"
 
 
+def test_a_reader_that_leaves_early_is_no_error():
+  show = (
+    "import os, sys; from dpo_jax.commands import console\n"
+    "read, write = os.pipe(); os.close(read); os.dup2(write, 1)\n"
+    "sys.argv = ['dpo-jax', *sys.argv[1:]]; console.main()"
+  )
+  for words in (["--help"], ["plan", "--help"]):
+    done = call("-c", show, *words)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_the_version_is_that_of_the_package():
   assert dpo_jax("--version").stdout == f"dpo-jax {__version__}\n"
 
