@@ -67,7 +67,7 @@ class Run(NamedTuple):
   """
 
   workdir: pathlib.Path
-  # Plain values: from here on nobody reads a `ConfigDict`.
+  # Plain values: from here on no code reads a configuration.
   settings: LoopSettings
   executor: Executor
   objective: step.Objective

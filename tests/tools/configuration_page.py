@@ -1,6 +1,6 @@
 """Writes the tables of docs/configuration.md from the fields and comments of dpo_jax/defaults.py.
 
-  python scripts/maintenance/configuration_page.py
+  python -m tests.tools.configuration_page
 
 The tables stand between two markers; the rest of the page is written by hand. A field without a
 comment in defaults.py is an error, since its meaning would be missing from the page.
@@ -13,10 +13,8 @@ import pathlib
 import sys
 import tokenize
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
-from dpo_jax import defaults, losses  # noqa: E402 (the package may not be installed)
+from dpo_jax import defaults, losses
+from tests.support.paths import ROOT
 
 PAGE = ROOT / "docs" / "configuration.md"
 BEGIN, END = "<!-- generated: fields -->\n", "<!-- end of generated: fields -->"
