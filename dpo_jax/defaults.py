@@ -1,4 +1,4 @@
-"""Every field of a run, with its default. The other configurations start from here."""
+"""Every field of a run's configuration, with its default. The files of configs/ start from here."""
 
 from ml_collections import ConfigDict, config_dict
 
@@ -31,7 +31,7 @@ def section(**fields) -> ConfigDict:
 
 
 def parse(arg: str, known: tuple[str, ...]) -> dict[str, str]:
-  """Parses `key=value,key=value`, written after the colon of --config, into a dictionary.
+  """Parses `key=value,key=value`, what follows the colon in --config=NAME:…, into a dictionary.
 
   Raises:
     UserError: a part has no value, or a key that is not known.
@@ -49,7 +49,7 @@ def number(given: dict[str, str], key: str, default: float) -> float:
   """Returns the number given for `key`, or the default.
 
   Raises:
-    UserError: what is given is not a number.
+    UserError: the given value is not a number.
   """
   try:
     return float(given.get(key, default))
@@ -58,10 +58,10 @@ def number(given: dict[str, str], key: str, default: float) -> float:
 
 
 def loss(name: str, **given) -> ConfigDict:
-  """Makes the loss section: a name, and every argument and modifier, None where not given.
+  """Makes the loss section: the name, and every argument and modifier; None means not set.
 
-  So `--config.loss.name=robust --config.loss.label_smoothing=0.2` works on any configuration, and
-  an argument the chosen loss does not read is an error, never silence.
+  So `--config.loss.name=robust --config.loss.label_smoothing=0.2` works with any configuration. An
+  argument that the chosen loss does not read is an error.
   """
   # The arguments of every loss, since a flag can only set a field that exists.
   taken = {key: float for known in losses.LOSSES for key in losses.arguments(known)}
@@ -74,47 +74,48 @@ def loss(name: str, **given) -> ConfigDict:
 
 
 def get_config() -> ConfigDict:
-  """Returns the defaults themselves: no run, since no model and no data are named."""
+  """Returns the defaults. They cannot be run as they are: they name no model and no data."""
   return ConfigDict(
     {
-      "seed": 0,  # of the initial weights, the order of examples, samples and dropout
+      "seed": 0,  # random seed: initial weights, order of examples, samples, dropout
       "model": section(
         path="",  # Hugging Face folder to start from; "" starts from `scratch`
         tokenizer="",  # folder of the tokenizer; "" is model.path
-        scratch=ConfigDict(),  # fields of a config.json, for a model from random init
-        compute_dtype="float32",  # of matrix products: float32 or bfloat16
-        param_dtype="float32",  # of the policy's parameters
-        remat="dots",  # what the backward pass recomputes: none, dots or full
+        scratch=ConfigDict(),  # fields of a config.json, for a model with random initial weights
+        compute_dtype="float32",  # type of matrix products: float32 or bfloat16
+        param_dtype="float32",  # type of the policy's parameters
+        # what the backward pass recomputes: none, dots (all but outputs of linear maps), full (all)
+        remat="dots",
         attention="auto",  # auto, or tiles (CPU), cudnn (GPU), splash (TPU), blocked, xla
       ),
       "reference": section(
         path="",  # Hugging Face folder of the reference; "" is the initial policy
-        param_dtype="float32",  # of the reference's parameters
+        param_dtype="float32",  # type of the reference's parameters
         sync_every=0,  # steps between syncs of the reference with the policy (TR-DPO); 0 is never
-        store="",  # folder that stores its log-probs for this run and others; "" for none
+        store="",  # folder for stored log-probs of the reference, shared by runs; "" for none
         sync_alpha=0.6,  # at a sync, reference = 0.6 policy + 0.4 reference; 1 copies the policy
       ),
       "lora": section(
-        rank=0,  # of adapters, trained instead of the model; 0 trains the model itself
+        rank=0,  # rank of the adapters; 0 trains the whole model, without adapters
         alpha=16.0,  # the update of an adapter is scaled by alpha / rank
         rs=False,  # True scales it by alpha / sqrt(rank), which keeps its size at high ranks
-        dropout=0.0,  # probability that an adapter does not see an input, in training
+        dropout=0.0,  # probability with which an input of an adapter is dropped, in training
         target="all-linear",  # layers with adapters, such as q_proj,v_proj, or query, or mlp.c_proj
         path="",  # adapter folder to start from, with its own rank, alpha, rs and target
       ),
       "data": section(
         path="",  # file of preferences (or texts, for loss sft) to train on
-        eval_path="",  # held-out rows; "" holds out eval_fraction of the prompts of data.path
+        eval_path="",  # file of held-out rows; "" holds out eval_fraction of data.path's prompts
         eval_fraction=0.1,  # share of the prompts held out, where eval_path is ""
-        eval_limit=512,  # most held-out rows
+        eval_limit=512,  # the most held-out rows that are used
         # names of the fields in rows of another format, such as data.fields.prompt=question
         fields=section(**dict.fromkeys(FIELDS, "")),
         template="",  # values that the chat template reads, as JSON: {"enable_thinking": false}
         max_length=512,  # most tokens of a prompt and one completion together
-        prompt_floor=64,  # last tokens of a prompt that are never cut; it is cut from the left
+        prompt_floor=64,  # prompts are cut from the left, but this many tokens always stay
         truncation="drop",  # pairs whose completions do not fit: drop, or cut
         layout="shared",  # shared (prompt once, packed), packed, or padded
-        balance=True,  # equal tokens per batch: neighbouring batches exchange examples
+        balance=True,  # evens out tokens per batch: neighboring batches exchange examples
         row_length=0,  # tokens per row; 0 is a length that suits the data
       ),
       "loss": loss("sigmoid"),
@@ -122,45 +123,47 @@ def get_config() -> ConfigDict:
         reward="",  # name of a reward, or module:function; "" trains on data.path as it is
         num=4,  # completions sampled per prompt of data.path, at every step
         max_tokens=64,  # most tokens of a completion
-        temperature=1.0,  # of sampling
-        prefer="rank",  # pairs of samples: rank (best, worst), or bradley_terry (at random)
+        temperature=1.0,  # temperature of sampling
+        prefer="rank",  # pairs of samples: rank (best, worst), or bradley_terry (sampled)
       ),
       "optimizer": section(
-        learning_rate=1e-5,  # at its peak, after the warm-up
+        learning_rate=1e-5,  # peak learning rate, after the warm-up
         schedule="linear",  # constant, linear or cosine, after the warm-up
-        warmup_steps=config_dict.placeholder(int),  # None is 10, at most a tenth of the steps
-        final_fraction=0.0,  # of the peak learning rate, at the last step
+        warmup_steps=config_dict.placeholder(int),  # None is 10, or a tenth of the steps if less
+        final_fraction=0.0,  # learning rate at the last step / peak learning rate
         b1=0.9,  # AdamW: decay of the mean of gradients
         b2=0.999,  # AdamW: decay of the mean of their squares
         eps=1e-8,  # AdamW: added to the denominator
-        weight_decay=0.0,  # AdamW: of matrices and adapters; norms, biases and tables have none
-        clip_norm=1.0,  # largest norm of the gradient, above which it is scaled; 0 for no clipping
+        weight_decay=0.0,  # AdamW: only on matrices and adapters, not norms, biases, embeddings
+        clip_norm=1.0,  # gradients with a larger norm are scaled down to it; 0 for no clipping
       ),
       "train": section(
         steps=0,  # updates; 0 is as many as `epochs` needs
         epochs=1.0,  # passes over the training data, if steps is 0
         batch_size=32,  # pairs per update, over all devices and micro-batches
         accumulate=1,  # micro-batches per update, whose gradients are summed
-        # weight of the load-balancing loss of experts; None is the one of the model's folder
+        # weight of the load-balancing loss of experts; None takes it from the model's config.json
         router_balance=config_dict.placeholder(float),
       ),
       "eval": section(
         every=100,  # steps between evaluations; 0 is only at the end
-        batch_size=0,  # pairs per forward pass; 0 is a micro-batch of train
-        samples=0,  # completions of held-out prompts, for KL, entropy, repetition; 0 for none
+        batch_size=0,  # pairs per forward pass; 0 takes the size of a training micro-batch
+        samples=0,  # completions sampled for held-out prompts: KL, entropy, repetition; 0 for none
       ),
       "checkpoint": section(
         every=500,  # steps between checkpoints; 0 is only at the end
-        keep=2,  # number of the latest checkpoints that are kept, besides the best
+        keep=2,  # number of latest checkpoints that are kept; the best is kept too
       ),
       "parallel": section(
         mode="mesh",  # mesh, or pmap (parameters replicated, rows divided)
-        devices=0,  # 0 is all; what the next three do not divide is replicated over the rest
+        # number of devices, 0 is all; beyond the product of fsdp, sequence and tensor, parameters
+        # are copied and rows are divided
+        devices=0,
         fsdp=1,  # devices that parameters and rows are divided among
         sequence=1,  # devices that the tokens of a row are divided among
         tensor=1,  # devices that parameters, and the products with them, are divided among
-        offload_optimizer=False,  # keeps its state in the host's memory between updates
-        coordinator="",  # for several processes: HOST:PORT of the first, or auto (TPU pod, SLURM)
+        offload_optimizer=False,  # keeps optimizer state in host memory between updates
+        coordinator="",  # several processes: HOST:PORT of the first, or auto (TPU pod, SLURM)
         processes=0,  # number of processes, with HOST:PORT
         process=0,  # number of this process, from 0
       ),

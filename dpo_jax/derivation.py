@@ -1,24 +1,24 @@
 """The derivation of DPO on a finite world: one function per step, in the order of the paper.
 
-  assumed objective -> rearranged -> target π_ref exp(r/β) -> Z -> π* -> KL form
-  -> implicit reward -> Bradley-Terry -> DPO loss
+  assumed objective (RLHF's) -> the same, rearranged -> target π_ref exp(r/β) -> its sum Z
+  -> optimal policy π* -> KL form -> implicit reward -> Bradley-Terry -> DPO loss
 
 A finite world has X prompts and Y completions to each; F is the number of values of β. All
 quantities are in nats or reward units. A policy is an array of log-probabilities, `log_policy_XY`.
 A completion of probability 0 has log-probability -inf, and 0 log 0 counts as 0. `weight_X` contains
 the probabilities of the prompts, as an array or a list of numbers; None means uniform.
 
-Logarithms are never exponentiated on the way: r/β may be 10^6, and exp(10^6) overflows.
+exp(r/β) is never computed, only its logarithm: r/β may be 10^6, and exp(10^6) overflows.
 
 β must be above 0. A Python number that is not raises ValueError. The value of an array is not
-checked, because it may be traced; a wrong one gives whatever the formula gives.
+checked, because jax may be tracing it; with a wrong one the result has no meaning.
 
 jax computes in float32 unless `jax.config.update("jax_enable_x64", True)` is set. Where float64 is
 mentioned below, it is set, or the code runs within `jax.enable_x64(True)`.
 
 All functions and their gradients are finite in float32 and float64 for β from 1e-3 to 1e6 and
-rewards up to ±1e3. Multiplying a rounded KL by β multiplies its error by β: at β = 1e6, float32
-gives the objective at π* to a tenth of a reward unit.
+rewards up to ±1e3. Multiplying a rounded KL by β multiplies its error by β: at β = 1e6 in float32,
+the error of the objective at π* is about a tenth of a reward unit.
 
 Rafailov et al. 2023, section 4 and appendix A.1 to A.2.
 """
@@ -87,12 +87,12 @@ def assumed_objective(
   Args:
     log_policy_XY: log π(y|x), in nats.
     log_reference_XY: log π_ref(y|x), in nats.
-    reward_XY: r(x,y), the conceptual reward, in reward units.
+    reward_XY: r(x,y), in reward units. DPO never needs its value, only preferences.
     beta: β > 0, in reward units per nat; a larger β keeps the policy nearer the reference.
     weight_X: probability of each prompt; they sum to 1. None means uniform.
 
   Returns:
-    A scalar in reward units. DPO minimises it without ever computing it.
+    A scalar in reward units. DPO minimizes it without ever computing it.
 
   Rafailov et al. 2023, eq. 3, with the sign of a loss.
   """
@@ -143,7 +143,7 @@ def optimal_policy(log_reference_XY: Array, reward_XY: Array, *, beta: Real) -> 
   # Adding a function of x alone to the reward does not change π*, so the best reward is subtracted
   # first: at r/β = 10^6, float32 would round log π* to a sixteenth of a nat.
   possible_XY = jnp.isfinite(log_reference_XY)
-  # Only completions that the reference can give count: another one may have a larger reward.
+  # Only completions with π_ref > 0 count: one that is impossible may have a larger reward.
   best_X = jnp.max(reward_XY, axis=-1, where=possible_XY, initial=-jnp.inf, keepdims=True)
   # The shift cancels, so its gradient is zero; without stop_gradient it would be computed twice
   # and cancel only up to rounding.
@@ -173,7 +173,7 @@ def kl_form(
   log Z(x) does not depend on the policy. The KL is 0 where π = π* and positive elsewhere, so π* is
   the only optimum. Rafailov et al. 2023, appendix A.1.
   """
-  # The only term that depends on the policy is the KL: minimising the objective and minimising this
+  # The only term that depends on the policy is the KL: minimizing the objective and minimizing this
   # KL are the same problem.
   log_optimal_XY = optimal_policy(log_reference_XY, reward_XY, beta=beta)
   log_z_X = partition_function(log_reference_XY, reward_XY, beta=beta)
@@ -181,7 +181,7 @@ def kl_form(
 
 
 class Frontier(NamedTuple):
-  """Mean reward and KL of the optimal policy of each β; no policy has more reward at that KL.
+  """Mean reward and KL of the optimal policy of each β: the best reward that this KL allows.
 
   Attributes:
     reward_F: E[r] under π*, in reward units, a mean over prompts.
@@ -276,14 +276,14 @@ def expected_dpo_loss(
   if pair_XYY is None:
     pair_XYY = jnp.exp(log_reference_XY[:, :, None] + log_reference_XY[:, None, :])
   z_XYY = _differences(implicit_reward(log_policy_XY, log_reference_XY, beta=beta))
-  # Either completion may be the chosen one, each label with its probability. log_sigmoid, unlike
-  # log(sigmoid), is finite at any finite margin.
+  # y is chosen with probability Pr(y ≻ y'|x), otherwise y' is. log_sigmoid, unlike log(sigmoid), is
+  # finite at any finite margin.
   wins_XYY = _safe_product(pair_XYY * preference_XYY, jax.nn.log_sigmoid(z_XYY))
   loses_XYY = _safe_product(pair_XYY * (1 - preference_XYY), jax.nn.log_sigmoid(-z_XYY))
   return -_mean_over_prompts((wins_XYY + loses_XYY).sum((1, 2)), weight_X)
 
 
-# --- Gradient descent, to watch the optimum being reached -----------------------------------------
+# --- Gradient descent, which shows that the optimum is reached ------------------------------------
 
 
 def descend(
@@ -315,7 +315,7 @@ def descend(
 
 
 def _check_beta(beta: object) -> None:
-  """Raises ValueError if a Python number is not above 0; arrays, maybe traced, are not checked."""
+  """Raises ValueError if a Python number is not above 0; arrays, possibly traced, pass."""
   # `not beta > 0` also catches nan, for which `beta <= 0` is false.
   if isinstance(beta, (int, float)) and not beta > 0:
     raise ValueError(f"beta is {beta}; it must be above 0, such as 0.1")

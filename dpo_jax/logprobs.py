@@ -1,10 +1,10 @@
 """Log-probability of every completion, computed from hidden states.
 
-The head is the largest product of a small model, and its logits are the largest array of any model.
-So the production path runs the head only at scored tokens, one chunk of them at a time; no array
-[N, L, V] exists, forward or backward. For the backward pass it stores the logits if they fit a
-budget, and otherwise recomputes each chunk. The naive path forms every logit; tests use it as the
-oracle.
+The head (the unembedding) is the largest matrix product of a small model, and its logits are the
+largest array of any model. So training runs the head only at scored tokens, one chunk of them at a
+time; no array [N, L, V] exists, forward or backward. For the backward pass it stores the logits if
+they fit a budget, and otherwise recomputes each chunk. `naive_slot_logps` computes every logit; the
+tests compare with it.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from dpo_jax.utils.matmul import product_of_rows
 
 
 class LogitBudget(NamedTuple):
-  """Numbers of float32 logits that may be in memory for one group of rows.
+  """Limits on the number of float32 logits in memory, for one group of rows.
 
   Attributes:
-    chunk: most logits that are formed at once.
-    kept: most logits that are stored for the backward pass, over all scored tokens of the group; if
-      there are more, none is stored and the backward pass recomputes each chunk.
+    chunk: the most logits that are computed at once.
+    kept: the most logits that are stored for the backward pass, over all scored tokens of the
+      group; if there are more, none is stored and the backward pass recomputes each chunk.
   """
 
   chunk: int
   kept: int
 
 
-# A chunk takes 32 MiB on CPU. Elsewhere it takes 512 MiB, because products of few rows are slow
-# there. Stored logits take up to 256 MiB on CPU and 512 MiB elsewhere.
+# A chunk takes 32 MiB on CPU. Elsewhere it takes 512 MiB, because matrix products with few rows are
+# slow there. Stored logits take up to 256 MiB on CPU and 512 MiB elsewhere.
 LOGIT_BUDGET = {"cpu": LogitBudget(2**23, 2**26)}
 LOGIT_BUDGET_ELSEWHERE = LogitBudget(2**27, 2**27)
 _PAST_END = 2**31 - 1  # an index beyond any batch: reads give the fill value
@@ -113,7 +113,7 @@ def slot_logps(
     hidden_NLD: input of the head.
     head: the unembedding.
     batch: rows of tokens; `scored_GM` lists the tokens where the head runs.
-    budget: numbers of logits in memory; None takes that of the platform.
+    budget: limits on logits in memory; None means the default of the platform.
     token_fn: (logits_xV, target_x) -> values that are summed over the tokens of a slot.
 
   Returns:
@@ -123,14 +123,14 @@ def slot_logps(
   groups = len(batch.scored_GM)
   rows, slots = batch.weight_NS.shape
   at_scored = _scored_values(batch)
-  # Rows count within their group: a group's sums stay on the device that has its rows.
+  # Rows are numbered within their group: a group's sums stay on the device that has its rows.
   row_NL = jnp.broadcast_to(jnp.arange(rows)[:, None] % (rows // groups), batch.slot_NL.shape)
   owner_GM = at_scored(row_NL * slots + batch.slot_NL)
 
   def sum_by_owner(x_M: Array, owner_M: Array) -> Array:
     return jax.ops.segment_sum(x_M, owner_M, (rows // groups) * slots)
 
-  # Padding of scored_GM reads owner 0 and weight 0, so it adds nothing to slot 0.
+  # At padding of scored_GM both owner and weight are read as 0, so slot 0 gets nothing from it.
   weighted_GM = logps_GM * at_scored(batch.weight_NL)
   return jax.vmap(sum_by_owner)(weighted_GM, owner_GM).reshape(rows, slots)
 
@@ -153,8 +153,8 @@ def scored_logps(
   at_scored = _scored_values(batch._replace(scored_GM=at_GM))
 
   def divide(x_GM: Array) -> Array:
-    # Devices that share the positions of a row share its scored tokens, too: each takes a part as a
-    # group of its own.
+    # Devices that share the positions of a row also share its scored tokens: each computes a part,
+    # as a group of its own.
     return x_GM.reshape(groups * parts, -1, *x_GM.shape[2:])
 
   hidden_GMD, target_GM = divide(by_rows(at_scored(hidden_NLD))), divide(at_scored(batch.target_NL))
@@ -170,8 +170,8 @@ def scored_logps(
     at_end = batch.ids_NL.size
     count = -(-(at_GM < at_end).sum() // size)
   elif chunks > 1:
-    # A copy of the table per group: the loop then adds up gradients locally, and they are summed
-    # over devices once at the end instead of once per chunk.
+    # A copy of the head's kernel per group: the loop then adds up gradients locally, and they are
+    # summed over devices once at the end instead of once per chunk.
     head = head._replace(kernel_VD=copy_per_group(head.kernel_VD, groups * parts))
   if token_fn is token_logps:
     kept = per_group * vocab <= budget.kept
@@ -194,11 +194,11 @@ def _chunking(tokens: int, budget: int) -> tuple[int, int]:
 
   Args:
     tokens: scored tokens of a group.
-    budget: most tokens per chunk; rounding the size up may exceed it by up to 31.
+    budget: the most tokens per chunk; rounding up may exceed it by up to 31.
   """
   chunks = max(1, -(-tokens // max(1, min(budget, tokens))))
   size = -(-tokens // chunks)
-  # Products of an odd number of rows run at half the speed in bfloat16.
+  # In bfloat16, matrix products with an odd number of rows run at half the speed.
   return chunks, size + (-size % 32 if size > 128 else 0)
 
 
@@ -210,7 +210,7 @@ def _into_chunks(x_GM: Array, chunks: int, size: int) -> Array:
 
 
 def _group_logits(hidden_GmD: Array, head: Head) -> Array:
-  """Computes `logits`, with one table for all groups or a table per group."""
+  """Computes `logits`, with one kernel for all groups or a kernel per group."""
   if head.kernel_VD.ndim == 2:
     return logits(hidden_GmD, head)
 
@@ -226,17 +226,17 @@ def _head_logps(
 ) -> Array:
   """Computes `token_logps` of `logits`, one chunk at a time.
 
-  It has a gradient rule of its own, because jax cannot differentiate a loop whose number of turns
-  is an array. The rule takes one pass over the logits, stored or recomputed.
+  It has a gradient rule of its own, because jax cannot differentiate a loop whose number of
+  iterations is an array. The rule takes one pass over the logits, stored or recomputed.
 
   Args:
     kept: whether the backward pass uses stored logits.
     hidden_cGmD: input of the head, in chunks.
-    head: the unembedding; its table is [V, D], or [G, V, D] with a copy per group.
+    head: the unembedding; its kernel is [V, D], or [G, V, D] with a copy per group.
     target_cGm: target tokens.
     count: number of chunks to run; the log-probs of later chunks are 0.
   """
-  # False: without a gradient no logits are stored.
+  # False: where no gradient is computed, no logits are stored.
   return _head_forward(False, hidden_cGmD, head, target_cGm, count)[0]
 
 
@@ -265,8 +265,8 @@ def _head_backward(kept, saved, cotangent_cGm):
   def chunk_step(i, carry):
     hidden_grad_cGmD, head_grad = carry
     logits_GmV, pull = jax.vjp(_group_logits, hidden_cGmD[i], head)
-    # If logits are stored, those of the vjp go unused, and without a soft cap the compiler drops
-    # their product.
+    # If logits are stored, those that vjp computes are not used; without a soft cap the compiler
+    # then drops the matrix product that they need.
     logits_GmV = logits_cGmV[i] if kept else logits_GmV
     is_target_GmV = target_cGm[i][..., None] == jnp.arange(logits_GmV.shape[-1])
     # d log π(target) / d logit_v = [v is the target] - π(v).
@@ -338,13 +338,13 @@ LogpsFn = Callable[..., Array]
 def make_logps_fn(
   model: Model, *, budget: LogitBudget | None = None, beyond_shorter: float = 1.0
 ) -> LogpsFn:
-  """Makes the production path: a function (params, batch, key=None) -> logps_NS, in nats.
+  """Makes the function for training: (params, batch, key=None) -> logps_NS, in nats.
 
   The key is for dropout; None means no dropout.
 
   Args:
     model: the language model.
-    budget: numbers of logits in memory; None takes that of the platform.
+    budget: limits on logits in memory; None means the default of the platform.
     beyond_shorter: weight of the tokens of a completion beyond the length of the pair's shorter
       completion (LD-DPO); 1 changes nothing.
   """
@@ -434,7 +434,7 @@ def make_scored_fn(
 
 
 class Slots(NamedTuple):
-  """The facts of every slot other than its log-probs, as arrays of one shape, [..., N, S].
+  """What losses and metrics read of every slot besides its log-prob: arrays [..., N, S].
 
   Attributes:
     tokens_NS: sum of the scored tokens' weights; their number if all weights are 1.
@@ -463,7 +463,7 @@ def to_pairs(logps_NS: Array, slots: Slots) -> PairLogps:
 
 
 def to_unpaired(logps_NS: Array) -> UnpairedLogps:
-  """Lists neighbouring slots as a labelled completion and a mismatched one."""
+  """Lists neighbouring slots as a labeled completion and a mismatched one."""
   logps_B2 = logps_NS.reshape(-1, 2)
   return UnpairedLogps(logps_B2[:, 0], logps_B2[:, 1])
 

@@ -1,6 +1,7 @@
-"""Metrics of a batch, as sums with counts that are added up anywhere and divided once.
+"""Metrics of a batch, as pairs of a sum and a count; `divide` makes means of them at the end.
 
-Means of means are wrong for ragged batches, packed rows and uneven shards; ratios of sums are not.
+Sums and counts can be added over micro-batches and devices. A mean of means would be wrong where
+these have different numbers of pairs or tokens; one sum divided by one count is right.
 Rewards are β log π/π_ref, in reward units. Log-probs and log-ratios are in nats.
 """
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 
 from dpo_jax.structs import Array, PairLogps, RankedLogps, UnpairedLogps
 
-# Metric name to (sum, count); both are added up over micro-batches and devices before `divide`.
+# From the name of a metric to (sum, count).
 Sums = dict[str, tuple[Array, Array]]
 
 
@@ -22,7 +23,9 @@ def pair_sums(
   weight_B: Array,
   beta: float,
 ) -> Sums:
-  """Sums the loss, rewards and log-probs of pairs, and the drift of the policy's probability.
+  """Sums the loss, rewards and log-probs of pairs, and the drift of the policy.
+
+  Drift is how far the policy's log-probs have moved from the reference's: log π/π_ref.
 
   A margin of exactly zero counts one half towards accuracy; at the start of a run all margins are
   zero. Drift metrics need a reference, and metrics that depend on length need token counts; they
@@ -39,7 +42,7 @@ def pair_sums(
 
       drift/chosen, drift/rejected   Σ log π/π_ref over Σ tokens, in nats per token
       drift/both_fell                share of pairs whose completions both lost probability
-      drift/pair_mass                log (π(y_w)+π(y_l)) / (π_ref(y_w)+π_ref(y_l)), in nats
+      drift/pair_mass                log [(π(y_w)+π(y_l)) / (π_ref(y_w)+π_ref(y_l))], in nats
       margins/chosen_longer          mean margin of pairs whose chosen completion has more tokens
       margins/chosen_shorter         mean margin of pairs whose chosen completion has fewer tokens
   """
@@ -67,7 +70,7 @@ def pair_sums(
     )
   sums = {name: _weighted(value_B, weight_B) for name, value_B in values.items()}
 
-  # Pairs of equal length are in neither part.
+  # Pairs of equal length are in neither of the two metrics.
   chosen_tokens_B, rejected_tokens_B = policy.chosen_tokens_B, policy.rejected_tokens_B
   if chosen_tokens_B is None or rejected_tokens_B is None:
     return sums
@@ -101,7 +104,7 @@ def unpaired_sums(
     beta: β, in reward units per nat.
 
   Returns:
-    Sums and counts of `loss`, `rewards/…` and `logps/…` of either label, and of `kl`: the mean
+    Sums and counts of `loss`, of `rewards/…` and `logps/…` per label, and of `kl`: the mean
     log-ratio of the mismatched completions, in nats, before it is limited to 0 or above.
   """
   ratio_B = policy.completion_B - reference.completion_B
@@ -109,7 +112,7 @@ def unpaired_sums(
     "loss": _weighted(loss_B, weight_B),
     "kl": _weighted(policy.mismatched_B - reference.mismatched_B, weight_B),
   }
-  # Each label has its own count: a batch without one of them gives nan there, and not 0.
+  # Each label has its own count: in a batch without desirable completions their mean is nan, not 0.
   for name, in_class_B in (("desirable", label_B > 0), ("undesirable", label_B <= 0)):
     sums[f"rewards/{name}"] = _weighted(beta * ratio_B, weight_B * in_class_B)
     sums[f"logps/{name}"] = _weighted(policy.completion_B, weight_B * in_class_B)
@@ -143,7 +146,7 @@ def ranked_sums(
 
       reward      mean of r
       kl          mean of log π/π_ref, in nats
-      objective   mean of -r + β log π/π_ref, which on-policy training minimises
+      objective   mean of -r + β log π/π_ref, which on-policy training minimizes
   """
   ratio_BK = policy.completions_BK - reference.completions_BK
   # Every completion that is present counts with its prompt's weight.
@@ -156,7 +159,8 @@ def ranked_sums(
       "kl": _weighted(ratio_BK, weight_BK),
       "objective": _weighted(beta * ratio_BK - reward_BK, weight_BK),
     }
-  # The first completion is the best one. The rest counts per completion, not per prompt.
+  # The first completion is the best one. Of the rest, every completion counts once, so a prompt
+  # with more completions counts more.
   for name, part in (("best", slice(0, 1)), ("rest", slice(1, None))):
     sums[f"rewards/{name}"] = _weighted(beta * ratio_BK[:, part], weight_BK[:, part])
     sums[f"logps/{name}"] = _weighted(policy.completions_BK[:, part], weight_BK[:, part])
@@ -196,8 +200,8 @@ def _log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Array, Array]:
 
 def _accuracy(margin_x: Array) -> Array:
   """Returns 1 where the margin is above zero, 0 where it is below, and one half at a tie."""
-  # At step 0 every margin is exactly 0. Counted as wrong, they would show an accuracy of 0 and not
-  # the 0.5 of a coin.
+  # At step 0 every margin is exactly 0. Counted as wrong, these would give an accuracy of 0 instead
+  # of 0.5, that of a guess.
   return (margin_x > 0) + 0.5 * (margin_x == 0)
 
 
@@ -207,5 +211,5 @@ def _weighted(value_x: Array, weight_x: Array) -> tuple[Array, Array]:
 
 
 def _per_token(value_B: Array, tokens_B: Array, weight_B: Array) -> tuple[Array, Array]:
-  """Returns the sum of values and of tokens; in their ratio every token counts the same."""
+  """Returns the sum of values and that of tokens; in their ratio all tokens count the same."""
   return jnp.sum(value_B * weight_B), jnp.sum(tokens_B * weight_B)

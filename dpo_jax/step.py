@@ -1,9 +1,13 @@
-"""One training step as one pure function; `distributed.executor` decides what compiles it.
+"""One training step as one pure function; `distributed.executor` compiles it, by jit or by pmap.
 
-The reference is an argument, read and never written. A loss is a function of log-probs, so its
-gradient is taken in two parts: first with respect to the log-probs, where the loss may see the
-whole batch, then of the log-probs with respect to the parameters, a micro-batch at a time. Losses
-are divided by counts of the global batch, so micro-batches, shards and ragged rows add up exactly.
+The reference is an argument, read and never written. A loss is a function of log-probs, so the
+chain rule splits its gradient in two:
+
+  1. of the loss with respect to the log-probs, where a loss may depend on the whole batch;
+  2. of the log-probs with respect to the parameters, one micro-batch at a time.
+
+The summed loss is divided by a count of the global batch, so the result does not depend on how the
+batch is divided into micro-batches and shards.
 """
 
 from __future__ import annotations
@@ -23,15 +27,15 @@ from dpo_jax.structs import Array, PyTree, Routing, TokenBatch
 
 
 class TrainState(NamedTuple):
-  """Everything that evolves in training, and everything that a checkpoint keeps.
+  """Everything that changes during training; a checkpoint stores exactly this.
 
   Attributes:
-    step: updates made.
-    params: the trained parameters: the policy, or the adapters of one whose base is frozen.
+    step: number of updates so far.
+    params: the trained parameters: those of the policy, or under LoRA those of the adapters alone.
     opt_state: state of the optimizer.
     running_stats: running statistics that the loss reads (bco_pair's δ, kto's KL); empty for most.
     reference: the reference's parameters if it follows the policy (TR-DPO), otherwise None: a
-      frozen reference is an argument of the step, and no part of its state.
+      frozen reference is the argument `reference_params` of the step, not part of its state.
   """
 
   step: Array
@@ -45,7 +49,7 @@ class Sync(NamedTuple):
   """The rule by which a reference follows the policy (TR-DPO).
 
   Every `every` steps the reference's parameters become α policy + (1-α) reference. α = 1 is the
-  hard update, below 1 the soft one. Gorbatovski et al. 2024, eq. 4 and 5.
+  hard update of the paper, α < 1 the soft one. Gorbatovski et al. 2024, eq. 4 and 5.
   """
 
   every: int
@@ -55,35 +59,36 @@ class Sync(NamedTuple):
 class Forward(Protocol):
   """A forward pass of a language model: (params, batch, key) -> log-probs of every slot.
 
-  It returns logps_NS in nats, or a `Scored` where a loss reads more of the pass than that. The key
-  is for dropout, and only given where the objective has a `dropout_seed`.
+  It returns logps_NS in nats, or a `Scored` where a loss needs more results of the pass. The key
+  is for dropout, and is passed only if the objective has a `dropout_seed`.
   """
 
   def __call__(self, params: PyTree, batch: TokenBatch, *key: jax.Array) -> Array | Scored: ...
 
 
 class LiveReference(NamedTuple):
-  """A reference that every step computes, from parameters beside those of the policy.
+  """A reference whose log-probs every step computes, from its own parameters.
 
   Attributes:
-    sync: how it follows the policy; it is then part of the state. None for a frozen one.
+    sync: how the reference follows the policy; its parameters are then part of the state. None for
+      a frozen reference.
   """
 
   sync: Sync | None = None
 
 
 class StoredReference(NamedTuple):
-  """A reference whose log-probs every batch brings along: no parameters are needed.
+  """A reference whose log-probs are stored in every batch; its parameters are not needed.
 
   Attributes:
-    logps_fn: batch -> logps_NS, nats, such as `logprobs.make_stored_fn` makes.
+    logps_fn: batch -> logps_NS, in nats, such as the result of `logprobs.make_stored_fn`.
   """
 
   logps_fn: Callable[[TokenBatch], Array]
 
 
 class NoReference(NamedTuple):
-  """The absence of a reference: the loss reads none."""
+  """No reference, for losses that read none."""
 
 
 Reference = LiveReference | StoredReference | NoReference
@@ -95,16 +100,19 @@ def _trained_is_policy(trained: PyTree, reference_params: PyTree | None) -> PyTr
 
 
 class Objective(NamedTuple):
-  """An objective to minimise, as static arguments of the step.
+  """An objective to minimize: what the compiled step treats as constant.
 
   Attributes:
-    logps_fn: the forward pass, of the policy and of a live reference alike.
-    loss: from `losses.resolve`.
-    completions: K, slots of an example: 1 for text, 2 for pairs and unpaired examples.
-    reference: how the reference's log-probs come about; None is live where the loss reads any.
-    policy: (trained, reference_params) -> the policy's parameters; what is trained, unless given.
-    dropout_seed: of the keys of dropout, which go by it and the step; None for no dropout.
-    balance: weight of the term that spreads tokens over the experts of a mixture.
+    logps_fn: the forward pass, used for both policy and live reference.
+    loss: the loss, from `losses.resolve`.
+    completions: K, the number of slots per example: 1 for text, 2 for pairs and unpaired examples.
+    reference: where the reference's log-probs come from; None means `LiveReference` if the loss
+      reads them, and otherwise `NoReference`.
+    policy: (trained, reference_params) -> the policy's parameters, such as base and adapters
+      together. The default returns `trained`.
+    dropout_seed: seed of dropout; the key of a step is made from it and the step number. None for
+      no dropout.
+    balance: weight of the load-balancing loss of a mixture of experts.
   """
 
   logps_fn: Forward
@@ -129,16 +137,16 @@ class Objective(NamedTuple):
     return kind.sync if isinstance(kind, LiveReference) else None
 
   def scored(self, params: PyTree, batch: TokenBatch, *key: jax.Array) -> Scored:
-    """Runs the forward pass; returns log-probs and all else that it reports."""
+    """Runs the forward pass; returns log-probs and its other results."""
     found = self.logps_fn(params, batch, *key)
     return found if isinstance(found, Scored) else Scored(found)
 
   def logps(self, params: PyTree, batch: TokenBatch) -> Array:
-    """Runs the forward pass without dropout; returns logps_NS in nats, and nothing else of it."""
+    """Runs the forward pass without dropout; returns only logps_NS, in nats."""
     return self.scored(params, batch).logps_NS
 
   def reference_logps(self, reference_params: PyTree | None, batch: TokenBatch) -> Array | None:
-    """Returns the reference's logps_NS of a batch in nats, however they come about, or None."""
+    """Returns the reference's logps_NS in nats, stored or computed; None if there is none."""
     kind = self.reference_kind
     if isinstance(kind, NoReference):
       return None
@@ -150,9 +158,9 @@ class Objective(NamedTuple):
 def init_state(
   params: PyTree, tx: optax.GradientTransformation, loss: Loss | None = None
 ) -> TrainState:
-  """Returns the state at step 0; a reference that follows the policy is put in afterwards."""
-  # Typed arrays: a Python number would have another type after the first step, which would be
-  # compiled again.
+  """Returns the state at step 0; the caller adds a reference that follows the policy."""
+  # Typed arrays: a Python number would have another type after the first step, and the step would
+  # be compiled again.
   start = {key: jnp.float32(value) for key, value in (loss.running_stats if loss else {}).items()}
   return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), start)
 
@@ -170,29 +178,29 @@ def batch_sums(
 ) -> tuple[metrics.Sums, Array]:
   """Computes loss and metrics as sums with counts, and flags slots whose loss is not finite.
 
-  The loss of an empty slot is finite and its weight zero. Leading axes of slots may be joined:
-  any [N, S] will do whose rows are runs of K slots.
+  The loss of an empty slot is finite and its weight zero. Rows of several micro-batches may be
+  passed together; every row must consist of runs of K slots, one run per example.
 
   Args:
-    objective: gives the loss, and K.
-    logps_NS, reference_NS: log-probs under policy and reference, nats; None without a reference.
-    slots: of the same shape.
-    running_stats: those of the state.
-    alignment_NS: mean alignment of the tokens of every slot, for WPO; None for no weights.
+    objective: its `loss` and `completions` are read.
+    logps_NS, reference_NS: log-probs under policy and reference, in nats; None for no reference.
+    slots: token counts, weights and scores of the same slots.
+    running_stats: the running statistics of the state.
+    alignment_NS: mean alignment of the tokens of every slot, for WPO; None for no WPO.
 
   Returns:
-    The sums, and bad_NS.
+    The sums, and bad_NS: True for slots of weight above 0 whose example's loss is not finite.
   """
   loss, completions = objective.loss, objective.completions
 
   def by(x_NS: Array) -> Array:
-    """Joins rows, and puts the K slots of an example side by side: [B, K]."""
+    """Reshapes to one line per example, with its K slots: [B, K]."""
     return x_NS.reshape(-1, completions)
 
   weight_BK, score_BK = by(slots.weight_NS), by(slots.score_NS)
-  # The first slot speaks for its example; later ones have weight 0 where a completion is absent.
+  # The first slot has the weight of its example; later ones have 0 where a completion is absent.
   weight_B = weight_BK[:, 0]
-  # Offered to every loss: each reads those that its function names.
+  # Passed to every loss; each reads those that are parameters of its function.
   supplied = {**(running_stats or {}), "weight_B": weight_B}
   if loss.kind == "text":
     # A text has no second completion: its loss reads `chosen_B` alone.
@@ -204,13 +212,13 @@ def batch_sums(
     reference = None if reference_NS is None else logprobs.to_pairs(reference_NS, slots)
     loss_B = loss(policy, reference, margin_B=score_BK[:, 0] - score_BK[:, 1], **supplied)
     if alignment_NS is not None:
-      # WPO: pairs the policy would hardly give itself count less. Zhou et al. 2024.
+      # WPO: pairs that the policy is unlikely to generate count less. Zhou et al. 2024.
       loss_B = loss_B * jnp.exp(jnp.minimum(by(alignment_NS).sum(axis=1), 0.0))
     sums = metrics.pair_sums(policy, reference, loss_B, weight_B, loss.beta)
   elif loss.kind == "unpaired":
     assert reference_NS is not None
     policy, reference = logprobs.to_unpaired(logps_NS), logprobs.to_unpaired(reference_NS)
-    label_B = score_BK[:, 0]  # of both slots: the second is the mismatched completion
+    label_B = score_BK[:, 0]  # the first slot is labeled, the second is mismatched
     loss_B = loss(policy, reference, label_B=label_B, **supplied)
     sums = metrics.unpaired_sums(policy, reference, loss_B, weight_B, label_B, loss.beta)
   else:
@@ -224,13 +232,13 @@ def batch_sums(
     sums = metrics.ranked_sums(
       policy, reference, loss_B, weight_B, present_BK, loss.beta, reward_BK
     )
-  # From the losses, not from their mean, in which one bad row hides all others.
+  # From each loss, not from their mean: the mean does not show which one is not finite.
   bad_NS = jnp.repeat(~jnp.isfinite(loss_B), completions).reshape(logps_NS.shape)
   return sums, bad_NS & (slots.weight_NS > 0)
 
 
 def loss_count(objective: Objective, slots: Slots) -> Array:
-  """Counts what the loss is averaged over: weighted tokens of text, weighted examples otherwise."""
+  """Sums the weights that the loss is averaged over: of tokens for text, else of examples."""
   if objective.loss.kind == "text":
     return jnp.sum(slots.tokens_NS * slots.weight_NS)
   return slots.weight_NS.reshape(-1, objective.completions)[:, 0].sum()
@@ -251,25 +259,26 @@ def train_step(
   """Makes one update of the policy; `reference_params` is read and never written.
 
   Args:
-    state: the policy, its optimizer, the step number and what else evolves.
-    reference_params: the frozen reference, which adapters also take their base from; None where the
-      loss reads none, the state has it or its log-probs are stored.
-    batch: every array with a leading axis of micro-batches, whose gradients are added exactly.
-    objective: the objective to minimise.
+    state: what the last step returned; see `TrainState`.
+    reference_params: the frozen reference, under LoRA also the base of the policy; None if the loss
+      reads no reference, or the state contains it, or its log-probs are stored.
+    batch: token batches of A micro-batches, stacked: every array has a leading axis A. Their
+      gradients are summed.
+    objective: the objective to minimize.
     tx: the optimizer.
-    axis_name: the device axis under pmap; None under jit, which reduces over its mesh by itself.
+    axis_name: name of the device axis under pmap; None under jit, which sums over devices itself.
 
   Returns:
-    The next state and its metrics: means over the global batch; `grad_norm` before clipping;
-    `rows` and `tokens`, examples and their tokens in the batch; `nonfinite_row_ANS`, for every slot
-    of the global batch the data row if its loss is not finite, and -1 otherwise.
+    The next state, and metrics: means over the global batch; `grad_norm` before clipping; `rows`
+    and `tokens`, the numbers of examples and of their tokens; `nonfinite_row_ANS`, for every slot
+    of the global batch its row of the data file if its loss is not finite, and -1 otherwise.
   """
-  if state.reference is not None:  # it follows the policy, and so it is part of what evolves
+  if state.reference is not None:  # it follows the policy, so the state has it
     reference_params = state.reference
   grads, sums, bad_ANS = _gradient(objective, state, reference_params, batch, axis_name)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  # The one division: sums and counts are those of the global batch by now.
+  # The only division: here, sums and counts are already those of the global batch.
   means = metrics.divide(sums)
   following = state._replace(
     step=state.step + 1,
@@ -280,18 +289,18 @@ def train_step(
     reference=_followed(state, params, objective.sync),
   )
   facts = _facts(objective, batch, bad_ANS, axis_name)
-  # The gradient's norm before clipping, which is a part of `tx` and would hide a burst.
+  # The norm before clipping: `tx` clips, and after it a sudden large gradient would not show.
   return following, means | {"grad_norm": optax.tree.norm(grads)} | facts
 
 
 def _facts(
   objective: Objective, batch: TokenBatch, bad_ANS: Array, axis_name: str | None
 ) -> dict[str, Array]:
-  """Counts examples and tokens of a global batch, and names the rows of its bad slots."""
-  # Rows of the data, which a user can look up, rather than places in a batch.
+  """Counts examples and tokens of a global batch, and lists the data rows of its bad slots."""
+  # Rows of the data file, which a user can look up, rather than positions in the batch.
   bad_row_ANS = jnp.where(bad_ANS, batch.row_NS, -1)
   counts = {
-    # Every completion of an example is a slot with its row.
+    # Every completion of an example is a slot with the example's row.
     "rows": (batch.row_NS >= 0).sum() // objective.completions,
     "tokens": (batch.pair_NL >= 0).sum(),
   }
@@ -308,13 +317,14 @@ def _gradient(
   batch: TokenBatch,
   axis_name: str | None,
 ) -> tuple[PyTree, metrics.Sums, Array]:
-  """Computes the gradient of a global batch, a micro-batch at a time.
+  """Computes the gradient of a global batch, one micro-batch at a time.
 
   The order is important:
-    1. The reference's log-probs, of which nothing is differentiated.
-    2. For a loss that looks at the whole batch, the policy's log-probs of all micro-batches.
-    3. For every micro-batch, the log-probs again; the loss's slope with respect to them; and that
-       slope pulled back to the parameters.
+    1. The reference's log-probs, without a gradient.
+    2. Only for a loss that depends on the whole batch (`batch_wide`): the policy's log-probs of all
+       micro-batches, and the *slope*, the gradient of the loss with respect to the log-probs.
+    3. For every micro-batch: the policy's log-probs; their slope, unless it is known from 2; and
+       the vector-Jacobian product of that slope, which is the gradient of the parameters.
 
   Returns:
     The gradient; sums and counts of the metrics; and which slots have a loss that is not finite.
@@ -326,8 +336,8 @@ def _gradient(
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
   slots_A = logprobs.slots_of(batch)
-  # The count of the global batch, known before any loss: a mean of the means of ragged
-  # micro-batches would be wrong.
+  # The count of the global batch, computed before any loss: a mean of the means of micro-batches of
+  # different sizes would be wrong.
   count = total(loss_count(objective, slots_A))
   # d loss / d logps of some slots, their sums, and which are not finite.
   slope_fn = _globally(_slope, axis_name) if objective.loss.batch_wide else _slope
@@ -336,12 +346,12 @@ def _gradient(
 
   reference_ANS = None
   if not isinstance(objective.reference_kind, NoReference):
-    # One micro-batch at a time, as the policy's: no array of activations spans several.
+    # One micro-batch at a time, as for the policy, so that only its activations are in memory.
     reference_fn = functools.partial(objective.reference_logps, reference_params)
     reference_ANS = jax.lax.stop_gradient(jax.lax.map(reference_fn, batch))
   ready_A = None
   if objective.loss.batch_wide and len(batch.ids_NL) > 1:
-    # Every micro-batch is seen before any of them is differentiated: one more forward pass.
+    # The slope needs the log-probs of all micro-batches first, hence one more forward pass.
     logps_ANS = jax.lax.map(lambda micro: policy_fn(state.params, micro).logps_NS, batch)
     ready_A = _joined(slope)(logps_ANS, reference_ANS, slots_A)
 
@@ -356,16 +366,16 @@ def _gradient(
     (logps_NS, _), pull, scored = jax.vjp(scored_fn, state.params, has_aux=True)
     found = slope(logps_NS, reference_NS, slots, scored.alignment_NS) if ready is None else ready
     slope_NS, sums, bad_NS = found
-    # The balance of experts has a slope of its own, with respect to the router's probabilities.
+    # The load-balancing loss has its own slope, with respect to the router's probabilities.
     slope_E, more_sums = None, {}
     if scored.routing is not None:
-      # The balance is no sum over micro-batches, so the mean of theirs is minimised.
+      # This loss is not a sum over micro-batches, so the mean of their losses is minimized.
       weight = objective.balance / len(batch.ids_NL)
       slope_E, more_sums = _balance(total(scored.routing), weight)
     (more,) = pull((slope_NS, slope_E))
     return jax.tree.map(jnp.add, grads, more), (sums | more_sums, bad_NS)
 
-  # Gradients are summed in the parameters' type; a scan keeps one micro-batch's activations alive.
+  # Gradients are summed in the parameters' type; scan keeps one micro-batch's activations alive.
   zeros = jax.tree.map(jnp.zeros_like, state.params)
   parts = (batch, reference_ANS, slots_A, ready_A)
   grads, (sums_A, bad_ANS) = jax.lax.scan(accumulate, zeros, parts)
@@ -380,7 +390,7 @@ def _policy_fn(
   keys: tuple[jax.Array, ...] = ()
   if objective.dropout_seed is not None:
     # The same key on every device: which inputs are dropped depends on a token's data row alone, so
-    # that it does not depend on how rows are divided.
+    # that it does not depend on how rows are divided among devices.
     keys = (jax.random.fold_in(jax.random.key(objective.dropout_seed), index),)
 
   def policy_fn(trained: PyTree, micro: TokenBatch) -> Scored:
@@ -394,9 +404,9 @@ def _balance(routing: Routing, weight: float) -> tuple[Array, metrics.Sums]:
 
     balance = E Σ_e f_e P_e,   f_e = chosen_e / tokens,   P_e = probs_e / tokens
 
-  It equals the number of chosen experts where all are used equally, and is larger where a few are
-  favoured. A product of two means over a micro-batch, it is no sum over micro-batches. Fedus et al.
-  2021, eq. 4 to 6.
+  It equals the number of experts per token where all are used equally, and is larger where a few
+  get most tokens. It is a product of two means over a micro-batch, so it cannot be summed over
+  micro-batches. Fedus et al. 2021, eq. 4 to 6.
   """
   experts = len(routing.chosen_E)
   # In float32, since the square of a number of tokens does not fit int32.
@@ -406,11 +416,11 @@ def _balance(routing: Routing, weight: float) -> tuple[Array, metrics.Sums]:
 
 
 def _slope(objective, count, running_stats, logps_NS, reference_NS, slots, alignment_NS=None):
-  """Computes d mean loss / d logps_NS of some slots, their sums, and which are not finite."""
+  """Computes d (mean loss) / d logps_NS, the metrics' sums, and which slots are not finite."""
 
   def mean_loss(logps_NS):
     sums, bad_NS = batch_sums(objective, logps_NS, reference_NS, slots, running_stats, alignment_NS)
-    # Of (sum, count) only the sum has a gradient; the count is the global one, from outside.
+    # Only the sum of (sum, count) is used; `count` is that of the global batch.
     return sums["loss"][0] / count, (sums, bad_NS)
 
   slope_NS, (sums, bad_NS) = jax.grad(mean_loss, has_aux=True)(logps_NS)
@@ -418,10 +428,10 @@ def _slope(objective, count, running_stats, logps_NS, reference_NS, slots, align
 
 
 def _globally(fn, axis_name):
-  """Makes `_slope` see the slots of all devices; each device keeps the slopes of its own slots.
+  """Gathers the slots of all devices for `_slope`; each device keeps the slopes of its own.
 
-  The sums are those of all slots. Every device then adds the same sums and the same counts, which
-  leaves their ratios as they are.
+  The metrics' sums are then those of all slots, on every device. Adding them over devices
+  multiplies sums and counts by the same number, which leaves their ratios unchanged.
   """
   if axis_name is None:
     return fn
@@ -442,7 +452,7 @@ def _globally(fn, axis_name):
 
 
 def _joined(fn):
-  """Makes `_slope` see all micro-batches at once, its sums divided so that they add up again."""
+  """Passes all micro-batches to `_slope` at once, and gives each an equal share of the sums."""
 
   def over_micro_batches(*parts):
     leading = parts[0].shape[:2]
@@ -452,7 +462,7 @@ def _joined(fn):
     def split(x_NS: Array) -> Array:
       return x_NS.reshape(*leading, *x_NS.shape[1:])
 
-    # The caller adds the sums of A micro-batches: each is given an A-th.
+    # The caller adds the sums of A micro-batches, so each gets 1/A of the total.
     shares = jax.tree.map(lambda x: jnp.broadcast_to(x / leading[0], leading[:1]), sums)
     return split(slope_NS), shares, split(bad_NS)
 
@@ -460,10 +470,10 @@ def _joined(fn):
 
 
 def _followed(state: TrainState, params: PyTree, sync: Sync | None) -> PyTree | None:
-  """Returns the reference after a step: unchanged, or nearer to the policy where a sync is due."""
+  """Returns the reference after a step: unchanged, or mixed with the policy if a sync is due."""
   if sync is None:
     return state.reference
-  # A share of 0 rather than a branch, so that one program serves all steps.
+  # A share of 0 instead of a branch, so that one compiled program serves all steps.
   share = jnp.where((state.step + 1) % sync.every == 0, sync.alpha, 0.0)
 
   def mix(new: Array, old: Array) -> Array:

@@ -56,9 +56,13 @@ meaning in the whole package; tests/core/test_axes.py compares all names with th
   n   factors of a product
   x   one list of anything, or any number of leading axes
 
-A digit is an axis of that size. A *slot* is one completion whose log-probability is wanted. A
+So `scored_GM` is an array [G, M], and `loss_B` has one entry per example. A digit is an axis of
+that size: `logps_B2` is [B, 2].
+
+A *completion* is what follows a prompt. A token is *scored* if its log-probability enters the loss;
+prompt tokens are not scored. A *slot* is one completion whose log-probability is wanted. A
 *sequence* is a prompt with one completion. A *group* is a run of consecutive rows on one device;
-scored tokens are listed group by group, so that gathering them needs no communication.
+scored tokens are listed group by group, so that devices need not communicate to gather them.
 """
 
 from __future__ import annotations
@@ -73,7 +77,7 @@ import numpy as np
 Array = jax.Array | np.ndarray
 # Nested containers of arrays, for which Python has no static type.
 PyTree = Any
-# It comes from an extension module that has no types.
+# jax defines `Device` in an extension module that has no types.
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
 
 # The records are NamedTuples: jax treats them as pytrees without registration, so they pass through
@@ -100,9 +104,9 @@ class UnpairedLogps(NamedTuple):
   """Summed log-probabilities, in nats, of B unpaired completions, each with its own label.
 
   Attributes:
-    completion_B: of the labelled completion to its prompt.
-    mismatched_B: of a completion of another prompt after this prompt; KTO estimates the KL
-      divergence between policy and reference from it.
+    completion_B: log π(y|x) of the labeled completion y to its own prompt x.
+    mismatched_B: log π(y'|x) of a completion y' that belongs to another prompt; KTO estimates the
+      KL divergence between policy and reference from it.
   """
 
   completion_B: Array
@@ -126,8 +130,8 @@ class RankedLogps(NamedTuple):
 class TokenBatch(NamedTuple):
   """Rows of tokens, in one layout for padded, packed and prefix-shared data.
 
-  The mask rule: a query attends to a key if both have the same `pair`, the key's `position` is not
-  later than the query's, and the key's `branch` is 0 or the query's own.
+  The mask rule of attention: a query attends to a key if both have the same `pair`, the key's
+  `position` is not later than the query's, and the key's `branch` is 0 or the query's own.
 
   `target` is the next token of the same branch. Two consequences: the last prompt token is repeated
   at the start of every branch, because it predicts the first token of every completion; and the
@@ -138,7 +142,8 @@ class TokenBatch(NamedTuple):
     position_NL: int32 position of the token within its own sequence, for rotary or learned
       positions.
     pair_NL: int32 index of the token's pair within the row; -1 is padding.
-    branch_NL: int32 branch of the token: 0 shared prompt, 1 chosen, 2 rejected, ... K.
+    branch_NL: int32 branch of the token: 0 the prompt that the completions share, 1 chosen,
+      2 rejected, ... K.
     slot_NL: int32 index of the slot whose sum contains the target, in [0, S).
     target_NL: int32 the next token of the branch; 0 where nothing is scored.
     weight_NL: float32 weight of the target's log-prob in its slot's sum; 0 means not scored.
@@ -172,7 +177,8 @@ class TokenBatch(NamedTuple):
   weight_NS: Array
   score_NS: Array
   row_NS: Array
-  # With and without these fields, a batch has another tree structure and compiles another program.
+  # A batch with one of these fields has another tree structure than a batch without it, so jax
+  # compiles another program for it.
   reference_NL: Array | None = None
   sequence_GTW: Array | None = None
   place_NLK: Array | None = None
@@ -199,8 +205,8 @@ class Routing(NamedTuple):
 
   Attributes:
     chosen_E: number of times each expert was chosen; it has no gradient.
-    probs_E: summed router probability of each expert.
-    tokens: number of summed terms: every token counts once per layer.
+    probs_E: probability that the router gives to each expert, summed.
+    tokens: number of terms in these sums: every token counts once per layer.
   """
 
   chosen_E: Array
@@ -220,13 +226,14 @@ class Model(NamedTuple):
       experts.
   """
 
-  # Functions rather than a module: a model of any library can be trained that has these.
+  # Functions rather than a Flax module: a model written with any library can be trained.
   hidden: Callable[..., Array]
   head: Callable[[PyTree], Head]
   vocab: int
   routed: Callable[..., tuple[Array, Routing]] | None = None
 
 
-# A class of its own: commands print it as one line, and leave every other error its traceback.
+# A class of its own, because commands print this error as one line and every other error with its
+# traceback.
 class UserError(Exception):
   """Wrong input from the user. The message is one line: the value, the rule, and a way out."""

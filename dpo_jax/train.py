@@ -1,6 +1,6 @@
-"""Trains a policy: supervised, or from preferences. Run the same command again to resume.
+"""Trains a policy: supervised, from preferences or on-policy. Run the same command again to resume.
 
-Sent SIGTERM, it saves after the step it is at and exits with status 75.
+On SIGTERM it finishes the current step, saves a checkpoint and exits with status 75.
 
   python -m dpo_jax.train --config=preferences --workdir=runs/mine \\
     --config.model.path=MODEL_DIR --config.data.path=PREFERENCES.jsonl
@@ -44,32 +44,33 @@ def main(argv: list[str]) -> None:
 
 
 def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Checks what is cheap to check, loads, trains, exports and reports.
+  """Checks the configuration, loads model and data, trains, exports, and writes the report.
 
   Raises:
-    UserError: bad input; nothing that was in `workdir` has been touched.
+    UserError: bad input; files that were in `workdir` are unchanged.
   """
   section = config.parallel
   processes.start(section.coordinator, section.processes, section.process)
   with heartbeat.Heartbeat(), processes.quiet(), contextlib.ExitStack() as stack:
-    # The order is important: a workdir is neither made nor, but for its lock, written to before
-    # step 4, when nothing but training is left to fail.
-    # 1. A workdir that exists must be this very run's, with no other process training into it.
+    # The order is important: until step 4, the workdir is not made, and nothing but the lock is
+    # written to one that exists. After step 4 only training itself can fail.
+    # 1. A workdir that exists must be from a run with this configuration (`parallel` may differ),
+    # and no other process may be training into it.
     workdirs.check(workdir, config.to_json_best_effort())
     is_new = not workdir.exists()
     if not is_new and processes.is_main_process():
       stack.enter_context(workdirs.lock(workdir))
-    # 2. Set-up: checks without files, descriptions, then weights and data.
+    # 2. Set-up: first checks that read no files, then shapes and sizes, then weights and data.
     setup.check_base_is_kept(config)
     run, trained, reference_params, ledger = setup.build(config, workdir)
     processes.assert_consistent(setup.facts(config, run))
-    # 3. The proof that policy and reference are what they should be at step 0.
+    # 3. The check at step 0: policy equals reference, so margins are 0. A resumed run skips it.
     prepared = loop.prepare(run, trained, reference_params)
-    del trained, reference_params  # taken over: their memory must not be kept here
-    # 4. The workdir comes into being, is locked, and states whose it is.
+    del trained, reference_params  # `prepared` has them; a name here would keep their memory
+    # 4. The workdir is made and locked, and the configuration is written to it.
     claim = functools.partial(_claim, workdir, stack if is_new else None, config, ledger)
     processes.on_main_process(claim, "claim")
-    # 5. Training, and what it leaves.
+    # 5. Training, then the exported model and the report.
     final = loop.train(run, prepared)
     _export(run, final)
 
@@ -80,13 +81,14 @@ def _claim(
   config: ConfigDict,
   ledger: dict,
 ) -> None:
-  """Makes the workdir this run's own: folder, lock, configuration and ledger.
+  """Makes and locks the workdir, and writes the configuration and the ledger to it.
 
   Args:
-    workdir: the folder.
-    stack: releases the lock; None where the folder was there, and is locked already.
-    config: the configuration, written whole.
-    ledger: of the data; a resumed run is refused where it changed.
+    workdir: folder of the run.
+    stack: releases the lock at the end; None if the folder existed and is locked already.
+    config: the resolved configuration, written to `config.json`.
+    ledger: counts of data rows kept, cut and dropped, written to `data.json`; a run is not resumed
+      if they have changed.
   """
   workdir.mkdir(parents=True, exist_ok=True)
   if stack is not None:
@@ -95,7 +97,7 @@ def _claim(
 
 
 def _export(run: Run, final: PyTree) -> None:
-  """Writes the trained model, or adapter, and the report; the first process writes them."""
+  """Writes the trained model or adapter, and the report, from the first process."""
   out = run.workdir / "export"
   print(f"exporting to {out}", flush=True)
   if run.adapter:

@@ -1,4 +1,4 @@
-"""Losses of a pair: they compare chosen with rejected, and policy with reference.
+"""Losses of one pair; most compare chosen with rejected completion, and policy with reference.
 
 The docstrings use these symbols:
 
@@ -8,6 +8,8 @@ The docstrings use these symbols:
   m = c - r  the margin, in nats
   z = βm     the margin of implicit rewards, in reward units
   β          reward units per nat; a larger β keeps the policy nearer the reference
+
+Here r is a log-ratio; in `derivation` and the README r(x,y) is the reward.
 
 Log-probabilities are summed over completion tokens. Every function takes the `PairLogps` of policy
 and reference, arrays [B], and returns loss_B, one loss per pair; the caller takes the mean. A
@@ -34,7 +36,7 @@ def margins(policy: PairLogps, reference: PairLogps | None) -> Array:
   """Computes the margin m = c - r, in nats: [B]."""
   # The order is important: 1. policy minus reference, 2. chosen minus rejected. Policy and
   # reference are close, so the first difference is exact in floating point. Chosen minus rejected
-  # may be hundreds of nats; taken first, it would round away digits that the margin needs.
+  # may be hundreds of nats; computed first, it would round away digits that the margin needs.
   c_B, r_B = log_ratios(policy, reference)
   return c_B - r_B
 
@@ -65,7 +67,7 @@ def sigmoid(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1
     beta: β, in reward units per nat; a larger β keeps the policy nearer the reference.
 
   Returns:
-    loss_B: one loss per pair; the caller takes the mean. log 2 where policy equals reference.
+    loss_B: one loss per pair; the caller takes the mean. It is log 2 where policy equals reference.
 
   Rafailov et al. 2023, eq. 7.
   """
@@ -103,15 +105,15 @@ def robust(
   beta: float = 0.1,
   label_smoothing: float = 0.1,
 ) -> Array:
-  """Robust DPO: an unbiased estimate of DPO's loss on clean labels when a share ε is flipped.
+  """Robust DPO: an unbiased estimate of DPO's loss on correct labels when a share ε is flipped.
 
     loss = (-(1-ε) log σ(z) + ε log σ(-z)) / (1-2ε)
 
   `label_smoothing` is ε, in [0, 1/2). The loss of a single pair has no lower bound: it falls
   without end as z grows. log 2 where policy equals reference. Chowdhury et al. 2024, eq. 12.
   """
-  # Of flipped and unflipped labels together, the expectation of this difference is the clean loss
-  # times 1-2ε.
+  # The expectation of this difference, over whether the label was flipped, is 1-2ε times the loss
+  # on the correct label.
   z_B = beta * margins(policy, reference)
   clean_B = -(1 - label_smoothing) * jax.nn.log_sigmoid(z_B)
   return (clean_B + label_smoothing * jax.nn.log_sigmoid(-z_B)) / (1 - 2 * label_smoothing)
@@ -183,7 +185,7 @@ def odpo(
   margin_scale: float = 1.0,
   margin_B: Array | float = 0.0,
 ) -> Array:
-  """ODPO: DPO that asks for a larger margin where the chosen completion is better by more.
+  """ODPO: DPO that requires a larger margin where the chosen completion is better by more.
 
     loss = -log σ(z - αΔ)
 
@@ -199,7 +201,7 @@ def odpo(
 
 
 def nca_pair(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> Array:
-  """NCA for pairs: it raises the likelihood of the chosen completion, not its margin alone.
+  """NCA for pairs: it raises the likelihood of the chosen completion, not only the margin.
 
     loss = -log σ(βc) - ½ log σ(-βc) - ½ log σ(-βr)
 
@@ -276,7 +278,7 @@ def dpop(
   `penalty` is λ >= 0. log 2 where policy equals reference. Pal et al. 2024.
   """
   c_B, r_B = log_ratios(policy, reference)
-  # relu has gradient 0 at 0: at the reference, where c = 0, the penalty has no effect yet.
+  # relu has gradient 0 at 0: where policy equals reference, c = 0 and the penalty has no effect.
   return -jax.nn.log_sigmoid(beta * (c_B - r_B - penalty * jax.nn.relu(-c_B)))
 
 
@@ -300,10 +302,11 @@ def tangent_exp(u: Array) -> Array:
 def chi_po(
   policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1, clip: float = 10.0
 ) -> Array:
-  """χPO: DPO with a mixture of KL and χ² divergence, which penalises poorly covered completions.
+  """χPO: DPO with the sum of the KL and the χ² divergence.
 
     loss = -log σ(clip(β (φ(c) - φ(r)))),   φ(u) = e^u + u
 
+  The χ² divergence penalizes completions that the policy generates far more often than π_ref.
   `clip` > 0 bounds the difference of rewards on both sides (the paper's 2 R_max), in reward units;
   beyond it the gradient is 0. log 2 where policy equals reference.
   Huang et al. 2024, algorithm 1.
@@ -319,7 +322,7 @@ def chi_po(
 
 
 def ipo_mean(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> Array:
-  """IPO with log-probs averaged over tokens, the form that several systems call ipo.
+  """IPO with log-probs averaged over tokens, the form that TRL and others call ipo.
 
     loss = (c/|y_w| - r/|y_l| - 1/(2β))²
 
@@ -360,7 +363,7 @@ def simpo(
   `gamma` is the target margin γ, in reward units; β is in reward units per (nat per token).
   Meng et al. 2024, eq. 6.
   """
-  # Accepted and ignored, here and below, so that all losses can be called in the same way.
+  # `reference` is accepted and ignored, here and below, so that all losses have one signature.
   del reference
   c_B, r_B = mean_ratios(policy, None)
   return -jax.nn.log_sigmoid(beta * (c_B - r_B) - gamma)
@@ -411,8 +414,8 @@ def sft(policy: PairLogps, reference: PairLogps | None = None) -> Array:
 
     loss = -log π(y_w|x)
 
-  In nats per completion. The caller divides the sum by the tokens of the global batch, so that
-  every token counts the same. `reference` is ignored.
+  The unit is nats per completion. The training step divides the sum over completions by the tokens
+  of the global batch, so that every token counts the same. `reference` is ignored.
   """
   del reference
   return -policy.chosen_B
@@ -423,7 +426,8 @@ def sft_mean(policy: PairLogps, reference: PairLogps | None = None) -> Array:
 
     loss = -log π(y_w|x)/|y_w|
 
-  In nats per token. `reference` is ignored. Pang et al. 2024 (RPO); Wang et al. 2024 (MPO).
+  The unit is nats per token. `reference` is ignored.
+  Pang et al. 2024 (RPO); Wang et al. 2024 (MPO).
   """
   del reference
   return -mean_ratios(policy, None)[0]
