@@ -67,7 +67,7 @@ class Forward(Protocol):
 
 
 class LiveReference(NamedTuple):
-  """A reference whose log-probs every step computes, from its own parameters.
+  """A reference whose log-probs every step computes, from the reference's parameters.
 
   Attributes:
     sync: how the reference follows the policy; its parameters are then part of the state. None for

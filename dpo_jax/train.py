@@ -66,7 +66,7 @@ def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
     processes.assert_consistent(setup.facts(config, run))
     # 3. The check at step 0: policy equals reference, so margins are 0. A resumed run skips it.
     prepared = loop.prepare(run, trained, reference_params)
-    del trained, reference_params  # `prepared` has them; a name here would keep their memory
+    del trained, reference_params  # a name here would keep memory that may be freed
     # 4. The workdir is made and locked, and the configuration is written to it.
     claim = functools.partial(_claim, workdir, stack if is_new else None, config, ledger)
     processes.on_main_process(claim, "claim")
