@@ -12,6 +12,9 @@ import ast
 import pathlib
 import sys
 import tokenize
+from collections.abc import Mapping
+
+from ml_collections import ConfigDict
 
 from dpo_jax import defaults, losses
 from tests.support.paths import ROOT
@@ -65,7 +68,8 @@ def shown(value: object) -> str:
   """Formats a default as one would type it."""
   if value == "":
     return '`""`'
-  return "none" if value is None or value == {} else f"`{value}`"
+  is_empty = isinstance(value, Mapping | ConfigDict) and not value
+  return "none" if value is None or is_empty else f"`{value}`"
 
 
 def tables() -> str:
