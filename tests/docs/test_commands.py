@@ -100,6 +100,8 @@ def program(words: list[str]) -> tuple[str, list[str]]:
   """
   while words and re.match(r"\w+=", words[0]):  # variables of the environment
     words = words[1:]
+  if words in (["dpo-jax"], ["dpo-jax", "--help"]):  # the program itself, without a command
+    return "", []
   if words[:1] == ["dpo-jax"]:
     name = words[1].replace("-", "_")
     return TRAIN if name == "train" else f"scripts/{SUBCOMMANDS.get(name, name)}.py", words[2:]
