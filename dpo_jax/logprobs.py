@@ -434,7 +434,7 @@ def make_scored_fn(
 
 
 class Slots(NamedTuple):
-  """What losses and metrics read of every slot besides its log-prob: arrays [..., N, S].
+  """Facts of every slot that losses and metrics read besides its log-prob: arrays [..., N, S].
 
   Attributes:
     tokens_NS: sum of the scored tokens' weights; their number if all weights are 1.
