@@ -215,7 +215,7 @@ def test_a_store_filled_by_several_serves_one(task):
 def test_asked_to_stop_one_all_leave_at_one_step_and_go_on(task):
   """Told as process 1; on with four, then by one; the same as undisturbed."""
   given = TWENTY | {"train.steps": 60}
-  straight = alone(task, "undisturbed", **given)
+  straight = alone(task, "one_process", **given)
   started = small_task.start(task, "told", 2, **given)
   reached(task, "told", 4)
   started[1].send_signal(signal.SIGTERM)

@@ -83,7 +83,7 @@ def test_a_run_stopped_by_a_signal_continues_bit_identically(task):
 def test_a_run_continues_on_other_devices(task):
   """Runs step 1 on eight devices, 2 on four under pmap, 3 on one, 4 on eight sharded otherwise."""
   every = {"checkpoint.every": 1, "checkpoint.keep": 4}
-  undisturbed = run_here(task, "undisturbed", **ONE, **every)
+  undisturbed = run_here(task, "staying", **ONE, **every)
   topologies = (
     {"parallel.devices": 8, "parallel.fsdp": 4, "parallel.tensor": 2},
     {"parallel.devices": 4, "parallel.mode": "pmap"},
