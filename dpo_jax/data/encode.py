@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data import collate, formats, packing, readers
+from dpo_jax.data import collate, detection, formats, packing, readers
 from dpo_jax.data.examples import Example, Measured, fill_up, lengths, truncate
-from dpo_jax.data.fields import Preference
+from dpo_jax.data.fields import Preference, Row, RowError
 from dpo_jax.data.readers import Source
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.structs import UserError
@@ -80,10 +80,10 @@ class Encoder:
 
   Attributes:
     tokenizer: of the model.
-    kind: the kind of training, "pairs", "text", "unpaired" or "ranked": see `readers.detect`.
+    kind: the kind of training, "pairs", "text", "unpaired" or "ranked": see `detection.detect`.
     max_length: most tokens of a prompt and one completion together, or None for no limit.
     prompt_floor, truncation: see `examples.truncate`.
-    fields: field map of `readers.detect`.
+    fields: field map of `detection.detect`.
   """
 
   tokenizer: Tokenizer
@@ -102,7 +102,7 @@ class Encoder:
     # The first row of the file decides, not that of the chunk: otherwise the format would depend on
     # how the file is divided.
     with _naming_place(chunk.first) as row:
-      row_format = readers.detect(row, self.fields, kind=self.kind)
+      row_format = detection.detect(row, self.fields, kind=self.kind)
     out: list[Encoded | Dropped] = []
     preferences, places = [], []
     for where, row in chunk.rows:
@@ -111,21 +111,21 @@ class Encoder:
           preferences.append(row_format.convert(row))
         places.append(len(out))
         out.append(Encoded(where))  # replaced below
-      except readers.RowError as error:
+      except RowError as error:
         out.append(Dropped(where, str(error)))
     # The whole chunk in one call: the tokenizer library spreads a batch over its threads.
     encoded = self.tokenizer.encode_preferences(preferences)
     for at, preference, result in zip(places, preferences, encoded, strict=True):
-      if isinstance(result, readers.RowError):
+      if isinstance(result, RowError):
         out[at] = Dropped(out[at].where, str(result))
       else:
         out[at] = self._truncate(out[at].where, *result, preference)
     return out
 
-  def format_of(self, first: tuple[str, readers.Row]) -> str:
+  def format_of(self, first: tuple[str, Row]) -> str:
     """Returns the name of a file's row format, from its first row."""
     with _naming_place(first) as row:
-      return readers.detect(row, self.fields, kind=self.kind).name
+      return detection.detect(row, self.fields, kind=self.kind).name
 
   def _truncate(self, where, prompt, completions, preference: Preference) -> Encoded | Dropped:
     # Rows of token ids may come from another tokenizer. On the device an id out of range does not
@@ -159,8 +159,8 @@ class Encoder:
 class _Chunk(NamedTuple):
   """Some rows of a file with their places, and the first row of that file, which has its format."""
 
-  first: tuple[str, readers.Row]
-  rows: list[tuple[str, readers.Row]]
+  first: tuple[str, Row]
+  rows: list[tuple[str, Row]]
 
 
 class Encoded(NamedTuple):
@@ -364,13 +364,13 @@ def read_fields(given: Sequence[str]) -> dict[str, str]:
 
 
 def detect_kind(paths: str | Sequence[str], fields: dict[str, str] | None = None) -> str:
-  """Recognizes the kind of rows in some files, from the first row: see `readers.detect_kind`."""
+  """Recognizes the kind of rows in some files, from the first row: see `detection.detect_kind`."""
   with _naming_place(next(readers.read_rows(readers.files(paths)[0]))) as row:
-    return readers.detect_kind(row, fields)
+    return detection.detect_kind(row, fields)
 
 
 @contextlib.contextmanager
-def _naming_place(row: tuple[str, readers.Row]) -> Iterator[readers.Row]:
+def _naming_place(row: tuple[str, Row]) -> Iterator[Row]:
   """Puts the place of a row before the message of any `UserError` raised about it."""
   try:
     yield row[1]

@@ -53,7 +53,7 @@ def show_example(
   Args:
     example: the example.
     tokenizer: that decodes it.
-    kind: the kind of training, as in `readers.detect`.
+    kind: the kind of training, as in `detection.detect`.
     prompt_tokens: of a longer prompt, only so many of the last tokens are shown.
     lost: number of tokens cut from the start of the prompt and the end of each completion.
   """

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from dpo_jax.data import encode, readers
+from dpo_jax.data import detection, encode, readers
 from dpo_jax.data.examples import Example
-from dpo_jax.data.fields import Conversation
+from dpo_jax.data.fields import Conversation, RowError
 from dpo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_jax.generation import rewards, sampler
 from dpo_jax.generation.stopping import Stops, eos_ids
@@ -100,7 +100,7 @@ def read_prompts(path: str | pathlib.Path, field: str = "") -> list[Any]:
     for where, row in readers.read_rows(file):
       try:
         # As the field `prompt`, so that one reader checks every kind of prompt.
-        prompts.append(readers.read_prompt(row | {"prompt": row.get(field)} if field else row))
+        prompts.append(detection.read_prompt(row | {"prompt": row.get(field)} if field else row))
       except UserError as error:
         raise UserError(f"{where}: {error}") from None
   return prompts
@@ -166,7 +166,7 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Any]) -> list[list[in
   for index, prompt in enumerate(prompts):
     try:
       encoded.append(tokenizer.encode_prompt(prompt))
-    except readers.RowError as error:
+    except RowError as error:
       raise UserError(f"prompt {index}: {error}; correct the prompt or the model folder") from None
     if not encoded[-1]:
       raise UserError(f"prompt {index} has no token; a completion needs one to follow")

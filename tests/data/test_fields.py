@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo_jax.data import readers
+from dpo_jax.data import detection
 from dpo_jax.data.fields import Preference, RowError
 from dpo_jax.structs import UserError
 from tests.support.messages import assistant, convert, user
@@ -31,7 +31,7 @@ from tests.support.messages import assistant, convert, user
 )
 def test_pairs_may_say_by_how_much(row, fields, scores):
   row = row | fields
-  assert readers.detect_kind(row) == "pairs"
+  assert detection.detect_kind(row) == "pairs"
   for kind in ("pairs", "ranked"):
     assert convert(row, kind=kind)[1].scores == scores
   # Unpaired and SFT training do not use the scores of a pair.

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_jax.data import readers
+from dpo_jax.data import detection
+from dpo_jax.data.detection import detect
 from dpo_jax.data.fields import Preference, RowError
-from dpo_jax.data.readers import detect
 from dpo_jax.structs import UserError
 from tests.support.messages import assistant, convert, user
 
@@ -162,7 +162,7 @@ UNPAIRED = [
 @pytest.mark.parametrize(("row", "name", "meaning"), UNPAIRED)
 def test_answers_judged_by_themselves(row, name, meaning, label):
   row = row | {"label": label}
-  assert readers.detect_kind(row) == "unpaired"
+  assert detection.detect_kind(row) == "unpaired"
   expected = (f"{name} with label", meaning._replace(scores=(float(label),)))
   assert convert(row, kind="unpaired") == expected
   for kind in ("pairs", "text", "ranked"):
@@ -206,7 +206,7 @@ RANKED = [
 
 @pytest.mark.parametrize(("row", "name", "meaning"), RANKED)
 def test_ranked_answers(row, name, meaning):
-  assert readers.detect_kind(row) == "ranked"
+  assert detection.detect_kind(row) == "ranked"
   assert convert(row, kind="ranked") == (name, meaning)
   assert convert(row | {"scores": None}, kind="ranked") == (name, meaning)
   # Scores put them in order; those of equal score stay as they stand.

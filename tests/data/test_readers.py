@@ -10,9 +10,10 @@ import pytest
 from pyarrow import parquet
 
 from dpo_jax import defaults
-from dpo_jax.data import encode, formats, readers
+from dpo_jax.data import detection, encode, formats, readers
+from dpo_jax.data.detection import detect
 from dpo_jax.data.fields import Preference, RowError
-from dpo_jax.data.readers import detect, read_rows
+from dpo_jax.data.readers import read_rows
 from dpo_jax.structs import UserError
 from tests.support.messages import assistant, convert, user
 
@@ -142,7 +143,7 @@ def test_a_field_map_names_what_is_what():
   row = {"question": "q", "text": "a", "good": True, "label": "spam"}
   fields = {"prompt": "question", "completion": "text", "label": "good"}
   assert convert(row, fields=fields, kind="unpaired")[1] == Preference("q", ("a",), (1.0,))
-  assert readers.detect_kind(row, fields) == "unpaired"
+  assert detection.detect_kind(row, fields) == "unpaired"
   row = {"q": "a", "chosen": "b", "rejected": "c", "gap": 2}
   assert convert(row, fields={"prompt": "q", "margin": "gap"})[1].scores == (2.0, 0.0)
 
@@ -175,7 +176,7 @@ def test_an_unknown_row_says_what_is_known():
   with pytest.raises(UserError, match=r"the row has fields a, b; needed: prompt_ids"):
     detect({"b": 1, "a": 2})
   with pytest.raises(UserError, match=r"answers_ids; prompt \+ answers.* the field map"):
-    readers.detect_kind({"b": 1, "a": 2})
+    detection.detect_kind({"b": 1, "a": 2})
 
 
 def test_good_and_bad_texts_are_not_learned_from_alike():
@@ -233,7 +234,7 @@ PANDALM = {
 )
 def test_real_files_hold_what_they_hold(shared_data, file, fields, name, rows, kept, dropped):
   read = [row for _, row in read_rows(shared_data / "preferences" / file)]
-  form = detect(read[0], fields, kind=readers.detect_kind(read[0], fields))
+  form = detect(read[0], fields, kind=detection.detect_kind(read[0], fields))
   held, lost = 0, collections.Counter()
   for row in read:
     try:
@@ -246,7 +247,7 @@ def test_real_files_hold_what_they_hold(shared_data, file, fields, name, rows, k
 
 def test_real_judged_answers(shared_data):
   read = [row for _, row in read_rows(shared_data / "preferences" / "lf_kto_en.open.json")]
-  assert readers.detect_kind(read[0]) == "unpaired"
+  assert detection.detect_kind(read[0]) == "unpaired"
   form = detect(read[0], kind="unpaired")
   found = [form.convert(row) for row in read]
   assert form.name == "chat with label" and len(found) == 236

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpo_jax.data import readers
+from dpo_jax.data import detection, readers
 from dpo_jax.data.fields import Preference, RowError
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.structs import UserError
@@ -228,7 +228,7 @@ def test_ids_equal_those_of_others(shared_data):
 def test_ids_of_real_rows_decode_to_their_text(real, shared_data, file):
   read = readers.read_rows(shared_data / "preferences" / file)
   rows = [row for _, row in itertools.islice(read, 60)]
-  convert = readers.detect(rows[0]).convert
+  convert = detection.detect(rows[0]).convert
   seen = 0
   for row in rows:
     try:

@@ -1,6 +1,6 @@
 """Builds messages of conversations, and converts rows by their format."""
 
-from dpo_jax.data import readers
+from dpo_jax.data import detection
 
 
 def system(text):
@@ -22,5 +22,5 @@ def reply(text):
 
 def convert(row, **kwargs):
   """Returns the name of a row's format, and the row converted by it."""
-  found = readers.detect(row, **kwargs)
+  found = detection.detect(row, **kwargs)
   return found.name, found.convert(row)
