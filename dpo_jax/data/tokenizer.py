@@ -24,7 +24,8 @@ import numpy as np
 import tokenizers
 
 from dpo_jax.data.chat_template import Template
-from dpo_jax.data.fields import Conversation, Messages, Preference, RowError, as_conversation
+from dpo_jax.data.fields import Conversation, Messages, Preference, RowError
+from dpo_jax.data.messages import as_conversation
 from dpo_jax.structs import UserError
 
 Ids = np.ndarray  # int32
