@@ -13,6 +13,8 @@ has `ref_chosen_logp`, `ref_rejected_logp`, `chosen_reward` and `rejected_reward
 
 from absl import flags
 
+from dpo_jax.commands import row_flags
+
 FLAGS = flags.FLAGS
 
 
@@ -30,6 +32,7 @@ def define_flags() -> None:
     "tokens of a sequence at most; longer prompts are cut on the left",
     lower_bound=2,
   )
+  row_flags.define_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -43,12 +46,20 @@ def main(argv: list[str]) -> None:
   # First what can be checked at once: models take minutes to read, and scores would be lost if the
   # file could not be written.
   files.check_output_file(FLAGS.out)
+  rows = row_flags.read_options()
   if not FLAGS.reference and (FLAGS.loss or FLAGS.beta):
     raise UserError("--loss and --beta are for losses and rewards, which need a --reference")
   ask = evaluate.resolve_pair_loss(FLAGS.loss or "sigmoid", FLAGS.beta)
   policy = rollouts.load(FLAGS.model)
   reference = rollouts.load(FLAGS.reference) if FLAGS.reference else None
-  examples = evaluate.read_pairs(FLAGS.data, policy, reference, max_length=FLAGS.max_length)
+  examples = evaluate.read_pairs(
+    FLAGS.data,
+    policy,
+    reference,
+    max_length=FLAGS.max_length,
+    scores=ask.reads("margin_B"),
+    **rows,
+  )
   rows = evaluate.score_pairs(policy, reference, examples, ask)
   files.write_json_lines(FLAGS.out, rows)
   print(f"{FLAGS.out}: {len(rows)} pairs scored")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data import canonical, collate, detection, formats, packing, readers
+from dpo_jax.data import canonical, collate, detection, formats, packing, readers, verdicts
 from dpo_jax.data.detection import Reading
 from dpo_jax.data.examples import Example, Measured, fill_up, lengths, truncate
 from dpo_jax.data.fields import BadRow, Preference, Row, RowError
@@ -109,9 +109,14 @@ class Encoder:
   on_bad_row: str = "stop"
 
   def __post_init__(self) -> None:
-    for name, options in (("train_on", detection.TRAIN_ON), ("on_bad_row", ("stop", "drop"))):
-      if getattr(self, name) not in options:
-        raise UserError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(options)}")
+    known = {
+      "train_on": detection.TRAIN_ON,
+      "on_bad_row": ("stop", "drop"),
+      "verdict": ("", *verdicts.ENCODINGS),
+    }
+    for name, options in known.items():
+      if (value := getattr(self, name)) not in options:
+        raise UserError(f"data.{name} is {value!r}; choose {', '.join(filter(None, options))}")
 
   def __call__(self, chunk: _Chunk) -> list[Encoded | Dropped]:
     """Encodes a chunk: returns the ids of each row, or why it is dropped, in the order of the rows.

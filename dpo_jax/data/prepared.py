@@ -32,7 +32,7 @@ LENGTHS = external.PREPARED
 SPLITS = ("train", "validation")
 SHARD = 100_000  # examples per file
 # Settings that a run must share with a set, besides rules and tokenizer; flags of `prepare_data`.
-SETTINGS = ("kind", "max_length", "prompt_floor", "truncation", "eval_fraction")
+SETTINGS = ("kind", "max_length", "prompt_floor", "truncation", "train_on", "eval_fraction")
 
 
 # --- writing --------------------------------------------------------------------------------------

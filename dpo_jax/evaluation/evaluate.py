@@ -118,8 +118,15 @@ def read_pairs(
   reference: LanguageModel | None,
   *,
   max_length: int | None = None,
+  **rows: Any,
 ) -> list[Example]:
   """Reads the pairs of a file as tokens, and reports dropped and truncated rows on stderr.
+
+  Args:
+    path: file of rows.
+    policy, reference: models that score them; reference may be None.
+    max_length: most tokens of a prompt and one completion together, or None for no limit.
+    rows: how rows are read, other options of `encode.Encoder`.
 
   Raises:
     UserError: policy and reference differ in tokenizer or vocabulary, or a pair is longer than the
@@ -138,10 +145,10 @@ def read_pairs(
       f"model and reference score {vocabs[0]} and {vocabs[1]} tokens;"
       " models that are compared must share one tokenizer"
     )
-  examples, ledger, _ = encode.load_examples(path, policy.tokenizer, max_length=max_length)
+  examples, ledger, _ = encode.load_examples(path, policy.tokenizer, max_length=max_length, **rows)
   for model in models:
     check_positions(examples, lengths(examples), model.config)
-  if ledger.dropped or ledger.truncated:
+  if ledger.dropped or ledger.truncated or ledger.notes:
     # On stderr: stdout may carry the results of a command.
     print(encode.summarize(path, ledger.to_json()), file=sys.stderr)
   return examples

@@ -35,6 +35,7 @@ class DataSettings(NamedTuple):
     max_length: tokens of a prompt and one completion together.
     prompt_floor: tokens of a prompt that are never cut.
     truncation: "drop" or "cut".
+    verdict, train_on, on_bad_row: as in `encode.Encoder`.
   """
 
   path: str
@@ -46,6 +47,9 @@ class DataSettings(NamedTuple):
   max_length: int
   prompt_floor: int
   truncation: str
+  verdict: str = ""
+  train_on: str = "assistant"
+  on_bad_row: str = "stop"
 
 
 class BatchSettings(NamedTuple):
@@ -206,6 +210,11 @@ def _read_examples(
     "prompt_floor": data.prompt_floor,
     "truncation": data.truncation,
     "fields": data.fields,
+    "verdict": data.verdict,
+    "train_on": data.train_on,
+    "on_bad_row": data.on_bad_row,
+    # A column that the loss does not read must not stop the run.
+    "scores": loss.reads("margin_B"),
   }
   prepared = prepared_data.is_prepared_set(data.path)
   examples: Sequence[Example]
