@@ -199,7 +199,7 @@ def test_margins_and_scores_are_scores(rows_file, tokenizer):
 )
 def test_bad_scores_and_labels_are_one_line(rows_file, tokenizer, rows, kind, line):
   with pytest.raises(UserError, match=line) as raised:
-    encode.load_examples(rows_file(rows), tokenizer, kind=kind)
+    encode.load_examples(rows_file(rows), tokenizer, kind=kind, scores=True)
   assert "\n" not in str(raised.value)
 
 
@@ -212,10 +212,23 @@ def test_bad_scores_and_labels_are_one_line(rows_file, tokenizer, rows, kind, li
     ({"text": "a"}, "text"),
   ],
 )
-def test_what_rows_are_is_told_from_the_first(rows_file, row, kind):
-  assert encode.detect_kind(rows_file([row, {"a": 1}])) == kind
+def test_what_rows_are_is_decided_by_most_of_them(rows_file, row, kind):
+  assert encode.detect_kind(rows_file([{"a": 1}, row, row])) == kind
   with pytest.raises(UserError, match=r"rows\.jsonl:1: the row has fields a; needed: "):
-    encode.detect_kind(rows_file([{"a": 1}, row]))
+    encode.detect_kind(rows_file([{"a": 1}, {"a": 2}]))
+
+
+@pytest.mark.parametrize("scores", [None, False, True])
+def test_scores_stop_only_a_loss_that_reads_them(rows_file, tokenizer, scores):
+  """Of one kind of row each: half a pair of scores, words, scores in some rows alone."""
+  for rows in ([pair(chosen_score=9)], [pair(margin="much")], [pair(), pair(margin=1)]):
+    if scores:
+      with pytest.raises(UserError):
+        encode.load_examples(rows_file(rows), tokenizer, scores=True)
+    else:
+      found, ledger, _ = encode.load_examples(rows_file(rows), tokenizer, scores=scores)
+      assert [e.scores for e in found] == [()] * len(rows)
+      assert len(ledger.notes) == (scores is None)
 
 
 # --- what is wrong with a file --------------------------------------------------------------------
@@ -235,7 +248,7 @@ def test_what_rows_are_is_told_from_the_first(rows_file, row, kind):
       r"max_length is 8 and the shortest completions take 21 tokens, raise max_length",
     ),
     ([pair(), pair(chosen=3)], {}, r"rows\.jsonl:2: field chosen is 3, not text"),
-    ([pair(), {"prompt": "a"}], {}, r"rows\.jsonl:2: field chosen is missing; the row has prompt"),
+    ([{"prompt": "a", "chosen": None, "rejected": "b"}], {}, r"jsonl:1: the row has fields chosen"),
     ([{"a": 1}], {}, r"rows\.jsonl:1: the row has fields a; needed: "),
     (
       [{"prompt_ids": [1], "chosen_ids": [70_000], "rejected_ids": [3]}],

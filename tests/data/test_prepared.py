@@ -108,7 +108,7 @@ def test_a_set_made_otherwise_is_refused(tmp_path, tokenizer):
   prepared.read(folder, made, eval_fraction=None)  # other rows are held out
   about = json.loads((folder / "metadata.json").read_text())
   (folder / "metadata.json").write_text(json.dumps(about | {"rules": 0}))
-  refused("by rules of version 0, and the present version is 2")
+  refused("by rules of version 0, and the present version is 3")
   (folder / "metadata.json").write_text("{")
   refused(r"is a broken prepared set \(.*\); prepare it again")
 
