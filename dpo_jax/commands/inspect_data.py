@@ -4,7 +4,8 @@
   dpo-jax inspect --data pairs.jsonl --model DIR --json
 
 Prompt tokens are given, completion tokens are scored; neighbouring tokens have different shades; ✂
-marks where text was cut. Then follow lengths, the tokens that each layout computes, and the ledger:
+marks where text was cut, and ⟦ ⟧ what is not scored in a completion: a user's turn, or the result
+of a tool. Then follow lengths, the tokens that each layout computes, and the ledger:
 how many rows were kept, cut and dropped, and why. With --json one object is printed: format, rows,
 pairs, dropped, truncated, tokens; for unpaired completions also labels.
 

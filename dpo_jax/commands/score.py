@@ -5,10 +5,10 @@
     --loss sigmoid --beta 0.1
 
 Each line has `row` (its row in the data file, from 0; a row that gives no pair has no line),
-`chosen_logp` and `rejected_logp` (nats, summed over the tokens of the completion, with the end
-token where the text really ends), `chosen_tokens` and `rejected_tokens`. With --reference it also
-has `ref_chosen_logp`, `ref_rejected_logp`, `chosen_reward` and `rejected_reward`
-(β log π/π_ref), and `loss`.
+`chosen_logp` and `rejected_logp` (nats, summed over the scored tokens of the completion, with the
+end token where the text really ends), `chosen_tokens` and `rejected_tokens` (how many are scored;
+where tokens have weights, the sum of these). With --reference it also has `ref_chosen_logp`,
+`ref_rejected_logp`, `chosen_reward` and `rejected_reward` (β log π/π_ref), and `loss`.
 """
 
 from absl import flags

@@ -7,7 +7,7 @@ import pytest
 from dpo_jax.data import batches, collate, encode, packing
 from dpo_jax.data import examples as data_examples
 from dpo_jax.structs import UserError
-from tests.support.small_rows import pair
+from tests.support.small_rows import pair, score_the_last
 
 # --- loading --------------------------------------------------------------------------------------
 
@@ -27,9 +27,9 @@ def test_every_row_is_accounted_for(rows_file, tokenizer):
   assert form == "strings"
   assert [example.row for example in found] == [0, 4, 5]
   assert all(example.prompt[0] == tokenizer.bos_id for example in found)
-  lengths, completions = data_examples.lengths(found)
-  assert (lengths + completions.max(1)).max() == 40
-  taken = packing.costs(lengths, completions, "shared").sum()
+  measured = data_examples.lengths(found)
+  assert measured.longest().max() == 40
+  taken = packing.costs(measured, "shared").sum()
   assert ledger.to_json() == {
     "format": "strings",
     "rows": 6,
@@ -37,14 +37,31 @@ def test_every_row_is_accounted_for(rows_file, tokenizer):
     "dropped": {"equal answers": 1, "empty answer": 1, "too long": 1},
     "truncated": {"prompt": 1},
     "tokens": {
-      "prompt": lengths.sum(),
-      "answer": completions.sum(),
+      "prompt": measured.prompt_B.sum(),
+      "answer": measured.tokens_BK.sum(),
+      "scored": measured.tokens_BK.sum(),
       "padding": ledger.tokens["padding"],
-      "shared": lengths.sum() - 3,
+      "shared": measured.prompt_B.sum() - 3,
     },
   }
   assert ledger.tokens["padding"] == -taken % collate.fit_row_length(found, "shared")
   json.dumps(ledger.to_json())
+
+
+def test_an_answer_whose_scored_tokens_are_cut_off_is_dropped(rows_file, tokenizer, monkeypatch):
+  """Only the last token is scored: of a longer answer that is cut, nothing would be left."""
+  score_the_last(monkeypatch, tokenizer)
+  path = rows_file([pair(), pair(chosen=" good" * 40, rejected=" bad" * 40)])
+  found, ledger, _ = encode.load_examples(path, tokenizer, max_length=40, truncation="cut")
+  assert ledger.dropped == {"no scored token after cutting": 1}
+  (example,) = found
+  for ids, weights in zip(example.completions, example.token_weights, strict=True):
+    assert weights.tolist() == [0] * (len(ids) - 1) + [1]
+  assert ledger.tokens["scored"] == 2 < ledger.tokens["answer"]
+  # One by one as unpaired completions, each has its own weights.
+  rows = [{"prompt": "the answer is", "completion": " good", "label": True}]
+  (alone,), _, _ = encode.load_examples(rows_file(rows), tokenizer, kind="unpaired")
+  assert [len(weights) for weights in alone.token_weights] == [len(alone.completions[0])]
 
 
 def test_a_cut_answer_has_no_end(rows_file, tokenizer):
