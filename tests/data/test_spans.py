@@ -86,15 +86,20 @@ TRAJECTORY = [calling("I look."), tool("17 degrees"), assistant("warm")]
 )
 @pytest.mark.parametrize("before", [[], [system("be kind")], [user("x"), *reply("one")]])
 def test_the_assistants_turns_are_scored_to_their_ends(kinds, kind, completion, written, before):
-  if kind == "gemma" and before and before[0]["role"] == "system":
-    pytest.skip("the template refuses system turns")
   tokenizer = kinds[kind]()
+  with_system = before[:1] == [system("be kind")]
+  # Gemma's template refuses system turns. Mistral's leaves them out of a prompt that ends with a
+  # tool's result, so the message after it would have been written without the system message.
+  if with_system and (kind == "gemma" or (kind == "mistral" and completion[1]["role"] == "tool")):
+    with pytest.raises(RowError, match=r"system turns are not known|leaves out .* the system says"):
+      scored(tokenizer, [*before, user("how is it?")], completion)
+    return
   whole, runs = scored(tokenizer, [*before, user("how is it?")], completion)
   assert runs == written
   # Everything else that the completion contains is there, as context.
   for message in completion:
     assert message["content"] in whole
-  if kind == "mistral" and before[:1] == [system("be kind")]:
+  if kind == "mistral" and with_system:
     return  # it writes the system turn elsewhere when another user turn follows
   # Scored are the very tokens that a completion of one message ends with.
   alone = scored(tokenizer, [*before, user("how is it?"), *completion[:-1]], completion[-1:])
