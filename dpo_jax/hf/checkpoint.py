@@ -12,6 +12,7 @@ import functools
 import json
 import pathlib
 import shutil
+import sys
 from typing import Any
 
 import jax.numpy as jnp
@@ -68,9 +69,19 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
     raise UserError(f"{path} has no config.json; name a Hugging Face model folder")
   fields = read_json(file)
   try:
-    return families.from_hf(fields)
+    config = families.from_hf(fields)
   except UserError as error:
     raise UserError(f"{path}: {error}") from error
+  _report_unknown(file, ", ".join(families.unknown_fields(fields)), fields["model_type"])
+  return config
+
+
+@functools.cache  # once per folder: a command reads a configuration several times
+def _report_unknown(file: pathlib.Path, names: str, family: str) -> None:
+  """Reports fields that are passed over, in one line on stderr."""
+  # Other processes of a run have no stderr.
+  if names:
+    print(f"{file}: passed over, as transformers does for {family}: {names}", file=sys.stderr)
 
 
 # -- reading ---------------------------------------------------------------------------------------
