@@ -404,9 +404,16 @@ def _no_rows_left(ledger: Ledger, paths, max_length: int | None, shortest: int |
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab: int) -> None:
-  """Raises `UserError` if the tokenizer has ids that the model cannot score."""
-  if tokenizer.vocab_size > vocab:
+  """Checks that the tokens of ordinary text have a row in the model's embedding.
+
+  Added tokens may lie beyond it: Gemma 3's tokenizer has one for images, which models of text alone
+  have no row for. Whether a row of the data uses one is checked by `model.config.check_ids`.
+
+  Raises:
+    UserError: the tokenizer belongs to another model.
+  """
+  if tokenizer.text_vocab_size > vocab:
     raise UserError(
-      f"the tokenizer's ids go to {tokenizer.vocab_size - 1} and the model's vocabulary is {vocab};"
-      " name the tokenizer that belongs to the model"
+      f"the tokenizer's ids go to {tokenizer.text_vocab_size - 1} and the model's vocabulary is"
+      f" {vocab}; name the tokenizer that belongs to the model"
     )

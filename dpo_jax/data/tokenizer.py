@@ -68,6 +68,7 @@ class Tokenizer:
     bos_id, eos_id: ids of the special tokens, None where there are none.
     adds_bos: True if every text begins with BOS.
     vocab_size: one more than the largest id.
+    text_vocab_size: the same without added tokens, which ordinary text does not contain.
     template: renders conversations as text.
   """
 
@@ -85,10 +86,10 @@ class Tokenizer:
     self.template = Template(folder, self._settings, template_arguments)
     self.bos_id = self._special("bos")
     self.eos_id = self._special("eos")
-    self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
-    self._special_ids = {
-      id for id, token in backend.get_added_tokens_decoder().items() if token.special
-    }
+    added, ids = backend.get_added_tokens_decoder(), backend.get_vocab(with_added_tokens=True)
+    self.vocab_size = 1 + max(ids.values(), default=-1)
+    self.text_vocab_size = 1 + max(set(ids.values()) - set(added), default=-1)
+    self._special_ids = {id for id, token in added.items() if token.special}
     # The order is important: 1. an encoding shows whether the post-processor adds BOS, 2. then the
     # post-processor is removed.
     begins = backend.encode("a").ids[:1] == [self.bos_id]

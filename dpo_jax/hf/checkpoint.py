@@ -37,6 +37,7 @@ from dpo_jax.structs import PyTree, UserError
 from dpo_jax.utils.files import replacing_folder
 
 GENERATION = "generation_config.json"
+HEAD = "lm_head.weight"
 # Files that an export copies unchanged from the folder the model came from.
 COMPANIONS = (
   GENERATION,
@@ -178,6 +179,11 @@ def _match_tensors(
     )
   rest = sorted(weights.names - set(on_disk.values()))
   rest = [name for name in rest if not _has_no_effect(name, config)]
+  # Packed weights come with scales and zero points, which would not say why.
+  packed = [name for name in rest if weights.dtype(name) not in DTYPES]
+  packed += [name for name in on_disk.values() if weights.dtype(name) not in DTYPES]
+  if rest and packed:
+    _check_header(weights, min(packed), (), path)
   if rest:
     raise UserError(
       f"{path} contains tensor {rest[0]}{_and_more(rest)}, which config.json does not account for;"
@@ -190,7 +196,23 @@ def _match_tensors(
     shape = _stored_shape(tensor, [shapes[leaf].shape for leaf in tensor.leaves])
     for name in found[tensor].values():
       _check_header(weights, name, shape, path)
+  if config.tied and HEAD in weights.names:
+    _check_tied_head(weights, next(iter(found[next(iter(wanted))].values())), path)
   return found
+
+
+def _check_tied_head(weights: Weights, embedding: str, path: pathlib.Path) -> None:
+  """Checks that a head on disk is the embedding, as a tied model's configuration says.
+
+  Releases of transformers differ: since 5 it takes the head, before it passed it over.
+  """
+  equal = weights.shape(HEAD) == weights.shape(embedding)
+  # Compared by digests, so that memory contains one of the two at a time.
+  if not equal or weights.digest(HEAD) != weights.digest(embedding):
+    raise UserError(
+      f"{path}: config.json says tie_word_embeddings, but {HEAD} differs from {embedding};"
+      f" set tie_word_embeddings to false there to use {HEAD}, or remove that tensor"
+    )
 
 
 def _check_header(weights: Weights, name: str, shape: tuple[int, ...], path: pathlib.Path) -> None:
@@ -321,9 +343,10 @@ def _stored_shape(tensor: Tensor, leaves: list[tuple[int, ...]]) -> tuple[int, .
 
 def _has_no_effect(name: str, config: ModelConfig) -> bool:
   """Returns whether a tensor that the configuration does not account for can be ignored."""
-  # Older folders contain masks and rotary frequencies, and a copy of the embedding as tied head.
+  # Older folders contain masks and rotary frequencies, and a copy of the embedding as tied head,
+  # which `_check_tied_head` compares with it.
   buffers = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-  return name.endswith(buffers) or (config.tied and name == "lm_head.weight")
+  return name.endswith(buffers) or (config.tied and name == HEAD)
 
 
 def _and_more(names: list[str]) -> str:

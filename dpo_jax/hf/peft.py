@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_jax.distributed.gather import gather_to_host
 from dpo_jax.hf import checkpoint as hf_checkpoint
-from dpo_jax.hf import safetensors_files
+from dpo_jax.hf import peft_fields, safetensors_files
 from dpo_jax.hf.safetensors_files import Entry, read_json, write_file
 from dpo_jax.model import families, lora
 from dpo_jax.model.config import ModelConfig, is_number
@@ -199,18 +199,6 @@ def _blocks(
 
 # -- reading ---------------------------------------------------------------------------------------
 
-# Fields that change what an adapter computes, with the values that mean plain LoRA.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-  "peft_type": ("LORA",),
-  "bias": ("none",),
-  "lora_bias": (False,),
-  "use_dora": (False,),
-  "modules_to_save": ([],),
-  "trainable_token_indices": ([], {}),
-  "target_parameters": ([],),
-  "layer_replication": ([],),
-}
-
 
 def is_adapter(path: str | pathlib.Path) -> bool:
   """Returns whether a folder contains an adapter, not a whole model."""
@@ -235,10 +223,7 @@ def read_settings(path: str | pathlib.Path) -> tuple[LoRA, str]:
   if not is_adapter(path):
     raise UserError(f"{path} has no {CONFIG}; name a folder that PEFT or a run has written")
   fields = read_json(path / CONFIG)
-  for name, neutral in _NEUTRAL.items():
-    value = fields.get(name)
-    if value is not None and value not in neutral:
-      raise UserError(f"{path}: {name} is {value!r}; only {neutral[0]!r} is supported")
+  peft_fields.check(path, fields)
   for name in ("r", "lora_alpha", "lora_dropout"):
     if not is_number(fields.get(name, 0)):
       raise UserError(f"{path / CONFIG}: {name} is {fields[name]!r}; it must be a number")
@@ -304,6 +289,13 @@ def load(path: str | pathlib.Path, config: ModelConfig) -> tuple[LoRA, PyTree]:
   # Pairs are taken out of `tensors`, so that what is left at the end has no place in this model.
   for module in _modules(config):
     parts = [_take_pair(tensors, module.name.format(n)) for n in range(config.layers)]
+    for layer, part in enumerate(parts):
+      name = module.name.format(layer)
+      if part is not None and not peft_fields.has_adapter(fields, name):
+        raise UserError(
+          f"{path} contains an adapter of {name}, which its {CONFIG} leaves out (target_modules,"
+          " exclude_modules, layers_to_transform): PEFT would pass it over; make the two agree"
+        )
     # Layers are stacked, so all get the highest rank of any.
     rank = max((a_RD.shape[0] for a_RD, _ in filter(None, parts)), default=0)
     if not rank:
@@ -329,6 +321,9 @@ def load(path: str | pathlib.Path, config: ModelConfig) -> tuple[LoRA, PyTree]:
         b[layer] *= np.float32(_factor(fields, settings, module.name.format(layer), len(a_RD)))
     _split_module(tree, module, a, b, maps, split)
   if tensors:
+    for name in sorted(tensors):
+      if what := peft_fields.explain_tensor(name):
+        raise UserError(f"{path} contains {name}, {what}: not supported; {peft_fields.MERGE}")
     raise UserError(
       f"{path} is an adapter of {base or 'another model'}: it contains {min(tensors)}, which this"
       f" {config.family} model of {config.layers} layers has no place for; name its own base"

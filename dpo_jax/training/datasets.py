@@ -17,7 +17,8 @@ from dpo_jax.data.batches import Batching
 from dpo_jax.data.examples import Example, Lazy, Measured, fill_up, lengths, split, with_mismatched
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.generation import rewards, rollouts
-from dpo_jax.model.config import ModelConfig, check_positions
+from dpo_jax.generation.sampler import check_prompts
+from dpo_jax.model.config import ModelConfig, check_ids, check_positions
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 from dpo_jax.training import on_policy
 
@@ -134,6 +135,10 @@ def _load_examples(
     if batching.row_length and batching.layout != "padded":
       collate.check_fits(some, batching.layout, batching.row_length)
     check_positions(some, lengths(some), model_config)
+    # No row has an id that the tokenizer lacks, so there is nothing to look for in most models. A
+    # prepared set is read through once.
+    if tokenizer.vocab_size > model_config.vocab:
+      check_ids(some, model_config)
   row_length = batching.row_length or batches.suit_row_length(
     # Both, so that one length serves training and evaluation.
     Measured.concatenate(examples, held_out),
@@ -311,6 +316,7 @@ def _load_prompts(
     )
   held_out = _limited(held_out, data)
   ids = rollouts.encode_prompts(tokenizer, prompts + held_out)
+  check_prompts(model_config, ids, 0)
   longest = max(map(len, ids))
   limit = data.max_length
   # A table of learned positions ends; rotary positions do not.

@@ -577,11 +577,10 @@ def test_left_out_fields_have_the_values_of_the_family():
   ("fields", "message"),
   [
     ({"model_type": "mamba"}, "model_type 'mamba' is not known; known are gemma, "),
-    ({"rope_scaling": {"rope_type": "dynamic", "factor": 4}}, "rope type 'dynamic' is not known"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 4}}, "rope type 'dynamic' is not supp"),
     ({"rope_scaling": {"type": "linear"}}, r"'linear' takes \['factor'\], but \[\] are given"),
     ({"hidden_act": "mish"}, "hidden_act 'mish' is not known; known are gelu"),
-    ({"sliding_window": 4096}, "sliding_window = 4096 is not honoured for llama"),
-    ({"pretraining_tp": 2}, "pretraining_tp = 2 is not supported; only 1 is"),
+    ({"sliding_window": 4096}, "sliding_window = 4096 is not supported for llama; only null is"),
     ({"hidden_size": None}, "has no 'hidden_size'"),
     ({"num_hidden_layers": "two"}, "num_hidden_layers is 'two'; it must be a whole number"),
     ({"num_key_value_heads": 3}, "4 heads and 3 key/value heads"),
@@ -591,12 +590,20 @@ def test_left_out_fields_have_the_values_of_the_family():
     ({"rope_parameters": {"rope_theta": 0}}, "model rope_theta is 0;"),
     ({"rope_scaling": {"type": "linear", "factor": 0}}, "model factor is 0; it must be"),
     ({"rope_scaling": [2]}, r"rope_scaling is \[2\]; it must be an object"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config = .* is not honoured"),
+    ({"quantization_config": {"bits": 4}}, "has quantization_config: quantised weights are not"),
   ],
 )
 def test_what_would_not_be_honoured_is_refused(fields, message, folder):
   edit_config(folder, **fields)
   refused(folder, message)
+
+
+def test_a_field_that_nobody_knows_is_reported_once(folder, capsys):
+  edit_config(folder, some_note="x", other_note=[1], is_llama_config=True)
+  for _ in range(2):
+    assert hf_checkpoint.read_config(folder) == LLAMA
+  expected = "passed over, as transformers does for llama: some_note, other_note"
+  assert capsys.readouterr().err == f"{folder / 'config.json'}: {expected}\n"
 
 
 # --- broken folders -------------------------------------------------------------------------------

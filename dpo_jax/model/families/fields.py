@@ -105,6 +105,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
   "is_causal": (True,),
   "use_bidirectional_attention": (False,),
   "router_jitter_noise": (0.0,),
+  # For a family without rotary positions.
+  "rope_scaling": (),
+  "rope_parameters": (),
   "attention_bias": (False,),
   "mlp_bias": (False,),
   "rope_interleaved": (False,),
@@ -212,7 +215,8 @@ class Fields:
       elif value not in _NEUTRAL.get(name, ()):
         neutral = repr(*_NEUTRAL[name][:1]) if _NEUTRAL.get(name) else "null"
         raise UserError(
-          f"config.json: {name} = {str(value)[:60]} is not supported for {family}; only {neutral} is"
+          f"config.json: {name} = {str(value)[:60]} is not supported for {family};"
+          f" only {neutral} is"
         )
 
 

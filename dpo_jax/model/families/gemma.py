@@ -124,6 +124,12 @@ def read_gemma3(fields: Fields) -> ModelConfig:
   # Newer files have one rotary table per kind of layer, older ones `rope_scaling` for those that
   # see everything.
   scaling, tables = read_objects(fields)
+  if "type" in scaling and "rope_type" not in scaling:
+    # Releases of transformers differ: newer ones pass over the older name here, and scale nothing.
+    raise UserError(
+      f"config.json: rope_scaling has type {scaling['type']!r}; for gemma3_text write it as"
+      " rope_type"
+    )
   if not tables:
     return ModelConfig(**_read(fields, rope_theta=1e6, kv_heads=4) | own)
   if not set(tables) <= set(KINDS):

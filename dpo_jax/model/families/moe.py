@@ -61,7 +61,7 @@ def read_qwen3_moe(fields: Fields) -> ModelConfig:
   windows = read_windows(fields) if fields.get("use_sliding_window", False) else ()
   fields.get("sliding_window")
   own: dict[str, Any] = {"qkv_bias": bias, "out_bias": bias, "qk_norm": "head", "windows": windows}
-  common = read_common(fields, head_dim=128, kv_heads=4)
+  common = read_common(fields, kv_heads=4)
   own |= {"experts": experts, "mlp_width": fields.size("moe_intermediate_size", 768)}
   return ModelConfig(**common | own)
 
