@@ -56,6 +56,7 @@ def main(argv: list[str]) -> None:
 
   arguments = chat_template.read_arguments(FLAGS.template, "--template")
   tokenizer = load_tokenizer(FLAGS.model, template_arguments=arguments)
+  encode.report_end(tokenizer)
   fields = encode.read_fields(FLAGS.fields)
   kind = FLAGS.kind or encode.detect_kind(FLAGS.data, fields)
   # The same arguments for the ledger and for the rows that are shown: both must cut alike.

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import itertools
 import multiprocessing
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -401,6 +402,20 @@ def _no_rows_left(ledger: Ledger, paths, max_length: int | None, shortest: int |
       " max_length or set truncation to cut"
     )
   return line
+
+
+def report_end(tokenizer: Tokenizer) -> None:
+  """Reports on stderr that completions of plain text, or all of them, have no end token."""
+  if tokenizer.eos_id is not None:
+    return
+  names = " or ".join(map(tokenizer.token_text, tokenizer.end_ids))
+  what = "completions have no end, and a model does not learn to stop"
+  if names:
+    what = f"turns of its chat template end with {names}, and plain texts have no end"
+  print(
+    f"the tokenizer names no eos_token: {what}; name the token in tokenizer_config.json",
+    file=sys.stderr,
+  )
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab: int) -> None:

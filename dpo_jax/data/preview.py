@@ -69,7 +69,7 @@ def show_example(
   # Not strict: absent completions have no role, and mismatched ones are added only in training.
   completions = zip(_roles(example, kind), example.completions, lost_ends, strict=False)
   for (name, shades), completion, cut in completions:
-    ends = tokenizer.eos_id is not None and tokenizer.eos_id in completion
+    ends = len(completion) > 0 and completion[-1] in tokenizer.end_ids
     title = f"{name} · {len(completion)} tokens, scored, {'ended' if ends else 'no end token'}"
     title += f", {CUT} {cut} cut after" if cut else ""
     parts += _part(title, completion, tokenizer, shades, cut_after=cut > 0)

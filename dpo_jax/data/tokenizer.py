@@ -169,7 +169,15 @@ class Tokenizer:
 
   def digest(self) -> str:
     """Returns a digest that changes whenever the ids of any text or conversation could change."""
-    about = [self.adds_bos, self.eos_id, self._stated_ends, self.template.source]
+    # A set: an export names end tokens that the folder it came from left to the template.
+    return self._digest_with(sorted(self.end_ids))
+
+  def older_digest(self) -> str:
+    """Returns what `digest` was before it took all end tokens."""
+    return self._digest_with(self._stated_ends)
+
+  def _digest_with(self, ends: list[int]) -> str:
+    about = [self.adds_bos, self.eos_id, ends, self.template.source]
     settings = json.dumps([*about, self.template.arguments], sort_keys=True)
     return hashlib.sha256((self._digest + settings).encode()).hexdigest()
 

@@ -13,6 +13,7 @@ import json
 import pathlib
 import shutil
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -240,6 +241,7 @@ def save(
   params: PyTree,
   *,
   source: str | pathlib.Path | None = None,
+  end_ids: Sequence[int] = (),
   max_shard_size: int = 5 * 10**9,
 ) -> None:
   """Writes a model folder; an older one of that name is replaced once the new one is complete.
@@ -254,6 +256,8 @@ def save(
       processes, the others call `take_part_in_save` at the same time.
     source: folder the model came from. Its tokenizer and generation settings are copied unchanged,
       and its `config.json` is kept if it describes this very model.
+    end_ids: tokens that ended the completions of training. Those that the folder does not name as
+      end tokens are added to its `eos_token_id`, so that every program stops there.
     max_shard_size: size in bytes above which the weights are divided into shards with an index.
   """
   source = None if source is None else pathlib.Path(source)
@@ -261,12 +265,16 @@ def save(
   with replacing_folder(path) as new:
     entries = _entries(config, _flatten(params["params"]))
     fields = _config_fields(config, source, str(entries[0].dtype))
+    # An id without a row in the embedding is never generated.
+    ends = [id for id in end_ids if id < config.vocab]
+    fields = with_ends(fields, ends)
     _write_json(new / "config.json", fields)
     copy_companions(source, new)
     # After the copies: settings of the source come first.
     if not (new / GENERATION).exists():
       ids = {name: fields.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
       _write_json(new / GENERATION, {k: v for k, v in ids.items() if v is not None})
+    add_ends(new / GENERATION, ends)
     write_weights(new, entries, max_shard_size)
 
 
@@ -307,6 +315,25 @@ def _config_fields(config: ModelConfig, source: pathlib.Path | None, dtype: str)
         fields = given | {"architectures": fields["architectures"]}
   # Transformers reads "dtype" since 4.56, other programs still "torch_dtype".
   return fields | {"dtype": dtype, "torch_dtype": dtype}
+
+
+def with_ends(fields: dict[str, Any], end_ids: Sequence[int]) -> dict[str, Any]:
+  """Returns fields whose `eos_token_id` names all end tokens, those that it had first."""
+  given = fields.get("eos_token_id")
+  had = given if isinstance(given, list) else [] if given is None else [given]
+  more = [id for id in dict.fromkeys(end_ids) if id not in had]
+  # Unchanged if nothing is missing: some readers expect a single id as a number.
+  if not more:
+    return fields
+  found = [*had, *more]
+  return fields | {"eos_token_id": found[0] if len(found) == 1 else found}
+
+
+def add_ends(file: pathlib.Path, end_ids: Sequence[int]) -> None:
+  """Adds end tokens to the `eos_token_id` of a file; one that names them all stays as it is."""
+  fields = read_json(file)
+  if with_ends(fields, end_ids) != fields:
+    _write_json(file, with_ends(fields, end_ids))
 
 
 def copy_companions(source: pathlib.Path | None, folder: pathlib.Path) -> None:

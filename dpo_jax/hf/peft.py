@@ -16,6 +16,7 @@ import json
 import math
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -101,6 +102,7 @@ def save(
   about: Adapter,
   *,
   source: str | pathlib.Path | None = None,
+  end_ids: Sequence[int] = (),
 ) -> None:
   """Writes an adapter folder for `peft`; an older one is replaced once the new one is complete.
 
@@ -110,11 +112,15 @@ def save(
     adapters: a tree as from `lora.init`.
     about: facts that the folder states.
     source: folder whose tokenizer is copied unchanged.
+    end_ids: tokens that ended the completions of training, as in `checkpoint.save`.
   """
   arrays, fields, split = _to_peft(config, adapters, about)
   with replacing_folder(path) as new:
     (new / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
     hf_checkpoint.copy_companions(None if source is None else pathlib.Path(source), new)
+    if (new / hf_checkpoint.GENERATION).exists():
+      ends = [id for id in end_ids if id < config.vocab]
+      hf_checkpoint.add_ends(new / hf_checkpoint.GENERATION, ends)
     entries = [Entry(name, x.shape, x.dtype, lambda x=x: x) for name, x in sorted(arrays.items())]
     write_file(new / WEIGHTS, entries, base=about.fingerprint, split=",".join(split))
 

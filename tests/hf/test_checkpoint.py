@@ -24,6 +24,7 @@ from dpo_jax.model import families, transformer
 from dpo_jax.structs import UserError
 from tests.support.paths import ROOT
 
+GENERATION = "generation_config.json"
 LLAMA = families.from_hf(
   {
     "model_type": "llama",
@@ -441,6 +442,29 @@ def test_bare_names_buffers_and_a_copied_head_are_understood(tmp_path):
   assert_bitwise_equal(hf_checkpoint.load(tmp_path / "model")[1], params)
 
 
+def test_a_tied_model_with_another_head_is_refused(folder):
+  """Transformers 5 takes such a head, older releases pass it over."""
+  expected = hf_checkpoint.load(folder)[1]
+  head = {"lm_head.weight": load_file(folder / "model.safetensors")["model.embed_tokens.weight"]}
+  edit_tensors(folder, lambda tensors: tensors.update(head))
+  assert_bitwise_equal(hf_checkpoint.load(folder)[1], expected)
+  # In another type it is still the same head, if it holds the same numbers.
+  wide = {"lm_head.weight": head["lm_head.weight"].astype(np.float64)}
+  edit_tensors(folder, lambda tensors: tensors.update(wide))
+  assert_bitwise_equal(hf_checkpoint.load(folder)[1], expected)
+  other = head["lm_head.weight"].copy()
+  other[3, 1] += 1
+  for wrong in (other, other[:-1]):
+    edit_tensors(folder, lambda tensors, wrong=wrong: tensors.update({"lm_head.weight": wrong}))
+    line = "says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight"
+    refused(folder, line)
+    with pytest.raises(UserError, match=line):
+      hf_checkpoint.check(folder)
+  edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": other}))
+  edit_config(folder, tie_word_embeddings=False)
+  np.testing.assert_array_equal(hf_checkpoint.load(folder)[1]["params"]["head"]["embedding"], other)
+
+
 @pytest.mark.parametrize("files", [1, 3])
 def test_an_interrupted_export_leaves_the_older_model(files, folder, monkeypatch):
   expected = hf_checkpoint.load(folder)[1]
@@ -513,6 +537,32 @@ def test_generation_settings_are_written_where_the_source_has_none(tmp_path):
   hf_checkpoint.save(tmp_path / "out", config, random_params(config))
   written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
   assert written == {"bos_token_id": 1, "eos_token_id": [2, 9]}
+
+
+@pytest.mark.parametrize(
+  ("given", "expected"),
+  [
+    ('{"eos_token_id": 2}', {"eos_token_id": [2, 7]}),
+    ('{"eos_token_id": [9, 2], "top_p": 0.5}', {"eos_token_id": [9, 2, 7], "top_p": 0.5}),
+    ('{"top_p": 0.5}', {"top_p": 0.5, "eos_token_id": [2, 7]}),
+    (None, {"eos_token_id": [2, 7]}),
+  ],
+)
+def test_exports_stop_where_training_ended_completions(given, expected, folder, tmp_path):
+  if given is None:
+    (folder / "generation_config.json").unlink()
+  else:
+    (folder / "generation_config.json").write_text(given)
+  # 11 has no row in the embedding, so it is never generated.
+  ends = {"source": folder, "end_ids": (2, 7, 11)}
+  hf_checkpoint.save(tmp_path / "out", LLAMA, random_params(LLAMA), **ends)
+  read = [json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", GENERATION)]
+  assert read[0] == json.loads((folder / "config.json").read_text()) | {"eos_token_id": [2, 7]}
+  assert read[1] == expected
+  # Nothing to add: the file is copied as it is.
+  (folder / "generation_config.json").write_text('{"eos_token_id":   [7, 2]}')
+  hf_checkpoint.save(tmp_path / "out", LLAMA, random_params(LLAMA), source=folder, end_ids=(2, 7))
+  assert (tmp_path / "out" / GENERATION).read_text() == '{"eos_token_id":   [7, 2]}'
 
 
 def test_the_sources_configuration_is_kept_where_it_is_of_this_model(folder, tmp_path):
@@ -641,6 +691,10 @@ def test_tensors_missing_unexpected_or_of_another_shape(folder):
   refused(folder, rf"tensor {name} has shape \[12, 7\], but config.json asks for \[12, 8\]")
   edit_tensors(folder, lambda tensors: tensors.update({name: taken[name].astype(np.int8)}))
   refused(folder, f"tensor {name} is I8; quantised weights are not supported")
+  # Scales beside them would be unexpected tensors, which is not what is the matter.
+  edit_tensors(folder, lambda tensors: tensors.update({f"{name}_scale": np.ones(3, np.float32)}))
+  refused(folder, f"tensor {name} is I8; quantised weights are not supported")
+  edit_tensors(folder, lambda tensors: tensors.pop(f"{name}_scale"))
   bad = np.where(np.arange(8) == 3, np.nan, taken[name])
   edit_tensors(folder, lambda tensors: tensors.update({name: bad.astype(np.float32)}))
   refused(folder, f"tensor {name} holds numbers that are not finite in float32")

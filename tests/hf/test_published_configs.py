@@ -29,8 +29,6 @@ REFUSED = {
   "microsoft__Phi-3-mini-128k-instruct_first-release": BY_LENGTH,
   "microsoft__Phi-3.5-mini-instruct": BY_LENGTH,
 }
-# Fields that transformers passes over as well, reported when the model is loaded.
-UNKNOWN = {"gh-DeveloperZeeshu__qwen2.5-3b-unsloth-bnb-4bit": ["lora"]}
 
 
 def test_published_files_load_or_are_refused_for_a_stated_reason(shared_data):
@@ -47,7 +45,7 @@ def test_published_files_load_or_are_refused_for_a_stated_reason(shared_data):
       continue
     loaded += 1
     assert families.from_hf(families.to_hf(config)) == config
-    assert families.unknown_fields(fields) == UNKNOWN.get(name, []), name
+    assert families.unknown_fields(fields) == [], name
   assert refused.keys() == REFUSED.keys()
   for name, error in refused.items():
     assert REFUSED[name] in error, (name, error)

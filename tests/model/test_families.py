@@ -219,7 +219,6 @@ def test_what_would_not_be_honoured_is_refused_by_name(case, fields, message):
     ("llama", {"is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 2}),
     ("llama", {"unsloth_fixed": True, "unsloth_version": "2024.12.4", "_attn_implementation": "x"}),
     ("llama", {"transformers.js_config": {"dtype": "q4"}, "max_sequence_length": 9}),
-    ("llama", {"head_dim": None, "hidden_size": 32}),
     ("llama biases", {"num_key_value_heads": None}),
     ("llama", {"rope_scaling": None, "rope_parameters": None, "quantization_config": {}}),
     ("llama", {"layer_types": ["full_attention"] * 3, "auto_map": {"AutoConfig": "a.B"}}),
@@ -254,6 +253,7 @@ def test_what_a_file_leaves_out_has_the_value_of_its_family():
 
   assert without("mistral", "sliding_window").windows == (4096,) * 3
   assert without("gemma2", "sliding_window").windows == (4096, 0, 4096)
+  assert families.from_hf(cases.CASES["llama"] | {"head_dim": None}).head_width == 24 // 4
   # The positions that a model was first trained on, where only their number now is stated.
   fields = cases.CASES["llama yarn"] | {"rope_scaling": {"type": "yarn", "factor": 2.0}}
   assert families.from_hf(fields).rope_scaling.original_positions == 64

@@ -164,6 +164,7 @@ def describe_model(section: ConfigDict, template: str = "") -> tuple[ModelConfig
     model_config = families.from_hf(fields)
   # Ids beyond the embedding would be clipped in silence by a gather.
   encode.check_vocabulary(tokenizer, model_config.vocab)
+  encode.report_end(tokenizer)
   return model_config, tokenizer
 
 
