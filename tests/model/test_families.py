@@ -247,6 +247,13 @@ def test_a_field_that_nobody_knows_is_named_and_changes_nothing():
   ]
 
 
+def test_a_misspelt_field_of_a_model_from_scratch_is_refused():
+  given = cases.CASES["llama"]
+  assert families.from_scratch(given) == families.from_hf(given)
+  with pytest.raises(UserError, match=r"model\.scratch\.hiden_act is no field of a llama model"):
+    families.from_scratch(given | {"hiden_act": "relu"})
+
+
 def test_what_a_file_leaves_out_has_the_value_of_its_family():
   def without(case, *names):
     return families.from_hf({k: v for k, v in cases.CASES[case].items() if k not in names})

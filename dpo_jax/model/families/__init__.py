@@ -15,7 +15,7 @@ from dpo_jax.model.families import common, gemma, gpt2, llama, moe
 from dpo_jax.model.families.fields import Fields, Tensor
 from dpo_jax.structs import UserError
 
-__all__ = ["FAMILIES", "Tensor", "from_hf", "tensors", "to_hf", "unknown_fields"]
+__all__ = ["FAMILIES", "Tensor", "from_hf", "from_scratch", "tensors", "to_hf", "unknown_fields"]
 
 
 class Family(NamedTuple):
@@ -61,6 +61,21 @@ def from_hf(fields: dict[str, Any]) -> ModelConfig:
     UserError: an unknown architecture, a missing size, or a field that would not be honoured.
   """
   return _read(fields)[0]
+
+
+def from_scratch(fields: dict[str, Any]) -> ModelConfig:
+  """Returns the configuration that a run's own fields describe, none of which may be unknown.
+
+  Raises:
+    UserError: as `from_hf`, or a field is not known, which in a run's own fields is a mistake.
+  """
+  config, unknown = _read(fields)
+  if unknown:
+    raise UserError(
+      f"model.scratch.{unknown[0]} is no field of a {config.family} model; correct its name or leave"
+      " it out"
+    )
+  return config
 
 
 def unknown_fields(fields: dict[str, Any]) -> list[str]:
