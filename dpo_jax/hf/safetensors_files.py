@@ -51,7 +51,7 @@ class Weights:
     # A row at a time: a copy of all of them would take as much memory again.
     found = hashlib.blake2b(digest_size=16)
     for row in self.read(name):
-      found.update(np.ascontiguousarray(row, np.float32))
+      found.update(np.asarray(row, np.float32).tobytes())
     return found.digest()
 
 

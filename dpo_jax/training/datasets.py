@@ -17,7 +17,6 @@ from dpo_jax.data.batches import Batching
 from dpo_jax.data.examples import Example, Lazy, Measured, fill_up, lengths, split, with_mismatched
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.generation import rewards, rollouts
-from dpo_jax.generation.sampler import check_prompts
 from dpo_jax.model.config import ModelConfig, check_ids, check_positions
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 from dpo_jax.training import on_policy
@@ -316,7 +315,8 @@ def _load_prompts(
     )
   held_out = _limited(held_out, data)
   ids = rollouts.encode_prompts(tokenizer, prompts + held_out)
-  check_prompts(model_config, ids, 0)
+  whole = [Example(np.asarray(prompt, np.int32), (), row=row) for row, prompt in enumerate(ids)]
+  check_ids(whole, model_config)
   longest = max(map(len, ids))
   limit = data.max_length
   # A table of learned positions ends; rotary positions do not.
@@ -329,10 +329,7 @@ def _load_prompts(
     )
   tokens = {"prompt": sum(map(len, ids)), "answer": 0, "padding": 0, "shared": 0}
   counts = {"rows": len(ids), "pairs": len(ids), "dropped": {}, "truncated": {}}
-  examples = [
-    Example(np.asarray(prompt, np.int32), (), row=row)
-    for row, prompt in enumerate(ids[len(prompts) :])
-  ]
+  examples = [example._replace(row=row) for row, example in enumerate(whole[len(prompts) :])]
   return prompts, examples, longest, {"format": "prompts", **counts, "tokens": tokens}
 
 

@@ -72,8 +72,8 @@ def from_scratch(fields: dict[str, Any]) -> ModelConfig:
   config, unknown = _read(fields)
   if unknown:
     raise UserError(
-      f"model.scratch.{unknown[0]} is no field of a {config.family} model; correct its name or leave"
-      " it out"
+      f"model.scratch.{unknown[0]} is no field of a {config.family} model; correct its name or"
+      " leave it out"
     )
   return config
 

@@ -138,15 +138,15 @@ def _scaling(kind: str, given: dict[str, Any]) -> RopeScaling | None:
 
 def _magnitude(given: dict[str, Any]) -> dict[str, float]:
   """Reads the factor of cosine and sine from the two fields that DeepSeek's files have for it."""
-  both = [given.get(name) for name in ("mscale", "mscale_all_dim")]
+  above, below = given.get("mscale"), given.get("mscale_all_dim")
   # As in transformers: one alone changes nothing, and the factor itself counts more than both.
-  if not all(both) or "attention_factor" in given:
+  if not above or not below or "attention_factor" in given:
     return {}
-  for name, value in zip(("mscale", "mscale_all_dim"), both, strict=True):
+  for value in (above, below, given["factor"]):
     if not is_number(value):
-      raise UserError(f"config.json: {name} is {value!r}; it must be a number")
+      raise UserError(f"config.json: yarn has a factor or mscale of {value!r}; write a number")
   growth = 0.1 * math.log(max(given["factor"], 1))
-  return {"magnitude": (both[0] * growth + 1) / (both[1] * growth + 1)}
+  return {"magnitude": (above * growth + 1) / (below * growth + 1)}
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
