@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import pathlib
+from typing import Any
 
 import jax
 from absl import flags
@@ -99,15 +100,16 @@ def _claim(
 def _export(run: Run, final: PyTree) -> None:
   """Writes the trained model or adapter, and the report, from the first process."""
   out = run.workdir / "export"
+  beside: dict[str, Any] = {"source": run.settings.source, "end_ids": run.tokenizer.end_ids}
   print(f"exporting to {out}", flush=True)
   if run.adapter:
     # Adapters are small, so every process gathers them whole; a model is gathered leaf by leaf.
     final = jax.tree.map(gather_to_host, final)
   if processes.is_main_process():
     if run.adapter:
-      peft.save(out, run.model_config, final, run.adapter, source=run.settings.source)
+      peft.save(out, run.model_config, final, run.adapter, **beside)
     else:
-      hf_checkpoint.save(out, run.model_config, final, source=run.settings.source)
+      hf_checkpoint.save(out, run.model_config, final, **beside)
     report.write(run.workdir)
   elif not run.adapter:
     hf_checkpoint.take_part_in_save(run.model_config, final)

@@ -191,7 +191,7 @@ def _model_config(config: ConfigDict) -> ModelConfig:
     raise UserError(
       "model.path is empty; name a folder with a config.json, --config.model.path=DIR"
     )
-  return families.from_hf(config.model.scratch.to_dict())
+  return families.from_scratch(config.model.scratch.to_dict())
 
 
 def _completions(config: ConfigDict, loss: losses.Loss) -> int:

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
   settings = peft.read_settings(known)[0] if start else lora.LoRA(**given)
   if FLAGS.merge_lora and not settings.rank:
     raise UserError(f"--merge_lora: {workdir} trained the model itself; leave the flag out")
-  model_config, _ = setup.describe_model(model)
+  model_config, tokenizer = setup.describe_model(model)
   # Not tidied: the run may still be training, and a checkpoint that is half written is its own.
   checkpoints = Checkpoints(workdir / "checkpoints")
   try:
@@ -64,19 +64,20 @@ def main(argv: list[str]) -> None:
     checkpoints.close()
 
   source, shard = model.path or model.tokenizer, int(FLAGS.max_shard_gb * 1e9)
+  beside = {"source": source, "end_ids": tokenizer.end_ids}
   if not settings.rank:
-    hf_checkpoint.save(out, model_config, trained, source=source, max_shard_size=shard)
+    hf_checkpoint.save(out, model_config, trained, **beside, max_shard_size=shard)
     print(f"{out}: the model of step {step}")
     return
   _, base = hf_checkpoint.load(source, dtype=model.param_dtype)
   if FLAGS.merge_lora:
     merged = lora.merge(lora.attach(base, trained, settings.scale))
-    hf_checkpoint.save(out, model_config, merged, source=source, max_shard_size=shard)
+    hf_checkpoint.save(out, model_config, merged, **beside, max_shard_size=shard)
     print(f"{out}: the model of step {step}, its adapters merged")
   else:
     folder = pathlib.Path(source)
     # Absolute, since the exported adapter names its base from another folder.
     name = str(folder.resolve() if folder.is_dir() else folder)
     about = peft.Adapter(settings, name, peft.fingerprint_of(base))
-    peft.save(out, model_config, trained, about, source=source)
+    peft.save(out, model_config, trained, about, **beside)
     print(f"{out}: the adapters of step {step}")

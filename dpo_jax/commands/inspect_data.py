@@ -59,6 +59,7 @@ def main(argv: list[str]) -> None:
 
   arguments = chat_template.read_arguments(FLAGS.template, "--template")
   tokenizer = load_tokenizer(FLAGS.model, template_arguments=arguments)
+  encode.report_end(tokenizer)
   rows = row_flags.read_options()
   kind = FLAGS.kind or encode.detect_kind(FLAGS.data, rows["fields"])
   # The same arguments for the ledger and for the rows that are shown: both must cut alike.

@@ -69,6 +69,7 @@ def main(argv: list[str]) -> None:
     truncation=FLAGS.truncation,
     **rows,
   )
+  encode.report_end(encoder.tokenizer)
   # 0 is a choice of its own, this process alone, so it must not pass for an absent flag.
   workers = (os.cpu_count() or 1) if FLAGS.workers is None else FLAGS.workers
   started = said = time.perf_counter()

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import itertools
 import multiprocessing
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -467,10 +468,31 @@ def _no_rows_left(ledger: Ledger, paths, max_length: int | None, shortest: int |
   return line
 
 
+def report_end(tokenizer: Tokenizer) -> None:
+  """Reports on stderr that completions of plain text, or all of them, have no end token."""
+  if tokenizer.eos_id is not None:
+    return
+  names = " or ".join(map(tokenizer.token_text, tokenizer.end_ids))
+  what = "completions have no end, and a model does not learn to stop"
+  if names:
+    what = f"turns of its chat template end with {names}, and plain texts have no end"
+  print(
+    f"the tokenizer names no eos_token: {what}; name the token in tokenizer_config.json",
+    file=sys.stderr,
+  )
+
+
 def check_vocabulary(tokenizer: Tokenizer, vocab: int) -> None:
-  """Raises `UserError` if the tokenizer has ids that the model cannot score."""
-  if tokenizer.vocab_size > vocab:
+  """Checks that the tokens of ordinary text have a row in the model's embedding.
+
+  Added tokens may lie beyond it: Gemma 3's tokenizer has one for images, which models of text alone
+  have no row for. Whether a row of the data uses one is checked by `model.config.check_ids`.
+
+  Raises:
+    UserError: the tokenizer belongs to another model.
+  """
+  if tokenizer.text_vocab_size > vocab:
     raise UserError(
-      f"the tokenizer's ids go to {tokenizer.vocab_size - 1} and the model's vocabulary is {vocab};"
-      " name the tokenizer that belongs to the model"
+      f"the tokenizer's ids go to {tokenizer.text_vocab_size - 1} and the model's vocabulary is"
+      f" {vocab}; name the tokenizer that belongs to the model"
     )

@@ -348,7 +348,7 @@ def _check(
       f"{path} was prepared by rules of version {about['rules']}, and the present version is"
       f" {encode.RULES}; {again}"
     )
-  if about["tokenizer"] != encoder.tokenizer.digest():
+  if about["tokenizer"] not in (encoder.tokenizer.digest(), encoder.tokenizer.older_digest()):
     raise UserError(
       f"{path} was prepared with another tokenizer or chat template than this model's; {again}"
     )

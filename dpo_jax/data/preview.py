@@ -73,7 +73,7 @@ def show_example(
   weights = weights_of(example)
   completions = zip(_roles(example, kind), example.completions, weights, lost_ends, strict=False)
   for (name, shades), completion, weight, cut in completions:
-    ends = tokenizer.eos_id is not None and tokenizer.eos_id in completion
+    ends = len(completion) > 0 and completion[-1] in tokenizer.end_ids
     title = f"{name} · {len(completion)} tokens, {_scored(weight)}, "
     title += "ended" if ends else "no end token"
     title += f", {CUT} {cut} cut after" if cut else ""

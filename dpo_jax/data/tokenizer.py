@@ -81,6 +81,7 @@ class Tokenizer:
     bos_id, eos_id: ids of the special tokens, None where there are none.
     adds_bos: True if every text begins with BOS.
     vocab_size: one more than the largest id.
+    text_vocab_size: the same without added tokens, which ordinary text does not contain.
     template: renders conversations as text.
   """
 
@@ -98,10 +99,10 @@ class Tokenizer:
     self.template = Template(folder, self._settings, template_arguments)
     self.bos_id = self._special("bos")
     self.eos_id = self._special("eos")
-    self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
-    self._special_ids = {
-      id for id, token in backend.get_added_tokens_decoder().items() if token.special
-    }
+    added, ids = backend.get_added_tokens_decoder(), backend.get_vocab(with_added_tokens=True)
+    self.vocab_size = 1 + max(ids.values(), default=-1)
+    self.text_vocab_size = 1 + max(set(ids.values()) - set(added), default=-1)
+    self._special_ids = {id for id, token in added.items() if token.special}
     # The order is important: 1. an encoding shows whether the post-processor adds BOS, 2. then the
     # post-processor is removed.
     begins = backend.encode("a").ids[:1] == [self.bos_id]
@@ -182,7 +183,15 @@ class Tokenizer:
 
   def digest(self) -> str:
     """Returns a digest that changes whenever the ids of any text or conversation could change."""
-    about = [self.adds_bos, self.eos_id, self._stated_ends, self.template.source]
+    # A set: an export names end tokens that the folder it came from left to the template.
+    return self._digest_with(sorted(self.end_ids))
+
+  def older_digest(self) -> str:
+    """Returns what `digest` was before it took all end tokens."""
+    return self._digest_with(self._stated_ends)
+
+  def _digest_with(self, ends: list[int]) -> str:
+    about = [self.adds_bos, self.eos_id, ends, self.template.source]
     settings = json.dumps([*about, self.template.arguments], sort_keys=True)
     return hashlib.sha256((self._digest + settings).encode()).hexdigest()
 

@@ -33,7 +33,7 @@ from dpo_jax.generation.rewards import Reward
 from dpo_jax.generation.rollouts import LanguageModel, Rollout
 from dpo_jax.losses import Loss
 from dpo_jax.model import transformer
-from dpo_jax.model.config import ModelConfig, check_positions
+from dpo_jax.model.config import ModelConfig, check_ids, check_positions
 from dpo_jax.structs import Model, PairLogps, PyTree, UserError
 
 Json = dict[str, Any]
@@ -136,7 +136,7 @@ def read_pairs(
 
   Raises:
     UserError: policy and reference differ in tokenizer or vocabulary, or a pair is longer than the
-      positions of a model.
+      positions of a model or has a token id beyond its vocabulary.
   """
   # The order is important: 1. tokenizers, 2. vocabularies, 3. lengths. Lengths mean nothing in the
   # tokens of another tokenizer.
@@ -153,6 +153,7 @@ def read_pairs(
     )
   examples, ledger, _ = encode.load_examples(path, policy.tokenizer, max_length=max_length, **rows)
   for model in models:
+    check_ids(examples, model.config)
     check_positions(examples, lengths(examples).longest(), model.config)
   if ledger.dropped or ledger.truncated or ledger.notes:
     # On stderr: stdout may carry the results of a command.

@@ -46,6 +46,7 @@ def describe(
   tokenizer = load_tokenizer(path, template_arguments=template_arguments)
   # A gather would clip ids beyond the embedding in silence.
   encode.check_vocabulary(tokenizer, config.vocab)
+  encode.report_end(tokenizer)
   return config, tokenizer
 
 

@@ -12,6 +12,8 @@ import functools
 import json
 import pathlib
 import shutil
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,6 +38,7 @@ from dpo_jax.structs import PyTree, UserError
 from dpo_jax.utils.files import replacing_folder
 
 GENERATION = "generation_config.json"
+HEAD = "lm_head.weight"
 # Files that an export copies unchanged from the folder the model came from.
 COMPANIONS = (
   GENERATION,
@@ -68,9 +71,19 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
     raise UserError(f"{path} has no config.json; name a Hugging Face model folder")
   fields = read_json(file)
   try:
-    return families.from_hf(fields)
+    config = families.from_hf(fields)
   except UserError as error:
     raise UserError(f"{path}: {error}") from error
+  _report_unknown(file, ", ".join(families.unknown_fields(fields)), fields["model_type"])
+  return config
+
+
+@functools.cache  # once per folder: a command reads a configuration several times
+def _report_unknown(file: pathlib.Path, names: str, family: str) -> None:
+  """Reports fields that are passed over, in one line on stderr."""
+  # Other processes of a run have no stderr.
+  if names:
+    print(f"{file}: passed over, as transformers does for {family}: {names}", file=sys.stderr)
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -167,6 +180,11 @@ def _match_tensors(
     )
   rest = sorted(weights.names - set(on_disk.values()))
   rest = [name for name in rest if not _has_no_effect(name, config)]
+  # Packed weights come with scales and zero points, which would not say why.
+  packed = [name for name in rest if weights.dtype(name) not in DTYPES]
+  packed += [name for name in on_disk.values() if weights.dtype(name) not in DTYPES]
+  if rest and packed:
+    _check_header(weights, min(packed), (), path)
   if rest:
     raise UserError(
       f"{path} contains tensor {rest[0]}{_and_more(rest)}, which config.json does not account for;"
@@ -179,7 +197,23 @@ def _match_tensors(
     shape = _stored_shape(tensor, [shapes[leaf].shape for leaf in tensor.leaves])
     for name in found[tensor].values():
       _check_header(weights, name, shape, path)
+  if config.tied and HEAD in weights.names:
+    _check_tied_head(weights, next(iter(found[next(iter(wanted))].values())), path)
   return found
+
+
+def _check_tied_head(weights: Weights, embedding: str, path: pathlib.Path) -> None:
+  """Checks that a head on disk is the embedding, as a tied model's configuration says.
+
+  Releases of transformers differ: since 5 it takes the head, before it passed it over.
+  """
+  equal = weights.shape(HEAD) == weights.shape(embedding)
+  # Compared by digests, so that memory contains one of the two at a time.
+  if not equal or weights.digest(HEAD) != weights.digest(embedding):
+    raise UserError(
+      f"{path}: config.json says tie_word_embeddings, but {HEAD} differs from {embedding};"
+      f" set tie_word_embeddings to false there to use {HEAD}, or remove that tensor"
+    )
 
 
 def _check_header(weights: Weights, name: str, shape: tuple[int, ...], path: pathlib.Path) -> None:
@@ -207,6 +241,7 @@ def save(
   params: PyTree,
   *,
   source: str | pathlib.Path | None = None,
+  end_ids: Sequence[int] = (),
   max_shard_size: int = 5 * 10**9,
 ) -> None:
   """Writes a model folder; an older one of that name is replaced once the new one is complete.
@@ -221,6 +256,8 @@ def save(
       processes, the others call `take_part_in_save` at the same time.
     source: folder the model came from. Its tokenizer and generation settings are copied unchanged,
       and its `config.json` is kept if it describes this very model.
+    end_ids: tokens that ended the completions of training. Those that the folder does not name as
+      end tokens are added to its `eos_token_id`, so that every program stops there.
     max_shard_size: size in bytes above which the weights are divided into shards with an index.
   """
   source = None if source is None else pathlib.Path(source)
@@ -228,12 +265,16 @@ def save(
   with replacing_folder(path) as new:
     entries = _entries(config, _flatten(params["params"]))
     fields = _config_fields(config, source, str(entries[0].dtype))
+    # An id without a row in the embedding is never generated.
+    ends = [id for id in end_ids if id < config.vocab]
+    fields = with_ends(fields, ends)
     _write_json(new / "config.json", fields)
     copy_companions(source, new)
     # After the copies: settings of the source come first.
     if not (new / GENERATION).exists():
       ids = {name: fields.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
       _write_json(new / GENERATION, {k: v for k, v in ids.items() if v is not None})
+    add_ends(new / GENERATION, ends)
     write_weights(new, entries, max_shard_size)
 
 
@@ -276,6 +317,25 @@ def _config_fields(config: ModelConfig, source: pathlib.Path | None, dtype: str)
   return fields | {"dtype": dtype, "torch_dtype": dtype}
 
 
+def with_ends(fields: dict[str, Any], end_ids: Sequence[int]) -> dict[str, Any]:
+  """Returns fields whose `eos_token_id` names all end tokens, those that it had first."""
+  given = fields.get("eos_token_id")
+  had = given if isinstance(given, list) else [] if given is None else [given]
+  more = [id for id in dict.fromkeys(end_ids) if id not in had]
+  # Unchanged if nothing is missing: some readers expect a single id as a number.
+  if not more:
+    return fields
+  found = [*had, *more]
+  return fields | {"eos_token_id": found[0] if len(found) == 1 else found}
+
+
+def add_ends(file: pathlib.Path, end_ids: Sequence[int]) -> None:
+  """Adds end tokens to the `eos_token_id` of a file; one that names them all stays as it is."""
+  fields = read_json(file)
+  if with_ends(fields, end_ids) != fields:
+    _write_json(file, with_ends(fields, end_ids))
+
+
 def copy_companions(source: pathlib.Path | None, folder: pathlib.Path) -> None:
   """Copies those of the files in `COMPANIONS` that the source has."""
   if source is None:
@@ -310,9 +370,10 @@ def _stored_shape(tensor: Tensor, leaves: list[tuple[int, ...]]) -> tuple[int, .
 
 def _has_no_effect(name: str, config: ModelConfig) -> bool:
   """Returns whether a tensor that the configuration does not account for can be ignored."""
-  # Older folders contain masks and rotary frequencies, and a copy of the embedding as tied head.
+  # Older folders contain masks and rotary frequencies, and a copy of the embedding as tied head,
+  # which `_check_tied_head` compares with it.
   buffers = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
-  return name.endswith(buffers) or (config.tied and name == "lm_head.weight")
+  return name.endswith(buffers) or (config.tied and name == HEAD)
 
 
 def _and_more(names: list[str]) -> str:

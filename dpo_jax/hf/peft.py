@@ -16,6 +16,7 @@ import json
 import math
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_jax.distributed.gather import gather_to_host
 from dpo_jax.hf import checkpoint as hf_checkpoint
-from dpo_jax.hf import safetensors_files
+from dpo_jax.hf import peft_fields, safetensors_files
 from dpo_jax.hf.safetensors_files import Entry, read_json, write_file
 from dpo_jax.model import families, lora
 from dpo_jax.model.config import ModelConfig, is_number
@@ -101,6 +102,7 @@ def save(
   about: Adapter,
   *,
   source: str | pathlib.Path | None = None,
+  end_ids: Sequence[int] = (),
 ) -> None:
   """Writes an adapter folder for `peft`; an older one is replaced once the new one is complete.
 
@@ -110,11 +112,15 @@ def save(
     adapters: a tree as from `lora.init`.
     about: facts that the folder states.
     source: folder whose tokenizer is copied unchanged.
+    end_ids: tokens that ended the completions of training, as in `checkpoint.save`.
   """
   arrays, fields, split = _to_peft(config, adapters, about)
   with replacing_folder(path) as new:
     (new / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
     hf_checkpoint.copy_companions(None if source is None else pathlib.Path(source), new)
+    if (new / hf_checkpoint.GENERATION).exists():
+      ends = [id for id in end_ids if id < config.vocab]
+      hf_checkpoint.add_ends(new / hf_checkpoint.GENERATION, ends)
     entries = [Entry(name, x.shape, x.dtype, lambda x=x: x) for name, x in sorted(arrays.items())]
     write_file(new / WEIGHTS, entries, base=about.fingerprint, split=",".join(split))
 
@@ -199,18 +205,6 @@ def _blocks(
 
 # -- reading ---------------------------------------------------------------------------------------
 
-# Fields that change what an adapter computes, with the values that mean plain LoRA.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-  "peft_type": ("LORA",),
-  "bias": ("none",),
-  "lora_bias": (False,),
-  "use_dora": (False,),
-  "modules_to_save": ([],),
-  "trainable_token_indices": ([], {}),
-  "target_parameters": ([],),
-  "layer_replication": ([],),
-}
-
 
 def is_adapter(path: str | pathlib.Path) -> bool:
   """Returns whether a folder contains an adapter, not a whole model."""
@@ -235,10 +229,7 @@ def read_settings(path: str | pathlib.Path) -> tuple[LoRA, str]:
   if not is_adapter(path):
     raise UserError(f"{path} has no {CONFIG}; name a folder that PEFT or a run has written")
   fields = read_json(path / CONFIG)
-  for name, neutral in _NEUTRAL.items():
-    value = fields.get(name)
-    if value is not None and value not in neutral:
-      raise UserError(f"{path}: {name} is {value!r}; only {neutral[0]!r} is supported")
+  peft_fields.check(path, fields)
   for name in ("r", "lora_alpha", "lora_dropout"):
     if not is_number(fields.get(name, 0)):
       raise UserError(f"{path / CONFIG}: {name} is {fields[name]!r}; it must be a number")
@@ -304,6 +295,13 @@ def load(path: str | pathlib.Path, config: ModelConfig) -> tuple[LoRA, PyTree]:
   # Pairs are taken out of `tensors`, so that what is left at the end has no place in this model.
   for module in _modules(config):
     parts = [_take_pair(tensors, module.name.format(n)) for n in range(config.layers)]
+    for layer, part in enumerate(parts):
+      name = module.name.format(layer)
+      if part is not None and not peft_fields.has_adapter(fields, name):
+        raise UserError(
+          f"{path} contains an adapter of {name}, which its {CONFIG} leaves out (target_modules,"
+          " exclude_modules, layers_to_transform): PEFT would pass it over; make the two agree"
+        )
     # Layers are stacked, so all get the highest rank of any.
     rank = max((a_RD.shape[0] for a_RD, _ in filter(None, parts)), default=0)
     if not rank:
@@ -329,6 +327,9 @@ def load(path: str | pathlib.Path, config: ModelConfig) -> tuple[LoRA, PyTree]:
         b[layer] *= np.float32(_factor(fields, settings, module.name.format(layer), len(a_RD)))
     _split_module(tree, module, a, b, maps, split)
   if tensors:
+    for name in sorted(tensors):
+      if what := peft_fields.explain_tensor(name):
+        raise UserError(f"{path} contains {name}, {what}: not supported; {peft_fields.MERGE}")
     raise UserError(
       f"{path} is an adapter of {base or 'another model'}: it contains {min(tensors)}, which this"
       f" {config.family} model of {config.layers} layers has no place for; name its own base"

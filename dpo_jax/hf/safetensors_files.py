@@ -46,6 +46,14 @@ class Weights:
     # Not with `get_slice`: to return a part it reads the whole tensor, and memory contains both.
     return self._handle_of[name].get_tensor(name)
 
+  def digest(self, name: str) -> bytes:
+    """Computes a digest of a tensor's numbers in float32, whatever type they are stored in."""
+    # A row at a time: a copy of all of them would take as much memory again.
+    found = hashlib.blake2b(digest_size=16)
+    for row in self.read(name):
+      found.update(np.asarray(row, np.float32).tobytes())
+    return found.digest()
+
 
 @contextlib.contextmanager
 def open_weights(path: pathlib.Path) -> Iterator[Weights]:

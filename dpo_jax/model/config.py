@@ -214,6 +214,33 @@ class FromRow(Protocol):
   def row(self) -> int: ...
 
 
+class Tokens(FromRow, Protocol):
+  """A row of the data as token ids."""
+
+  @property
+  def prompt(self) -> np.ndarray: ...
+
+  @property
+  def completions(self) -> Sequence[np.ndarray]: ...
+
+
+def check_ids(examples: Sequence[Tokens], config: ModelConfig) -> None:
+  """Refuses examples with a token id that has no row in the embedding.
+
+  On devices such an id does not fail: JAX clamps indices, so it would be read as another token.
+
+  Raises:
+    UserError: names the first row with such an id.
+  """
+  for example in examples:
+    for ids in (example.prompt, *example.completions):
+      if len(ids) and ids.max() >= config.vocab:
+        raise UserError(
+          f"data row {example.row} contains token id {ids.max()}, and the model's vocabulary is"
+          f" {config.vocab}; name the tokenizer that belongs to the model, or leave that token out"
+        )
+
+
 def check_positions(examples: Sequence[FromRow], tokens_B: np.ndarray, config: ModelConfig) -> None:
   """Refuses examples that are longer than a table of learned positions.
 

@@ -17,7 +17,7 @@ from dpo_jax.data.batches import Batching
 from dpo_jax.data.examples import Example, Lazy, Measured, fill_up, lengths, split, with_mismatched
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.generation import rewards, rollouts
-from dpo_jax.model.config import ModelConfig, check_positions
+from dpo_jax.model.config import ModelConfig, check_ids, check_positions
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 from dpo_jax.training import on_policy
 
@@ -138,6 +138,10 @@ def _load_examples(
     if batching.row_length and batching.layout != "padded":
       collate.check_fits(some, batching.layout, batching.row_length)
     check_positions(some, lengths(some).longest(), model_config)
+    # No row has an id that the tokenizer lacks, so there is nothing to look for in most models. A
+    # prepared set is read through once.
+    if tokenizer.vocab_size > model_config.vocab:
+      check_ids(some, model_config)
   row_length = batching.row_length or batches.suit_row_length(
     # Both, so that one length serves training and evaluation.
     Measured.concatenate(examples, held_out),
@@ -320,6 +324,8 @@ def _load_prompts(
     )
   held_out = _limited(held_out, data)
   ids = rollouts.encode_prompts(tokenizer, prompts + held_out)
+  whole = [Example(np.asarray(prompt, np.int32), (), row=row) for row, prompt in enumerate(ids)]
+  check_ids(whole, model_config)
   longest = max(map(len, ids))
   limit = data.max_length
   # A table of learned positions ends; rotary positions do not.
@@ -332,10 +338,7 @@ def _load_prompts(
     )
   tokens = {"prompt": sum(map(len, ids)), "answer": 0, "scored": 0, "padding": 0, "shared": 0}
   counts = {"rows": len(ids), "pairs": len(ids), "dropped": {}, "truncated": {}}
-  examples = [
-    Example(np.asarray(prompt, np.int32), (), row=row)
-    for row, prompt in enumerate(ids[len(prompts) :])
-  ]
+  examples = [example._replace(row=row) for row, example in enumerate(whole[len(prompts) :])]
   return prompts, examples, longest, {"format": "prompts", **counts, "tokens": tokens}
 
 

@@ -1,12 +1,15 @@
 """Files become examples: every dropped or truncated row is counted, every error is one line."""
 
 import json
+import re
 
 import pytest
 
 from dpo_jax.data import batches, collate, encode, packing
 from dpo_jax.data import examples as data_examples
+from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.structs import UserError
+from tests.support import small_tokenizers
 from tests.support.small_rows import pair, score_the_last
 
 # --- loading --------------------------------------------------------------------------------------
@@ -283,3 +286,35 @@ def test_a_tokenizer_must_fit_the_model(tokenizer):
   encode.check_vocabulary(tokenizer, tokenizer.vocab_size)
   with pytest.raises(UserError, match=r"ids go to \d+ and the model's vocabulary is 100; name"):
     encode.check_vocabulary(tokenizer, 100)
+
+
+def test_added_tokens_may_lie_beyond_the_model(tmp_path):
+  """Gemma 3's tokenizer has a token for images, which the 1B model has no row for."""
+  folder = small_tokenizers.byte_level(tmp_path)
+  file = folder / "tokenizer.json"
+  fields = json.loads(file.read_text())
+  plain = load_tokenizer(folder)
+  image = fields["added_tokens"][0] | {"id": plain.vocab_size, "content": "<image>"}
+  file.write_text(json.dumps(fields | {"added_tokens": [*fields["added_tokens"], image]}))
+  tokenizer = load_tokenizer(folder)
+  assert tokenizer.vocab_size == plain.vocab_size + 1
+  encode.check_vocabulary(tokenizer, plain.vocab_size)
+  # The ordinary tokens must fit all the same.
+  with pytest.raises(UserError, match="name the tokenizer that belongs to the model"):
+    encode.check_vocabulary(tokenizer, plain.vocab_size - 1)
+
+
+@pytest.mark.parametrize(
+  ("template", "words"),
+  [
+    (None, "names no eos_token: completions have no end, and a model does not learn to stop;"),
+    (small_tokenizers.CHATML, r"turns of its chat template end with <\|im_end\|>, and plain texts"),
+  ],
+)
+def test_a_tokenizer_without_an_end_is_reported(tmp_path, capsys, template, words):
+  settings = {"eos_token": None} | ({"chat_template": template} if template else {})
+  encode.report_end(load_tokenizer(small_tokenizers.byte_level(tmp_path / "none", **settings)))
+  (line,) = capsys.readouterr().err.splitlines()
+  assert re.search(words, line)
+  encode.report_end(load_tokenizer(small_tokenizers.byte_level(tmp_path / "some")))
+  assert capsys.readouterr().err == ""

@@ -45,6 +45,20 @@ def test_a_row_shows_texts_ids_and_ends(tmp_path):
   assert " ".join(map(str, example.completions[1])) in shown
 
 
+def test_a_turn_that_the_template_ends_is_ended(tmp_path):
+  """Its end token is not the EOS; a completion that was cut, or given as ids, may have none."""
+  settings = {"chat_template": small_tokenizers.CHATML}
+  tokenizer = load_tokenizer(small_tokenizers.byte_level(tmp_path / "model", **settings))
+  end = tokenizer.token_text(tokenizer.end_ids[1])
+  assert end == "<|im_end|>" != tokenizer.token_text(tokenizer.eos_id)
+  chosen, rejected = tokenizer.encode_prompt("good" + end), tokenizer.encode_prompt(end + "bad")
+  example = Example(np.array([5]), (np.array(chosen), np.array(rejected)))
+  console = Console(width=100, record=True, file=io.StringIO())
+  console.print(preview.show_example(example, tokenizer))
+  good, bad = console.export_text().split("rejected ·")
+  assert "scored, ended" in good and "scored, no end token" in bad
+
+
 def show(folder, kind, *rows):
   tokenizer = load_tokenizer(small_tokenizers.byte_level(folder / "model"))
   path = folder / "rows.jsonl"

@@ -143,6 +143,16 @@ def test_ids_decode_to_the_text_whatever_it_is(made, family, prompt, first, seco
     assert prompt.startswith(tokenizer.decode(ids).rstrip("\ufffd"))
 
 
+def test_an_end_token_that_an_export_names_leaves_the_digest_as_it_was(tmp_path):
+  folder = small_tokenizers.byte_level(tmp_path, chat_template=small_tokenizers.CHATML)
+  (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
+  before = load_tokenizer(folder)
+  (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": before.end_ids}))
+  assert load_tokenizer(folder).digest() == before.digest()
+  (folder / "generation_config.json").write_text('{"eos_token_id": 5}')
+  assert load_tokenizer(folder).digest() != before.digest()
+
+
 # --- folders --------------------------------------------------------------------------------------
 
 

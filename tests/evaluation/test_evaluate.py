@@ -262,6 +262,10 @@ def test_pairs_are_read_with_and_without_a_reference(models, tmp_path, capsys):
   other = reference._replace(config=dataclasses.replace(reference.config, vocab=7))
   with pytest.raises(UserError, match="6 and 7 tokens"):
     evaluate.read_pairs(tmp_path / "rows.jsonl", policy, other)
+  # " b" is 5, the last of six ids: beyond a model of five it would be read as another token.
+  narrow = policy._replace(config=dataclasses.replace(policy.config, vocab=5))
+  with pytest.raises(UserError, match="contains token id 5, and the model's vocabulary is 5"):
+    evaluate.read_pairs(tmp_path / "rows.jsonl", narrow, None)
 
 
 def test_pairs_under_the_reference_itself(models):

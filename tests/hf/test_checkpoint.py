@@ -24,6 +24,7 @@ from dpo_jax.model import families, transformer
 from dpo_jax.structs import UserError
 from tests.support.paths import ROOT
 
+GENERATION = "generation_config.json"
 LLAMA = families.from_hf(
   {
     "model_type": "llama",
@@ -441,6 +442,29 @@ def test_bare_names_buffers_and_a_copied_head_are_understood(tmp_path):
   assert_bitwise_equal(hf_checkpoint.load(tmp_path / "model")[1], params)
 
 
+def test_a_tied_model_with_another_head_is_refused(folder):
+  """Transformers 5 takes such a head, older releases pass it over."""
+  expected = hf_checkpoint.load(folder)[1]
+  head = {"lm_head.weight": load_file(folder / "model.safetensors")["model.embed_tokens.weight"]}
+  edit_tensors(folder, lambda tensors: tensors.update(head))
+  assert_bitwise_equal(hf_checkpoint.load(folder)[1], expected)
+  # In another type it is still the same head, if it holds the same numbers.
+  wide = {"lm_head.weight": head["lm_head.weight"].astype(np.float64)}
+  edit_tensors(folder, lambda tensors: tensors.update(wide))
+  assert_bitwise_equal(hf_checkpoint.load(folder)[1], expected)
+  other = head["lm_head.weight"].copy()
+  other[3, 1] += 1
+  for wrong in (other, other[:-1]):
+    edit_tensors(folder, lambda tensors, wrong=wrong: tensors.update({"lm_head.weight": wrong}))
+    line = "says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight"
+    refused(folder, line)
+    with pytest.raises(UserError, match=line):
+      hf_checkpoint.check(folder)
+  edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": other}))
+  edit_config(folder, tie_word_embeddings=False)
+  np.testing.assert_array_equal(hf_checkpoint.load(folder)[1]["params"]["head"]["embedding"], other)
+
+
 @pytest.mark.parametrize("files", [1, 3])
 def test_an_interrupted_export_leaves_the_older_model(files, folder, monkeypatch):
   expected = hf_checkpoint.load(folder)[1]
@@ -515,6 +539,32 @@ def test_generation_settings_are_written_where_the_source_has_none(tmp_path):
   assert written == {"bos_token_id": 1, "eos_token_id": [2, 9]}
 
 
+@pytest.mark.parametrize(
+  ("given", "expected"),
+  [
+    ('{"eos_token_id": 2}', {"eos_token_id": [2, 7]}),
+    ('{"eos_token_id": [9, 2], "top_p": 0.5}', {"eos_token_id": [9, 2, 7], "top_p": 0.5}),
+    ('{"top_p": 0.5}', {"top_p": 0.5, "eos_token_id": [2, 7]}),
+    (None, {"eos_token_id": [2, 7]}),
+  ],
+)
+def test_exports_stop_where_training_ended_completions(given, expected, folder, tmp_path):
+  if given is None:
+    (folder / "generation_config.json").unlink()
+  else:
+    (folder / "generation_config.json").write_text(given)
+  # 11 has no row in the embedding, so it is never generated.
+  ends = {"source": folder, "end_ids": (2, 7, 11)}
+  hf_checkpoint.save(tmp_path / "out", LLAMA, random_params(LLAMA), **ends)
+  read = [json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", GENERATION)]
+  assert read[0] == json.loads((folder / "config.json").read_text()) | {"eos_token_id": [2, 7]}
+  assert read[1] == expected
+  # Nothing to add: the file is copied as it is.
+  (folder / "generation_config.json").write_text('{"eos_token_id":   [7, 2]}')
+  hf_checkpoint.save(tmp_path / "out", LLAMA, random_params(LLAMA), source=folder, end_ids=(2, 7))
+  assert (tmp_path / "out" / GENERATION).read_text() == '{"eos_token_id":   [7, 2]}'
+
+
 def test_the_sources_configuration_is_kept_where_it_is_of_this_model(folder, tmp_path):
   own = {"use_cache": False, "rope_theta": None, "rope_parameters": {"rope_theta": 10000.0}}
   edit_config(folder, **own, architectures=["LlamaModel"], torch_dtype="bfloat16")
@@ -577,11 +627,10 @@ def test_left_out_fields_have_the_values_of_the_family():
   ("fields", "message"),
   [
     ({"model_type": "mamba"}, "model_type 'mamba' is not known; known are gemma, "),
-    ({"rope_scaling": {"rope_type": "dynamic", "factor": 4}}, "rope type 'dynamic' is not known"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 4}}, "rope type 'dynamic' is not supp"),
     ({"rope_scaling": {"type": "linear"}}, r"'linear' takes \['factor'\], but \[\] are given"),
     ({"hidden_act": "mish"}, "hidden_act 'mish' is not known; known are gelu"),
-    ({"sliding_window": 4096}, "sliding_window = 4096 is not honoured for llama"),
-    ({"pretraining_tp": 2}, "pretraining_tp = 2 is not supported; only 1 is"),
+    ({"sliding_window": 4096}, "sliding_window = 4096 is not supported for llama; only null is"),
     ({"hidden_size": None}, "has no 'hidden_size'"),
     ({"num_hidden_layers": "two"}, "num_hidden_layers is 'two'; it must be a whole number"),
     ({"num_key_value_heads": 3}, "4 heads and 3 key/value heads"),
@@ -591,12 +640,20 @@ def test_left_out_fields_have_the_values_of_the_family():
     ({"rope_parameters": {"rope_theta": 0}}, "model rope_theta is 0;"),
     ({"rope_scaling": {"type": "linear", "factor": 0}}, "model factor is 0; it must be"),
     ({"rope_scaling": [2]}, r"rope_scaling is \[2\]; it must be an object"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config = .* is not honoured"),
+    ({"quantization_config": {"bits": 4}}, "has quantization_config: quantised weights are not"),
   ],
 )
 def test_what_would_not_be_honoured_is_refused(fields, message, folder):
   edit_config(folder, **fields)
   refused(folder, message)
+
+
+def test_a_field_that_nobody_knows_is_reported_once(folder, capsys):
+  edit_config(folder, some_note="x", other_note=[1], is_llama_config=True)
+  for _ in range(2):
+    assert hf_checkpoint.read_config(folder) == LLAMA
+  expected = "passed over, as transformers does for llama: some_note, other_note"
+  assert capsys.readouterr().err == f"{folder / 'config.json'}: {expected}\n"
 
 
 # --- broken folders -------------------------------------------------------------------------------
@@ -634,6 +691,10 @@ def test_tensors_missing_unexpected_or_of_another_shape(folder):
   refused(folder, rf"tensor {name} has shape \[12, 7\], but config.json asks for \[12, 8\]")
   edit_tensors(folder, lambda tensors: tensors.update({name: taken[name].astype(np.int8)}))
   refused(folder, f"tensor {name} is I8; quantised weights are not supported")
+  # Scales beside them would be unexpected tensors, which is not what is the matter.
+  edit_tensors(folder, lambda tensors: tensors.update({f"{name}_scale": np.ones(3, np.float32)}))
+  refused(folder, f"tensor {name} is I8; quantised weights are not supported")
+  edit_tensors(folder, lambda tensors: tensors.pop(f"{name}_scale"))
   bad = np.where(np.arange(8) == 3, np.nan, taken[name])
   edit_tensors(folder, lambda tensors: tensors.update({name: bad.astype(np.float32)}))
   refused(folder, f"tensor {name} holds numbers that are not finite in float32")

@@ -153,7 +153,25 @@ def refused(fields, message):
   ("case", "fields", "message"),
   [
     ("llama", {"model_type": "falcon"}, "'falcon' is not known; known are gemma, gemma2, "),
-    ("llama", {"sliding_window": 5}, "sliding_window = 5 is not honoured for llama"),
+    ("llama", {"sliding_window": 5}, "sliding_window = 5 is not supported for llama; only null is"),
+    ("llama", {"layer_types": ["sliding_attention"] * 3}, "layer_types = .* only null is"),
+    ("llama", {"rope_interleaved": True}, "rope_interleaved = True is not supported for llama"),
+    ("llama", {"is_causal": False}, "is_causal = False is not supported for llama; only True is"),
+    ("llama", {"pruned_heads": {"0": [1]}}, "pruned_heads = .* only {} is"),
+    ("llama", {"quantization": {"bits": 4}}, "has quantization: quantised weights are not"),
+    (
+      "llama",
+      {"architectures": ["LlamaForSequenceClassification"]},
+      "gives scores and no log-prob",
+    ),
+    (
+      "llama",
+      {"rope_scaling": cases.YARN, "rope_parameters": {"rope_theta": 5e5}},
+      "rope_scaling and rope_parameters differ",
+    ),
+    ("mistral", {"attention_bias": True}, "attention_bias = True is not supported for mistral"),
+    ("mistral", {"layer_types": ["full_attention"] * 3}, "all layers of mistral have the window"),
+    ("gpt2", {"hidden_size": 8}, "n_embd is 24 and hidden_size is 8; the two name the same"),
     ("qwen3", {"layer_types": ["full_attention"]}, "layer_types must name 3 layers"),
     ("qwen3", {"layer_types": ["chunked_attention"] * 3}, "layer_types must name 3 layers"),
     (
@@ -162,7 +180,18 @@ def refused(fields, message):
       "layer_types has sliding_attention, but use_sliding_window is false",
     ),
     ("mistral", {"sliding_window": 0}, "sliding_window is 0; it must be 1 or more"),
-    ("gemma", {"hidden_act": "gelu"}, "'gelu' is ambiguous for Gemma; write gelu_pytorch_tanh"),
+    (
+      "gemma",
+      {"hidden_activation": "relu"},
+      "hidden_act is 'gelu_pytorch_tanh' and hidden_activat",
+    ),
+    ("gemma3", {"rope_scaling": {"type": "linear", "factor": 2}}, "write it as rope_type"),
+    ("gemma3 nested", {"rope_parameters": {"rope_theta": 5e5}}, "needs an object for each of"),
+    (
+      "smollm3",
+      {"layer_types": ["sliding_attention"] * 3, "use_sliding_window": False, "sliding_window": 5},
+      "layer_types has sliding_attention, but use_sliding_window is false",
+    ),
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not"),
     ("phi3", {"rope_scaling": {"type": "longrope", "factor": 2}}, "rope type 'longrope' is not"),
     ("phi3", {"rope_scaling": cases.YARN}, "rope type 'yarn' is not supported for phi3"),
@@ -171,11 +200,81 @@ def refused(fields, message):
     ("qwen3_moe", {"mlp_only_layers": [1]}, "mix layers with and without experts"),
     ("qwen3_moe", {"num_experts_per_tok": 9}, "chooses 9 of 6 experts"),
     ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1 is not supported"),
-    ("llama yarn", {"rope_scaling": cases.YARN | {"mscale": 1.0}}, "'yarn' takes .* 'mscale'"),
+    (
+      "llama yarn",
+      {"rope_scaling": cases.YARN | {"low_freq_factor": 1.0}},
+      "'yarn' takes .* 'low_",
+    ),
+    ("llama yarn", {"rope_scaling": {"type": "dynamic", "factor": 2}}, "change with the length"),
   ],
 )
 def test_what_would_not_be_honoured_is_refused_by_name(case, fields, message):
   refused(cases.CASES[case] | fields, message)
+
+
+@pytest.mark.parametrize(
+  ("case", "fields"),
+  [
+    # As they stand in published files.
+    ("llama", {"is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 2}),
+    ("llama", {"unsloth_fixed": True, "unsloth_version": "2024.12.4", "_attn_implementation": "x"}),
+    ("llama", {"transformers.js_config": {"dtype": "q4"}, "max_sequence_length": 9}),
+    ("llama biases", {"num_key_value_heads": None}),
+    ("llama", {"rope_scaling": None, "rope_parameters": None, "quantization_config": {}}),
+    ("llama", {"layer_types": ["full_attention"] * 3, "auto_map": {"AutoConfig": "a.B"}}),
+    ("qwen2", {"use_mrope": False, "sliding_window": None, "dtype": "bfloat16"}),
+    ("phi3", {"attention_bias": False, "original_max_position_embeddings": 64}),
+    ("smollm3", {"max_window_layers": 28, "pretraining_tp": 2}),
+    ("gemma", {"hidden_act": "gelu"}),
+    ("gemma2", {"hidden_act": "gelu", "cache_implementation": "hybrid"}),
+    ("gpt2", {"n_ctx": 64, "task_specific_params": {"text-generation": {}}, "output_past": True}),
+    ("gpt2", {"summary_type": "cls_index", "num_hidden_layers": 3, "max_position_embeddings": 64}),
+  ],
+)
+def test_fields_of_published_files_that_change_nothing(case, fields):
+  given = cases.CASES[case]
+  assert families.from_hf(given | fields) == families.from_hf(given)
+  assert families.unknown_fields(given | fields) == []
+
+
+def test_a_field_that_nobody_knows_is_named_and_changes_nothing():
+  given = cases.CASES["llama llama3"]
+  more = {"residual_multiplier": 0.2, "rope_scaling": cases.LLAMA3 | {"finetuned": True}}
+  assert families.from_hf(given | more) == families.from_hf(given)
+  assert families.unknown_fields(given | more) == [
+    "rope_parameters.finetuned",
+    "residual_multiplier",
+  ]
+
+
+def test_a_misspelt_field_of_a_model_from_scratch_is_refused():
+  given = cases.CASES["llama"]
+  assert families.from_scratch(given) == families.from_hf(given)
+  with pytest.raises(UserError, match=r"model\.scratch\.hiden_act is no field of a llama model"):
+    families.from_scratch(given | {"hiden_act": "relu"})
+
+
+def test_what_a_file_leaves_out_has_the_value_of_its_family():
+  def without(case, *names):
+    return families.from_hf({k: v for k, v in cases.CASES[case].items() if k not in names})
+
+  assert without("mistral", "sliding_window").windows == (4096,) * 3
+  assert without("gemma2", "sliding_window").windows == (4096, 0, 4096)
+  assert families.from_hf(cases.CASES["llama"] | {"head_dim": None}).head_width == 24 // 4
+  # The positions that a model was first trained on, where only their number now is stated.
+  fields = cases.CASES["llama yarn"] | {"rope_scaling": {"type": "yarn", "factor": 2.0}}
+  assert families.from_hf(fields).rope_scaling.original_positions == 64
+
+
+def test_yarn_with_both_factors_of_its_magnitude():
+  # (0.1 * 0.5 * log 4 + 1) / (0.1 * 1.5 * log 4 + 1); one alone changes nothing.
+  both = cases.YARN | {"mscale": 0.5, "mscale_all_dim": 1.5}
+  found = families.from_hf(cases.CASES["llama yarn"] | {"rope_scaling": both}).rope_scaling
+  np.testing.assert_allclose(
+    found.magnitude, (0.05 * np.log(4) + 1) / (0.15 * np.log(4) + 1), rtol=1e-12
+  )
+  alone = cases.CASES["llama yarn"] | {"rope_scaling": cases.YARN | {"mscale": 0.5}}
+  assert families.from_hf(alone) == config_of("llama yarn")
 
 
 def test_experts_divide_the_work_of_one_part_among_them():

@@ -347,7 +347,13 @@ def spoil(folder: pathlib.Path, **fields) -> pathlib.Path:
   [
     ({"use_dora": True}, LLAMA, "use_dora is True; only False"),
     ({"peft_type": "IA3"}, LLAMA, "peft_type is 'IA3'; only 'LORA'"),
-    ({"modules_to_save": ["lm_head"]}, LLAMA, "modules_to_save is"),
+    ({"modules_to_save": ["lm_head"]}, LLAMA, "modules_to_save is .*; merge it with peft"),
+    ({"init_lora_weights": "pissa"}, LLAMA, "init_lora_weights is 'pissa', which changes the base"),
+    (
+      {"target_modules": ["q_proj"]},
+      LLAMA,
+      "contains an adapter of .*k_proj, which its adapter_con",
+    ),
     ({"r": 0}, LLAMA, "rank is 0"),
     ({"r": "8"}, LLAMA, "r is '8'"),
     ({}, dataclasses.replace(LLAMA, width=16), r"adapter of models/base: .* has A \[2, 8\]"),
@@ -363,6 +369,28 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(tmp_path, fields, c
   with pytest.raises(UserError, match=words) as error:
     peft.load(spoil(tmp_path / "a", **fields), config)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("name", "words"),
+  [
+    ("model.embed_tokens.weight", "an embedding or a head, which takes the place of the base's"),
+    ("lm_head.lora_A.weight", "an adapter of the embedding or the head"),
+    ("model.embed_tokens.lora_embedding_B", "an adapter of the embedding or the head"),
+    ("model.layers.0.self_attn.q_proj.lora_magnitude_vector", "a magnitude of DoRA"),
+    ("model.layers.0.input_layernorm.weight", "a whole tensor, which takes the place"),
+    ("model.layers.0.self_attn.q_proj.lora_C.weight", "this llama model of 2 layers has no place"),
+  ],
+)
+def test_what_an_adapter_saved_besides_is_refused_as_what_it_is(tmp_path, name, words):
+  from safetensors.numpy import load_file, save_file
+
+  folder = spoil(tmp_path / "a")
+  more = {f"base_model.model.{name}": np.ones((2, 2), np.float32)}
+  save_file(load_file(folder / peft.WEIGHTS) | more, folder / peft.WEIGHTS)
+  with pytest.raises(UserError, match=words) as error:
+    peft.load(folder, LLAMA)
+  assert name in str(error.value) and "\n" not in str(error.value)
 
 
 def test_an_adapter_of_another_base_of_the_same_shape_is_refused(tmp_path):

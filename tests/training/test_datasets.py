@@ -1,5 +1,7 @@
 """What a run learns from, as its configuration asks for it."""
 
+import dataclasses
+import json
 import pathlib
 
 import numpy as np
@@ -11,6 +13,7 @@ from dpo_jax.data import encode, examples
 from dpo_jax.data.batches import Batching
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.model.config import ModelConfig
+from dpo_jax.structs import UserError
 from dpo_jax.training import datasets, setup
 from tests.support import prepared_sets, small_rows, small_tokenizers
 
@@ -26,12 +29,12 @@ def tokenizer(tmp_path_factory):
   return load_tokenizer(small_tokenizers.byte_fallback(tmp_path_factory.mktemp("tokenizer")))
 
 
-def load(path, tokenizer, loss="sigmoid", **data):
+def load(path, tokenizer, loss="sigmoid", model=MODEL, **data):
   config = preferences.get_config(f"data={path},loss={loss}")
   config.data.update({"max_length": 64, "eval_fraction": 0.2, **data})
   settings = datasets.BatchSettings(batch_size=32, accumulate=1, seed=0, balance=True)
   rows = setup.data_settings(config)
-  return datasets.load(rows, settings, Batching(), losses.resolve(loss), tokenizer, MODEL)
+  return datasets.load(rows, settings, Batching(), losses.resolve(loss), tokenizer, model)
 
 
 def rows_file(folder, kind):
@@ -53,6 +56,34 @@ def test_rows_of_a_prepared_set_stay_on_disk(tmp_path, tokenizer, kind, loss):
     strict=True,
   ):
     assert np.array_equal(known, read)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_row_with_a_token_beyond_the_model_is_refused(tmp_path, prepared):
+  """An added token may lie beyond the embedding as long as no row uses it."""
+  folder = small_tokenizers.byte_fallback(tmp_path / "tokenizer")
+  vocab = load_tokenizer(folder).vocab_size
+  model = dataclasses.replace(MODEL, vocab=vocab)
+  fields = json.loads((folder / "tokenizer.json").read_text())
+  image = {"id": vocab, "content": "<image>", "special": True}
+  image |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+  fields["added_tokens"].append(image)
+  (folder / "tokenizer.json").write_text(json.dumps(fields))
+  tokenizer = load_tokenizer(folder)
+
+  def read(rows):
+    path = prepared_sets.write(tmp_path / "rows.jsonl", rows)
+    if prepared:
+      out = tmp_path / f"set{len(rows)}"
+      prepared_sets.prepare(out, path, encode.Encoder(tokenizer, max_length=64), eval_fraction=0.0)
+      path = out
+    return load(path, tokenizer, model=model, eval_fraction=0.0)
+
+  rows = [*prepared_sets.rows_of("pairs")]
+  read(rows)
+  more = {"prompt": "a <image>", "chosen": "b", "rejected": "c"}
+  with pytest.raises(UserError, match=rf"data row \d+ contains token id {vocab}, and the mod"):
+    read([*rows, more])
 
 
 def test_rows_that_are_trained_on_and_held_out_are_remarked_on(tmp_path, tokenizer, capsys):

@@ -1,7 +1,8 @@
 """The families of decoders: the fields of their `config.json` and the names of their tensors.
 
-A field of `config.json` is refused by name if it is neither read nor known to have no effect on the
-forward pass. Half a configuration would give wrong log-probs and no error.
+Every field of a `config.json` is honoured, or known to have no effect on log-probs, or refused by
+name: half a configuration would give wrong log-probs and no error. A field that transformers does
+not know either has no effect there; `unknown_fields` lists such, for a command to report.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dpo_jax.model.families import common, gemma, gpt2, llama, moe
 from dpo_jax.model.families.fields import Fields, Tensor
 from dpo_jax.structs import UserError
 
-__all__ = ["FAMILIES", "Tensor", "from_hf", "tensors", "to_hf"]
+__all__ = ["FAMILIES", "Tensor", "from_hf", "from_scratch", "tensors", "to_hf", "unknown_fields"]
 
 
 class Family(NamedTuple):
@@ -59,16 +60,53 @@ def from_hf(fields: dict[str, Any]) -> ModelConfig:
   Raises:
     UserError: an unknown architecture, a missing size, or a field that would not be honoured.
   """
+  return _read(fields)[0]
+
+
+def from_scratch(fields: dict[str, Any]) -> ModelConfig:
+  """Returns the configuration that a run's own fields describe, none of which may be unknown.
+
+  Raises:
+    UserError: as `from_hf`, or a field is not known, which in a run's own fields is a mistake.
+  """
+  config, unknown = _read(fields)
+  if unknown:
+    raise UserError(
+      f"model.scratch.{unknown[0]} is no field of a {config.family} model; correct its name or"
+      " leave it out"
+    )
+  return config
+
+
+def unknown_fields(fields: dict[str, Any]) -> list[str]:
+  """Lists the fields of a `config.json` that transformers passes over for its family, too."""
+  return _read(fields)[1]
+
+
+def _read(fields: dict[str, Any]) -> tuple[ModelConfig, list[str]]:
+  """Returns the configuration, and the names of fields that are not known."""
   family = fields.get("model_type")
   if family not in FAMILIES:
     raise UserError(
       f"config.json: model_type {family!r} is not known; known are {', '.join(sorted(FAMILIES))}"
     )
+  _check_architecture(fields)
   # A copy, because some readers fill in the defaults of their family.
   read = Fields(dict(fields))
   config = FAMILIES[family].read(read)
   read.refuse_rest()
-  return config
+  return config, read.unknown
+
+
+def _check_architecture(fields: dict[str, Any]) -> None:
+  """Refuses a classifier: it has no head that gives log-probs of tokens."""
+  names = fields.get("architectures") or []
+  for name in names if isinstance(names, list) else [names]:
+    if str(name).endswith(("Classification", "QuestionAnswering", "RewardModel")):
+      raise UserError(
+        f"config.json: architectures names {name}, whose head gives scores and no log-probs of"
+        " tokens; use a causal language model"
+      )
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -19,6 +19,9 @@ def read_common(fields: Fields, **defaults: Any) -> dict[str, Any]:
     fields: fields of the `config.json`.
     **defaults: values of fields that are absent, where the family differs from Llama.
   """
+  # Null means a key/value head for each head; a field that is absent, the family's number.
+  if "kv_heads" in defaults:
+    fields.default(num_key_value_heads=defaults["kv_heads"])
   width, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
   # Some models have heads that do not add up to the width.
   head_width = fields.size("head_dim", defaults.get("head_dim", width // heads))
@@ -54,8 +57,8 @@ def read_windows(fields: Fields, *, sliding: list[bool] | None = None) -> tuple[
 
   Args:
     fields: fields of the `config.json`.
-    sliding: per layer, whether it has the window, for files without `layer_types`; None means that
-      all layers have it.
+    sliding: per layer, whether it has the window, for files without `layer_types`; None for
+      families whose layers all have the window, in which `layer_types` may not say otherwise.
   """
   layers = fields.size("num_hidden_layers")
   kinds = fields.get("layer_types")
@@ -76,6 +79,12 @@ def read_windows(fields: Fields, *, sliding: list[bool] | None = None) -> tuple[
   if window < 1:
     # 0 would mean "sees everything" in `ModelConfig`, the opposite of what the file says.
     raise UserError(f"config.json: sliding_window is {window}; it must be 1 or more, or null")
+  if sliding is None and kinds and KINDS[0] in kinds:
+    family = fields.fields["model_type"]
+    raise UserError(
+      f"config.json: layer_types has full_attention, but all layers of {family} have the window,"
+      f" {window}; set sliding_window to null if the model was trained without it"
+    )
   if kinds is not None:
     sliding = [kind == KINDS[1] for kind in kinds]
   windows = tuple(window if has_window else 0 for has_window in sliding or [True] * layers)

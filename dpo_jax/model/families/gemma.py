@@ -14,7 +14,7 @@ from dpo_jax.model.families.common import (
   write_windows,
 )
 from dpo_jax.model.families.fields import Fields, activation_name
-from dpo_jax.model.families.rope import read_table
+from dpo_jax.model.families.rope import read_objects, read_table
 from dpo_jax.structs import UserError
 
 
@@ -22,20 +22,12 @@ def _read(fields: Fields, **defaults: Any) -> dict[str, Any]:
   """Reads the arguments of `ModelConfig` that the three have in common."""
   bias = bool(fields.get("attention_bias", False))
   found = read_common(fields, head_dim=256, tie_word_embeddings=True, **defaults)
-  # Gemma 1 has the field hidden_act, later ones hidden_activation. Early files say "gelu" and mean
-  # its approximation by tanh, so the name is refused instead of guessed.
-  act = fields.get("hidden_activation") or fields.get("hidden_act", "gelu_pytorch_tanh")
-  if act == "gelu":
-    raise UserError(
-      "config.json: activation 'gelu' is ambiguous for Gemma; write gelu_pytorch_tanh, which the"
-      " released models were trained with, as hidden_activation"
-    )
   if fields.get("use_bidirectional_attention", False):
     raise UserError(
       "config.json: use_bidirectional_attention = True is not supported; use a causal model"
     )
   return found | {
-    "activation": fields.activation("hidden_activation", act),
+    "activation": _activation(fields),
     "qkv_bias": bias,
     "out_bias": bias,
     # Norms store w and multiply by 1 + w.
@@ -44,12 +36,31 @@ def _read(fields: Fields, **defaults: Any) -> dict[str, Any]:
   }
 
 
+def _activation(fields: Fields) -> str:
+  """Reads the activation, which Gemma 1 calls hidden_act and later ones hidden_activation."""
+  default = "gelu_pytorch_tanh"
+  act, activation = (fields.get(name, default) for name in ("hidden_act", "hidden_activation"))
+  if fields.fields["model_type"] != "gemma":
+    # Transformers does not read their hidden_act.
+    return fields.activation("hidden_activation", default)
+  # The first files of Gemma 1 say "gelu" and mean its approximation by tanh, as the models were
+  # trained; so they are read by transformers.
+  found = {default if name == "gelu" else name for name in (act, activation)}
+  if len(found) > 1 and fields.fields.get("hidden_activation") is not None:
+    raise UserError(
+      f"config.json: hidden_act is {act!r} and hidden_activation {activation!r}; keep the one that"
+      " the model was trained with"
+    )
+  fields.fields["hidden_act"] = default if act == "gelu" else act
+  return fields.activation("hidden_act", default)
+
+
 def _write(config: ModelConfig) -> dict[str, Any]:
   return write_common(config) | {"attention_bias": config.qkv_bias}
 
 
 def read_gemma(fields: Fields) -> ModelConfig:
-  return ModelConfig(**_read(fields))
+  return ModelConfig(**_read(fields, kv_heads=16))
 
 
 def write_gemma(config: ModelConfig) -> dict[str, Any]:
@@ -86,12 +97,10 @@ def _whole(x: float) -> float | int:
 
 def read_gemma2(fields: Fields) -> ModelConfig:
   # Transformers fills in these values where a file does not state them.
-  fields.fields.setdefault("attn_logit_softcapping", 50.0)
-  fields.fields.setdefault("final_logit_softcapping", 30.0)
-  fields.fields.setdefault("sliding_window", 4096)
+  fields.default(attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window=4096)
   sliding = [layer % 2 == 0 for layer in range(fields.size("num_hidden_layers"))]
   own: dict[str, Any] = _capped(fields) | {"windows": read_windows(fields, sliding=sliding)}
-  return ModelConfig(**_read(fields) | own)
+  return ModelConfig(**_read(fields, kv_heads=4) | own)
 
 
 def write_gemma2(config: ModelConfig) -> dict[str, Any]:
@@ -99,8 +108,8 @@ def write_gemma2(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_gemma3(fields: Fields) -> ModelConfig:
-  every = fields.size("sliding_window_pattern", fields.size("_sliding_window_pattern", 6))
-  fields.fields.setdefault("sliding_window", 4096)
+  every = fields.size("sliding_window_pattern", 6)
+  fields.default(sliding_window=4096)
   sliding = [(layer + 1) % every != 0 for layer in range(fields.size("num_hidden_layers"))]
   windows = read_windows(fields, sliding=sliding)
   # Layers with a window have a rotary table of their own.
@@ -112,22 +121,39 @@ def read_gemma3(fields: Fields) -> ModelConfig:
     "local_theta": local,
     "rotary_layers": names if "local" in names else (),
   }
-  # Newer files have one rotary table per kind of layer, older ones a single table.
-  tables = fields.get("rope_parameters", {})
-  if not set(tables) & set(KINDS):
-    return ModelConfig(**_read(fields, rope_theta=1e6) | own)
-  return ModelConfig(**_by_kind(fields, tables) | own)
+  # Newer files have one rotary table per kind of layer, older ones `rope_scaling` for those that
+  # see everything.
+  scaling, tables = read_objects(fields)
+  if "type" in scaling and "rope_type" not in scaling:
+    # Releases of transformers differ: newer ones pass over the older name here, and scale nothing.
+    raise UserError(
+      f"config.json: rope_scaling has type {scaling['type']!r}; for gemma3_text write it as"
+      " rope_type"
+    )
+  if not tables:
+    return ModelConfig(**_read(fields, rope_theta=1e6, kv_heads=4) | own)
+  if not set(tables) <= set(KINDS):
+    raise UserError(
+      f"config.json: rope_parameters has {sorted(tables)}; gemma3_text needs an object for each of"
+      f" {', '.join(KINDS)}"
+    )
+  return ModelConfig(**_by_kind(fields, scaling, tables) | own)
 
 
-def _by_kind(fields: Fields, tables: dict[str, Any]) -> dict[str, Any]:
+def _by_kind(fields: Fields, scaling: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
   """Reads `rope_parameters` of newer files, which have one object for each kind of layer."""
   # The reader of a single table must not see these objects; what it reads counts as read.
-  plain = Fields({k: v for k, v in fields.fields.items() if k != "rope_parameters"})
-  found = _read(plain, rope_theta=1e6)
+  other = ("rope_parameters", "rope_scaling")
+  plain = Fields({name: value for name, value in fields.fields.items() if name not in other})
+  found = _read(plain, rope_theta=1e6, kv_heads=4)
   fields.read |= plain.read
+  fields.unknown += plain.unknown
   full, sliding = (tables.get(kind) or {} for kind in KINDS)
-  found |= read_table(dict(full), fields, found["head_width"], found["rope_theta"])
-  local = read_table(dict(sliding), fields, found["head_width"], 10000.0)
+  # As in transformers: fields of the older spelling replace those of the newer one.
+  full = full | scaling
+  found |= read_table(full, fields, found["head_width"], found["rope_theta"])
+  base = fields.number("rope_local_base_freq", 10000.0)
+  local = read_table(dict(sliding), fields, found["head_width"], base)
   if local["rope_scaling"] is not None:
     raise UserError(
       "config.json: rope_parameters stretch sliding_attention, which is not supported; use a model"

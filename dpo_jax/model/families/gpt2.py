@@ -7,13 +7,23 @@ from typing import Any
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.families.fields import Fields, Tensor, activation_name, head, special_ids
 
+# Names of GPT-2's sizes, and those of other families, which transformers understands as well.
+ALIASES = {
+  "n_embd": "hidden_size",
+  "n_layer": "num_hidden_layers",
+  "n_head": "num_attention_heads",
+  "n_positions": "max_position_embeddings",
+}
+
 
 def read_gpt2(fields: Fields) -> ModelConfig:
+  for name, other in ALIASES.items():
+    fields.alias(name, other)
   # Defaults are those of GPT-2 small, as in transformers.
   width, heads = fields.size("n_embd", 768), fields.size("n_head", 12)
   return ModelConfig(
     family="gpt2",
-    vocab=fields.size("vocab_size"),
+    vocab=fields.size("vocab_size", 50257),
     width=width,
     layers=fields.size("n_layer", 12),
     heads=heads,

@@ -37,7 +37,8 @@ def write_llama(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_mistral(fields: Fields) -> ModelConfig:
-  return ModelConfig(**read_common(fields), windows=read_windows(fields))
+  fields.default(sliding_window=4096)
+  return ModelConfig(**read_common(fields, kv_heads=8), windows=read_windows(fields))
 
 
 def write_mistral(config: ModelConfig) -> dict[str, Any]:
@@ -48,9 +49,14 @@ def qwen_windows(fields: Fields) -> tuple[int, ...]:
   """Reads the windows of Qwen's layers: from layer `max_window_layers` on, if they are enabled."""
   # Read before they are known to be enabled: a file with a broken field is refused either way, and
   # a field that is not read would be refused as unknown.
+  fields.default(sliding_window=4096)
   first = fields.size("max_window_layers", 28)
   sliding = [layer >= first for layer in range(fields.size("num_hidden_layers"))]
-  windows = read_windows(fields, sliding=sliding)
+  return enabled_windows(fields, read_windows(fields, sliding=sliding))
+
+
+def enabled_windows(fields: Fields, windows: tuple[int, ...]) -> tuple[int, ...]:
+  """Returns the windows if `use_sliding_window` enables them, else ()."""
   if fields.get("use_sliding_window", False):
     return windows
   if KINDS[1] in fields.get("layer_types", []):
@@ -70,7 +76,7 @@ def write_qwen_windows(config: ModelConfig) -> dict[str, Any]:
 def read_qwen2(fields: Fields) -> ModelConfig:
   # The biases of queries, keys and values are part of the architecture: no field states them.
   own: dict[str, Any] = {"qkv_bias": True, "windows": qwen_windows(fields)}
-  return ModelConfig(**read_common(fields) | own)
+  return ModelConfig(**read_common(fields, kv_heads=32) | own)
 
 
 def write_qwen2(config: ModelConfig) -> dict[str, Any]:
@@ -85,7 +91,7 @@ def read_qwen3(fields: Fields) -> ModelConfig:
     "qk_norm": "head",
     "windows": qwen_windows(fields),
   }
-  return ModelConfig(**read_common(fields, head_dim=128) | own)
+  return ModelConfig(**read_common(fields, head_dim=128, kv_heads=32) | own)
 
 
 def write_qwen3(config: ModelConfig) -> dict[str, Any]:
@@ -93,11 +99,11 @@ def write_qwen3(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_phi3(fields: Fields) -> ModelConfig:
-  # Only "longrope" scaling uses this field, and `read_rope` refuses that kind.
+  # Only "longrope" scaling uses this field, and `read_rope` refuses that kind. In Phi-3's files
+  # "yarn" is another name of it.
   fields.get("original_max_position_embeddings")
   config = ModelConfig(**read_common(fields, rms_norm_eps=1e-5), windows=read_windows(fields))
   if config.rope_scaling is not None:
-    # In Phi-3's files "yarn" and "su" mean a scaling that depends on the length of a sequence.
     raise UserError(
       f"config.json: rope type {config.rope_scaling.kind!r} is not supported for phi3; use a model"
       " without rope_scaling"
@@ -148,10 +154,11 @@ def read_smollm3(fields: Fields) -> ModelConfig:
     )
   if not all(rotary):
     own["rotary_layers"] = tuple("main" if x else "none" for x in rotary)
-  windows = read_windows(fields, sliding=[not x for x in rotary])
-  if fields.get("use_sliding_window", False):
-    own["windows"] = windows
-  return ModelConfig(**read_common(fields, rope_theta=2e6, tie_word_embeddings=True) | own)
+  own["windows"] = enabled_windows(fields, read_windows(fields, sliding=[not x for x in rotary]))
+  # Files of SmolLM3 have this field of Qwen's; which layers have a window follows from the others.
+  fields.get("max_window_layers")
+  defaults = {"rope_theta": 2e6, "tie_word_embeddings": True, "kv_heads": 4}
+  return ModelConfig(**read_common(fields, **defaults) | own)
 
 
 def write_smollm3(config: ModelConfig) -> dict[str, Any]:

@@ -18,13 +18,14 @@ from dpo_jax.structs import UserError
 
 
 def read_mixtral(fields: Fields) -> ModelConfig:
+  fields.alias("num_local_experts", "num_experts")
   experts = Experts(
     count=fields.size("num_local_experts", 8),
     chosen=fields.size("num_experts_per_tok", 2),
     rescaled=True,  # Mixtral takes the softmax over the chosen experts alone, which is the same
     balance=fields.number("router_aux_loss_coef", 0.001),
   )
-  common = read_common(fields, rms_norm_eps=1e-5, rope_theta=1e6)
+  common = read_common(fields, rms_norm_eps=1e-5, rope_theta=1e6, kv_heads=8)
   return ModelConfig(**common, windows=read_windows(fields), experts=experts)
 
 
@@ -45,8 +46,9 @@ def read_qwen3_moe(fields: Fields) -> ModelConfig:
       "config.json: mlp_only_layers and decoder_sparse_step mix layers with and without experts,"
       " which is not supported; use a model with experts in every layer"
     )
+  fields.alias("num_experts", "num_local_experts")
   experts = Experts(
-    count=fields.size("num_experts", fields.size("num_local_experts", 128)),
+    count=fields.size("num_experts", 128),
     chosen=fields.size("num_experts_per_tok", 8),
     rescaled=bool(fields.get("norm_topk_prob", False)),
     balance=fields.number("router_aux_loss_coef", 0.001),
@@ -55,10 +57,11 @@ def read_qwen3_moe(fields: Fields) -> ModelConfig:
   # Files of Qwen3-MoE state these two, but only its dense relatives and files with
   # use_sliding_window use them. Reading them keeps them from being refused.
   fields.size("max_window_layers", 0)
+  fields.default(sliding_window=4096)
   windows = read_windows(fields) if fields.get("use_sliding_window", False) else ()
   fields.get("sliding_window")
   own: dict[str, Any] = {"qkv_bias": bias, "out_bias": bias, "qk_norm": "head", "windows": windows}
-  common = read_common(fields, head_dim=128)
+  common = read_common(fields, kv_heads=4)
   own |= {"experts": experts, "mlp_width": fields.size("moe_intermediate_size", 768)}
   return ModelConfig(**common | own)
 

@@ -164,9 +164,10 @@ def describe_model(section: ConfigDict, template: str = "") -> tuple[ModelConfig
     # `scratch` does.
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     fields = {"vocab_size": tokenizer.vocab_size} | special | section.scratch.to_dict()
-    model_config = families.from_hf(fields)
+    model_config = families.from_scratch(fields)
   # Ids beyond the embedding would be clipped in silence by a gather.
   encode.check_vocabulary(tokenizer, model_config.vocab)
+  encode.report_end(tokenizer)
   return model_config, tokenizer
 
 
