@@ -13,16 +13,17 @@ import difflib
 import itertools
 import multiprocessing
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data import canonical, collate, detection, formats, packing, readers, verdicts
+from dpo_jax.data import canonical, detection, formats, readers, verdicts
 from dpo_jax.data.detection import Reading
-from dpo_jax.data.examples import Example, Measured, fill_up, lengths, truncate
+from dpo_jax.data.examples import Example, fill_up, truncate
 from dpo_jax.data.fields import BadRow, Preference, Row, RowError
+from dpo_jax.data.ledger import Ledger, count_tokens
 from dpo_jax.data.readers import Source
 from dpo_jax.data.tokenizer import Tokenizer, Tokens
 from dpo_jax.structs import UserError
@@ -31,59 +32,6 @@ from dpo_jax.structs import UserError
 # gives other ids for the same row: prepared sets of another version are then refused.
 RULES = 3
 CHUNK = 1024  # rows that are tokenized at a time
-
-
-@dataclasses.dataclass
-class Ledger:
-  """Statistics of a data set: how many rows were kept, truncated and dropped, and why.
-
-  Attributes:
-    format: names of the row formats.
-    rows: rows read.
-    pairs: rows kept, of whatever kind.
-    dropped: reason -> number of rows.
-    truncated: "prompt" and "answer" -> number of kept rows that were truncated there.
-    tokens: of the kept rows: "prompt" (once per example), "answer", "scored" (those of "answer"
-      that are scored; the others are context), "shared" (copies of prompt tokens that the shared
-      layout saves) and "padding" (in rows of the shared layout). The mismatched completions that
-      unpaired examples get later are not counted.
-    labels: "desirable" and "undesirable" -> number of completions with this label.
-    bad: reason -> the error about the first row that was dropped because it is malformed.
-    notes: what a user should know about how the rows were read.
-  """
-
-  format: str = ""
-  rows: int = 0
-  pairs: int = 0
-  dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-  truncated: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-  tokens: dict[str, int] = dataclasses.field(
-    default_factory=lambda: {"prompt": 0, "answer": 0, "scored": 0, "padding": 0, "shared": 0}
-  )
-  labels: dict[str, int] = dataclasses.field(default_factory=dict)
-  bad: dict[str, str] = dataclasses.field(default_factory=dict)
-  notes: list[str] = dataclasses.field(default_factory=list)
-
-  def to_json(self) -> dict[str, Any]:
-    """Returns the ledger as one JSON object; `labels`, `bad` and `notes` only if there are any."""
-    found = dataclasses.asdict(self) | {
-      "dropped": dict(self.dropped),
-      "truncated": dict(self.truncated),
-    }
-    optional = ("labels", "bad", "notes")
-    return {name: value for name, value in found.items() if name not in optional or value}
-
-
-def summarize(name: object, ledger: Mapping[str, Any]) -> str:
-  """Returns a line on the rows kept, dropped and truncated, from `Ledger.to_json`.
-
-  Each note, and each first row that could not be read, has a line of its own.
-  """
-  parts = [f"{ledger['rows']:,} rows ({ledger['format']}), {ledger['pairs']:,} kept"]
-  parts += [f"{count:,} dropped: {reason}" for reason, count in ledger["dropped"].items()]
-  parts += [f"{count:,} truncated: {what}" for what, count in ledger["truncated"].items()]
-  more = [*ledger.get("notes", ()), *(f"dropped {one}" for one in ledger.get("bad", {}).values())]
-  return "\n".join([f"{name}: " + ", ".join(parts), *(f"  {line}" for line in more)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -442,19 +390,6 @@ def _naming_place(where: str) -> Iterator[None]:
     raise error.at(where) from None
   except UserError as error:
     raise UserError(f"{where}: {error}") from None
-
-
-def count_tokens(examples: Sequence[Example] | Measured) -> dict[str, int]:
-  """Returns `Ledger.tokens` of some examples; only their lengths are read."""
-  measured = lengths(examples)
-  packed, shared = (int(packing.costs(measured, layout).sum()) for layout in ("packed", "shared"))
-  return {
-    "prompt": int(measured.prompt_B.sum()),
-    "answer": int(measured.tokens_BK.sum()),
-    "scored": int(measured.scored_BK.sum()),
-    "padding": collate.count_padding(examples, batch_size=32),
-    "shared": packed - shared,
-  }
 
 
 def _no_rows_left(ledger: Ledger, paths, max_length: int | None, shortest: int | None) -> str:

@@ -22,8 +22,9 @@ from typing import IO, Any
 import numpy as np
 
 from dpo_jax.data import encode, external
-from dpo_jax.data.encode import Encoder, Ledger
+from dpo_jax.data.encode import Encoder
 from dpo_jax.data.examples import Example, Lazy, Measured, fill_up, weights_of
+from dpo_jax.data.ledger import Ledger, count_tokens
 from dpo_jax.structs import UserError
 from dpo_jax.utils.files import check_writable, replacing_folder
 
@@ -92,7 +93,7 @@ def prepare(
       )
     completions = max(spool.completions for spool in spools.values())
     measured = {name: spool.measure(completions) for name, spool in spools.items() if spool.rows}
-    ledger.tokens = encode.count_tokens(Measured.concatenate(*measured.values()))
+    ledger.tokens = count_tokens(Measured.concatenate(*measured.values()))
     # Names in the files of a set; sets made before must still be read.
     about = {"rules": encode.RULES, "tokenizer": encoder.tokenizer.digest(), "seed": seed}
     about |= {name: getattr(encoder, name) for name in SETTINGS if name != "eval_fraction"}

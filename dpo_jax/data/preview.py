@@ -17,8 +17,9 @@ from rich.text import Text
 
 from dpo_jax.data import packing
 from dpo_jax.data.collate import count_taken, fit_row_length
-from dpo_jax.data.encode import Dropped, Encoded, Ledger
+from dpo_jax.data.encode import Dropped, Encoded
 from dpo_jax.data.examples import Example, lengths, weights_of
+from dpo_jax.data.ledger import Ledger
 from dpo_jax.data.tokenizer import Tokenizer
 
 # Two shades each, in turns, so that the boundaries of tokens are visible.

@@ -20,6 +20,7 @@ import numpy as np
 from dpo_jax import logprobs, losses
 from dpo_jax.data import batches, encode
 from dpo_jax.data.examples import Example, lengths, weights_of
+from dpo_jax.data.ledger import summarize
 from dpo_jax.evaluation.estimates import (
   Estimate,
   Frontier,
@@ -157,7 +158,7 @@ def read_pairs(
     check_positions(examples, lengths(examples).longest(), model.config)
   if ledger.dropped or ledger.truncated or ledger.notes:
     # On stderr: stdout may carry the results of a command.
-    print(encode.summarize(path, ledger.to_json()), file=sys.stderr)
+    print(summarize(path, ledger.to_json()), file=sys.stderr)
   return examples
 
 

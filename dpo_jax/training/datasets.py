@@ -15,6 +15,7 @@ from dpo_jax.data import batches, collate, encode, packing, readers
 from dpo_jax.data import prepared as prepared_data
 from dpo_jax.data.batches import Batching
 from dpo_jax.data.examples import Example, Lazy, Measured, fill_up, lengths, split, with_mismatched
+from dpo_jax.data.ledger import summarize
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.generation import rewards, rollouts
 from dpo_jax.model.config import ModelConfig, check_ids, check_positions
@@ -228,11 +229,11 @@ def _read_examples(
   else:
     examples, ledger, form = encode.load_examples(data.path, tokenizer, **how)
     ledger = {"format": form, **ledger.to_json()}
-  print(encode.summarize(data.path, ledger), file=sys.stderr)
+  print(summarize(data.path, ledger), file=sys.stderr)
   if data.eval_path:
     held_out, more, form = encode.load_examples(data.eval_path, tokenizer, **how)
     ledger["eval"] = {"format": form, **more.to_json()}
-    print(encode.summarize(data.eval_path, ledger["eval"]), file=sys.stderr)
+    print(summarize(data.eval_path, ledger["eval"]), file=sys.stderr)
     if not prepared:
       _remark_overlap(data.path, data.eval_path)
   elif not prepared:

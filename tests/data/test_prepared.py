@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dpo_jax.data import batches, encode, examples, prepared
-from dpo_jax.data.encode import Encoder, Ledger
+from dpo_jax.data.encode import Encoder
+from dpo_jax.data.ledger import Ledger
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.structs import UserError
 from tests.support import small_tokenizers

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from dpo_jax.data import encode, packing, preview
 from dpo_jax.data.examples import Example, with_mismatched
+from dpo_jax.data.ledger import count_tokens
 from dpo_jax.data.tokenizer import load_tokenizer
 from tests.support import small_tokenizers
 from tests.support.paths import ROOT
@@ -85,7 +86,7 @@ def test_context_is_marked_and_explained(tmp_path):
   assert size == len(chosen) == 4, "one token a word, and the end"
   weights[1] = 0
   example = example._replace(token_weights=(weights, np.ones(len(rejected), np.float32)))
-  ledger.tokens = encode.count_tokens([example])
+  ledger.tokens = count_tokens([example])
   console = Console(width=100, record=True, file=io.StringIO())
   console.print(preview.show_example(example, tokenizer))
   console.print(preview.show_ledger(ledger, [example]))
