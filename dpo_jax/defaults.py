@@ -111,9 +111,15 @@ def get_config() -> ConfigDict:
       ),
       "data": section(
         path="",  # file of preferences (or texts, for loss sft) to train on
-        eval_path="",  # file of held-out rows; "" holds out eval_fraction of data.path's prompts
-        eval_fraction=0.1,  # share of the prompts held out, where eval_path is ""
-        eval_limit=512,  # the most held-out rows that are used
+        # file of held-out rows; "" holds out eval_fraction of the prompts, or uses eval_sets
+        eval_path="",
+        eval_fraction=0.1,  # share of the prompts held out, without eval_path and eval_sets
+        eval_limit=512,  # the most held-out rows that are used, of every evaluation set
+        # several sources in place of path, by name: {"a": "a.jsonl", "b": {"path": "b.jsonl"}};
+        # with fields, verdict, weight (share of the examples), and count or fraction (of rows)
+        mix=ConfigDict(),
+        eval_sets=ConfigDict(),  # evaluation sets by name: eval/NAME/…; with fields, verdict
+        drop_duplicates=False,  # True drops rows that occurred before: same prompt and completions
         # names of the fields in rows of another format, such as data.fields.prompt=question
         fields=section(**dict.fromkeys(FIELDS, "")),
         # how `preference` names the better of two completions: index1 (1 or 2), index0 (0 or 1),

@@ -444,11 +444,14 @@ class Slots(NamedTuple):
     tokens_NS: sum of the scored tokens' weights; their number if all weights are 1.
     weight_NS: weight of the slot's pair; 0 for an empty slot.
     score_NS: score of the slot's completion, as in `TokenBatch`.
+    source_NS: int32 number of the source that the slot's example comes from; None where metrics are
+      not wanted by source.
   """
 
   tokens_NS: Array
   weight_NS: Array
   score_NS: Array
+  source_NS: Array | None = None
 
 
 def slots_of(batch: TokenBatch) -> Slots:

@@ -7,6 +7,8 @@ Rewards are β log π/π_ref, in reward units. Log-probs and log-ratios are in n
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -180,6 +182,32 @@ def text_sums(logps_B: Array, tokens_B: Array, loss_B: Array, weight_B: Array) -
     "loss": _per_token(loss_B, tokens_B, weight_B),
     "logps/chosen": _weighted(logps_B, weight_B),
   }
+
+
+def by_source(
+  sums_fn: Callable[[Array], Sums], weight_B: Array, source_B: Array, names: Sequence[str]
+) -> Sums:
+  """Sums the loss and the rewards of the examples of every source by themselves.
+
+  Args:
+    sums_fn: weight_B -> the sums of all metrics, such as `pair_sums` with its other arguments.
+    weight_B: weight of each example.
+    source_B: number of the source of each example.
+    names: of the sources.
+
+  Returns:
+    `by_source/NAME/loss` and `by_source/NAME/rewards/…`, as far as `sums_fn` has them.
+  """
+  found: Sums = {}
+  for number, name in enumerate(names):
+    # Examples of weight 0 are in no sum: these are the sums of a batch of this source alone.
+    sums = sums_fn(weight_B * (source_B == number))
+    found |= {
+      f"by_source/{name}/{key}": value
+      for key, value in sums.items()
+      if key == "loss" or key.startswith("rewards/")
+    }
+  return found
 
 
 def divide(sums: Sums) -> dict[str, Array]:

@@ -113,6 +113,8 @@ class Objective(NamedTuple):
     dropout_seed: seed of dropout; the key of a step is made from it and the step number. None for
       no dropout.
     balance: weight of the load-balancing loss of a mixture of experts.
+    sources: names of the sources of the examples, for metrics of each; () for none.
+    row_starts: first row (`TokenBatch.row_NS`) of every source, in rising order.
   """
 
   logps_fn: Forward
@@ -122,6 +124,9 @@ class Objective(NamedTuple):
   policy: Callable[[PyTree, PyTree | None], PyTree] = _trained_is_policy
   dropout_seed: int | None = None
   balance: float = 0.0
+  # Names and numbers, so that the program is the same for all batches of a run.
+  sources: tuple[str, ...] = ()
+  row_starts: tuple[int, ...] = ()
 
   @property
   def reference_kind(self) -> Reference:
@@ -184,7 +189,8 @@ def batch_sums(
   Args:
     objective: its `loss` and `completions` are read.
     logps_NS, reference_NS: log-probs under policy and reference, in nats; None for no reference.
-    slots: token counts, weights and scores of the same slots.
+    slots: token counts, weights and scores of the same slots; with sources, the sums of every
+      source are computed too: see `metrics.by_source`.
     running_stats: the running statistics of the state.
     alignment_NS: mean alignment of the tokens of every slot, for WPO; None for no WPO.
 
@@ -206,7 +212,9 @@ def batch_sums(
     # A text has no second completion: its loss reads `chosen_B` alone.
     policy = logprobs.PairLogps(logps_NS.reshape(-1), jnp.zeros(()))
     loss_B = loss(policy)
-    sums = metrics.text_sums(policy.chosen_B, slots.tokens_NS.reshape(-1), loss_B, weight_B)
+    sums_fn = functools.partial(
+      metrics.text_sums, policy.chosen_B, slots.tokens_NS.reshape(-1), loss_B
+    )
   elif loss.kind == "pairs":
     policy = logprobs.to_pairs(logps_NS, slots)
     reference = None if reference_NS is None else logprobs.to_pairs(reference_NS, slots)
@@ -214,13 +222,15 @@ def batch_sums(
     if alignment_NS is not None:
       # WPO: pairs that the policy is unlikely to generate count less. Zhou et al. 2024.
       loss_B = loss_B * jnp.exp(jnp.minimum(by(alignment_NS).sum(axis=1), 0.0))
-    sums = metrics.pair_sums(policy, reference, loss_B, weight_B, loss.beta)
+    sums_fn = functools.partial(metrics.pair_sums, policy, reference, loss_B, beta=loss.beta)
   elif loss.kind == "unpaired":
     assert reference_NS is not None
     policy, reference = logprobs.to_unpaired(logps_NS), logprobs.to_unpaired(reference_NS)
     label_B = score_BK[:, 0]  # the first slot is labeled, the second is mismatched
     loss_B = loss(policy, reference, label_B=label_B, **supplied)
-    sums = metrics.unpaired_sums(policy, reference, loss_B, weight_B, label_B, loss.beta)
+    sums_fn = functools.partial(
+      metrics.unpaired_sums, policy, reference, loss_B, label_B=label_B, beta=loss.beta
+    )
   else:
     assert reference_NS is not None
     policy = logprobs.to_ranked(logps_NS, slots, completions)
@@ -229,9 +239,19 @@ def batch_sums(
     loss_B = loss(policy, reference, present_BK=present_BK, reward_BK=score_BK, **supplied)
     # Scores of ranked data only order completions; those of samples are rewards, and reported.
     reward_BK = score_BK if loss.is_on_policy else None
-    sums = metrics.ranked_sums(
-      policy, reference, loss_B, weight_B, present_BK, loss.beta, reward_BK
+    sums_fn = functools.partial(
+      metrics.ranked_sums,
+      policy,
+      reference,
+      loss_B,
+      present_BK=present_BK,
+      beta=loss.beta,
+      reward_BK=reward_BK,
     )
+  sums = sums_fn(weight_B)
+  if slots.source_NS is not None:
+    source_B = by(slots.source_NS)[:, 0]
+    sums |= metrics.by_source(sums_fn, weight_B, source_B, objective.sources)
   # From each loss, not from their mean: the mean does not show which one is not finite.
   bad_NS = jnp.repeat(~jnp.isfinite(loss_B), completions).reshape(logps_NS.shape)
   return sums, bad_NS & (slots.weight_NS > 0)
@@ -270,8 +290,9 @@ def train_step(
 
   Returns:
     The next state, and metrics: means over the global batch; `grad_norm` before clipping; `rows`
-    and `tokens`, the numbers of examples and of their tokens; `nonfinite_row_ANS`, for every slot
-    of the global batch its row of the data file if its loss is not finite, and -1 otherwise.
+    and `tokens`, the numbers of examples and of their tokens; with sources, `by_source/NAME/pairs`,
+    the number of examples of each; `nonfinite_row_ANS`, for every slot of the global batch its row
+    of the data file if its loss is not finite, and -1 otherwise.
   """
   if state.reference is not None:  # it follows the policy, so the state has it
     reference_params = state.reference
@@ -293,6 +314,12 @@ def train_step(
   return following, means | {"grad_norm": optax.tree.norm(grads)} | facts
 
 
+def source_of(objective: Objective, row_x: Array) -> Array:
+  """Returns the number of the source of every row; 0 for empty slots, which have weight 0."""
+  starts = jnp.asarray(objective.row_starts[1:], jnp.int32)
+  return (row_x[..., None] >= starts).sum(axis=-1)
+
+
 def _facts(
   objective: Objective, batch: TokenBatch, bad_ANS: Array, axis_name: str | None
 ) -> dict[str, Array]:
@@ -304,6 +331,12 @@ def _facts(
     "rows": (batch.row_NS >= 0).sum() // objective.completions,
     "tokens": (batch.pair_NL >= 0).sum(),
   }
+  if objective.sources:
+    # The first slot of an example is never absent.
+    first_AB = batch.row_NS.reshape(-1, objective.completions)[:, 0]
+    source_AB = jnp.where(first_AB >= 0, source_of(objective, first_AB), -1)
+    for number, name in enumerate(objective.sources):
+      counts[f"by_source/{name}/pairs"] = (source_AB == number).sum()
   if axis_name is not None:
     bad_row_ANS = jax.lax.all_gather(bad_row_ANS, axis_name, axis=1, tiled=True)
     counts = jax.lax.psum(counts, axis_name)
@@ -336,6 +369,8 @@ def _gradient(
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
   slots_A = logprobs.slots_of(batch)
+  if objective.sources:
+    slots_A = slots_A._replace(source_NS=source_of(objective, batch.row_NS))
   # The count of the global batch, computed before any loss: a mean of the means of micro-batches of
   # different sizes would be wrong.
   count = total(loss_count(objective, slots_A))

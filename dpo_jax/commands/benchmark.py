@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
   processes.start(*where, notice=False)
   # The folder may go after set-up: rows and tokenizer are in memory by then.
   with tempfile.TemporaryDirectory() as folder:
-    if not config.data.path and "synthetic" in config:
+    if not (config.data.path or config.data.mix) and "synthetic" in config:
       config.data.path, config.model.tokenizer = timing.write_task(
         pathlib.Path(folder),
         config.model.scratch.vocab_size,

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpo_jax.data import mixture as mixtures
 from dpo_jax.data import packing
 from dpo_jax.data.collate import check_fits, collate, collate_many, fit_row_length, fit_sizes
 from dpo_jax.data.examples import Example, Lazy, Measured, lengths
+from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.packing import Sizes
 from dpo_jax.structs import TokenBatch, UserError
 
@@ -47,6 +49,7 @@ def order(
   seed: int = 0,
   shuffle: bool = True,
   cost_B: np.ndarray | None = None,
+  mixture: Mixture | None = None,
 ) -> Any:
   """Returns the endless order of examples: a Grain data set whose element k is batch k.
 
@@ -59,16 +62,24 @@ def order(
     shuffle: False keeps the order of the data.
     cost_B: tokens of every example. If given, neighbouring batches exchange examples so that all
       have about equally many tokens.
+    mixture: the sources of the examples; None for one source.
 
   Returns:
     Lists of `batch_size` indices of examples.
   """
   import grain  # imports jax, which commands that only read data do not need
 
-  rows = grain.MapDataset.source(range(count)).seed(seed)
-  if shuffle:
-    rows = rows.shuffle()
-  steps = rows.repeat().batch(batch_size, drop_remainder=True, batch_fn=list)
+  def endless(size: int, seed: int) -> Any:
+    rows = grain.MapDataset.source(range(size)).seed(seed)
+    return (rows.shuffle() if shuffle else rows).repeat()
+
+  rows = endless(count, seed)
+  if mixture and mixture.is_weighted:
+    # Seeds of their own: two sources of one size must not be in the same order.
+    seeds = [int(mixtures.rng_of(name, seed).integers(2**31)) for name in mixture.names]
+    mixed: Any = mixtures.Passes(mixture, rows, list(map(endless, mixture.sizes, seeds)))
+    rows = grain.MapDataset.source(mixed)
+  steps = rows.batch(batch_size, drop_remainder=True, batch_fn=list)
   if cost_B is None or not shuffle:
     return steps
   balanced: Any = _Balanced(steps, batch_size, cost_B)  # has what Grain asks of a source
@@ -126,6 +137,7 @@ def batches(
   start: int = 0,
   share: tuple[int, int] = (0, 1),
   balance: bool = False,
+  mixture: Mixture | None = None,
 ) -> Iterator[TokenBatch]:
   """Returns an endless iterator of batches, reshuffled every epoch.
 
@@ -144,6 +156,7 @@ def batches(
       them, and all their rows together do not depend on n.
     balance: True gives all batches, and all micro-batches, about equally many tokens (see `order`),
       so that less of their rows is padding.
+    mixture: the sources of the examples; None for one source.
 
   Returns:
     An iterator of `TokenBatch` of NumPy arrays, each with A as its leading axis.
@@ -161,6 +174,7 @@ def batches(
   micro = batch_size // accumulate
   check_share(share, batching.groups)
   balance = balance and shuffle
+  rate_B = mixture.rates() if mixture and mixture.is_weighted else None
   row_length = batching.row_length or suit_row_length(
     examples,
     batching.layout,
@@ -168,9 +182,10 @@ def batches(
     accumulate=accumulate,
     groups=batching.groups,
     balance=balance,
+    rate_B=rate_B,
   )
   rows = _rows(examples, batching._replace(row_length=row_length))
-  sizes = _usual_sizes(examples, micro, accumulate, rows, balance)
+  sizes = _usual_sizes(examples, micro, accumulate, rows, balance, rate_B)
   # Costs of the shared layout whatever the layout is: the order must not depend on it.
   cost_B = packing.costs(lengths(examples), "shared")
   # Lengths are known once and for all, so that a host reads only its own share of every batch.
@@ -185,7 +200,9 @@ def batches(
     return collate_many(micro_batches, sizes=sizes, share=share, **rows._asdict())
 
   known = cost_B if balance else None
-  steps = order(len(examples), batch_size, seed=seed, shuffle=shuffle, cost_B=known).map(lay_out)
+  steps = order(
+    len(examples), batch_size, seed=seed, shuffle=shuffle, cost_B=known, mixture=mixture
+  ).map(lay_out)
   # One thread keeps ahead of the training step; more would only take cores away from it.
   return iter(
     steps[start:].to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8))
@@ -241,8 +258,11 @@ def suit_row_length(
   accumulate: int = 1,
   groups: int = 1,
   balance: bool = False,
+  rate_B: np.ndarray | None = None,
 ) -> int:
   """Returns a row length for batches of these examples; arguments as in `batches`.
+
+  `rate_B` says how often an epoch has each example; None where that is once.
 
   Balanced batches have about equally many tokens, and so take equally many rows. Of the lengths up
   to 2,048 (or a quarter above the least possible), the one is chosen whose rows have the least
@@ -252,7 +272,7 @@ def suit_row_length(
   if not balance or layout == "padded":
     return least
   size = batch_size // accumulate
-  sampled = _sample_micro_batches(examples, size, balance)[: max(16, WINDOW // size)]
+  sampled = _sample_micro_batches(examples, size, balance, rate_B)[: max(16, WINDOW // size)]
 
   def taken(length: int) -> int:
     rows = max(packing.place(batch, layout, length).rows for batch in sampled)
@@ -262,7 +282,10 @@ def suit_row_length(
 
 
 def _sample_micro_batches(
-  examples: Sequence[Example] | Measured, size: int, balance: bool
+  examples: Sequence[Example] | Measured,
+  size: int,
+  balance: bool,
+  rate_B: np.ndarray | None = None,
 ) -> list[Measured]:
   """Returns the lengths of 64 or more random micro-batches, balanced as in training."""
   # A fixed seed: every host, and every resumed run, must find the same sizes.
@@ -271,18 +294,25 @@ def _sample_micro_batches(
   count, cost_B = len(measured.prompt_B), packing.costs(measured, "shared")
   # Micro-batches of a window, which exchange examples as those of `_Balanced` do.
   window = min(max(1, WINDOW // size), max(1, count // size)) if balance else 1
+  # A mix may repeat an example within a window.
+  again, chance_B = (count < size, None) if rate_B is None else (True, rate_B / rate_B.sum())
   while len(sampled) < 64:
-    row_x = rng.choice(count, size * window, replace=count < size)
+    row_x = rng.choice(count, size * window, replace=again, p=chance_B)
     parts = packing.divide_evenly(cost_B[row_x], window)
     sampled += [measured.select(row_x[part]) for part in parts]
   return sampled
 
 
 def _usual_sizes(
-  examples: Sequence[Example], size: int, accumulate: int, rows: Batching, balance: bool
+  examples: Sequence[Example],
+  size: int,
+  accumulate: int,
+  rows: Batching,
+  balance: bool,
+  rate_B: np.ndarray | None,
 ) -> Sizes:
   """Returns sizes that suffice for the rows of most steps, by packing random micro-batches."""
-  sampled = _sample_micro_batches(examples, size, balance)
+  sampled = _sample_micro_batches(examples, size, balance, rate_B)
   # Balanced batches hardly differ, so finer steps still give few shapes.
   quantile, steps = (0.95, 64) if balance else (0.75, 8)
   # A step has the rows of the largest of its A micro-batches, which is below a quantile q with

@@ -52,6 +52,26 @@ class Ledger:
     return {name: value for name, value in found.items() if name not in optional or value}
 
 
+def merge(ledgers: Sequence[Ledger]) -> Ledger:
+  """Returns the sums of some ledgers; `tokens` are those of rows that are packed by themselves."""
+  total = Ledger()
+  formats, notes = [], []
+  for one in ledgers:
+    formats += one.format.split(", ")
+    notes += one.notes
+    total.rows += one.rows
+    total.pairs += one.pairs
+    total.dropped.update(one.dropped)
+    total.truncated.update(one.truncated)
+    total.bad = one.bad | total.bad  # the first of each reason
+    for part, into in ((one.tokens, total.tokens), (one.labels, total.labels)):
+      for name, number in part.items():
+        into[name] = into.get(name, 0) + number
+  # Each name once, in the order of the sources.
+  total.format, total.notes = ", ".join(dict.fromkeys(formats)), [*dict.fromkeys(notes)]
+  return total
+
+
 def summarize(name: object, ledger: Mapping[str, Any]) -> str:
   """Returns a line on the rows kept, dropped and truncated, from `Ledger.to_json`.
 

@@ -117,6 +117,10 @@ class Loggers:
     self._record(step, values)
     shown = {name.removeprefix("eval/"): value for name, value in values.items()}
     self.say(f"eval at step {step}  " + "  ".join(_summary(shown)))
+    # Evaluation sets and sources have metrics of their own, NAME/loss and others.
+    for group in [name.removesuffix("loss") for name in shown if name.endswith("/loss")]:
+      own = {k.removeprefix(group): value for k, value in shown.items() if k.startswith(group)}
+      self.say(f"  {group.rstrip('/')}  " + "  ".join(_summary(own)))
     self._warn(step, values)
 
   def say(self, text: str) -> None:

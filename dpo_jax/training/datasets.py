@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,11 +17,13 @@ from dpo_jax.data import prepared as prepared_data
 from dpo_jax.data.batches import Batching
 from dpo_jax.data.examples import Example, Lazy, Measured, fill_up, lengths, split, with_mismatched
 from dpo_jax.data.ledger import summarize
+from dpo_jax.data.mixture import Mixture, Source
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.generation import rewards, rollouts
 from dpo_jax.model.config import ModelConfig, check_ids, check_positions
 from dpo_jax.structs import PyTree, TokenBatch, UserError
-from dpo_jax.training import on_policy
+from dpo_jax.training import on_policy, sources
+from dpo_jax.training.sources import Part
 
 
 class DataSettings(NamedTuple):
@@ -37,6 +40,10 @@ class DataSettings(NamedTuple):
     prompt_floor: tokens of a prompt that are never cut.
     truncation: "drop" or "cut".
     verdict, train_on, on_bad_row: as in `encode.Encoder`.
+    mix: the sources to train on in place of `path`.
+    eval_sets: evaluation sets with names, besides `eval_path`.
+    drop_duplicates: whether exact duplicates are dropped, within training rows over all sources
+      and within every evaluation set.
   """
 
   path: str
@@ -51,6 +58,9 @@ class DataSettings(NamedTuple):
   verdict: str = ""
   train_on: str = "assistant"
   on_bad_row: str = "stop"
+  mix: tuple[Source, ...] = ()
+  eval_sets: tuple[Source, ...] = ()
+  drop_duplicates: bool = False
 
 
 class BatchSettings(NamedTuple):
@@ -75,11 +85,15 @@ class TrainingData(NamedTuple):
   Attributes:
     examples: examples to train on, in memory or read as they are needed; on policy, prompts
       (strings or messages).
-    held_out: examples to evaluate on; on policy, prompts as examples without completions.
+    held_out: examples to evaluate on, of all evaluation sets; on policy, prompts as examples
+      without completions.
     completions: K, slots of an example.
     settings: which examples are in a batch.
     batching: the layout of its rows.
     sampler: makes batches of prompts; None where examples are trained on as they stand.
+    mixture: the sources of the examples; None for one source.
+    groups: name -> rows (`Example.row`) of the held-out examples that are evaluated under it; ""
+      for the metrics without a name. Empty if all of them are one group.
   """
 
   examples: Sequence[Any]
@@ -88,6 +102,8 @@ class TrainingData(NamedTuple):
   settings: BatchSettings
   batching: Batching
   sampler: on_policy.Sampler | None
+  mixture: Mixture | None = None
+  groups: Mapping[str, range] = MappingProxyType({})
 
 
 def load(
@@ -119,6 +135,8 @@ def load(
   # Both before either is read: a typo in the second would else show after minutes.
   for name, path in (("path", rows.path), ("eval_path", rows.eval_path)):
     _check_named(f"data.{name}", path)
+  sources.check_files(rows.mix, "data.mix", _check_named)
+  sources.check_files(rows.eval_sets, "data.eval_sets", _check_named)
   if sampling is None:
     return _load_examples(rows, settings, batching, loss, tokenizer, model_config)
   return _load_on_policy(rows, settings, batching, loss, tokenizer, model_config, sampling)
@@ -133,7 +151,7 @@ def _load_examples(
   model_config: ModelConfig,
 ) -> tuple[TrainingData, dict[str, Any]]:
   """Reads examples that are trained on as they stand."""
-  examples, held_out, ledger = _read_examples(rows, settings.seed, loss, tokenizer)
+  examples, held_out, ledger, mixture, groups = _read_examples(rows, settings.seed, loss, tokenizer)
   # By lengths alone, in moments. Otherwise the run would stop at the batch that the row falls into.
   for some in filter(len, (examples, held_out)):
     if batching.row_length and batching.layout != "padded":
@@ -143,6 +161,9 @@ def _load_examples(
     # prepared set is read through once.
     if tokenizer.vocab_size > model_config.vocab:
       check_ids(some, model_config)
+  rate_B = None
+  if mixture and mixture.is_weighted:
+    rate_B = np.concatenate([mixture.rates(), np.ones(len(held_out))])
   row_length = batching.row_length or batches.suit_row_length(
     # Both, so that one length serves training and evaluation.
     Measured.concatenate(examples, held_out),
@@ -151,10 +172,14 @@ def _load_examples(
     accumulate=settings.accumulate,
     groups=batching.groups,
     balance=settings.balance,
+    rate_B=rate_B,
   )
   batching = batching._replace(row_length=row_length)
   completions = len(examples[0].completions)
-  return TrainingData(examples, held_out, completions, settings, batching, None), ledger
+  data = TrainingData(
+    examples, held_out, completions, settings, batching, None, mixture=mixture, groups=groups
+  )
+  return data, ledger
 
 
 def _load_on_policy(
@@ -207,8 +232,8 @@ def _check_named(field: str, path: str) -> None:
 
 def _read_examples(
   data: DataSettings, seed: int, loss: losses.Loss, tokenizer: Tokenizer
-) -> tuple[Sequence[Example], Sequence[Example], dict[str, Any]]:
-  """Returns training and held-out examples, and the ledger of both."""
+) -> tuple[Sequence[Example], list[Example], dict[str, Any], Mixture | None, dict[str, range]]:
+  """Returns training and held-out examples, the ledger of both, and the rows of their groups."""
   how: dict[str, Any] = {
     "kind": loss.kind,
     "max_length": data.max_length,
@@ -221,53 +246,52 @@ def _read_examples(
     # A column that the loss does not read must not stop the run.
     "scores": loss.reads("margin_B"),
   }
-  prepared = prepared_data.is_prepared_set(data.path)
+  named = data.eval_path or data.eval_sets
   examples: Sequence[Example]
-  held_out: Sequence[Example] = []
-  if prepared:
+  held_out: list[Example] = []
+  parts: list[Part] = []
+  if prepared_data.is_prepared_set(data.path):
     examples, held_out, ledger = _read_prepared(data, encode.Encoder(tokenizer, **how))
+    print(summarize(data.path, ledger), file=sys.stderr)
   else:
-    examples, ledger, form = encode.load_examples(data.path, tokenizer, **how)
-    ledger = {"format": form, **ledger.to_json()}
-  print(summarize(data.path, ledger), file=sys.stderr)
-  if data.eval_path:
-    held_out, more, form = encode.load_examples(data.eval_path, tokenizer, **how)
-    ledger["eval"] = {"format": form, **more.to_json()}
-    print(summarize(data.eval_path, ledger["eval"]), file=sys.stderr)
-    if not prepared:
-      _remark_overlap(data.path, data.eval_path)
-  elif not prepared:
-    # By prompt, and by the seed alone: a resumed run holds out the same rows, and no prompt is on
-    # both sides.
-    examples, held_out = split(examples, data.eval_fraction, seed, ledger["dropped"])
+    given = data.mix or (Source("", data.path),)
+    unique = data.drop_duplicates
+    parts = sources.read(given, "data.mix", tokenizer, loss, seed=seed, unique=unique, **how)
+    examples, ledger = sources.join(parts)
+  evaluated = sources.read_evaluation_sets(
+    data.eval_path, data.eval_sets, tokenizer, loss, ledger, unique=data.drop_duplicates, **how
+  )
+  if parts:
+    if not named:
+      # By prompt, and by the seed alone: a resumed run holds out the same rows, and no prompt is
+      # on both sides.
+      examples, held_out = split(examples, data.eval_fraction, seed, ledger["dropped"])
+    sources.report_overlap(parts, examples, evaluated, ledger)
+  mixture = None
+  if data.mix:
+    mixture = Mixture.make(data.mix, [part.rows.start for part in parts], examples)
+    print(f"data.mix: {mixture.describe()}", file=sys.stderr)
+    for name, per_epoch in zip(mixture.names, mixture.per_epoch, strict=True):
+      ledger["sources"][name]["per_epoch"] = per_epoch
+  # Each set by itself from here on: its metrics must not depend on the others.
+  sets = [part.examples for part in evaluated] if named else [held_out]
   if loss.kind == "unpaired":
     # After the split, so that no completion of one side is paired with a prompt of the other.
     mismatch = functools.partial(with_mismatched, max_length=data.max_length, seed=seed)
-    examples, held_out = mismatch(examples), mismatch(held_out)
+    examples, sets = mismatch(examples), [mismatch(some) for some in sets]
   if loss.kind == "ranked":
     # One number of completions for training and evaluation: K is an axis of both.
-    most = Measured.concatenate(examples, held_out).tokens_BK.shape[1]
-    held_out = fill_up(held_out, most)
+    most = Measured.concatenate(examples, *sets).tokens_BK.shape[1]
+    sets = [fill_up(some, most) for some in sets]
     if isinstance(examples, prepared_data.PairSet):
       examples = examples.widened(most)  # its examples stay on disk
     else:
       examples = fill_up(examples, most)
+  sources.check_scores(loss, data.path, examples)
   # After all of the above, so that the limit changes neither mismatched prompts nor K.
-  held_out = _limited(held_out, data)
-  # Without scores every margin would be 0, and a loss that reads margins would be another loss.
-  for path, some in ((data.path, examples), (data.eval_path, held_out)):
-    if loss.reads("margin_B") and some and not some[0].scores:
-      raise UserError(
-        f"loss {loss.name!r} reads by how much the chosen answer is better, and the rows of {path}"
-        " do not say; give them a field margin, or chosen_score and rejected_score"
-      )
-  return examples, held_out, ledger
-
-
-def _remark_overlap(path: str, eval_path: str) -> None:
-  """Reports files whose rows are both held out and trained on."""
-  for file in sorted(map(str, set(readers.files(path)) & set(readers.files(eval_path)))):
-    print(f"data.eval_path: {file} is trained on too; eval/* tells nothing new", file=sys.stderr)
+  held_out = _limited(sets, data)
+  groups = sources.groups_of(parts, evaluated, held_out)
+  return examples, held_out, ledger, mixture, groups
 
 
 def _read_prepared(
@@ -279,14 +303,19 @@ def _read_prepared(
       f"data.fields names {', '.join(encoder.fields)}, but {data.path} is a prepared set, whose"
       " fields were read when it was made; leave it out"
     )
-  fraction = None if data.eval_path else data.eval_fraction
+  if data.drop_duplicates:
+    raise UserError(
+      f"data.drop_duplicates is True, but {data.path} is a prepared set, whose rows were chosen"
+      " when it was made; leave it False, or name the rows that it was made of"
+    )
+  fraction = None if data.eval_path or data.eval_sets else data.eval_fraction
   examples, held_out, ledger = prepared_data.read(data.path, encoder, eval_fraction=fraction)
   return examples, held_out[: data.eval_limit] if held_out else [], ledger
 
 
-def _limited(held_out: Sequence[Any], data: DataSettings) -> list[Any]:
-  """Returns at most `eval_limit` held-out rows; refuses none where prompts are sampled from."""
-  held_out = [*held_out[: data.eval_limit]]
+def _limited(sets: Sequence[Sequence[Any]], data: DataSettings) -> list[Any]:
+  """Returns at most `eval_limit` rows of every set; refuses none where prompts are sampled from."""
+  held_out = [example for some in sets for example in some[: data.eval_limit]]
   if data.eval_samples and not held_out:
     raise UserError(
       f"eval.samples is {data.eval_samples}, and no row is held out to take prompts from; set"
@@ -323,7 +352,7 @@ def _load_prompts(
       f"train.batch_size is {settings.batch_size} and {data.path} leaves {len(prompts)} prompts"
       " to train on; lower it or give more prompts"
     )
-  held_out = _limited(held_out, data)
+  held_out = _limited([held_out], data)
   ids = rollouts.encode_prompts(tokenizer, prompts + held_out)
   whole = [Example(np.asarray(prompt, np.int32), (), row=row) for row, prompt in enumerate(ids)]
   check_ids(whole, model_config)
@@ -353,6 +382,8 @@ def digest(data: TrainingData) -> str:
     # On policy the examples are prompts, strings or messages, few enough to take whole.
     found.update(repr(data.examples).encode())
     return found.hexdigest()
+  if data.mixture is not None:
+    found.update(repr(data.mixture).encode())
   for side in (data.examples, data.held_out):
     if not len(side):
       continue
@@ -411,6 +442,7 @@ def make_feed(
     start=start,
     share=share,
     balance=data.settings.balance,
+    mixture=data.mixture,
   )
 
   def read(step: int, params: PyTree) -> tuple[TokenBatch, dict[str, float]]:

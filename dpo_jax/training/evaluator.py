@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -31,7 +32,8 @@ def make_evaluator(run: Run, reference_params: PyTree | None) -> Evaluator:
     rows = list(
       batches.eval_batches(run.data.held_out, batch_size=size, batching=run.data.batching)
     )
-  return Evaluator(run.executor, run.objective, reference_params, rows, _make_probe(run))
+  groups = run.data.groups
+  return Evaluator(run.executor, run.objective, reference_params, rows, _make_probe(run), groups)
 
 
 def _make_probe(run: Run) -> sample_probe.Probe | None:
@@ -65,6 +67,7 @@ class Evaluator:
     reference_params: PyTree | None,
     rows: Sequence[TokenBatch],
     probe: sample_probe.Probe | None = None,
+    groups: Mapping[str, range] = MappingProxyType({}),
   ):
     """Computes the log-probs of the reference.
 
@@ -74,9 +77,12 @@ class Evaluator:
       reference_params: a frozen reference, placed, or None.
       rows: held-out batches without a micro-batch axis, on host.
       probe: samples from a policy.
+      groups: name -> rows of the data set (`TokenBatch.row_NS`) whose metrics are named NAME/…, or
+        without a name for ""; empty for one group of all.
     """
     self._executor, self._objective = executor, objective
     self._reference_params, self._rows, self._probe = reference_params, rows, probe
+    self._groups = groups
     # `Objective.logps` drops nothing: dropout belongs to training alone.
     self._forward = executor.compile_forward(objective.logps)
     self._reference_XS = self._frozen_logps()
@@ -107,7 +113,7 @@ class Evaluator:
     return np.concatenate([self._forward(params, batch) for batch in with_micro_batches])
 
   def _means(self, state: step.TrainState) -> dict[str, float]:
-    """Computes the metrics of all held-out examples."""
+    """Computes the metrics of all held-out examples, group by group."""
     slots = jax.tree.map(lambda *x: np.concatenate(x), *map(logprobs.slots_of, self._rows))
     reference = self._reference_XS
     if state.reference is not None:
@@ -115,9 +121,22 @@ class Evaluator:
     # Read and not updated: an evaluation must not change the training that follows.
     running_stats = self._executor.to_host(state.running_stats)
     policy = self._logps(self._objective.policy(state.params, self._reference_params))
-    # All examples at once: a batch-wide loss of each batch by itself would be another number.
-    sums, _ = step.batch_sums(self._objective, policy, reference, slots, running_stats)
-    return {key: float(value) for key, value in metrics.divide(sums).items()}
+
+    def sums_of(some: logprobs.Slots) -> metrics.Sums:
+      # All examples at once: a batch-wide loss of each batch by itself would be another number.
+      return step.batch_sums(self._objective, policy, reference, some, running_stats)[0]
+
+    if not self._groups:
+      return _divided(sums_of(slots))
+    found = {}
+    row_XS = np.concatenate([batch.row_NS for batch in self._rows])
+    for name, rows in self._groups.items():
+      mine_XS = (row_XS >= rows.start) & (row_XS < rows.stop)
+      # What is not of the group has the weight of an empty slot, so that even a batch-wide loss is
+      # that of the group by itself.
+      sums = sums_of(slots._replace(weight_NS=slots.weight_NS * mine_XS))
+      found |= _divided(sums, f"{name}/" if name else "")
+    return found
 
   def _local_params(self, state: step.TrainState) -> tuple[PyTree, PyTree | None]:
     """Returns one copy of the policy and of the reference, which share the base of adapters."""
@@ -127,3 +146,8 @@ class Evaluator:
       reference_params = local_copy(reference_params)
     policy = self._objective.policy(local_copy(state.params), reference_params)
     return policy, reference_params if self._objective.loss.needs_reference else None
+
+
+def _divided(sums: metrics.Sums, prefix: str = "") -> dict[str, float]:
+  """Returns means, named with a prefix."""
+  return {f"{prefix}{key}": float(value) for key, value in metrics.divide(sums).items()}

@@ -201,6 +201,7 @@ def _take_steps(
     to_host=run.executor.metrics_to_host,
     schedule=run.schedule,
     data_path=run.settings.data_path,
+    mixture=run.data.mixture,
   )
   shapes: set[tuple[tuple[int, ...], ...]] = set()
   for index in range(start + 1, run.steps + 1):

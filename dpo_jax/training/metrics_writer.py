@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import optax
 
+from dpo_jax.data.mixture import Mixture
 from dpo_jax.monitoring.loggers import Loggers, Silent
 from dpo_jax.structs import TokenBatch, UserError
 from dpo_jax.training.checkpoint import Checkpoints
@@ -35,6 +36,7 @@ class MetricsWriter:
     to_host: Callable[[dict[str, jax.Array]], dict[str, np.ndarray]],
     schedule: optax.Schedule,
     data_path: str,
+    mixture: Mixture | None = None,
   ):
     """Starts the clock.
 
@@ -44,9 +46,10 @@ class MetricsWriter:
       to_host: `Executor.metrics_to_host`.
       schedule: learning rate by step.
       data_path: of the examples, which an error names.
+      mixture: the sources of the examples, which an error names instead; None for one source.
     """
     self._log, self._checkpoints, self._to_host = log, checkpoints, to_host
-    self._schedule, self._data_path = schedule, data_path
+    self._schedule, self._data_path, self._mixture = schedule, data_path, mixture
     self._pending: _Pending | None = None
     self.restart_clock()
 
@@ -104,12 +107,15 @@ class MetricsWriter:
       bad_rows = row_ANS[row_ANS >= 0]
     rows = sorted(set(bad_rows.tolist()))
     named = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
+    named = f"{named} of {self._data_path}"
+    if self._mixture:
+      named = self._mixture.name_rows(rows[:8]) + (", …" if len(rows) > 8 else "")
     # The last checkpoint may still be on its way to disk, and the message promises that it is kept.
     self._checkpoints.wait()
     last = self._checkpoints.latest()
     kept = f"the checkpoint of step {last} is kept" if last else "no checkpoint was due before"
     return UserError(
       f"step {pending.index}: the loss is {means['loss']}, its gradient's norm"
-      f" {means['grad_norm']}, in rows {named} of {self._data_path}; {kept}. Try a lower"
+      f" {means['grad_norm']}, in rows {named}; {kept}. Try a lower"
       " optimizer.learning_rate in a new --workdir, or look at those rows"
     )

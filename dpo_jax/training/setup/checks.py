@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from dpo_jax import losses, step
-from dpo_jax.data import packing
+from dpo_jax.data import mixture, packing
 from dpo_jax.distributed.executor import Executor
 from dpo_jax.model import attention_kernels, lora
 from dpo_jax.model.lora import LoRA
@@ -48,6 +48,7 @@ def check(config: ConfigDict) -> Checked:
   _check_lora(config, loss)
   _check_on_policy(config, loss)
   _check_store(config, loss)
+  _check_sources(config)
   # From here on JAX has started its devices, which may take seconds on an accelerator.
   executor = Executor(**{name: config.parallel[name] for name in Executor.SETTINGS})
   attention_kernels.check(config.model.attention)
@@ -70,7 +71,9 @@ def check_inputs(config: ConfigDict) -> None:
     raise UserError("model.path and model.scratch are both given; keep one")
   if section.scratch and not section.tokenizer:
     raise UserError("model.tokenizer is empty; a model trained from scratch needs its folder")
-  if not config.data.path:
+  if config.data.path and config.data.mix:
+    raise UserError(f"data.path={config.data.path} and data.mix are both given; keep one")
+  if not config.data.path and not config.data.mix:
     what = "prompts" if config.on_policy.reward else "rows"
     raise UserError(f"data.path is empty; name a file of {what}, --config.data.path=FILE")
 
@@ -173,6 +176,21 @@ def _check_store(config: ConfigDict, loss: losses.Loss) -> None:
     why = "the answers are sampled anew at every step (on_policy.reward)"
   if why:
     raise UserError(f"reference.store is {path!r}, but {why}; leave it empty")
+
+
+def _check_sources(config: ConfigDict) -> None:
+  """Checks the descriptions of the mix and of evaluation sets; files are looked at later."""
+  data = config.data
+  mixture.read_sources(data.mix.to_dict(), "data.mix")
+  mixture.read_evaluation_sets(data.eval_sets.to_dict(), "data.eval_sets")
+  if not config.on_policy.reward:
+    return
+  for name in ("mix", "eval_sets", "drop_duplicates"):
+    if data[name]:
+      raise UserError(
+        f"data.{name} is of rows with completions, and on_policy.reward samples from prompts; leave"
+        " it out, and name files of prompts by data.path and data.eval_path"
+      )
 
 
 def _check_numbers(config: ConfigDict) -> None:

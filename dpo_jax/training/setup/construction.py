@@ -43,6 +43,8 @@ def construct(
     config, model_config, checked, adapters, described.attention, described.data.completions
   )
   data, store = described.data, None
+  if data.mixture:
+    objective = objective._replace(sources=data.mixture.names, row_starts=data.mixture.row_starts)
   lacking: tuple[Lazy, ...] = ()
   if config.reference.store:
     device = executor.devices[0]

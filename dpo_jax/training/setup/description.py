@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from dpo_jax.data import chat_template, encode
+from dpo_jax.data import chat_template, encode, mixture
 from dpo_jax.data.batches import Batching
 from dpo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_jax.distributed.executor import Executor
@@ -117,6 +117,9 @@ def data_settings(config: ConfigDict) -> datasets.DataSettings:
     verdict=data.verdict,
     train_on=data.train_on,
     on_bad_row=data.on_bad_row,
+    mix=mixture.read_sources(data.mix.to_dict(), "data.mix"),
+    eval_sets=mixture.read_evaluation_sets(data.eval_sets.to_dict(), "data.eval_sets"),
+    drop_duplicates=data.drop_duplicates,
   )
 
 
