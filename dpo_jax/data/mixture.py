@@ -276,6 +276,11 @@ class Mixture(NamedTuple):
       places.append(f"{row - self.row_starts[at]} of {self.names[at]}")
     return ", ".join(places)
 
+  def where_rows_start(self) -> str:
+    """Returns a remark for messages that name rows by their numbers over all sources."""
+    starts = [f"{n} from {row}" for n, row in zip(self.names, self.row_starts, strict=True)]
+    return f"rows are counted over all sources of data.mix: {', '.join(starts)}"
+
   def describe(self) -> str:
     """Returns a line on what an epoch consists of."""
     parts = [

@@ -152,15 +152,12 @@ def _load_examples(
 ) -> tuple[TrainingData, dict[str, Any]]:
   """Reads examples that are trained on as they stand."""
   examples, held_out, ledger, mixture, groups = _read_examples(rows, settings.seed, loss, tokenizer)
-  # By lengths alone, in moments. Otherwise the run would stop at the batch that the row falls into.
   for some in filter(len, (examples, held_out)):
-    if batching.row_length and batching.layout != "padded":
-      collate.check_fits(some, batching.layout, batching.row_length)
-    check_positions(some, lengths(some).longest(), model_config)
-    # No row has an id that the tokenizer lacks, so there is nothing to look for in most models. A
-    # prepared set is read through once.
-    if tokenizer.vocab_size > model_config.vocab:
-      check_ids(some, model_config)
+    try:
+      _check_tokens(some, batching, tokenizer, model_config)
+    except UserError as error:
+      remark = f" ({mixture.where_rows_start()})" if mixture and some is examples else ""
+      raise UserError(f"{error}{remark}") from None
   rate_B = None
   if mixture and mixture.is_weighted:
     rate_B = np.concatenate([mixture.rates(), np.ones(len(held_out))])
@@ -180,6 +177,20 @@ def _load_examples(
     examples, held_out, completions, settings, batching, None, mixture=mixture, groups=groups
   )
   return data, ledger
+
+
+def _check_tokens(
+  some: Sequence[Example], batching: Batching, tokenizer: Tokenizer, model_config: ModelConfig
+) -> None:
+  """Checks that every example fits in a row, and that the model has its ids and positions."""
+  # By lengths alone, in moments. Otherwise the run would stop at the batch that the row falls into.
+  if batching.row_length and batching.layout != "padded":
+    collate.check_fits(some, batching.layout, batching.row_length)
+  check_positions(some, lengths(some).longest(), model_config)
+  # No row has an id that the tokenizer lacks, so there is nothing to look for in most models. A
+  # prepared set is read through once.
+  if tokenizer.vocab_size > model_config.vocab:
+    check_ids(some, model_config)
 
 
 def _load_on_policy(

@@ -11,6 +11,7 @@ import pytest
 from dpo_jax import logprobs, losses, metrics, step
 from dpo_jax.data import collate, packing
 from dpo_jax.data.examples import Example, fill_up
+from dpo_jax.distributed.executor import Executor
 from tests.support import tiny
 from tests.support.small_steps import close, objective
 
@@ -337,3 +338,39 @@ def test_rankings_of_different_length_train_together():
   filled, _ = run([stack([fill_up(two, 3)])] * 3, name="plackett_luce", beta=0.5)
   pairs, _ = run([stack([two])] * 3, name="sigmoid", beta=0.5)
   close(filled, pairs)
+
+
+@pytest.mark.parametrize(
+  ("accumulate", "mode", "devices"),
+  [(2, "mesh", 1), pytest.param(1, "pmap", 2, marks=pytest.mark.slow)],
+)
+def test_metrics_of_a_source_are_those_of_its_examples_alone(accumulate, mode, devices):
+  # Rows 0 to 4 are of a, 5 to 15 of b, and c has none in this batch.
+  some = tiny.pairs(16)
+  about = objective()._replace(sources=("a", "b", "c"), row_starts=(0, 5, 16))
+  executor, tx = Executor(mode, devices), optax.sgd(1.0)
+  take = executor.compile_step(functools.partial(step.train_step, objective=about, tx=tx))
+  init = executor.compile_init(functools.partial(step.init_state, tx=tx))
+
+  def report(weights):
+    weighted = [e._replace(weight=w * e.weight) for e, w in zip(some, weights, strict=True)]
+    (batch,) = tiny.one_shape([weighted], executor.groups, accumulate)
+    state = init(executor.place(tiny.init(1)))
+    _, found = take(state, executor.place(tiny.init()), executor.place_batch(batch))
+    return executor.metrics_to_host(found)
+
+  found = report([1] * 16)
+  assert [found[f"by_source/{name}/pairs"] for name in "abc"] == [5, 11, 0]
+  alone = {"a": report([1] * 5 + [0] * 11), "b": report([0] * 5 + [1] * 11)}
+  for name, expected in alone.items():
+    for key in ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen"):
+      np.testing.assert_allclose(found[f"by_source/{name}/{key}"], expected[key], rtol=1e-5)
+  assert np.isnan(found["by_source/c/loss"])
+
+
+def test_without_sources_a_step_has_no_metrics_of_any():
+  tx = optax.sgd(1.0)
+  take = functools.partial(step.train_step, objective=objective(), tx=tx)
+  state = step.init_state(tiny.init(), tx)
+  _, found = jax.eval_shape(take, state, tiny.init(), stack([tiny.pairs(3)]))
+  assert "loss" in found and not any("by_source" in key for key in found)

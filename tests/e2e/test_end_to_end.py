@@ -177,6 +177,26 @@ def test_what_evolves_beside_the_policy_resumes_too(task):
   resume_from_step_3(config, task / "follows")
 
 
+@pytest.mark.slow
+def test_a_mix_resumes_to_the_bit_and_not_as_another(task):
+  rows = pairs_of(task)
+  mix = {
+    "a": {"path": write_rows(task / "a.jsonl", rows[:50]), "weight": 1.0},
+    "b": {"path": write_rows(task / "b.jsonl", rows[50:70]), "weight": 2.0},
+  }
+  config = dpo_config(task)
+  config.data.path, config.data.mix = "", mix
+  config.data.eval_sets = {"rest": write_rows(task / "rest.jsonl", rows[70:])}
+  train.execute(config, task / "mix")
+  last = read_metrics(task / "mix" / "metrics.jsonl")[-1]
+  assert last["by_source/a/pairs"] + last["by_source/b/pairs"] == 16
+  assert last["eval/rest/loss"] == last["eval/loss"]  # the only evaluation set
+  resume_from_step_3(config, task / "mix")
+  config.data.mix.a.weight = 2.0
+  with pytest.raises(UserError, match=r"data\.mix\.a\.weight was 1\.0, now 2\.0"):
+    train.execute(config, task / "mix")
+
+
 def on_policy_config(folder: pathlib.Path) -> ConfigDict:
   config = small(controlled_config.get_config("on_policy"))
   config.model.path = str(folder / "sft" / "export")

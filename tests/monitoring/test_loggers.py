@@ -253,3 +253,19 @@ def test_files_are_closed_when_training_fails(tmp_path):
     raise RuntimeError
   assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
   assert [v.tag for e in events(tmp_path) for v in e.summary.value] == ["loss"]
+
+
+def test_evaluation_sets_have_a_line_each(tmp_path):
+  console = plain()
+  with Loggers(tmp_path, total_steps=2, console=console) as log:
+    log.write_eval(
+      0, {"loss": 0.5, "x/loss": 0.25, "x/rewards/accuracies": 1, "by_source/a/loss": 2}
+    )
+  shown = console.file.getvalue().splitlines()
+  assert shown[:3] == [
+    "eval at step 0  loss 0.5000",
+    "  x  loss 0.2500  accuracy 1.000",
+    "  by_source/a  loss 2.0000",
+  ]
+  (line,) = read_metrics(tmp_path / "metrics.jsonl")
+  assert line["eval/x/loss"] == 0.25 and line["eval/by_source/a/loss"] == 2

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -84,16 +83,6 @@ def test_a_row_with_a_token_beyond_the_model_is_refused(tmp_path, prepared):
   more = {"prompt": "a <image>", "chosen": "b", "rejected": "c"}
   with pytest.raises(UserError, match=rf"data row \d+ contains token id {vocab}, and the mod"):
     read([*rows, more])
-
-
-def test_rows_that_are_trained_on_and_held_out_are_remarked_on(tmp_path, tokenizer, capsys):
-  path = rows_file(tmp_path, "pairs")
-  other = tmp_path / "other.jsonl"
-  other.write_text(path.read_text())
-  load(path, tokenizer, eval_path=str(other))
-  assert "trained on too" not in capsys.readouterr().err
-  load(path, tokenizer, eval_path=f"{other},{pathlib.Path(path)}")
-  assert f"data.eval_path: {path} is trained on too" in capsys.readouterr().err
 
 
 def test_another_weight_of_a_token_is_other_data():
