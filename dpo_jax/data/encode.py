@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import difflib
 import itertools
 import multiprocessing
 import sys
@@ -366,11 +365,7 @@ def read_fields(given: Sequence[str]) -> dict[str, str]:
   if wrong:
     raise UserError(f"--fields {wrong[0]} is not name=name; as in --fields prompt=question")
   fields = dict(pair.split("=", 1) for pair in given)
-  for name in fields:
-    if name not in formats.FIELD_NAMES:
-      near = difflib.get_close_matches(name, formats.FIELD_NAMES, 1)
-      hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(formats.FIELD_NAMES)}"
-      raise UserError(f"--fields {name}=…: no row format has a field {name!r}; {hint}")
+  formats.check_field_names(fields, "--fields ")
   return fields
 
 

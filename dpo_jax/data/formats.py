@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from dpo_jax.data import fields as row_fields
 from dpo_jax.data import messages
 from dpo_jax.data.canonical import ASSISTANT_TURN
 from dpo_jax.data.fields import BadRow, Messages, Preference, Row, RowError
+from dpo_jax.structs import UserError
 
 
 class Format(NamedTuple):
@@ -319,3 +321,17 @@ FIELD_NAMES = tuple(
     name for table in FORMATS.values() for one in table for name in (*one.fields, *_OPTIONAL)
   )
 )
+
+
+def check_field_names(names: Iterable[str], where: str) -> None:
+  """Checks that a field map assigns fields that some row format has.
+
+  Args:
+    names: the fields that it assigns.
+    where: what an error puts before the name, such as "--fields ".
+  """
+  for name in names:
+    if name not in FIELD_NAMES:
+      near = difflib.get_close_matches(name, FIELD_NAMES, 1)
+      hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(FIELD_NAMES)}"
+      raise UserError(f"{where}{name}=…: no row format has a field {name!r}; {hint}")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpo_jax.data import formats, verdicts
 from dpo_jax.data.examples import Example
 from dpo_jax.structs import UserError
 
@@ -94,15 +95,21 @@ def _read_source(name: str, given: Any, field: str, options: Collection[str]) ->
       near = difflib.get_close_matches(option, options, 1)
       hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(options)}"
       raise UserError(f"{where} has no option {option!r}; {hint}")
-  source = Source(name, **({"path": ""} | dict(given)))
+  values: dict[str, Any] = {"path": ""} | dict(given)
+  source = Source(name, **values)
   if not isinstance(source.path, str) or not source.path:
     raise UserError(f"{where}.path is {source.path!r}; name a file of rows")
   if source.fields is not None:
     if not isinstance(source.fields, Mapping):
       raise UserError(f'{where}.fields is {source.fields!r}; give {{"prompt": "COLUMN"}}')
+    formats.check_field_names(source.fields, f"{where}.fields.")
     # An empty name stands for the usual field, as in data.fields.
     source = source._replace(
       fields={key: column for key, column in source.fields.items() if column}
+    )
+  if source.verdict and source.verdict not in verdicts.ENCODINGS:
+    raise UserError(
+      f"{where}.verdict is {source.verdict!r}; choose {', '.join(verdicts.ENCODINGS)}"
     )
   _check_numbers(given, where)
   return source

@@ -57,6 +57,8 @@ def test_a_description_is_a_path_or_options():
     ({"a": {"path": "x", "fraction": 0.5, "count": 2}}, "a count and a fraction; keep one"),
     ({"a": {"path": "x", "weight": 1}, "b": "y"}, "data.mix.b has no weight and others have"),
     ({"a": {"path": "x", "fields": "q"}}, "data.mix.a.fields is 'q'"),
+    ({"a": {"path": "x", "fields": {"promt": "q"}}}, "data.mix.a.fields.promt=.* mean 'prompt'"),
+    ({"a": {"path": "x", "verdict": "index3"}}, "verdict is 'index3'; choose index1, index0"),
   ],
 )
 def test_a_description_that_cannot_be_used_is_refused(given, words):
