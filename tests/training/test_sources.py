@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-import types
 
 import numpy as np
+import optax
 import pytest
 
 from configs import preferences
@@ -198,9 +198,11 @@ def test_a_row_of_a_mix_is_named_with_the_first_rows_of_its_sources(tokenizer, w
 def test_a_prepared_set_is_no_source(tokenizer, write, tmp_path):  # noqa: F811
   (tmp_path / "set").mkdir()
   np.savez(tmp_path / "set" / "lengths.npz")
-  for data in ({"mix": {"a": str(tmp_path / "set")}}, {"eval_sets": {"a": str(tmp_path / "set")}}):
-    with pytest.raises(UserError, match="is a prepared set, which is trained on by itself"):
-      load(tokenizer, **({"path": write("a", prompts("a", 3))} | data))
+  prepared = {"a": str(tmp_path / "set")}
+  with pytest.raises(UserError, match="is a prepared set, which is trained on by itself"):
+    load(tokenizer, mix=prepared)
+  with pytest.raises(UserError, match="is a prepared set, which is trained on by itself"):
+    load(tokenizer, path=write("a", prompts("a", 3)), eval_sets=prepared)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ def test_evaluation_by_group_is_that_of_the_group_alone(name):
   executor = Executor("mesh", 1)
   layout = Batching(row_length=48)
   rows = list(batches.eval_batches(some, batch_size=8, batching=layout))
-  state = step.init_state(tiny.init(1), types.SimpleNamespace(init=lambda params: ()))
+  state = step.init_state(tiny.init(1), optax.sgd(1.0))
   about, reference = objective(name), executor.place(tiny.init())
   groups = {"": range(8), "x": range(3), "by_source/y": range(3, 8)}
   found = Evaluator(executor, about, reference, rows, groups=groups)(state)
@@ -254,7 +256,8 @@ def test_evaluation_by_group_is_that_of_the_group_alone(name):
 
 
 def test_metrics_by_source_leave_out_what_is_no_loss_or_reward():
-  sums = {"loss": (1.0, 2.0), "rewards/margins": (3.0, 4.0), "drift/chosen": (5.0, 6.0)}
+  one = np.ones(())
+  sums: metrics.Sums = dict.fromkeys(("loss", "rewards/margins", "drift/chosen"), (one, one))
   found = metrics.by_source(lambda _: sums, np.ones(2), np.array([0, 1]), ("a", "b"))
   assert sorted(found) == [
     f"by_source/{name}/{key}" for name in "ab" for key in ("loss", "rewards/margins")
