@@ -178,7 +178,7 @@ def with_context(row: Row, *, chat: bool) -> Row:
     )
   # Whole conversations contain their prompt. Texts do not: their prompt has another name.
   whole = all(isinstance(row.get(name), list) for name in ("chosen", "rejected"))
-  return row | ({"prompt": context} if context and whole else {})
+  return row | ({"prompt": context} if whole else {})
 
 
 def _context(row: Row) -> Messages:
