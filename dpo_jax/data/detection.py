@@ -168,6 +168,11 @@ def detect(
   mapped = [_apply_field_map(row, fields) for row in rows]
   _check_field_map(rows, fields)
   plain = _readable(mapped, canonical.plain)
+  if {"message_id", "parent_id"} <= set(plain[0]):
+    raise UserError(
+      "the row is one message of a tree (message_id, parent_id); name the file that has a whole"
+      " tree per row"
+    )
   repeats = canonical.repeats_prompt(plain)
   chat = any(map(canonical.has_context, plain))
   known = _readable(plain, functools.partial(canonical.with_context, chat=chat))
@@ -288,11 +293,6 @@ def _find_format(row: Row, kind: str) -> int | None:
 
 def _unknown_format(row: Row, kinds: Sequence[str]) -> UserError:
   """Returns the error about a row of no known format, with the field map that would fit."""
-  if {"message_id", "parent_id"} <= set(row):
-    return UserError(
-      "the row is one message of a tree (message_id, parent_id); name the file that has a whole"
-      " tree per row"
-    )
   has = f"the row has fields {_field_names(row)}"
   if hint := suggestions.suggest(row, kinds):
     return UserError(f"{has}; {hint}")

@@ -168,8 +168,8 @@ def test_completions_that_begin_with_their_prompt():
   with pytest.raises(RowError, match="does not begin with the prompt, as those of other rows do"):
     reading.convert({"prompt": "p", "chosen": "good", "rejected": "p bad"})
   # Once is chance, and one row that does not is proof.
-  for rows in ([{"prompt": "Hi", "chosen": "Hi you", "rejected": "Hi, how"}], [*rows, PAIR]):
-    assert not detect(rows).repeats
+  for others in ([{"prompt": "Hi", "chosen": "Hi you", "rejected": "Hi, how"}], [*rows, PAIR]):
+    assert not detect(others).repeats
   ranked = [{"prompt": "How long is it?", "answers": [f"How long is it? {i}" for i in "ab"]}] * 2
   assert detect(ranked, kind="ranked").convert(ranked[0]).completions == (" a", " b")
 
