@@ -19,7 +19,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_jax.data.fields import REASONING, Conversation, Messages, RowError
+from dpo_jax.data.fields import Conversation, Messages, RowError
+from dpo_jax.data.messages import REASONING
 from dpo_jax.structs import UserError
 
 # Placeholders for the last message of a prompt and for a completion. Letters only: templates strip

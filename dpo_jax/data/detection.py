@@ -1,20 +1,26 @@
-"""Recognizes the format in which rows are written, and reads rows as preferences.
+"""Recognizes the format in which the rows of a file are written, and reads rows as preferences.
 
-The format of a file is recognized from its first row, or from the names that a field map assigns to
-other fields. `formats` lists the formats and says what each means.
+What one row means may depend on the others: a 0 is a tie, the first or the second completion, a
+missing prompt is a null or a transcript. So the first rows of a file are looked at together, and
+all verdicts of a column. `formats` lists the formats and says what each means.
 """
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
+from dpo_jax.data import canonical, formats, messages, suggestions, verdicts
 from dpo_jax.data import fields as row_fields
-from dpo_jax.data import formats
-from dpo_jax.data.fields import Conversation, Messages, Preference, Row, RowError
+from dpo_jax.data.fields import BadRow, Conversation, Messages, Preference, Row, RowError
 from dpo_jax.data.formats import Format
 from dpo_jax.structs import UserError
+
+SAMPLE = 1024  # rows of a file from which its format is recognized
+TRAIN_ON = ("assistant", "last")
 
 # The kinds of training, and the kinds of rows that each accepts; the first that matches is used.
 ACCEPTED_ROWS = {
@@ -34,8 +40,99 @@ _WHICH_LOSS = {
 }
 
 
-def detect(row: Row, fields: dict[str, str] | None = None, *, kind: str = "pairs") -> Format:
-  """Recognizes the format of a data set from one of its rows.
+class Reading(NamedTuple):
+  """How the rows of a file are read; plain values, so that worker processes can receive it.
+
+  Attributes:
+    of, index: the format: its kind of rows, and its number in that table of `formats`.
+    kind: the kind of training: see `detect`.
+    fields: field map, our names to those of the rows.
+    chat: whether text prompts become messages, since rows have a system message or a history.
+    repeats: whether completions begin with their prompt, which is taken away.
+    scores: whether the scores of pairs are read.
+    train_on: "assistant" scores all that the assistant writes, "last" its last message alone.
+    encoding: how verdicts are written; None if there are none.
+    name: name of the format.
+    notes: what a user should know about this reading.
+  """
+
+  of: str
+  index: int
+  kind: str
+  fields: dict[str, str]
+  chat: bool = False
+  repeats: bool = False
+  scores: bool = True
+  train_on: str = "assistant"
+  encoding: verdicts.Encoding | None = None
+  name: str = ""
+  notes: tuple[str, ...] = ()
+
+  @property
+  def format(self) -> Format:
+    """The format that most rows have."""
+    return formats.FORMATS[self.of][self.index]
+
+  def canonical(self, row: Row) -> Row:
+    """Returns a row of the file in the fields that `formats` knows."""
+    row = canonical.plain(_apply_field_map(row, self.fields))
+    if self.repeats:
+      row = canonical.without_prompt(row)
+    row = canonical.with_context(row, chat=self.chat)
+    if self.encoding is not None and row.get(verdicts.FIELD) is not None:
+      verdict = self.encoding.read(row[verdicts.FIELD])
+      if verdict is None:
+        raise RowError("no verdict")
+      row = row | {verdicts.FIELD: verdict}
+    return row
+
+  def convert(self, row: Row) -> Preference:
+    """Converts a row of the file to what the table of `detect` says.
+
+    Raises:
+      RowError: nothing can be learned from the row, such as an empty or equal completions.
+      BadRow: a field of the row cannot be read.
+    """
+    row = self.canonical(row)
+    preference = self._format_of(row).convert(row)
+    preference = preference._replace(
+      prompt=messages.with_tools(preference.prompt, row),
+      weight=preference.weight * row_fields.read_weight(row),
+    )
+    if self.of == "pairs" and self.kind == "text":
+      preference = preference._replace(
+        completions=preference.completions[:1], token_weights=preference.token_weights[:1]
+      )
+    elif self.of == "pairs":
+      known = preference.scores or (row_fields.read_pair_scores(row) if self.scores else ())
+      # As unpaired completions, chosen is desirable and rejected is not, whatever their scores.
+      preference = preference._replace(scores=(1.0, 0.0) if self.kind == "unpaired" else known)
+    if not all(_has_text(completion) for completion in preference.completions):
+      raise RowError("empty answer")
+    if any(one == other for one, other in itertools.combinations(preference.completions, 2)):
+      raise RowError("equal answers")
+    return messages.last_alone(preference) if self.train_on == "last" else preference
+
+  def _format_of(self, row: Row) -> Format:
+    """Returns the format of a row: that of most rows, or another one with the same fields."""
+    if self.format.matches(row):
+      return self.format
+    same = (one for one in formats.FORMATS[self.of] if one.fields == self.format.fields)
+    # Without any, the conversion by the usual format says what the row lacks.
+    return next((one for one in same if one.matches(row)), self.format)
+
+
+def detect(
+  rows: Row | Sequence[Row],
+  fields: dict[str, str] | None = None,
+  *,
+  kind: str = "pairs",
+  verdict: str = "",
+  train_on: str = "assistant",
+  scores: bool | None = None,
+  every_row: Callable[[], Iterable[Row]] | None = None,
+) -> Reading:
+  """Recognizes how the rows of a file are read.
 
     kind        accepted rows                      each row gives
     "pairs"     chosen and rejected                both completions
@@ -51,38 +148,129 @@ def detect(row: Row, fields: dict[str, str] | None = None, *, kind: str = "pairs
   `fields.read_pair_scores`.
 
   Args:
-    row: usually the first.
-    fields: field map from our field names (prompt, chosen, rejected, …) to those of the row.
+    rows: the first rows of the file, or one.
+    fields: field map from our field names (prompt, chosen, rejected, …) to those of the rows.
     kind: of the table.
+    verdict: encoding of verdicts; "" finds it out from all rows.
+    train_on: see `Reading`.
+    scores: whether scores of pairs are read; None reads them if all of `rows` have them.
+    every_row: gives all rows of the file, for verdicts; by default these are `rows`.
 
   Returns:
-    The format; its `convert` takes rows as they are in the file.
+    The reading; its `convert` takes rows as they are in the file.
 
   Raises:
-    UserError: the row is of another kind or unknown format, or lacks a field of the map.
+    UserError: the rows are of another kind or unknown format, or lack a field of the map, or their
+      verdicts can be read in two ways.
   """
+  rows = [rows] if isinstance(rows, dict) else list(rows)
   fields = _without_empty(fields)
-  row = _apply_field_map(row, fields)
-  for of in ACCEPTED_ROWS[kind]:
-    if found := _find_format(row, of):
-      # `convert` is bound to the field map, so that no caller can forget to apply it.
-      return found._replace(convert=functools.partial(_convert, found, of, fields, kind))
-  of = next((of for of in KINDS if _find_format(row, of)), None)
-  needed = _list_fields(*ACCEPTED_ROWS[kind])
-  if of:
-    raise UserError(f"the row has fields {_field_names(row)}: {_WHICH_LOSS[of]}; needed: {needed}")
-  raise _unknown_format(row, needed)
+  mapped = [_apply_field_map(row, fields) for row in rows]
+  _check_field_map(rows, fields)
+  plain = _readable(mapped, canonical.plain)
+  repeats = canonical.repeats_prompt(plain)
+  chat = any(map(canonical.has_context, plain))
+  known = _readable(plain, functools.partial(canonical.with_context, chat=chat))
+  of, index, name = _vote(known, kind)
+  reading = Reading(of, index, kind, fields, chat, repeats, train_on=train_on, name=name)
+  encoding = None
+  if reading.format.name == "compared":
+    column = (_apply_field_map(row, fields) for row in (every_row() if every_row else rows))
+    encoding = verdicts.find_encoding((row.get(verdicts.FIELD) for row in column), verdict, fields)
+  reads_scores, about_scores = _whether_scores(plain, scores) if of == "pairs" else (True, "")
+  notes = [
+    encoding and f"verdicts are read as {encoding.describe()}",
+    repeats and "the completions begin with their prompt, which is taken away",
+    *_notes_on_marks(known),
+    about_scores,
+  ]
+  return reading._replace(
+    encoding=encoding, scores=reads_scores, notes=tuple(note for note in notes if note)
+  )
 
 
-def detect_kind(row: Row, fields: dict[str, str] | None = None) -> str:
-  """Recognizes the kind of a row: a key of the table of `detect`."""
-  row = _apply_field_map(row, _without_empty(fields))
+def detect_kind(rows: Row | Sequence[Row], fields: dict[str, str] | None = None) -> str:
+  """Recognizes the kind of the rows of a file: a key of the table of `detect`."""
+  rows = [rows] if isinstance(rows, dict) else list(rows)
+  fields = _without_empty(fields)
+  plain = _readable([_apply_field_map(row, fields) for row in rows], canonical.plain)
+  _check_field_map(rows, fields)
+  chat = any(map(canonical.has_context, plain))
+  known = _readable(plain, functools.partial(canonical.with_context, chat=chat))
   # The order is important: a row may have the fields of several kinds, and counts as the most
   # particular one.
-  for of in ("unpaired", "ranked", "pairs", "text"):
-    if _find_format(row, of):
-      return of
-  raise _unknown_format(row, _list_fields(*KINDS))
+  order = ("unpaired", "ranked", "pairs", "text")
+  kinds = [next((of for of in order if _find_format(row, of) is not None), None) for row in known]
+  votes = collections.Counter(of for of in kinds if of)
+  if not votes:
+    raise _unknown_format(known[0], KINDS)
+  return votes.most_common(1)[0][0]
+
+
+def _readable(rows: Iterable[Row], change: Callable[[Row], Row]) -> list[Row]:
+  """Returns the changed rows, without those that cannot be; raises `UserError` if none can be."""
+  found, error = [], None
+  for row in rows:
+    try:
+      found.append(change(row))
+    except (RowError, BadRow) as one:
+      error = error or one
+  if not found:
+    raise error if isinstance(error, BadRow) else UserError(f"no row can be read: {error}")
+  return found
+
+
+def _vote(rows: Sequence[Row], kind: str) -> tuple[str, int, str]:
+  """Returns the kind, the number and the name of the format that most rows have."""
+  votes: collections.Counter[tuple[str, int]] = collections.Counter()
+  for row in rows:
+    found = ((of, _find_format(row, of)) for of in ACCEPTED_ROWS[kind])
+    votes.update([(of, index) for of, index in found if index is not None][:1])
+  if not votes:
+    of = next((of for of in KINDS if _find_format(rows[0], of) is not None), None)
+    if of is None:
+      raise _unknown_format(rows[0], ACCEPTED_ROWS[kind])
+    raise UserError(
+      f"the row has fields {_field_names(rows[0])}: {_WHICH_LOSS[of]}; needed:"
+      f" {_list_fields(*ACCEPTED_ROWS[kind])}"
+    )
+  of, index = votes.most_common(1)[0][0]
+  main = formats.FORMATS[of][index]
+  names = [main.name]
+  for other, number in votes:
+    one = formats.FORMATS[other][number]
+    if other == of and one.fields == main.fields and one.name not in names:
+      names.append(one.name)
+  return of, index, ", ".join(names)
+
+
+def _whether_scores(rows: Sequence[Row], requested: bool | None) -> tuple[bool, str]:
+  """Returns whether the scores of pairs are read, and a note if they cannot be."""
+  if requested is not None:
+    return requested, ""
+  try:
+    found = {bool(row_fields.read_pair_scores(row)) for row in rows}
+  except BadRow as error:
+    return False, f"scores are not read: {error}"
+  both = found == {True, False}
+  return not both, "scores are not read: some rows have none" if both else ""
+
+
+def _notes_on_marks(rows: Sequence[Row]) -> list[str]:
+  """Returns notes on rows that a chat template has rendered already."""
+  texts, contents = canonical.rendered_marks(rows)
+  notes = []
+  if texts:
+    notes.append(
+      f"the texts contain {' '.join(texts)}, so a chat template wrote them already; they are used"
+      " as they are"
+    )
+  if contents:
+    notes.append(
+      f"the messages contain {' '.join(contents)}, which chat templates write; a rendered text"
+      " inside a message is rendered twice"
+    )
+  return notes
 
 
 def _without_empty(fields: dict[str, str] | None) -> dict[str, str]:
@@ -90,14 +278,24 @@ def _without_empty(fields: dict[str, str] | None) -> dict[str, str]:
   return {ours: theirs for ours, theirs in (fields or {}).items() if theirs}
 
 
-def _find_format(row: Row, kind: str) -> Format | None:
-  return next((one for one in formats.FORMATS[kind] if one.matches(row)), None)
+def _find_format(row: Row, kind: str) -> int | None:
+  """Returns the number of the first format in the table of a kind that the row has."""
+  return next((i for i, one in enumerate(formats.FORMATS[kind]) if one.matches(row)), None)
 
 
-def _unknown_format(row: Row, needed: str) -> UserError:
+def _unknown_format(row: Row, kinds: Sequence[str]) -> UserError:
+  """Returns the error about a row of no known format, with the field map that would fit."""
+  if {"message_id", "parent_id"} <= set(row):
+    return UserError(
+      "the row is one message of a tree (message_id, parent_id); name the file that has a whole"
+      " tree per row"
+    )
+  has = f"the row has fields {_field_names(row)}"
+  if hint := suggestions.suggest(row, kinds):
+    return UserError(f"{has}; {hint}")
   return UserError(
-    f"the row has fields {_field_names(row)}; needed: {needed}; the field map (data.fields) assigns"
-    " prompt, chosen, rejected and the others to fields of other names"
+    f"{has}; needed: {_list_fields(*kinds)}; the field map (data.fields) assigns prompt, chosen,"
+    " rejected and the others to fields of other names"
   )
 
 
@@ -110,48 +308,30 @@ def _field_names(row: Row) -> str:
   return ", ".join(sorted(row)) or "no fields"
 
 
+def _check_field_map(rows: Sequence[Row], fields: dict[str, str]) -> None:
+  """Checks that some row has each of the fields that a map names."""
+  names = {name for row in rows for name in row}
+  for ours, theirs in fields.items():
+    if theirs not in names and not set(theirs.split("+")) <= names:
+      raise UserError(
+        f"the field map's {ours}={theirs} is not in the row, which has {_field_names(rows[0])}"
+      )
+
+
 def _apply_field_map(row: Row, fields: dict[str, str]) -> Row:
-  """Returns the row under our field names; columns joined by + become a list of their values."""
+  """Returns the row under our field names; columns joined by + become a list of their values.
+
+  A field that the row lacks is null, as in a table.
+  """
   found, used = {}, set(fields)
   for ours, theirs in fields.items():
     # A column whose own name contains a plus is that column.
     names = [theirs] if theirs in row else theirs.split("+")
-    for name in names:
-      if name not in row:
-        raise UserError(
-          f"the field map's {ours}={theirs} is not in the row, which has {_field_names(row)}"
-        )
-    found[ours] = [row[name] for name in names] if len(names) > 1 else row[names[0]]
     used |= set(names)
+    values = [row.get(name) for name in names]
+    found[ours] = values if len(names) > 1 else values[0]
   # Fields under either name are left out: an old `prompt` that the map replaces must not be read.
   return {name: value for name, value in row.items() if name not in used} | found
-
-
-def _convert(
-  row_format: Format, of: str, fields: dict[str, str], kind: str, row: Row
-) -> Preference:
-  """Converts a row of kind `of` to what the table of `detect` says for training of kind `kind`.
-
-  Raises:
-    RowError: a completion is empty, or two are equal: nothing can be learned from the row.
-  """
-  row = _apply_field_map(row, fields)
-  preference = row_format.convert(row)
-  preference = preference._replace(
-    prompt=row_fields.with_tools(preference.prompt, row),
-    weight=preference.weight * row_fields.read_weight(row),
-  )
-  if of == "pairs" and kind == "text":
-    preference = preference._replace(completions=preference.completions[:1])
-  elif of == "pairs":
-    known = preference.scores or row_fields.read_pair_scores(row)
-    # As unpaired completions, chosen is desirable and rejected is not, whatever their scores.
-    preference = preference._replace(scores=(1.0, 0.0) if kind == "unpaired" else known)
-  if not all(_has_text(completion) for completion in preference.completions):
-    raise RowError("empty answer")
-  if any(one == other for one, other in itertools.combinations(preference.completions, 2)):
-    raise RowError("equal answers")
-  return preference
 
 
 def _has_text(completion: Any) -> bool:
@@ -159,7 +339,8 @@ def _has_text(completion: Any) -> bool:
   if isinstance(completion, str):
     return bool(completion.strip())
   if completion and isinstance(completion[0], dict):
-    return any(message.get("tool_calls") or _has_text(message["content"]) for message in completion)
+    written = filter(messages.is_assistant, completion)
+    return any(message.get("tool_calls") or _has_text(message["content"]) for message in written)
   return bool(completion)
 
 
@@ -186,8 +367,8 @@ def read_prompt(row: Row) -> str | Messages | Conversation:
     if isinstance(prompt, str):
       content = row_fields.check_unicode(prompt)
     else:
-      content = row_fields.read_messages(prompt, "prompt", role="user")
-    found: Any = row_fields.with_tools(content, row)
+      content = messages.read_messages(prompt, "prompt", role="user")
+    found: Any = messages.with_tools(content, row)
     return found
   except RowError as error:
     # There is no ledger of prompts to count a dropped row in, so a bad one stops the command.

@@ -22,7 +22,7 @@ from dpo_jax.data import collate, detection, formats, packing, readers
 from dpo_jax.data.examples import Example, Measured, fill_up, lengths, truncate
 from dpo_jax.data.fields import Preference, Row, RowError
 from dpo_jax.data.readers import Source
-from dpo_jax.data.tokenizer import Tokenizer
+from dpo_jax.data.tokenizer import Tokenizer, Tokens
 from dpo_jax.structs import UserError
 
 # Version of the rules by which this package turns rows into ids. Increase it with every change that
@@ -119,7 +119,7 @@ class Encoder:
       if isinstance(result, RowError):
         out[at] = Dropped(out[at].where, str(result))
       else:
-        out[at] = self._truncate(out[at].where, *result, preference)
+        out[at] = self._truncate(out[at].where, result, preference)
     return out
 
   def format_of(self, first: tuple[str, Row]) -> str:
@@ -127,7 +127,8 @@ class Encoder:
     with _naming_place(first) as row:
       return detection.detect(row, self.fields, kind=self.kind).name
 
-  def _truncate(self, where, prompt, completions, preference: Preference) -> Encoded | Dropped:
+  def _truncate(self, where: str, tokens: Tokens, preference: Preference) -> Encoded | Dropped:
+    prompt, completions, _ = tokens
     # Rows of token ids may come from another tokenizer. On the device an id out of range does not
     # fail: JAX clamps indices.
     largest = max(int(ids.max()) for ids in (prompt, *completions))

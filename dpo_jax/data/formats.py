@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from dpo_jax.data import fields as row_fields
-from dpo_jax.data.fields import Messages, Preference, Row, RowError
-from dpo_jax.structs import UserError
+from dpo_jax.data import messages
+from dpo_jax.data.fields import BadRow, Messages, Preference, Row, RowError
 
 
 class Format(NamedTuple):
@@ -27,7 +27,7 @@ class Format(NamedTuple):
 
   def matches(self, row: Row) -> bool:
     """Returns True if a row is written in this format."""
-    return all(field in row for field in self.fields) and self.condition(row)
+    return all(row.get(field) is not None for field in self.fields) and self.condition(row)
 
 
 # --- conversion -----------------------------------------------------------------------------------
@@ -39,9 +39,18 @@ def _from_ids(row: Row) -> Preference:
   prompt = row_fields.read_ids(row, "prompt_ids")
   if not prompt:
     raise RowError("empty prompt")
-  return Preference(
-    prompt, (row_fields.read_ids(row, "chosen_ids"), row_fields.read_ids(row, "rejected_ids"))
-  )
+  completions = [row_fields.read_ids(row, f"{side}_ids") for side in ("chosen", "rejected")]
+  masks = [row.get(f"{side}_mask") for side in ("chosen", "rejected")]
+  weights = _read_masks(masks, completions, ("chosen_mask", "rejected_mask"))
+  return Preference(prompt, tuple(completions), token_weights=weights)
+
+
+def _read_masks(
+  masks: list[Any], completions: list[list[int]], fields: Sequence[str]
+) -> tuple[list[float] | None, ...]:
+  """Returns the weights of the tokens of completions; () if no completion has any."""
+  found = tuple(map(row_fields.check_mask, masks, completions, fields))
+  return found if any(weights is not None for weights in found) else ()
 
 
 def _from_strings(row: Row) -> Preference:
@@ -51,55 +60,21 @@ def _from_strings(row: Row) -> Preference:
   )
 
 
+def _replies(row: Row, *fields: str) -> list[Messages]:
+  return [
+    messages.read_messages(row_fields.read_field(row, field), field, role="assistant")
+    for field in fields
+  ]
+
+
 def _from_messages(row: Row) -> Preference:
   """Converts a prompt and two completions, some of them messages, perhaps repeating the prompt."""
-  prompt = row_fields.read_messages(row_fields.read_field(row, "prompt"), "prompt", role="user")
-  return _with_completions(
-    prompt,
-    *(
-      row_fields.read_messages(row_fields.read_field(row, field), field, role="assistant")
-      for field in ("chosen", "rejected")
-    ),
-  )
-
-
-def _with_completions(prompt: Messages, *completions: Messages) -> Preference:
-  """Joins a prompt with completions of one message each.
-
-  Completions of several messages each are whole conversations: they contain the prompt themselves,
-  and `prompt` is not used.
-  """
-  if all(len(completion) > 1 for completion in completions):
-    return _split_shared_prompt(*completions)
-  if any(len(completion) != 1 for completion in completions):
-    raise RowError("answer of several messages")
-  return Preference(prompt, tuple(map(_last_reply, completions)))
+  prompt = messages.read_messages(row_fields.read_field(row, "prompt"), "prompt", role="user")
+  return messages.join(prompt, *_replies(row, "chosen", "rejected"))
 
 
 def _from_shared_messages(row: Row) -> Preference:
-  return _split_shared_prompt(
-    *(
-      row_fields.read_messages(row_fields.read_field(row, field), field, role="assistant")
-      for field in ("chosen", "rejected")
-    )
-  )
-
-
-def _split_shared_prompt(*conversations: Messages) -> Preference:
-  """Splits conversations that differ only in their last message into prompt and completions."""
-  prompt = conversations[0][:-1]
-  if any(conversation[:-1] != prompt for conversation in conversations):
-    raise RowError("prompts differ")
-  if not prompt:
-    raise RowError("empty prompt")
-  return Preference(prompt, tuple(map(_last_reply, conversations)))
-
-
-def _last_reply(conversation: Messages) -> Messages:
-  """Returns the last message, as a list; raises `RowError` if it is not the assistant's."""
-  if not conversation or conversation[-1]["role"] != "assistant":
-    raise RowError("last message is not the assistant's")
-  return conversation[-1:]
+  return messages.divide(*_replies(row, "chosen", "rejected"))
 
 
 def _from_transcripts(row: Row) -> Preference:
@@ -123,39 +98,26 @@ def _split_transcript(text: str) -> tuple[str, str]:
 
 
 def _from_conversations(row: Row) -> Preference:
-  prompt = row_fields.read_messages(
-    row_fields.read_field(row, "conversations"), "conversations", role="user"
-  )
-  completions = (
-    _last_reply(
-      row_fields.read_messages(row_fields.read_field(row, field), field, role="assistant")
-    )
-    for field in ("chosen", "rejected")
-  )
-  return Preference(prompt, tuple(completions))
+  prompt = row_fields.read_field(row, "conversations")
+  prompt = messages.read_messages(prompt, "conversations", role="user")
+  return messages.join(prompt, *_replies(row, "chosen", "rejected"))
 
 
 def _from_compared(row: Row) -> Preference:
-  """Converts an A/B comparison: two completions, and the verdicts of one or several annotators.
+  """Converts an A/B comparison: two completions, and a verdict in [-1, 1].
 
-  A verdict is 1 or -1, 0.5 or -0.5 for "slightly better", or 0. The sign of the mean verdict
-  decides which completion is chosen; a mean of 0 is a tie. |mean| becomes the weight of the pair,
-  which is to first order as if every verdict were a pair of its own. It also becomes the margin.
+  The verdict is the mean of those of all annotators (`verdicts.Encoding.read`). Its sign decides
+  which completion is chosen; 0 is a tie. Its size becomes the weight of the pair, which is to first
+  order as if every annotator's verdict were a pair of its own. It also becomes the margin.
   """
-  preference = row_fields.read_field(row, "preference")
-  given = preference if isinstance(preference, list) else [preference]
-  # A null is an annotator who did not compare this row; he does not count as a tie.
-  verdicts = [row_fields.read_verdict(one) for one in given if one is not None]
-  if not verdicts:
-    raise RowError("no verdict")
-  mean = sum(verdicts) / len(verdicts)
-  if not mean:
+  verdict = row_fields.read_field(row, "preference")
+  if not verdict:
     raise RowError("tie")
-  better, worse = ("answer_a", "answer_b") if mean > 0 else ("answer_b", "answer_a")
+  better, worse = ("answer_a", "answer_b") if verdict > 0 else ("answer_b", "answer_a")
   pair = row | {"chosen": row.get(better), "rejected": row.get(worse)}
   # With chosen and rejected filled in, the row has one of the other formats of a pair.
   pair_format = next(one for one in PAIRS if one.matches(pair))
-  return pair_format.convert(pair)._replace(scores=(abs(mean), 0.0), weight=abs(mean))
+  return pair_format.convert(pair)._replace(scores=(abs(verdict), 0.0), weight=abs(verdict))
 
 
 def instruction_prompt(instruction: str, context: str = "") -> str:
@@ -179,9 +141,9 @@ def _from_instruction(row: Row) -> Preference:
 
 
 def _from_conversation(row: Row, field: str) -> Preference:
-  """Converts a conversation whose last message is the completion."""
-  conversation = row_fields.read_messages(row_fields.read_field(row, field), field, role="user")
-  return Preference(conversation[:-1], (_last_reply(conversation),))
+  """Converts a conversation: what the assistant writes in it is the completion."""
+  conversation = messages.read_messages(row_fields.read_field(row, field), field, role="user")
+  return messages.divide_one(conversation)
 
 
 def _from_completion(row: Row) -> Preference:
@@ -190,8 +152,8 @@ def _from_completion(row: Row) -> Preference:
   # If one of the two is messages, the other becomes messages too.
   if isinstance(prompt, str) and isinstance(completion, str):
     return Preference(row_fields.check_unicode(prompt), (row_fields.check_unicode(completion),))
-  reply = _last_reply(row_fields.read_messages(completion, "completion", role="assistant"))
-  return Preference(row_fields.read_messages(prompt, "prompt", role="user"), (reply,))
+  prompt = messages.read_messages(prompt, "prompt", role="user")
+  return messages.join(prompt, *_replies(row, "completion"))
 
 
 def _with_label(base: Format) -> Format:
@@ -211,7 +173,17 @@ def _from_ranked_ids(row: Row) -> Preference:
     row_fields.check_ids(value, "answers_ids")
     for value in row_fields.read_ranked(row, "answers_ids")
   ]
-  return _order_by_scores(Preference(prompt, tuple(completions)), row)
+  masks = row.get("answers_mask")
+  if not isinstance(masks, list) or len(masks) != len(completions):
+    if masks is not None:
+      raise BadRow(
+        "answers_mask",
+        f"field answers_mask is {row_fields.shorten(masks)}, not a list of {len(completions)}"
+        " masks, one per completion",
+      )
+    masks = [None] * len(completions)
+  weights = _read_masks(masks, completions, ["answers_mask"] * len(completions))
+  return _order_by_scores(Preference(prompt, tuple(completions), token_weights=weights), row)
 
 
 def _from_ranked(row: Row) -> Preference:
@@ -221,9 +193,9 @@ def _from_ranked(row: Row) -> Preference:
   if all(isinstance(value, str) for value in (prompt, *completions)):
     texts = tuple(map(row_fields.check_unicode, completions))
     return _order_by_scores(Preference(row_fields.check_unicode(prompt), texts), row)
-  replies = [row_fields.read_messages(one, "answers", role="assistant") for one in completions]
-  prompt = row_fields.read_messages(prompt, "prompt", role="user")
-  return _order_by_scores(_with_completions(prompt, *replies), row)
+  replies = [messages.read_messages(one, "answers", role="assistant") for one in completions]
+  prompt = messages.read_messages(prompt, "prompt", role="user")
+  return _order_by_scores(messages.join(prompt, *replies), row)
 
 
 def _order_by_scores(preference: Preference, row: Row) -> Preference:
@@ -231,16 +203,17 @@ def _order_by_scores(preference: Preference, row: Row) -> Preference:
 
   Raises:
     RowError: all scores are equal, so no completion is preferred.
-    UserError: not one finite number per completion.
+    BadRow: not one finite number per completion.
   """
   scores = row.get("scores")
   if scores is None:
     return preference
   count = len(preference.completions)
   if not isinstance(scores, list) or len(scores) != count:
-    raise UserError(
+    raise BadRow(
+      "scores",
       f"field scores is {row_fields.shorten(scores)}, not a list of {count} numbers, one per"
-      " completion"
+      " completion",
     )
   scores = [row_fields.check_number(score, "scores") for score in scores]
   if len(set(scores)) == 1:
@@ -250,6 +223,7 @@ def _order_by_scores(preference: Preference, row: Row) -> Preference:
   return preference._replace(
     completions=tuple(preference.completions[k] for k in order),
     scores=tuple(scores[k] for k in order),
+    token_weights=tuple(preference.token_weights[k] for k in order if preference.token_weights),
   )
 
 
@@ -298,9 +272,10 @@ PAIRS = (
   Format(
     "compared", ("instruction", "answer_a", "answer_b", "preference"), _always, _from_compared
   ),
+  Format("compared", ("answer_a", "answer_b", "preference"), _always, _from_compared),
 )
 
-# One completion without a label (SFT data). In a conversation the last message is the completion.
+# One completion without a label (SFT data).
 TEXTS = (
   Format("completion", ("prompt", "completion"), _unlabelled, _from_completion),
   Format("chat", ("messages",), _unlabelled, lambda row: _from_conversation(row, "messages")),
@@ -332,7 +307,8 @@ FORMATS = {"pairs": PAIRS, "text": TEXTS, "unpaired": UNPAIRED, "ranked": RANKED
 
 # Fields that rows of some formats may have besides.
 _OPTIONAL = (
-  *("input", "tools", "weight", "scores", "margin"),
+  *("input", "system", "history", "tools", "weight", "scores", "margin"),
+  *("chosen_mask", "rejected_mask", "answers_mask"),
   *("chosen_score", "rejected_score", "chosen_reward", "rejected_reward"),
 )
 # Every field name that a field map may assign.

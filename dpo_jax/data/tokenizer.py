@@ -18,17 +18,29 @@ import itertools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 
 from dpo_jax.data.chat_template import Template
-from dpo_jax.data.fields import Conversation, Messages, Preference, RowError, as_conversation
+from dpo_jax.data.fields import Conversation, Messages, Preference, RowError
+from dpo_jax.data.messages import as_conversation
 from dpo_jax.structs import UserError
 
 Ids = np.ndarray  # int32
-Encoded = tuple[Ids, tuple[Ids, ...]]  # prompt and completions
+
+
+class Tokens(NamedTuple):
+  """The token ids of one row.
+
+  Attributes:
+    prompt, completions, token_weights: as in `examples.Example`.
+  """
+
+  prompt: Ids
+  completions: tuple[Ids, ...]
+  token_weights: tuple[np.ndarray, ...] = ()
 
 
 def load_tokenizer(
@@ -102,7 +114,7 @@ class Tokenizer:
 
   # --- text to ids --------------------------------------------------------------------------------
 
-  def encode_preference(self, preference: Preference) -> Encoded:
+  def encode_preference(self, preference: Preference) -> Tokens:
     """Returns the ids of a prompt and its completions.
 
     Raises:
@@ -113,7 +125,7 @@ class Tokenizer:
       raise encoded
     return encoded
 
-  def encode_preferences(self, preferences: Sequence[Preference]) -> list[Encoded | RowError]:
+  def encode_preferences(self, preferences: Sequence[Preference]) -> list[Tokens | RowError]:
     """Encodes many rows at once, on all cores.
 
     Returns:
@@ -172,7 +184,7 @@ class Tokenizer:
     settings = json.dumps([*about, self.template.arguments], sort_keys=True)
     return hashlib.sha256((self._digest + settings).encode()).hexdigest()
 
-  def _split(self, encodings: list, starts: list[int], is_chat: bool) -> Encoded:
+  def _split(self, encodings: list, starts: list[int], is_chat: bool) -> Tokens:
     """Splits the tokens of whole texts into one shared prompt and the completions.
 
     Args:
@@ -200,7 +212,9 @@ class Tokenizer:
     # Checked again after the texts: different texts may have equal ids (unknown words, trimming).
     if any(one == other for one, other in itertools.combinations(completions, 2)):
       raise RowError("equal answers")
-    return _array(prompt), tuple(_array(self._with_end(ids, is_chat)) for ids in completions)
+    return Tokens(
+      _array(prompt), tuple(_array(self._with_end(ids, is_chat)) for ids in completions)
+    )
 
   def _with_bos(self, ids: list[int]) -> list[int]:
     # A template, or the text itself, may have written it already.
@@ -300,11 +314,11 @@ def _read_object(file: pathlib.Path) -> dict[str, Any]:
   return found
 
 
-def _from_ids(prompt: Any, completions: Sequence[Any]) -> Encoded | RowError:
+def _from_ids(prompt: Any, completions: Sequence[Any]) -> Tokens | RowError:
   # Rows of token ids are used unchanged: no BOS and no EOS is added.
   if not prompt:
     return RowError("empty prompt")
-  return _array(prompt), tuple(_array(ids) for ids in completions)
+  return Tokens(_array(prompt), tuple(_array(ids) for ids in completions))
 
 
 def _first_token(encoding: tokenizers.Encoding, start: int) -> int:

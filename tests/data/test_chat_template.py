@@ -18,7 +18,7 @@ from tests.support.random_texts import BY_MANY, SHORT
 
 def texts(tokenizer, preference):
   """Decoded prompt, and whole texts, special tokens written out."""
-  prompt, completions = tokenizer.encode_preference(preference)
+  prompt, completions, _ = tokenizer.encode_preference(preference)
   whole = [tokenizer.decode([*prompt, *answer], special=True) for answer in completions]
   return tokenizer.decode(prompt, special=True), whole
 
@@ -217,7 +217,7 @@ def test_what_is_given_and_what_is_scored(kinds, case):
   tokenizer = kinds(name, **({"enable_thinking": False} if quick else {}))
   # Another answer that begins alike: what both share is not the prompt's for that.
   other = reply(answer[0]["content"][:1] + "nd more")
-  ids, (one, two) = tokenizer.encode_preference(Preference(prompt, (answer, other)))
+  ids, (one, two), _ = tokenizer.encode_preference(Preference(prompt, (answer, other)))
   assert tokenizer.decode(ids, special=True) == given
   assert tokenizer.decode(one, special=True) == scored
   assert tokenizer.encode_prompt(prompt) == ids.tolist()
@@ -241,7 +241,7 @@ def test_ids_decode_to_what_the_template_writes(kinds, kind, asked, first, secon
   completions = reply(first), reply(second)
   start, written = tokenizer.template.render(Conversation(prompt), completions)
   try:
-    ids, found = tokenizer.encode_preference(Preference(prompt, completions))
+    ids, found, _ = tokenizer.encode_preference(Preference(prompt, completions))
   except RowError as error:
     assert str(error) == "equal answers" and first.strip() == second.strip()
     return
@@ -358,7 +358,7 @@ def test_ids_of_real_templates_decode_to_what_they_write(real, asked, first, sec
   completions = reply(first), reply(second)
   start, written = real.template.render(Conversation(prompt), completions)
   try:
-    ids, found = real.encode_preference(Preference(prompt, completions))
+    ids, found, _ = real.encode_preference(Preference(prompt, completions))
   except RowError as error:
     assert str(error) == "equal answers"
     return
@@ -418,7 +418,7 @@ def test_conversations_under_real_templates(shared_data, name, arguments, talk):
     with pytest.raises(RowError, match="leaves out some of what the assistant says"):
       tokenizer.encode_preference(Preference(prompt, (answer, reply("no"))))
     return
-  ids, (one, _) = tokenizer.encode_preference(Preference(prompt, (answer, reply("no"))))
+  ids, (one, _), _ = tokenizer.encode_preference(Preference(prompt, (answer, reply("no"))))
   theirs = PreTrainedTokenizerFast.from_pretrained(folder)
 
   def write(messages, **how):

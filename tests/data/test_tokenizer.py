@@ -20,7 +20,7 @@ from tests.support.random_texts import ANYTHING, BY_MANY, SHORT
 def test_a_token_that_holds_any_of_the_answer_belongs_to_it(made):
   # "answer good" is `answer`, ` good`: the space that ends the prompt is the first byte of ` good`.
   tokenizer = made["byte_level"]
-  prompt, (good, bad) = tokenizer.encode_preference(Preference("the answer ", ("good", "bad")))
+  prompt, (good, bad), _ = tokenizer.encode_preference(Preference("the answer ", ("good", "bad")))
   assert tokenizer.decode(prompt) == "the answer"
   assert tokenizer.decode(good) == " good" and tokenizer.decode(bad) == " bad"
   assert good[-1] == bad[-1] == tokenizer.eos_id
@@ -29,7 +29,7 @@ def test_a_token_that_holds_any_of_the_answer_belongs_to_it(made):
 def test_the_prompt_is_what_all_answers_share(made):
   # With "good" the space goes to the answer, with "\n" it would not; the prompt is one for both.
   tokenizer = made["byte_level"]
-  prompt, completions = tokenizer.encode_preference(Preference("the answer ", ("good", "\nbad")))
+  prompt, completions, _ = tokenizer.encode_preference(Preference("the answer ", ("good", "\nbad")))
   assert tokenizer.decode(prompt) == "the answer"
   assert [tokenizer.decode(a) for a in completions] == [" good", " \nbad"]
 
@@ -37,7 +37,7 @@ def test_the_prompt_is_what_all_answers_share(made):
 def test_an_answer_may_change_the_tokens_before_it(tmp_path):
   # "abc" is a|bc and "abd" is ab|d: no token of the prompt's "ab" is in both.
   tokenizer = load_tokenizer(small_tokenizers.by_merges(tmp_path, ("b", "c"), ("a", "b")))
-  prompt, (chosen, rejected) = tokenizer.encode_preference(Preference("xab", ("c", "d")))
+  prompt, (chosen, rejected), _ = tokenizer.encode_preference(Preference("xab", ("c", "d")))
   assert tokenizer.decode(prompt) == "x"
   assert [tokenizer.decode([id]) for id in chosen] == ["a", "bc"]
   assert [tokenizer.decode([id]) for id in rejected] == ["ab", "d"]
@@ -46,7 +46,7 @@ def test_an_answer_may_change_the_tokens_before_it(tmp_path):
 def test_a_space_at_the_end_of_a_token_is_the_answers_too(tmp_path):
   # "a " is one token, and trimmed offsets would have it end with the prompt.
   tokenizer = load_tokenizer(small_tokenizers.by_merges(tmp_path, ("a", "Ġ")))
-  prompt, (chosen, _) = tokenizer.encode_preference(Preference("xa", (" b", " c")))
+  prompt, (chosen, _), _ = tokenizer.encode_preference(Preference("xa", (" b", " c")))
   assert tokenizer.decode(prompt) == "x" and tokenizer.decode(chosen) == "a b"
 
 
@@ -54,7 +54,7 @@ def test_bos_stands_once_and_eos_ends_the_answer(made):
   tokenizer = made["byte_fallback"]
   assert tokenizer.adds_bos
   for prompt in ("the answer", "<s>the answer"):  # the text may have written it already
-    ids, completions = tokenizer.encode_preference(Preference(prompt, (" is good", " is bad")))
+    ids, completions, _ = tokenizer.encode_preference(Preference(prompt, (" is good", " is bad")))
     for answer in completions:
       whole = [*ids, *answer]
       assert whole.count(tokenizer.bos_id) == 1 and whole[0] == tokenizer.bos_id
@@ -73,7 +73,9 @@ def test_bos_is_a_habit_of_the_tokenizer(tmp_path):
 
 def test_an_eos_written_in_the_answer_is_not_doubled(made):
   tokenizer = made["byte_fallback"]
-  _, (good, _) = tokenizer.encode_preference(Preference("the answer", (" is good</s>", " is bad")))
+  _, (good, _), _ = tokenizer.encode_preference(
+    Preference("the answer", (" is good</s>", " is bad"))
+  )
   assert good.tolist().count(tokenizer.eos_id) == 1
 
 
@@ -81,13 +83,13 @@ def test_a_row_needs_a_token_to_predict_its_answers_from(made):
   with pytest.raises(RowError, match="no prompt token before the answer"):
     made["byte_level"].encode_preference(Preference("", ("good", "bad")))
   # BOS is such a token.
-  prompt, _ = made["byte_fallback"].encode_preference(Preference("", ("good", "bad")))
+  prompt, _, _ = made["byte_fallback"].encode_preference(Preference("", ("good", "bad")))
   assert prompt.tolist() == [made["byte_fallback"].bos_id]
 
 
 def test_a_text_alone_gives_its_first_token(made):
   tokenizer = made["byte_level"]
-  prompt, (text,) = tokenizer.encode_preference(Preference("", ("the answer",)))
+  prompt, (text,), _ = tokenizer.encode_preference(Preference("", ("the answer",)))
   assert len(prompt) == 1 and tokenizer.decode([*prompt, *text]) == "the answer"
 
 
@@ -97,7 +99,9 @@ def test_answers_that_become_one_are_dropped(made):
 
 
 def test_ids_stand_as_they_are(made):
-  prompt, completions = made["byte_fallback"].encode_preference(Preference([5, 6], ([7, 2], [8])))
+  prompt, completions, _ = made["byte_fallback"].encode_preference(
+    Preference([5, 6], ([7, 2], [8]))
+  )
   assert prompt.tolist() == [5, 6] and [a.tolist() for a in completions] == [[7, 2], [8]]
   assert prompt.dtype == np.int32
 
@@ -127,7 +131,7 @@ def test_many_rows_at_once_equal_one_by_one(made):
 def test_ids_decode_to_the_text_whatever_it_is(made, family, prompt, first, second):
   tokenizer = made[family]
   try:
-    ids, completions = tokenizer.encode_preference(Preference(prompt, (first, second)))
+    ids, completions, _ = tokenizer.encode_preference(Preference(prompt, (first, second)))
   except RowError as error:
     assert str(error) in ("no prompt token before the answer", "equal answers")
     return
@@ -198,7 +202,7 @@ def test_a_folder_without_a_tokenizer_says_what_is_missing(tmp_path):
 def test_ids_of_real_tokenizers_decode_to_the_text(real, prompt, first, second):
   """The text, where the tokenizer itself gives it back; the end once; the answer's tokens alone."""
   try:
-    ids, completions = real.encode_preference(Preference(prompt, (first, second)))
+    ids, completions, _ = real.encode_preference(Preference(prompt, (first, second)))
   except RowError as error:
     assert str(error) in ("no prompt token before the answer", "equal answers")
     return
@@ -235,7 +239,7 @@ def test_ids_of_real_rows_decode_to_their_text(real, shared_data, file):
       preference = convert(row)
     except RowError:
       continue
-    prompt, completions = real.encode_preference(preference)
+    prompt, completions, _ = real.encode_preference(preference)
     whole = [real.decode([*prompt, *answer]) for answer in completions]
     ends = [answer.tolist().count(real.eos_id) for answer in completions]
     assert ends == [1, 1]
