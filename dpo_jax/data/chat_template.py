@@ -16,11 +16,12 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dpo_jax.data.fields import Conversation, Messages, RowError
-from dpo_jax.data.messages import REASONING
+from dpo_jax.data.messages import REASONING, is_assistant
+from dpo_jax.data.spans import Written, common_start
 from dpo_jax.structs import UserError
 
 # Placeholders for the last message of a prompt and for a completion. Letters only: templates strip
@@ -79,6 +80,7 @@ class Template:
     waiting = self._render(conversation, add_generation_prompt=True)
     for message in conversation.messages:
       _check_complete(message, waiting)
+    self._check_calls(conversation)
     if waiting != self._render(conversation):
       return waiting
     # The template ignores add_generation_prompt. The head of the assistant's turn is then what a
@@ -94,16 +96,24 @@ class Template:
 
   def render(
     self, conversation: Conversation, completions: Sequence[Messages]
-  ) -> tuple[str, list[str]]:
-    """Returns the text of the prompt, and the text that follows it for each completion.
+  ) -> tuple[str, list[Written]]:
+    """Returns the text of the prompt, and what follows it for each completion.
 
     The text of a completion includes the end of its turn.
 
     Raises:
-      RowError: as `render_prompt`; or a completion does not begin where the prompt ends.
+      RowError: as `render_prompt`; or a completion does not begin where the prompt ends, or cannot
+        be divided into its messages.
     """
     prompt = self.render_prompt(conversation)
-    return prompt, [self._render_completion(conversation, one, prompt) for one in completions]
+    written = []
+    for completion in completions:
+      text = self._render_completion(conversation, completion, prompt)
+      # The usual completion is one message, all of which is scored.
+      usual = len(completion) == 1 and completion[0].get("weight", 1.0) == 1.0
+      spans = () if usual else tuple(self._spans(conversation, completion, text))
+      written.append(Written(text, spans))
+    return prompt, written
 
   def _render_completion(
     self, conversation: Conversation, completion: Messages, prompt: str
@@ -126,6 +136,49 @@ class Template:
       _check_complete(message, written, with_reasoning=True)
     return written
 
+  def _spans(
+    self, conversation: Conversation, completion: Messages, written: str
+  ) -> Iterator[tuple[int, int, float]]:
+    """Yields where the assistant's messages stand in the text of a completion.
+
+    A message's text starts where generation would start and ends with the end of its turn. The
+    messages before and after it are marked to find these places: their own texts may occur
+    anywhere.
+    """
+    turns, first = [*conversation.messages, *completion], len(conversation.messages)
+    for at in range(first, len(turns)):
+      message = turns[at]
+      if not is_assistant(message) or not message.get("weight", 1.0):
+        continue
+      marked = [*turns]
+      if at:
+        marked[at - 1] = {**turns[at - 1], "content": _LAST}
+      head = _after_mark(self.render_prompt(conversation._replace(messages=marked[:at])), bool(at))
+      tail = _after_mark(self._render(conversation._replace(messages=marked)), bool(at))
+      # A prompt may end in what the template fills in for the model, such as an empty reasoning
+      # block, and writes in no earlier turn.
+      start = common_start(head, tail)
+      end = len(tail)
+      if at + 1 < len(turns):
+        marked[at + 1] = {**turns[at + 1], "content": _COMPLETION}
+        rest = _after_mark(self._render(conversation._replace(messages=marked)), bool(at))
+        end = self._end_of_turn(rest, start)
+      if not written.endswith(tail[start:]):
+        raise RowError("chat template: cannot divide the answer into its messages")
+      offset = len(written) - len(tail)
+      yield max(0, offset + start), offset + end, message.get("weight", 1.0)
+
+  def _end_of_turn(self, text: str, start: int) -> int:
+    """Returns where a message ends that starts at `start` and is followed by the mark."""
+    before, *rest = text.split(_COMPLETION)
+    turn_end = self.turn_end.strip()
+    if len(rest) == 1 and not self.source:
+      return max(start, before.rfind("\n\n"))  # where the next turn's name begins
+    found = before.rfind(turn_end, start) if turn_end and len(rest) == 1 else -1
+    if found < 0:
+      raise RowError("chat template: cannot find where a message of the answer ends")
+    return found + len(turn_end)
+
   @functools.cached_property
   def turn_end(self) -> str:
     """The text that ends the assistant's turn; "" without a template, or if it cannot be found."""
@@ -139,11 +192,33 @@ class Template:
       return ""
     return end
 
+  def _check_calls(self, conversation: Conversation) -> None:
+    """Raises `RowError` if a call in the prompt is missing from its text.
+
+    The name of the tool is no sign of it, since it stands in the list of tools as well.
+    """
+    marks: list[str] = []
+
+    def marked(call: dict[str, Any]) -> dict[str, Any]:
+      marks.append(f"Qcall{'abcdefghij'[len(marks) % 10] * (1 + len(marks) // 10)}Q")
+      function = {**call.get("function", call), "name": marks[-1]}
+      return {**call, "function": function} if "function" in call else function
+
+    turns = [
+      {**one, "tool_calls": list(map(marked, one["tool_calls"]))} if "tool_calls" in one else one
+      for one in conversation.messages
+    ]
+    if not marks:
+      return
+    text = self._render(conversation._replace(messages=turns))
+    if not all(mark in text for mark in marks):
+      raise RowError("chat template: it leaves out a tool call of the assistant")
+
   def _render(
     self, conversation: Conversation, completion: Sequence[dict[str, Any]] = (), **options: bool
   ) -> str:
     """Returns the text of a conversation and perhaps a completion, as transformers renders it."""
-    messages = [*conversation.messages, *completion]
+    messages = [_without_weight(one) for one in (*conversation.messages, *completion)]
     # Without this check such a template would drop the tools in silence.
     if conversation.tools and "tools" not in json.dumps(self.source):
       raise RowError("chat template: no place for tools")
@@ -205,8 +280,14 @@ def _with_mark(conversation: Conversation) -> Conversation:
   return conversation._replace(messages=[*earlier, {**last, "content": _LAST}])
 
 
-def _after_mark(text: str) -> str:
-  """Returns the text that follows the placeholder."""
+def _without_weight(message: dict[str, Any]) -> dict[str, Any]:
+  return {name: one for name, one in message.items() if name != "weight"}
+
+
+def _after_mark(text: str, marked: bool = True) -> str:
+  """Returns the text that follows the placeholder; all of it if nothing is marked."""
+  if not marked:
+    return text
   _, *rest = text.split(_LAST)
   if len(rest) != 1:
     raise RowError("chat template: cannot find the prompt's last message in its text")
@@ -226,7 +307,9 @@ def _check_complete(message: dict[str, Any], text: str, *, with_reasoning: bool 
     extra = [message.get(name) or "" for name in REASONING]
     parts = [*parts, *extra] if with_reasoning else parts[-1:]
   for call in message.get("tool_calls") or ():
-    parts.append(str(call.get("function", call).get("name", "")))
+    function = call.get("function", call)
+    arguments = function.get("arguments")
+    parts += [str(function.get("name", "")), *(arguments if isinstance(arguments, dict) else ())]
   # Stripped, since most templates trim messages.
   for part in (part.strip() for part in parts):
     # Some templates write the results of tools as JSON.

@@ -18,16 +18,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data import collate, detection, formats, packing, readers
+from dpo_jax.data import canonical, collate, detection, formats, packing, readers
+from dpo_jax.data.detection import Reading
 from dpo_jax.data.examples import Example, Measured, fill_up, lengths, truncate
-from dpo_jax.data.fields import Preference, Row, RowError
+from dpo_jax.data.fields import BadRow, Preference, Row, RowError
 from dpo_jax.data.readers import Source
 from dpo_jax.data.tokenizer import Tokenizer, Tokens
 from dpo_jax.structs import UserError
 
 # Version of the rules by which this package turns rows into ids. Increase it with every change that
 # gives other ids for the same row: prepared sets of another version are then refused.
-RULES = 2
+RULES = 3
 CHUNK = 1024  # rows that are tokenized at a time
 
 
@@ -45,6 +46,8 @@ class Ledger:
       tokens that the shared layout saves) and "padding" (in rows of the shared layout). The
       mismatched completions that unpaired examples get later are not counted.
     labels: "desirable" and "undesirable" -> number of completions with this label.
+    bad: reason -> the error about the first row that was dropped because it is malformed.
+    notes: what a user should know about how the rows were read.
   """
 
   format: str = ""
@@ -56,22 +59,29 @@ class Ledger:
     default_factory=lambda: {"prompt": 0, "answer": 0, "padding": 0, "shared": 0}
   )
   labels: dict[str, int] = dataclasses.field(default_factory=dict)
+  bad: dict[str, str] = dataclasses.field(default_factory=dict)
+  notes: list[str] = dataclasses.field(default_factory=list)
 
   def to_json(self) -> dict[str, Any]:
-    """Returns the ledger as one JSON object; `labels` only for unpaired data."""
+    """Returns the ledger as one JSON object; `labels`, `bad` and `notes` only if there are any."""
     found = dataclasses.asdict(self) | {
       "dropped": dict(self.dropped),
       "truncated": dict(self.truncated),
     }
-    return {name: value for name, value in found.items() if name != "labels" or value}
+    optional = ("labels", "bad", "notes")
+    return {name: value for name, value in found.items() if name not in optional or value}
 
 
 def summarize(name: object, ledger: Mapping[str, Any]) -> str:
-  """Returns one line on the rows kept, dropped and truncated, from `Ledger.to_json`."""
+  """Returns a line on the rows kept, dropped and truncated, from `Ledger.to_json`.
+
+  Each note, and each first row that could not be read, has a line of its own.
+  """
   parts = [f"{ledger['rows']:,} rows ({ledger['format']}), {ledger['pairs']:,} kept"]
   parts += [f"{count:,} dropped: {reason}" for reason, count in ledger["dropped"].items()]
   parts += [f"{count:,} truncated: {what}" for what, count in ledger["truncated"].items()]
-  return f"{name}: " + ", ".join(parts)
+  more = [*ledger.get("notes", ()), *(f"dropped {one}" for one in ledger.get("bad", {}).values())]
+  return "\n".join([f"{name}: " + ", ".join(parts), *(f"  {line}" for line in more)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +93,8 @@ class Encoder:
     kind: the kind of training, "pairs", "text", "unpaired" or "ranked": see `detection.detect`.
     max_length: most tokens of a prompt and one completion together, or None for no limit.
     prompt_floor, truncation: see `examples.truncate`.
-    fields: field map of `detection.detect`.
+    fields, verdict, train_on, scores: as in `detection.detect`.
+    on_bad_row: "stop" at a malformed row, or "drop" and count it.
   """
 
   tokenizer: Tokenizer
@@ -92,6 +103,15 @@ class Encoder:
   prompt_floor: int = 64
   truncation: str = "drop"
   fields: dict[str, str] | None = None
+  verdict: str = ""
+  train_on: str = "assistant"
+  scores: bool | None = None
+  on_bad_row: str = "stop"
+
+  def __post_init__(self) -> None:
+    for name, options in (("train_on", detection.TRAIN_ON), ("on_bad_row", ("stop", "drop"))):
+      if getattr(self, name) not in options:
+        raise UserError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(options)}")
 
   def __call__(self, chunk: _Chunk) -> list[Encoded | Dropped]:
     """Encodes a chunk: returns the ids of each row, or why it is dropped, in the order of the rows.
@@ -99,20 +119,20 @@ class Encoder:
     Raises:
       UserError: a row is malformed; the message names its place in the file.
     """
-    # The first row of the file decides, not that of the chunk: otherwise the format would depend on
-    # how the file is divided.
-    with _naming_place(chunk.first) as row:
-      row_format = detection.detect(row, self.fields, kind=self.kind)
     out: list[Encoded | Dropped] = []
     preferences, places = [], []
     for where, row in chunk.rows:
       try:
-        with _naming_place((where, row)):
-          preferences.append(row_format.convert(row))
+        with _naming_place(where):
+          preferences.append(chunk.reading.convert(row))
         places.append(len(out))
         out.append(Encoded(where))  # replaced below
       except RowError as error:
         out.append(Dropped(where, str(error)))
+      except BadRow as error:
+        if self.on_bad_row == "stop":
+          raise
+        out.append(Dropped(where, error.reason, error=str(error)))
     # The whole chunk in one call: the tokenizer library spreads a batch over its threads.
     encoded = self.tokenizer.encode_preferences(preferences)
     for at, preference, result in zip(places, preferences, encoded, strict=True):
@@ -122,10 +142,19 @@ class Encoder:
         out[at] = self._truncate(out[at].where, result, preference)
     return out
 
-  def format_of(self, first: tuple[str, Row]) -> str:
-    """Returns the name of a file's row format, from its first row."""
-    with _naming_place(first) as row:
-      return detection.detect(row, self.fields, kind=self.kind).name
+  def read(self, path: Source) -> Reading:
+    """Returns how the rows of a file are read, from its first rows and all its verdicts."""
+    rows = list(itertools.islice(_expanded(path), detection.SAMPLE))
+    with _naming_place(rows[0][0]):
+      return detection.detect(
+        [row for _, row in rows],
+        self.fields,
+        kind=self.kind,
+        verdict=self.verdict,
+        train_on=self.train_on,
+        scores=self.scores,
+        every_row=lambda: (row for _, row in _expanded(path)),
+      )
 
   def _truncate(self, where: str, tokens: Tokens, preference: Preference) -> Encoded | Dropped:
     prompt, completions, _ = tokens
@@ -158,9 +187,9 @@ class Encoder:
 
 
 class _Chunk(NamedTuple):
-  """Some rows of a file with their places, and the first row of that file, which has its format."""
+  """Some rows of a file with their places, and how the rows of that file are read."""
 
-  first: tuple[str, Row]
+  reading: Reading
   rows: list[tuple[str, Row]]
 
 
@@ -199,11 +228,13 @@ class Dropped(NamedTuple):
     where: its place, "file:LINE".
     reason: key of `Ledger.dropped`.
     tokens: tokens of its longest completion if it is too long, otherwise 0.
+    error: what is wrong with it if it is malformed, otherwise "".
   """
 
   where: str
   reason: str
   tokens: int = 0
+  error: str = ""
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -263,13 +294,16 @@ def stream_examples(
   # it, so that the user knows how far to raise max_length.
   shortest = None
   has_scores = None
-  for name, outcomes in _outcomes(files, encoder, limit, workers):
+  for reading, outcomes in _outcomes(files, encoder, limit, workers):
     known = ledger.format.split(", ") if ledger.format else []
-    ledger.format = ", ".join(dict.fromkeys([*known, name]))
+    ledger.format = ", ".join(dict.fromkeys([*known, *reading.name.split(", ")]))
+    ledger.notes += [note for note in reading.notes if note not in ledger.notes]
     for found in outcomes:
       row, ledger.rows = ledger.rows, ledger.rows + 1
       if isinstance(found, Dropped):
         ledger.dropped[found.reason] += 1
+        if found.error:
+          ledger.bad.setdefault(found.reason, found.error)
         if found.tokens:
           shortest = min(found.tokens, shortest or found.tokens)
         continue
@@ -301,11 +335,11 @@ def first_rows(
 
 def _outcomes(
   files: Sequence[Source], encoder: Encoder, limit: int | None, workers: int
-) -> Iterator[tuple[str, list[Encoded | Dropped]]]:
-  """Yields the format name and the encoded rows of every chunk, in order."""
-  chunks = _chunks(files, limit)
+) -> Iterator[tuple[Reading, list[Encoded | Dropped]]]:
+  """Yields the reading and the encoded rows of every chunk, in order."""
+  chunks = _chunks(files, encoder, limit)
   if not workers:
-    yield from ((encoder.format_of(chunk.first), encoder(chunk)) for chunk in chunks)
+    yield from ((chunk.reading, encoder(chunk)) for chunk in chunks)
     return
   # spawn and not fork: the tokenizer library and pyarrow have threads, and a fork would copy their
   # locks as they are, perhaps taken.
@@ -315,11 +349,11 @@ def _outcomes(
     # which worker is faster. Only a few chunks wait at a time: they are in memory.
     waiting: collections.deque = collections.deque()
     for chunk in chunks:
-      waiting.append((encoder.format_of(chunk.first), pool.submit(_encode_in_worker, chunk)))
+      waiting.append((chunk.reading, pool.submit(_encode_in_worker, chunk)))
       if len(waiting) > 2 * workers:
-        name, outcome = waiting.popleft()
-        yield name, outcome.result()
-    yield from ((name, outcome.result()) for name, outcome in waiting)
+        reading, outcome = waiting.popleft()
+        yield reading, outcome.result()
+    yield from ((reading, outcome.result()) for reading, outcome in waiting)
 
 
 _encoder: Encoder  # of a worker process; sent once and not with every chunk
@@ -334,16 +368,23 @@ def _encode_in_worker(chunk: _Chunk) -> list[Encoded | Dropped]:
   return _encoder(chunk)
 
 
-def _chunks(files: Sequence[Source], limit: int | None) -> Iterator[_Chunk]:
+def _chunks(files: Sequence[Source], encoder: Encoder, limit: int | None) -> Iterator[_Chunk]:
   """Yields at most `limit` rows of some files, in chunks that never span two files."""
   left = limit
   for path in files:
-    rows = itertools.islice(readers.read_rows(path), left)
-    first = None
+    if left == 0:
+      return
+    reading = encoder.read(path)
+    rows = itertools.islice(_expanded(path), left)
     while chunk := list(itertools.islice(rows, CHUNK)):
-      first = first or chunk[0]
       left = None if left is None else left - len(chunk)
-      yield _Chunk(first, chunk)
+      yield _Chunk(reading, chunk)
+
+
+def _expanded(path: Source) -> Iterator[tuple[str, Row]]:
+  """Yields the rows of a file with their places; a tree of messages gives several."""
+  for where, row in readers.read_rows(path):
+    yield from ((where, one) for one in canonical.expand(row))
 
 
 def read_fields(given: Sequence[str]) -> dict[str, str]:
@@ -365,18 +406,21 @@ def read_fields(given: Sequence[str]) -> dict[str, str]:
 
 
 def detect_kind(paths: str | Sequence[str], fields: dict[str, str] | None = None) -> str:
-  """Recognizes the kind of rows in some files, from the first row: see `detection.detect_kind`."""
-  with _naming_place(next(readers.read_rows(readers.files(paths)[0]))) as row:
-    return detection.detect_kind(row, fields)
+  """Recognizes the kind of rows in some files, from the first one: see `detection.detect_kind`."""
+  rows = list(itertools.islice(_expanded(readers.files(paths)[0]), detection.SAMPLE))
+  with _naming_place(rows[0][0]):
+    return detection.detect_kind([row for _, row in rows], fields)
 
 
 @contextlib.contextmanager
-def _naming_place(row: tuple[str, Row]) -> Iterator[Row]:
+def _naming_place(where: str) -> Iterator[None]:
   """Puts the place of a row before the message of any `UserError` raised about it."""
   try:
-    yield row[1]
+    yield
+  except BadRow as error:
+    raise error.at(where) from None
   except UserError as error:
-    raise UserError(f"{row[0]}: {error}") from None
+    raise UserError(f"{where}: {error}") from None
 
 
 def count_tokens(examples: Sequence[Example] | Measured) -> dict[str, int]:

@@ -72,6 +72,10 @@ class BadRow(UserError):
   def __str__(self) -> str:
     return self.args[1]
 
+  def at(self, place: str) -> BadRow:
+    """Returns the error with the place of the row before its message."""
+    return BadRow(self.args[0], f"{place}: {self.args[1]}")
+
 
 # --- texts and token ids --------------------------------------------------------------------------
 
@@ -168,7 +172,7 @@ def check_number(value: Any, field: str) -> float:
     try:
       number = float(value)
     except ValueError:
-      number = None
+      number = float("nan")
   # Scores are float32 on the device, whose largest number is 3.4e38. "not <" instead of ">=": NaN
   # fails every comparison, so it is refused here too.
   if type(number) not in (int, float) or not abs(number) < 3e38:

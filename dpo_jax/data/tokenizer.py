@@ -26,6 +26,7 @@ import tokenizers
 from dpo_jax.data.chat_template import Template
 from dpo_jax.data.fields import Conversation, Messages, Preference, RowError
 from dpo_jax.data.messages import as_conversation
+from dpo_jax.data.spans import Spans, Written, fill_weights, weigh
 from dpo_jax.structs import UserError
 
 Ids = np.ndarray  # int32
@@ -133,24 +134,25 @@ class Tokenizer:
     """
     out: list[Any] = [None] * len(preferences)
     texts: list[str] = []
-    jobs: list[tuple[int, list[int], bool]] = []  # row, start of each completion, is a conversation
-    for i, (prompt, completions, *_) in enumerate(preferences):
+    jobs: list[tuple[int, int, list[Spans], bool]] = []  # row, start, spans, is a conversation
+    for i, preference in enumerate(preferences):
+      prompt = preference.prompt
       if not isinstance(prompt, str) and (not prompt or isinstance(prompt[0], int)):
-        out[i] = _from_ids(prompt, completions)
+        out[i] = _from_ids(preference)
         continue
       try:
-        whole, starts = self._render(prompt, completions)
+        start, written = self._render(prompt, preference.completions)
       except RowError as error:
         out[i] = error
         continue
-      texts += whole
-      jobs.append((i, starts, not isinstance(prompt, str)))
+      texts += [start + one.text for one in written]
+      jobs.append((i, len(start), [one.spans for one in written], not isinstance(prompt, str)))
     # One call for all rows: the library spreads a batch over its threads.
     encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
-    for i, starts, is_chat in jobs:
-      per_completion = [next(encodings) for _ in starts]
+    for i, start, spans, is_chat in jobs:
+      per_completion = [next(encodings) for _ in spans]
       try:
-        out[i] = self._split(per_completion, starts, is_chat)
+        out[i] = self._split(per_completion, start, spans, is_chat)
       except RowError as error:
         out[i] = error
     return out
@@ -184,19 +186,18 @@ class Tokenizer:
     settings = json.dumps([*about, self.template.arguments], sort_keys=True)
     return hashlib.sha256((self._digest + settings).encode()).hexdigest()
 
-  def _split(self, encodings: list, starts: list[int], is_chat: bool) -> Tokens:
+  def _split(self, encodings: list, start: int, spans: list[Spans], is_chat: bool) -> Tokens:
     """Splits the tokens of whole texts into one shared prompt and the completions.
 
     Args:
       encodings: of prompt + completion, one per completion.
-      starts: the character at which each completion begins.
+      start: the character at which the completions begin.
+      spans: what is scored of each completion, in characters from its beginning.
       is_chat: True if a chat template rendered the texts.
     """
     sequences = [encoding.ids for encoding in encodings]
     # 1. The prompt ends before the first token that contains a character of any completion.
-    shared = min(
-      _first_token(encoding, start) for encoding, start in zip(encodings, starts, strict=True)
-    )
+    shared = min(_first_token(encoding, start) for encoding in encodings)
     # 2. It must be the same for all: a completion may change how the tokens before it merge.
     while any(ids[:shared] != sequences[0][:shared] for ids in sequences):
       shared -= 1
@@ -212,9 +213,12 @@ class Tokenizer:
     # Checked again after the texts: different texts may have equal ids (unknown words, trimming).
     if any(one == other for one, other in itertools.combinations(completions, 2)):
       raise RowError("equal answers")
-    return Tokens(
-      _array(prompt), tuple(_array(self._with_end(ids, is_chat)) for ids in completions)
-    )
+    ended = tuple(_array(self._with_end(ids, is_chat)) for ids in completions)
+    weights = [
+      weigh(encoding.offsets[shared:], start, some, len(ids))
+      for encoding, some, ids in zip(encodings, spans, ended, strict=True)
+    ]
+    return Tokens(_array(prompt), ended, fill_weights(weights, ended))
 
   def _with_bos(self, ids: list[int]) -> list[int]:
     # A template, or the text itself, may have written it already.
@@ -224,9 +228,7 @@ class Tokenizer:
 
   def _with_end(self, ids: list[int], is_chat: bool) -> list[int]:
     """Returns a completion with exactly one end token, which is its last token."""
-    if self.eos_id is not None and ids[-1] == self.eos_id and not is_chat:
-      return ids
-    closing = self._closing(ids) if is_chat else []
+    closing = self._closing(ids)
     # The first end token: a template, or the row itself, may write several. Generation stops at the
     # first one too.
     for at in closing:
@@ -234,7 +236,7 @@ class Tokenizer:
         return ids[: at + 1]
     # A special token that closes the turn but is not known as an end serves as one; EOS after it
     # would be a token that the template never writes.
-    if closing:
+    if closing and is_chat:
       return ids[: closing[-1] + 1]
     return ids if self.eos_id is None else [*ids, self.eos_id]
 
@@ -271,12 +273,28 @@ class Tokenizer:
 
   # --- conversations ------------------------------------------------------------------------------
 
-  def _render(self, prompt: Any, completions: Sequence) -> tuple[list[str], list[int]]:
-    """Returns a whole text per completion, and the character at which each completion begins."""
+  def _render(self, prompt: Any, completions: Sequence) -> tuple[str, list[Written]]:
+    """Returns the text of a prompt, and those of the completions that follow it."""
     if isinstance(prompt, str):
-      return [prompt + completion for completion in completions], [len(prompt)] * len(completions)
-    start, written = self.template.render(as_conversation(prompt), completions)
-    return [start + text for text in written], [len(start)] * len(written)
+      return prompt, [Written(completion) for completion in completions]
+    conversation = as_conversation(prompt)
+    conversation = conversation._replace(messages=self._without_ends(conversation.messages))
+    return self.template.render(conversation, [self._without_ends(one) for one in completions])
+
+  def _without_ends(self, messages: Messages) -> Messages:
+    """Returns messages without end tokens that their texts were given: the template writes them."""
+
+    def without(message: dict[str, Any]) -> dict[str, Any]:
+      text = message["content"].rstrip()
+      end = next((end for end in self._end_texts if text.endswith(end)), "")
+      return {**message, "content": text.removesuffix(end)} if end else message
+
+    return [without(message) for message in messages]
+
+  @functools.cached_property
+  def _end_texts(self) -> list[str]:
+    """Texts of the end tokens that no one would write by chance."""
+    return [self.token_text(id) for id in self.end_ids if id in self._special_ids]
 
   def _special(self, name: str) -> int | None:
     """Returns the id of a special token: by its text, or by its id in the model's configuration."""
@@ -314,11 +332,16 @@ def _read_object(file: pathlib.Path) -> dict[str, Any]:
   return found
 
 
-def _from_ids(prompt: Any, completions: Sequence[Any]) -> Tokens | RowError:
+def _from_ids(preference: Preference) -> Tokens | RowError:
   # Rows of token ids are used unchanged: no BOS and no EOS is added.
-  if not prompt:
+  if not preference.prompt:
     return RowError("empty prompt")
-  return Tokens(_array(prompt), tuple(_array(ids) for ids in completions))
+  # pyright cannot know that content of another type than text and messages is ids.
+  prompt, *completions = (_array(ids) for ids in (preference.prompt, *preference.completions))  # pyright: ignore[reportArgumentType]
+  weights = [
+    None if one is None else np.asarray(one, np.float32) for one in preference.token_weights
+  ]
+  return Tokens(prompt, tuple(completions), fill_weights(weights, completions))
 
 
 def _first_token(encoding: tokenizers.Encoding, start: int) -> int:

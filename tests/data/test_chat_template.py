@@ -245,7 +245,7 @@ def test_ids_decode_to_what_the_template_writes(kinds, kind, asked, first, secon
   except RowError as error:
     assert str(error) == "equal answers" and first.strip() == second.strip()
     return
-  for answer, text in zip(found, written, strict=True):
+  for answer, (text, _) in zip(found, written, strict=True):
     whole = tokenizer.decode([*ids, *answer], special=True)
     assert (start + text).startswith(whole) and not (start + text)[len(whole) :].strip(
       "\n<|endoftx>"
@@ -362,7 +362,7 @@ def test_ids_of_real_templates_decode_to_what_they_write(real, asked, first, sec
   except RowError as error:
     assert str(error) == "equal answers"
     return
-  for answer, text in zip(found, written, strict=True):
+  for answer, (text, _) in zip(found, written, strict=True):
     whole = real.decode([*ids, *answer], special=True)
     # Behind the token that ends the turn nothing is learned.
     assert (start + text).startswith(whole) and not (start + text)[len(whole) :].strip()
