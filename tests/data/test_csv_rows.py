@@ -106,3 +106,26 @@ def test_messages_that_cannot_be_read_back_are_refused(tmp_path, between):
   cell = "[" + between.join(["{'role': 'user', 'content': 'a'}"] * 2) + "]"
   with pytest.raises(UserError, match=":2: column chosen has messages in a notation that cannot"):
     read(tmp_path, f'chosen,b\n"{cell}",c\n')
+
+
+PAIR = ("pairs", ("1", "0"))
+
+
+@pytest.mark.parametrize(
+  ("text", "kind", "completions", "scores", "weight"),
+  [
+    ("prompt,completion,label\n6*2?,12,1\n", "unpaired", ("12",), (1.0,), 1),
+    ("prompt,completion,label\n6*2?,012,False\n", "unpaired", ("012",), (0.0,), 1),
+    ("prompt,chosen,rejected,margin,weight\nq,1,0,1.50,2\n", "pairs", ("1", "0"), (1.5, 0.0), 2),
+    ("chosen,rejected,prompt,chosen_score,rejected_score\n1,0,q,4,-1e0\n", *PAIR, (4, -1), 1),
+    ("prompt,answer_a,answer_b,preference\nq,1,0,2\n", "pairs", ("0", "1"), (1.0, 0.0), 1),
+    ("prompt,answer_a,answer_b,preference\nq,1,0,model_a\n", "pairs", ("1", "0"), (1.0, 0.0), 1),
+    ('prompt,answers,scores\nq,"[""1"", ""0""]","[1, 2.5]"\n', "ranked", ("0", "1"), (2.5, 1.0), 1),
+  ],
+)  # fmt: skip
+def test_numbers_are_read_where_they_are_needed_and_completions_stay_text(
+  tmp_path, text, kind, completions, scores, weight
+):
+  ((_, row),) = read(tmp_path, text)
+  found = convert(row, kind=kind)[1]
+  assert (found.completions, found.scores, found.weight) == (completions, scores, weight)
