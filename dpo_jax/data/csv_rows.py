@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import csv
+import itertools
 import pathlib
 import re
 import warnings
@@ -41,15 +42,20 @@ def read(file: BinaryIO, path: pathlib.Path) -> Iterator[tuple[str, Row]]:
       there are columns, or two columns have one name.
   """
   lines = _decoded(file, path)
-  first = next(lines, "")
   separator, skipped = None, 0
-  if found := _SEP.fullmatch(first):
-    separator, first, skipped = found[1], next(lines, ""), 1
+  for first in lines:
+    found = _SEP.fullmatch(first)
+    if first.strip() and not found:
+      break
+    separator = found[1] if found else separator
+    skipped += 1
+  else:
+    return
   # The limit is 131,072 characters a cell, and long conversations are longer.
   csv.field_size_limit(2**31 - 1)
   separator = separator or _separator(first, path)
   # strict: otherwise a quote that is never closed swallows the rest of the file in silence.
-  reader = csv.reader(_chain(first, lines), delimiter=separator, strict=True)
+  reader = csv.reader(itertools.chain([first], lines), delimiter=separator, strict=True)
   columns: list[str] = []
   while True:
     start = skipped + reader.line_num + 1
@@ -89,11 +95,6 @@ def _decoded(file: BinaryIO, path: pathlib.Path) -> Iterator[str]:
       ) from None
     # Excel for Mac can end lines with a carriage return alone.
     yield from _LINE.findall(text)
-
-
-def _chain(first: str, lines: Iterator[str]) -> Iterator[str]:
-  yield first
-  yield from lines
 
 
 def _separator(line: str, path: pathlib.Path) -> str:

@@ -28,7 +28,7 @@ class Kind(NamedTuple):
 
   Attributes:
     format: "json", "csv", "parquet", "arrow" (file) or "arrow stream".
-    compression: a key of `COMPRESSIONS`, or "".
+    compression: "gzip", "bzip2", "xz", "zstd" or "".
   """
 
   format: str
@@ -36,7 +36,7 @@ class Kind(NamedTuple):
 
 
 # Name -> the first bytes, the usual suffixes, and the command that decompresses a file.
-COMPRESSIONS = {
+_COMPRESSIONS = {
   "gzip": ((b"\x1f\x8b",), (".gz", ".gzip"), "gunzip"),
   "bzip2": (tuple(b"BZh%d" % level for level in range(1, 10)), (".bz2",), "bunzip2"),
   "xz": ((b"\xfd7zXZ\x00", b"\x5d\x00\x00\x80\x00"), (".xz", ".lzma"), "unxz"),
@@ -134,7 +134,7 @@ def _open(path: pathlib.Path, compression: str) -> BinaryIO:
 
 
 def _compression_of(head: bytes) -> str:
-  for name, (starts, _, _) in COMPRESSIONS.items():
+  for name, (starts, _, _) in _COMPRESSIONS.items():
     if head.startswith(starts):
       return name
   return ""
@@ -143,7 +143,7 @@ def _compression_of(head: bytes) -> str:
 def _format_of(head: bytes, path: pathlib.Path, compression: str) -> str:
   """Returns the format of a file from its first bytes, decompressed; refuses what is none."""
   if again := _compression_of(head):
-    command = COMPRESSIONS[compression][2]
+    command = _COMPRESSIONS[compression][2]
     raise UserError(f"{path} is {again} inside {compression}; decompress it once: {command} {path}")
   for start, name in _FORMATS:
     if head.startswith(start):
@@ -151,7 +151,7 @@ def _format_of(head: bytes, path: pathlib.Path, compression: str) -> str:
         what = name.split()[0].capitalize()
         raise UserError(
           f"{path} is {what} compressed by {compression}, and {what} compresses by itself;"
-          f" {COMPRESSIONS[compression][2]} {path}"
+          f" {_COMPRESSIONS[compression][2]} {path}"
         )
       return name
   if refused := _refusal(head, path, compression):
@@ -222,14 +222,14 @@ def _is_header(text: bytes) -> bool:
 def _suffix(path: pathlib.Path, compression: str) -> str:
   """Returns the suffix of a name, in lower case, without that of its compression."""
   name = pathlib.PurePath(path.name.lower())
-  if compression and name.suffix in COMPRESSIONS[compression][1]:
+  if compression and name.suffix in _COMPRESSIONS[compression][1]:
     name = name.with_suffix("")
   return name.suffix
 
 
 def _check_name(path: pathlib.Path, kind: Kind) -> None:
   suffix = path.suffix.lower()
-  for name, (_, suffixes, _) in COMPRESSIONS.items():
+  for name, (_, suffixes, _) in _COMPRESSIONS.items():
     if suffix in suffixes and name != kind.compression:
       raise _misnamed(path, name)
   what, formats = _BINARY_SUFFIXES.get(_suffix(path, kind.compression), ("", (kind.format,)))

@@ -14,24 +14,25 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, BinaryIO
 
 from dpo_jax.data.fields import Row
 from dpo_jax.data.file_kinds import BOM
 from dpo_jax.structs import UserError
 
-_SPACE = re.compile(r"[ \t\r\n]*")
+_NO_SPACE = re.compile(r"[^ \t\r\n]")
 # Names under which a file has its rows. With two of them in one file, which is meant is a guess.
 _TABLES = (
   *("data", "rows", "examples", "samples", "records", "items", "instances", "entries", "dataset"),
   *("train", "training", "valid", "validation", "dev", "eval", "test", "pairs", "preferences"),
-  *("comparisons", "conversations_list", "results"),
+  *("comparisons", "results"),
 )
-# Names under which a single row may have a list: these alone do not make it a table.
+# Names of a row's own fields: those that contain texts or messages, and those that may be lists.
+_TEXTS = {"prompt", "instruction", "chosen", "rejected", "completion", "answer_a", "answer_b"}
 _LISTS = {
   *("answers", "answers_ids", "completions", "responses", "history", "preference", "scores"),
-  *("messages", "conversations", "prompt", "chosen", "rejected", "completion", "tools"),
+  *("messages", "conversations", "tools"),
 }
 
 
@@ -120,8 +121,9 @@ def _values(data: bytes, path: pathlib.Path, line: int) -> Iterator[tuple[int, A
     at = line + data[: error.start].count(b"\n")
     column = error.start - data.rfind(b"\n", 0, error.start)
     raise UserError(f"{path}:{at}: byte {column} is not UTF-8; save the file as UTF-8") from None
-  position, seen = _SPACE.match(text).end(), 0  # pyright: ignore[reportOptionalMemberAccess]
-  while position < len(text):
+  end = seen = 0
+  while begin := _NO_SPACE.search(text, end):
+    position = begin.start()
     line += text.count("\n", seen, position)
     seen = position
     try:
@@ -137,7 +139,6 @@ def _values(data: bytes, path: pathlib.Path, line: int) -> Iterator[tuple[int, A
     except (RecursionError, ValueError) as error:  # nested too deep, a number of too many digits
       raise UserError(f"{path}:{line}: JSON that cannot be read ({error})") from None
     yield line, value
-    position = _SPACE.match(text, end).end()  # pyright: ignore[reportOptionalMemberAccess]
 
 
 class _Repeated(Exception):
@@ -206,7 +207,7 @@ def _rows_of(line: int, value: Any, path: pathlib.Path) -> Iterator[tuple[str, A
 def _rows_of_table(value: Row) -> list[Any] | None:
   """Returns the rows of a table that is written as one object; None if it is a row itself."""
   columns, data = value.get("columns"), value.get("data")
-  if isinstance(columns, list) and _all(data, list):
+  if isinstance(columns, list) and isinstance(data, list) and _all(data, list):
     if any(len(row) != len(columns) for row in data):
       raise UserError("a row of data has not one value for each of columns")
     return [dict(zip(columns, row, strict=True)) for row in data]
@@ -232,16 +233,18 @@ def _rows_of_columns(value: Row) -> list[Any]:
 
 def _is_column(name: str, values: list[Any]) -> bool:
   """Returns True if a list must be a column, because no row has such a list under its name."""
-  if name in _LISTS and name not in ("prompt", "chosen", "rejected", "completion"):
+  if name in _LISTS:
     return False
   return bool(values) and (_all(values, str) or _all(values, list))
 
 
 def _rows_by_name(value: Row) -> list[Any] | None:
   """Returns the list of objects that an object has under a name such as data."""
+  if set(value) & (_TEXTS | _LISTS):
+    return None
   lists = {name: one for name, one in value.items() if isinstance(one, list) and _all(one, dict)}
   found = [name for name in lists if name.lower() in _TABLES]
-  if not found and len(value) == 1 and not set(value) & _LISTS:
+  if not found and len(value) == 1:
     found = [name for name in lists if lists[name]]
   if len(found) > 1:
     named = ", ".join(f"{name} ({len(lists[name])})" for name in found)
@@ -260,13 +263,13 @@ def _rows_by_name(value: Row) -> list[Any] | None:
   return rows
 
 
-def _all(values: Any, kind: type) -> bool:
-  return isinstance(values, list) and all(isinstance(one, kind) for one in values)
+def _all(values: list[Any], kind: type) -> bool:
+  return all(isinstance(one, kind) for one in values)
 
 
 def _all_values(value: Row, kind: type) -> bool:
   return len(value) > 0 and all(isinstance(one, kind) for one in value.values())
 
 
-def _are_numbers(names: Any) -> bool:
+def _are_numbers(names: Collection[str]) -> bool:
   return len(names) > 0 and all(name.isdecimal() for name in names)

@@ -58,6 +58,7 @@ def test_long_cells_and_names(tmp_path):
   ]
   # A line that tells Excel the separator; one column has no separator.
   assert read(tmp_path, "sep=;\nprompt;chosen\na;b\n") == [("3", {"prompt": "a", "chosen": "b"})]
+  assert read(tmp_path, "\n \nprompt;chosen\na;b\n") == [("4", {"prompt": "a", "chosen": "b"})]
   assert read(tmp_path, "text\nhello\n") == [("2", {"text": "hello"})]
   assert read(tmp_path, '{"text": "JSON named CSV"}') == [("1", {"text": "JSON named CSV"})]
 

@@ -80,6 +80,7 @@ def test_arrays_and_tables_in_one_value(tmp_path, value, indent):
     {"instruction": "a", "completions": [{"response": "b"}, {"response": "c"}]},
     {"messages": CHAT["prompt"] + CHAT["chosen"]},
     {name: messages[0] for name, messages in CHAT.items()},
+    {"prompt": "a", "results": [{"response": "b"}, {"response": "c"}]},
     {"error": "The dataset does not exist."},
   ],
 )
