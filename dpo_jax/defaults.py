@@ -22,6 +22,12 @@ FIELDS = (
   "answer_b",
   "preference",
   "weight",
+  "system",
+  "history",
+  "tools",
+  "messages",
+  "conversations",
+  "text",
 )
 
 
@@ -110,6 +116,13 @@ def get_config() -> ConfigDict:
         eval_limit=512,  # the most held-out rows that are used
         # names of the fields in rows of another format, such as data.fields.prompt=question
         fields=section(**dict.fromkeys(FIELDS, "")),
+        # how `preference` names the better of two completions: index1 (1 or 2), index0 (0 or 1),
+        # first_is_better (1 or 0), signed (below 0 is the first), positive_is_first, words, words0
+        # (response_0), onehot; "" finds it out from all its values, or stops
+        verdict="",
+        on_bad_row="stop",  # at a row that cannot be read: stop, or drop (and count)
+        # which messages of a completion are scored: assistant (all it wrote), or last (its last)
+        train_on="assistant",
         template="",  # values that the chat template reads, as JSON: {"enable_thinking": false}
         max_length=512,  # most tokens of a prompt and one completion together
         prompt_floor=64,  # prompts are cut from the left, but this many tokens always stay

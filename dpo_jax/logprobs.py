@@ -298,7 +298,12 @@ def _scored_values(batch: TokenBatch) -> Callable[[Array], Array]:
 
 
 def slot_tokens(batch: TokenBatch) -> Array:
-  """Sums the weights of the tokens of every slot: [N, S]; their number if all weights are 1."""
+  """Sums the weights of the tokens of every slot: [N, S]; the number of scored ones if these are 1.
+
+  This is what losses and metrics call the number of a completion's tokens. A token that adds half
+  of its log-prob to a sum also counts half where the sum is divided by a length: the quotient is a
+  weighted mean, and does not change if all weights are multiplied by one factor.
+  """
   return _reduce_by_slot(jax.ops.segment_sum, batch.weight_NL, batch)
 
 
@@ -311,24 +316,23 @@ def _reduce_by_slot(fn: Callable[..., Array], x_NL: Array, batch: TokenBatch) ->
 def shorter_completion_weights(batch: TokenBatch, beyond: float) -> TokenBatch:
   """Multiplies by `beyond` the weight of tokens beyond the length of the shorter completion.
 
-  The k-th token of a completion keeps its weight if both completions of the pair have k tokens.
-  Liu et al. 2024 (LD-DPO).
+  The k-th scored token of a completion keeps its weight if both completions of the pair have k
+  scored tokens: a long result of a tool makes no completion longer. Liu et al. 2024 (LD-DPO).
   """
   rows, slots = batch.weight_NS.shape
   scored_NL = batch.weight_NL > 0
   tokens_NS = _reduce_by_slot(jax.ops.segment_sum, scored_NL.astype(jnp.int32), batch)
+  # Scored tokens are counted from the start of the row. Those of a completion are neighbours in it,
+  # so the difference from the first one is the token's index within its completion.
+  count_NL = jnp.cumsum(scored_NL, axis=1, dtype=jnp.int32)
   largest = jnp.iinfo(jnp.int32).max
-  first_NS = _reduce_by_slot(
-    jax.ops.segment_min, jnp.where(scored_NL, batch.position_NL, largest), batch
-  )
+  first_NS = _reduce_by_slot(jax.ops.segment_min, jnp.where(scored_NL, count_NL, largest), batch)
   shorter_NS = jnp.repeat(tokens_NS.reshape(-1, 2).min(axis=1), 2).reshape(rows, slots)
 
   def of_slot(x_NS: Array) -> Array:
     return jnp.take_along_axis(x_NS, batch.slot_NL, axis=1)
 
-  # Positions count from the prompt's start, so the difference from the first scored one is the
-  # token's index within its completion.
-  inside_NL = batch.position_NL - of_slot(first_NS) < of_slot(shorter_NS)
+  inside_NL = count_NL - of_slot(first_NS) < of_slot(shorter_NS)
   return batch._replace(weight_NL=batch.weight_NL * jnp.where(inside_NL, 1.0, beyond))
 
 
@@ -383,8 +387,8 @@ class Scored(NamedTuple):
 
   Attributes:
     logps_NS: summed log-prob of every slot, in nats.
-    alignment_NS: mean of `token_alignment` over the tokens of every slot, in nats, without a
-      gradient; None unless requested.
+    alignment_NS: weighted mean of `token_alignment` over the tokens of every slot, in nats, without
+      a gradient; None unless requested.
     routing: load of the experts; None unless the model is a mixture of experts.
   """
 
@@ -422,7 +426,7 @@ def make_scored_fn(
     if aligned:
       constant_NLD = jax.lax.stop_gradient(hidden_NLD)
       sum_NS = slot_sums(constant_NLD, batch=batch, token_fn=token_alignment)
-      alignment_NS = jax.lax.stop_gradient(sum_NS / jnp.maximum(slot_tokens(batch), 1.0))
+      alignment_NS = jax.lax.stop_gradient(sum_NS / _divisor(slot_tokens(batch)))
     if beyond_shorter != 1:
       batch = shorter_completion_weights(batch, beyond_shorter)
     return Scored(slot_sums(hidden_NLD, batch=batch), alignment_NS, routing)
@@ -456,9 +460,7 @@ def slots_of(batch: TokenBatch) -> Slots:
 def to_pairs(logps_NS: Array, slots: Slots) -> PairLogps:
   """Lists neighbouring slots as N * S / 2 pairs, including empty ones, which have weight 0."""
   logps_B2 = logps_NS.reshape(-1, 2)
-  # An empty slot has no tokens. Its averages over tokens divide by 1 instead of 0, because its
-  # weight of 0 would not remove a nan.
-  tokens_B2 = jnp.maximum(slots.tokens_NS, 1.0).reshape(-1, 2)
+  tokens_B2 = _divisor(slots.tokens_NS).reshape(-1, 2)
   return PairLogps(logps_B2[:, 0], logps_B2[:, 1], tokens_B2[:, 0], tokens_B2[:, 1])
 
 
@@ -470,5 +472,11 @@ def to_unpaired(logps_NS: Array) -> UnpairedLogps:
 
 def to_ranked(logps_NS: Array, slots: Slots, completions: int) -> RankedLogps:
   """Lists runs of `completions` slots as rankings, including absent ones, which have weight 0."""
-  tokens_BK = jnp.maximum(slots.tokens_NS, 1.0).reshape(-1, completions)
+  tokens_BK = _divisor(slots.tokens_NS).reshape(-1, completions)
   return RankedLogps(logps_NS.reshape(-1, completions), tokens_BK)
+
+
+def _divisor(tokens_NS: Array) -> Array:
+  """Returns the tokens that averages divide by: 1 in an empty slot, which has none."""
+  # Its weight of 0 would not remove a nan. Not the maximum with 1: weights may sum to less.
+  return jnp.where(tokens_NS > 0, tokens_NS, 1.0)

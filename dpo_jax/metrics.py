@@ -45,6 +45,8 @@ def pair_sums(
       drift/pair_mass                log [(π(y_w)+π(y_l)) / (π_ref(y_w)+π_ref(y_l))], in nats
       margins/chosen_longer          mean margin of pairs whose chosen completion has more tokens
       margins/chosen_shorter         mean margin of pairs whose chosen completion has fewer tokens
+
+    Tokens are those that are scored, here and wherever a length is meant.
   """
   zero_B = jnp.zeros_like(policy.chosen_B)
   # Without a reference the log-ratios are log-probs: rewards are then β log π.

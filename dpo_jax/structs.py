@@ -60,7 +60,8 @@ So `scored_GM` is an array [G, M], and `loss_B` has one entry per example. A dig
 that size: `logps_B2` is [B, 2].
 
 A *completion* is what follows a prompt. A token is *scored* if its log-probability enters the loss;
-prompt tokens are not scored. A *slot* is one completion whose log-probability is wanted. A
+prompt tokens are not scored, nor is *context* within a completion: a user's turn, or the result of
+a tool. A *slot* is one completion whose log-probability is wanted. A
 *sequence* is a prompt with one completion. A *group* is a run of consecutive rows on one device;
 scored tokens are listed group by group, so that devices need not communicate to gather them.
 """
@@ -90,8 +91,9 @@ class PairLogps(NamedTuple):
   Attributes:
     chosen_B: log π(y_w|x) of the chosen completions.
     rejected_B: log π(y_l|x) of the rejected completions.
-    chosen_tokens_B, rejected_tokens_B: numbers of completion tokens. Only losses and metrics that
-      average over length read them; None where they are not known.
+    chosen_tokens_B, rejected_tokens_B: numbers of scored completion tokens, or the sums of their
+      weights: see `logprobs.slot_tokens`. Only losses and metrics that average over length read
+      them; None where they are not known.
   """
 
   chosen_B: Array
@@ -120,7 +122,8 @@ class RankedLogps(NamedTuple):
 
   Attributes:
     completions_BK: log π(y_k|x) of every completion.
-    tokens_BK: numbers of completion tokens; None where they are not known.
+    tokens_BK: numbers of scored completion tokens, or the sums of their weights, as in `PairLogps`;
+      None where they are not known.
   """
 
   completions_BK: Array

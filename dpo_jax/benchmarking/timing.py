@@ -20,7 +20,7 @@ from dpo_jax.benchmarking import pacing
 from dpo_jax.benchmarking.flops import product_rate, step_flops
 from dpo_jax.benchmarking.pacing import Pace
 from dpo_jax.controlled import word_tokenizer
-from dpo_jax.data.examples import Example
+from dpo_jax.data.examples import Example, weights_of
 from dpo_jax.distributed import processes
 from dpo_jax.generation import sampler
 from dpo_jax.model import transformer
@@ -350,10 +350,11 @@ def _of_all(counts: Sequence[float]) -> list[float]:
 
 def _tokens(example: Example) -> tuple[int, int, int]:
   """Counts tokens of an example: distinct inputs, scored ones, and all with the prompt repeated."""
-  scored = sum(map(len, example.completions))
+  completions = sum(map(len, example.completions))
+  scored = sum(map(np.count_nonzero, weights_of(example)))
   prompt = len(example.prompt)
   # The prompt's last token is an input of every completion, in place of the completion's own last.
-  return prompt - 1 + scored, scored, len(example.completions) * prompt + scored
+  return prompt - 1 + completions, scored, len(example.completions) * prompt + completions
 
 
 def peak_memory_mb() -> float:

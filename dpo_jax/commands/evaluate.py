@@ -18,6 +18,8 @@ import time
 
 from absl import flags
 
+from dpo_jax.commands import row_flags
+
 FLAGS = flags.FLAGS
 SHOWN = 4  # samples side by side in the terminal; the summary contains three times as many
 
@@ -38,6 +40,7 @@ def define_flags() -> None:
     "tokens of a sequence at most; longer prompts are cut on the left",
     lower_bound=2,
   )
+  row_flags.define_flags()
   flags.DEFINE_string("reward", None, "name, or module:function of (prompt, completion)")
   flags.DEFINE_string("prompts", None, "file of rows with a `prompt`, to sample on")
   flags.DEFINE_integer(
@@ -79,13 +82,21 @@ def main(argv: list[str]) -> None:
     raise UserError("--reward and --prompts go together: give both, or neither")
   if FLAGS.out:
     files.check_output_file(FLAGS.out)
+  rows = row_flags.read_options()
   ask = evaluate.resolve_pair_loss(FLAGS.loss, FLAGS.beta)
   # A reward of the user's own is imported, and prompts are read, before any model: mistakes in them
   # show at once.
   reward = rewards.resolve(FLAGS.reward) if FLAGS.reward else None
   prompts = rollouts.read_prompts(FLAGS.prompts) if FLAGS.prompts else None
   policy, reference = rollouts.load(FLAGS.model), rollouts.load(FLAGS.reference)
-  examples = evaluate.read_pairs(FLAGS.data, policy, reference, max_length=FLAGS.max_length)
+  examples = evaluate.read_pairs(
+    FLAGS.data,
+    policy,
+    reference,
+    max_length=FLAGS.max_length,
+    scores=ask.reads("margin_B"),
+    **rows,
+  )
   summary = evaluate.evaluate_pairs(policy, reference, examples, ask)
   if reward is not None and prompts is not None:
     summary |= evaluate.evaluate_samples(

@@ -4,16 +4,19 @@
   dpo-jax inspect --data pairs.jsonl --model DIR --json
 
 Prompt tokens are given, completion tokens are scored; neighbouring tokens have different shades; ✂
-marks where text was cut. Then follow lengths, the tokens that each layout computes, and the ledger:
+marks where text was cut, and ⟦ ⟧ what is not scored in a completion: a user's turn, or the result
+of a tool. Then follow lengths, the tokens that each layout computes, and the ledger:
 how many rows were kept, cut and dropped, and why. With --json one object is printed: format, rows,
 pairs, dropped, truncated, tokens; for unpaired completions also labels.
 
-The first row decides what the rows are: unpaired completions if it has a label (loss kto), ranked
-completions if it has a list of answers (plackett_luce), pairs if it has chosen and rejected, and
-texts otherwise (sft). --kind overrides that: pairs can serve as any of these.
+The first rows decide what all are: unpaired completions if most have a label (loss kto), ranked
+completions if they have a list of answers (plackett_luce), pairs if they have chosen and rejected,
+and texts otherwise (sft). --kind overrides that: pairs can serve as any of these.
 """
 
 from absl import flags
+
+from dpo_jax.commands import row_flags
 
 FLAGS = flags.FLAGS
 
@@ -30,7 +33,7 @@ def define_flags() -> None:
     "kind",
     None,
     ["pairs", "text", "unpaired", "ranked"],
-    "how to use the rows (default: told by the first row)",
+    "how to use the rows (default: told by the first rows)",
   )
   flags.DEFINE_integer(
     "max_length",
@@ -43,7 +46,7 @@ def define_flags() -> None:
     "truncation", "drop", ["drop", "cut"], "what to do with completions that do not fit"
   )
   flags.DEFINE_string("template", "", "arguments of the chat template as JSON")
-  flags.DEFINE_list("fields", [], "field names of the rows: prompt=question,chosen=better")
+  row_flags.define_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -56,15 +59,15 @@ def main(argv: list[str]) -> None:
 
   arguments = chat_template.read_arguments(FLAGS.template, "--template")
   tokenizer = load_tokenizer(FLAGS.model, template_arguments=arguments)
-  fields = encode.read_fields(FLAGS.fields)
-  kind = FLAGS.kind or encode.detect_kind(FLAGS.data, fields)
+  rows = row_flags.read_options()
+  kind = FLAGS.kind or encode.detect_kind(FLAGS.data, rows["fields"])
   # The same arguments for the ledger and for the rows that are shown: both must cut alike.
   how = {
     "kind": kind,
     "max_length": FLAGS.max_length,
     "prompt_floor": FLAGS.prompt_floor,
     "truncation": FLAGS.truncation,
-    "fields": fields,
+    **rows,
   }
   examples, ledger, _ = encode.load_examples(FLAGS.data, tokenizer, **how)
   if FLAGS.json:

@@ -9,6 +9,8 @@ Rows are held out by prompt, so that no prompt is on both sides.
 
 from absl import flags
 
+from dpo_jax.commands import row_flags
+
 FLAGS = flags.FLAGS
 
 
@@ -23,7 +25,7 @@ def define_flags() -> None:
     "kind",
     None,
     ["pairs", "text", "unpaired", "ranked"],
-    "how to use the rows (default: told by the first row)",
+    "how to use the rows (default: told by the first rows)",
   )
   flags.DEFINE_integer(
     "max_length",
@@ -35,7 +37,7 @@ def define_flags() -> None:
   flags.DEFINE_enum(
     "truncation", "drop", ["drop", "cut"], "what to do with completions that do not fit"
   )
-  flags.DEFINE_list("fields", [], "field names of the rows: prompt=question,chosen=better")
+  row_flags.define_flags()
   flags.DEFINE_string("template", "", "arguments of the chat template as JSON")
   flags.DEFINE_float(
     "eval_fraction", 0.1, "fraction of the prompts to hold out", lower_bound=0, upper_bound=0.99
@@ -58,14 +60,14 @@ def main(argv: list[str]) -> None:
   from dpo_jax.data import chat_template, encode, prepared, tokenizer
 
   arguments = chat_template.read_arguments(FLAGS.template, "--template")
-  fields = encode.read_fields(FLAGS.fields)
+  rows = row_flags.read_options()
   encoder = encode.Encoder(
     tokenizer.load_tokenizer(FLAGS.model, template_arguments=arguments),
-    kind=FLAGS.kind or encode.detect_kind(FLAGS.data, fields),
+    kind=FLAGS.kind or encode.detect_kind(FLAGS.data, rows["fields"]),
     max_length=FLAGS.max_length,
     prompt_floor=FLAGS.prompt_floor,
     truncation=FLAGS.truncation,
-    fields=fields,
+    **rows,
   )
   # 0 is a choice of its own, this process alone, so it must not pass for an absent flag.
   workers = (os.cpu_count() or 1) if FLAGS.workers is None else FLAGS.workers
@@ -85,6 +87,8 @@ def main(argv: list[str]) -> None:
   seconds = time.perf_counter() - started
   dropped = "".join(f", {count:,} {reason}" for reason, count in ledger.dropped.items())
   print(f"{FLAGS.out}: {ledger.pairs:,} of {ledger.rows:,} rows kept{dropped}")
+  for line in (*ledger.notes, *(f"dropped {one}" for one in ledger.bad.values())):
+    print(f"  {line}")
   print(
     f"{seconds:.0f} s, {ledger.rows / seconds:,.0f} rows a second; --config.data.path={FLAGS.out}"
   )

@@ -5,13 +5,15 @@
     --loss sigmoid --beta 0.1
 
 Each line has `row` (its row in the data file, from 0; a row that gives no pair has no line),
-`chosen_logp` and `rejected_logp` (nats, summed over the tokens of the completion, with the end
-token where the text really ends), `chosen_tokens` and `rejected_tokens`. With --reference it also
-has `ref_chosen_logp`, `ref_rejected_logp`, `chosen_reward` and `rejected_reward`
-(β log π/π_ref), and `loss`.
+`chosen_logp` and `rejected_logp` (nats, summed over the scored tokens of the completion, with the
+end token where the text really ends), `chosen_tokens` and `rejected_tokens` (how many are scored;
+where tokens have weights, the sum of these). With --reference it also has `ref_chosen_logp`,
+`ref_rejected_logp`, `chosen_reward` and `rejected_reward` (β log π/π_ref), and `loss`.
 """
 
 from absl import flags
+
+from dpo_jax.commands import row_flags
 
 FLAGS = flags.FLAGS
 
@@ -30,6 +32,7 @@ def define_flags() -> None:
     "tokens of a sequence at most; longer prompts are cut on the left",
     lower_bound=2,
   )
+  row_flags.define_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -43,12 +46,20 @@ def main(argv: list[str]) -> None:
   # First what can be checked at once: models take minutes to read, and scores would be lost if the
   # file could not be written.
   files.check_output_file(FLAGS.out)
+  rows = row_flags.read_options()
   if not FLAGS.reference and (FLAGS.loss or FLAGS.beta):
     raise UserError("--loss and --beta are for losses and rewards, which need a --reference")
   ask = evaluate.resolve_pair_loss(FLAGS.loss or "sigmoid", FLAGS.beta)
   policy = rollouts.load(FLAGS.model)
   reference = rollouts.load(FLAGS.reference) if FLAGS.reference else None
-  examples = evaluate.read_pairs(FLAGS.data, policy, reference, max_length=FLAGS.max_length)
+  examples = evaluate.read_pairs(
+    FLAGS.data,
+    policy,
+    reference,
+    max_length=FLAGS.max_length,
+    scores=ask.reads("margin_B"),
+    **rows,
+  )
   rows = evaluate.score_pairs(policy, reference, examples, ask)
   files.write_json_lines(FLAGS.out, rows)
   print(f"{FLAGS.out}: {len(rows)} pairs scored")

@@ -172,7 +172,7 @@ def batches(
   rows = _rows(examples, batching._replace(row_length=row_length))
   sizes = _usual_sizes(examples, micro, accumulate, rows, balance)
   # Costs of the shared layout whatever the layout is: the order must not depend on it.
-  cost_B = packing.costs(*lengths(examples), "shared")
+  cost_B = packing.costs(lengths(examples), "shared")
   # Lengths are known once and for all, so that a host reads only its own share of every batch.
   measured = Lazy(examples.__getitem__, lengths(examples))
 
@@ -217,7 +217,7 @@ def eval_batches(
   every = np.arange(len(examples))
   parts = np.split(every, every[batch_size::batch_size])
   check_share(share, batching.groups)
-  measured = Measured(lengths(examples))
+  measured = lengths(examples)
   # From all batches, so that one shape suffices and evaluation compiles once.
   sizes = fit_sizes([measured.select(part) for part in parts], **rows._asdict())
   for part in parts:
@@ -255,7 +255,7 @@ def suit_row_length(
   sampled = _sample_micro_batches(examples, size, balance)[: max(16, WINDOW // size)]
 
   def taken(length: int) -> int:
-    rows = max(packing.place(*batch.lengths, layout, length).rows for batch in sampled)
+    rows = max(packing.place(batch, layout, length).rows for batch in sampled)
     return length * packing.round_up(rows, groups)
 
   return min(range(least, max(5 * least // 4, 2048) + 1, 64), key=taken)
@@ -267,8 +267,8 @@ def _sample_micro_batches(
   """Returns the lengths of 64 or more random micro-batches, balanced as in training."""
   # A fixed seed: every host, and every resumed run, must find the same sizes.
   rng = np.random.default_rng(0)
-  count, measured = len(lengths(examples)[0]), Measured(lengths(examples))
-  cost_B, sampled = packing.costs(*measured.lengths, "shared"), []
+  measured, sampled = lengths(examples), []
+  count, cost_B = len(measured.prompt_B), packing.costs(measured, "shared")
   # Micro-batches of a window, which exchange examples as those of `_Balanced` do.
   window = min(max(1, WINDOW // size), max(1, count // size)) if balance else 1
   while len(sampled) < 64:

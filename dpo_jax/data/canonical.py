@@ -17,6 +17,7 @@ from typing import Any, cast
 from dpo_jax.data import messages
 from dpo_jax.data.fields import BadRow, Messages, Row, RowError, check_number, read_text, shorten
 
+ASSISTANT_TURN = "\n\nAssistant:"  # precedes every completion in an HH transcript
 # Fields that contain texts or messages.
 _CONVERSATIONS = ("conversations", "messages", "history")
 COMPLETIONS = ("chosen", "rejected", "completion", "answer_a", "answer_b")
@@ -169,13 +170,15 @@ def with_context(row: Row, *, chat: bool) -> Row:
     row = {k: v for k, v in row.items() if k not in ("instruction", "input")}
     row |= {"completion": row.pop("output")} if "output" in row and "chosen" not in row else {}
     return row | {"prompt": _before(context, prompt)}
-  if context and any(isinstance(row.get(name), str) for name in (*COMPLETIONS, "text")):
+  if context and any(ASSISTANT_TURN in str(row.get(name)) for name in ("chosen", "text")):
     raise BadRow(
       "system",
       "the row has a system message or a history beside a text that contains its own prompt; give"
       " prompt, chosen and rejected as messages",
     )
-  return row | ({"prompt": context} if context else {})
+  # Whole conversations contain their prompt. Texts do not: their prompt has another name.
+  whole = all(isinstance(row.get(name), list) for name in ("chosen", "rejected"))
+  return row | ({"prompt": context} if context and whole else {})
 
 
 def _context(row: Row) -> Messages:

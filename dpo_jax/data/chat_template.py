@@ -130,11 +130,23 @@ class Template:
       here = _after_mark(self.render_prompt(marked))
       there = _after_mark(self._render(marked, completion))
       if not (there.startswith(here) and prompt.endswith(here) and whole.endswith(there)):
-        raise RowError("chat template: the prompt is not the same with and without a completion")
+        raise RowError(self._why_no_prefix(here, there, completion))
       written = there.removeprefix(here)
     for message in completion:
       _check_complete(message, written, with_reasoning=True)
     return written
+
+  def _why_no_prefix(self, here: str, there: str, completion: Messages) -> str:
+    """Returns why a completion does not begin where the prompt ends."""
+    flags = re.findall(r"\b\w*thinking\w*\b", json.dumps(self.source))
+    if flags and any(message.get(name) for name in REASONING for message in completion):
+      # The template fills in an empty reasoning block for the model, unless a flag is set.
+      end = json.dumps(here[common_start(here, there) :])
+      return (
+        f"chat template: it ends the prompt with {end}, so a completion cannot have reasoning;"
+        f' with data.template={{"{flags[0]}": true}} it may let the model reason'
+      )
+    return "chat template: the prompt is not the same with and without a completion"
 
   def _spans(
     self, conversation: Conversation, completion: Messages, written: str

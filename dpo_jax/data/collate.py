@@ -8,7 +8,9 @@ Three layouts contain the same pairs and give the same log-probs:
 
 With a prompt p_0 .. p_{m-1} and a completion a_0 .. a_{n-1}, the inputs p_0 .. p_{m-2} are branch
 0; the inputs p_{m-1}, a_0 .. a_{n-2} with the targets a_0 .. a_{n-1} are the branch of the
-completion. A shared pair therefore takes m - 1 positions plus the lengths of its completions.
+completion. Every target is scored, unless its token weight is 0: such a token is an input alone,
+which the tokens after it attend to. A shared pair therefore takes m - 1 positions plus the lengths
+of its completions.
 
 A batch contains exactly the pairs it is given, whatever the layout. Only the padding around them is
 rounded, so that few shapes are compiled: see `packing.Sizes`.
@@ -21,13 +23,13 @@ data row -1.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dpo_jax.data import packing
-from dpo_jax.data.examples import Example, Measured, lengths
+from dpo_jax.data.examples import Example, Measured, lengths, weights_of
 from dpo_jax.data.packing import Places, Shape, Sizes
 from dpo_jax.structs import TokenBatch, UserError
 
@@ -42,7 +44,7 @@ def fit_row_length(
   The longest example fits. Packed and shared rows have room for four examples of mean cost, up to
   2,048 tokens: longer rows pack more tightly, but attention costs more.
   """
-  cost_B = packing.costs(*lengths(examples), layout)
+  cost_B = packing.costs(lengths(examples), layout)
   want = int(cost_B.max())
   if layout != "padded":
     want = max(want, min(2048, 4 * int(cost_B.mean())))
@@ -55,7 +57,7 @@ def check_fits(examples: Sequence[Example], layout: str, row_length: int) -> Non
     raise UserError(
       f"row_length is {row_length}; a row has 1 token or more (0 chooses by the data)"
     )
-  cost_B = packing.costs(*lengths(examples), layout)
+  cost_B = packing.costs(lengths(examples), layout)
   worst = int(cost_B.argmax())
   if cost_B[worst] > row_length:
     raise UserError(
@@ -72,9 +74,8 @@ def count_padding(
   row_length: int | None = None,
 ) -> int:
   """Counts the padding tokens of one pass over the examples, in order."""
-  prompt_B, tokens_BK = lengths(examples)
   # Padded rows repeat the prompt for every completion, as packed ones do.
-  real = packing.costs(prompt_B, tokens_BK, "shared" if layout == "shared" else "packed").sum()
+  real = packing.costs(lengths(examples), "shared" if layout == "shared" else "packed").sum()
   taken = count_taken(examples, batch_size=batch_size, layout=layout, row_length=row_length)
   return taken - int(real)
 
@@ -87,10 +88,11 @@ def count_taken(
   row_length: int | None = None,
 ) -> int:
   """Counts the tokens of all rows of one pass over the examples, in order, padding included."""
-  prompt_B, tokens_BK = lengths(examples)
+  measured = lengths(examples)
   length = row_length or fit_row_length(examples, layout)
-  parts = [slice(i, i + batch_size) for i in range(0, len(prompt_B), batch_size)]
-  return length * sum(packing.place(prompt_B[i], tokens_BK[i], layout, length).rows for i in parts)
+  size = len(measured.prompt_B)
+  parts = [measured.select(slice(i, i + batch_size)) for i in range(0, size, batch_size)]
+  return length * sum(packing.place(part, layout, length).rows for part in parts)
 
 
 def fit_sizes(
@@ -107,8 +109,8 @@ def fit_sizes(
 
   Args as in `packing.fit`.
   """
-  places = [packing.place(*lengths(batch), layout, row_length) for batch in batches]
-  completions = lengths(batches[0])[1].shape[1]
+  places = [packing.place(lengths(batch), layout, row_length) for batch in batches]
+  completions = lengths(batches[0]).tokens_BK.shape[1]
   return packing.fit(places, completions, layout, groups, quantile, steps, texts)
 
 
@@ -166,10 +168,10 @@ def collate_many(
   """
   for batch in micro_batches:
     check_fits(batch, layout, row_length)
-  completions = lengths(micro_batches[0])[1].shape[1]
+  completions = lengths(micro_batches[0]).tokens_BK.shape[1]
   most_pairs = sizes.slots // completions if sizes else None
   places = [
-    packing.place(*lengths(batch), layout, row_length, most_pairs) for batch in micro_batches
+    packing.place(lengths(batch), layout, row_length, most_pairs) for batch in micro_batches
   ]
   # Sizes and shape come from the lengths of the whole batch, before it is divided among hosts: all
   # hosts must compute the same shape, though each reads only its own examples.
@@ -211,7 +213,7 @@ def _host_share(
     rows=rows,
     movable=places.movable,
   )
-  measured = Measured(lengths(examples)).select(mine)
+  measured = lengths(examples).select(mine)
   shape = shape._replace(rows=rows, groups=shape.groups // hosts)
   return [examples[i] for i in mine.tolist()], measured, moved, shape
 
@@ -244,7 +246,7 @@ def _pieces(measured: Measured, places: Places, length: int, layout: str) -> _Pi
 
   The ids of an example are its prompt and then its completions, one after another.
   """
-  prompt_B, tokens_BK = measured.lengths
+  prompt_B, tokens_BK, _ = measured
   completions = tokens_BK.shape[1]
   # The branch of each piece, and the copy of the prompt that it belongs to.
   every_K = np.arange(1, completions + 1)
@@ -310,7 +312,7 @@ def _fill(
     layout: of the rows.
     stored: True if the examples have log-probs of the reference.
   """
-  prompt_B, tokens_BK = measured.lengths
+  prompt_B, tokens_BK, _ = measured
   ids = [ids for example in examples for ids in (example.prompt, *example.completions)]
   # The zero is for a host without examples: there is nothing else to concatenate.
   flat_x = np.concatenate([*ids, np.zeros(1, np.int32)])
@@ -326,9 +328,8 @@ def _fill(
   at_Tk = per_token(pieces.at_BP) + along_Tk
   source_Tk = per_token(pieces.source_BP) + along_Tk
   branch_Tk = per_token(pieces.branch_BP)
-  scored_Tk = branch_Tk > 0
   ids_Tk = flat_x[source_Tk]
-  first_Tk = scored_Tk & (along_Tk == 0)
+  first_Tk = (branch_Tk > 0) & (along_Tk == 0)
   # The first input of every completion is the last prompt token. Only before the first completion
   # does it stand there in `flat_x`; before the others stands the end of the completion before.
   last_B = np.cumsum(prompt_B + tokens_BK.sum(1)) - tokens_BK.sum(1) - 1
@@ -339,12 +340,22 @@ def _fill(
     out_x[at_Tk] = value_Tk
     return out_x.reshape(shape.rows, shape.length)
 
+  def at_targets(values: Iterable[Sequence[np.ndarray]]) -> np.ndarray:
+    """Reads a number of every completion token where the token is the target: [Tk]."""
+    # Laid out like `flat_x`, zeros for the prompt, so that the same indices read it.
+    pairs = zip(examples, values, strict=True)
+    known = [x for one, several in pairs for x in (np.zeros(len(one.prompt)), *several)]
+    return np.concatenate([*known, np.zeros(1)])[source_Tk + 1]
+
+  # From branches and not from ids: padding is id 0, and so may be a real token.
+  weight_Tk = np.where(branch_Tk > 0, 1.0, 0.0)
+  if any(example.token_weights for example in examples):
+    weight_Tk *= at_targets(map(weights_of, examples))
+  scored_Tk = weight_Tk > 0
   target_Tk = np.where(scored_Tk, flat_x[source_Tk + 1], 0)
   reference_NL = None
   if stored:
-    # Laid out like `flat_x`, zeros for the prompt, so that the same indices read it.
-    known = [x for one in examples for x in (np.zeros(len(one.prompt)), *one.reference)]
-    known_Tk = np.concatenate([*known, np.zeros(1)])[source_Tk + 1]
+    known_Tk = at_targets(example.reference for example in examples)
     reference_NL = to_rows(np.where(scored_Tk, known_Tk, 0), np.float32)
   return TokenBatch(
     ids_NL=to_rows(ids_Tk),
@@ -353,8 +364,7 @@ def _fill(
     branch_NL=to_rows(branch_Tk),
     slot_NL=to_rows(per_token(pieces.slot_BP)),
     target_NL=to_rows(target_Tk),
-    # From branches and not from ids: padding is id 0, and so may be a real token.
-    weight_NL=to_rows(scored_Tk, np.float32),
+    weight_NL=to_rows(weight_Tk, np.float32),
     scored_GM=_list_scored(at_Tk[scored_Tk], shape),
     reference_NL=reference_NL,
     **_slot_arrays(examples, tokens_BK, places, layout, shape),

@@ -171,7 +171,7 @@ def detect(
   repeats = canonical.repeats_prompt(plain)
   chat = any(map(canonical.has_context, plain))
   known = _readable(plain, functools.partial(canonical.with_context, chat=chat))
-  of, index, name = _vote(known, kind)
+  of, index, name = _vote(known, kind, plain[0])
   reading = Reading(of, index, kind, fields, chat, repeats, train_on=train_on, name=name)
   encoding = None
   if reading.format.name == "compared":
@@ -220,8 +220,11 @@ def _readable(rows: Iterable[Row], change: Callable[[Row], Row]) -> list[Row]:
   return found
 
 
-def _vote(rows: Sequence[Row], kind: str) -> tuple[str, int, str]:
-  """Returns the kind, the number and the name of the format that most rows have."""
+def _vote(rows: Sequence[Row], kind: str, shown: Row) -> tuple[str, int, str]:
+  """Returns the kind, the number and the name of the format that most rows have.
+
+  `shown` is a row with all its fields, for the error that no row has a known format.
+  """
   votes: collections.Counter[tuple[str, int]] = collections.Counter()
   for row in rows:
     found = ((of, _find_format(row, of)) for of in ACCEPTED_ROWS[kind])
@@ -229,9 +232,9 @@ def _vote(rows: Sequence[Row], kind: str) -> tuple[str, int, str]:
   if not votes:
     of = next((of for of in KINDS if _find_format(rows[0], of) is not None), None)
     if of is None:
-      raise _unknown_format(rows[0], ACCEPTED_ROWS[kind])
+      raise _unknown_format(shown, ACCEPTED_ROWS[kind])
     raise UserError(
-      f"the row has fields {_field_names(rows[0])}: {_WHICH_LOSS[of]}; needed:"
+      f"the row has fields {_field_names(shown)}: {_WHICH_LOSS[of]}; needed:"
       f" {_list_fields(*ACCEPTED_ROWS[kind])}"
     )
   of, index = votes.most_common(1)[0][0]

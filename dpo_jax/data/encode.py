@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data import canonical, collate, detection, formats, packing, readers
+from dpo_jax.data import canonical, collate, detection, formats, packing, readers, verdicts
 from dpo_jax.data.detection import Reading
 from dpo_jax.data.examples import Example, Measured, fill_up, lengths, truncate
 from dpo_jax.data.fields import BadRow, Preference, Row, RowError
@@ -42,9 +42,10 @@ class Ledger:
     pairs: rows kept, of whatever kind.
     dropped: reason -> number of rows.
     truncated: "prompt" and "answer" -> number of kept rows that were truncated there.
-    tokens: of the kept rows: "prompt" (once per example), "answer", "shared" (copies of prompt
-      tokens that the shared layout saves) and "padding" (in rows of the shared layout). The
-      mismatched completions that unpaired examples get later are not counted.
+    tokens: of the kept rows: "prompt" (once per example), "answer", "scored" (those of "answer"
+      that are scored; the others are context), "shared" (copies of prompt tokens that the shared
+      layout saves) and "padding" (in rows of the shared layout). The mismatched completions that
+      unpaired examples get later are not counted.
     labels: "desirable" and "undesirable" -> number of completions with this label.
     bad: reason -> the error about the first row that was dropped because it is malformed.
     notes: what a user should know about how the rows were read.
@@ -56,7 +57,7 @@ class Ledger:
   dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   truncated: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   tokens: dict[str, int] = dataclasses.field(
-    default_factory=lambda: {"prompt": 0, "answer": 0, "padding": 0, "shared": 0}
+    default_factory=lambda: {"prompt": 0, "answer": 0, "scored": 0, "padding": 0, "shared": 0}
   )
   labels: dict[str, int] = dataclasses.field(default_factory=dict)
   bad: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -109,9 +110,14 @@ class Encoder:
   on_bad_row: str = "stop"
 
   def __post_init__(self) -> None:
-    for name, options in (("train_on", detection.TRAIN_ON), ("on_bad_row", ("stop", "drop"))):
-      if getattr(self, name) not in options:
-        raise UserError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(options)}")
+    known = {
+      "train_on": detection.TRAIN_ON,
+      "on_bad_row": ("stop", "drop"),
+      "verdict": ("", *verdicts.ENCODINGS),
+    }
+    for name, options in known.items():
+      if (value := getattr(self, name)) not in options:
+        raise UserError(f"data.{name} is {value!r}; choose {', '.join(filter(None, options))}")
 
   def __call__(self, chunk: _Chunk) -> list[Encoded | Dropped]:
     """Encodes a chunk: returns the ids of each row, or why it is dropped, in the order of the rows.
@@ -168,8 +174,7 @@ class Encoder:
       )
     before = (prompt, *completions)
     kept = truncate(
-      prompt,
-      completions,
+      *tokens,
       max_length=self.max_length,
       prompt_floor=self.prompt_floor,
       mode=self.truncation,
@@ -178,12 +183,16 @@ class Encoder:
     )
     if kept is None:
       return Dropped(where, "too long", max(map(len, completions)))
-    prompt, completions, cuts = kept
+    prompt, completions, token_weights, cuts = kept
     # They were different before: what differed was cut off.
     if any(np.array_equal(one, other) for one, other in itertools.combinations(completions, 2)):
       return Dropped(where, "equal answers after cutting")
+    # What the assistant wrote was cut off, and only context was before it.
+    if not all(weights.any() for weights in token_weights):
+      return Dropped(where, "no scored token after cutting")
     lost = tuple(len(a) - len(b) for a, b in zip(before, (prompt, *completions), strict=True))
-    return Encoded(where, prompt, completions, preference.scores, preference.weight, cuts, lost)
+    about = preference.scores, preference.weight, cuts, lost
+    return Encoded(where, prompt, completions, *about, token_weights)
 
 
 class _Chunk(NamedTuple):
@@ -198,7 +207,7 @@ class Encoded(NamedTuple):
 
   Attributes:
     where: its place, "file:LINE".
-    prompt, completions, scores, weight: as in `Example`.
+    prompt, completions, scores, weight, token_weights: as in `Example`.
     cuts: what was truncated, a subset of ("prompt", "answer").
     lost: number of tokens cut from the prompt and from each completion.
   """
@@ -210,14 +219,25 @@ class Encoded(NamedTuple):
   weight: float = 1.0
   cuts: tuple[str, ...] = ()
   lost: tuple[int, ...] = ()
+  token_weights: tuple[np.ndarray, ...] = ()
 
   def examples(self, row: int, kind: str) -> list[Example]:
     """Returns the examples of the row: one, or one per completion if they are unpaired."""
+    whole = Example(
+      self.prompt,
+      self.completions,
+      self.weight,
+      row,
+      self.scores,
+      token_weights=self.token_weights,
+    )
     if kind != "unpaired":
-      return [Example(self.prompt, self.completions, self.weight, row, self.scores)]
+      return [whole]
     return [
-      Example(self.prompt, (ids,), self.weight, row, (score,))
-      for ids, score in zip(self.completions, self.scores, strict=True)
+      whole._replace(
+        completions=(ids,), scores=(score,), token_weights=self.token_weights[k : k + 1]
+      )
+      for k, (ids, score) in enumerate(zip(self.completions, self.scores, strict=True))
     ]
 
 
@@ -425,13 +445,12 @@ def _naming_place(where: str) -> Iterator[None]:
 
 def count_tokens(examples: Sequence[Example] | Measured) -> dict[str, int]:
   """Returns `Ledger.tokens` of some examples; only their lengths are read."""
-  prompt_B, tokens_BK = lengths(examples)
-  packed, shared = (
-    int(packing.costs(prompt_B, tokens_BK, layout).sum()) for layout in ("packed", "shared")
-  )
+  measured = lengths(examples)
+  packed, shared = (int(packing.costs(measured, layout).sum()) for layout in ("packed", "shared"))
   return {
-    "prompt": int(prompt_B.sum()),
-    "answer": int(tokens_BK.sum()),
+    "prompt": int(measured.prompt_B.sum()),
+    "answer": int(measured.tokens_BK.sum()),
+    "scored": int(measured.scored_BK.sum()),
     "padding": collate.count_padding(examples, batch_size=32),
     "shared": packed - shared,
   }

@@ -29,6 +29,10 @@ class Example(NamedTuple):
     scores: a number per completion, as in `TokenBatch.score_NS`; or ().
     reference: float32 [n_k] per completion, log-probs of its tokens under the reference model, in
       nats; or ().
+    token_weights: float32 [n_k] per completion, the weight of each token's log-prob in the sum of
+      its completion, 0 or more; or () where all weights are 1. A token of weight 0 is context, such
+      as the result of a tool: later tokens attend to it, and it is not scored. A completion that is
+      present has at least one scored token.
   """
 
   prompt: np.ndarray
@@ -37,6 +41,7 @@ class Example(NamedTuple):
   row: int = 0
   scores: tuple[float, ...] = ()
   reference: tuple[np.ndarray, ...] = ()
+  token_weights: tuple[np.ndarray, ...] = ()
 
 
 class Measured(NamedTuple):
@@ -46,23 +51,34 @@ class Measured(NamedTuple):
   memory.
 
   Attributes:
-    lengths: prompt lengths [B] and completion lengths [B, K], in tokens: see `lengths`.
+    prompt_B: tokens of every prompt.
+    tokens_BK: tokens of every completion; 0 if it is absent.
+    scored_BK: tokens of every completion that are scored: those whose weight is not 0.
   """
 
-  lengths: tuple[np.ndarray, np.ndarray]
+  prompt_B: np.ndarray
+  tokens_BK: np.ndarray
+  scored_BK: np.ndarray
 
   @classmethod
   def concatenate(cls, *sets: Sequence[Example] | Measured) -> Measured:
     """Returns the lengths of several sets as one, with the largest K among them."""
-    prompts, completions = zip(*(lengths(some) for some in sets if len(some)), strict=True)
-    most = max(tokens_BK.shape[1] for tokens_BK in completions)
-    wide = [np.pad(x_BK, ((0, 0), (0, most - x_BK.shape[1]))) for x_BK in completions]
-    return cls((np.concatenate(prompts), np.concatenate(wide)))
+    each = [lengths(some) for some in sets if len(some)]
+    most = max(one.tokens_BK.shape[1] for one in each)
+    return cls(*map(np.concatenate, zip(*(one.widened(most) for one in each), strict=True)))
 
   def select(self, index: Any) -> Measured:
     """Returns the lengths of the examples with these numbers."""
-    prompt_B, tokens_BK = self.lengths
-    return Measured((prompt_B[index], tokens_BK[index]))
+    return Measured(*(x_B[index] for x_B in self))
+
+  def longest(self) -> np.ndarray:
+    """Returns the tokens of the longest sequence of every example, prompt and completion: [B]."""
+    return self.prompt_B + self.tokens_BK.max(axis=1)
+
+  def widened(self, completions: int) -> Measured:
+    """Returns the lengths with K = `completions`: those of the absent ones are 0."""
+    more = ((0, 0), (0, completions - self.tokens_BK.shape[1]))
+    return Measured(self.prompt_B, np.pad(self.tokens_BK, more), np.pad(self.scored_BK, more))
 
 
 class Lazy(Sequence[Example]):
@@ -70,22 +86,19 @@ class Lazy(Sequence[Example]):
 
   Attributes:
     read: number -> example.
-    lengths: prompt and completion lengths of all examples: see `lengths`. They are known without
-      reading.
+    lengths: prompt and completion lengths of all examples. They are known without reading.
   """
 
-  def __init__(
-    self, read: Callable[[int], Example], lengths: tuple[np.ndarray, np.ndarray]
-  ) -> None:
+  def __init__(self, read: Callable[[int], Example], lengths: Measured) -> None:
     self.read, self.lengths = read, lengths
 
   @classmethod
   def select(cls, examples: Sequence[Example], index: Sequence[int] | np.ndarray) -> Lazy:
     """Returns the examples with these numbers, in this order, without reading them."""
-    return cls(lambda i: examples[int(index[i])], Measured(lengths(examples)).select(index).lengths)
+    return cls(lambda i: examples[int(index[i])], lengths(examples).select(index))
 
   def __len__(self) -> int:
-    return len(self.lengths[0])
+    return len(self.lengths.prompt_B)
 
   def __getitem__(self, index: Any) -> Any:
     # A slice is read at once, into a list.
@@ -100,12 +113,13 @@ class Lazy(Sequence[Example]):
 def truncate(
   prompt: np.ndarray,
   completions: Sequence[np.ndarray],
+  token_weights: Sequence[np.ndarray] = (),
   *,
   max_length: int | None,
   prompt_floor: int = 64,
   mode: str = "drop",
   bos_id: int | None = None,
-) -> tuple[np.ndarray, tuple[np.ndarray, ...], tuple[str, ...]] | None:
+) -> tuple[np.ndarray, tuple[np.ndarray, ...], tuple[np.ndarray, ...], tuple[str, ...]] | None:
   """Fits every prompt + completion into `max_length` tokens. Nothing else truncates examples.
 
   The prompt is truncated first, from the left, since the question stands at its end; a BOS at its
@@ -119,23 +133,24 @@ def truncate(
   Args:
     prompt: int32 [P].
     completions: K arrays int32 [n_k].
+    token_weights: K arrays float32 [n_k], or none: as in `Example`.
     max_length: most tokens of the prompt and one completion, or None for no limit.
     prompt_floor: tokens of the prompt that are never cut.
     mode: "drop" or "cut".
     bos_id: the token to keep at the start of a truncated prompt; None keeps none.
 
   Returns:
-    The prompt, the completions and what was truncated, a subset of ("prompt", "answer"); or None
-    if the example is dropped.
+    The prompt, the completions, their weights and what was truncated, a subset of ("prompt",
+    "answer"); or None if the example is dropped.
   """
   if mode not in ("drop", "cut"):
     raise UserError(f"unknown truncation {mode!r}; choose 'drop' or 'cut'")
-  completions = tuple(completions)
+  completions, token_weights = tuple(completions), tuple(token_weights)
   if max_length is None:
-    return prompt, completions, ()
+    return prompt, completions, token_weights, ()
   longest = max(len(completion) for completion in completions)
   if len(prompt) + longest <= max_length:
-    return prompt, completions, ()
+    return prompt, completions, token_weights, ()
 
   # One token of the prompt at least: the first completion token is predicted from it.
   floor = max(1, min(prompt_floor, max_length // 2, len(prompt)))
@@ -151,8 +166,9 @@ def truncate(
     cuts += ("prompt",)
   if room < longest:
     completions = tuple(completion[:room] for completion in completions)
+    token_weights = tuple(weights[:room] for weights in token_weights)
     cuts += ("answer",)
-  return prompt, completions, cuts
+  return prompt, completions, token_weights, cuts
 
 
 # --- number of completions, and lengths -----------------------------------------------------------
@@ -169,29 +185,47 @@ def fill_up(examples: Sequence[Example], completions: int | None = None) -> list
   completions = most if completions is None else completions
   if most > completions:
     raise ValueError(f"an example has {most} completions; completions={completions} is too few")
-  absent = np.zeros(0, np.int32)
 
   def filled(example: Example) -> Example:
-    # Scores have one number per completion, absent ones included; () stays ().
     missing = completions - len(example.completions)
-    scores = example.scores + (0.0,) * missing if example.scores else ()
-    return example._replace(completions=example.completions + (absent,) * missing, scores=scores)
+
+    def more(values: tuple[Any, ...], absent: Any) -> tuple[Any, ...]:
+      # One value per completion, absent ones included; () stays ().
+      return values + (absent,) * missing if values else ()
+
+    return example._replace(
+      completions=more(example.completions, np.zeros(0, np.int32)),
+      scores=more(example.scores, 0.0),
+      token_weights=more(example.token_weights, np.zeros(0, np.float32)),
+    )
 
   return [filled(example) for example in examples]
 
 
-def lengths(examples: Sequence[Example] | Measured) -> tuple[np.ndarray, np.ndarray]:
-  """Returns prompt lengths [B] and completion lengths [B, K], in tokens.
+def lengths(examples: Sequence[Example] | Measured) -> Measured:
+  """Returns the lengths of prompts and completions, in tokens.
 
   Examples that know their `lengths` (`Lazy`, `Measured`) are not read.
   """
   if isinstance(examples, Measured):
-    return examples.lengths
+    return examples
   known = getattr(examples, "lengths", None)
   if known is not None:
     return known
   prompt_B = np.array([len(example.prompt) for example in examples])
-  return prompt_B, np.array([[len(ids) for ids in example.completions] for example in examples])
+  tokens_BK = np.array([[len(ids) for ids in example.completions] for example in examples])
+  scored_BK = tokens_BK.copy()
+  for b, example in enumerate(examples):
+    if example.token_weights:
+      scored_BK[b] = [np.count_nonzero(weights) for weights in example.token_weights]
+  return Measured(prompt_B, tokens_BK, scored_BK)
+
+
+def weights_of(example: Example) -> tuple[np.ndarray, ...]:
+  """Returns the weights of the completions' tokens, also where the example leaves them out."""
+  return example.token_weights or tuple(
+    np.ones(len(ids), np.float32) for ids in example.completions
+  )
 
 
 # --- held-out examples, mismatched completions ----------------------------------------------------
@@ -249,6 +283,8 @@ def with_mismatched(
   random order of the examples, each takes the completion of the next one with a different prompt.
   The choice depends only on the examples and the seed, so the log-prob under the reference is the
   same in every epoch. If no two examples share a prompt, every completion is used exactly once.
+  A mismatched completion keeps its token weights. If it is cut before its first scored token, both
+  of its log-probs are 0, and so is its estimate.
 
   Held-out examples must be split off before, so that no completion is both trained on and held out.
 
@@ -267,17 +303,36 @@ def with_mismatched(
     return []
   other_B = _mismatched_partners(examples, seed)
   # The lengths of the result are known now; ids are read only when an example is indexed.
-  prompt_B, tokens_BK = lengths(examples)
-  tokens_B = tokens_BK[other_B, 0]
+  prompt_B, tokens_BK, scored_BK = lengths(examples)
+  tokens_B = whole_B = tokens_BK[other_B, 0]
   if max_length is not None:
-    tokens_B = np.minimum(tokens_B, max_length - prompt_B)
+    tokens_B = np.minimum(whole_B, max_length - prompt_B)
 
   def read(number: int) -> Example:
     example, other = examples[number], examples[int(other_B[number])]
-    completions = example.completions[0], other.completions[0][: tokens_B[number]]
-    return example._replace(completions=completions, scores=example.scores[:1] * 2)
+    cut = slice(int(tokens_B[number]))
+    weights = ()
+    if example.token_weights or other.token_weights:
+      weights = weights_of(example)[0], weights_of(other)[0][cut]
+    return example._replace(
+      completions=(example.completions[0], other.completions[0][cut]),
+      token_weights=weights,
+      scores=example.scores[:1] * 2,
+    )
 
-  return Lazy(read, (prompt_B, np.stack([tokens_BK[:, 0], tokens_B], axis=1)))
+  # Which tokens of a completion are scored is known only by reading it. So those with context that
+  # are cut are read; of the others, all that is left is scored.
+  scored_B = np.minimum(scored_BK[other_B, 0], tokens_B)
+  for i in np.flatnonzero((tokens_B < whole_B) & (scored_BK[other_B, 0] < whole_B)).tolist():
+    scored_B[i] = np.count_nonzero(read(i).token_weights[1])
+  return Lazy(
+    read,
+    Measured(
+      prompt_B,
+      np.stack([tokens_BK[:, 0], tokens_B], axis=1),
+      np.stack([scored_BK[:, 0], scored_B], axis=1),
+    ),
+  )
 
 
 def _mismatched_partners(examples: Sequence[Example], seed: int) -> np.ndarray:

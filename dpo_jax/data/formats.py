@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from dpo_jax.data import fields as row_fields
 from dpo_jax.data import messages
+from dpo_jax.data.canonical import ASSISTANT_TURN
 from dpo_jax.data.fields import BadRow, Messages, Preference, Row, RowError
 
 
@@ -31,8 +32,6 @@ class Format(NamedTuple):
 
 
 # --- conversion -----------------------------------------------------------------------------------
-
-ASSISTANT_TURN = "\n\nAssistant:"  # precedes every completion in an HH transcript
 
 
 def _from_ids(row: Row) -> Preference:
@@ -238,8 +237,11 @@ def _no_messages(row: Row) -> bool:
   return all(not isinstance(row[field], (list, dict)) for field in ("prompt", "chosen", "rejected"))
 
 
-def _both_strings(row: Row) -> bool:
-  return all(isinstance(row[field], str) for field in ("chosen", "rejected"))
+def _transcripts(row: Row) -> bool:
+  # Both are text, and at least one of them is a dialogue. Other texts without a prompt are rows
+  # whose prompt has another name.
+  texts = [row["chosen"], row["rejected"]]
+  return all(isinstance(text, str) for text in texts) and any(ASSISTANT_TURN in x for x in texts)
 
 
 def _both_lists(row: Row) -> bool:
@@ -270,7 +272,7 @@ PAIRS = (
   Format("messages", ("prompt", "chosen", "rejected"), _always, _from_messages),
   Format("conversations", ("conversations", "chosen", "rejected"), _always, _from_conversations),
   Format("instruction", ("instruction", "chosen", "rejected"), _always, _from_instruction),
-  Format("transcripts", ("chosen", "rejected"), _both_strings, _from_transcripts),
+  Format("transcripts", ("chosen", "rejected"), _transcripts, _from_transcripts),
   Format("shared messages", ("chosen", "rejected"), _both_lists, _from_shared_messages),
   Format("compared", ("prompt", "answer_a", "answer_b", "preference"), _always, _from_compared),
   Format(

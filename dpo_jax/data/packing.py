@@ -1,7 +1,7 @@
 """Packs examples into rows, and chooses the few array shapes that batches have.
 
-Everything here works on lengths alone: `prompt_B` are the tokens of the prompts and `tokens_BK`
-those of the completions. A completion of no tokens is absent and takes no space.
+Everything here works on lengths alone, which are an `examples.Measured`. A completion of no tokens
+is absent and takes no space.
 
 Few shapes, because every new shape compiles the training step again. So rows, scored tokens and
 sequences are rounded up to steps, and only batches that need unusually much get another shape.
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpo_jax.data.examples import Measured
 from dpo_jax.structs import UserError
 
 LAYOUTS = ("shared", "packed", "padded")
@@ -77,12 +78,13 @@ class Shape(NamedTuple):
   width: int = 0
 
 
-def costs(prompt_B: np.ndarray, tokens_BK: np.ndarray, layout: str) -> np.ndarray:
+def costs(measured: Measured, layout: str) -> np.ndarray:
   """Returns the tokens of a row that each example takes, int [B].
 
   A prompt of P tokens takes P - 1 positions: its last token is repeated at the head of every
   completion (see `collate`). A padded example takes several rows; its cost is its longest sequence.
   """
+  prompt_B, tokens_BK, _ = measured
   if layout == "shared":
     return prompt_B - 1 + tokens_BK.sum(1)
   if layout == "packed":
@@ -93,11 +95,7 @@ def costs(prompt_B: np.ndarray, tokens_BK: np.ndarray, layout: str) -> np.ndarra
 
 
 def place(
-  prompt_B: np.ndarray,
-  tokens_BK: np.ndarray,
-  layout: str,
-  row_length: int,
-  most_pairs: int | None = None,
+  measured: Measured, layout: str, row_length: int, most_pairs: int | None = None
 ) -> Places:
   """Packs examples into rows by best-fit decreasing.
 
@@ -105,14 +103,15 @@ def place(
   order of examples, so the result is a function of the arguments alone.
 
   Args:
-    prompt_B, tokens_BK: lengths; no cost may be larger than the row length.
+    measured: lengths; no cost may be larger than the row length.
     layout: "padded" examples are not packed; each takes K rows.
     row_length: L.
     most_pairs: most pairs of a row, or None for no limit.
   """
-  cost_B = costs(prompt_B, tokens_BK, layout)
-  about_B = (tokens_BK.sum(1), (tokens_BK > 0).sum(1), costs(prompt_B, tokens_BK, "padded"))
-  size, completions = tokens_BK.shape
+  cost_B = costs(measured, layout)
+  present_BK = measured.tokens_BK > 0
+  about_B = (measured.scored_BK.sum(1), present_BK.sum(1), costs(measured, "padded"))
+  size, completions = present_BK.shape
   if layout == "padded":
     zeros_B = np.zeros(size, np.int64)
     first_B = np.arange(size) * completions

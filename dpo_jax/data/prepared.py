@@ -23,16 +23,18 @@ import numpy as np
 
 from dpo_jax.data import encode, external
 from dpo_jax.data.encode import Encoder, Ledger
-from dpo_jax.data.examples import Example, Lazy, Measured, fill_up
+from dpo_jax.data.examples import Example, Lazy, Measured, fill_up, weights_of
 from dpo_jax.structs import UserError
 from dpo_jax.utils.files import check_writable, replacing_folder
 
 NAME = "tfds_pairs"
 LENGTHS = external.PREPARED
+# Names of the arrays of `Measured` in the file of lengths, behind the name of the split.
+_LENGTHS = ("prompt", "answers", "scored")
 SPLITS = ("train", "validation")
 SHARD = 100_000  # examples per file
 # Settings that a run must share with a set, besides rules and tokenizer; flags of `prepare_data`.
-SETTINGS = ("kind", "max_length", "prompt_floor", "truncation", "eval_fraction")
+SETTINGS = ("kind", "max_length", "prompt_floor", "truncation", "train_on", "eval_fraction")
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def prepare(
     _build(new, {name: spools[name] for name in measured}, about)
     arrays = {}
     for name, lengths in measured.items():
-      arrays[f"{name}_prompt"], arrays[f"{name}_answers"] = lengths.lengths
+      arrays |= {f"{name}_{key}": x for key, x in zip(_LENGTHS, lengths, strict=True)}
     np.savez(new / LENGTHS, **arrays)
   yield ledger
 
@@ -110,7 +112,10 @@ def _uniform(prompt: np.ndarray, seed: int) -> float:
 
 
 class _Spool:
-  """The examples of one split before they are written: ids in a file, all else in memory.
+  """The examples of one split before they are written: tokens in a file, all else in memory.
+
+  The file has the ids of an example, and behind them the weights of its completions' tokens, unless
+  all are 1.
 
   `array` stores a number in 4 or 8 bytes, where a list would take 8 more and an object each.
   """
@@ -120,6 +125,8 @@ class _Spool:
     self.rows = array.array("q")
     self.counts = array.array("q")  # tokens of the prompt, and of every answer
     self.widths = array.array("q")  # number of counts of an example
+    self.scored = array.array("q")  # scored tokens of every answer
+    self.weighted = array.array("b")  # 1 if the file has weights of the example's tokens
     self.scores = array.array("d")
     self.weights = array.array("f")
     self.completions = 0
@@ -129,6 +136,10 @@ class _Spool:
     parts = (example.prompt, *example.completions)
     for ids in parts:
       self.file.write(np.asarray(ids, np.int32).tobytes())
+    for weights in example.token_weights:
+      self.file.write(np.asarray(weights, np.float32).tobytes())
+    self.scored.extend(map(np.count_nonzero, weights_of(example)))
+    self.weighted.append(bool(example.token_weights))
     self.rows.append(example.row)
     self.counts.extend(map(len, parts))
     self.widths.append(len(parts))
@@ -139,24 +150,29 @@ class _Spool:
   def measure(self, completions: int) -> Measured:
     """Returns the lengths of all examples with K = `completions`; absent ones have 0 tokens."""
     counts_BP = np.zeros((len(self.rows), 1 + completions), np.int32)
-    widths_B = np.asarray(self.widths)
+    present_BP = np.arange(1 + completions) < np.asarray(self.widths)[:, None]
     # A mask selects row by row, in the order in which the counts were appended.
-    counts_BP[np.arange(1 + completions) < widths_B[:, None]] = self.counts
-    return Measured((counts_BP[:, 0], counts_BP[:, 1:]))
+    counts_BP[present_BP] = self.counts
+    scored_BK = np.zeros((len(self.rows), completions), np.int32)
+    scored_BK[present_BP[:, 1:]] = self.scored
+    return Measured(counts_BP[:, 0], counts_BP[:, 1:], scored_BK)
 
   def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (key, features) of every example, as TFDS takes them, while reading the file once."""
     has_scores = len(self.scores) > 0
     at = score_at = 0
     self.file.seek(0)
-    each = zip(self.rows, self.widths, self.weights, strict=True)
-    for key, (row, width, weight) in enumerate(each):
+    each = zip(self.rows, self.widths, self.weights, self.weighted, strict=True)
+    for key, (row, width, weight, weighted) in enumerate(each):
       lengths = np.array(self.counts[at : at + width], np.int32)
       ids = np.frombuffer(self.file.read(4 * int(lengths.sum())), np.int32)
+      # Of completions only: a prompt has no weights.
+      size = int(lengths[1:].sum()) if weighted else 0
+      token_weights = np.frombuffer(self.file.read(4 * size), np.float32)
       scores = self.scores[score_at : score_at + (width - 1) * has_scores]
       at, score_at = at + width, score_at + len(scores)
       features = {"ids": ids, "lengths": lengths, "grades": np.array(scores, np.float32)}
-      yield key, features | {"row": row, "weight": weight}
+      yield key, features | {"row": row, "weight": weight, "token_weights": token_weights}
 
 
 @functools.cache
@@ -170,7 +186,7 @@ def _builder_class() -> type:
 
     Features of an example: `ids`, those of the prompt and then of every completion; `lengths`,
     which divides them; `grades`, the scores of an `Example`, perhaps none (the name that sets on
-    disk have); `weight` and `row`.
+    disk have); `token_weights` of every completion, one after another, or none; `weight` and `row`.
     """
 
     name = NAME
@@ -191,6 +207,7 @@ def _builder_class() -> type:
             "ids": integers,
             "lengths": integers,
             "grades": tfds.features.Tensor(shape=(None,), dtype=np.float32),
+            "token_weights": tfds.features.Tensor(shape=(None,), dtype=np.float32),
             "row": np.int64,
             "weight": np.float32,
           }
@@ -248,7 +265,7 @@ def _build(folder: pathlib.Path, spools: dict[str, _Spool], about: dict[str, Any
 class PairSet(Lazy):
   """One split of a prepared set; its examples are read when indexed, and all have K completions."""
 
-  def __init__(self, source: Any, lengths: tuple[np.ndarray, np.ndarray]):
+  def __init__(self, source: Any, lengths: Measured):
     self.source = source
     super().__init__(self._read, lengths)
 
@@ -257,14 +274,16 @@ class PairSet(Lazy):
     prompt, *completions = np.split(record["ids"], np.cumsum(record["lengths"])[:-1])
     example = Example(prompt, tuple(completions), float(record["weight"]), int(record["row"]))
     example = example._replace(scores=tuple(record["grades"].tolist()))
-    (filled,) = fill_up([example], self.lengths[1].shape[1])
+    # Sets that were made before there were token weights have no such feature.
+    if len(weights := record.get("token_weights", ())):
+      parts = np.split(weights, np.cumsum(record["lengths"][1:])[:-1])
+      example = example._replace(token_weights=tuple(parts))
+    (filled,) = fill_up([example], self.lengths.tokens_BK.shape[1])
     return filled
 
   def widened(self, completions: int) -> PairSet:
     """Returns the same split with K = `completions`, filled up with absent ones."""
-    prompt_B, tokens_BK = self.lengths
-    wide = np.pad(tokens_BK, ((0, 0), (0, completions - tokens_BK.shape[1])))
-    return PairSet(self.source, (prompt_B, wide))
+    return PairSet(self.source, self.lengths.widened(completions))
 
 
 def is_prepared_set(path: str | pathlib.Path) -> bool:
@@ -296,9 +315,7 @@ def read(
     with (path / LENGTHS).open("rb") as file, np.load(file) as arrays:
       lengths = dict(arrays.items())
     sets = [
-      PairSet(
-        builder.as_data_source(split=name), (lengths[f"{name}_prompt"], lengths[f"{name}_answers"])
-      )
+      PairSet(builder.as_data_source(split=name), _measured(lengths, name))
       for name in SPLITS
       if name in builder.info.splits
     ]
@@ -313,6 +330,13 @@ def read(
     if len(one) != len(one.source):
       raise UserError(f"{path} is a broken prepared set: a file is missing; prepare it again")
   return sets[0], sets[1] if len(sets) > 1 else None, about["ledger"]
+
+
+def _measured(arrays: dict[str, np.ndarray], split: str) -> Measured:
+  """Returns the lengths of a split from the arrays of its set."""
+  prompt, answers, scored = (f"{split}_{key}" for key in _LENGTHS)
+  # Sets that were made before there were token weights score all tokens of a completion.
+  return Measured(arrays[prompt], arrays[answers], arrays.get(scored, arrays[answers]))
 
 
 def _check(

@@ -18,7 +18,7 @@ from rich.text import Text
 from dpo_jax.data import packing
 from dpo_jax.data.collate import count_taken, fit_row_length
 from dpo_jax.data.encode import Dropped, Encoded, Ledger
-from dpo_jax.data.examples import Example, lengths
+from dpo_jax.data.examples import Example, lengths, weights_of
 from dpo_jax.data.tokenizer import Tokenizer
 
 # Two shades each, in turns, so that the boundaries of tokens are visible.
@@ -27,6 +27,9 @@ GOOD = ("black on green3", "black on dark_sea_green3")
 BAD = ("black on salmon1", "black on tan")
 MIDDLING = ("black on khaki1", "black on light_goldenrod2")
 CUT = "✂"
+# Around the context of a completion. Its shades are those of the prompt, which is not scored
+# either; the marks also show where there are no colours.
+CONTEXT, MARK = ("⟦", "⟧"), "bold cyan"
 
 
 def show_row(
@@ -67,14 +70,29 @@ def show_example(
   # The mark of the cut stands before the first token; if that is not shown, neither is the mark.
   parts = _part(given, shown, tokenizer, GIVEN, cut_before=bool(lost_prompt and not hidden))
   # Not strict: absent completions have no role, and mismatched ones are added only in training.
-  completions = zip(_roles(example, kind), example.completions, lost_ends, strict=False)
-  for (name, shades), completion, cut in completions:
+  weights = weights_of(example)
+  completions = zip(_roles(example, kind), example.completions, weights, lost_ends, strict=False)
+  for (name, shades), completion, weight, cut in completions:
     ends = tokenizer.eos_id is not None and tokenizer.eos_id in completion
-    title = f"{name} · {len(completion)} tokens, scored, {'ended' if ends else 'no end token'}"
+    title = f"{name} · {len(completion)} tokens, {_scored(weight)}, "
+    title += "ended" if ends else "no end token"
     title += f", {CUT} {cut} cut after" if cut else ""
-    parts += _part(title, completion, tokenizer, shades, cut_after=cut > 0)
+    parts += _part(title, completion, tokenizer, shades, cut_after=cut > 0, context=weight == 0)
   title = f"row {example.row}" + (", cut" if any(lost) else "")
-  return Panel(Group(*parts), title=title, title_align="left", box=box.ROUNDED)
+  legend = "{} context: given, not scored {}".format(*CONTEXT)
+  if all(weight.all() for weight in weights):
+    legend = None
+  return Panel(Group(*parts), title=title, title_align="left", box=box.ROUNDED, subtitle=legend)
+
+
+def _scored(weights: np.ndarray) -> str:
+  """Returns in words which tokens of a completion are scored, and with which weights."""
+  scored = weights[weights > 0]
+  context = len(weights) - len(scored)
+  words = f"{len(scored)} scored, {context} context" if context else "scored"
+  if (scored != 1).any():
+    words += f" with weights {scored.min():g} to {scored.max():g}"
+  return words
 
 
 def _roles(example: Example, kind: str) -> list[tuple[str, tuple[str, str]]]:
@@ -112,18 +130,23 @@ def show_ledger(ledger: Ledger, examples: Sequence[Example]) -> Table:
     add(f"{what}s truncated", count)
   tokens = ledger.tokens
   add("prompt tokens", tokens["prompt"], "given")
-  add("completion tokens", tokens["answer"], "scored")
+  context = tokens["answer"] - tokens["scored"]
+  add("completion tokens", tokens["answer"], "" if context else "scored")
+  if context:
+    add("scored tokens", tokens["scored"], "of completions")
+    add("context tokens", context, "of completions; given, not scored")
   if tokens["shared"]:
     add("shared tokens", tokens["shared"], "copies of prompts that shared rows save")
   real = tokens["prompt"] + tokens["answer"]
   share = tokens["padding"] / (real + tokens["padding"])
   add("padding tokens", tokens["padding"], f"{share:.1%} of shared rows")
-  prompt_B, tokens_BK = lengths(examples)
+  measured = lengths(examples)
+  tokens_BK = measured.tokens_BK
   if tokens_BK.shape[1] > 2:
     present_B = (tokens_BK > 0).sum(1)
     note = f"per prompt; at least {present_B.min()}, {present_B.mean():.1f} on average"
     add("most completions", tokens_BK.shape[1], note)
-  total_B = prompt_B + tokens_BK.max(1)
+  total_B = measured.longest()
   half, most = np.quantile(total_B, [0.5, 0.95], method="higher").tolist()
   note = f"of prompt and longest completion; 95% have at most {most}, half at most {half}"
   add("longest sequence", int(total_B.max()), note)
@@ -132,7 +155,7 @@ def show_ledger(ledger: Ledger, examples: Sequence[Example]) -> Table:
 
 def show_lengths(examples: Sequence[Example]) -> Table:
   """Renders histograms of the lengths of prompts and completions, in powers of two."""
-  prompt_B, tokens_BK = lengths(examples)
+  prompt_B, tokens_BK, _ = lengths(examples)
   table = Table("tokens", "prompts", "", "completions", "", box=box.SIMPLE, pad_edge=False)
   for column in (0, 1, 3):
     table.columns[column].justify = "right"
@@ -174,11 +197,18 @@ def _part(
   *,
   cut_before: bool = False,
   cut_after: bool = False,
+  context: np.ndarray | None = None,
 ) -> list[RenderableType]:
-  """Renders a title, the text with marks where it was cut, and its ids."""
+  """Renders a title, the text with marks where it was cut and around context, and its ids."""
   text = Text(CUT if cut_before else "", style="bold red")
-  for i, (piece, _) in enumerate(pieces(ids, tokenizer)):
-    text.append(piece.replace("\n", "⏎\n"), style=shades[i % 2])
+  at, inside = 0, False
+  for i, (piece, held) in enumerate(pieces(ids, tokenizer)):
+    given = context is not None and bool(context[at : at + len(held)].all())
+    if given != inside:
+      text.append(CONTEXT[inside], style=MARK)
+    text.append(piece.replace("\n", "⏎\n"), style=(GIVEN if given else shades)[i % 2])
+    at, inside = at + len(held), given
+  text.append(CONTEXT[1] if inside else "", style=MARK)
   text.append(CUT if cut_after else "", style="bold red")
   numbers = Text(" ".join(str(id) for id in ids), style="dim")
   return [Text(title, style="bold"), text, numbers, Text()]

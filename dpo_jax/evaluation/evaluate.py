@@ -19,7 +19,7 @@ import numpy as np
 
 from dpo_jax import logprobs, losses
 from dpo_jax.data import batches, encode
-from dpo_jax.data.examples import Example, lengths
+from dpo_jax.data.examples import Example, lengths, weights_of
 from dpo_jax.evaluation.estimates import (
   Estimate,
   Frontier,
@@ -46,7 +46,7 @@ class Scores(NamedTuple):
 
   Attributes:
     logp_BK: log π(y|x) of every completion, summed over its tokens, in nats.
-    tokens_BK: tokens of every completion.
+    tokens_BK: sum of the weights of every completion's tokens; their number where all are scored.
   """
 
   logp_BK: np.ndarray
@@ -85,10 +85,16 @@ def make_scorer(model: Model, *, batch_size: int = 64) -> Callable[..., Scores]:
       batch_logp_BK = np.asarray(logps_fn(params, batch), np.float64).reshape(-1, completions)
       present_B = row_BK[:, 0] >= 0  # the others are padding of the batch
       logp_BK[row_BK[present_B, 0]] = batch_logp_BK[present_B]
-    tokens = [[len(completion) for completion in example.completions] for example in examples]
-    return Scores(logp_BK, np.array(tokens))
+    return Scores(logp_BK, count_tokens(examples))
 
   return score
+
+
+def count_tokens(examples: Sequence[Example]) -> np.ndarray:
+  """Sums the weights of the tokens of every completion: [B, K]; int unless there are fractions."""
+  tokens_BK = np.array([[x.sum(dtype=float) for x in weights_of(one)] for one in examples])
+  whole_BK = tokens_BK.astype(int)
+  return whole_BK if (whole_BK == tokens_BK).all() else tokens_BK
 
 
 # --- Pairs ----------------------------------------------------------------------------------------
@@ -118,8 +124,15 @@ def read_pairs(
   reference: LanguageModel | None,
   *,
   max_length: int | None = None,
+  **rows: Any,
 ) -> list[Example]:
   """Reads the pairs of a file as tokens, and reports dropped and truncated rows on stderr.
+
+  Args:
+    path: file of rows.
+    policy, reference: models that score them; reference may be None.
+    max_length: most tokens of a prompt and one completion together, or None for no limit.
+    rows: how rows are read, other options of `encode.Encoder`.
 
   Raises:
     UserError: policy and reference differ in tokenizer or vocabulary, or a pair is longer than the
@@ -138,10 +151,10 @@ def read_pairs(
       f"model and reference score {vocabs[0]} and {vocabs[1]} tokens;"
       " models that are compared must share one tokenizer"
     )
-  examples, ledger, _ = encode.load_examples(path, policy.tokenizer, max_length=max_length)
+  examples, ledger, _ = encode.load_examples(path, policy.tokenizer, max_length=max_length, **rows)
   for model in models:
-    check_positions(examples, lengths(examples), model.config)
-  if ledger.dropped or ledger.truncated:
+    check_positions(examples, lengths(examples).longest(), model.config)
+  if ledger.dropped or ledger.truncated or ledger.notes:
     # On stderr: stdout may carry the results of a command.
     print(encode.summarize(path, ledger.to_json()), file=sys.stderr)
   return examples

@@ -2,7 +2,8 @@
 
 The docstrings use these symbols:
 
-  y_w, y_l   the chosen and the rejected completion of prompt x; |y| is the number of tokens of y
+  y_w, y_l   the chosen and the rejected completion of prompt x; |y| is the number of scored tokens
+             of y, or the sum of their weights
   c          log π(y_w|x)/π_ref(y_w|x), the log-ratio of the chosen completion, in nats
   r          log π(y_l|x)/π_ref(y_l|x), the log-ratio of the rejected completion, in nats
   m = c - r  the margin, in nats

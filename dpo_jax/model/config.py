@@ -214,14 +214,12 @@ class FromRow(Protocol):
   def row(self) -> int: ...
 
 
-def check_positions(
-  examples: Sequence[FromRow], lengths: tuple[np.ndarray, np.ndarray], config: ModelConfig
-) -> None:
+def check_positions(examples: Sequence[FromRow], tokens_B: np.ndarray, config: ModelConfig) -> None:
   """Refuses examples that are longer than a table of learned positions.
 
   Args:
     examples: B examples.
-    lengths: their prompt_B and tokens_BK, numbers of tokens of every prompt and completion.
+    tokens_B: tokens of their longest sequences: a prompt with one completion.
     config: the model. Rotary positions have no limit.
 
   Raises:
@@ -229,8 +227,6 @@ def check_positions(
   """
   if config.positions != "learned":
     return
-  prompt_B, tokens_BK = lengths
-  tokens_B = prompt_B + tokens_BK.max(axis=1)
   longest = int(tokens_B.argmax())
   # Positions past the end of a table read NaN: see `layers.Table`.
   if tokens_B[longest] > config.max_positions:

@@ -151,6 +151,10 @@ def _ledger(ledger: Mapping[str, Any]) -> str:
   saved = tokens.pop("shared", 0)
   if saved:
     rows.append(("prompt tokens shared by both completions", saved))
+  # Runs of before have no such count: they scored all tokens of their completions.
+  context = tokens.get("answer", 0) - tokens.pop("scored", tokens.get("answer", 0))
+  if context:
+    tokens |= {"answer": tokens["answer"] - context, "context": context}
   if "eval" in ledger:
     rows.append(("held-out pairs", ledger["eval"].get("pairs", "")))
   # Widths grow with the counts, from that of the label: a small count keeps a readable one.

@@ -35,6 +35,7 @@ class DataSettings(NamedTuple):
     max_length: tokens of a prompt and one completion together.
     prompt_floor: tokens of a prompt that are never cut.
     truncation: "drop" or "cut".
+    verdict, train_on, on_bad_row: as in `encode.Encoder`.
   """
 
   path: str
@@ -46,6 +47,9 @@ class DataSettings(NamedTuple):
   max_length: int
   prompt_floor: int
   truncation: str
+  verdict: str = ""
+  train_on: str = "assistant"
+  on_bad_row: str = "stop"
 
 
 class BatchSettings(NamedTuple):
@@ -133,7 +137,7 @@ def _load_examples(
   for some in filter(len, (examples, held_out)):
     if batching.row_length and batching.layout != "padded":
       collate.check_fits(some, batching.layout, batching.row_length)
-    check_positions(some, lengths(some), model_config)
+    check_positions(some, lengths(some).longest(), model_config)
   row_length = batching.row_length or batches.suit_row_length(
     # Both, so that one length serves training and evaluation.
     Measured.concatenate(examples, held_out),
@@ -206,6 +210,11 @@ def _read_examples(
     "prompt_floor": data.prompt_floor,
     "truncation": data.truncation,
     "fields": data.fields,
+    "verdict": data.verdict,
+    "train_on": data.train_on,
+    "on_bad_row": data.on_bad_row,
+    # A column that the loss does not read must not stop the run.
+    "scores": loss.reads("margin_B"),
   }
   prepared = prepared_data.is_prepared_set(data.path)
   examples: Sequence[Example]
@@ -232,7 +241,7 @@ def _read_examples(
     examples, held_out = mismatch(examples), mismatch(held_out)
   if loss.kind == "ranked":
     # One number of completions for training and evaluation: K is an axis of both.
-    most = Measured.concatenate(examples, held_out).lengths[1].shape[1]
+    most = Measured.concatenate(examples, held_out).tokens_BK.shape[1]
     held_out = fill_up(held_out, most)
     if isinstance(examples, prepared_data.PairSet):
       examples = examples.widened(most)  # its examples stay on disk
@@ -321,7 +330,7 @@ def _load_prompts(
       f"the longest prompt has {longest} tokens; with on_policy.max_tokens {max_tokens} that"
       f" exceeds the window of {limit}; raise data.max_length or shorten one of them"
     )
-  tokens = {"prompt": sum(map(len, ids)), "answer": 0, "padding": 0, "shared": 0}
+  tokens = {"prompt": sum(map(len, ids)), "answer": 0, "scored": 0, "padding": 0, "shared": 0}
   counts = {"rows": len(ids), "pairs": len(ids), "dropped": {}, "truncated": {}}
   examples = [
     Example(np.asarray(prompt, np.int32), (), row=row)
@@ -343,7 +352,10 @@ def digest(data: TrainingData) -> str:
   for side in (data.examples, data.held_out):
     if not len(side):
       continue
-    for array in lengths(side):
+    prompt_B, tokens_BK, scored_BK = lengths(side)
+    # What is scored only where it is not everything: runs of before have digests without it.
+    context = [] if np.array_equal(scored_BK, tokens_BK) else [scored_BK]
+    for array in (prompt_B, tokens_BK, *context):
       found.update(np.ascontiguousarray(array).tobytes())
     # Spread over all, so that another order, or a row more, changes most of them.
     for i in np.linspace(0, len(side) - 1, min(len(side), 1000), dtype=np.int64):
@@ -351,6 +363,8 @@ def digest(data: TrainingData) -> str:
       found.update(repr((example.scores, example.weight)).encode())
       for ids in (example.prompt, *example.completions):
         found.update(np.asarray(ids, np.int32).tobytes())
+      for weights in example.token_weights:
+        found.update(np.asarray(weights, np.float32).tobytes())
   return found.hexdigest()
 
 

@@ -295,9 +295,15 @@ def fill(
   Raises:
     UserError: a log-prob is not finite, or the disk is full; the parts before are kept.
   """
-  # Numbered by their place, by which a batch's examples are found again: data rows have gaps.
-  numbered = Lazy(lambda i: examples[i]._replace(row=i), lengths(examples))
-  completions = numbered.lengths[1].shape[1]
+  # Numbered by their place, by which a batch's examples are found again: data rows have gaps. And
+  # without token weights: what is stored are all tokens of a completion, so that runs find it
+  # whatever they score.
+  measured = lengths(examples)
+  numbered = Lazy(
+    lambda i: examples[i]._replace(row=i, token_weights=()),
+    measured._replace(scored_BK=measured.tokens_BK),
+  )
+  completions = measured.tokens_BK.shape[1]
   waiting: list[Example] = []
   tokens, done, since = 0, 0, time.perf_counter()
   for batch in batches.eval_batches(numbered, batch_size=batch_size, batching=batching):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import logprobs
+from dpo_jax.data import packing
 from dpo_jax.data.collate import collate
 from dpo_jax.data.examples import Example
 from dpo_jax.structs import Head
@@ -15,9 +16,8 @@ from tests.support import tiny
 
 
 def _batch(layout="shared", groups=1, completions=2, count=6):
-  return collate(
-    tiny.pairs(count, completions=completions), layout=layout, row_length=48, groups=groups
-  )
+  examples = tiny.with_context(tiny.pairs(count, completions=completions))
+  return collate(examples, layout=layout, row_length=48, groups=groups)
 
 
 def _naive(params, batch):
@@ -163,3 +163,77 @@ def test_logits_that_are_kept_are_what_keeping_costs():
     for kept in (2**27, 0)
   )
   assert kept - again <= 1.1 * 1200 * 50_000 * 4
+
+
+# --- context in completions -----------------------------------------------------------------------
+
+
+def _with_a_tool(weights=(1, 0, 0, 0.5, 1)):
+  """Returns a pair whose first completion has context, by default its second and third token."""
+  completions = np.array([3, 4, 5, 6, 7], np.int32), np.array([8, 9], np.int32)
+  weights = np.array(weights, np.float32), np.ones(2, np.float32)
+  return Example(np.array([1, 2], np.int32), completions, token_weights=weights)
+
+
+@functools.cache
+def _compiled():
+  """Returns the log-probs of scored tokens and of slots, compiled once."""
+  fns = logprobs.make_token_fn(tiny.MODEL), logprobs.make_logps_fn(tiny.MODEL)
+  return tuple(map(jax.jit, fns))
+
+
+def _logps_of(example):
+  """Computes the log-probs of the scored tokens of an example, and those of its completions."""
+  sizes = packing.Sizes(rows=1, rows_step=1, scored=8, slots=2)
+  batch = collate([example], row_length=16, sizes=sizes)
+  token_fn, slot_fn = _compiled()
+  logps_x = np.asarray(token_fn(tiny.init(), batch))[batch.scored_GM < batch.ids_NL.size]
+  return logps_x, np.asarray(slot_fn(tiny.init(), batch))[0]
+
+
+def test_a_completion_sums_its_weighted_tokens():
+  """Σ w_t log p_t, with the log-probs of the same tokens where all are scored."""
+  logps_x, _ = _logps_of(_with_a_tool()._replace(token_weights=()))
+  assert len(logps_x) == 7 and (logps_x < -0.5).all()
+  scored_x, logps_S = _logps_of(_with_a_tool())
+  np.testing.assert_allclose(scored_x, logps_x[[0, 3, 4, 5, 6]], rtol=1e-6)
+  expected = [logps_x[0] + 0.5 * logps_x[3] + logps_x[4], logps_x[5] + logps_x[6]]
+  np.testing.assert_allclose(logps_S, expected, rtol=1e-6)
+
+
+def test_context_is_attended_to_and_its_logits_are_not_computed():
+  """Another context changes the log-probs after it; no gradient enters the head at its tokens."""
+  example = _with_a_tool()
+  (before, *after), _ = _logps_of(example)
+  completion = example.completions[0].copy()
+  completion[1:3] = 20, 21
+  changed = example._replace(completions=(completion, example.completions[1]))
+  (same, *others), _ = _logps_of(changed)
+  np.testing.assert_allclose(same, before, rtol=1e-6)
+  assert (np.abs(np.subtract(others, after))[:2] > 1e-3).all()
+
+  batch = collate([example], row_length=16)
+  hidden_NLD = np.asarray(tiny.hidden(tiny.init(), batch))
+
+  def total(hidden_NLD):
+    head = tiny.MODEL.head(tiny.init())
+    return logprobs.slot_logps(hidden_NLD, head, batch).sum()
+
+  slope_NL = np.abs(jax.jit(jax.grad(total))(hidden_NLD)).sum(axis=2)
+  assert ((slope_NL > 0) == (batch.weight_NL > 0)).all()
+
+
+def test_lengths_count_what_is_scored():
+  """Three of five tokens against two; beyond the second scored token, α = 0.25 weighs the rest."""
+  batch = collate([_with_a_tool()], row_length=16)
+  np.testing.assert_allclose(logprobs.slot_tokens(batch), [[2.5, 2]])
+  weighted = logprobs.shorter_completion_weights(batch, 0.25)
+  #                         prompt | w: 1, 0, 0, ½, ¼ · 1 | l: 1, 1
+  expected = [0, 1, 0, 0, 0.5, 0.25, 1, 1, *[0] * 8]
+  np.testing.assert_allclose(weighted.weight_NL, [expected])
+  # Weights that sum to less than 1 are not rounded up to it, and an empty slot divides by 1.
+  slots = logprobs.slots_of(collate([_with_a_tool((0, 0.25, 0, 0, 0.5))], row_length=16))
+  slots = slots._replace(tokens_NS=np.array([[0.75, 2, 0, 0]]))
+  pairs = logprobs.to_pairs(np.zeros((1, 4)), slots)
+  np.testing.assert_allclose(pairs.chosen_tokens_B, [0.75, 1])
+  np.testing.assert_allclose(pairs.rejected_tokens_B, [2, 1])

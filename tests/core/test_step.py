@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax import logprobs, losses, step
+from dpo_jax import logprobs, losses, metrics, step
 from dpo_jax.data import collate, packing
 from dpo_jax.data.examples import Example, fill_up
 from tests.support import tiny
@@ -309,6 +309,23 @@ def test_ld_alpha_weighs_tokens_beyond_the_shorter_answer():
   np.testing.assert_allclose(
     report["logps/chosen"], weight_B @ expected[:, 0] / weight_B.sum(), rtol=1e-5
   )
+
+
+def test_a_length_is_what_is_scored():
+  """Of five tokens two count whole and one half: sft is 5 / 2.5 nats, SimPO compares -2 and -3."""
+  ids, weights = np.arange(5, dtype=np.int32), np.float32([1, 0, 0, 0.5, 1])
+  text = Example(ids[:2], (ids,), token_weights=(weights,))
+  pair = Example(ids[:2], (ids, ids[:2]), token_weights=(weights, np.ones(2, np.float32)))
+  for name, example, logps, expected in (
+    ("sft", text, [-5.0], 2.0),
+    ("simpo", pair, [-5.0, -6.0], np.log1p(np.exp(-1))),  # 2 (-2 - -3) - 1 = 1
+  ):
+    batch = collate.collate([example], row_length=16)
+    slots, logps_NS = logprobs.slots_of(batch), np.array([logps])
+    about = objective(name)
+    sums, _ = step.batch_sums(about, logps_NS, None, slots, None)
+    np.testing.assert_allclose(metrics.divide(sums)["loss"], expected, rtol=1e-6)
+  assert step.loss_count(objective("sft"), logprobs.slots_of(stack([[text]]))) == 2.5
 
 
 def test_rankings_of_different_length_train_together():

@@ -103,7 +103,7 @@ def test_balanced_batches_are_the_same_rows_in_another_order(count, size):
 
 def test_balanced_batches_have_as_many_tokens_each():
   some = varied(3000)
-  cost_B = packing.costs(*lengths(some), "shared")
+  cost_B = packing.costs(lengths(some), "shared")
 
   def tokens(steps):
     return np.array([cost_B[steps[k]].sum() for k in range(40)])
@@ -258,8 +258,7 @@ def test_real_judged_answers_make_batches(shared_data):
   assert ledger.pairs == len(some) == sum(ledger.labels.values())
   assert ledger.rows == ledger.pairs + ledger.dropped.total()
   train, held_out = (with_mismatched(side, max_length=1024) for side in split(some, 0.2))
-  prompt_B, tokens_BK = Measured.concatenate(train, held_out).lengths
-  assert (prompt_B + tokens_BK.max(1)).max() <= 1024
+  assert Measured.concatenate(train, held_out).longest().max() <= 1024
   batch = take(1, train, batch_size=16)[0]
   assert len(data_rows(batch)) == 16
 

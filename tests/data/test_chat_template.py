@@ -266,7 +266,7 @@ REFUSED = {
     "reasoner", ONE, reply("<think>hm</think>yes"), "prompt is not the same with and without"
   ),
   "thoughts behind a prompt without": (
-    "qwen3 quick", ONE, thinking("hm", "yes"), "prompt is not the same with and without"
+    "qwen3 quick", ONE, thinking("hm", "yes"), r"it ends the prompt with .* cannot have reasoning"
   ),
   "thoughts that have no place": (
     "gemma", ONE, thinking("hm", "yes"), "leaves out some .* the assistant says"

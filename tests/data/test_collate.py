@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dpo_jax import logprobs
 from dpo_jax.data import packing
 from dpo_jax.data.collate import check_fits, collate, collate_many, fit_row_length
-from dpo_jax.data.examples import Example, fill_up, lengths
+from dpo_jax.data.examples import Example, fill_up, lengths, weights_of
 from dpo_jax.structs import TokenBatch, UserError
 from tests.support import tiny
 
@@ -112,6 +112,58 @@ def test_padded_rows_by_hand():
   assert batch.weight_NS.shape == (2, 1) and batch.row_NS.tolist() == [[3], [3]]
 
 
+def test_context_is_an_input_and_no_target():
+  """Token 9 has weight 0: it is attended to and not scored; token 10 counts half."""
+  weights = (np.float32([1, 0, 0.5]), np.float32([1]))
+  pair = Example(ids(5, 6, 7), (ids(8, 9, 10), ids(11)), token_weights=weights)
+  batch = collate([pair], layout="shared", row_length=8)
+  assert batch.ids_NL.tolist() == [[5, 6, 7, 8, 9, 7, 0, 0]]
+  assert batch.branch_NL.tolist() == [[0, 0, 1, 1, 1, 2, 0, 0]]
+  assert batch.target_NL.tolist() == [[0, 0, 8, 0, 10, 11, 0, 0]]
+  assert batch.weight_NL.tolist() == [[0, 0, 1, 0, 0.5, 1, 0, 0]]
+  assert batch.scored_GM[0].tolist() == [2, 4, 5, *[8] * 5]
+  batch = collate([pair], layout="packed", row_length=8)
+  assert batch.ids_NL.tolist() == [[5, 6, 7, 8, 9, 5, 6, 7]]
+  assert batch.weight_NL.tolist() == [[0, 0, 1, 0, 0.5, 0, 0, 1]]
+  batch = collate([pair], layout="padded", row_length=6)
+  assert batch.ids_NL.tolist() == [[5, 6, 7, 8, 9, 0], [5, 6, 7, 0, 0, 0]]
+  assert batch.weight_NL.tolist() == [[0, 0, 1, 0, 0.5, 0], [0, 0, 1, 0, 0, 0]]
+  # Stored log-probs are of all tokens; those of context are not read.
+  known = pair._replace(reference=(np.float32([-1, -2, -3]), np.float32([-4])))
+  batch = collate([known], layout="shared", row_length=8)
+  assert batch.reference_NL is not None
+  assert batch.reference_NL.tolist() == [[0, 0, -1, 0, -3, -4, 0, 0]]
+
+
+@pytest.mark.parametrize("name", packing.LAYOUTS)
+def test_weights_of_one_are_no_weights(name):
+  plain = examples(5)
+  ones = [e._replace(token_weights=weights_of(e)) for e in plain]
+  expected = collate(plain, layout=name, row_length=64)
+  for some in (ones, plain[:2] + ones[2:]):
+    jax.tree.map(np.testing.assert_array_equal, collate(some, layout=name, row_length=64), expected)
+  # Beside an example without weights, those of another count.
+  mixed = plain[:1] + tiny.with_context(plain[1:])
+  total = sum(weights.sum() for e in mixed for weights in weights_of(e))
+  assert (
+    collate(mixed, layout=name, row_length=64).weight_NL.sum() == total < expected.weight_NL.sum()
+  )
+
+
+def test_the_head_has_no_room_for_context():
+  """Of every 100 tokens one is scored: the list of scored tokens is as short as that."""
+  weights = np.zeros(100, np.float32)
+  weights[-1] = 1
+  some = [
+    Example(ids(1), (np.full(100, 2, np.int32),) * 2, row=i, token_weights=(weights,) * 2)
+    for i in range(8)
+  ]
+  measured = lengths(some)
+  assert measured.tokens_BK.sum() == 1600 and measured.scored_BK.sum() == 16
+  for name in packing.LAYOUTS:
+    assert collate(some, layout=name, row_length=256).scored_GM.shape == (1, 16)
+
+
 @pytest.mark.parametrize("name", packing.LAYOUTS)
 @settings(max_examples=25, deadline=None)
 @given(
@@ -175,7 +227,7 @@ def test_absent_answers_cost_nothing():
   (filled,) = fill_up([Example(ids(*range(1, 11)), (ids(1, 2), ids(3)))], 5)
 
   def cost(name):
-    return packing.costs(*lengths([filled]), name).tolist()
+    return packing.costs(lengths([filled]), name).tolist()
 
   assert (cost("shared"), cost("packed"), cost("padded")) == ([9 + 3], [2 * 9 + 3], [9 + 2])
 
@@ -235,7 +287,7 @@ def test_log_probs_of_ragged_answers_are_those_of_each_prompt_alone(name, groups
 @pytest.mark.parametrize("name", packing.LAYOUTS)
 @pytest.mark.parametrize("groups", [1, 4])
 def test_scored_positions_are_listed_once_in_their_group(name, groups):
-  some = examples(23)
+  some = tiny.with_context(examples(23))
   batch = collate(some, layout=name, row_length=64, groups=groups)
   block = batch.ids_NL.size // groups
   for g in range(groups):
@@ -243,7 +295,8 @@ def test_scored_positions_are_listed_once_in_their_group(name, groups):
     real = listed[listed < block]
     assert (listed[len(real) :] == block).all(), "unused entries are one past the end"
     assert real.tolist() == np.flatnonzero(batch.weight_NL.reshape(groups, -1)[g]).tolist()
-  assert (batch.scored_GM < block).sum() == sum(len(a) for e in some for a in e.completions)
+  scored = sum(np.count_nonzero(weights) for e in some for weights in e.token_weights)
+  assert (batch.scored_GM < block).sum() == scored
 
 
 def test_masks_come_from_lengths_not_from_ids():
@@ -263,8 +316,8 @@ def test_groups_score_about_as_many_tokens():
 
 def test_packing_is_tight_and_loses_nothing():
   some = examples(200, longest=30)
-  cost = packing.costs(*lengths(some), "shared")
-  places = packing.place(*lengths(some), "shared", 256)
+  cost = packing.costs(lengths(some), "shared")
+  places = packing.place(lengths(some), "shared", 256)
   assert places.rows <= np.ceil(cost.sum() / 256) + 1
   for row in range(places.rows):
     here = np.flatnonzero(places.row_B == row)
@@ -277,9 +330,9 @@ def test_packing_is_tight_and_loses_nothing():
 def test_shared_rows_cost_the_prompt_once():
   # P - 1 + n_a + n_b against 2 (P - 1) + n_a + n_b
   some = [Example(ids(*range(1, 101)), (ids(1, 2), ids(3, 4, 5)))]
-  assert packing.costs(*lengths(some), "shared").tolist() == [99 + 5]
-  assert packing.costs(*lengths(some), "packed").tolist() == [2 * 99 + 5]
-  assert packing.costs(*lengths(some), "padded").tolist() == [99 + 3]
+  assert packing.costs(lengths(some), "shared").tolist() == [99 + 5]
+  assert packing.costs(lengths(some), "packed").tolist() == [2 * 99 + 5]
+  assert packing.costs(lengths(some), "padded").tolist() == [99 + 3]
 
 
 def test_no_row_takes_more_pairs_than_slots():

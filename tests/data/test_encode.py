@@ -7,7 +7,7 @@ import pytest
 from dpo_jax.data import batches, collate, encode, packing
 from dpo_jax.data import examples as data_examples
 from dpo_jax.structs import UserError
-from tests.support.small_rows import pair
+from tests.support.small_rows import pair, score_the_last
 
 # --- loading --------------------------------------------------------------------------------------
 
@@ -27,9 +27,9 @@ def test_every_row_is_accounted_for(rows_file, tokenizer):
   assert form == "strings"
   assert [example.row for example in found] == [0, 4, 5]
   assert all(example.prompt[0] == tokenizer.bos_id for example in found)
-  lengths, completions = data_examples.lengths(found)
-  assert (lengths + completions.max(1)).max() == 40
-  taken = packing.costs(lengths, completions, "shared").sum()
+  measured = data_examples.lengths(found)
+  assert measured.longest().max() == 40
+  taken = packing.costs(measured, "shared").sum()
   assert ledger.to_json() == {
     "format": "strings",
     "rows": 6,
@@ -37,14 +37,31 @@ def test_every_row_is_accounted_for(rows_file, tokenizer):
     "dropped": {"equal answers": 1, "empty answer": 1, "too long": 1},
     "truncated": {"prompt": 1},
     "tokens": {
-      "prompt": lengths.sum(),
-      "answer": completions.sum(),
+      "prompt": measured.prompt_B.sum(),
+      "answer": measured.tokens_BK.sum(),
+      "scored": measured.tokens_BK.sum(),
       "padding": ledger.tokens["padding"],
-      "shared": lengths.sum() - 3,
+      "shared": measured.prompt_B.sum() - 3,
     },
   }
   assert ledger.tokens["padding"] == -taken % collate.fit_row_length(found, "shared")
   json.dumps(ledger.to_json())
+
+
+def test_an_answer_whose_scored_tokens_are_cut_off_is_dropped(rows_file, tokenizer, monkeypatch):
+  """Only the last token is scored: of a longer answer that is cut, nothing would be left."""
+  score_the_last(monkeypatch, tokenizer)
+  path = rows_file([pair(), pair(chosen=" good" * 40, rejected=" bad" * 40)])
+  found, ledger, _ = encode.load_examples(path, tokenizer, max_length=40, truncation="cut")
+  assert ledger.dropped == {"no scored token after cutting": 1}
+  (example,) = found
+  for ids, weights in zip(example.completions, example.token_weights, strict=True):
+    assert weights.tolist() == [0] * (len(ids) - 1) + [1]
+  assert ledger.tokens["scored"] == 2 < ledger.tokens["answer"]
+  # One by one as unpaired completions, each has its own weights.
+  rows = [{"prompt": "the answer is", "completion": " good", "label": True}]
+  (alone,), _, _ = encode.load_examples(rows_file(rows), tokenizer, kind="unpaired")
+  assert [len(weights) for weights in alone.token_weights] == [len(alone.completions[0])]
 
 
 def test_a_cut_answer_has_no_end(rows_file, tokenizer):
@@ -199,7 +216,7 @@ def test_margins_and_scores_are_scores(rows_file, tokenizer):
 )
 def test_bad_scores_and_labels_are_one_line(rows_file, tokenizer, rows, kind, line):
   with pytest.raises(UserError, match=line) as raised:
-    encode.load_examples(rows_file(rows), tokenizer, kind=kind)
+    encode.load_examples(rows_file(rows), tokenizer, kind=kind, scores=True)
   assert "\n" not in str(raised.value)
 
 
@@ -212,10 +229,23 @@ def test_bad_scores_and_labels_are_one_line(rows_file, tokenizer, rows, kind, li
     ({"text": "a"}, "text"),
   ],
 )
-def test_what_rows_are_is_told_from_the_first(rows_file, row, kind):
-  assert encode.detect_kind(rows_file([row, {"a": 1}])) == kind
+def test_what_rows_are_is_decided_by_most_of_them(rows_file, row, kind):
+  assert encode.detect_kind(rows_file([{"a": 1}, row, row])) == kind
   with pytest.raises(UserError, match=r"rows\.jsonl:1: the row has fields a; needed: "):
-    encode.detect_kind(rows_file([{"a": 1}, row]))
+    encode.detect_kind(rows_file([{"a": 1}, {"a": 2}]))
+
+
+@pytest.mark.parametrize("scores", [None, False, True])
+def test_scores_stop_only_a_loss_that_reads_them(rows_file, tokenizer, scores):
+  """Of one kind of row each: half a pair of scores, words, scores in some rows alone."""
+  for rows in ([pair(chosen_score=9)], [pair(margin="much")], [pair(), pair(margin=1)]):
+    if scores:
+      with pytest.raises(UserError):
+        encode.load_examples(rows_file(rows), tokenizer, scores=True)
+    else:
+      found, ledger, _ = encode.load_examples(rows_file(rows), tokenizer, scores=scores)
+      assert [e.scores for e in found] == [()] * len(rows)
+      assert len(ledger.notes) == (scores is None)
 
 
 # --- what is wrong with a file --------------------------------------------------------------------
@@ -235,7 +265,7 @@ def test_what_rows_are_is_told_from_the_first(rows_file, row, kind):
       r"max_length is 8 and the shortest completions take 21 tokens, raise max_length",
     ),
     ([pair(), pair(chosen=3)], {}, r"rows\.jsonl:2: field chosen is 3, not text"),
-    ([pair(), {"prompt": "a"}], {}, r"rows\.jsonl:2: field chosen is missing; the row has prompt"),
+    ([{"prompt": "a", "chosen": None, "rejected": "b"}], {}, r"jsonl:1: the row has fields chosen"),
     ([{"a": 1}], {}, r"rows\.jsonl:1: the row has fields a; needed: "),
     (
       [{"prompt_ids": [1], "chosen_ids": [70_000], "rejected_ids": [3]}],

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_jax.data.examples import Example, lengths, split, truncate, with_mismatched
+from dpo_jax.data.examples import Example, fill_up, lengths, split, truncate, with_mismatched
 from dpo_jax.structs import UserError
 from tests.support.small_rows import examples
 
@@ -17,9 +17,17 @@ def ids(*values):
 # --- truncation -----------------------------------------------------------------------------------
 
 
+def test_weights_are_cut_like_the_tokens_they_belong_to():
+  weights = np.float32([0, 1, 0.5]), np.float32([1])
+  texts = ids(1, 2), (ids(3, 4, 5), ids(6))
+  for window, expected in ((4, [[0, 1], [1]]), (5, [[0, 1, 0.5], [1]]), (None, [[0, 1, 0.5], [1]])):
+    kept = truncate(*texts, weights, max_length=window, prompt_floor=2, mode="cut")
+    assert kept is not None and [one.tolist() for one in kept[2]] == expected
+
+
 def cut(prompt, *completions, **kwargs):
   out = truncate(ids(*prompt), [ids(*a) for a in completions], **kwargs)
-  return out and (out[0].tolist(), [a.tolist() for a in out[1]], out[2])
+  return out and (out[0].tolist(), [a.tolist() for a in out[1]], out[3])
 
 
 def test_what_fits_is_left_alone():
@@ -70,7 +78,7 @@ def test_truncation_always_fits_and_keeps_ends_of_prompts_and_starts_of_answers(
   if out is None:
     assert mode == "drop" and prompt + max(a, b) > window
     return
-  kept, completions, cuts = out
+  kept, completions, _, cuts = out
   assert len(kept) + max(map(len, completions)) <= window
   assert len(kept) >= 1 and min(map(len, completions)) >= 1
   assert kept[-1] == prompt - 1
@@ -110,6 +118,28 @@ def test_a_mismatched_answer_is_to_another_prompt(prompts, seed):
     assert cut._replace(completions=after.completions) == after
   for known, read in zip(lengths(found), lengths(list(found)), strict=True):
     assert known.tolist() == read.tolist(), "lengths are known before anything is read"
+
+
+def test_a_mismatched_answer_keeps_its_context():
+  some = [
+    Example(ids(1), (ids(5, 6),), scores=(1,)),
+    Example(ids(2), (ids(7, 8, 9),), scores=(0,), token_weights=(np.float32([0, 0.5, 1]),)),
+  ]
+  for window, left in ((9, 3), (3, 2), (2, 1)):
+    found = with_mismatched(some, max_length=window)
+    (own, other), (mine, theirs) = (example.token_weights for example in found)
+    assert own.tolist() == [1, 1] and other.tolist() == [0, 0.5, 1][:left]
+    assert mine.tolist() == [0, 0.5, 1] and theirs.tolist() == [1, 1][:left]
+    scored = lengths(found).scored_BK.tolist()
+    assert scored == [[2, left - 1], [2, min(left, 2)]] == lengths(list(found)).scored_BK.tolist()
+
+
+def test_an_absent_answer_has_no_weights_and_scores_nothing():
+  two = Example(ids(1), (ids(5, 6), ids(7)), token_weights=(np.float32([0, 1]), np.float32([1])))
+  (filled,) = fill_up([two], 3)
+  assert [weights.tolist() for weights in filled.token_weights] == [[0, 1], [1], []]
+  assert lengths([filled]).scored_BK.tolist() == [[1, 1, 0]]
+  assert fill_up([two._replace(token_weights=())], 3)[0].token_weights == ()
 
 
 def test_mismatched_answers_are_a_function_of_examples_and_seed():

@@ -12,6 +12,7 @@ from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.structs import UserError
 from tests.support import small_tokenizers
 from tests.support.prepared_sets import prepare, rows_of, same, write
+from tests.support.small_rows import score_the_last
 
 BAD = {"prompt": 3, "chosen": "a", "rejected": "b"}
 
@@ -38,6 +39,32 @@ def test_what_is_read_is_what_is_in_the_files(tmp_path, tokenizer, kind):
       np.testing.assert_array_equal(known, counted)
   same(train[3:9:2], [train[3], train[5], train[7]])
   same(train.widened(6)[:4], examples.fill_up(train[:4], 6))
+
+
+@pytest.mark.parametrize("kind", ["pairs", "ranked"])
+def test_weights_of_tokens_are_stored(tmp_path, tokenizer, monkeypatch, kind):
+  path = write(tmp_path / "rows.jsonl", rows_of(kind, 20))
+  encoder = Encoder(tokenizer, kind=kind)
+  prepare(tmp_path / "plain", path, encoder, eval_fraction=0.0)
+  score_the_last(monkeypatch, tokenizer)
+  ledger = prepare(tmp_path / "set", path, encoder, eval_fraction=0.0)
+  expected, account, _ = encode.load_examples(path, tokenizer, kind=kind)
+  train, _, _ = prepared.read(tmp_path / "set", encoder, eval_fraction=0.0)
+  same(train, expected)
+  measured = examples.lengths(list(train))
+  for known, counted in zip(train.lengths, measured, strict=True):
+    np.testing.assert_array_equal(known, counted)
+  assert ledger.tokens == account.tokens
+  assert ledger.tokens["scored"] == (measured.tokens_BK > 0).sum() < ledger.tokens["answer"]
+  # A set of before has no weights and no count of scored tokens: all of them are.
+  with np.load(tmp_path / "plain" / prepared.LENGTHS) as arrays:
+    before = {name: array for name, array in arrays.items() if "scored" not in name}
+  np.savez(tmp_path / "plain" / prepared.LENGTHS, **before)
+  plain, _, _ = prepared.read(tmp_path / "plain", encoder, eval_fraction=0.0)
+  np.testing.assert_array_equal(plain.lengths.scored_BK, plain.lengths.tokens_BK)
+  assert plain[0].token_weights == ()
+  record = {name: x for name, x in plain.source[0].items() if name != "token_weights"}
+  assert prepared.PairSet([record], plain.lengths.select([0]))[0].token_weights == ()
 
 
 def test_tokens_are_those_of_the_same_rows_in_memory(tmp_path, tokenizer):
@@ -108,7 +135,7 @@ def test_a_set_made_otherwise_is_refused(tmp_path, tokenizer):
   prepared.read(folder, made, eval_fraction=None)  # other rows are held out
   about = json.loads((folder / "metadata.json").read_text())
   (folder / "metadata.json").write_text(json.dumps(about | {"rules": 0}))
-  refused("by rules of version 0, and the present version is 2")
+  refused("by rules of version 0, and the present version is 3")
   (folder / "metadata.json").write_text("{")
   refused(r"is a broken prepared set \(.*\); prepare it again")
 

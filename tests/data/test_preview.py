@@ -59,6 +59,39 @@ def show(folder, kind, *rows):
   return console.export_text()
 
 
+def test_context_is_marked_and_explained(tmp_path):
+  """Of " good is bad" the token " is" is context, in the shades of the prompt and between marks."""
+  tokenizer = load_tokenizer(small_tokenizers.byte_level(tmp_path / "model"))
+  path = tmp_path / "rows.jsonl"
+  path.write_text(json.dumps(ROW | {"chosen": " good is bad"}))
+  (example,), ledger, _ = encode.load_examples(path, tokenizer)
+  chosen, rejected = example.completions
+  size = len(preview.pieces(chosen, tokenizer))
+  weights = np.ones(len(chosen), np.float32)
+  assert size == len(chosen) == 4, "one token a word, and the end"
+  weights[1] = 0
+  example = example._replace(token_weights=(weights, np.ones(len(rejected), np.float32)))
+  ledger.tokens = encode.count_tokens([example])
+  console = Console(width=100, record=True, file=io.StringIO())
+  console.print(preview.show_example(example, tokenizer))
+  console.print(preview.show_ledger(ledger, [example]))
+  shown = console.export_text()
+  assert " good⟦ is⟧ bad<|endoftext|>" in shown
+  assert "chosen · 4 tokens, 3 scored, 1 context, ended" in shown
+  assert f"rejected · {len(rejected)} tokens, scored, ended" in shown
+  assert "⟦ context: given, not scored ⟧" in shown
+  assert ledger.to_json()["tokens"]["scored"] == 3 + len(rejected)
+  assert "of completions; given, not scored" in shown
+  segments = console.render(preview.show_example(example, tokenizer))
+  styles = {text: str(style) for text, style, _ in segments}
+  assert "on green3" in styles[" good"] and preview.GIVEN[1] in styles[" is"]
+  assert " on " not in styles[" is"]
+  weights[1] = 0.5
+  console.print(preview.show_example(example, tokenizer))
+  shown = console.export_text()
+  assert "chosen · 4 tokens, scored with weights 0.5 to 1, ended" in shown and "⟧" not in shown
+
+
 def test_labels_scores_and_ranks_are_shown(tmp_path):
   judged = {"prompt": "the answer is", "completion": " good", "label": True}
   other = {"prompt": "a", "completion": " bad", "label": 0}
@@ -90,7 +123,7 @@ def test_inspect_data_prints_one_object_or_one_line(tmp_path):
   found = json.loads(run("--data", path, "--json").stdout)
   assert list(found) == ["format", "rows", "pairs", "dropped", "truncated", "tokens"]
   assert (found["rows"], found["pairs"], found["dropped"]) == (2, 1, {"equal answers": 1})
-  assert set(found["tokens"]) == {"prompt", "answer", "padding", "shared"}
+  assert set(found["tokens"]) == {"prompt", "answer", "scored", "padding", "shared"}
   assert json.loads(run("--data", f"{path},", "--json").stdout)["rows"] == 2
   found = json.loads(run("--data", path, "--json", "--kind", "unpaired").stdout)
   assert found["labels"] == {"desirable": 1, "undesirable": 1}

@@ -308,7 +308,7 @@ PANDALM = {
 )
 def test_real_files_hold_what_they_hold(shared_data, file, fields, name, rows, kept, dropped):
   read = [row for _, row in read_rows(shared_data / "preferences" / file)]
-  form = detect(read[0], fields, kind=detection.detect_kind(read[0], fields))
+  form = detect(read, fields, kind=detection.detect_kind(read, fields))
   held, lost = 0, collections.Counter()
   for row in read:
     try:
@@ -321,8 +321,8 @@ def test_real_files_hold_what_they_hold(shared_data, file, fields, name, rows, k
 
 def test_real_judged_answers(shared_data):
   read = [row for _, row in read_rows(shared_data / "preferences" / "lf_kto_en.open.json")]
-  assert detection.detect_kind(read[0]) == "unpaired"
-  form = detect(read[0], kind="unpaired")
+  assert detection.detect_kind(read) == "unpaired"
+  form = detect(read, kind="unpaired")
   found = [form.convert(row) for row in read]
   assert form.name == "chat with label" and len(found) == 236
   assert sum(preference.scores == (1.0,) for preference in found) == 113

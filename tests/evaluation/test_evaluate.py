@@ -89,7 +89,7 @@ def log_probs(model, prompt):
 @pytest.mark.parametrize("completions", [1, 2, 3])
 def test_scorer_gives_every_answer_its_own_log_prob(completions):
   # Compares ragged batches and packed rows with the naive path, one example per batch.
-  examples = tiny.pairs(7, completions=completions)
+  examples = tiny.with_context(tiny.pairs(7, completions=completions))
   params = tiny.init()
   scores = evaluate.make_scorer(tiny.MODEL, batch_size=3)(params, examples)
 
@@ -102,7 +102,10 @@ def test_scorer_gives_every_answer_its_own_log_prob(completions):
     batch = collate([example], layout="padded", row_length=32)
     alone = naive(params, batch)
     np.testing.assert_allclose(logp_K, np.asarray(alone).reshape(-1)[:completions], rtol=1e-5)
-    assert tokens_K.tolist() == [len(answer) for answer in example.completions]
+    assert tokens_K.tolist() == [weights.sum() for weights in example.token_weights]
+  # Numbers of tokens are whole.
+  plain = evaluate.count_tokens(tiny.pairs(7, completions=completions))
+  assert plain.dtype == int and plain[0, 0] == len(examples[0].completions[0])
 
 
 def test_scores_as_pairs():

@@ -392,8 +392,10 @@ def test_an_example_longer_than_learned_positions_is_refused():
   config = dataclasses.replace(GPT2, max_positions=3)
   fits = Example(np.array([1]), (np.array([4, 2]), np.array([2])), row=0)
   too_long = Example(np.array([1, 4]), (np.array([2]), np.array([4, 2])), row=8)
-  configs.check_positions([fits], lengths([fits]), config)
+  configs.check_positions([fits], lengths([fits]).longest(), config)
   both = [fits, too_long]
   with pytest.raises(UserError, match="data row 8 has 4 tokens and the model 3 positions"):
-    configs.check_positions(both, lengths(both), config)
-  configs.check_positions(both, lengths(both), dataclasses.replace(LLAMA, max_positions=3))
+    configs.check_positions(both, lengths(both).longest(), config)
+  configs.check_positions(
+    both, lengths(both).longest(), dataclasses.replace(LLAMA, max_positions=3)
+  )

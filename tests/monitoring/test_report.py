@@ -48,7 +48,7 @@ LEDGER = {
   "pairs": 12000,
   "dropped": {"equal answers": 345},
   "truncated": {"prompt": 6},
-  "tokens": {"prompt": 1000, "answer": 2000, "padding": 500, "shared": 777},
+  "tokens": {"prompt": 1000, "answer": 2000, "scored": 1600, "padding": 500, "shared": 777},
 }
 SUMMARY = {
   "reward_reference": 0.1,
@@ -109,7 +109,7 @@ def test_a_run_of_preferences(tmp_path):
   for words in (
     "loss robust", "loss, held out 0.4321 training 0.5000", "accuracy, held out 75.0%",
     "pairs per second 1,234", "rows read 12,345", "dropped: equal answers 345", "cut: prompt 6",
-    "answer 2,000", "shared by both completions 777", "beta 0.25", "<pairs>.jsonl",
+    "answer 1,600", "context 400", "shared by both completions 777", "beta 0.25", "<pairs>.jsonl",
   ):  # fmt: skip
     assert words in page.text, words
   names = {path.stem for path in (tmp_path / "plots").glob("*.png")}

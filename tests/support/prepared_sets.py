@@ -51,7 +51,6 @@ def same(found, expected):
   assert len(found) == len(expected)
   for left, right in zip(found, expected, strict=True):
     assert (left.row, left.weight, left.scores) == (right.row, right.weight, right.scores)
-    for one, other in zip(
-      (left.prompt, *left.completions), (right.prompt, *right.completions), strict=True
-    ):
+    parts = [(e.prompt, *e.completions, *e.token_weights) for e in (left, right)]
+    for one, other in zip(*parts, strict=True):
       np.testing.assert_array_equal(one, other)

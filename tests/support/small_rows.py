@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.examples import Example
+from dpo_jax.data.fields import RowError
 from dpo_jax.data.tokenizer import load_tokenizer
 from tests.support import small_tokenizers
 
@@ -29,6 +30,22 @@ def rows_file(tmp_path):
 
 def pair(prompt="the answer is", chosen=" good", rejected=" bad", **rest):
   return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **rest}
+
+
+def score_the_last(monkeypatch, tokenizer):
+  """Makes a tokenizer give all tokens of a completion the weight 0, except the last one."""
+  encode = tokenizer.encode_preferences
+
+  def weigh(tokens):
+    weights = [np.zeros(len(ids), np.float32) for ids in tokens.completions]
+    for one in weights:
+      one[-1] = 1
+    return tokens._replace(token_weights=tuple(weights))
+
+  def encode_preferences(rows):
+    return [x if isinstance(x, RowError) else weigh(x) for x in encode(rows)]
+
+  monkeypatch.setattr(tokenizer, "encode_preferences", encode_preferences)
 
 
 def examples(size, seed=0, longest=20, completions=2):

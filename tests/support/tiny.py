@@ -55,6 +55,18 @@ def pairs(count, seed=0, completions=2, vocab=VOCAB, longest=9):
   ]
 
 
+def with_context(examples, seed=0):
+  """Gives tokens weights of 0, ½ and 1 at random; the last token of a completion has 1."""
+  rng = np.random.default_rng(seed)
+
+  def weights(ids):
+    sampled = rng.choice([0, 0.5, 1], len(ids)).astype(np.float32)
+    sampled[-1:] = 1
+    return sampled
+
+  return [e._replace(token_weights=tuple(map(weights, e.completions))) for e in examples]
+
+
 def labelled(count, seed):
   """Returns `pairs` with labels for kto, every second pair desirable; other losses ignore them."""
   return [
@@ -63,8 +75,9 @@ def labelled(count, seed):
 
 
 def batches(count, groups, accumulate=1):
-  """Returns `count` batches of 16 ragged pairs, all of one shape."""
-  return one_shape([labelled(16, seed) for seed in range(count)], groups, accumulate)
+  """Returns `count` batches of 16 ragged pairs with context in them, all of one shape."""
+  sets = [with_context(labelled(16, seed), seed) for seed in range(count)]
+  return one_shape(sets, groups, accumulate)
 
 
 def one_shape(sets, groups, accumulate=1, **how):

@@ -12,7 +12,7 @@ from dpo_jax.data.batches import Batching
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.training import datasets, setup
-from tests.support import prepared_sets, small_tokenizers
+from tests.support import prepared_sets, small_rows, small_tokenizers
 
 MODEL = ModelConfig(
   family="llama", vocab=512, width=8, layers=1, heads=1, kv_heads=1, head_width=8, mlp_width=8,
@@ -63,3 +63,17 @@ def test_rows_that_are_trained_on_and_held_out_are_remarked_on(tmp_path, tokeniz
   assert "trained on too" not in capsys.readouterr().err
   load(path, tokenizer, eval_path=f"{other},{pathlib.Path(path)}")
   assert f"data.eval_path: {path} is trained on too" in capsys.readouterr().err
+
+
+def test_another_weight_of_a_token_is_other_data():
+  def digest(*token_weights):
+    some = small_rows.examples(3)
+    some[1] = some[1]._replace(token_weights=token_weights)
+    return datasets.digest(datasets.TrainingData(some, [], 2, None, None, None))
+
+  plain, weighted = small_rows.examples(3)[1], []
+  for value in (0.0, 0.5):
+    weights = [w.copy() for w in examples.weights_of(plain)]
+    weights[0][0] = value
+    weighted.append(digest(*weights))
+  assert len({digest(), *weighted}) == 3

@@ -58,10 +58,12 @@ def compiled(beyond=1.0):
 @pytest.mark.parametrize("name", packing.LAYOUTS)
 @pytest.mark.parametrize(("mode", "devices"), [("mesh", 1), ("mesh", 4), ("pmap", 4)])
 def test_what_is_stored_is_what_the_reference_computes(tmp_path, name, mode, devices):
-  """Token by token, in whatever rows it was computed and is asked for."""
-  pairs = tiny.pairs(13, completions=2)
+  """Token by token, in whatever rows it was computed and is asked for, scored or context."""
+  pairs = tiny.with_context(tiny.pairs(13, completions=2))
   fn = token_fn(mode=mode, devices=devices)
   store = filled(tmp_path, pairs, fn, layout=name, groups=devices)
+  # Of context too: another run may score it.
+  assert not reference_cache.lacking(tiny.pairs(13, completions=2), store)
   for beyond in (1.0, 0.3):
     stored_fn, live_fn = compiled(beyond)
     stream = batches.batches(

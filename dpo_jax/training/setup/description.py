@@ -114,6 +114,9 @@ def data_settings(config: ConfigDict) -> datasets.DataSettings:
     max_length=data.max_length,
     prompt_floor=data.prompt_floor,
     truncation=data.truncation,
+    verdict=data.verdict,
+    train_on=data.train_on,
+    on_bad_row=data.on_bad_row,
   )
 
 
