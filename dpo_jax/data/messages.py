@@ -253,12 +253,17 @@ def _join_one(prompt: Messages, reply: Messages) -> Messages:
   if not reply:
     raise RowError("empty answer")
   plain_prompt, plain_reply = _bare(prompt), _bare(reply)
-  # 1. The reply repeats the whole prompt, or its end: perhaps all but the system message.
+  # 1. The reply repeats the whole prompt, or its end: perhaps all but the system message. A reply
+  #    begins with the assistant, so what begins with the assistant repeats nothing but by chance.
   for start in range(len(prompt)):
+    if start and is_assistant(prompt[start]):
+      continue
     if plain_reply[: len(prompt) - start] == plain_prompt[start:]:
       return prompt + reply[len(prompt) - start :]
   # 2. The reply has a system message that the prompt lacks.
   for start in range(1, len(reply)):
+    if reply[start - 1]["role"] not in ("system", "developer"):
+      break
     if prompt and plain_reply[start : start + len(prompt)] == plain_prompt:
       return reply
   # 3. It goes on where the prompt ends.
