@@ -9,15 +9,12 @@ row does not have.
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import csv
 import itertools
 import pathlib
 import re
-import warnings
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from dpo_jax.data.fields import Row
 from dpo_jax.data.file_kinds import BOM
@@ -27,8 +24,6 @@ _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _LONGEST_NAME = 100  # characters; the first line of a file without names is a row, often long
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 _SEP = re.compile(r"sep=(.)\r?\n?")  # a first line that tells Excel the separator
-# How Python, and so pandas, writes a list of messages in a cell.
-_PYTHON_MESSAGES = re.compile(r"\[?\{'(role|content|from|value)': ")
 
 
 def read(file: BinaryIO, path: pathlib.Path) -> Iterator[tuple[str, Row]]:
@@ -81,7 +76,7 @@ def read(file: BinaryIO, path: pathlib.Path) -> Iterator[tuple[str, Row]]:
       )
     where = f"{path}:{start}"
     filled = ((name, cell) for name, cell in zip(columns, cells, strict=True) if cell)
-    yield where, {name: _value(name, cell, where) for name, cell in filled}
+    yield where, dict(filled)
 
 
 def _decoded(file: BinaryIO, path: pathlib.Path) -> Iterator[str]:
@@ -123,26 +118,3 @@ def _columns(cells: list[str], where: str) -> list[str]:
     if names.count(name) > 1:
       raise UserError(f"{where}: two columns are named {name}; rename one")
   return names
-
-
-def _value(name: str, cell: str, where: str) -> Any:
-  """Returns a cell: its text, or the messages that Python wrote into it."""
-  if not _PYTHON_MESSAGES.match(cell):
-    return cell
-  with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-    with warnings.catch_warnings(action="ignore"):  # about escapes such as \\d
-      value = ast.literal_eval(cell)
-    if _is_json(value):
-      return value
-  raise UserError(
-    f"{where}: column {name} has messages in a notation that cannot be read back (NumPy's, without"
-    " commas); write the rows as JSONL, or this column with json.dumps"
-  )
-
-
-def _is_json(value: Any) -> bool:
-  if isinstance(value, dict):
-    return all(isinstance(name, str) and _is_json(one) for name, one in value.items())
-  if isinstance(value, list):
-    return all(map(_is_json, value))
-  return isinstance(value, (str, bool, int, float)) or value is None

@@ -350,8 +350,13 @@ def _has_text(completion: Any) -> bool:
 # --- prompts alone -------------------------------------------------------------------------------
 
 
-def read_prompt(row: Row) -> str | Messages | Conversation:
-  """Returns the `prompt` of a row to sample from, with its `tools` if it has any.
+def read_prompt(row: Row, *, chat: bool = False) -> str | Messages | Conversation:
+  """Returns the `prompt` of a row to sample from, with its `system`, `history` and `tools`.
+
+  Args:
+    row: a row of the file.
+    chat: whether some rows of the file have a system message or a history; then the prompts of
+      all are messages.
 
   Raises:
     UserError: it is missing, empty, neither text nor messages, or no valid Unicode.
@@ -367,10 +372,12 @@ def read_prompt(row: Row) -> str | Messages | Conversation:
     what = "text" if isinstance(prompt, str) else "list"
     raise UserError(f"field 'prompt' is an empty {what}; fill it, or leave the row out")
   try:
-    if isinstance(prompt, str):
-      content = row_fields.check_unicode(prompt)
+    row = canonical.plain(row)
+    row = canonical.with_context(row, chat=chat or canonical.has_context(row))
+    if isinstance(row["prompt"], str):
+      content = row_fields.check_unicode(row["prompt"])
     else:
-      content = messages.read_messages(prompt, "prompt", role="user")
+      content = messages.read_messages(row["prompt"], "prompt", role="user")
     found: Any = messages.with_tools(content, row)
     return found
   except RowError as error:
