@@ -126,6 +126,7 @@ def make_objective(
     completions=completions,
     reference=_reference_kind(config, loss, checked.sync),
     balance=weight,
+    rounding_seed=config.seed,
   )
   if adapters:
 
@@ -153,7 +154,7 @@ def make_optimizer(
   config: ConfigDict, steps: int
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
   """Returns the learning-rate schedule and the optimizer of a run of so many steps."""
-  schedule, tx = optimizer.build(steps, **config.optimizer)
+  schedule, tx = optimizer.build(steps, seed=config.seed, **config.optimizer)
   return schedule, optimizer.from_host(tx) if config.parallel.offload_optimizer else tx
 
 
