@@ -36,18 +36,39 @@ def stochastic(x: Array, key: jax.Array) -> Array:
   """Rounds float32 to one of its two bfloat16 neighbours, so that the expectation is x.
 
   The probability of each neighbour is the other one's share of the distance. What bfloat16 can
-  represent stays as it is. The bits of an element depend on the key and its place in the whole
-  array alone, so every sharding gives the same result (`jax_threefry_partitionable`).
+  represent stays as it is. Every sharding, and every number of devices, gives the same result.
   """
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   # A number is up to 2^16 - 1 of the last bits above its lower neighbour. Adding as many at random
   # carries into the bits that are kept with just the right probability. Sign and magnitude are
   # apart in a float, so this holds for negative numbers too.
-  noise = jax.random.bits(key, x.shape, jnp.uint32) >> _CUT
-  kept = ((bits + noise) >> _CUT).astype(jnp.uint16)
+  kept = ((bits + (_noise(x.shape, key) >> _CUT)) >> _CUT).astype(jnp.uint16)
   rounded = jax.lax.bitcast_convert_type(kept, jnp.bfloat16)
   # The carry would turn some NaNs into numbers.
   return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+def _noise(shape: tuple[int, ...], key: jax.Array) -> Array:
+  """Returns uint32 bits, each a function of the key and the element's place in the whole array.
+
+  A hash of the place, as in counter-based generators (Salmon et al. 2011), by the last steps of
+  MurmurHash3 (Appleby 2011), applied twice. `jax.random.bits` would do, but on a CPU it is a loop
+  that keeps four numbers for every element in memory; this becomes a part of the update itself.
+  """
+  first, second = jax.random.key_data(key).astype(jnp.uint32)[:2]
+  place, stride = first, 1
+  for axis in reversed(range(len(shape))):
+    # Modulo 2^32: elements that are so far apart may have the same bits.
+    place = place + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
+    stride *= shape[axis]
+  return _mix(_mix(place) ^ second)
+
+
+def _mix(x: Array) -> Array:
+  """Computes the finalizer of MurmurHash3, a bijection in which an input bit flips half of all."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)
 
 
 def round_as(tree: PyTree, like: PyTree, key: jax.Array | None) -> PyTree:

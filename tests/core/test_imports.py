@@ -75,6 +75,7 @@ FLOORS = {
   "train": {
     "structs",
     "utils",
+    "defaults",
     "distributed",
     "hf",
     "monitoring",

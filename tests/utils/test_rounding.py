@@ -1,4 +1,4 @@
-"""Stochastic rounding: right in expectation, exact where it can be, the same wherever it is done."""
+"""Stochastic rounding: right in expectation, exact where it can be, the same on all devices."""
 
 import functools
 
