@@ -389,6 +389,56 @@ def test_another_configuration_in_the_same_folder_is_refused(task, straight):
   assert (straight / "metrics.jsonl").read_bytes() == before
 
 
+def swap_labels(data: bytes) -> bytes:
+  rows = map(json.loads, data.splitlines())
+  swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+  return "".join(json.dumps(row) + "\n" for row in swapped).encode()
+
+
+def flip_last_bit(data: bytes) -> bytes:
+  return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def change_epsilon(data: bytes) -> bytes:
+  return json.dumps(json.loads(data) | {"rms_norm_eps": 1e-5}).encode()
+
+
+@pytest.mark.parametrize(
+  ("name", "change", "words"),
+  [
+    # As many rows, of the same lengths: only what they say is other.
+    ("pairs.jsonl", swap_labels, r"the rows to train on \(.*\), the held-out rows \(.*\)\. Put"),
+    ("sft/export/model.safetensors", flip_last_bit, r"began: the weights at model\.path="),
+    ("sft/export/config.json", change_epsilon, r"began: config\.json at model\.path="),
+  ],
+)
+def test_a_finished_run_whose_inputs_changed_is_not_done(task, straight, name, change, words):
+  file = task / name
+  before, kept = file.read_bytes(), (straight / "metrics.jsonl").read_bytes()
+  file.write_bytes(change(before))
+  try:
+    with pytest.raises(UserError, match=words):
+      train.execute(dpo_config(task), straight)
+  finally:
+    file.write_bytes(before)
+  assert (straight / "metrics.jsonl").read_bytes() == kept
+
+
+@pytest.mark.slow
+def test_a_run_that_is_given_more_steps_is_one_that_had_them(task):
+  """At a constant rate: three steps and three more are six, to the bit."""
+  config = dpo_config(task)
+  config.optimizer.schedule = "constant"
+  config.train.steps = 3
+  train.execute(config, task / "longer")
+  config.train.steps = 6
+  train.execute(config, task / "at_once")
+  train.execute(config, task / "longer")
+  assert json.loads((task / "longer" / "config.json").read_text())["train"]["steps"] == 6
+  weights = [task / name / "export" / "model.safetensors" for name in ("longer", "at_once")]
+  assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
 def test_the_configuration_argument_of_preferences(task):
   config = preferences.get_config("model=m,data=d,loss=ipo,beta=0.3")
   assert (config.model.path, config.data.path) == ("m", "d")

@@ -11,6 +11,7 @@ from dpo_jax.data import encode, examples
 from dpo_jax.data.batches import Batching
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.model.config import ModelConfig
+from dpo_jax.structs import UserError
 from dpo_jax.training import datasets, setup
 from tests.support import prepared_sets, small_tokenizers
 
@@ -63,3 +64,19 @@ def test_rows_that_are_trained_on_and_held_out_are_remarked_on(tmp_path, tokeniz
   assert "trained on too" not in capsys.readouterr().err
   load(path, tokenizer, eval_path=f"{other},{pathlib.Path(path)}")
   assert f"data.eval_path: {path} is trained on too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("size", "accumulate", "groups", "way"),
+  [
+    (8, 1, 1, r"set --config\.train\.batch_size=7, or give more rows"),
+    (8, 1, 2, r"set --config\.train\.batch_size=6, or"),
+    (8, 2, 2, r"set --config\.train\.batch_size=4, or"),
+    (8, 1, 8, r"--config\.parallel\.devices=1 --config\.train\.accumulate=1 .*batch_size=7, or"),
+  ],
+)
+def test_a_batch_larger_than_the_data_is_refused(size, accumulate, groups, way):
+  settings = datasets.BatchSettings(size, accumulate, 0, True)
+  with pytest.raises(UserError, match=r"batch_size is 8 and d\.jsonl leaves 7 to train on.*" + way):
+    datasets._check_batch(settings, groups, 7, "d.jsonl")
+  datasets._check_batch(settings, groups, 8, "d.jsonl")

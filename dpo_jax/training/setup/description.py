@@ -125,9 +125,10 @@ def summarize(steps: int, data: datasets.TrainingData) -> str:
   """Returns one line on how often a run uses its data."""
   count, size = len(data.examples), data.settings.batch_size
   what = "prompts" if data.sampler else "examples"
+  passes = f"{steps * size / count:.3g}"
   line = (
-    f"{count:,} {what} to train on, {size} per update: {steps:,} update{'s' * (steps > 1)},"
-    f" {steps * size / count:.3g} epochs"
+    f"{count:,} {what} to train on, {size} per update: {steps:,} update{'s' * (steps != 1)},"
+    f" {passes} epoch{'s' * (passes != '1')}"
   )
   # Every epoch is in an order of its own, so what was last in one may be first in the next.
   ends = count * np.arange(1, steps * size // count + 1)
