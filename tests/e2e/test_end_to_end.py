@@ -339,13 +339,27 @@ def test_bad_input_is_one_line_and_leaves_no_trace(task, tmp_path, changes, word
 
 
 @pytest.mark.slow
-def test_a_bfloat16_policy_starts_as_its_reference(task, capsys):
-  """The reference is taken from the rounded weights, not from those before rounding."""
+def test_a_bfloat16_policy_starts_as_its_reference_and_learns(task, straight, capsys):
+  """The reference is taken from the rounded weights; a resumed run rounds as one left alone."""
   config = dpo_config(task)
   config.model.param_dtype = "bfloat16"
-  config.train.steps = 2
+  config.optimizer.learning_rate = 1e-4  # an update is less than half an ulp of most weights
   train.execute(config, task / "narrow")
-  assert "step 0: loss 0.693147, as it must be" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert "step 0: loss 0.693147, as it must be" in said
+  assert "bfloat16 weights: step 1 changed" in said and "alert" not in said
+  resume_from_step_3(config, task / "narrow")
+  lines = read_metrics(task / "narrow" / "metrics.jsonl")[1:]
+  # In expectation the whole update arrives, in few of the weights.
+  np.testing.assert_allclose([line["update/kept"] for line in lines], 1.0, atol=0.2)
+  assert all(line["update/changed"] < 0.5 for line in lines)
+  for name, parallel in {"pmap": {"mode": "pmap"}, "fsdp": {"fsdp": 2}}.items():
+    config.parallel.update(parallel)
+    train.execute(config, task / name)
+    config.parallel.update(mode="mesh", fsdp=1)
+    for one, other in zip(lines, read_metrics(task / name / "metrics.jsonl")[1:], strict=True):
+      np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-4)
+      np.testing.assert_allclose(other["update/changed"], one["update/changed"], rtol=0.01)
 
 
 def test_broken_weights_are_found_before_the_folder_is_claimed(task, tmp_path):
