@@ -94,10 +94,9 @@ def changed_inputs(
     there were any has only its counts of rows.
   """
   record, counts = _read(workdir / INPUTS), _read(workdir / "data.json")
-  # A count that did not exist when the run began says nothing.
-  changed = _differences(counts, {k: v for k, v in ledger.items() if k in (counts or {})})
   if record is None or record["version"] != VERSION:
-    return [f"the data ({'; '.join(changed[:3])})"] if changed and counts else [], False
+    changed = _differences(_counts(counts), _counts(ledger)) if counts is not None else []
+    return [f"the data ({'; '.join(changed[:3])})"] if changed else [], False
   # Names of both, each once: something may be read now that was not read before.
   before = record["inputs"]
   names = [*before, *(name for name in inputs if name not in before)]
@@ -180,6 +179,16 @@ def claim(
   files.write_text(workdir / "data.json", _text(ledger))
   files.write_text(workdir / INPUTS, _text(record))
   files.write_text(workdir / "config.json", config + "\n")
+
+
+def _counts(ledger: dict[str, Any]) -> dict[str, Any]:
+  """Returns the counts of a ledger that say what is learned from, of its held-out rows too.
+
+  Not the reasons and names in it, whose words may be others in another version.
+  """
+  found = {name: ledger.get(name) for name in ("rows", "pairs")}
+  found |= {f"tokens.{name}": ledger.get("tokens", {}).get(name) for name in ("prompt", "answer")}
+  return found | ({"eval": _counts(ledger["eval"])} if "eval" in ledger else {})
 
 
 def _text(value: object) -> str:
