@@ -358,8 +358,9 @@ def test_a_bfloat16_policy_starts_as_its_reference_and_learns(task, straight, ca
     train.execute(config, task / name)
     config.parallel.update(mode="mesh", fsdp=1)
     for one, other in zip(lines, read_metrics(task / name / "metrics.jsonl")[1:], strict=True):
-      np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-4)
-      np.testing.assert_allclose(other["update/changed"], one["update/changed"], rtol=0.01)
+      # Gradients are bfloat16, and devices add theirs in another order.
+      np.testing.assert_allclose(other["loss"], one["loss"], rtol=2e-3)
+      np.testing.assert_allclose(other["update/changed"], one["update/changed"], rtol=0.1)
 
 
 def test_broken_weights_are_found_before_the_folder_is_claimed(task, tmp_path):
