@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax import losses
-from dpo_jax.data import batches, collate, encode, packing, readers
+from dpo_jax.data import batches, collate, digest, encode, packing, readers
 from dpo_jax.data import prepared as prepared_data
 from dpo_jax.data.batches import Batching
 from dpo_jax.data.examples import Example, Lazy, Measured, fill_up, lengths, split, with_mismatched
@@ -80,6 +79,7 @@ class TrainingData(NamedTuple):
     settings: which examples are in a batch.
     batching: the layout of its rows.
     sampler: makes batches of prompts; None where examples are trained on as they stand.
+    digests: what is learned from, as a name for messages -> a digest of it.
   """
 
   examples: Sequence[Any]
@@ -88,6 +88,7 @@ class TrainingData(NamedTuple):
   settings: BatchSettings
   batching: Batching
   sampler: on_policy.Sampler | None
+  digests: dict[str, str]
 
 
 def load(
@@ -133,7 +134,8 @@ def _load_examples(
   model_config: ModelConfig,
 ) -> tuple[TrainingData, dict[str, Any]]:
   """Reads examples that are trained on as they stand."""
-  examples, held_out, ledger = _read_examples(rows, settings.seed, loss, tokenizer)
+  examples, held_out, ledger, digests = _read_examples(rows, settings.seed, loss, tokenizer)
+  _check_batch(settings, batching.groups, len(examples), rows.path)
   # By lengths alone, in moments. Otherwise the run would stop at the batch that the row falls into.
   for some in filter(len, (examples, held_out)):
     if batching.row_length and batching.layout != "padded":
@@ -154,7 +156,26 @@ def _load_examples(
   )
   batching = batching._replace(row_length=row_length)
   completions = len(examples[0].completions)
-  return TrainingData(examples, held_out, completions, settings, batching, None), ledger
+  return TrainingData(examples, held_out, completions, settings, batching, None, digests), ledger
+
+
+def _check_batch(settings: BatchSettings, groups: int, count: int, path: str) -> None:
+  """Checks that a batch does not have some row twice because there are fewer rows than it takes."""
+  size = settings.batch_size
+  if size <= count:
+    return
+  # The largest that set-up would accept.
+  fits = count // (groups * settings.accumulate) * groups * settings.accumulate
+  way = f"set --config.train.batch_size={fits}"
+  if not fits:
+    way = (
+      f"it must also divide among {groups} devices x {settings.accumulate} micro-batches, so use"
+      f" --config.parallel.devices=1 --config.train.accumulate=1 --config.train.batch_size={count}"
+    )
+  raise UserError(
+    f"train.batch_size is {size} and {path} leaves {count} to train on, so that every update would"
+    f" have the same rows several times; {way}, or give more rows"
+  )
 
 
 def _load_on_policy(
@@ -193,7 +214,12 @@ def _load_on_policy(
     batching=batching,
     **sampling,
   )
-  return TrainingData(prompts, held_out, completions, settings, batching, sampler), ledger
+  # Prompts, strings or messages, are few enough to take whole; the tokenizer renders them.
+  digests = {
+    f"the prompts to train on ({rows.path})": digest.of_values(prompts),
+    f"the held-out prompts ({rows.eval_path or rows.path})": digest.of(held_out),
+  }
+  return TrainingData(prompts, held_out, completions, settings, batching, sampler, digests), ledger
 
 
 def _check_named(field: str, path: str) -> None:
@@ -207,8 +233,8 @@ def _check_named(field: str, path: str) -> None:
 
 def _read_examples(
   data: DataSettings, seed: int, loss: losses.Loss, tokenizer: Tokenizer
-) -> tuple[Sequence[Example], Sequence[Example], dict[str, Any]]:
-  """Returns training and held-out examples, and the ledger of both."""
+) -> tuple[Sequence[Example], Sequence[Example], dict[str, Any], dict[str, str]]:
+  """Returns training and held-out examples, the ledger of both, and their digests."""
   how: dict[str, Any] = {
     "kind": loss.kind,
     "max_length": data.max_length,
@@ -240,6 +266,8 @@ def _read_examples(
     # By prompt, and by the seed alone: a resumed run holds out the same rows, and no prompt is on
     # both sides.
     examples, held_out = split(examples, data.eval_fraction, seed, ledger["dropped"])
+  # Before what follows, which is a function of these rows, the seed and the configuration.
+  digests = _digests(data, examples, held_out)
   if loss.kind == "unpaired":
     # After the split, so that no completion of one side is paired with a prompt of the other.
     mismatch = functools.partial(with_mismatched, max_length=data.max_length, seed=seed)
@@ -261,7 +289,25 @@ def _read_examples(
         f"loss {loss.name!r} reads by how much the chosen answer is better, and the rows of {path}"
         " do not say; give them a field margin, or chosen_score and rejected_score"
       )
-  return examples, held_out, ledger
+  return examples, held_out, ledger, digests
+
+
+def _digests(
+  data: DataSettings, examples: Sequence[Example], held_out: Sequence[Example]
+) -> dict[str, str]:
+  """Computes digests of all rows, by names for messages."""
+  sides = {
+    f"the rows to train on ({data.path})": ("train", examples),
+    f"the held-out rows ({data.eval_path or data.path})": ("validation", held_out),
+  }
+  found = {}
+  for name, (split_name, rows) in sides.items():
+    if isinstance(rows, Lazy):  # on disk: to read all of them would take as long as to train
+      known = prepared_data.stored_digests(data.path).get(split_name)
+      found[name] = digest.of_some(rows, known)
+    elif len(rows):
+      found[name] = digest.of(rows)
+  return found
 
 
 def _remark_overlap(path: str, eval_path: str) -> None:
@@ -341,35 +387,6 @@ def _load_prompts(
   counts = {"rows": len(ids), "pairs": len(ids), "dropped": {}, "truncated": {}}
   examples = [example._replace(row=row) for row, example in enumerate(whole[len(prompts) :])]
   return prompts, examples, longest, {"format": "prompts", **counts, "tokens": tokens}
-
-
-def digest(data: TrainingData) -> str:
-  """Computes a digest of the length of every example, and of the tokens of a thousand.
-
-  All of them would have to be read from disk, where the data is a prepared set.
-  """
-  found = hashlib.blake2b(digest_size=16)
-  if data.sampler is not None:
-    # On policy the examples are prompts, strings or messages, few enough to take whole.
-    found.update(repr(data.examples).encode())
-    return found.hexdigest()
-  for side in (data.examples, data.held_out):
-    if not len(side):
-      continue
-    prompt_B, tokens_BK, scored_BK = lengths(side)
-    # What is scored only where it is not everything: runs of before have digests without it.
-    context = [] if np.array_equal(scored_BK, tokens_BK) else [scored_BK]
-    for array in (prompt_B, tokens_BK, *context):
-      found.update(np.ascontiguousarray(array).tobytes())
-    # Spread over all, so that another order, or a row more, changes most of them.
-    for i in np.linspace(0, len(side) - 1, min(len(side), 1000), dtype=np.int64):
-      example = side[int(i)]
-      found.update(repr((example.scores, example.weight)).encode())
-      for ids in (example.prompt, *example.completions):
-        found.update(np.asarray(ids, np.int32).tobytes())
-      for weights in example.token_weights:
-        found.update(np.asarray(weights, np.float32).tobytes())
-  return found.hexdigest()
 
 
 Feed = Callable[[int, PyTree], tuple[TokenBatch, dict[str, float]]]

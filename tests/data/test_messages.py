@@ -218,9 +218,7 @@ def test_messages_written_as_text(written):
   )
 
 
-@pytest.mark.parametrize(
-  "text", ['{"a": 1}', "[1, 2]", "[{1: 2}]", "{x}", "{}", "[]"]
-)
+@pytest.mark.parametrize("text", ['{"a": 1}', "[1, 2]", "[{1: 2}]", "{x}", "{}", "[]"])
 def test_other_texts_in_brackets_stay_texts(text):
   row = {"prompt": text, "chosen": text + "b", "rejected": text + "c"}
   reading = detect(row)
