@@ -108,7 +108,7 @@ def tar_bytes():
     (zip_bytes("xl/workbook.xml"), "an Excel workbook; save its sheet as CSV UTF-8"),
     (zip_bytes("archive/data.pkl"), "a file of arrays"),
     (tar_bytes(), "a tar archive; unpack it"),
-    (gzip.compress(tar_bytes()), "a tar archive; unpack it"),
+    (gzip.compress(tar_bytes(), mtime=0), "a tar archive; unpack it"),
     (pickle.dumps(ROWS), "a pickle, which is never loaded"),
     ((16).to_bytes(8, "little") + b'{"w":{}}        ', "weights in safetensors"),
     (b"SQLite format 3\x00", "an SQLite database; export"),
