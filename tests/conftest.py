@@ -10,6 +10,17 @@ import pytest
 from dpo_jax.utils import cli
 from tests.support.paths import ROOT
 
+# Most of the suite's time would be compilation, of programs that run for a moment. So XLA's
+# compiler for CPUs optimizes as little as it can: a program compiles in a seventh of the time.
+# Commands that tests start inherit this; flags of the caller come later and win.
+FLAGS = (
+  "--xla_backend_optimization_level=0",
+  "--xla_llvm_disable_expensive_passes=true",
+  "--xla_cpu_use_fusion_emitters=false",
+  "--xla_cpu_parallel_codegen_split_count=1",
+)
+os.environ["XLA_FLAGS"] = " ".join((*FLAGS, os.environ.get("XLA_FLAGS", "")))
+
 pytest_plugins = ["tests.support.small_rows"]
 
 jax.config.update("jax_num_cpu_devices", 8)
