@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, programs compiled once, and material that may be absent."""
 
+import itertools
 import os
 import pathlib
 import shutil
@@ -89,3 +90,21 @@ def shared_data() -> pathlib.Path:
   if not SHARED_DATA.is_dir():
     pytest.skip("../shared/data is not beside this checkout")
   return SHARED_DATA
+
+
+@pytest.fixture(scope="module")
+def one_picture():
+  """Lets every report draw the first of its pictures only.
+
+  For modules whose tests train and read numbers: ten pictures would take longer than the steps.
+  """
+  from dpo_jax.monitoring import plots  # loads matplotlib, for which most modules have no use
+
+  every = plots.curves
+
+  def first(records):
+    return dict(itertools.islice(every(records).items(), 1))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(plots, "curves", first)
+    yield
