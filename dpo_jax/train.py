@@ -22,7 +22,6 @@ from dpo_jax.distributed import heartbeat, processes
 from dpo_jax.distributed.gather import gather_to_host
 from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.hf import peft
-from dpo_jax.monitoring import report
 from dpo_jax.structs import PyTree
 from dpo_jax.training import loop, setup
 from dpo_jax.training.checkpoint import latest_step
@@ -119,6 +118,9 @@ def _claim(
 
 def _export(run: Run, final: PyTree) -> None:
   """Writes the trained model or adapter, and the report, from the first process."""
+  # It loads matplotlib, which would make every start wait, also of a run that is refused.
+  from dpo_jax.monitoring import report
+
   out = run.workdir / "export"
   beside: dict[str, Any] = {"source": run.settings.source, "end_ids": run.tokenizer.end_ids}
   print(f"exporting to {out}", flush=True)

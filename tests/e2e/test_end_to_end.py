@@ -23,6 +23,8 @@ from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.setup import build
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.usefixtures("one_picture")
+
 CLOCK = ("pairs_per_second", "tokens_per_second")
 
 
