@@ -89,7 +89,8 @@ def get_config() -> ConfigDict:
         tokenizer="",  # folder of the tokenizer; "" is model.path
         scratch=ConfigDict(),  # fields of a config.json, for a model with random initial weights
         compute_dtype="float32",  # type of matrix products: float32 or bfloat16
-        param_dtype="float32",  # type of the policy's parameters
+        # type of the policy's parameters and moments; bfloat16 is rounded stochastically
+        param_dtype="float32",
         # what the backward pass recomputes: none, dots (all but outputs of linear maps), full (all)
         remat="dots",
         attention="auto",  # auto, or tiles (CPU), cudnn (GPU), splash (TPU), blocked, xla
@@ -159,7 +160,8 @@ def get_config() -> ConfigDict:
       "train": section(
         steps=0,  # updates; 0 is as many as `epochs` needs
         epochs=1.0,  # passes over the training data, if steps is 0
-        batch_size=32,  # pairs per update, over all devices and micro-batches
+        # pairs per update, over all devices and micro-batches; at most as many as there are
+        batch_size=32,
         accumulate=1,  # micro-batches per update, whose gradients are summed
         # weight of the load-balancing loss of experts; None takes it from the model's config.json
         router_balance=config_dict.placeholder(float),

@@ -24,6 +24,7 @@ from dpo_jax import logprobs, metrics
 from dpo_jax.logprobs import Scored, Slots
 from dpo_jax.losses import Loss
 from dpo_jax.structs import Array, PyTree, Routing, TokenBatch
+from dpo_jax.utils import rounding
 
 
 class TrainState(NamedTuple):
@@ -113,6 +114,8 @@ class Objective(NamedTuple):
     dropout_seed: seed of dropout; the key of a step is made from it and the step number. None for
       no dropout.
     balance: weight of the load-balancing loss of a mixture of experts.
+    rounding_seed: seed of the stochastic rounding of bfloat16 parameters after an update; None
+      rounds to nearest, which loses updates that are small next to their weight.
     sources: names of the sources of the examples, for metrics of each; () for none.
     row_starts: first row (`TokenBatch.row_NS`) of every source, in rising order.
   """
@@ -124,6 +127,7 @@ class Objective(NamedTuple):
   policy: Callable[[PyTree, PyTree | None], PyTree] = _trained_is_policy
   dropout_seed: int | None = None
   balance: float = 0.0
+  rounding_seed: int | None = 0
   # Names and numbers, so that the program is the same for all batches of a run.
   sources: tuple[str, ...] = ()
   row_starts: tuple[int, ...] = ()
@@ -289,16 +293,18 @@ def train_step(
     axis_name: name of the device axis under pmap; None under jit, which sums over devices itself.
 
   Returns:
-    The next state, and metrics: means over the global batch; `grad_norm` before clipping; `rows`
-    and `tokens`, the numbers of examples and of their tokens; with sources, `by_source/NAME/pairs`,
-    the number of examples of each; `nonfinite_row_ANS`, for every slot of the global batch its row
-    of the data file if its loss is not finite, and -1 otherwise.
+    The next state, and metrics: means over the global batch; `grad_norm` before clipping; for
+    bfloat16 parameters those of `rounding.apply_updates`; `rows` and `tokens`, the numbers of
+    examples and of their tokens; with sources, `by_source/NAME/pairs`, the number of examples of
+    each; `nonfinite_row_ANS`, for every slot of the global batch its row of the data file if its
+    loss is not finite, and -1 otherwise.
   """
   if state.reference is not None:  # it follows the policy, so the state has it
     reference_params = state.reference
   grads, sums, bad_ANS = _gradient(objective, state, reference_params, batch, axis_name)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  key = _rounding_key(objective, state.step)
+  params, rounded = rounding.apply_updates(state.params, updates, key)
   # The only division: here, sums and counts are already those of the global batch.
   means = metrics.divide(sums)
   following = state._replace(
@@ -311,7 +317,18 @@ def train_step(
   )
   facts = _facts(objective, batch, bad_ANS, axis_name)
   # The norm before clipping: `tx` clips, and after it a sudden large gradient would not show.
-  return following, means | {"grad_norm": optax.tree.norm(grads)} | facts
+  norm = optax.tree.norm(rounding.widen(grads))
+  return following, means | {"grad_norm": norm} | rounded | facts
+
+
+def _rounding_key(objective: Objective, index: Array) -> jax.Array | None:
+  """Returns the key by which parameters are rounded after a step; None rounds to nearest."""
+  if objective.rounding_seed is None:
+    return None
+  # A function of the seed and the step: a resumed run, and every device under pmap, rounds alike.
+  # The 1 keeps these numbers apart from those of dropout.
+  seeded = jax.random.fold_in(jax.random.key(objective.rounding_seed), 1)
+  return jax.random.fold_in(seeded, index)
 
 
 def source_of(objective: Objective, row_x: Array) -> Array:

@@ -17,13 +17,14 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from dpo_jax import defaults
 from dpo_jax.distributed import heartbeat, processes
 from dpo_jax.distributed.gather import gather_to_host
 from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.hf import peft
-from dpo_jax.monitoring import report
 from dpo_jax.structs import PyTree
 from dpo_jax.training import loop, setup
+from dpo_jax.training.checkpoint import latest_step
 from dpo_jax.training.run import Run
 from dpo_jax.utils import cli
 from dpo_jax.utils import workdir as workdirs
@@ -35,17 +36,25 @@ def define_flags() -> None:
   """Defines the flags of the command."""
   config_flags.DEFINE_config_file("config", None, "NAME, NAME:ARG, or FILE.py in place of NAME")
   flags.DEFINE_string("workdir", None, "folder of the run; a run found there is resumed")
+  flags.DEFINE_bool(
+    "accept_changes", False, "resume although data, weights, tokenizer or chat template changed"
+  )
   flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
   """Runs the command."""
   del argv
-  execute(FLAGS.config, pathlib.Path(FLAGS.workdir))
+  execute(FLAGS.config, pathlib.Path(FLAGS.workdir), accept_changes=FLAGS.accept_changes)
 
 
-def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
+def execute(config: ConfigDict, workdir: pathlib.Path, *, accept_changes: bool = False) -> None:
   """Checks the configuration, loads model and data, trains, exports, and writes the report.
+
+  Args:
+    config: of the run.
+    workdir: its folder; a run found there is resumed.
+    accept_changes: whether it is resumed although what it learns from has changed.
 
   Raises:
     UserError: bad input; files that were in `workdir` are unchanged.
@@ -57,19 +66,23 @@ def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
     # written to one that exists. After step 4 only training itself can fail.
     # 1. A workdir that exists must be from a run with this configuration (`parallel` may differ),
     # and no other process may be training into it.
-    workdirs.check(workdir, config.to_json_best_effort())
+    usual = defaults.get_config().to_json_best_effort()
+    workdirs.check(workdir, config.to_json_best_effort(), usual)
     is_new = not workdir.exists()
     if not is_new and processes.is_main_process():
       stack.enter_context(workdirs.lock(workdir))
-    # 2. Set-up: first checks that read no files, then shapes and sizes, then weights and data.
+    # 2. Set-up: first checks that read no files, then shapes and data, which a resumed run must
+    # have begun with, then weights.
     setup.check_base_is_kept(config)
-    run, trained, reference_params, ledger = setup.build(config, workdir)
+    run, trained, reference_params, ledger = setup.build(
+      config, workdir, accept_changes=accept_changes
+    )
     processes.assert_consistent(setup.facts(config, run))
     # 3. The check at step 0: policy equals reference, so margins are 0. A resumed run skips it.
     prepared = loop.prepare(run, trained, reference_params)
     del trained, reference_params  # a name here would keep memory that may be freed
     # 4. The workdir is made and locked, and the configuration is written to it.
-    claim = functools.partial(_claim, workdir, stack if is_new else None, config, ledger)
+    claim = functools.partial(_claim, run, stack if is_new else None, config, ledger)
     processes.on_main_process(claim, "claim")
     # 5. Training, then the exported model and the report.
     final = loop.train(run, prepared)
@@ -77,28 +90,37 @@ def execute(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def _claim(
-  workdir: pathlib.Path,
+  run: Run,
   stack: contextlib.ExitStack | None,
   config: ConfigDict,
   ledger: dict,
 ) -> None:
-  """Makes and locks the workdir, and writes the configuration and the ledger to it.
+  """Makes and locks the workdir, and writes to it the configuration and what is learned from.
 
   Args:
-    workdir: folder of the run.
+    run: the run.
     stack: releases the lock at the end; None if the folder existed and is locked already.
     config: the resolved configuration, written to `config.json`.
-    ledger: counts of data rows kept, cut and dropped, written to `data.json`; a run is not resumed
-      if they have changed.
+    ledger: counts of data rows kept, cut and dropped, written to `data.json`.
   """
-  workdir.mkdir(parents=True, exist_ok=True)
+  run.workdir.mkdir(parents=True, exist_ok=True)
   if stack is not None:
-    stack.enter_context(workdirs.lock(workdir))
-  workdirs.claim(workdir, config.to_json_best_effort(indent=2), ledger)
+    stack.enter_context(workdirs.lock(run.workdir))
+  workdirs.claim(
+    run.workdir,
+    config.to_json_best_effort(indent=2),
+    ledger,
+    dict(run.inputs),
+    began=run.began,
+    step=latest_step(run.workdir / "checkpoints") or 0,
+  )
 
 
 def _export(run: Run, final: PyTree) -> None:
   """Writes the trained model or adapter, and the report, from the first process."""
+  # It loads matplotlib, which would make every start wait, also of a run that is refused.
+  from dpo_jax.monitoring import report
+
   out = run.workdir / "export"
   beside: dict[str, Any] = {"source": run.settings.source, "end_ids": run.tokenizer.end_ids}
   print(f"exporting to {out}", flush=True)

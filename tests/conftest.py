@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, programs compiled once, and material that may be absent."""
 
+import itertools
 import os
 import pathlib
 import shutil
@@ -9,6 +10,17 @@ import pytest
 
 from dpo_jax.utils import cli
 from tests.support.paths import ROOT
+
+# Most of the suite's time would be compilation, of programs that run for a moment. So XLA's
+# compiler for CPUs optimizes as little as it can: a program compiles in a seventh of the time.
+# Commands that tests start inherit this; flags of the caller come later and win.
+FLAGS = (
+  "--xla_backend_optimization_level=0",
+  "--xla_llvm_disable_expensive_passes=true",
+  "--xla_cpu_use_fusion_emitters=false",
+  "--xla_cpu_parallel_codegen_split_count=1",
+)
+os.environ["XLA_FLAGS"] = " ".join((*FLAGS, os.environ.get("XLA_FLAGS", "")))
 
 pytest_plugins = ["tests.support.small_rows"]
 
@@ -78,3 +90,21 @@ def shared_data() -> pathlib.Path:
   if not SHARED_DATA.is_dir():
     pytest.skip("../shared/data is not beside this checkout")
   return SHARED_DATA
+
+
+@pytest.fixture(scope="module")
+def one_picture():
+  """Lets every report draw the first of its pictures only.
+
+  For modules whose tests train and read numbers: ten pictures would take longer than the steps.
+  """
+  from dpo_jax.monitoring import plots  # loads matplotlib, for which most modules have no use
+
+  every = plots.curves
+
+  def first(records):
+    return dict(itertools.islice(every(records).items(), 1))
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(plots, "curves", first)
+    yield

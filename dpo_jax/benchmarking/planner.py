@@ -298,6 +298,21 @@ def changes(config: ConfigDict, devices: int) -> Iterator[tuple[str, ConfigDict]
     yield " ".join(f"--config.{name}={value}" for name, value in values.items()), other
 
 
+def remark(named: str) -> str:
+  """Returns what a change costs besides time, in words; "" for nothing.
+
+  Args:
+    named: the flags that make the change, as `changes` yields them.
+  """
+  if "model.param_dtype=bfloat16" not in named:
+    return ""
+  # Gradients and activations are smaller too; what a user must know is what happens to the weights.
+  return (
+    "  weights and moments of 8 bits, rounded stochastically: noisier than float32, compare the"
+    " held-out loss"
+  )
+
+
 def _given(config: ConfigDict) -> dict[str, Any]:
   return {k: v for k, v in config.loss.items() if k != "name" and v is not None}
 

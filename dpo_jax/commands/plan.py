@@ -62,4 +62,4 @@ def main(argv: list[str]) -> None:
   # Each change compiles the step anew, so its line is printed as soon as it is known.
   for named, other in planner.changes(config, FLAGS.devices):
     less = planner.plan(other, lengths)["bytes_per_device"]["total"]
-    print(f"  {less / memory.GIB:8.2f} GiB  {named}", flush=True)
+    print(f"  {less / memory.GIB:8.2f} GiB  {named}{planner.remark(named)}", flush=True)

@@ -84,12 +84,12 @@ def plain(row: Row) -> Row:
     }
   for name in (*TEXTS, *_CONVERSATIONS):
     if isinstance(row.get(name), str):
-      row[name] = messages.parse_text(row[name])
+      row[name] = messages.parse_text(row[name], name)
   for name in _LISTS:
     if isinstance(row.get(name), str):
       row[name] = _parse_list(row[name])
   if isinstance(row.get("answers"), list):
-    row["answers"] = [messages.parse_text(one) for one in row["answers"]]
+    row["answers"] = [messages.parse_text(one, "answers") for one in row["answers"]]
     row = _with_ranked_objects(row)
   return row
 
@@ -178,7 +178,7 @@ def with_context(row: Row, *, chat: bool) -> Row:
     )
   # Whole conversations contain their prompt. Texts do not: their prompt has another name.
   whole = all(isinstance(row.get(name), list) for name in ("chosen", "rejected"))
-  return row | ({"prompt": context} if context and whole else {})
+  return row | ({"prompt": context} if whole else {})
 
 
 def _context(row: Row) -> Messages:

@@ -11,6 +11,7 @@ message is missing from the text, the row is refused: nothing is guessed.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 import os
@@ -27,6 +28,8 @@ from dpo_jax.structs import UserError
 # Placeholders for the last message of a prompt and for a completion. Letters only: templates strip
 # white space and escape marks, but alter no letters.
 _LAST, _COMPLETION = "QlastmessageofthepromptQ", "QcompletionofthepromptQ"
+# Directives of `strftime` that a template may ask for.
+_DIRECTIVES = [flag + letter for flag in ("", "-") for letter in "aAbBcdHIjmMpSUwWxXyYZ"]
 # Arguments that rendering itself passes to a template.
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize")
 
@@ -60,6 +63,7 @@ class Template:
     self, folder: pathlib.Path, settings: Mapping[str, Any], arguments: Mapping[str, Any]
   ):
     self._folder = folder
+    self._begin = ""  # what is written before the template
     self.arguments = dict(arguments)
     self.source = _find_template(folder, settings)
     for name in self.arguments:
@@ -70,6 +74,27 @@ class Template:
           f"template argument {name!r} is not one that the chat template of {folder} reads; leave"
           " it out, or look for its name there"
         )
+
+  def pin_date(self, moment: datetime.datetime) -> bool:
+    """Makes the template write one date, whenever it is rendered from now on.
+
+    Some templates write today's date into every prompt (Llama 3.2 does, by `strftime_now`). A run
+    that is resumed on another day would then learn from other prompts.
+
+    Returns:
+      Whether the template writes a date at all.
+    """
+    if "strftime_now" not in json.dumps(self.source):
+      return False
+    # In the template's own language, since transformers lets no function reach a template. A macro
+    # hides the library's function of that name.
+    replaced = "".join(
+      f"|replace({json.dumps('%' + name)}, {json.dumps(moment.strftime('%' + name))})"
+      for name in _DIRECTIVES
+    )
+    # "+%}" keeps a line break that the template itself begins with.
+    self._begin = "{% macro strftime_now(format) -%}{{ format" + replaced + " }}{%- endmacro +%}"
+    return True
 
   def render_prompt(self, conversation: Conversation) -> str:
     """Returns the text that generation continues: the prompt and the head of the assistant's turn.
@@ -243,7 +268,7 @@ class Template:
         messages,
         tools=list(conversation.tools) or None,
         # None lets the library choose among named templates.
-        chat_template=self.source if isinstance(self.source, str) else None,
+        chat_template=self._begin + self.source if isinstance(self.source, str) else None,
         tokenize=False,
         **options,
         **self.arguments,
@@ -258,7 +283,11 @@ class Template:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast  # slow to import
 
-    return PreTrainedTokenizerFast.from_pretrained(self._folder, local_files_only=True)
+    library = PreTrainedTokenizerFast.from_pretrained(self._folder, local_files_only=True)
+    if self._begin and isinstance(library.chat_template, dict):  # several, by name
+      named = library.chat_template.items()
+      library.chat_template = {name: self._begin + text for name, text in named}
+    return library
 
 
 def _find_template(folder: pathlib.Path, settings: Mapping[str, Any]) -> Any:

@@ -168,6 +168,11 @@ def detect(
   mapped = [_apply_field_map(row, fields) for row in rows]
   _check_field_map(rows, fields)
   plain = _readable(mapped, canonical.plain)
+  if {"message_id", "parent_id"} <= set(plain[0]):
+    raise UserError(
+      "the row is one message of a tree (message_id, parent_id); name the file that has a whole"
+      " tree per row"
+    )
   repeats = canonical.repeats_prompt(plain)
   chat = any(map(canonical.has_context, plain))
   known = _readable(plain, functools.partial(canonical.with_context, chat=chat))
@@ -288,11 +293,6 @@ def _find_format(row: Row, kind: str) -> int | None:
 
 def _unknown_format(row: Row, kinds: Sequence[str]) -> UserError:
   """Returns the error about a row of no known format, with the field map that would fit."""
-  if {"message_id", "parent_id"} <= set(row):
-    return UserError(
-      "the row is one message of a tree (message_id, parent_id); name the file that has a whole"
-      " tree per row"
-    )
   has = f"the row has fields {_field_names(row)}"
   if hint := suggestions.suggest(row, kinds):
     return UserError(f"{has}; {hint}")
@@ -350,8 +350,13 @@ def _has_text(completion: Any) -> bool:
 # --- prompts alone -------------------------------------------------------------------------------
 
 
-def read_prompt(row: Row) -> str | Messages | Conversation:
-  """Returns the `prompt` of a row to sample from, with its `tools` if it has any.
+def read_prompt(row: Row, *, chat: bool = False) -> str | Messages | Conversation:
+  """Returns the `prompt` of a row to sample from, with its `system`, `history` and `tools`.
+
+  Args:
+    row: a row of the file.
+    chat: whether some rows of the file have a system message or a history; then the prompts of
+      all are messages.
 
   Raises:
     UserError: it is missing, empty, neither text nor messages, or no valid Unicode.
@@ -367,10 +372,12 @@ def read_prompt(row: Row) -> str | Messages | Conversation:
     what = "text" if isinstance(prompt, str) else "list"
     raise UserError(f"field 'prompt' is an empty {what}; fill it, or leave the row out")
   try:
-    if isinstance(prompt, str):
-      content = row_fields.check_unicode(prompt)
+    row = canonical.plain(row)
+    row = canonical.with_context(row, chat=chat or canonical.has_context(row))
+    if isinstance(row["prompt"], str):
+      content = row_fields.check_unicode(row["prompt"])
     else:
-      content = messages.read_messages(prompt, "prompt", role="user")
+      content = messages.read_messages(row["prompt"], "prompt", role="user")
     found: Any = messages.with_tools(content, row)
     return found
   except RowError as error:

@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dpo_jax.data import fields as row_fields
+from dpo_jax.data import arrow_rows
 from dpo_jax.structs import UserError
 
 Rows = Iterator[dict[str, Any]]
@@ -155,27 +155,27 @@ def _plain(value: Any, feature: Any) -> Any:
 # --- datasets -------------------------------------------------------------------------------------
 
 
-def _import_datasets() -> Any:
+def _import_datasets(otherwise: str) -> Any:
   # Imported late: the library is optional.
   try:
     import datasets  # pyright: ignore[reportMissingImports]
   except ImportError:
     raise UserError(
       "data sets of Hugging Face are read by `datasets`, which is not installed; pip install"
-      " datasets, or name a file of rows"
+      f" datasets, or {otherwise}"
     ) from None
   return datasets
 
 
 def _hub(name: str, split: str) -> Rows:
-  rows = _import_datasets().load_dataset(name, split=split, streaming=True)
-  return map(row_fields.without_nulls, rows)
+  rows = _import_datasets("name a file of rows").load_dataset(name, split=split, streaming=True)
+  return map(arrow_rows.plain, rows)
 
 
 def _saved(folder: str, split: str) -> Rows:
-  found = _import_datasets().load_from_disk(folder)
+  found = _import_datasets(f"name its files, such as {folder}/*.arrow").load_from_disk(folder)
   if isinstance(found, dict):  # a DatasetDict; a single Dataset has no splits, and any name fits
     if split not in found:
       raise UserError(f"{folder} has no split {split}; it has {', '.join(found)}")
     found = found[split]
-  return map(row_fields.without_nulls, found)
+  return map(arrow_rows.plain, found)

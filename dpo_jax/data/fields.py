@@ -249,13 +249,3 @@ def shorten(value: Any) -> str:
   # ensure_ascii: a lone surrogate in the value must not break the printing of the message.
   text = json.dumps(value, ensure_ascii=True, default=str)
   return text if len(text) <= 60 else text[:57] + "..."
-
-
-def without_nulls(value: Any) -> Any:
-  """Returns a value without the fields that are null, at any depth.
-
-  A table gives every message of a column the same fields, and null where a message has none.
-  """
-  if isinstance(value, dict):
-    return {name: without_nulls(one) for name, one in value.items() if one is not None}
-  return [without_nulls(one) for one in value] if isinstance(value, list) else value

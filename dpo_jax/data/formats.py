@@ -115,9 +115,13 @@ def _from_compared(row: Row) -> Preference:
   if not verdict:
     raise RowError("tie")
   better, worse = ("answer_a", "answer_b") if verdict > 0 else ("answer_b", "answer_a")
-  pair = row | {"chosen": row.get(better), "rejected": row.get(worse)}
+  pair = {name: value for name, value in row.items() if name not in ("answer_a", "answer_b")}
+  pair |= {"chosen": row_fields.read_field(row, better)}
+  pair |= {"rejected": row_fields.read_field(row, worse)}
   # With chosen and rejected filled in, the row has one of the other formats of a pair.
-  pair_format = next(one for one in PAIRS if one.matches(pair))
+  pair_format = next((one for one in PAIRS if one.matches(pair)), None)
+  if pair_format is None:
+    raise RowError("no prompt")
   return pair_format.convert(pair)._replace(scores=(abs(verdict), 0.0), weight=abs(verdict))
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import json
+import re
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -39,6 +41,8 @@ ROLES = {
   **dict.fromkeys(("tool", "observation", "function", "tool_response", "ipython"), "tool"),
   **dict.fromkeys(("developer", "context", "documents"), ""),  # kept as they are
 }
+# How a list of messages, or one message, begins as text, in JSON or Python.
+_WRITTEN_MESSAGES = re.compile(r"""\s*(\[\s*)?\{\s*(["'])(role|from|content|value)\2\s*:""")
 # Roles whose message is a call of a tool, written as JSON.
 _CALLS = ("function_call", "tool_call")
 
@@ -157,22 +161,33 @@ def _check_extra_fields(extra: dict[str, Any], field: str) -> None:
     check_unicode(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
-def parse_text(value: Any) -> Any:
-  """Returns messages that are written as text, JSON or Python; any other value unchanged.
+def parse_text(value: Any, field: str) -> Any:
+  """Returns messages that are written as text, in JSON or Python; any other value unchanged.
 
   Tables that cannot contain lists contain such texts.
+
+  Raises:
+    BadRow: the text begins as messages do, and cannot be read back.
   """
-  if not isinstance(value, str) or not value.lstrip().startswith(("[{", "{", "[ {", "[\n")):
+  if not isinstance(value, str) or not _WRITTEN_MESSAGES.match(value):
     return value
   for parse in (json.loads, ast.literal_eval):
     try:
-      found = parse(value.strip())
+      with warnings.catch_warnings(action="ignore"):  # about escapes such as \\d
+        found = parse(value.strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError):
       continue
     several = found if isinstance(found, list) else [found]
-    # Any other JSON is a text that happens to be JSON.
-    return found if several and all(map(is_message, several)) else value
-  return value
+    if all(map(is_message, several)):
+      return found
+    if not any(map(is_message, several)):
+      return value  # a text that happens to be JSON
+    break
+  raise BadRow(
+    field,
+    f"field {field} has messages in a notation that cannot be read back (NumPy's, without commas);"
+    " write the rows as JSONL, or this column with json.dumps",
+  )
 
 
 # --- tools ----------------------------------------------------------------------------------------
@@ -253,12 +268,17 @@ def _join_one(prompt: Messages, reply: Messages) -> Messages:
   if not reply:
     raise RowError("empty answer")
   plain_prompt, plain_reply = _bare(prompt), _bare(reply)
-  # 1. The reply repeats the whole prompt, or its end: perhaps all but the system message.
+  # 1. The reply repeats the whole prompt, or its end: perhaps all but the system message. A reply
+  #    begins with the assistant, so what begins with the assistant repeats nothing but by chance.
   for start in range(len(prompt)):
+    if start and is_assistant(prompt[start]):
+      continue
     if plain_reply[: len(prompt) - start] == plain_prompt[start:]:
       return prompt + reply[len(prompt) - start :]
   # 2. The reply has a system message that the prompt lacks.
   for start in range(1, len(reply)):
+    if reply[start - 1]["role"] not in ("system", "developer"):
+      break
     if prompt and plain_reply[start : start + len(prompt)] == plain_prompt:
       return reply
   # 3. It goes on where the prompt ends.

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from dpo_jax.data import encode, external
+from dpo_jax.data import digest, encode, external
 from dpo_jax.data.encode import Encoder
 from dpo_jax.data.examples import Example, Lazy, Measured, fill_up, weights_of
 from dpo_jax.data.ledger import Ledger, count_tokens
@@ -81,9 +81,11 @@ def prepare(
     new = stack.enter_context(replacing_folder(out))
     scratch = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(dir=new.parent)))
     spools = {name: _Spool(stack.enter_context((scratch / name).open("w+b"))) for name in SPLITS}
+    digests = {name: digest.Digest() for name in SPLITS}
     for example in encode.stream_examples(paths, encoder, ledger, limit=limit, workers=workers):
       held_out = _uniform(example.prompt, seed) < eval_fraction
       spools[SPLITS[held_out]].add(example)
+      digests[SPLITS[held_out]].add(example)
       if ledger.pairs % encode.CHUNK == 0:
         yield ledger
     if not spools["train"].rows or (eval_fraction and not spools["validation"].rows):
@@ -98,6 +100,7 @@ def prepare(
     about = {"rules": encode.RULES, "tokenizer": encoder.tokenizer.digest(), "seed": seed}
     about |= {name: getattr(encoder, name) for name in SETTINGS if name != "eval_fraction"}
     about |= {"eval_fraction": eval_fraction, "ledger": ledger.to_json()}
+    about |= {"digests": {name: digests[name].text() for name in measured}}
     _build(new, {name: spools[name] for name in measured}, about)
     arrays = {}
     for name, lengths in measured.items():
@@ -338,6 +341,11 @@ def _measured(arrays: dict[str, np.ndarray], split: str) -> Measured:
   prompt, answers, scored = (f"{split}_{key}" for key in _LENGTHS)
   # Sets that were made before there were token weights score all tokens of a completion.
   return Measured(arrays[prompt], arrays[answers], arrays.get(scored, arrays[answers]))
+
+
+def stored_digests(path: str | pathlib.Path) -> dict[str, str]:
+  """Returns the digest of every split from when the set was made; older sets have none."""
+  return json.loads((pathlib.Path(path) / "metadata.json").read_text()).get("digests", {})
 
 
 def _check(

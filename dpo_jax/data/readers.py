@@ -1,21 +1,23 @@
-"""Reads rows from files, as JSON values with their places; `detection` says what a row means."""
+"""Reads rows from files, as JSON values with their places; `detection` says what a row means.
+
+`file_kinds` recognizes what a file is. `json_rows`, `csv_rows` and `arrow_rows` read a format each,
+`external` the data sets of other libraries.
+"""
 
 from __future__ import annotations
 
 import glob
-import gzip
-import json
 import pathlib
-import zlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dpo_jax.data import external
+from dpo_jax.data import arrow_rows, csv_rows, external, file_kinds, json_rows
 from dpo_jax.data import fields as row_fields
 from dpo_jax.data.fields import Row
 from dpo_jax.structs import UserError
 
-FILE_FORMATS = "JSONL, JSON array, gzip of either, Parquet"
+FILE_FORMATS = "JSONL, JSON, CSV, TSV, Parquet, Arrow; text may be gzip, bzip2, xz or zstd"
 # A file, or a data set of `external`.
 Source = str | pathlib.Path
 
@@ -62,108 +64,60 @@ def _check_file(path: pathlib.Path) -> pathlib.Path:
 
 
 def read_rows(path: Source) -> Iterator[tuple[str, Row]]:
-  """Reads the rows of a JSONL, JSON array or Parquet file, or of another library's data set.
+  """Reads the rows of a file, or of another library's data set.
 
-  JSON may be compressed with gzip. A null in Parquet is read as a field that the row does not have.
+  What the file is, its first bytes say (see `file_kinds`): JSON in any layout, CSV or TSV, Parquet,
+  Arrow. JSON, CSV and TSV may be compressed. A null in a table, an empty cell of CSV included, is
+  read as a field that the row does not have.
 
   Yields:
-    (place, row), one at a time: "file:LINE" in JSONL, otherwise "file:row NUMBER", from 1.
+    (place, row), one at a time: "file:LINE" in text, otherwise "file:row NUMBER", from 1.
 
   Raises:
     UserError: the file cannot be read, contains no rows, or a row is not a JSON object.
   """
-  if external.is_dataset(path):
-    rows = external.read_rows(path)
-  else:
-    path = _check_file(pathlib.Path(path))
-    # The first bytes decide, not the name: files are often named otherwise than they are written.
-    with path.open("rb") as file:
-      magic = file.read(4)
-    if path.suffix == ".parquet" and magic != b"PAR1":
-      raise UserError(
-        f"{path} is named .parquet and is not Parquet; download it again, or rename it"
-      )
-    rows = _read_parquet(path) if magic == b"PAR1" else _read_json(path)
-  empty = True
-  for where, row in rows:
-    if not isinstance(row, dict):
-      raise UserError(
-        f"{where}: a row is a JSON object with named fields, not {row_fields.shorten(row)}"
-      )
-    empty = False
-    yield where, row
+  try:
+    if external.is_dataset(path):
+      rows = external.read_rows(path)
+    else:
+      path = _check_file(pathlib.Path(path))
+      rows = _read_file(path)
+    empty = True
+    for where, row in rows:
+      _check_row(row, where)
+      empty = False
+      yield where, row
+  except OSError as error:  # no permission, a disk that fails
+    raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
   if empty:
     raise UserError(f"{path} contains no rows")
 
 
-def _read_parquet(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  """Reads a Parquet file in batches of rows, since it may be larger than memory."""
-  import pyarrow  # slow to import
-  from pyarrow import parquet
-
-  number = 0
-  try:
-    # pre_buffer=False: with read-ahead, pyarrow keeps every row group it has read until the end.
-    with parquet.ParquetFile(path, pre_buffer=False) as file:
-      for batch in file.iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
-          number += 1
-          yield f"{path}:row {number}", row_fields.without_nulls(row)
-  except (pyarrow.ArrowException, OSError) as error:
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    raise UserError(f"{path}: broken Parquet ({line}); download the file again") from None
+def _read_file(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+  kind = file_kinds.recognize(path)
+  if kind.format not in ("json", "csv"):
+    yield from arrow_rows.read(path, kind.format)
+    return
+  read = json_rows.read if kind.format == "json" else csv_rows.read
+  with file_kinds.open_decompressed(path, kind.compression) as file:
+    yield from read(file, path)
 
 
-def _read_json(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  """Reads a JSONL or JSON array file, decompressing it if it is gzip."""
-  with path.open("rb") as file:
-    is_gzip = file.read(2) == b"\x1f\x8b"
-  if path.suffix == ".gz" and not is_gzip:
-    raise UserError(f"{path} is named .gz and is not gzip; download it again, or rename it")
-  try:
-    with gzip.open(path) if is_gzip else path.open("rb") as file:
-      yield from _parse(file, path)
-  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-    raise UserError(f"{path}: broken gzip ({error}); download the file again") from None
+# A name with one of these is not what it looks like, and would break the line of an error.
+_UNSEEN = re.compile("[\x00-\x1f\x7f\u2028\u2029\ufeff]")
 
 
-def _parse(file, path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-  """Parses the lines of a file, or the elements of one array if the file starts with a bracket."""
-  first = b""
-  # Bytes, not text: Python splits text at U+2028 and others too, which JSON allows inside a string.
-  for number, line in enumerate(file, 1):
-    if number == 1:
-      line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark of Windows editors
-    if not line.strip():
-      continue
-    if not first and line.lstrip()[:1] == b"[":
-      # An array is one JSON value and is parsed as a whole, in memory.
-      text = line + file.read()
-      values = _load(text, f"{path}:{{line}}", number)
-      yield from ((f"{path}:row {i}", value) for i, value in enumerate(values, 1))
-      return
-    first = first or line
-    yield f"{path}:{number}", _load(line.rstrip(), f"{path}:{{line}}", number)
-
-
-def _load(text: bytes, where: str, line: int) -> Any:
-  """Parses JSON.
-
-  Args:
-    text: the bytes, as UTF-8.
-    where: place for an error message; contains `{line}`.
-    line: number of the first line of `text` in its file.
-  """
-  try:
-    return json.loads(text.decode("utf-8"))
-  except UnicodeDecodeError as error:
-    at = where.format(line=line + text[: error.start].count(b"\n"))
-    raise UserError(f"{at}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
-  except json.JSONDecodeError as error:
-    at = where.format(line=line + error.lineno - 1)
+def _check_row(row: Any, where: str) -> None:
+  if not isinstance(row, dict):
     raise UserError(
-      f"{at}: not JSON ({error.msg} at column {error.colno}); a file is one JSON array or one"
-      " JSON object per line"
-    ) from None
-  except (RecursionError, ValueError) as error:  # nested too deep, a number of too many digits
-    raise UserError(f"{where.format(line=line)}: JSON that cannot be read ({error})") from None
+      f"{where}: a row is a JSON object with named fields, not {row_fields.shorten(row)}"
+    )
+  if unseen := next(filter(_UNSEEN.search, row), None):
+    raise UserError(
+      f"{where}: the field name {row_fields.shorten(unseen)} has a control character; rename it"
+    )
+  # The fields of an export of Label Studio are those of its own objects, not those of the data.
+  if isinstance(row.get("data"), dict) and isinstance(row.get("annotations"), list):
+    raise UserError(
+      f"{where}: an export of Label Studio in its own JSON; export the project as JSON-MIN or CSV"
+    )

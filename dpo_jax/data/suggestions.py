@@ -64,11 +64,13 @@ def suggest(row: Row, kinds: Iterable[str]) -> str:
   """
   names = {name.lower(): name for name in row}
   fitting = [
-    found for kind in kinds for one in FORMATS[kind] if (found := _map_of(one, names)) is not None
+    (-len(one.fields), len(found), number, found)
+    for number, one in enumerate(one for kind in kinds for one in FORMATS[kind])
+    if (found := _map_of(one, names)) is not None
   ]
   if not fitting:
     return ""
-  best = min(fitting, key=len)  # the fewest fields to map
+  best = min(fitting)[-1]  # the format with the most fields, and of these the fewest to map
   looks = ", ".join(f"`{theirs}` looks like {_article(ours)}" for ours, theirs in best.items())
   flags = " ".join(f"--config.data.fields.{ours}={theirs}" for ours, theirs in best.items())
   pairs = ",".join(f"{ours}={theirs}" for ours, theirs in best.items())

@@ -179,6 +179,15 @@ def assert_consistent(facts: dict[str, Any]) -> None:
       )
 
 
+def from_main_process(text: str) -> str:
+  """Returns a short text of the main process in all of them; all processes call it together."""
+  if not is_multiprocess():
+    return text
+  # As bytes of one length, since arrays that travel have one shape in all processes.
+  data = np.frombuffer(text.encode().ljust(64), np.uint8)
+  return bytes(np.asarray(multihost_utils.broadcast_one_to_all(data))).decode().strip()
+
+
 def _digest(value: Any) -> bytes:
   text = json.dumps(value, sort_keys=True, default=str)
   return hashlib.blake2b(text.encode(), digest_size=16).digest()

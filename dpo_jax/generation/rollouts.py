@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from dpo_jax.data import detection, encode, readers
+from dpo_jax.data import canonical, detection, encode, readers
 from dpo_jax.data.examples import Example
 from dpo_jax.data.fields import Conversation, RowError
 from dpo_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -98,10 +98,13 @@ def read_prompts(path: str | pathlib.Path, field: str = "") -> list[Any]:
     if pathlib.Path(file).suffix == ".txt":
       prompts += _read_lines(pathlib.Path(file))
       continue
-    for where, row in readers.read_rows(file):
+    rows = list(readers.read_rows(file))
+    chat = any(canonical.has_context(row) for _, row in rows)
+    for where, row in rows:
       try:
         # As the field `prompt`, so that one reader checks every kind of prompt.
-        prompts.append(detection.read_prompt(row | {"prompt": row.get(field)} if field else row))
+        row = row | {"prompt": row.get(field)} if field else row
+        prompts.append(detection.read_prompt(row, chat=chat))
       except UserError as error:
         raise UserError(f"{where}: {error}") from None
   return prompts

@@ -49,6 +49,9 @@ ENTROPY_LOST, REPEATED = 0.5, 0.2
 # Accuracy on the training pairs, and their loss as a share of the loss at the start. Labels by
 # people never agree so well: the pairs are memorized, or some marker gives the label away.
 SURE_ACCURACY, SPENT_LOSS = 0.99, 0.03
+# Share of the updates that must reach weights kept in few bits. It is 1 in float32, and also where
+# they are rounded stochastically; rounded to nearest, small updates are lost at every step.
+KEPT = 0.5
 
 
 class Alert(NamedTuple):
@@ -322,6 +325,16 @@ def _loss_rises(facts: _Facts) -> tuple[float, str]:
   )
 
 
+def _updates_are_lost(facts: _Facts) -> tuple[float, str]:
+  kept, changed = facts["update/kept"].now, facts["update/changed"].now
+  return (1 - kept) / (1 - KEPT), (
+    f"only {max(kept, 0.0):.0%} of the updates reach the weights, of which a step changes"
+    f" {changed:.2%}: in bfloat16 the others round back to what they were; try"
+    " --config.model.param_dtype=float32 (--config.model.compute_dtype=bfloat16 keeps its products"
+    " fast) or a larger --config.optimizer.learning_rate"
+  )
+
+
 RULES = tuple(
   Rule(name, frozenset(reads), level)
   for name, level, reads in (
@@ -346,5 +359,6 @@ RULES = tuple(
     ("repetition", _repeats, ["eval/sampled/repetition"]),
     ("memorized", _by_heart, ["loss", "rewards/accuracies"]),
     ("loss rises", _loss_rises, ["loss"]),
+    ("updates are lost", _updates_are_lost, ["update/kept", "update/changed"]),
   )
 )

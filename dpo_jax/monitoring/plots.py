@@ -380,9 +380,21 @@ def smoothed(values: np.ndarray) -> np.ndarray:
   return weighted(values) / weighted(np.ones_like(values))
 
 
+def _lay_out(figure: Figure) -> None:
+  """Places axes and labels, if that has not been done; otherwise each saving would do it again.
+
+  Most of the time of a picture goes into that: matplotlib draws the whole of it twice for it.
+  """
+  engine = figure.get_layout_engine()
+  if engine is not None:
+    engine.execute(figure)
+    figure.set_layout_engine(None)
+
+
 def save_png(figure: Figure, path: pathlib.Path) -> None:
   """Writes a figure as PNG, for documents and slides."""
   with matplotlib.rc_context(_STYLE):
+    _lay_out(figure)
     # In the style again: matplotlib reads some settings when it saves, not when it draws.
     figure.savefig(path, dpi=160)
 
@@ -391,6 +403,7 @@ def to_svg(figure: Figure) -> str:
   """Returns a figure as an `<svg>` element, for a page without other files."""
   buffer = io.StringIO()
   with matplotlib.rc_context(_STYLE):
+    _lay_out(figure)
     # Without the date, so that the same metrics give the same page.
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
   text = buffer.getvalue()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -12,17 +11,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax import losses
-from dpo_jax.data import batches, collate, encode, packing, readers
+from dpo_jax.data import batches, digest, encode, packing, readers
 from dpo_jax.data import prepared as prepared_data
 from dpo_jax.data.batches import Batching
-from dpo_jax.data.examples import Example, Lazy, Measured, fill_up, lengths, split, with_mismatched
+from dpo_jax.data.examples import Example, Lazy, Measured, fill_up, split, with_mismatched
 from dpo_jax.data.ledger import summarize
 from dpo_jax.data.mixture import Mixture, Source
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.generation import rewards, rollouts
-from dpo_jax.model.config import ModelConfig, check_ids, check_positions
+from dpo_jax.model.config import ModelConfig, check_ids
 from dpo_jax.structs import PyTree, TokenBatch, UserError
-from dpo_jax.training import on_policy, sources
+from dpo_jax.training import data_checks, on_policy, sources
 from dpo_jax.training.sources import Part
 
 
@@ -91,6 +90,7 @@ class TrainingData(NamedTuple):
     settings: which examples are in a batch.
     batching: the layout of its rows.
     sampler: makes batches of prompts; None where examples are trained on as they stand.
+    digests: what is learned from, as a name for messages -> a digest of it.
     mixture: the sources of the examples; None for one source.
     groups: name -> rows (`Example.row`) of the held-out examples that are evaluated under it; ""
       for the metrics without a name. Empty if all of them are one group.
@@ -102,6 +102,7 @@ class TrainingData(NamedTuple):
   settings: BatchSettings
   batching: Batching
   sampler: on_policy.Sampler | None
+  digests: dict[str, str]
   mixture: Mixture | None = None
   groups: Mapping[str, range] = MappingProxyType({})
 
@@ -151,10 +152,16 @@ def _load_examples(
   model_config: ModelConfig,
 ) -> tuple[TrainingData, dict[str, Any]]:
   """Reads examples that are trained on as they stand."""
-  examples, held_out, ledger, mixture, groups = _read_examples(rows, settings.seed, loss, tokenizer)
+  examples, held_out, ledger, digests, mixture, groups = _read_examples(
+    rows, settings.seed, loss, tokenizer
+  )
+  what = "data.mix" if rows.mix else rows.path
+  data_checks.check_batch(
+    settings.batch_size, settings.accumulate, batching.groups, len(examples), what
+  )
   for some in filter(len, (examples, held_out)):
     try:
-      _check_tokens(some, batching, tokenizer, model_config)
+      data_checks.check_tokens(some, batching, tokenizer.vocab_size, model_config)
     except UserError as error:
       remark = f" ({mixture.where_rows_start()})" if mixture and some is examples else ""
       raise UserError(f"{error}{remark}") from None
@@ -174,23 +181,9 @@ def _load_examples(
   batching = batching._replace(row_length=row_length)
   completions = len(examples[0].completions)
   data = TrainingData(
-    examples, held_out, completions, settings, batching, None, mixture=mixture, groups=groups
+    examples, held_out, completions, settings, batching, None, digests, mixture, groups
   )
   return data, ledger
-
-
-def _check_tokens(
-  some: Sequence[Example], batching: Batching, tokenizer: Tokenizer, model_config: ModelConfig
-) -> None:
-  """Checks that every example fits in a row, and that the model has its ids and positions."""
-  # By lengths alone, in moments. Otherwise the run would stop at the batch that the row falls into.
-  if batching.row_length and batching.layout != "padded":
-    collate.check_fits(some, batching.layout, batching.row_length)
-  check_positions(some, lengths(some).longest(), model_config)
-  # No row has an id that the tokenizer lacks, so there is nothing to look for in most models. A
-  # prepared set is read through once.
-  if tokenizer.vocab_size > model_config.vocab:
-    check_ids(some, model_config)
 
 
 def _load_on_policy(
@@ -229,7 +222,12 @@ def _load_on_policy(
     batching=batching,
     **sampling,
   )
-  return TrainingData(prompts, held_out, completions, settings, batching, sampler), ledger
+  # Prompts, strings or messages, are few enough to take whole; the tokenizer renders them.
+  digests = {
+    f"the prompts to train on ({rows.path})": digest.of_values(prompts),
+    f"the held-out prompts ({rows.eval_path or rows.path})": digest.of(held_out),
+  }
+  return TrainingData(prompts, held_out, completions, settings, batching, sampler, digests), ledger
 
 
 def _check_named(field: str, path: str) -> None:
@@ -243,8 +241,15 @@ def _check_named(field: str, path: str) -> None:
 
 def _read_examples(
   data: DataSettings, seed: int, loss: losses.Loss, tokenizer: Tokenizer
-) -> tuple[Sequence[Example], list[Example], dict[str, Any], Mixture | None, dict[str, range]]:
-  """Returns training and held-out examples, the ledger of both, and the rows of their groups."""
+) -> tuple[
+  Sequence[Example],
+  list[Example],
+  dict[str, Any],
+  dict[str, str],
+  Mixture | None,
+  dict[str, range],
+]:
+  """Returns training and held-out examples, their ledger, digests, sources and groups."""
   how: dict[str, Any] = {
     "kind": loss.kind,
     "max_length": data.max_length,
@@ -284,6 +289,8 @@ def _read_examples(
     print(f"data.mix: {mixture.describe()}", file=sys.stderr)
     for name, per_epoch in zip(mixture.names, mixture.per_epoch, strict=True):
       ledger["sources"][name]["per_epoch"] = per_epoch
+  # Before what follows, which is a function of these rows, the seed and the configuration.
+  digests = sources.digests_of(data.path, examples, held_out, parts, evaluated)
   # Each set by itself from here on: its metrics must not depend on the others.
   sets = [part.examples for part in evaluated] if named else [held_out]
   if loss.kind == "unpaired":
@@ -302,7 +309,7 @@ def _read_examples(
   # After all of the above, so that the limit changes neither mismatched prompts nor K.
   held_out = _limited(sets, data)
   groups = sources.groups_of(parts, evaluated, held_out)
-  return examples, held_out, ledger, mixture, groups
+  return examples, held_out, ledger, digests, mixture, groups
 
 
 def _read_prepared(
@@ -381,37 +388,6 @@ def _load_prompts(
   counts = {"rows": len(ids), "pairs": len(ids), "dropped": {}, "truncated": {}}
   examples = [example._replace(row=row) for row, example in enumerate(whole[len(prompts) :])]
   return prompts, examples, longest, {"format": "prompts", **counts, "tokens": tokens}
-
-
-def digest(data: TrainingData) -> str:
-  """Computes a digest of the length of every example, and of the tokens of a thousand.
-
-  All of them would have to be read from disk, where the data is a prepared set.
-  """
-  found = hashlib.blake2b(digest_size=16)
-  if data.sampler is not None:
-    # On policy the examples are prompts, strings or messages, few enough to take whole.
-    found.update(repr(data.examples).encode())
-    return found.hexdigest()
-  if data.mixture is not None:
-    found.update(repr(data.mixture).encode())
-  for side in (data.examples, data.held_out):
-    if not len(side):
-      continue
-    prompt_B, tokens_BK, scored_BK = lengths(side)
-    # What is scored only where it is not everything: runs of before have digests without it.
-    context = [] if np.array_equal(scored_BK, tokens_BK) else [scored_BK]
-    for array in (prompt_B, tokens_BK, *context):
-      found.update(np.ascontiguousarray(array).tobytes())
-    # Spread over all, so that another order, or a row more, changes most of them.
-    for i in np.linspace(0, len(side) - 1, min(len(side), 1000), dtype=np.int64):
-      example = side[int(i)]
-      found.update(repr((example.scores, example.weight)).encode())
-      for ids in (example.prompt, *example.completions):
-        found.update(np.asarray(ids, np.int32).tobytes())
-      for weights in example.token_weights:
-        found.update(np.asarray(weights, np.float32).tobytes())
-  return found.hexdigest()
 
 
 Feed = Callable[[int, PyTree], tuple[TokenBatch, dict[str, float]]]

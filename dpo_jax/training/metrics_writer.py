@@ -51,6 +51,7 @@ class MetricsWriter:
     self._log, self._checkpoints, self._to_host = log, checkpoints, to_host
     self._schedule, self._data_path, self._mixture = schedule, data_path, mixture
     self._pending: _Pending | None = None
+    self._reported = False
     self.restart_clock()
 
   def restart_clock(self) -> None:
@@ -86,6 +87,7 @@ class MetricsWriter:
     elapsed, self._since = now - self._since, now
     if not (np.isfinite(means["loss"]) and np.isfinite(means["grad_norm"])):
       raise self._not_finite(pending, means, bad_row_ANS[bad_row_ANS >= 0])
+    self._report_rounding(pending.index, means)
     self._log.write(
       pending.index,
       {key: float(value) for key, value in means.items()}
@@ -96,6 +98,16 @@ class MetricsWriter:
         "pairs_per_second": rows / elapsed,
         "tokens_per_second": tokens / elapsed,
       },
+    )
+
+  def _report_rounding(self, index: int, means: dict[str, np.ndarray]) -> None:
+    """Reports once how much of an update bfloat16 weights keep, which no curve of a loss shows."""
+    if self._reported or "update/kept" not in means:
+      return
+    self._reported = True
+    self._log.say(
+      f"bfloat16 weights: step {index} changed {means['update/changed']:.2%} of them, and"
+      f" {means['update/kept']:.0%} of the update arrived (rounded stochastically)"
     )
 
   def _not_finite(

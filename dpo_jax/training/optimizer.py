@@ -8,6 +8,7 @@ import jax
 import optax
 
 from dpo_jax.structs import PyTree, UserError
+from dpo_jax.utils import rounding
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -83,6 +84,31 @@ def from_host(tx: optax.GradientTransformation) -> optax.GradientTransformation:
   return optax.GradientTransformation(tx.init, update)
 
 
+def in_float32(tx: optax.GradientTransformation, seed: int) -> optax.GradientTransformation:
+  """Makes an optimizer compute in float32 while its state stays in the types that it is kept in.
+
+  Moments of bfloat16 parameters are bfloat16. In that type b2 = 0.999 is 1, and the second moment
+  would only grow. So the new moments are computed in float32 and rounded stochastically. The
+  updates that it returns are float32: whoever adds them to the parameters rounds the sum.
+
+  Args:
+    tx: an optimizer whose state counts the updates made, as `count`.
+    seed: of the rounding.
+  """
+
+  def update(updates: PyTree, state: PyTree, params: PyTree | None = None):
+    if not rounding.has_narrow((updates, state, params)):
+      return tx.update(updates, state, params)
+    wide, following = tx.update(*rounding.widen((updates, state, params)))
+    # A function of the seed and the step, so that a resumed run rounds alike. The second argument
+    # keeps these numbers apart from those of dropout and of the parameters.
+    _, count = optax.tree.get_all_with_path(state, "count")[0]
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), count)
+    return wide, rounding.round_as(following, state, key)
+
+  return optax.GradientTransformation(tx.init, update)
+
+
 def make_optimizer(
   schedule: optax.Schedule,
   *,
@@ -91,6 +117,7 @@ def make_optimizer(
   eps: float = 1e-8,
   weight_decay: float = 0.0,
   clip_norm: float = 1.0,
+  seed: int = 0,
 ) -> optax.GradientTransformation:
   """Makes AdamW (Loshchilov and Hutter 2019) behind clipping to a global norm.
 
@@ -100,6 +127,7 @@ def make_optimizer(
     eps: added to the root of the second moment.
     weight_decay: decoupled, of matrices and adapters: see `decays`.
     clip_norm: largest global norm of a gradient; 0 for no clipping.
+    seed: of the stochastic rounding of bfloat16 moments.
 
   Raises:
     UserError: a value with which a step would not go downhill.
@@ -117,7 +145,8 @@ def make_optimizer(
   # The decay is multiplied by the learning rate, as in PyTorch's AdamW, so it follows the schedule.
   adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
   # Clipped first: the moments must not see the gradient of a burst either.
-  return optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
+  tx = optax.chain(optax.clip_by_global_norm(clip_norm), adamw) if clip_norm else adamw
+  return in_float32(tx, seed)
 
 
 def build(
@@ -127,7 +156,7 @@ def build(
   schedule: str,
   warmup_steps: int | None,
   final_fraction: float,
-  **settings: float,
+  **settings: Any,
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
   """Makes the learning-rate schedule and the optimizer of a run of so many steps.
 

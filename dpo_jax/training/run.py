@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import pathlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import optax
@@ -64,6 +67,8 @@ class Run(NamedTuple):
     attention: name of the implementation that runs.
     store: log-probs of the reference on disk; None where the reference is computed in every step.
     lacking: examples whose log-probs the store does not have yet.
+    began: when the run began: a chat template may write the date.
+    inputs: a digest of everything that the run learns from, by names for messages.
   """
 
   workdir: pathlib.Path
@@ -83,3 +88,5 @@ class Run(NamedTuple):
   store: Store | None = None
   # Examples, not log-probs: the loop computes those once the parameters are placed.
   lacking: tuple[Lazy, ...] = ()
+  began: datetime.datetime = datetime.datetime.min
+  inputs: Mapping[str, str] = MappingProxyType({})

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dpo_jax import losses
-from dpo_jax.data import encode, mixture
+from dpo_jax.data import digest, encode, mixture
 from dpo_jax.data import prepared as prepared_data
-from dpo_jax.data.examples import Example, fill_up
+from dpo_jax.data.examples import Example, Lazy, fill_up
 from dpo_jax.data.ledger import Ledger, count_tokens, merge, summarize
 from dpo_jax.data.mixture import Source
 from dpo_jax.data.tokenizer import Tokenizer
@@ -197,6 +197,43 @@ def check_files(sources: Sequence[Source], field: str, check: Any) -> None:
         " the rows that it was made of"
       )
     check(where, source.path)
+
+
+def digests_of(
+  path: str,
+  examples: Sequence[Example],
+  held_out: Sequence[Example],
+  parts: Sequence[Part],
+  evaluated: Sequence[Part],
+) -> dict[str, str]:
+  """Computes digests of all rows, by names for messages.
+
+  Args:
+    path: files of the training data; "" for a mix.
+    examples, held_out: to train on, and the part of the data that is held out.
+    parts: sources of the training data, whole; none where it is a prepared set.
+    evaluated: evaluation sets.
+  """
+  found = {}
+  for field, some in (("mix", parts), ("eval_sets", evaluated)):
+    for part in some:
+      if part.source.name:
+        name = f"the rows of data.{field}.{part.source.name} ({part.source.path})"
+        found[name] = digest.of(part.examples)
+  # The rows of a mix are all above; what is held out of them is a function of the seed.
+  sides = {f"the rows to train on ({path})": ("train", examples)} if path else {}
+  main = [part for part in evaluated if not part.source.name]
+  if main:
+    sides[f"the held-out rows ({main[0].source.path})"] = ("", main[0].examples)
+  elif path:
+    sides[f"the held-out rows ({path})"] = ("validation", held_out)
+  for name, (split_name, rows) in sides.items():
+    if isinstance(rows, Lazy):  # on disk: to read all of them would take as long as to train
+      known = prepared_data.stored_digests(path).get(split_name)
+      found[name] = digest.of_some(rows, known)
+    elif len(rows):
+      found[name] = digest.of(rows)
+  return found
 
 
 # --- what sources have in common ------------------------------------------------------------------

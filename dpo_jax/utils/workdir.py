@@ -1,37 +1,51 @@
-"""The work folder of a run: which run owns it, and the lock against a second process."""
+"""The work folder of a run: which run owns it, what it learns from, and the lock.
+
+`config.json` has the configuration, `data.json` counts of rows, and `inputs.json` when the run
+began and a digest of everything that it learns from: rows, weights, tokenizer and template.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import json
 import os
 import pathlib
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 from dpo_jax.structs import UserError
 from dpo_jax.utils import files
 
+INPUTS = "inputs.json"
+VERSION = 1  # of the digests in it; those of another version cannot be compared
+# Fields that a run may be resumed with other values of: the caller checks them against the steps
+# that were taken.
+LENGTH = ("train.steps", "train.epochs")
 # Files of a run. A folder with one of them but without config.json belongs to something else.
 _RUN_FILES = ("metrics.jsonl", "data.json", "checkpoints", "export", "report.html")
 
 
-def check(workdir: pathlib.Path, config: str) -> None:
+def check(workdir: pathlib.Path, config: str, defaults: str = "{}") -> None:
   """Checks that a folder is new, or contains this same run.
 
-  The section `parallel` may differ: a run can be resumed on other devices.
+  The section `parallel` may differ, since a run can be resumed on other devices, and so may the
+  fields in `LENGTH`.
 
   Args:
     workdir: the folder; it need not exist.
     config: the resolved configuration, JSON.
+    defaults: a configuration with all defaults, JSON: a run that was begun before a field existed
+      has its default.
 
   Raises:
     UserError: the folder has another run, or files of something else; it names what differs.
   """
   files.check_folder(workdir, f"--workdir={workdir}")
-  stored = workdir / "config.json"
-  if not stored.is_file():
+  before = stored_config(workdir)
+  if before is None:
     for name in _RUN_FILES:
       if (workdir / name).exists():
         raise UserError(
@@ -39,17 +53,54 @@ def check(workdir: pathlib.Path, config: str) -> None:
           " choose another --workdir"
         )
     return
-  try:
-    before = json.loads(stored.read_text(encoding="utf-8"))
-  except ValueError:
-    raise UserError(f"{stored} is not JSON; choose another --workdir") from None
-  changed = _differences(_without_parallel(before), _without_parallel(json.loads(config)))
+  before = _filled_in(before, json.loads(defaults))
+  changed = _differences(_compared(before), _compared(json.loads(config)))
   if changed:
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     raise UserError(
       f"{workdir} contains a run with another configuration: {'; '.join(changed[:3])}{more}."
       " Choose a new --workdir, or the same values to resume"
     )
+
+
+def stored_config(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """Returns the configuration of the run in a folder; None if there is no run."""
+  return _read(workdir / "config.json")
+
+
+def began(workdir: pathlib.Path) -> datetime.datetime:
+  """Returns when the run in a folder began, in local time; the present for a new run."""
+  record = _read(workdir / INPUTS)
+  if record is not None:
+    return datetime.datetime.fromisoformat(record["began"])
+  config = workdir / "config.json"
+  if config.is_file():  # of a run that has no record: the file is written once, at the beginning
+    return datetime.datetime.fromtimestamp(int(config.stat().st_mtime))
+  return datetime.datetime.now().replace(microsecond=0)
+
+
+def changed_inputs(
+  workdir: pathlib.Path, inputs: dict[str, str], ledger: dict[str, Any]
+) -> tuple[list[str], bool]:
+  """Compares what a run learns from with what the run in a folder began with.
+
+  Args:
+    workdir: the folder.
+    inputs: name -> digest.
+    ledger: counts of the rows read, kept and dropped.
+
+  Returns:
+    The names of what differs, and whether digests could be compared: a run that was begun before
+    there were any has only its counts of rows.
+  """
+  record, counts = _read(workdir / INPUTS), _read(workdir / "data.json")
+  if record is None or record["version"] != VERSION:
+    changed = _differences(_counts(counts), _counts(ledger)) if counts is not None else []
+    return [f"the data ({'; '.join(changed[:3])})"] if changed else [], False
+  # Names of both, each once: something may be read now that was not read before.
+  before = record["inputs"]
+  names = [*before, *(name for name in inputs if name not in before)]
+  return [name for name in names if before.get(name) != inputs.get(name)], True
 
 
 @contextlib.contextmanager
@@ -81,36 +132,103 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def claim(workdir: pathlib.Path, config: str, ledger: dict) -> None:
-  """Makes the folder and writes config.json and data.json, or on resume compares the data.
+def claim(
+  workdir: pathlib.Path,
+  config: str,
+  ledger: dict[str, Any],
+  inputs: dict[str, str],
+  *,
+  began: datetime.datetime,
+  step: int = 0,
+) -> None:
+  """Makes the folder and writes config.json, data.json and inputs.json to it.
+
+  On resume they stay as they are, unless something was accepted that differs: then `changes` of
+  inputs.json says what, after which step, and what was there before.
 
   Args:
     workdir: the folder.
     config: the resolved configuration, JSON.
     ledger: counts of the rows read, kept and dropped.
-
-  Raises:
-    UserError: the data differ from those that the run in this folder began with.
+    inputs: name -> digest of what the run learns from.
+    began: when the run began.
+    step: steps that the run has taken.
   """
   workdir.mkdir(parents=True, exist_ok=True)
-  data = workdir / "data.json"
-  text = json.dumps(ledger, indent=2, ensure_ascii=False) + "\n"
-  if (workdir / "config.json").is_file() and data.is_file():
-    changed = _differences(json.loads(data.read_text(encoding="utf-8")), json.loads(text))
-    if changed:
-      raise UserError(
-        f"the data changed since the run in {workdir} began: {'; '.join(changed[:3])}."
-        " Choose a new --workdir"
-      )
+  before, counts = stored_config(workdir), _read(workdir / "data.json")
+  record: dict[str, Any] = {"version": VERSION, "began": began.isoformat(), "inputs": inputs}
+  if before is not None and counts is not None:
+    found, checked = changed_inputs(workdir, inputs, ledger)
+    lengths = _differences(_length(before), _length(json.loads(config)))
+    if checked and not found and not lengths:
+      return
+    old = _read(workdir / INPUTS) or {}
+    change: dict[str, Any] = {"after_step": step, "changed": found + lengths}
+    if found:
+      change |= {"inputs_before": old.get("inputs"), "data_before": counts}
+    record["changes"] = old.get("changes", []) + ([change] if found or lengths else [])
+    # Kept by the record from here on, so that the files may have the present ones.
+    files.write_text(workdir / INPUTS, _text(record))
+    if found:
+      files.write_text(workdir / "data.json", _text(ledger))
+    if lengths:
+      files.write_text(workdir / "config.json", config + "\n")
     return
   # The order is important: config.json comes last and marks a folder as complete. A run that was
-  # killed between the two writes both again.
-  files.write_text(data, text)
+  # killed between the writes does them again.
+  files.write_text(workdir / "data.json", _text(ledger))
+  files.write_text(workdir / INPUTS, _text(record))
   files.write_text(workdir / "config.json", config + "\n")
 
 
-def _without_parallel(config: dict) -> dict:
-  return {name: section for name, section in config.items() if name != "parallel"}
+def _counts(ledger: dict[str, Any]) -> dict[str, Any]:
+  """Returns the counts of a ledger that say what is learned from, of its held-out rows too.
+
+  Not the reasons and names in it, whose words may be others in another version.
+  """
+  found = {name: ledger.get(name) for name in ("rows", "pairs")}
+  found |= {f"tokens.{name}": ledger.get("tokens", {}).get(name) for name in ("prompt", "answer")}
+  return found | ({"eval": _counts(ledger["eval"])} if "eval" in ledger else {})
+
+
+def _text(value: object) -> str:
+  return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _read(path: pathlib.Path) -> dict[str, Any] | None:
+  """Reads the object in a file of the folder; None if there is no file."""
+  if not path.is_file():
+    return None
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except ValueError:
+    raise UserError(f"{path} is not JSON; choose another --workdir") from None
+
+
+def _filled_in(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+  """Adds the fields and sections that a configuration lacks."""
+  found = defaults | config
+  for name, section in defaults.items():
+    # Not the section of a model from scratch, whose fields are the user's own.
+    if isinstance(section, dict) and isinstance(found[name], dict):
+      found[name] = section | found[name]
+  return found
+
+
+def _compared(config: dict[str, Any]) -> dict[str, Any]:
+  """Returns a configuration without what may differ on resume."""
+  found = {name: section for name, section in config.items() if name != "parallel"}
+  for field in LENGTH:
+    section, name = field.split(".")
+    if isinstance(found.get(section), dict):
+      found[section] = {key: value for key, value in found[section].items() if key != name}
+  return found
+
+
+def _length(config: dict[str, Any]) -> dict[str, Any]:
+  """Returns the values of the fields in `LENGTH`."""
+  names = [field.split(".") for field in LENGTH]
+  return {f"{section}.{name}": config.get(section, {}).get(name) for section, name in names}
 
 
 def _differences(before: object, now: object, name: str = "") -> list[str]:

@@ -121,6 +121,13 @@ def test_what_may_be_changed_is_what_is_not_so_already():
   ]
 
 
+def test_bfloat16_weights_are_not_advised_without_a_word():
+  remarks = {name: planner.remark(name) for name, _ in planner.changes(configured(), 1)}
+  (said,) = filter(None, remarks.values())
+  assert "rounded stochastically" in said and said.startswith(" ")
+  assert remarks["--config.reference.param_dtype=bfloat16"] == ""  # the reference is never updated
+
+
 def test_the_command_prints_one_object():
   command = [sys.executable, "scripts/plan.py", "--config=configs/benchmark.py:a", "--json"]
   more = ["--devices=4", "--config.parallel.fsdp=4", "--mean_length=60", "--device_memory=1"]

@@ -21,7 +21,7 @@ FLOORS = {
   "losses": {"structs"},
   "metrics": {"structs"},
   "logprobs": {"structs", "utils", "distributed.sharding"},
-  "step": {"structs", "losses", "metrics", "logprobs"},
+  "step": {"structs", "utils", "losses", "metrics", "logprobs"},
   "model": {"structs", "utils", "distributed.sharding"},
   "data": {"structs", "utils"},
   "controlled": {"structs"},
@@ -75,6 +75,7 @@ FLOORS = {
   "train": {
     "structs",
     "utils",
+    "defaults",
     "distributed",
     "hf",
     "monitoring",

@@ -1,9 +1,16 @@
 """Files are read or refused, field maps are applied, and real files give the rows they contain."""
 
+import bz2
 import collections
+import functools
 import gzip
 import io
 import json
+import lzma
+import pathlib
+import pickle
+import tarfile
+import zipfile
 
 import pyarrow
 import pytest
@@ -27,71 +34,138 @@ def parquet_bytes(rows):
 # --- files ----------------------------------------------------------------------------------------
 
 ROWS = [{"prompt": f"p{i}", "chosen": "é\u2028🙂", "rejected": "b"} for i in range(3)]
+JSONL = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode()
+CSV = "prompt,chosen,rejected\np0,é\u2028🙂,b\np1,é\u2028🙂,b\np2,é\u2028🙂,b\n".encode()
+COMPRESS = {
+  "": bytes,
+  "gzip": gzip.compress,
+  "bzip2": bz2.compress,
+  "xz": lzma.compress,
+  "lzma": functools.partial(lzma.compress, format=lzma.FORMAT_ALONE),
+  "zstd": functools.partial(pyarrow.compress, codec="zstd", asbytes=True),
+}
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-@pytest.mark.parametrize(
-  ("content", "wheres"),
-  [
-    ("\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS), ["1", "2", "3"]),
-    ("\n\n".join(json.dumps(row) for row in ROWS) + "\n", ["1", "3", "5"]),
-    (json.dumps(ROWS), ["row 1", "row 2", "row 3"]),
-    ("\n" + json.dumps(ROWS, indent=2), ["row 1", "row 2", "row 3"]),
-    ("\ufeff" + json.dumps(ROWS[0]) + "\r\n" + json.dumps(ROWS[1]), ["1", "2"]),
-  ],
-)
-def test_lines_and_arrays_gzipped_or_not(tmp_path, content, wheres, zipped):
-  path = tmp_path / "rows"
-  data = content.encode("utf-8")
-  path.write_bytes(gzip.compress(data) if zipped else data)
-  assert list(read_rows(path)) == [
-    (f"{path}:{where}", row) for where, row in zip(wheres, ROWS, strict=False)
-  ]
+def read(path, data, name="rows"):
+  """The rows of a file with these bytes, with the part of each place after the file's name."""
+  (path / name).write_bytes(data)
+  return [(where.removeprefix(f"{path / name}:"), row) for where, row in read_rows(path / name)]
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize(("text", "first"), [(JSONL, 1), (CSV, 2)])
+def test_first_bytes_decide_and_text_may_be_compressed(tmp_path, text, first, compression):
+  data = COMPRESS[compression](text)
+  expected = [(str(first + i), row) for i, row in enumerate(ROWS)]
+  assert read(tmp_path, data) == expected
+  # Streams that follow each other are one file, as `cat a.gz b.gz` makes them.
+  if compression and compression != "lzma" and text is JSONL:
+    assert len(read(tmp_path, data + COMPRESS[compression](b"\n" + text))) == 6
+
+
+@pytest.mark.parametrize("compression", ["gzip", "bzip2", "xz", "zstd"])
+def test_broken_compression_is_named(tmp_path, compression):
+  text = b"".join(b'{"a": "%d"}\n' % (i * i) for i in range(9999))
+  data = COMPRESS[compression](text)
+  for broken in (data[:-9], data[:40], data[:40] + b"\xff" * 40 + data[80:]):
+    with pytest.raises(UserError, match=rf"rows: broken {compression} \(.+\); download") as raised:
+      read(tmp_path, broken)
+    assert "\n" not in str(raised.value)
+  for inner, line in (
+    (data, f"{compression} inside {compression}; decompress it once: [a-z]+"),
+    (parquet_bytes(ROWS), f"Parquet compressed by {compression}"),
+    (b"<!DOCTYPE html>", "a web page"),
+  ):
+    with pytest.raises(UserError, match=f"rows is {line}"):
+      read(tmp_path, COMPRESS[compression](inner))
+
+
+def zip_bytes(*names):
+  file = io.BytesIO()
+  with zipfile.ZipFile(file, "w") as archive:
+    for name in names:
+      archive.writestr(name, "x")
+  return file.getvalue()
+
+
+def tar_bytes():
+  file = io.BytesIO()
+  with tarfile.open(fileobj=file, mode="w") as archive:
+    archive.addfile(tarfile.TarInfo("rows.jsonl"))
+  return file.getvalue()
 
 
 @pytest.mark.parametrize(
   ("data", "line"),
   [
-    (b"", r"rows contains no rows"),
-    (b"\n \n", r"rows contains no rows"),
-    (b"[]", r"rows contains no rows"),
-    (b'{"a": 1}\n\n{"a": ', r"rows:3: not JSON \(Expecting value at column \d+\)"),
-    (b'[{"a": 1},\n {"a": 2},\n {"a" 3}]', r"rows:3: not JSON"),
-    (b'{"a": 1}\n"text"', r'rows:2: a row is a JSON object with named fields, not "text"'),
-    (b'{"a": 1}\n{"a": "\xff"}', r"rows:2: byte 7 is not UTF-8"),
-    (b'{\n  "a": 1\n}', r"rows:1: not JSON"),
-    (b"[" * 100_000, r"rows:1: "),
-    (b"PAR1....", r"rows: broken Parquet \(.+\); download the file again"),
-    (parquet_bytes([{"a": "long " * 99}])[:200], r"rows: broken Parquet"),
-    (parquet_bytes([]), r"rows contains no rows"),
-    (gzip.compress(b'{"a": 1}' * 999, mtime=0)[:40], r"rows: broken gzip"),
-    (gzip.compress(b"", mtime=0)[:10] + b"\xff" * 40, r"rows: broken gzip"),
+    (
+      b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+      "a Git LFS pointer instead of the data; git lfs pull",
+    ),
+    (b"\n<!DOCTYPE html><html>", r"a web page \(HTML\) instead of the data; download the file"),
+    (b"<?xml version='1.0'?>", "XML"),
+    (zip_bytes("rows.jsonl"), "a zip archive; unzip it"),
+    (zip_bytes("xl/workbook.xml"), "an Excel workbook; save its sheet as CSV UTF-8"),
+    (zip_bytes("archive/data.pkl"), "a file of arrays"),
+    (tar_bytes(), "a tar archive; unpack it"),
+    (gzip.compress(tar_bytes(), mtime=0), "a tar archive; unpack it"),
+    (pickle.dumps(ROWS), "a pickle, which is never loaded"),
+    ((16).to_bytes(8, "little") + b'{"w":{}}        ', "weights in safetensors"),
+    (b"SQLite format 3\x00", "an SQLite database; export"),
+    (b"\x04\x22\x4d\x18....", "compressed by lz4; lz4 -d .*rows"),
+    (b"FEA1....", "a Feather file of version 1; save it again"),
+    (JSONL.decode().encode("utf-16"), "text in UTF-16; .*iconv -f UTF-16"),
+    (CSV.replace("é\u2028🙂".encode(), b"a").decode().encode("utf-16-le"), "text in UTF-16"),
+    (b"\x01\x02\x00\x03\xff\xfe" * 9, "binary data of an unknown kind"),
   ],
 )
-def test_a_broken_file_is_one_line_with_file_and_line(tmp_path, data, line):
-  path = tmp_path / "rows"
-  path.write_bytes(data)
-  with pytest.raises(UserError, match=line) as raised:
-    list(read_rows(path))
+def test_what_has_no_rows_is_refused_as_what_it_is(tmp_path, data, line):
+  with pytest.raises(UserError, match=f"rows is {line}") as raised:
+    read(tmp_path, data)
   assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("rows.jsonl.gz", "gzip"), ("r.parquet", "Parquet")])
-def test_what_is_named_gz_or_parquet_is_that(tmp_path, name, kind):
-  (tmp_path / name).write_bytes(b'{"a": 1}')
-  with pytest.raises(UserError, match=rf"{name} is named \.[a-z]+ and is not {kind}"):
-    list(read_rows(tmp_path / name))
+@pytest.mark.parametrize(
+  ("name", "kind"),
+  [
+    *(("r.jsonl.gz", "gzip"), ("r.jsonl.xz", "xz"), ("r.csv.bz2", "bzip2"), ("r.zst", "zstd")),
+    *(("r.parquet", "Parquet"), ("r.arrow", "Arrow"), ("r.feather", "Feather")),
+  ],
+)
+def test_what_has_a_binary_name_is_that(tmp_path, name, kind):
+  with pytest.raises(UserError, match=rf"{name} is named \.[a-z2]+ and is not {kind}; download"):
+    read(tmp_path, b'{"a": 1}', name)
+  with pytest.raises(UserError, match=r"is a Git LFS pointer"):
+    read(tmp_path, b"version https://git-lfs.github.com/spec/v1\n", name)
 
 
-def test_parquet_a_batch_at_a_time(tmp_path):
-  """Messages of a column have the same fields in Parquet; nulls become absent fields."""
-  called = {"role": "assistant", "tool_calls": [{"name": "add"}]}
-  rows = [{"chosen": [user(f"{i}"), called], "score": i if i % 2 else None} for i in range(1500)]
-  path = tmp_path / "rows.anything"
-  path.write_bytes(parquet_bytes(rows))
-  expected = [{name: value for name, value in row.items() if value is not None} for row in rows]
-  assert [row for _, row in read_rows(path)] == expected
-  assert [where for where, _ in read_rows(path)][-1] == f"{path}:row 1500"
+def test_a_file_that_cannot_be_opened_is_one_line(tmp_path, monkeypatch):
+  (tmp_path / "rows").write_bytes(JSONL)
+
+  def refuse(*_, **__):
+    raise PermissionError(13, "Permission denied")
+
+  monkeypatch.setattr(pathlib.Path, "open", refuse)
+  with pytest.raises(UserError, match=r"rows cannot be read \(Permission denied\)"):
+    list(read_rows(tmp_path / "rows"))
+
+
+@pytest.mark.parametrize(
+  ("row", "line"),
+  [
+    ('{"\\ufeffprompt": "a"}', r'rows:1: the field name "\\ufeffprompt" has a control character'),
+    (
+      '{"id": 1, "data": {"prompt": "a"}, "annotations": []}',
+      r"rows:1: .* Label Studio .* JSON-MIN",
+    ),
+    ('{"a": 1}\n"text"', r'rows:2: a row is a JSON object with named fields, not "text"'),
+    ("[1]", r"rows:row 1: a row is a JSON object with named fields, not 1"),
+    ("", r"rows contains no rows"),
+  ],
+)
+def test_rows_that_are_none(tmp_path, row, line):
+  with pytest.raises(UserError, match=line):
+    read(tmp_path, row.encode())
 
 
 def test_several_files_and_patterns(tmp_path, monkeypatch):
@@ -277,19 +351,3 @@ def test_other_projects_files_by_field_map(shared_data, file, fields):
   for row in read:
     preference = form.convert(row)
     assert preference.completions[0] != preference.completions[1]
-
-
-def test_parquet_is_read_a_row_group_at_a_time(tmp_path):
-  """Memory does not grow with the file: of 40 groups of 0.4 MB, never more than a few are read."""
-  text = pyarrow.array([f"{i:06d}" * 70 for i in range(1000)])
-  table = pyarrow.table({"prompt": text, "chosen": text, "rejected": text})
-  file = tmp_path / "rows.parquet"
-  with parquet.ParquetWriter(
-    file, table.schema, compression="none", use_dictionary=False
-  ) as writer:
-    for _ in range(40):
-      writer.write_table(table)
-  before, most = pyarrow.total_allocated_bytes(), 0
-  for _ in read_rows(file):
-    most = max(most, pyarrow.total_allocated_bytes() - before)
-  assert most < file.stat().st_size / 5

@@ -23,6 +23,8 @@ from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.setup import build
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.usefixtures("one_picture")
+
 CLOCK = ("pairs_per_second", "tokens_per_second")
 
 
@@ -359,13 +361,28 @@ def test_bad_input_is_one_line_and_leaves_no_trace(task, tmp_path, changes, word
 
 
 @pytest.mark.slow
-def test_a_bfloat16_policy_starts_as_its_reference(task, capsys):
-  """The reference is taken from the rounded weights, not from those before rounding."""
+def test_a_bfloat16_policy_starts_as_its_reference_and_learns(task, straight, capsys):
+  """The reference is taken from the rounded weights; a resumed run rounds as one left alone."""
   config = dpo_config(task)
   config.model.param_dtype = "bfloat16"
-  config.train.steps = 2
+  config.optimizer.learning_rate = 1e-4  # an update is less than half an ulp of most weights
   train.execute(config, task / "narrow")
-  assert "step 0: loss 0.693147, as it must be" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert "step 0: loss 0.693147, as it must be" in said
+  assert "bfloat16 weights: step 1 changed" in said and "alert" not in said
+  resume_from_step_3(config, task / "narrow")
+  lines = read_metrics(task / "narrow" / "metrics.jsonl")[1:]
+  # In expectation the whole update arrives, in few of the weights.
+  np.testing.assert_allclose([line["update/kept"] for line in lines], 1.0, atol=0.2)
+  assert all(line["update/changed"] < 0.5 for line in lines)
+  for name, parallel in {"pmap": {"mode": "pmap"}, "fsdp": {"fsdp": 2}}.items():
+    config.parallel.update(parallel)
+    train.execute(config, task / name)
+    config.parallel.update(mode="mesh", fsdp=1)
+    for one, other in zip(lines, read_metrics(task / name / "metrics.jsonl")[1:], strict=True):
+      # Gradients are bfloat16, and devices add theirs in another order.
+      np.testing.assert_allclose(other["loss"], one["loss"], rtol=2e-3)
+      np.testing.assert_allclose(other["update/changed"], one["update/changed"], rtol=0.1)
 
 
 def test_broken_weights_are_found_before_the_folder_is_claimed(task, tmp_path):
@@ -407,6 +424,56 @@ def test_another_configuration_in_the_same_folder_is_refused(task, straight):
   with pytest.raises(UserError, match=r"loss\.beta was 2\.5, now 0\.7"):
     train.execute(config, straight)
   assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def swap_labels(data: bytes) -> bytes:
+  rows = map(json.loads, data.splitlines())
+  swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+  return "".join(json.dumps(row) + "\n" for row in swapped).encode()
+
+
+def flip_last_bit(data: bytes) -> bytes:
+  return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def change_epsilon(data: bytes) -> bytes:
+  return json.dumps(json.loads(data) | {"rms_norm_eps": 1e-5}).encode()
+
+
+@pytest.mark.parametrize(
+  ("name", "change", "words"),
+  [
+    # As many rows, of the same lengths: only what they say is other.
+    ("pairs.jsonl", swap_labels, r"the rows to train on \(.*\), the held-out rows \(.*\)\. Put"),
+    ("sft/export/model.safetensors", flip_last_bit, r"began: the weights at model\.path="),
+    ("sft/export/config.json", change_epsilon, r"began: config\.json at model\.path="),
+  ],
+)
+def test_a_finished_run_whose_inputs_changed_is_not_done(task, straight, name, change, words):
+  file = task / name
+  before, kept = file.read_bytes(), (straight / "metrics.jsonl").read_bytes()
+  file.write_bytes(change(before))
+  try:
+    with pytest.raises(UserError, match=words):
+      train.execute(dpo_config(task), straight)
+  finally:
+    file.write_bytes(before)
+  assert (straight / "metrics.jsonl").read_bytes() == kept
+
+
+@pytest.mark.slow
+def test_a_run_that_is_given_more_steps_is_one_that_had_them(task):
+  """At a constant rate: three steps and three more are six, to the bit."""
+  config = dpo_config(task)
+  config.optimizer.schedule = "constant"
+  config.train.steps = 3
+  train.execute(config, task / "longer")
+  config.train.steps = 6
+  train.execute(config, task / "at_once")
+  train.execute(config, task / "longer")
+  assert json.loads((task / "longer" / "config.json").read_text())["train"]["steps"] == 6
+  weights = [task / name / "export" / "model.safetensors" for name in ("longer", "at_once")]
+  assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_the_configuration_argument_of_preferences(task):

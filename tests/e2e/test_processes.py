@@ -18,6 +18,8 @@ from dpo_jax.structs import UserError
 from dpo_jax.training.checkpoint import latest_step
 from tests.support import small_task
 
+pytestmark = pytest.mark.usefixtures("one_picture")
+
 GENTLE, TWENTY = small_task.GENTLE, small_task.TWENTY
 ONE = {"parallel.devices": 1}
 

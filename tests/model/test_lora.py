@@ -25,6 +25,8 @@ from dpo_jax.training.checkpoint import Checkpoints
 from dpo_jax.training.setup import build
 from tests.support import small_task, tiny
 
+pytestmark = pytest.mark.usefixtures("one_picture")
+
 LLAMA = families.from_hf(
   {
     "model_type": "llama",

@@ -72,6 +72,10 @@ WRONG = {
     {"loss": lambda t: 0.69 - t if t < 0.3 else 0.39 + 4 * (t - 0.3)},
     ["training loss rose from", "learning_rate", "warmup_steps"],
   ),
+  "updates are lost": (
+    {"update/kept": lambda t: 0.04, "update/changed": lambda t: 0.0031},
+    ["only 4% of the updates", "0.31%", "model.param_dtype=float32", "learning_rate"],
+  ),
 }
 
 

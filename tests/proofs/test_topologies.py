@@ -14,6 +14,8 @@ from dpo_jax.training.checkpoint import latest_step
 from tests.support import small_task
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.usefixtures("one_picture")
+
 ONE = {"parallel.devices": 1}
 SHARDED = {
   "parallel.devices": 8,

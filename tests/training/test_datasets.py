@@ -8,12 +8,12 @@ import pytest
 
 from configs import preferences
 from dpo_jax import losses
-from dpo_jax.data import encode, examples
+from dpo_jax.data import digest, encode, examples
 from dpo_jax.data.batches import Batching
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import UserError
-from dpo_jax.training import datasets, setup
+from dpo_jax.training import data_checks, datasets, setup
 from tests.support import prepared_sets, small_rows, small_tokenizers
 
 MODEL = ModelConfig(
@@ -86,14 +86,29 @@ def test_a_row_with_a_token_beyond_the_model_is_refused(tmp_path, prepared):
 
 
 def test_another_weight_of_a_token_is_other_data():
-  def digest(*token_weights):
+  def digest_of(*token_weights):
     some = small_rows.examples(3)
     some[1] = some[1]._replace(token_weights=token_weights)
-    return datasets.digest(datasets.TrainingData(some, [], 2, None, None, None))
+    return digest.of(some)
 
   plain, weighted = small_rows.examples(3)[1], []
   for value in (0.0, 0.5):
     weights = [w.copy() for w in examples.weights_of(plain)]
     weights[0][0] = value
-    weighted.append(digest(*weights))
-  assert len({digest(), *weighted}) == 3
+    weighted.append(digest_of(*weights))
+  assert len({digest_of(), *weighted}) == 3
+
+
+@pytest.mark.parametrize(
+  ("size", "accumulate", "groups", "way"),
+  [
+    (8, 1, 1, r"set --config\.train\.batch_size=7, or give more rows"),
+    (8, 1, 2, r"set --config\.train\.batch_size=6, or"),
+    (8, 2, 2, r"set --config\.train\.batch_size=4, or"),
+    (8, 1, 8, r"--config\.parallel\.devices=1 --config\.train\.accumulate=1 .*batch_size=7, or"),
+  ],
+)
+def test_a_batch_larger_than_the_data_is_refused(size, accumulate, groups, way):
+  with pytest.raises(UserError, match=r"batch_size is 8 and d\.jsonl leaves 7 to train on.*" + way):
+    data_checks.check_batch(size, accumulate, groups, 7, "d.jsonl")
+  data_checks.check_batch(size, accumulate, groups, 8, "d.jsonl")

@@ -18,6 +18,8 @@ from dpo_jax.generation.rollouts import load
 from dpo_jax.structs import UserError
 from dpo_jax.training import on_policy
 
+pytestmark = pytest.mark.usefixtures("one_picture")
+
 GOOD = {"reward": "controlled", "num": 4, "max_tokens": 8, "temperature": 1.0, "prefer": "rank"}
 
 

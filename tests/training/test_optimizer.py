@@ -82,6 +82,35 @@ def test_clipping_scales_the_whole_gradient():
     np.testing.assert_allclose(x, y, rtol=1e-6)
 
 
+def test_moments_in_bfloat16_forget_as_those_in_float32_do():
+  """0.999 is 1 in bfloat16: gradients of 1, then of 0, must leave 0.999^100 (1 - 0.999^300)."""
+  tx = optimizer.make_optimizer(optax.constant_schedule(0.0), clip_norm=0.0)
+  params = {"kernel": jnp.ones(4096, jnp.bfloat16)}
+
+  def update(state, gradient):
+    updates, state = tx.update({"kernel": jnp.full(4096, gradient, jnp.bfloat16)}, state, params)
+    assert updates["kernel"].dtype == jnp.float32  # rounded by whoever adds it
+    return state, None
+
+  gradients = jnp.concatenate([jnp.ones(300), jnp.zeros(100)]).astype(jnp.bfloat16)
+  state, _ = jax.jit(lambda state: jax.lax.scan(update, state, gradients))(tx.init(params))
+  (_, nu), *_ = optax.tree.get_all_with_path(state, "nu")
+  assert nu["kernel"].dtype == jnp.bfloat16  # what it takes on the device has not grown
+  mean = nu["kernel"].astype(jnp.float32).mean()
+  np.testing.assert_allclose(mean, 0.999**100 * (1 - 0.999**300), rtol=0.01)
+
+
+def test_float32_is_what_optax_makes_of_it():
+  params = {"kernel": jnp.array([1.0, -2.0])}
+  ours = optimizer.make_optimizer(optax.constant_schedule(0.1), clip_norm=0.0)
+  theirs = optax.adamw(optax.constant_schedule(0.1), weight_decay=0.0)
+  for one, other in zip(
+    *(jax.tree.leaves(tx.update(params, tx.init(params), params)) for tx in (ours, theirs)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize(
   ("changes", "words"),
   [

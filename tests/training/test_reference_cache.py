@@ -22,6 +22,8 @@ from dpo_jax.training import loop, reference_cache
 from dpo_jax.training.setup import build
 from tests.support import small_task, tiny
 
+pytestmark = pytest.mark.usefixtures("one_picture")
+
 KEY = {"weights": "a"}
 ROWS = batches.Batching(row_length=64)
 

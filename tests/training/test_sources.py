@@ -108,7 +108,7 @@ def test_evaluation_sets_have_groups_of_their_own(tokenizer, write):  # noqa: F8
   # As ever.
   data, _ = load(tokenizer, path=paths["a"], eval_path=paths["main"])
   assert data.groups == {} and len(data.held_out) == 6
-  data, _ = load(tokenizer, path=paths["a"], eval_fraction=0.5)
+  data, _ = load(tokenizer, path=paths["a"], eval_fraction=0.3)
   assert data.groups == {} and data.mixture is None
 
 
@@ -261,4 +261,25 @@ def test_metrics_by_source_leave_out_what_is_no_loss_or_reward():
   found = metrics.by_source(lambda _: sums, np.ones(2), np.array([0, 1]), ("a", "b"))
   assert sorted(found) == [
     f"by_source/{name}/{key}" for name in "ab" for key in ("loss", "rewards/margins")
+  ]
+
+
+def test_every_source_and_set_has_a_digest_of_its_own(tokenizer, write):  # noqa: F811
+  paths = {name: write(name, prompts(name, 6)) for name in "abxy"}
+  mix, sets = {name: paths[name] for name in "ab"}, {"x": paths["x"]}
+
+  def digests(**more):
+    return load(tokenizer, mix=mix, eval_sets=sets, **more)[0].digests
+
+  before = digests(eval_path=paths["y"])
+  assert set(before) == {
+    f"the rows of data.mix.a ({paths['a']})",
+    f"the rows of data.mix.b ({paths['b']})",
+    f"the rows of data.eval_sets.x ({paths['x']})",
+    f"the held-out rows ({paths['y']})",
+  }
+  write("b", [*prompts("b", 5), pair("b 5", " better", " worse")])
+  after = digests(eval_path=paths["y"])
+  assert [name for name in before if before[name] != after[name]] == [
+    f"the rows of data.mix.b ({paths['b']})"
   ]

@@ -1,5 +1,6 @@
 """A work folder belongs to one configuration with its data, and is refused to others."""
 
+import datetime
 import json
 import os
 
@@ -10,18 +11,31 @@ from dpo_jax.utils import workdir
 
 CONFIG = json.dumps({"seed": 0, "loss": {"name": "sigmoid", "beta": 0.1}})
 LEDGER = {"rows": 3, "dropped": {"equal answers": 1}}
+INPUTS = {"the rows": "1", "the weights": "2"}
+BEGAN = datetime.datetime(2026, 11, 7, 9, 5)
+
+
+def claim(folder, config=CONFIG, ledger=LEDGER, inputs=INPUTS, **more):
+  workdir.claim(folder, config, ledger, inputs, began=BEGAN, **more)
+
+
+def read(folder, name):
+  return json.loads((folder / name).read_text())
 
 
 def test_the_same_run_may_come_again(tmp_path):
   for _ in range(2):
     workdir.check(tmp_path / "run", CONFIG)
-    workdir.claim(tmp_path / "run", CONFIG, LEDGER)
-  assert json.loads((tmp_path / "run" / "config.json").read_text()) == json.loads(CONFIG)
-  assert json.loads((tmp_path / "run" / "data.json").read_text()) == LEDGER
+    claim(tmp_path / "run")
+  assert read(tmp_path / "run", "config.json") == json.loads(CONFIG)
+  assert read(tmp_path / "run", "data.json") == LEDGER
+  record = {"version": workdir.VERSION, "began": "2026-11-07T09:05:00", "inputs": INPUTS}
+  assert read(tmp_path / "run", "inputs.json") == record
+  assert workdir.began(tmp_path / "run") == BEGAN
 
 
 def test_another_configuration_is_refused_and_nothing_is_overwritten(tmp_path):
-  workdir.claim(tmp_path, CONFIG, LEDGER)
+  claim(tmp_path)
   other = CONFIG.replace("0.1", "0.5")
   with pytest.raises(UserError, match=r"loss\.beta was 0\.1, now 0\.5"):
     workdir.check(tmp_path, other)
@@ -45,10 +59,71 @@ def test_a_folder_that_may_not_be_written_is_refused_before_anything(tmp_path, m
     workdir.check(tmp_path / "file" / "run", CONFIG)
 
 
-def test_changed_data_are_refused(tmp_path):
-  workdir.claim(tmp_path, CONFIG, LEDGER)
-  with pytest.raises(UserError, match="rows was 3, now 4"):
-    workdir.claim(tmp_path, CONFIG, LEDGER | {"rows": 4})
+def test_what_changed_is_named(tmp_path):
+  claim(tmp_path)
+  assert workdir.changed_inputs(tmp_path, INPUTS, LEDGER) == ([], True)
+  # Another reason for a row that is dropped anyway changes nothing that is learned.
+  assert workdir.changed_inputs(tmp_path, INPUTS, LEDGER | {"dropped": {}}) == ([], True)
+  other = {"the rows": "9", "the template": "3"}
+  found = workdir.changed_inputs(tmp_path, other, LEDGER)
+  assert found == (["the rows", "the weights", "the template"], True)
+
+
+def test_a_run_that_began_before_there_were_digests_has_its_counts(tmp_path):
+  claim(tmp_path)
+  (tmp_path / "inputs.json").unlink()
+  assert workdir.changed_inputs(tmp_path, INPUTS, LEDGER) == ([], False)
+  # A count that did not exist then says nothing.
+  assert workdir.changed_inputs(tmp_path, INPUTS, LEDGER | {"sources": 2}) == ([], False)
+  found, checked = workdir.changed_inputs(tmp_path, INPUTS, LEDGER | {"rows": 4})
+  assert (found, checked) == (["the data (rows was 3, now 4)"], False)
+  # It began when its configuration was written.
+  os.utime(tmp_path / "config.json", (0, BEGAN.timestamp()))
+  assert workdir.began(tmp_path) == BEGAN
+  claim(tmp_path)  # from here on it has digests
+  assert workdir.changed_inputs(tmp_path, {}, LEDGER) == ([*INPUTS], True)
+  assert "changes" not in {k for k, v in read(tmp_path, "inputs.json").items() if v}
+
+
+def test_what_was_accepted_is_recorded_with_what_was_there_before(tmp_path):
+  claim(tmp_path)
+  claim(tmp_path, ledger={"rows": 4}, inputs=INPUTS | {"the rows": "9"}, step=12)
+  record = read(tmp_path, "inputs.json")
+  assert record["inputs"]["the rows"] == "9" and record["began"] == BEGAN.isoformat()
+  (change,) = record["changes"]
+  assert change == {
+    "after_step": 12,
+    "changed": ["the rows"],
+    "inputs_before": INPUTS,
+    "data_before": LEDGER,
+  }
+  assert read(tmp_path, "data.json") == {"rows": 4}
+  claim(tmp_path, ledger=LEDGER, step=20)  # and back
+  assert [c["after_step"] for c in read(tmp_path, "inputs.json")["changes"]] == [12, 20]
+
+
+def test_a_run_may_be_given_more_steps_and_keeps_the_number(tmp_path):
+  config = json.loads(CONFIG) | {"train": {"steps": 0, "epochs": 1.0, "batch_size": 8}}
+  longer = config | {"train": config["train"] | {"epochs": 2.0}}
+  claim(tmp_path, json.dumps(config))
+  workdir.check(tmp_path, json.dumps(longer))
+  claim(tmp_path, json.dumps(longer), step=7)
+  assert read(tmp_path, "config.json") == longer
+  (change,) = read(tmp_path, "inputs.json")["changes"]
+  assert change == {"after_step": 7, "changed": ["train.epochs was 1.0, now 2.0"]}
+  with pytest.raises(UserError, match=r"train\.batch_size was 8, now 4"):
+    workdir.check(tmp_path, json.dumps(config | {"train": {"batch_size": 4}}))
+
+
+def test_a_field_that_came_later_had_its_default(tmp_path):
+  claim(tmp_path)
+  now = json.loads(CONFIG)
+  now["loss"]["later"], now["new"] = 1, {"field": "a"}
+  defaults = json.dumps(now)
+  workdir.check(tmp_path, defaults, defaults)
+  now["new"]["field"] = "b"
+  with pytest.raises(UserError, match=r"new\.field was 'a', now 'b'"):
+    workdir.check(tmp_path, json.dumps(now), defaults)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "report.html"])

@@ -1,18 +1,21 @@
-"""Set-up: a configuration becomes a run, in three parts, cheap ones first.
+"""Set-up: a configuration becomes a run, in four parts, cheap ones first.
 
   1. `checks`        refuses what is wrong with the configuration alone, before a file is opened
   2. `description`   reads headers, tokenizer and data, with nothing on the devices
-  3. `construction`  loads weights and makes the objective and the optimizer
+  3. `resume`        refuses to resume a run with other data, weights, tokenizer or template
+  4. `construction`  loads weights and makes the objective and the optimizer
 
 Configuration stops here: sections become plain arguments, and nothing below knows a `ConfigDict`.
 """
 
 from __future__ import annotations
 
+import datetime
 import pathlib
 
 from ml_collections import ConfigDict
 
+from dpo_jax.distributed import processes
 from dpo_jax.structs import PyTree
 from dpo_jax.training.run import Run
 from dpo_jax.training.setup.checks import check, check_base_is_kept, check_inputs
@@ -31,6 +34,8 @@ from dpo_jax.training.setup.description import (
   describe_adapters,
   describe_model,
 )
+from dpo_jax.training.setup.resume import check_resumed, inputs_of
+from dpo_jax.utils import workdir as workdirs
 
 __all__ = [
   "build",
@@ -38,6 +43,7 @@ __all__ = [
   "check_balance",
   "check_base_is_kept",
   "check_inputs",
+  "check_resumed",
   "choose_attention",
   "construct",
   "data_settings",
@@ -45,14 +51,23 @@ __all__ = [
   "describe_adapters",
   "describe_model",
   "facts",
+  "inputs_of",
   "make_objective",
   "make_optimizer",
   "reference_key",
 ]
 
 
-def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTree | None, dict]:
-  """Makes everything that a run needs; `workdir` is only named, not touched.
+def build(
+  config: ConfigDict, workdir: pathlib.Path, *, accept_changes: bool = False
+) -> tuple[Run, PyTree, PyTree | None, dict]:
+  """Makes everything that a run needs; `workdir` is only read, not touched.
+
+  Args:
+    config: of the run.
+    workdir: its folder; the run that it may have is resumed.
+    accept_changes: whether that run goes on with data, weights, tokenizer or template that have
+      changed since it began.
 
   Returns:
     The run; what is trained as it starts (the policy's parameters, or its adapters) and what stays
@@ -62,9 +77,17 @@ def build(config: ConfigDict, workdir: pathlib.Path) -> tuple[Run, PyTree, PyTre
   Raises:
     UserError: one line with the value, the rule and a way out.
   """
-  # The order is important: 1. what no file is needed for; 2. headers, tokenizer and data; 3.
-  # weights. A mistake ends the run before the next part has taken its time.
+  # The order is important: 1. what no file is needed for; 2. headers, tokenizer and data; 3. the
+  # comparison with what a resumed run began with; 4. weights. A mistake ends the run before the
+  # next part has taken its time.
   checked = check(config)
   check_inputs(config)
-  described = describe(config, checked)
-  return *construct(config, workdir, checked, described), described.ledger
+  # One moment for all processes: a template may write it into every prompt.
+  moment = workdirs.began(workdir).isoformat()
+  began = datetime.datetime.fromisoformat(processes.from_main_process(moment))
+  described = describe(config, checked, began)
+  inputs = inputs_of(config, described)
+  check_resumed(config, workdir, described, inputs, accept=accept_changes)
+  run, trained, reference_params = construct(config, workdir, checked, described)
+  run = run._replace(began=began, inputs=inputs)
+  return run, trained, reference_params, described.ledger

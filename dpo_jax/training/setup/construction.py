@@ -22,7 +22,7 @@ from dpo_jax.model import attention_kernels, lora, transformer
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.lora import LoRA
 from dpo_jax.structs import Device, Model, PyTree
-from dpo_jax.training import datasets, optimizer, reference_cache
+from dpo_jax.training import optimizer, reference_cache
 from dpo_jax.training.checkpoint import latest_step
 from dpo_jax.training.run import LoopSettings, Run
 from dpo_jax.training.setup.checks import Checked
@@ -128,6 +128,7 @@ def make_objective(
     completions=completions,
     reference=_reference_kind(config, loss, checked.sync),
     balance=weight,
+    rounding_seed=config.seed,
   )
   if adapters:
 
@@ -155,7 +156,7 @@ def make_optimizer(
   config: ConfigDict, steps: int
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
   """Returns the learning-rate schedule and the optimizer of a run of so many steps."""
-  schedule, tx = optimizer.build(steps, **config.optimizer)
+  schedule, tx = optimizer.build(steps, seed=config.seed, **config.optimizer)
   return schedule, optimizer.from_host(tx) if config.parallel.offload_optimizer else tx
 
 
@@ -242,13 +243,10 @@ def facts(config: ConfigDict, run: Run) -> dict[str, Any]:
   """Returns what must be identical in all processes of a run, by the names that errors use."""
   sections = json.loads(config.to_json_best_effort())
   sections["parallel"].pop("process")  # the one field in which processes differ
-  # Samples of the weights: a full digest would read them all once more.
-  folders = filter(None, (config.model.path, config.reference.path))
   return {
     **{f"config.{name}": value for name, value in sections.items()},
     "the code": processes.code_digest(),
-    "the data": datasets.digest(run.data),
-    "the model folder": [safetensors_files.sampled_digest(pathlib.Path(path)) for path in folders],
+    **run.inputs,
     "what the reference store lacks": [len(some) for some in run.lacking],
     "how far the run has come": latest_step(run.workdir / "checkpoints"),
   }

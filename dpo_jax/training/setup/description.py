@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import pathlib
 import sys
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from dpo_jax.data import chat_template, encode, mixture
@@ -46,14 +48,27 @@ class Described(NamedTuple):
   steps: int
 
 
-def describe(config: ConfigDict, checked: Checked) -> Described:
+def describe(
+  config: ConfigDict, checked: Checked, began: datetime.datetime | None = None
+) -> Described:
   """Reads headers, tokenizer and data.
 
   The order is important: what fails in a moment comes before the data, which may take minutes.
+
+  Args:
+    config: of the run.
+    checked: as `check` returns it.
+    began: the moment whose date a chat template writes; None for the present.
   """
   # 1. Folders, by their headers.
   adapters = describe_adapters(config)
   model_config, tokenizer = describe_model(config.model, config.data.template)
+  if began and tokenizer.template.pin_date(began):
+    print(
+      f"the chat template writes a date: that of the run's first day, {began:%Y-%m-%d}, in every"
+      " prompt",
+      file=sys.stderr,
+    )
   # By name and shape of every tensor, before the data: weights are read last of all.
   for path in filter(None, (config.model.path, config.reference.path)):
     hf_checkpoint.check(path)
@@ -85,9 +100,8 @@ def describe(config: ConfigDict, checked: Checked) -> Described:
     model_config,
     sampling=dict(config.on_policy) if config.on_policy.reward else None,
   )
-  passes = config.train.epochs * len(data.examples) / config.train.batch_size
-  # At least one step: a fraction of an epoch of a small file must not round to no training.
-  steps = config.train.steps or max(1, round(passes))
+  steps = steps_of(config.train.steps, config.train.epochs, data)
+  print(summarize(steps, data), file=sys.stderr)
   return Described(
     model_config=model_config,
     tokenizer=tokenizer,
@@ -98,6 +112,31 @@ def describe(config: ConfigDict, checked: Checked) -> Described:
     ledger=ledger,
     steps=steps,
   )
+
+
+def steps_of(steps: int, epochs: float, data: datasets.TrainingData) -> int:
+  """Returns the updates of a run: `steps`, or if that is 0 as many as `epochs` passes take."""
+  passes = epochs * len(data.examples) / data.settings.batch_size
+  # At least one step: a fraction of an epoch of a small file must not round to no training.
+  return steps or max(1, round(passes))
+
+
+def summarize(steps: int, data: datasets.TrainingData) -> str:
+  """Returns one line on how often a run uses its data."""
+  count, size = len(data.examples), data.settings.batch_size
+  what = "prompts" if data.sampler else "examples"
+  passes = f"{steps * size / count:.3g}"
+  line = (
+    f"{count:,} {what} to train on, {size} per update: {steps:,} update{'s' * (steps != 1)},"
+    f" {passes} epoch{'s' * (passes != '1')}"
+  )
+  # Every epoch is in an order of its own, so what was last in one may be first in the next.
+  ends = count * np.arange(1, steps * size // count + 1)
+  spanning = int(np.sum((ends % size != 0) & (ends < steps * size)))
+  if spanning:
+    spans = "spans" if spanning == 1 else "span"
+    line += f"; {spanning:,} of them {spans} two epochs, and may have an example twice"
+  return line
 
 
 def data_settings(config: ConfigDict) -> datasets.DataSettings:
