@@ -180,13 +180,14 @@ def check_number(value: Any, field: str) -> float:
   return float(number)
 
 
-LABELS = {"true": 1.0, "1": 1.0, "false": 0.0, "0": 0.0}
+# Tables with a missing label write the others as numbers with a point.
+LABELS = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0}
 
 
 def read_label(row: Row) -> float:
   """Returns 1 if the completion is desirable and 0 if not, from the field `label`."""
   value = read_field(row, "label")
-  if not is_label(value):
+  if not is_label(value) and (type(value) is not float or value not in (0, 1)):
     raise BadRow(
       "label",
       f"field label is {shorten(value)}; it must be true or 1 for a desirable completion, false or"
@@ -197,7 +198,7 @@ def read_label(row: Row) -> float:
 
 def is_label(value: Any) -> bool:
   """Returns True for true, false, 1 and 0, also where they are written as text."""
-  # 1.0 is not a label: it is more likely a score, and 0.5 may follow in the next row.
+  # In SFT data 1.0 is more likely a score than a label, and 0.5 may follow in the next row.
   return type(value) in (bool, int, str) and str(value).strip().lower() in LABELS
 
 
