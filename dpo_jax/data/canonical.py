@@ -18,6 +18,7 @@ from dpo_jax.data import messages, platforms
 from dpo_jax.data.fields import BadRow, Messages, Row, RowError, check_number, read_text, shorten
 
 ASSISTANT_TURN = "\n\nAssistant:"  # precedes every completion in an HH transcript
+HUMAN_TURN = "\n\nHuman:"
 # Fields that contain texts or messages.
 _CONVERSATIONS = ("conversations", "messages", "history")
 COMPLETIONS = ("chosen", "rejected", "completion", "answer_a", "answer_b")
@@ -102,7 +103,9 @@ def _with_ranked_objects(row: Row) -> Row:
   objects = row["answers"]
   if not objects or not all(isinstance(one, dict) for one in objects):
     return row
-  if all(map(messages.is_message, objects)) and not any("rank" in one for one in objects):
+  # Messages without a rank or a score are completions by themselves, best first.
+  known = ("rank", *_OBJECT_SCORES)
+  if all(map(messages.is_message, objects)) and not any(n in one for n in known for one in objects):
     return row
   texts = [next((one[name] for name in _OBJECT_TEXTS if name in one), None) for one in objects]
   if not all(map(_is_completion, texts)):
@@ -174,7 +177,8 @@ def with_context(row: Row, *, chat: bool) -> Row:
     row = {k: v for k, v in row.items() if k not in ("instruction", "input")}
     row |= {"completion": row.pop("output")} if "output" in row and "chosen" not in row else {}
     return row | {"prompt": _before(context, prompt)}
-  if context and any(ASSISTANT_TURN in str(row.get(name)) for name in ("chosen", "text")):
+  own_prompt = isinstance(row.get("text"), str) or ASSISTANT_TURN in str(row.get("chosen"))
+  if context and own_prompt:
     raise BadRow(
       "system",
       "the row has a system message or a history beside a text that contains its own prompt; give"
@@ -202,6 +206,12 @@ def _context(row: Row) -> Messages:
     if isinstance(turn, (list, tuple)) and len(turn) == 2:  # a question and its reply
       roles = ("user", "assistant")
       found += [{"role": r, "content": t} for r, t in zip(roles, turn, strict=True) if t]
+    elif isinstance(turn, str):  # who said it?
+      raise BadRow(
+        "history",
+        f"field history has the text {shorten(turn)}; a turn is a pair of a question and its reply,"
+        ' or a message, {"role": "user", "content": "…"}',
+      )
     else:
       found += messages.read_messages(turn, "history", role="user")
   return found

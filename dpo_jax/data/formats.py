@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from dpo_jax.data import fields as row_fields
 from dpo_jax.data import messages
-from dpo_jax.data.canonical import ASSISTANT_TURN
+from dpo_jax.data.canonical import ASSISTANT_TURN, HUMAN_TURN
 from dpo_jax.data.fields import BadRow, Messages, Preference, Row, RowError
 
 
@@ -93,6 +93,8 @@ def _split_transcript(text: str) -> tuple[str, str]:
   before, turn, completion = text.rpartition(ASSISTANT_TURN)
   if not turn:
     raise RowError("no assistant turn")
+  if HUMAN_TURN in completion:
+    raise RowError("last message is not the assistant's")
   return before + turn, completion
 
 

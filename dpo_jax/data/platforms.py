@@ -5,7 +5,8 @@ ms-swift    messages, whose last reply is the chosen one, with rejected_response
 Amazon      messages that end in two candidates, each with a preferenceLabel
 Google      contents, with completions of a score each
 Arena       prompt and answers as lists of one text per turn
-LLaMA-Factory's kto_tag is a label.
+
+LLaMA-Factory's `kto_tag` is a label. `functions`, and tools in the first message, are `tools`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dpo_jax.data.messages import role_of
 
 def translate(row: Row) -> Row:
   """Returns a row in our own fields; a row of no such notation is returned as it is."""
-  for notation in (_openai, _google, _amazon, _swift, _arena):
+  for notation in (_openai, _google, _amazon, _swift, _arena, _tools):
     row = notation(row)
   if row.get("kto_tag") is not None and row.get("label") is None:
     row = _without(row, "kto_tag") | {"label": row["kto_tag"]}
@@ -101,6 +102,18 @@ def _arena(row: Row) -> Row:
     for name, texts in zip(names[1:], replies, strict=True)
   }
   return _without(row, *names) | conversations
+
+
+def _tools(row: Row) -> Row:
+  """Returns a row whose tools are in its own field `tools`."""
+  given = [row]
+  for name in ("messages", "conversations", "prompt", "chosen"):
+    turns = row.get(name)
+    given += [
+      one for one in (turns if isinstance(turns, list) else [])[:1] if isinstance(one, dict)
+    ]
+  found = [one[name] for one in given for name in ("tools", "functions") if one.get(name)]
+  return row | {"tools": found[0]} if found else row
 
 
 def _texts(value: Any) -> list[str | None] | None:

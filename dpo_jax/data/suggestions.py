@@ -120,7 +120,7 @@ def _map_of(row_format: Format, names: dict[str, str]) -> dict[str, str] | None:
 
 
 def _columns(wanted: str, names: dict[str, str], taken: set[str]) -> str | None:
-  """Returns the columns of a row that a name, or several joined by +, stand for, if all are free."""
+  """Returns the columns that a name, or several joined by +, stand for; None if one is taken."""
   known = [names.get(one, "") for one in wanted.split("+")]
   return "+".join(known) if all(one and one not in taken for one in known) else None
 
