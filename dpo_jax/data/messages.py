@@ -248,7 +248,7 @@ def with_tools(prompt: Content, row: Row) -> Content:
     tools = [json.loads(tool) if _is_json_object(tool) else tool for tool in tools]
   if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
     raise BadRow("tools", f"field tools is {shorten(tools)}, not a list of JSON schemas")
-  # Templates expect the schemas of functions as OpenAI has them; many data sets have the inner part.
+  # Templates expect OpenAI's notation of a function; many data sets have its inner part alone.
   tools = [
     {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool
     for tool in tools

@@ -121,6 +121,24 @@ def test_columns_of_winners_are_told_from_annotators():
   assert outcomes(rows) == ("index1", [("b", 1 / 3), ("b", 2 / 3), ("b", 1 / 3)])
 
 
+def test_the_column_of_ties_is_the_last():
+  rows = [
+    {"prompt": "p", "answer_a": "a", "answer_b": "b", "wins_a": x, "tie": y, "wins_b": z}
+    for x, y, z in ((1, 0, 0), (0, 0, 1), (0, 1, 0))
+  ]
+  with pytest.raises(UserError, match=r"joins wins_a \+ tie \+ wins_b; the column for ties must"):
+    detect(rows, {"preference": "wins_a+tie+wins_b"})
+  name, found = outcomes(rows, fields={"preference": "wins_a+wins_b+tie"})
+  assert (name, found) == ("onehot", [A, B, "tie"])
+
+
+def test_true_and_false_may_be_text():
+  with pytest.raises(UserError, match=r"index0 .* or first_is_better"):
+    detect(rows_of("True", "False"))
+  found = outcomes(rows_of("True", "False"), verdict="first_is_better")
+  assert found == ("first_is_better", [A, B])
+
+
 def test_public_columns_whose_names_decide():
   # HelpSteer2: -3 is "response 1 is much better", 3 "response 2 is much better".
   rows = [
