@@ -20,7 +20,10 @@ from dpo_jax.data.fields import BadRow, Messages, Row, RowError, check_number, r
 ASSISTANT_TURN = "\n\nAssistant:"  # precedes every completion in an HH transcript
 HUMAN_TURN = "\n\nHuman:"
 # Fields that contain texts or messages.
-_CONVERSATIONS = ("conversations", "messages", "history")
+_CONVERSATIONS = (
+  *("conversations", "messages", "history", "rejected_response", "rejected_messages"),
+  *("preferred_output", "non_preferred_output", "contents"),
+)
 COMPLETIONS = ("chosen", "rejected", "completion", "answer_a", "answer_b")
 TEXTS = ("prompt", *COMPLETIONS)
 # Fields that contain lists.
@@ -76,17 +79,32 @@ def plain(row: Row) -> Row:
       raise BadRow(
         name, f"field {name} is given, and only text is trained on; leave out rows with {name}"
       )
-  row = platforms.translate(row)
-  for name in (*TEXTS, *_CONVERSATIONS):
-    if isinstance(row.get(name), str):
-      row[name] = messages.parse_text(row[name], name)
-  for name in _LISTS:
-    if isinstance(row.get(name), str):
-      row[name] = parse_list(row[name])
+  # Twice: the notations are told from messages, and their own fields may be text again.
+  row = _parsed(platforms.translate(_parsed(row)))
   if isinstance(row.get("answers"), list):
     row["answers"] = [messages.parse_text(one, "answers") for one in row["answers"]]
     row = _with_ranked_objects(row)
   return row
+
+
+def _parsed(row: Row) -> Row:
+  """Returns a row without lists and messages that are written as text or as columns."""
+  row = dict(row)
+  for name in (*TEXTS, *_CONVERSATIONS):
+    if name in row:
+      row[name] = _from_columns(messages.parse_text(row[name], name))
+  for name in _LISTS:
+    if name in row:
+      row[name] = _from_columns(parse_list(row[name]))
+  return row
+
+
+def _from_columns(value: Any) -> Any:
+  """Returns the objects whose fields are lists, as `datasets` stores a sequence of objects."""
+  lists = isinstance(value, dict) and list(value.values())
+  if not lists or not all(isinstance(one, list) and len(one) == len(lists[0]) for one in lists):
+    return value
+  return [dict(zip(value, row, strict=True)) for row in zip(*lists, strict=True)]
 
 
 def parse_list(value: Any) -> Any:
@@ -168,7 +186,10 @@ def with_context(row: Row, *, chat: bool) -> Row:
   names = ("conversations", "messages", "prompt")
   if fields := [name for name in names if row.get(name) is not None]:
     for field in fields:
-      prompt = messages.read_messages(row[field], field, role="user") if row[field] else []
+      try:
+        prompt = messages.read_messages(row[field], field, role="user") if row[field] else []
+      except BadRow:
+        continue  # no conversation; if it is to be read as one, that fails again
       row |= {field: _before(context, prompt)}
     return row
   if "instruction" in row:

@@ -15,7 +15,7 @@ import json
 from typing import Any
 
 from dpo_jax.data.fields import BadRow, Row, RowError, shorten
-from dpo_jax.data.messages import role_of
+from dpo_jax.data.messages import is_message, role_of
 
 
 def translate(row: Row) -> Row:
@@ -38,13 +38,14 @@ def _openai(row: Row) -> Row:
 
 
 def _google(row: Row) -> Row:
-  if not isinstance(row.get("contents"), list):
+  turns = row.get("contents")
+  if not isinstance(turns, list) or not turns or not all(map(is_message, turns)):
     return row
   ranked = isinstance(row.get("completions"), list)
   found = _without(row, "contents", *(["completions"] if ranked else []))
   if ranked:
-    return found | {"prompt": row["contents"], "answers": row["completions"]}
-  return found | {"messages": row["contents"]}
+    return found | {"prompt": turns, "answers": row["completions"]}
+  return found | {"messages": turns}
 
 
 def _amazon(row: Row) -> Row:

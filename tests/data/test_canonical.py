@@ -53,6 +53,17 @@ def test_objects_as_completions(chosen_first):
   assert convert(as_text, kind="ranked")[1] == meaning
 
 
+def test_objects_may_be_columns():
+  # So `datasets` stores a sequence of objects.
+  turns = {"role": ["user", "assistant"], "content": ["a", "b"]}
+  assert convert({"messages": turns}, kind="text")[1] == Preference([user("a")], (reply("b"),))
+  pair = {"chosen": turns, "rejected": turns | {"content": ["a", "c"]}}
+  assert convert(pair)[1] == Preference([user("a")], (reply("b"), reply("c")))
+  answers = {"text": ["b", "c"], "score": [1, 2], "id": ["x", "y"]}
+  found = convert({"prompt": "a", "answers": answers}, kind="ranked")[1]
+  assert found == Preference("a", ("c", "b"), (2.0, 1.0))
+
+
 def test_objects_that_nothing_ranks_are_refused():
   row = {"prompt": "a", "answers": [{"text": "b"}, {"text": "c"}]}
   with pytest.raises(BadRow, match=r"objects without a rank or a score \(text\); give each a rank"):

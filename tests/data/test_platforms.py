@@ -84,6 +84,13 @@ def test_a_rejected_response_replaces_all_after_the_question():
   assert found == Preference(turns[:5], (reply("b"), reply("c")))
 
 
+def test_messages_as_text_in_every_notation():
+  # Tables without lists contain them so; the rejected response must not be lost.
+  row = {"messages": json.dumps([user("a"), *reply("b")]), "rejected_response": "c"}
+  assert convert(row)[1] == PAIR
+  assert convert(row | {"rejected_response": json.dumps(reply("c"))})[1] == PAIR
+
+
 @pytest.mark.parametrize("labels", [("preferred", "preferred"), ("good", "bad"), (None, None)])
 def test_candidates_that_nothing_ranks_are_refused(labels):
   turns = [user("a"), {"role": "assistant", "candidates": candidates(*labels)}]
@@ -99,6 +106,13 @@ def test_googles_contents():
   scored = [{"score": s, "completion": {"role": "model", "parts": parts(str(s))}} for s in (0, 1)]
   found = convert({"contents": said[:1], "completions": scored}, kind="ranked")[1]
   assert found == Preference([user("aa")], (reply("1"), reply("0")), (1.0, 0.0))
+
+
+def test_other_columns_of_these_names_are_not_in_the_way():
+  row = {"prompt": "a", "chosen": "b", "rejected": "c", "contents": ["x"], "completions": [1]}
+  row |= {"messages": ["x"], "conversations": 3}
+  assert convert(row)[1] == Preference("a", ("b", "c"))
+  assert convert(row | {"system": "s"})[1] == WITH_SYSTEM
 
 
 @pytest.mark.parametrize("as_text", [False, True])
