@@ -52,6 +52,12 @@ class Ledger:
     return {name: value for name, value in found.items() if name not in optional or value}
 
 
+def remarks(ledger: Mapping[str, Any]) -> list[str]:
+  """Returns a line for each note, and for each first row that could not be read."""
+  dropped = (f"dropped {one}" for one in ledger.get("bad", {}).values())
+  return [*ledger.get("notes", ()), *dropped]
+
+
 def summarize(name: object, ledger: Mapping[str, Any]) -> str:
   """Returns a line on the rows kept, dropped and truncated, from `Ledger.to_json`.
 
@@ -60,8 +66,7 @@ def summarize(name: object, ledger: Mapping[str, Any]) -> str:
   parts = [f"{ledger['rows']:,} rows ({ledger['format']}), {ledger['pairs']:,} kept"]
   parts += [f"{count:,} dropped: {reason}" for reason, count in ledger["dropped"].items()]
   parts += [f"{count:,} truncated: {what}" for what, count in ledger["truncated"].items()]
-  more = [*ledger.get("notes", ()), *(f"dropped {one}" for one in ledger.get("bad", {}).values())]
-  return "\n".join([f"{name}: " + ", ".join(parts), *(f"  {line}" for line in more)])
+  return "\n".join([f"{name}: " + ", ".join(parts), *(f"  {line}" for line in remarks(ledger))])
 
 
 def count_tokens(examples: Sequence[Example] | Measured) -> dict[str, int]:

@@ -171,7 +171,9 @@ def _read_calls(calls: Any, field: str) -> list[dict[str, Any]]:
 
 def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
   function = call.get("function", call)
-  arguments = function.get("arguments") if isinstance(function, dict) else None
+  if not isinstance(function, dict):
+    return call
+  arguments = function.get("arguments", function.get("parameters"))  # Llama's name
   # OpenAI has them as JSON text. Most templates write JSON, so a text would be quoted twice.
   try:
     parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
@@ -179,7 +181,7 @@ def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return call
   if not isinstance(parsed, dict):
     return call
-  changed = {**function, "arguments": parsed}
+  changed = {k: v for k, v in function.items() if k != "parameters"} | {"arguments": parsed}
   return {**call, "function": changed} if "function" in call else changed
 
 

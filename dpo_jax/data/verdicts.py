@@ -188,9 +188,13 @@ def _name_of_words(words: list[Any]) -> str:
   if digits == {"1"}:
     raise _open(FIELD, words, "words", "words0")
   name = "words0" if "0" in digits else "words"
-  for word in words:
-    Encoding(name).read(word)
-  return name
+  if not any(map(_is_word, words)):
+    Encoding(name).read(words[0])  # raises
+  return name  # a single word that is no verdict is named with its row
+
+
+def _is_word(word: Any) -> bool:
+  return bool(_JUDGED.fullmatch(_plain(word)) or _BETTER.fullmatch(_plain(word)))
 
 
 def _open(column: str, values: Iterable[Any], one: str, other: str) -> UserError:

@@ -217,6 +217,11 @@ def test_a_role_that_is_none_is_named():
       "function_call": {"name": "weigh", "arguments": '{"a": 1}'},
       "content": "",
     },
+    # Llama has another name for the arguments.
+    {
+      "role": "assistant",
+      "tool_calls": [{"type": "function", "function": {"name": "weigh", "parameters": {"a": 1}}}],
+    },
     # ShareGPT has a role of its own for calls.
     {"from": "function_call", "value": json.dumps({"name": "weigh", "arguments": {"a": 1}})},
     {"from": "function_call", "value": json.dumps([{"name": "weigh", "arguments": {"a": 1}}])},

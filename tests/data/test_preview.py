@@ -144,6 +144,13 @@ def test_inspect_data_prints_one_object_or_one_line(tmp_path):
   assert found["labels"] == {"desirable": 1, "undesirable": 1}
   ranked = tmp_path / "ranked.jsonl"
   ranked.write_text(json.dumps({"prompt": "a", "answers": [" good", " bad", " is"]}))
+  # What a user should know is a line of its own, with and without --json.
+  again = {name: f"{ROW['prompt']}{ROW[name]}" for name in ("chosen", "rejected")}
+  rows = [ROW | again, ROW | again, ROW | again | {"prompt": 3}]
+  path.write_text("\n".join(map(json.dumps, rows)))
+  found = run("--data", path, "--on_bad_row=drop", "--rows=0").stdout.splitlines()
+  assert "the completions begin with their prompt, which is taken away" in found
+  assert found[-1] == f"dropped {path}:3: field prompt is 3, not text"
   found = run("--data", ranked)
   assert "completion 1 of 3" in found.stdout and "format: ranked" in found.stdout
   wrong = run("--data", ranked, "--kind", "pairs")

@@ -3,7 +3,7 @@
 import pytest
 
 from dpo_jax.commands import row_flags
-from dpo_jax.data import detection, verdicts
+from dpo_jax.data import detection, encode, verdicts
 from dpo_jax.data.detection import detect
 from dpo_jax.data.fields import BadRow, RowError
 from dpo_jax.structs import UserError
@@ -172,6 +172,16 @@ def test_values_that_are_no_verdicts_are_named(given):
     reading = detect(rows_of(*given))
     [reading.convert(row) for row in rows_of(*given)]
   assert "\n" not in str(raised.value)
+
+
+def test_a_word_that_is_no_verdict_is_named_with_its_row(rows_file, tokenizer):
+  rows = rows_of("a", "??", "b", prompt="the answer is", answer_a=" good", answer_b=" bad")
+  with pytest.raises(
+    BadRow, match=r"rows\.jsonl:2: field preference is \"\?\?\"; verdicts are read"
+  ):
+    encode.load_examples(rows_file(rows), tokenizer)
+  _, ledger, _ = encode.load_examples(rows_file(rows), tokenizer, on_bad_row="drop")
+  assert (ledger.pairs, ledger.dropped) == (2, {"broken field preference": 1})
 
 
 def test_a_value_outside_the_named_reading_is_named():
