@@ -50,7 +50,9 @@ def _google(row: Row) -> Row:
 
 def _amazon(row: Row) -> Row:
   turns = row.get("messages")
-  last = turns[-1] if isinstance(turns, list) and turns else None
+  if not isinstance(turns, list) or not turns:
+    return row
+  last = turns[-1]
   if not isinstance(last, dict) or not isinstance(last.get("candidates"), list):
     return row
   by_label = {
@@ -89,10 +91,10 @@ def _swift(row: Row) -> Row:
 
 def _arena(row: Row) -> Row:
   names = ("prompt", "answer_a", "answer_b")
-  asked, *replies = (_texts(row.get(name)) for name in names)
-  if asked is None or any(one is None or len(one) != len(asked) for one in replies):
+  asked, *replies = [texts for name in names if (texts := _texts(row.get(name)))] or [[]]
+  if len(replies) != 2 or any(len(one) != len(asked) for one in replies):
     return row
-  if None in asked or any(None in one for one in replies):
+  if any(None in texts for texts in (asked, *replies)):
     raise RowError("a turn without text")
   conversations = {
     name: [
@@ -117,15 +119,15 @@ def _tools(row: Row) -> Row:
   return row | {"tools": found[0]} if found else row
 
 
-def _texts(value: Any) -> list[str | None] | None:
-  """Returns a list of texts and nulls, perhaps written as JSON, or None if it is none."""
+def _texts(value: Any) -> list[str | None]:
+  """Returns a list of texts and nulls, perhaps written as JSON; [] for any other value."""
+  found: Any = value
   if isinstance(value, str) and value.lstrip()[:1] == "[":
     try:
-      value = json.loads(value)
+      found = json.loads(value)
     except (ValueError, RecursionError):
-      return None
-  texts = isinstance(value, list) and value and all(isinstance(x, str | None) for x in value)
-  return value if texts else None
+      return []
+  return found if isinstance(found, list) and all(isinstance(x, str | None) for x in found) else []
 
 
 def _without(row: Row, *names: str) -> Row:
