@@ -55,6 +55,7 @@ def main(argv: list[str]) -> None:
 
   # Imported here: `--help` should not wait for tokenizers and readers of data files.
   from dpo_jax.data import chat_template, encode
+  from dpo_jax.data.ledger import remarks
   from dpo_jax.data.tokenizer import load_tokenizer
 
   arguments = chat_template.read_arguments(FLAGS.template, "--template")
@@ -85,3 +86,5 @@ def main(argv: list[str]) -> None:
     console.print(preview.show_row(row, outcome, tokenizer, kind=kind))
   console.print(preview.show_lengths(examples), preview.show_layouts(examples))
   console.print(preview.show_ledger(ledger, examples))
+  for line in remarks(ledger.to_json()):
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
 
   # Imported here: `--help` should not wait for tokenizers and readers of data files.
   from dpo_jax.data import chat_template, encode, prepared, tokenizer
+  from dpo_jax.data.ledger import remarks
 
   arguments = chat_template.read_arguments(FLAGS.template, "--template")
   rows = row_flags.read_options()
@@ -88,7 +89,7 @@ def main(argv: list[str]) -> None:
   seconds = time.perf_counter() - started
   dropped = "".join(f", {count:,} {reason}" for reason, count in ledger.dropped.items())
   print(f"{FLAGS.out}: {ledger.pairs:,} of {ledger.rows:,} rows kept{dropped}")
-  for line in (*ledger.notes, *(f"dropped {one}" for one in ledger.bad.values())):
+  for line in remarks(ledger.to_json()):
     print(f"  {line}")
   print(
     f"{seconds:.0f} s, {ledger.rows / seconds:,.0f} rows a second; --config.data.path={FLAGS.out}"

@@ -1,6 +1,6 @@
 """Brings rows that are written in other ways into the fields that `formats` knows.
 
-OpenAI's preference form      input.messages, preferred_output, non_preferred_output
+notations of other tools      see `platforms`
 trees of messages (OASST)     one ranked row for every message with ranked replies
 objects as completions        {"response": …, "overall_score": …} or {"answer": …, "rank": …}
 lists and messages as text    as tables without lists contain them
@@ -14,12 +14,16 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
-from dpo_jax.data import messages
+from dpo_jax.data import messages, platforms
 from dpo_jax.data.fields import BadRow, Messages, Row, RowError, check_number, read_text, shorten
 
 ASSISTANT_TURN = "\n\nAssistant:"  # precedes every completion in an HH transcript
+HUMAN_TURN = "\n\nHuman:"
 # Fields that contain texts or messages.
-_CONVERSATIONS = ("conversations", "messages", "history")
+_CONVERSATIONS = (
+  *("conversations", "messages", "history", "rejected_response", "rejected_messages"),
+  *("preferred_output", "non_preferred_output", "contents"),
+)
 COMPLETIONS = ("chosen", "rejected", "completion", "answer_a", "answer_b")
 TEXTS = ("prompt", *COMPLETIONS)
 # Fields that contain lists.
@@ -32,10 +36,10 @@ _OBJECT_TEXTS = (
   *("answer", "response", "text", "content", "completion", "output"),
   *("generated_text", "value"),
 )
-_OBJECT_SCORES = ("overall_score", "score", "rating", "reward")
+_OBJECT_SCORES = ("overall_score", "score", "rating", "reward", "pm_score")
 # A text model sees none of these.
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
-_SYSTEM = ("system", "system_prompt", "system_message")
+_SYSTEM = ("system", "system_prompt", "system_message", "systemInstruction", "system_instruction")
 
 
 def expand(row: Row) -> list[Row]:
@@ -75,31 +79,41 @@ def plain(row: Row) -> Row:
       raise BadRow(
         name, f"field {name} is given, and only text is trained on; leave out rows with {name}"
       )
-  given = row.get("input")
-  if isinstance(given, dict) and "preferred_output" in row and "non_preferred_output" in row:
-    row |= {"prompt": given.get("messages"), "tools": given.get("tools")}
-    row |= {"chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
-    row = {
-      k: v for k, v in row.items() if k not in ("input", "preferred_output", "non_preferred_output")
-    }
-  for name in (*TEXTS, *_CONVERSATIONS):
-    if isinstance(row.get(name), str):
-      row[name] = messages.parse_text(row[name], name)
-  for name in _LISTS:
-    if isinstance(row.get(name), str):
-      row[name] = _parse_list(row[name])
+  # Twice: the notations are told from messages, and their own fields may be text again.
+  row = _parsed(platforms.translate(_parsed(row)))
   if isinstance(row.get("answers"), list):
     row["answers"] = [messages.parse_text(one, "answers") for one in row["answers"]]
     row = _with_ranked_objects(row)
   return row
 
 
-def _parse_list(text: str) -> Any:
+def _parsed(row: Row) -> Row:
+  """Returns a row without lists and messages that are written as text or as columns."""
+  row = dict(row)
+  for name in (*TEXTS, *_CONVERSATIONS):
+    if name in row:
+      row[name] = _from_columns(messages.parse_text(row[name], name))
+  for name in _LISTS:
+    if name in row:
+      row[name] = _from_columns(parse_list(row[name]))
+  return row
+
+
+def _from_columns(value: Any) -> Any:
+  """Returns the objects whose fields are lists, as `datasets` stores a sequence of objects."""
+  lists = isinstance(value, dict) and list(value.values())
+  if not lists or not all(isinstance(one, list) and len(one) == len(lists[0]) for one in lists):
+    return value
+  return [dict(zip(value, row, strict=True)) for row in zip(*lists, strict=True)]
+
+
+def parse_list(value: Any) -> Any:
+  """Returns a list that is written as JSON; any other value unchanged."""
   try:
-    found = json.loads(text)
+    found = json.loads(value) if isinstance(value, str) else value
   except ValueError:
-    return text
-  return found if isinstance(found, list) else text
+    return value
+  return found if isinstance(found, list) else value
 
 
 def _with_ranked_objects(row: Row) -> Row:
@@ -107,10 +121,12 @@ def _with_ranked_objects(row: Row) -> Row:
   objects = row["answers"]
   if not objects or not all(isinstance(one, dict) for one in objects):
     return row
-  if all(map(messages.is_message, objects)) and not any("rank" in one for one in objects):
+  # Messages without a rank or a score are completions by themselves, best first.
+  known = ("rank", *_OBJECT_SCORES)
+  if all(map(messages.is_message, objects)) and not any(n in one for n in known for one in objects):
     return row
   texts = [next((one[name] for name in _OBJECT_TEXTS if name in one), None) for one in objects]
-  if any(not isinstance(text, str) for text in texts):
+  if not all(map(_is_completion, texts)):
     return row  # refused as a message, by name
   if all(one.get("rank") is not None for one in objects):
     ranks = [check_number(one["rank"], "answers") for one in objects]
@@ -128,6 +144,12 @@ def _with_ranked_objects(row: Row) -> Row:
     f"field answers has objects without a rank or a score ({', '.join(objects[0])}); give each a"
     " rank, 1 for the best, or a score",
   )
+
+
+def _is_completion(value: Any) -> bool:
+  """Returns True for a text, a message, or messages."""
+  several = value if isinstance(value, list) and value else [value]
+  return isinstance(value, str) or all(map(messages.is_message, several))
 
 
 # --- system message and history ------------------------------------------------------------------
@@ -160,17 +182,24 @@ def with_context(row: Row, *, chat: bool) -> Row:
       " such rows a file of their own",
     )
   row = {k: v for k, v in row.items() if k not in (*_SYSTEM, "history")}
-  field = next((name for name in ("conversations", "messages", "prompt") if name in row), None)
-  if field:
-    prompt = messages.read_messages(row[field], field, role="user") if row[field] else []
-    return row | {field: _before(context, prompt)}
+  # All of them, since the format decides later which one is read.
+  names = ("conversations", "messages", "prompt")
+  if fields := [name for name in names if row.get(name) is not None]:
+    for field in fields:
+      try:
+        prompt = messages.read_messages(row[field], field, role="user") if row[field] else []
+      except BadRow:
+        continue  # no conversation; if it is to be read as one, that fails again
+      row |= {field: _before(context, prompt)}
+    return row
   if "instruction" in row:
     parts = [read_text(row, name) for name in ("instruction", "input") if row.get(name)]
     prompt = [{"role": "user", "content": "\n".join(parts)}]
     row = {k: v for k, v in row.items() if k not in ("instruction", "input")}
     row |= {"completion": row.pop("output")} if "output" in row and "chosen" not in row else {}
     return row | {"prompt": _before(context, prompt)}
-  if context and any(ASSISTANT_TURN in str(row.get(name)) for name in ("chosen", "text")):
+  own_prompt = isinstance(row.get("text"), str) or ASSISTANT_TURN in str(row.get("chosen"))
+  if context and own_prompt:
     raise BadRow(
       "system",
       "the row has a system message or a history beside a text that contains its own prompt; give"
@@ -186,8 +215,7 @@ def _context(row: Row) -> Messages:
   found: Messages = []
   for name in _SYSTEM:
     if row.get(name):
-      found = [{"role": "system", "content": read_text(row, name)}]
-      break
+      found = _before(found, messages.read_system(row[name], name))
   history = row.get("history") or []
   if not isinstance(history, list):
     raise BadRow(
@@ -199,6 +227,12 @@ def _context(row: Row) -> Messages:
     if isinstance(turn, (list, tuple)) and len(turn) == 2:  # a question and its reply
       roles = ("user", "assistant")
       found += [{"role": r, "content": t} for r, t in zip(roles, turn, strict=True) if t]
+    elif isinstance(turn, str):  # who said it?
+      raise BadRow(
+        "history",
+        f"field history has the text {shorten(turn)}; a turn is a pair of a question and its reply,"
+        ' or a message, {"role": "user", "content": "…"}',
+      )
     else:
       found += messages.read_messages(turn, "history", role="user")
   return found
@@ -240,6 +274,18 @@ def repeats_prompt(rows: Iterable[Row]) -> bool:
       return False
     length += len(prompt)
   return length >= 16
+
+
+def note_repeated_prompts(rows: Iterable[Row]) -> str:
+  """Returns a note if most rows, but not all, have completions that begin with their prompt."""
+  known = [(row["prompt"], texts) for row in rows if (texts := completion_texts(row))]
+  count = sum(bool(p) and all(text.startswith(p) for text in texts) for p, texts in known)
+  if 2 * count <= len(known) or sum(len(prompt) for prompt, _ in known) < 16:
+    return ""
+  return (
+    f"the completions begin with their prompt in {count} of {len(known)} rows; nothing is taken"
+    " away, since the others do not"
+  )
 
 
 def without_prompt(row: Row) -> Row:

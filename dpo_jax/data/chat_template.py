@@ -137,6 +137,8 @@ class Template:
       # The usual completion is one message, all of which is scored.
       usual = len(completion) == 1 and completion[0].get("weight", 1.0) == 1.0
       spans = () if usual else tuple(self._spans(conversation, completion, text))
+      if not usual and not spans:  # no span would mean that all is scored
+        raise RowError("no scored message")
       written.append(Written(text, spans))
     return prompt, written
 
@@ -158,13 +160,14 @@ class Template:
         raise RowError(self._why_no_prefix(here, there, completion))
       written = there.removeprefix(here)
     for message in completion:
-      _check_complete(message, written, with_reasoning=True)
+      _check_complete(message, written, with_reasoning=message.get("weight", 1.0) > 0)
     return written
 
   def _why_no_prefix(self, here: str, there: str, completion: Messages) -> str:
     """Returns why a completion does not begin where the prompt ends."""
     flags = re.findall(r"\b\w*thinking\w*\b", json.dumps(self.source))
-    if flags and any(message.get(name) for name in REASONING for message in completion):
+    reasons = any(message.get(name) for name in REASONING for message in completion)
+    if flags and (reasons or any("<think>" in message["content"] for message in completion)):
       # The template fills in an empty reasoning block for the model, unless a flag is set.
       end = json.dumps(here[common_start(here, there) :])
       return (
@@ -342,17 +345,23 @@ def _check_complete(message: dict[str, Any], text: str, *, with_reasoning: bool 
   reasoning models leave it out of the prompt on purpose. Reasoning of a completion that is trained
   on may not.
   """
-  parts = [message["content"]]
+  parts, reasoning = [message["content"]], []
   if message["role"] == "assistant":
-    parts = re.split("</?think>", message["content"])
-    extra = [message.get(name) or "" for name in REASONING]
-    parts = [*parts, *extra] if with_reasoning else parts[-1:]
+    *reasoning, last = re.split("</?think>", message["content"])
+    parts = [last]
+    reasoning = [*reasoning, *(message.get(name) or "" for name in REASONING)]
   for call in message.get("tool_calls") or ():
     function = call.get("function", call)
     arguments = function.get("arguments")
     parts += [str(function.get("name", "")), *(arguments if isinstance(arguments, dict) else ())]
-  # Stripped, since most templates trim messages.
-  for part in (part.strip() for part in parts):
-    # Some templates write the results of tools as JSON.
-    if part not in text and json.dumps(part, ensure_ascii=False)[1:-1] not in text:
-      raise RowError(f"chat template: it leaves out some of what the {message['role']} says")
+  if not all(_is_written(part, text) for part in parts):
+    raise RowError(f"chat template: it leaves out some of what the {message['role']} says")
+  if with_reasoning and not all(_is_written(part, text) for part in reasoning):
+    raise RowError("chat template: it leaves out some of the assistant's reasoning")
+
+
+def _is_written(part: str, text: str) -> bool:
+  """Returns True if a text contains a part of a message."""
+  part = part.strip()  # most templates trim messages
+  # Some templates write the results of tools as JSON.
+  return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text

@@ -167,6 +167,7 @@ def detect(
   fields = _without_empty(fields)
   mapped = [_apply_field_map(row, fields) for row in rows]
   _check_field_map(rows, fields)
+  _check_input(mapped, fields)
   plain = _readable(mapped, canonical.plain)
   if {"message_id", "parent_id"} <= set(plain[0]):
     raise UserError(
@@ -178,6 +179,8 @@ def detect(
   known = _readable(plain, functools.partial(canonical.with_context, chat=chat))
   of, index, name = _vote(known, kind, plain[0])
   reading = Reading(of, index, kind, fields, chat, repeats, train_on=train_on, name=name)
+  if of == "ranked":
+    _check_ranked(mapped)
   encoding = None
   if reading.format.name == "compared":
     column = (_apply_field_map(row, fields) for row in (every_row() if every_row else rows))
@@ -186,6 +189,7 @@ def detect(
   notes = [
     encoding and f"verdicts are read as {encoding.describe()}",
     repeats and "the completions begin with their prompt, which is taken away",
+    not repeats and canonical.note_repeated_prompts(plain),
     *_notes_on_marks(known),
     about_scores,
   ]
@@ -208,7 +212,7 @@ def detect_kind(rows: Row | Sequence[Row], fields: dict[str, str] | None = None)
   kinds = [next((of for of in order if _find_format(row, of) is not None), None) for row in known]
   votes = collections.Counter(of for of in kinds if of)
   if not votes:
-    raise _unknown_format(known[0], KINDS)
+    raise _unknown_format(plain[0], KINDS)
   return votes.most_common(1)[0][0]
 
 
@@ -319,6 +323,33 @@ def _check_field_map(rows: Sequence[Row], fields: dict[str, str]) -> None:
       raise UserError(
         f"the field map's {ours}={theirs} is not in the row, which has {_field_names(rows[0])}"
       )
+
+
+def _check_input(rows: Sequence[Row], fields: dict[str, str]) -> None:
+  """Checks that a map of the prompt to `instruction` does not leave out the `input` beside it."""
+  beside = any(isinstance(row.get("input"), str) and row["input"].strip() for row in rows)
+  if fields.get("prompt") == "instruction" and beside:
+    raise UserError(
+      "the field map's prompt=instruction leaves out the field input beside it; leave"
+      " prompt=instruction out of the map: both are then read"
+    )
+
+
+def _check_ranked(rows: Sequence[Row]) -> None:
+  """Checks that completions without scores are not best first by an oversight."""
+  names = ("ratings", "rewards", "reward_scores", "rating", "score", "labels", "ranks", "rank")
+  for row in rows:
+    answers = canonical.parse_list(row.get("answers"))
+    if not isinstance(answers, list) or row.get("scores") is not None:
+      continue
+    for name in names:
+      values = canonical.parse_list(row.get(name))
+      if isinstance(values, list) and len(values) == len(answers) > 1:
+        raise UserError(
+          f"the row has no scores, and {name} has a value for each of its answers; if higher is"
+          f" better: --config.data.fields.scores={name} (for a script: --fields scores={name}). If"
+          f" answers are best first, leave out {name}"
+        )
 
 
 def _apply_field_map(row: Row, fields: dict[str, str]) -> Row:

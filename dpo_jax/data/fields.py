@@ -156,6 +156,8 @@ def read_ranked(row: Row, field: str) -> list[Any]:
     raise BadRow(field, f"field {field} is {shorten(value)}, not a list of answers, best first")
   if len(value) < 2:
     raise RowError("fewer than two answers")
+  if any(answer is None for answer in value):
+    raise RowError("an answer is null")
   return value
 
 
@@ -180,13 +182,14 @@ def check_number(value: Any, field: str) -> float:
   return float(number)
 
 
-LABELS = {"true": 1.0, "1": 1.0, "false": 0.0, "0": 0.0}
+# Tables with a missing label write the others as numbers with a point.
+LABELS = {"true": 1.0, "1": 1.0, "1.0": 1.0, "false": 0.0, "0": 0.0, "0.0": 0.0}
 
 
 def read_label(row: Row) -> float:
   """Returns 1 if the completion is desirable and 0 if not, from the field `label`."""
   value = read_field(row, "label")
-  if not is_label(value):
+  if not is_label(value) and (type(value) is not float or value not in (0, 1)):
     raise BadRow(
       "label",
       f"field label is {shorten(value)}; it must be true or 1 for a desirable completion, false or"
@@ -197,7 +200,7 @@ def read_label(row: Row) -> float:
 
 def is_label(value: Any) -> bool:
   """Returns True for true, false, 1 and 0, also where they are written as text."""
-  # 1.0 is not a label: it is more likely a score, and 0.5 may follow in the next row.
+  # In SFT data 1.0 is more likely a score than a label, and 0.5 may follow in the next row.
   return type(value) in (bool, int, str) and str(value).strip().lower() in LABELS
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dpo_jax.data import fields as row_fields
 from dpo_jax.data import messages
-from dpo_jax.data.canonical import ASSISTANT_TURN
+from dpo_jax.data.canonical import ASSISTANT_TURN, HUMAN_TURN
 from dpo_jax.data.fields import BadRow, Messages, Preference, Row, RowError
 from dpo_jax.structs import UserError
 
@@ -95,12 +95,13 @@ def _split_transcript(text: str) -> tuple[str, str]:
   before, turn, completion = text.rpartition(ASSISTANT_TURN)
   if not turn:
     raise RowError("no assistant turn")
+  if HUMAN_TURN in completion:
+    raise RowError("last message is not the assistant's")
   return before + turn, completion
 
 
-def _from_conversations(row: Row) -> Preference:
-  prompt = row_fields.read_field(row, "conversations")
-  prompt = messages.read_messages(prompt, "conversations", role="user")
+def _from_conversations(row: Row, field: str = "conversations") -> Preference:
+  prompt = messages.read_messages(row_fields.read_field(row, field), field, role="user")
   return messages.join(prompt, *_replies(row, "chosen", "rejected"))
 
 
@@ -139,7 +140,15 @@ def _instruction(row: Row) -> str:
   return instruction_prompt(row_fields.read_text(row, "instruction"), context)
 
 
+def _question(row: Row) -> Messages:
+  """Returns the instruction and its input as a message, without Alpaca's headings."""
+  parts = [row_fields.read_text(row, name) for name in ("instruction", "input") if row.get(name)]
+  return [{"role": "user", "content": "\n".join(parts)}]
+
+
 def _from_instruction(row: Row) -> Preference:
+  if not all(isinstance(row.get(field), str | None) for field in ("chosen", "rejected")):
+    return messages.join(_question(row), *_replies(row, "chosen", "rejected"))
   return Preference(
     _instruction(row), (row_fields.read_text(row, "chosen"), row_fields.read_text(row, "rejected"))
   )
@@ -193,11 +202,15 @@ def _from_ranked_ids(row: Row) -> Preference:
 
 def _from_ranked(row: Row) -> Preference:
   """Converts a prompt and a list of completions: all texts, or messages as in a pair."""
-  prompt = row_fields.read_field(row, "prompt")
   completions = row_fields.read_ranked(row, "answers")
-  if all(isinstance(value, str) for value in (prompt, *completions)):
-    texts = tuple(map(row_fields.check_unicode, completions))
-    return _order_by_scores(Preference(row_fields.check_unicode(prompt), texts), row)
+  texts = all(isinstance(value, str) for value in completions)
+  if row.get("prompt") is None and row.get("instruction") is not None:
+    prompt = _instruction(row) if texts else _question(row)
+  else:
+    prompt = row_fields.read_field(row, "prompt")
+  if texts and isinstance(prompt, str):
+    checked = tuple(map(row_fields.check_unicode, completions))
+    return _order_by_scores(Preference(row_fields.check_unicode(prompt), checked), row)
   replies = [messages.read_messages(one, "answers", role="assistant") for one in completions]
   prompt = messages.read_messages(prompt, "prompt", role="user")
   return _order_by_scores(messages.join(prompt, *replies), row)
@@ -246,8 +259,21 @@ def _transcripts(row: Row) -> bool:
   return all(isinstance(text, str) for text in texts) and any(ASSISTANT_TURN in x for x in texts)
 
 
-def _both_lists(row: Row) -> bool:
-  return all(isinstance(row[field], list) for field in ("chosen", "rejected"))
+def _conversations(row: Row) -> bool:
+  # Lists of the assistant's messages alone are rows whose prompt has another name.
+  lists = [row["chosen"], row["rejected"]]
+  return all(isinstance(one, list) and not _is_reply(one) for one in lists)
+
+
+def _is_reply(said: list[Any]) -> bool:
+  """Returns True if messages are what an assistant says, with the results of tools."""
+  return bool(said) and all(messages.role_of(one) in ("assistant", "tool") for one in said)
+
+
+def _open_conversation(row: Row) -> bool:
+  # One that ends with the assistant is the chosen conversation once more.
+  said = row["messages"]
+  return not isinstance(said, list) or not _is_reply(said[-1:])
 
 
 def _always(row: Row) -> bool:
@@ -273,9 +299,15 @@ PAIRS = (
   Format("strings", ("prompt", "chosen", "rejected"), _no_messages, _from_strings),
   Format("messages", ("prompt", "chosen", "rejected"), _always, _from_messages),
   Format("conversations", ("conversations", "chosen", "rejected"), _always, _from_conversations),
+  Format(
+    "conversations",
+    ("messages", "chosen", "rejected"),
+    _open_conversation,
+    lambda row: _from_conversations(row, "messages"),
+  ),
   Format("instruction", ("instruction", "chosen", "rejected"), _always, _from_instruction),
   Format("transcripts", ("chosen", "rejected"), _transcripts, _from_transcripts),
-  Format("shared messages", ("chosen", "rejected"), _both_lists, _from_shared_messages),
+  Format("shared messages", ("chosen", "rejected"), _conversations, _from_shared_messages),
   Format("compared", ("prompt", "answer_a", "answer_b", "preference"), _always, _from_compared),
   Format(
     "compared", ("instruction", "answer_a", "answer_b", "preference"), _always, _from_compared
@@ -308,6 +340,7 @@ UNPAIRED = tuple(_with_label(one) for one in TEXTS if one.name != "text")
 RANKED = (
   Format("ranked ids", ("prompt_ids", "answers_ids"), _always, _from_ranked_ids),
   Format("ranked", ("prompt", "answers"), _always, _from_ranked),
+  Format("ranked", ("instruction", "answers"), _always, _from_ranked),
 )
 
 # Formats by the kind of rows.

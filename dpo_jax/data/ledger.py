@@ -72,6 +72,12 @@ def merge(ledgers: Sequence[Ledger]) -> Ledger:
   return total
 
 
+def remarks(ledger: Mapping[str, Any]) -> list[str]:
+  """Returns a line for each note, and for each first row that could not be read."""
+  dropped = (f"dropped {one}" for one in ledger.get("bad", {}).values())
+  return [*ledger.get("notes", ()), *dropped]
+
+
 def summarize(name: object, ledger: Mapping[str, Any]) -> str:
   """Returns a line on the rows kept, dropped and truncated, from `Ledger.to_json`.
 
@@ -80,8 +86,7 @@ def summarize(name: object, ledger: Mapping[str, Any]) -> str:
   parts = [f"{ledger['rows']:,} rows ({ledger['format']}), {ledger['pairs']:,} kept"]
   parts += [f"{count:,} dropped: {reason}" for reason, count in ledger["dropped"].items()]
   parts += [f"{count:,} truncated: {what}" for what, count in ledger["truncated"].items()]
-  more = [*ledger.get("notes", ()), *(f"dropped {one}" for one in ledger.get("bad", {}).values())]
-  return "\n".join([f"{name}: " + ", ".join(parts), *(f"  {line}" for line in more)])
+  return "\n".join([f"{name}: " + ", ".join(parts), *(f"  {line}" for line in remarks(ledger))])
 
 
 def count_tokens(examples: Sequence[Example] | Measured) -> dict[str, int]:

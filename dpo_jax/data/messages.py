@@ -41,6 +41,10 @@ ROLES = {
   **dict.fromkeys(("tool", "observation", "function", "tool_response", "ipython"), "tool"),
   **dict.fromkeys(("developer", "context", "documents"), ""),  # kept as they are
 }
+# Names under which a message has its text, or parts of it (Gemini's `parts`).
+_CONTENTS = ("content", "value", "text", "parts", "message")
+# Names under which a message says whether it is scored, besides `weight`: axolotl's and ms-swift's.
+_SCORED = ("train", "training", "loss")
 # How a list of messages, or one message, begins as text, in JSON or Python.
 _WRITTEN_MESSAGES = re.compile(r"""\s*(\[\s*)?\{\s*(["'])(role|from|content|value)\2\s*:""")
 # Roles whose message is a call of a tool, written as JSON.
@@ -67,15 +71,34 @@ def read_messages(value: Any, field: str, *, role: str) -> Messages:
   return [_read_message(message, field) for message in value]
 
 
+def read_system(value: Any, field: str) -> Messages:
+  """Returns the system message that a text, parts of a text, or a message stand for."""
+  if isinstance(value, list) and not all(map(is_message, value)):
+    value = {"content": value}
+  if isinstance(value, dict):
+    value = {"role": "system", **value}
+  found = read_messages(value, field, role="system")
+  if any(message["role"] != "system" for message in found):
+    raise BadRow(field, f"field {field} is {shorten(value)}, not a system message")
+  return found
+
+
 def is_message(value: Any) -> bool:
   """Returns True for an object that has a role, in OpenAI's or ShareGPT's notation."""
   return isinstance(value, dict) and any(name in value for name in ("role", "from"))
 
 
+def role_of(message: Any) -> str | None:
+  """Returns the role of a message by the name that templates know, or None if it has none."""
+  role = message.get("role", message.get("from")) if isinstance(message, dict) else None
+  name = role.lower() if isinstance(role, str) else ""
+  return "assistant" if name in _CALLS else ROLES[name] or name if name in ROLES else None
+
+
 def _read_message(message: dict[str, Any], field: str) -> dict[str, Any]:
   """Returns a message as {"role", "content", …}, from OpenAI's field names or ShareGPT's."""
   role = message.get("role", message.get("from"))
-  content = message.get("content", message.get("value", message.get("text")))
+  content = next((message[name] for name in _CONTENTS if message.get(name) is not None), None)
   extra = {name: message[name] for name in _EXTRA_FIELDS if message.get(name) is not None}
   if message.get("function_call") is not None:  # OpenAI's notation before tool_calls
     extra["tool_calls"] = [{"type": "function", "function": message["function_call"]}]
@@ -101,13 +124,20 @@ def _read_message(message: dict[str, Any], field: str) -> dict[str, Any]:
       f"field {field} has a message of the role {shorten(role)}; known: {', '.join(ROLES)};"
       " rename the role to the one of these that it means",
     )
-  if message.get("weight") is not None:
-    extra["weight"] = _read_message_weight(message["weight"], field)
+  weight = message.get("weight", _scored(message))
+  if weight is not None:
+    extra["weight"] = _read_message_weight(weight, field)
   if "tool_calls" in extra:
     extra["tool_calls"] = _read_calls(extra["tool_calls"], field)
   _check_extra_fields(extra, field)
   role = ROLES[role.lower()] or role.lower()
   return {"role": role, "content": check_unicode(content), **extra}
+
+
+def _scored(message: dict[str, Any]) -> bool | None:
+  """Returns whether a message says that it is scored, or None if it says nothing."""
+  # Only true and false: a number may be anything, such as the loss that a model had.
+  return next((message[name] for name in _SCORED if isinstance(message.get(name), bool)), None)
 
 
 def _read_message_weight(value: Any, field: str) -> float:
@@ -141,7 +171,9 @@ def _read_calls(calls: Any, field: str) -> list[dict[str, Any]]:
 
 def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
   function = call.get("function", call)
-  arguments = function.get("arguments") if isinstance(function, dict) else None
+  if not isinstance(function, dict):
+    return call
+  arguments = function.get("arguments", function.get("parameters"))  # Llama's name
   # OpenAI has them as JSON text. Most templates write JSON, so a text would be quoted twice.
   try:
     parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
@@ -149,7 +181,7 @@ def _with_object_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return call
   if not isinstance(parsed, dict):
     return call
-  changed = {**function, "arguments": parsed}
+  changed = {k: v for k, v in function.items() if k != "parameters"} | {"arguments": parsed}
   return {**call, "function": changed} if "function" in call else changed
 
 
@@ -218,6 +250,11 @@ def with_tools(prompt: Content, row: Row) -> Content:
     tools = [json.loads(tool) if _is_json_object(tool) else tool for tool in tools]
   if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
     raise BadRow("tools", f"field tools is {shorten(tools)}, not a list of JSON schemas")
+  # Templates expect OpenAI's notation of a function; many data sets have its inner part alone.
+  tools = [
+    {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool
+    for tool in tools
+  ]
   if isinstance(prompt, str):
     raise BadRow(
       "tools",
@@ -252,19 +289,23 @@ def join(prompt: Messages, *replies: Messages) -> Preference:
   """
   whole = [_join_one(prompt, reply) for reply in replies]
   if len(whole) > 1:
-    return divide(*whole)
+    return divide(*(conversation for conversation, _ in whole))
   # By itself a conversation says nothing about where its completion begins, but the prompt does.
-  (conversation,) = whole
+  ((conversation, end),) = whole
   if not is_assistant(conversation[-1]):
     raise RowError("last message is not the assistant's")
-  start = min(len(prompt), len(conversation) - 1)
+  start = min(end, len(conversation) - 1)
   while not is_assistant(conversation[start]):
     start += 1
   return Preference(conversation[:start], (conversation[start:],))
 
 
-def _join_one(prompt: Messages, reply: Messages) -> Messages:
-  """Returns the whole conversation of a prompt and what follows it, or repeats and follows it."""
+def _join_one(prompt: Messages, reply: Messages) -> tuple[Messages, int]:
+  """Returns the conversation of a prompt and what follows it, or repeats and follows it.
+
+  Returns:
+    The conversation, and the number of its messages up to the end of the prompt.
+  """
   if not reply:
     raise RowError("empty answer")
   plain_prompt, plain_reply = _bare(prompt), _bare(reply)
@@ -274,21 +315,50 @@ def _join_one(prompt: Messages, reply: Messages) -> Messages:
     if start and is_assistant(prompt[start]):
       continue
     if plain_reply[: len(prompt) - start] == plain_prompt[start:]:
-      return prompt + reply[len(prompt) - start :]
+      return prompt + reply[len(prompt) - start :], len(prompt)
   # 2. The reply has a system message that the prompt lacks.
   for start in range(1, len(reply)):
     if reply[start - 1]["role"] not in ("system", "developer"):
       break
     if prompt and plain_reply[start : start + len(prompt)] == plain_prompt:
-      return reply
-  # 3. It goes on where the prompt ends.
+      return reply, start + len(prompt)
+  # 3. The reply is a whole conversation in which the prompt comes later: it is the last question.
+  if found := _find_inside(prompt, reply):
+    return found
+  # 4. It goes on where the prompt ends. What begins as the prompt does is another conversation.
+  if _opening(plain_prompt) == _opening(plain_reply) is not None:
+    raise RowError("the prompt and the conversation beside it differ")
   if not prompt or prompt[-1]["role"] in ("system", "developer", "assistant"):
-    return prompt + reply
+    return prompt + reply, len(prompt)
   if reply[0]["role"] in ("user", "system", "developer"):
     if any(map(is_assistant, reply)):
       raise RowError("the prompt and the conversation beside it differ")
     raise RowError("last message is not the assistant's")
-  return prompt + reply
+  return prompt + reply, len(prompt)
+
+
+def _find_inside(prompt: Messages, reply: Messages) -> tuple[Messages, int] | None:
+  """Returns what `_join_one` does for a reply that has the prompt inside, after earlier turns."""
+  head = next((i for i, one in enumerate(prompt) if one["role"] != "system"), len(prompt))
+  question, plain_reply = _bare(prompt[head:]), _bare(reply)
+  if not question or reply[0]["role"] not in ("user", "system"):
+    return None
+  if plain_reply[:head] == _bare(prompt[:head]):
+    whole = reply
+  elif reply[0]["role"] == "user":
+    whole = prompt[:head] + reply
+  else:
+    return None
+  for end in range(head + len(question) + 1, len(whole)):
+    if _bare(whole[end - len(question) : end]) == question:
+      return whole, end
+  return None
+
+
+def _opening(conversation: Messages) -> dict[str, Any] | None:
+  """Returns the message with which a user begins a conversation, or None if none does."""
+  first = next((one for one in conversation if one["role"] not in ("system", "developer")), None)
+  return first if first and first["role"] == "user" else None
 
 
 def divide(*conversations: Messages) -> Preference:
@@ -320,8 +390,14 @@ def divide(*conversations: Messages) -> Preference:
 
 
 def divide_one(conversation: Messages) -> Preference:
-  """Divides a conversation before the assistant's first message that is scored."""
+  """Divides a conversation before the assistant's first message that is scored.
+
+  A greeting, with which the assistant opens the conversation, answers nothing and is prompt.
+  """
   scored = [i for i, one in enumerate(conversation) if is_assistant(one) and one.get("weight", 1)]
+  if scored == [0]:
+    raise RowError("empty prompt")
+  scored = [i for i in scored if i]
   if not scored or not is_assistant(conversation[-1]):
     raise RowError("last message is not the assistant's" if scored else "no scored message")
   return Preference(conversation[: scored[0]], (conversation[scored[0] :],))

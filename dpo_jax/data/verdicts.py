@@ -129,6 +129,12 @@ def find_encoding(
   if requested and requested not in ENCODINGS:
     raise UserError(f"verdict {requested!r} is not one of {', '.join(ENCODINGS)}")
   values, onehot = _collect(verdicts)
+  columns = (fields or {}).get(FIELD, "").lower().split("+")
+  if onehot and any("tie" in column for column in columns[:2]):
+    raise UserError(
+      f"the field map's {FIELD} joins {' + '.join(columns)}; the column for ties must be the last,"
+      " after those for answer_a and answer_b"
+    )
   numbers = {n for value in values if (n := _number(value)) is not None}
   name = requested or ("onehot" if onehot else _name_of(values, numbers, fields or {}))
   scale = max(map(abs, numbers), default=1.0) or 1.0
@@ -182,9 +188,13 @@ def _name_of_words(words: list[Any]) -> str:
   if digits == {"1"}:
     raise _open(FIELD, words, "words", "words0")
   name = "words0" if "0" in digits else "words"
-  for word in words:
-    Encoding(name).read(word)
-  return name
+  if not any(map(_is_word, words)):
+    Encoding(name).read(words[0])  # raises
+  return name  # a single word that is no verdict is named with its row
+
+
+def _is_word(word: Any) -> bool:
+  return bool(_JUDGED.fullmatch(_plain(word)) or _BETTER.fullmatch(_plain(word)))
 
 
 def _open(column: str, values: Iterable[Any], one: str, other: str) -> UserError:
@@ -218,6 +228,8 @@ def _plain(value: Any) -> str:
 
 def _number(value: Any) -> float | None:
   """Returns a number, also one that is written as text; true is 1."""
+  if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+    return float(value.strip().lower() == "true")
   if isinstance(value, (bool, int, float)):
     return float(value) if value == value else None
   try:

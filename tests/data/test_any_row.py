@@ -10,12 +10,24 @@ from tests.support.random_texts import BY_MANY
 
 # Names that the code looks for, and values that come close to what it expects there.
 NAMES = st.sampled_from(
-  [*formats.FIELD_NAMES, "response", "rank", "overall_score", "system_prompt", "replies", "images"]
+  [
+    *(
+      *formats.FIELD_NAMES,
+      "response",
+      "rank",
+      "overall_score",
+      "system_prompt",
+      "replies",
+      "images",
+    ),
+    *("rejected_response", "rejected_messages", "contents", "completions", "functions", "kto_tag"),
+  ]
 )
 KEYS = st.sampled_from(
   (
     *("role", "content", "from", "value", "text", "type", "tool_calls", "function", "name"),
     *("arguments", "weight", "reasoning", "rank", "score", "messages", "replies", "answer"),
+    *("parts", "candidates", "completion", "train", "tools"),
   )
 )
 PLAIN = st.one_of(

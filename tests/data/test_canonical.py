@@ -36,13 +36,32 @@ def test_objects_as_completions(chosen_first):
   meaning = Preference("a", ("b", "c"))
   assert convert({"prompt": "a", "answers": ranked}, kind="ranked")[1] == meaning
   for text in ("response", "text", "content", "output"):
-    for score in ("overall_score", "score", "rating", "reward"):
+    for score in ("overall_score", "score", "rating", "reward", "pm_score"):
       objects = [{text: "b", score: 8.5}, {text: "c", score: 2}]
       objects = objects if chosen_first else objects[::-1]
       found = convert({"prompt": "a", "answers": objects}, kind="ranked")[1]
       assert found == meaning._replace(scores=(8.5, 2.0))
+  # So are messages with a score, and objects that have messages (NeMo RL).
+  said = [assistant("b") | {"score": 8.5}, assistant("c") | {"score": 2}]
+  said = said if chosen_first else said[::-1]
+  found = convert({"prompt": "a", "answers": said}, kind="ranked")[1]
+  assert found == Preference("a", ("b", "c"), (8.5, 2.0))
+  nested = [{"rank": one["rank"], "completion": reply(one["answer"])} for one in ranked]
+  found = convert({"prompt": "a", "answers": nested}, kind="ranked")[1]
+  assert found == Preference([user("a")], (reply("b"), reply("c")))
   as_text = {"prompt": "a", "answers": json.dumps(ranked)}
   assert convert(as_text, kind="ranked")[1] == meaning
+
+
+def test_objects_may_be_columns():
+  # So `datasets` stores a sequence of objects.
+  turns = {"role": ["user", "assistant"], "content": ["a", "b"]}
+  assert convert({"messages": turns}, kind="text")[1] == Preference([user("a")], (reply("b"),))
+  pair = {"chosen": turns, "rejected": turns | {"content": ["a", "c"]}}
+  assert convert(pair)[1] == Preference([user("a")], (reply("b"), reply("c")))
+  answers = {"text": ["b", "c"], "score": [1, 2], "id": ["x", "y"]}
+  found = convert({"prompt": "a", "answers": answers}, kind="ranked")[1]
+  assert found == Preference("a", ("c", "b"), (2.0, 1.0))
 
 
 def test_objects_that_nothing_ranks_are_refused():
@@ -157,6 +176,53 @@ def test_context_that_cannot_be_used_is_refused():
   assert convert(ids)[1].prompt == [1]
 
 
+def test_a_system_message_in_two_columns():
+  row = PAIR | {"system": "s", "system_prompt": "s"}
+  assert convert(row)[1].prompt == [SYSTEM, user("a")]
+  with pytest.raises(RowError, match="two system messages"):
+    detect(row).convert(row | {"system_prompt": "t"})
+  for value in ([{"text": "s"}], {"role": "system", "parts": [{"text": "s"}]}, [SYSTEM]):
+    assert convert(PAIR | {"system": value})[1].prompt == [SYSTEM, user("a")]
+  with pytest.raises(BadRow, match="not a system message"):
+    convert(PAIR | {"system": user("s")})
+  # Of several columns that have the prompt, the one that is read has it.
+  row = {"prompt": "a", "messages": [user("a"), *reply("b")], "system": "s"}
+  assert convert(row, kind="text")[1].prompt == [SYSTEM, user("a")]
+  row |= {"chosen": reply("b"), "rejected": reply("c")}
+  assert convert(row)[1].prompt == [SYSTEM, user("a")]
+  with pytest.raises(BadRow, match="beside a text that contains its own prompt"):
+    convert({"text": "a b", "system": "s"}, kind="text")
+
+
+def test_a_history_of_texts_is_refused():
+  # Who wrote which?
+  with pytest.raises(BadRow, match=r"history has the text \"x\"; a turn is a pair"):
+    convert(PAIR | {"history": ["x", "y"]})
+
+
+def test_an_input_beside_the_instruction_is_not_left_out():
+  row = {"instruction": "a", "input": "x", "better": "b", "worse": "c"}
+  sides = {"chosen": "better", "rejected": "worse"}
+  with pytest.raises(UserError, match="prompt=instruction leaves out the field input beside it"):
+    detect(row, {"prompt": "instruction", **sides})
+  assert "### Input:\nx" in detect(row, sides).convert(row).prompt
+  assert convert(row | {"input": ""}, fields={"prompt": "instruction", **sides})[1].prompt == "a"
+  ranked = {"instruction": "a", "input": "x", "answers": ["b", "c"]}
+  assert "### Input:\nx" in convert(ranked, kind="ranked")[1].prompt
+  said = convert(ranked | {"answers": [reply("b"), reply("c")]}, kind="ranked")[1]
+  assert said.prompt == [user("a\nx")]
+
+
+@pytest.mark.parametrize("name", ["ratings", "reward_scores", "labels"])
+def test_scores_of_another_name_are_not_passed_over(name):
+  row = {"prompt": "a", "answers": ["b", "c"], name: [0.1, 0.9]}
+  with pytest.raises(UserError, match=rf"{name} has a value for each .*fields\.scores={name} "):
+    detect(row, kind="ranked")
+  assert detect(row, {"scores": name}, kind="ranked").convert(row).completions == ("c", "b")
+  # Another number of values is about something else.
+  assert convert(row | {name: [1, 2, 3]}, kind="ranked")[1].completions == ("b", "c")
+
+
 def test_completions_that_begin_with_their_prompt():
   rows = [
     {"prompt": p, "chosen": f"{p} good", "rejected": f"{p} bad"}
@@ -167,6 +233,9 @@ def test_completions_that_begin_with_their_prompt():
   assert reading.convert(rows[0]) == Preference("How is it?", (" good", " bad"))
   with pytest.raises(RowError, match="does not begin with the prompt, as those of other rows do"):
     reading.convert({"prompt": "p", "chosen": "good", "rejected": "p bad"})
+  # Most rows are worth a note.
+  (note,) = detect([*rows, PAIR]).notes
+  assert note.startswith("the completions begin with their prompt in 2 of 3 rows; nothing is taken")
   # Once is chance, and one row that does not is proof.
   for others in ([{"prompt": "Hi", "chosen": "Hi you", "rejected": "Hi, how"}], [*rows, PAIR]):
     assert not detect(others).repeats
@@ -210,6 +279,19 @@ def test_what_a_text_model_cannot_see_is_refused(name):
       {"winner": "model_a", "conversation_a": [user("a")], "conversation_b": [user("a")]},
       "answer_a=conversation_a,answer_b=conversation_b,preference=winner",
     ),
+    (
+      {"Prompt": "a", "Chosen": "b", "Rejected": "c"},
+      "prompt=Prompt,chosen=Chosen,rejected=Rejected",
+    ),
+    (
+      {"context_messages": [user("a")], "chosen": reply("b"), "rejected": reply("c")},
+      "prompt=context_messages",
+    ),
+    (
+      {"prompt": "a", "response_a": "b", "response_b": "c"}
+      | {"winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0},
+      "answer_a=response_a,answer_b=response_b,preference=winner_model_a+winner_model_b+winner_tie",
+    ),
   ],
 )
 def test_a_refusal_names_the_map_that_would_fit(row, hint):
@@ -225,6 +307,36 @@ def test_a_refusal_names_the_map_that_would_fit(row, hint):
     detect(row, fields)
   except UserError as error:
     assert "can be read in two ways" in str(error)
+
+
+@pytest.mark.parametrize(
+  ("row", "kind", "hint"),
+  [
+    # Without the scores the first completion would be the best.
+    (
+      {"instruction": "a", "generations": ["b", "c"], "ratings": [1, 2]},
+      "ranked",
+      "answers=generations,scores=ratings",
+    ),
+    # Without the context half of the question would be missing.
+    (
+      {"instruction": "a", "context": "x", "response": "b"},
+      "text",
+      "output=response,input=context",
+    ),
+    (
+      {"prompt": "a", "response": "b", "is_safe": 0},
+      "unpaired",
+      "completion=response,label=is_safe",
+    ),
+    ({" prompt": "a", "completion": "b"}, "text", "'prompt= prompt'"),
+  ],
+)
+def test_a_hint_leaves_out_no_column_that_changes_the_meaning(row, kind, hint):
+  with pytest.raises(UserError, match="looks like") as raised:
+    detect(row, kind=kind)
+  assert str(raised.value).endswith(f"(for a script: --fields {hint})")
+  detect(row, dict(pair.split("=") for pair in hint.strip("'").split(",")), kind=kind)
 
 
 def test_a_malformed_row_stops_or_is_counted_with_the_first_of_its_kind(rows_file, tokenizer):

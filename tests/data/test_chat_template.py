@@ -268,8 +268,11 @@ REFUSED = {
   "thoughts behind a prompt without": (
     "qwen3 quick", ONE, thinking("hm", "yes"), r"it ends the prompt with .* cannot have reasoning"
   ),
+  "written thoughts behind a prompt without": (
+    "qwen3 quick", ONE, reply("<think>hm</think>yes"), r"it ends the prompt with .* cannot have"
+  ),
   "thoughts that have no place": (
-    "gemma", ONE, thinking("hm", "yes"), "leaves out some .* the assistant says"
+    "gemma", ONE, thinking("hm", "yes"), "leaves out some of the assistant.s reasoning"
   ),
   "calls that have no place": ("llama3", ONE, calling("weigh"), "leaves out .* the assistant says"),
   "tools that have no place": (
@@ -415,7 +418,7 @@ def test_conversations_under_real_templates(shared_data, name, arguments, talk):
   folder = shared_data / "tokenizers" / name
   tokenizer = load_tokenizer(folder, template_arguments=arguments)
   if (name, talk) == ("mistral-7b-instruct-v0.3", "a thought"):  # it knows of none
-    with pytest.raises(RowError, match="leaves out some of what the assistant says"):
+    with pytest.raises(RowError, match="leaves out some of the assistant's reasoning"):
       tokenizer.encode_preference(Preference(prompt, (answer, reply("no"))))
     return
   ids, (one, _), _ = tokenizer.encode_preference(Preference(prompt, (answer, reply("no"))))

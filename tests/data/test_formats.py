@@ -172,7 +172,13 @@ def test_answers_judged_by_themselves(row, name, meaning, label):
       detect(row, kind=kind)
 
 
-@pytest.mark.parametrize("label", ["yes", "", -1, 2, 1.0, 0.5, [True], float("nan")])
+@pytest.mark.parametrize(("label", "score"), [(1.0, 1.0), (0.0, 0.0), ("1.0", 1.0), ("0.0", 0.0)])
+def test_labels_of_tables_in_which_one_is_missing(label, score):
+  row = {"prompt": "a", "completion": "b", "label": label}
+  assert convert(row, kind="unpaired")[1].scores == (score,)
+
+
+@pytest.mark.parametrize("label", ["yes", "", -1, 2, 1.5, 0.5, [True], float("nan")])
 def test_a_label_is_true_or_false(label):
   row = {"prompt": "a", "completion": "b", "label": label}
   with pytest.raises(BadRow, match=r"field label is .*; it must be true or 1 for a desirable"):
@@ -230,6 +236,7 @@ def test_the_highest_score_is_the_best(scores):
   ("change", "reason"),
   [
     ({"answers": ["b"]}, "fewer than two answers"),
+    ({"answers": ["b", None, "c"]}, "an answer is null"),
     ({"answers": []}, "fewer than two answers"),
     ({"answers": ["b", "c", " "]}, "empty answer"),
     ({"answers": ["b", "c", "c"]}, "equal answers"),
@@ -309,6 +316,11 @@ SHARED = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assista
     (IDS, {"prompt_ids": []}, "empty prompt"),
     (TRANSCRIPTS, {"rejected": "\n\nHuman: x\n\nAssistant: c"}, "prompts differ"),
     (TRANSCRIPTS, {"rejected": "\n\nHuman: a"}, "no assistant turn"),
+    (
+      TRANSCRIPTS,
+      {"rejected": "\n\nHuman: a\n\nAssistant: c\n\nHuman: d"},
+      "last message is not the assistant's",
+    ),
     (TRANSCRIPTS, {"rejected": "\n\nHuman: a\n\nAssistant:"}, "empty answer"),
     (SHARED, {"rejected": [user("x"), assistant("c")]}, "prompts differ"),
     (SHARED, {"chosen": [assistant("b")], "rejected": [assistant("c")]}, "empty prompt"),

@@ -90,6 +90,27 @@ def test_prompt_and_completions(prompt, replies, expected):
     assert {m["content"] for m in prompt} <= set(written)
 
 
+def test_a_prompt_may_be_the_last_question_of_whole_conversations():
+  before = [user("x"), *reply("y"), user("a")]
+  whole = [[*before, *reply("b")], [*before, *reply("c")]]
+  assert messages.join([user("a")], *whole)[:2] == (before, (reply("b"), reply("c")))
+  # A system message beside the question is that of the conversation.
+  found = messages.join([system("s"), user("a")], *whole)
+  assert found[:2] == ([system("s"), *before], (reply("b"), reply("c")))
+  # By itself a conversation is learned from after that question, not from its first reply on.
+  assert messages.join([user("a")], whole[0])[:2] == (before, (reply("b"),))
+
+
+def test_a_prompt_that_is_the_chosen_conversation_is_no_history():
+  # Read as a history, the good reply would be a part of the rejected completion, and be scored.
+  good, bad = [user("a"), *reply("b")], [user("a"), *reply("c")]
+  with pytest.raises(RowError, match="the prompt and the conversation beside it differ"):
+    messages.join(good, good, bad)
+  # A history ends with the assistant too, but what follows it does not begin as it does.
+  found = messages.join(good, [user("d"), *reply("e")], [user("d"), *reply("f")])
+  assert found[:2] == ([*good, user("d")], (reply("e"), reply("f")))
+
+
 @pytest.mark.parametrize(
   ("prompt", "replies", "reason"),
   [
@@ -124,6 +145,24 @@ def test_a_conversation_is_learned_from_the_assistants_first_message_on(fields):
   with pytest.raises(RowError, match="no scored message"):
     none = [{**m, "weight": 0} for m in TRAJECTORY]
     convert({"messages": none} | fields, kind=kind)
+
+
+@pytest.mark.parametrize("name", ["train", "training", "loss"])
+def test_a_message_may_say_that_it_is_not_scored(name):
+  turns = [{**m, name: m["content"] != "b"} if m["role"] == "assistant" else m for m in TRAJECTORY]
+  found = convert({"messages": turns}, kind="text")[1]
+  assert [m.get("weight") for m in found.completions[0]] == [1, None, 0, None, 1]
+  # A number is something else, such as the loss that a model had on the message.
+  turns = [{**m, name: 0.5} for m in TRAJECTORY]
+  assert convert({"messages": turns}, kind="text")[1].completions == (TRAJECTORY[1:],)
+
+
+def test_a_greeting_is_prompt():
+  turns = [assistant("hi"), user("a"), assistant("b")]
+  found = convert({"messages": turns}, kind="text")[1]
+  assert (found.prompt, found.completions) == (turns[:2], (turns[2:],))
+  with pytest.raises(RowError, match="empty prompt"):
+    convert({"messages": turns[:1]}, kind="text")
 
 
 def test_the_last_message_alone():
@@ -177,6 +216,11 @@ def test_a_role_that_is_none_is_named():
       "role": "assistant",
       "function_call": {"name": "weigh", "arguments": '{"a": 1}'},
       "content": "",
+    },
+    # Llama has another name for the arguments.
+    {
+      "role": "assistant",
+      "tool_calls": [{"type": "function", "function": {"name": "weigh", "parameters": {"a": 1}}}],
     },
     # ShareGPT has a role of its own for calls.
     {"from": "function_call", "value": json.dumps({"name": "weigh", "arguments": {"a": 1}})},

@@ -143,9 +143,14 @@ def test_inspect_data_prints_one_object_or_one_line(tmp_path):
   found = json.loads(run("--data", path, "--json", "--kind", "unpaired").stdout)
   assert found["labels"] == {"desirable": 1, "undesirable": 1}
   ranked = tmp_path / "ranked.jsonl"
-  ranked.write_text(json.dumps({"prompt": "a", "answers": [" good", " bad", " is"]}))
-  found = run("--data", ranked)
-  assert "completion 1 of 3" in found.stdout and "format: ranked" in found.stdout
+  row = {"prompt": ROW["prompt"], "answers": [ROW["prompt"] + x for x in (" good", " bad", " is")]}
+  ranked.write_text("\n".join(map(json.dumps, [row, row, row | {"answers": 3}])))
+  found = run("--data", ranked, "--on_bad_row=drop").stdout
+  assert "completion 1 of 3" in found and "format: ranked" in found
+  # What a user should know is a line of its own.
+  note, bad = found.splitlines()[-2:]
+  assert note == "the completions begin with their prompt, which is taken away"
+  assert bad.startswith(f"dropped {ranked}:3: field answers is 3, not a list")
   wrong = run("--data", ranked, "--kind", "pairs")
   assert wrong.returncode == 1 and "lists of ranked completions are for loss" in wrong.stderr
   missing = run("--data", tmp_path / "gone")

@@ -126,6 +126,24 @@ def test_weights_of_messages_are_weights_of_their_tokens(kinds):
   assert scored(tokenizer, [user("a")], zero)[1] == ["two<|eot_id|>"]
 
 
+def test_a_completion_without_a_scored_message_is_none(kinds):
+  for silent in (assistant("one"), [assistant("one"), user("and?"), assistant("two")]):
+    turns = silent if isinstance(silent, list) else [silent]
+    silent = [{**m, "weight": 0.0} for m in turns]
+    with pytest.raises(RowError, match="no scored message"):
+      scored(kinds["llama3"](), [user("a")], silent)
+
+
+def test_reasoning_of_messages_that_are_not_scored_may_be_missing(kinds):
+  first, last = (assistant(f"<think>\nhm {x}\n</think>\n\n{x}") for x in ("one", "two"))
+  turns = [first, user("and?"), last]
+  with pytest.raises(RowError, match="leaves out some of the assistant's reasoning"):
+    scored(kinds["qwen3"](), [user("a")], turns)
+  only_last = detection.messages.last_alone(Preference([user("a")], (turns,))).completions[0]
+  _, runs = scored(kinds["qwen3"](), [user("a")], only_last)
+  assert runs == ["<think>\nhm two\n</think>\n\ntwo<|im_end|>"]
+
+
 def test_one_message_needs_no_weights(kinds):
   for kind in ("llama3", "mistral", "gemma", "qwen3", "plain"):
     found = kinds[kind]().encode_preference(Preference([user("a")], (reply("b"), reply("c"))))

@@ -3,7 +3,7 @@
 import pytest
 
 from dpo_jax.commands import row_flags
-from dpo_jax.data import detection, verdicts
+from dpo_jax.data import detection, encode, verdicts
 from dpo_jax.data.detection import detect
 from dpo_jax.data.fields import BadRow, RowError
 from dpo_jax.structs import UserError
@@ -121,6 +121,24 @@ def test_columns_of_winners_are_told_from_annotators():
   assert outcomes(rows) == ("index1", [("b", 1 / 3), ("b", 2 / 3), ("b", 1 / 3)])
 
 
+def test_the_column_of_ties_is_the_last():
+  rows = [
+    {"prompt": "p", "answer_a": "a", "answer_b": "b", "wins_a": x, "tie": y, "wins_b": z}
+    for x, y, z in ((1, 0, 0), (0, 0, 1), (0, 1, 0))
+  ]
+  with pytest.raises(UserError, match=r"joins wins_a \+ tie \+ wins_b; the column for ties must"):
+    detect(rows, {"preference": "wins_a+tie+wins_b"})
+  name, found = outcomes(rows, fields={"preference": "wins_a+wins_b+tie"})
+  assert (name, found) == ("onehot", [A, B, "tie"])
+
+
+def test_true_and_false_may_be_text():
+  with pytest.raises(UserError, match=r"index0 .* or first_is_better"):
+    detect(rows_of("True", "False"))
+  found = outcomes(rows_of("True", "False"), verdict="first_is_better")
+  assert found == ("first_is_better", [A, B])
+
+
 def test_public_columns_whose_names_decide():
   # HelpSteer2: -3 is "response 1 is much better", 3 "response 2 is much better".
   rows = [
@@ -154,6 +172,16 @@ def test_values_that_are_no_verdicts_are_named(given):
     reading = detect(rows_of(*given))
     [reading.convert(row) for row in rows_of(*given)]
   assert "\n" not in str(raised.value)
+
+
+def test_a_word_that_is_no_verdict_is_named_with_its_row(rows_file, tokenizer):
+  rows = rows_of("a", "??", "b", prompt="the answer is", answer_a=" good", answer_b=" bad")
+  with pytest.raises(
+    BadRow, match=r"rows\.jsonl:2: field preference is \"\?\?\"; verdicts are read"
+  ):
+    encode.load_examples(rows_file(rows), tokenizer)
+  _, ledger, _ = encode.load_examples(rows_file(rows), tokenizer, on_bad_row="drop")
+  assert (ledger.pairs, ledger.dropped) == (2, {"broken field preference": 1})
 
 
 def test_a_value_outside_the_named_reading_is_named():
