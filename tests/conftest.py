@@ -1,6 +1,5 @@
 """Eight CPU devices for every test, programs compiled once, and material that may be absent."""
 
-import itertools
 import os
 import pathlib
 import shutil
@@ -94,17 +93,8 @@ def shared_data() -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def one_picture():
-  """Lets every report draw the first of its pictures only.
+  """Lets the runs of a module draw one picture each."""
+  from tests.support import one_picture as support  # loads all that trains
 
-  For modules whose tests train and read numbers: ten pictures would take longer than the steps.
-  """
-  from dpo_jax.monitoring import plots  # loads matplotlib, for which most modules have no use
-
-  every = plots.curves
-
-  def first(records):
-    return dict(itertools.islice(every(records).items(), 1))
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(plots, "curves", first)
+  with support.one_picture():
     yield

@@ -211,8 +211,8 @@ def test_every_program_of_the_suites_can_be_asked_for(trl_step):
   assert set(suites.APART) <= suites.CPU.keys()
 
 
-def compare(*arguments):
-  command = [sys.executable, "scripts/benchmarks/compare.py", *arguments]
+def compare(*arguments, program=("scripts/benchmarks/compare.py",)):
+  command = [sys.executable, *program, *arguments]
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -232,6 +232,16 @@ def test_a_comparison_that_cannot_be_is_one_line(tmp_path, arguments, words):
   assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+# The command, with two programs of group a: each takes seconds to start.
+FEWER = """
+import runpy, sys
+from dpo_jax.benchmarking import suites
+suites.CPU["a"] = [one for one in suites.CPU["a"] if one.name in ("TRL", "ours shared")]
+sys.argv[0] = "scripts/benchmarks/compare.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_a_comparison_from_end_to_end(tmp_path):
   """With a stand-in for TRL that runs out of memory, beside our own step."""
@@ -239,7 +249,8 @@ def test_a_comparison_from_end_to_end(tmp_path):
   python.write_text("#!/bin/sh\necho 'CUDA out of memory' >&2\nexit 1\n")
   python.chmod(0o755)
   small = ["--rounds=1", "--block_steps=1", "--warmup=1", "--pairs=16", "--quiet=0"]
-  done = compare(f"--out={tmp_path / 'out'}", "--only=a", f"--peers_python={python}", *small)
+  given = [f"--out={tmp_path / 'out'}", "--only=a", f"--peers_python={python}", *small]
+  done = compare(*given, program=("-c", FEWER))
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / "out" / "comparison.json").read_text())
   rows = found["groups"]["a"]["rows"]

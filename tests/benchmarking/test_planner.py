@@ -16,6 +16,7 @@ from dpo_jax.structs import UserError
 from tests.support.paths import ROOT
 
 LENGTHS = planner.Lengths(60)
+LORA = ["lora.rank=8", "data.max_length=1024"]
 LLAMA = {
   "model_type": "llama",
   "vocab_size": 8192,
@@ -142,9 +143,10 @@ def test_the_command_prints_one_object():
 @pytest.mark.parametrize(
   ("config", "devices", "changes"),
   [
-    ("configs/benchmark.py:b", 1, []),
-    ("configs/benchmark.py:b", 2, ["parallel.fsdp=2"]),
-    ("configs/preferences.py:model={base}", 1, ["lora.rank=8", "data.max_length=1024"]),
+    # Two pairs: parameters, gradient and moments take nearly all, of eight pairs, too.
+    ("configs/benchmark.py:b", 1, ["train.batch_size=2"]),
+    ("configs/benchmark.py:b", 2, ["train.batch_size=2", "parallel.fsdp=2"]),
+    ("configs/preferences.py:model={base}", 1, [*LORA, "train.batch_size=8"]),
   ],
 )
 def test_a_step_takes_what_was_planned(base, config, devices, changes):

@@ -54,8 +54,9 @@ def reached(task, name, lines):
 
 
 def test_two_processes_are_the_run_of_one_device(task):
-  """Parameters divided among the devices of both."""
-  found = together(task, "two", 2, **GENTLE, **{"parallel.fsdp": 4})
+  """Parameters divided among the devices of both, by the command as users have it."""
+  whole = {"program": ("-m", "dpo_jax.train"), "parallel.fsdp": 4}
+  found = together(task, "two", 2, **GENTLE, **whole)
   small_task.assert_close(found, alone(task, "alone", **GENTLE))
 
 

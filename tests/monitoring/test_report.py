@@ -13,6 +13,7 @@ import rich.console
 from dpo_jax.monitoring import plots, report
 from dpo_jax.monitoring.loggers import Loggers
 from dpo_jax.structs import UserError
+from tests.support.one_picture import one_picture
 
 PAIRS = {
   "loss": 0.5,
@@ -103,16 +104,24 @@ class Page(html.parser.HTMLParser):
       self.words.append(data)
 
 
-def test_a_run_of_preferences(tmp_path):
-  make_run(tmp_path, PAIRS)
-  page = Page(report.write(tmp_path))
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory):
+  """The folder of a run of preferences, with its report."""
+  folder = tmp_path_factory.mktemp("preferences")
+  make_run(folder, PAIRS)
+  report.write(folder)
+  return folder
+
+
+def test_a_run_of_preferences(preferences):
+  page = Page(preferences / "report.html")
   for words in (
     "loss robust", "loss, held out 0.4321 training 0.5000", "accuracy, held out 75.0%",
     "pairs per second 1,234", "rows read 12,345", "dropped: equal answers 345", "cut: prompt 6",
     "answer 1,600", "context 400", "shared by both completions 777", "beta 0.25", "<pairs>.jsonl",
   ):  # fmt: skip
     assert words in page.text, words
-  names = {path.stem for path in (tmp_path / "plots").glob("*.png")}
+  names = {path.stem for path in (preferences / "plots").glob("*.png")}
   assert names == {
     "loss", "accuracy", "rewards", "margin", "logps", "grad_norm", "learning_rate", "speed",
   }  # fmt: skip
@@ -145,6 +154,7 @@ def test_every_kind_of_data_has_its_pictures(tmp_path, metrics, expected):
   assert names - {"loss", "grad_norm", "learning_rate", "speed"} == expected
 
 
+@one_picture()
 def test_alerts_stand_above_all_else_with_run_step_and_remedy(tmp_path):
   make_run(tmp_path / "sft", {"loss": 2.0})
   make_run(tmp_path / "dpo", PAIRS | DRIFT | {"drift/chosen": -0.5, "drift/rejected": 0.0})
@@ -169,13 +179,13 @@ def test_supervised_training_shows_only_what_it_has(tmp_path):
   assert names == {"loss", "logps", "grad_norm", "learning_rate", "speed"}
 
 
-def test_the_page_stands_alone(tmp_path):
-  make_run(tmp_path, PAIRS)
-  page = Page(report.write(tmp_path))
+def test_the_page_stands_alone(preferences):
+  page = Page(preferences / "report.html")
   assert page.fetched == []
   assert not re.search(r"@import|url\((?!#)", page.source)
 
 
+@one_picture()
 def test_text_of_a_run_is_never_markup(tmp_path):
   make_run(tmp_path, PAIRS, config={"loss": {"name": "<script>alert(1)</script>"}})
   (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
@@ -184,6 +194,7 @@ def test_text_of_a_run_is_never_markup(tmp_path):
   assert "was <bad>" in page.text
 
 
+@one_picture()
 def test_a_folder_of_runs_is_one_page_in_the_order_they_were_made(tmp_path):
   for age, name in ((100, "sft"), (50, "dpo")):
     make_run(tmp_path / name, PAIRS)
@@ -196,11 +207,10 @@ def test_a_folder_of_runs_is_one_page_in_the_order_they_were_made(tmp_path):
   assert {"frontier", "sft_loss", "dpo_loss"} <= names
 
 
-def test_the_same_run_gives_the_same_page(tmp_path):
-  make_run(tmp_path, PAIRS)
-  first = report.write(tmp_path).read_text()
-  assert report.write(tmp_path).read_text() == first
-  assert not list(tmp_path.glob("*.partial"))
+def test_the_same_run_gives_the_same_page(preferences):
+  first = (preferences / "report.html").read_text()
+  assert report.write(preferences).read_text() == first
+  assert not list(preferences.glob("*.partial"))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])

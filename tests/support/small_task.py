@@ -72,7 +72,7 @@ def configured(task, **changes):
   return config
 
 
-def command(task, name, program=("-m", "dpo_jax.train"), **changes):
+def command(task, name, program=("-m", "tests.support.one_picture"), **changes):
   """Returns the command of the run of `configured`, as a process that uses all its devices."""
   given = {
     "model.path": task / "base",
