@@ -147,7 +147,7 @@ def _question(row: Row) -> Messages:
 
 
 def _from_instruction(row: Row) -> Preference:
-  if not all(isinstance(row.get(field), str | None) for field in ("chosen", "rejected")):
+  if any(isinstance(row.get(field), (list, dict)) for field in ("chosen", "rejected")):
     return messages.join(_question(row), *_replies(row, "chosen", "rejected"))
   return Preference(
     _instruction(row), (row_fields.read_text(row, "chosen"), row_fields.read_text(row, "rejected"))
