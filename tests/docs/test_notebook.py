@@ -104,7 +104,8 @@ def test_it_runs_and_says_what_it_said(tmp_path):
   shutil.copytree(PATH.parent, tmp_path / "notebooks")
   ran = tmp_path / "notebooks" / PATH.name
   # Its assertions compare the strongest and the weakest β; those between are for the figure.
-  assert (text := ran.read_text("utf-8")).count(BETWEEN) == 1
+  text = ran.read_text("utf-8")
+  assert text.count(BETWEEN) == 1
   ran.write_text(text.replace(BETWEEN, ""), "utf-8")
   # In a process of its own, as a user runs it; its cells hold the assertions.
   done = subprocess.run(
