@@ -307,8 +307,11 @@ def _unknown_format(row: Row, kinds: Sequence[str]) -> UserError:
 
 
 def _list_fields(*kinds: str) -> str:
+  """Returns the fields of the usual formats of some kinds, for errors."""
   known = [" + ".join(one.fields) for kind in kinds for one in formats.FORMATS[kind]]
-  return "; ".join(dict.fromkeys(known))
+  # Texts first: rows of token ids are rare.
+  usual = sorted(dict.fromkeys(known), key=lambda fields: "_ids" in fields)
+  return "; ".join(usual[:4]) + " (docs/data.md has all formats)"
 
 
 def _field_names(row: Row) -> str:
