@@ -249,7 +249,7 @@ def test_names_of_a_map_are_known_ones():
 def test_an_unknown_row_says_what_is_known():
   with pytest.raises(UserError, match=r"the row has fields a, b; needed: prompt \+ chosen"):
     detect({"b": 1, "a": 2})
-  with pytest.raises(UserError, match=r"answers_ids; prompt \+ answers.* the field map"):
+  with pytest.raises(UserError, match=r"chosen \+ rejected.*docs/data\.md.* the field map"):
     detection.detect_kind({"b": 1, "a": 2})
 
 
