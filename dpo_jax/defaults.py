@@ -30,6 +30,28 @@ FIELDS = (
   "text",
 )
 
+# What the arguments and modifiers of losses mean; docs/losses.md has their formulas.
+LOSS_FIELDS = {
+  "name": "name of the loss: sigmoid is DPO; docs/losses.md lists all",
+  "beta": "reward units per nat: larger keeps the policy nearer the reference",
+  "clip": "bound of the difference of rewards, in reward units",
+  "desirable_weight": "weight of desirable completions",
+  "gamma": "target margin, in reward units",
+  "label_smoothing": "probability that a label is wrong",
+  "margin_scale": "reward units per unit of the data's scores",
+  "odds_weight": "weight of the odds ratio",
+  "penalty": "weight of the penalty where the chosen completion loses probability",
+  "tau": "temperature of the mixture of two losses",
+  "undesirable_weight": "weight of undesirable completions",
+  "sft_weight": "adds the mean negative log-prob of the chosen completion with this weight",
+  "ld_alpha": "weight of tokens beyond the length of the shorter completion",
+  "wpo": "True weights pairs by how likely the policy is to generate them",
+  "link": "divergence: reverse_kl, forward_kl, jensen_shannon or alpha",
+  "link_alpha": "α of the divergence alpha",
+  "reference_free": "True treats the reference as uniform; it is not loaded",
+  "running_decay": "decay of statistics over earlier batches",
+}
+
 
 def section(**fields) -> ConfigDict:
   """Makes one section of a configuration."""
