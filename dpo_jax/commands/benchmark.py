@@ -28,8 +28,6 @@ process). There `tokens` are counted as by trainers that repeat the prompt: twic
 both completions.
 """
 
-import sys
-
 from absl import flags
 from ml_collections import config_flags
 
@@ -38,10 +36,9 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  config_flags.DEFINE_config_file("config", None, "NAME, NAME:ARG, or FILE.py in place of NAME")
-  # A default of the flag would be parsed here, with the overrides, before `cli` can word an error.
-  if not any(x.split("=")[0].lstrip("-") == "config" for x in sys.argv[1:]):
-    sys.argv.insert(1, "--config=benchmark:b")
+  config_flags.DEFINE_config_file(
+    "config", None, "NAME, NAME:ARG, or FILE.py, FILE.py:ARG, FILE.yaml"
+  )
   flags.DEFINE_integer("blocks", 4, "timed blocks", lower_bound=1)
   flags.DEFINE_integer("block_steps", 4, "steps per block", lower_bound=1)
   flags.DEFINE_bool("generate", False, "measure generation instead of training")

@@ -22,15 +22,21 @@ class Command(NamedTuple):
     module: has a docstring, `define_flags()` and `main(argv)`.
     summary: its line in the list of commands.
     arguments: words that it takes besides flags.
+    config: its configuration where the command line names none.
   """
 
   module: str
   summary: str
   arguments: int = 0
+  config: str = ""
 
 
 COMMANDS = {
-  "train": Command("dpo_jax.train", "trains a policy: supervised, from preferences or on-policy"),
+  "train": Command(
+    "dpo_jax.train",
+    "trains a policy: supervised, from preferences or on-policy",
+    config="preferences",
+  ),
   "score": Command("dpo_jax.commands.score", "writes the log-probability of every pair of a file"),
   "sample": Command("dpo_jax.commands.sample", "generates text with a model"),
   "inspect": Command("dpo_jax.commands.inspect_data", "shows what a model will be trained on"),
@@ -49,9 +55,26 @@ COMMANDS = {
     "dpo_jax.commands.frontier", "measures reward against KL for every method on that task"
   ),
   "benchmark": Command(
-    "dpo_jax.commands.benchmark", "measures the training step, or generation", arguments=1
+    "dpo_jax.commands.benchmark",
+    "measures the training step, or generation",
+    arguments=1,
+    config="benchmark:b",
   ),
-  "plan": Command("dpo_jax.commands.plan", "estimates memory and FLOPs of a run before it starts"),
+  "plan": Command(
+    "dpo_jax.commands.plan",
+    "estimates memory and FLOPs of a run before it starts",
+    config="preferences",
+  ),
+}
+# What people call the commands elsewhere.
+SYNONYMS = {
+  "train": "fit finetune fine-tune dpo sft kto orpo cpo",
+  "sample": "generate chat complete infer",
+  "evaluate": "eval test",
+  "convert": "export merge merge-lora to-hf",
+  "prepare": "tokenize preprocess",
+  "inspect": "show preview data",
+  "benchmark": "bench profile",
 }
 PROGRAM = "dpo-jax"
 HELP = ("--help", "-help", "-h", "help")
@@ -64,6 +87,8 @@ def main() -> None:
   # `python -m dpo_jax` is started by the path of __main__.py, the installed program by its name.
   module = pathlib.Path(sys.argv[0]).name == "__main__.py"
   program, words = "python -m dpo_jax" if module else PROGRAM, sys.argv[1:]
+  if words[:1] == ["help"] and len(words) > 1:
+    words = [words[1], "--help"]
   if not words or words[0] in HELP:
     try:
       print(_listing(program), flush=True)
@@ -111,7 +136,13 @@ def _run(name: str, call: Callable[[str], str]) -> None:
     return call(other) if other in COMMANDS else found[0]
 
   usage = _CALL.sub(spelled, module.__doc__ or "")
-  cli.run(module.main, module.define_flags, usage=usage, arguments=command.arguments)
+  cli.run(
+    module.main,
+    module.define_flags,
+    usage=usage,
+    arguments=command.arguments,
+    config=command.config,
+  )
 
 
 def find(program: str, word: str) -> str:
@@ -127,7 +158,8 @@ def find(program: str, word: str) -> str:
 
   if word.startswith("-"):
     cli.fail(f"{word} comes before a command; write {program} COMMAND FLAGS (see {program} --help)")
-  near = difflib.get_close_matches(word, [*COMMANDS, *spellings], n=1, cutoff=0.5)
+  elsewhere = [name for name, others in SYNONYMS.items() if word.lower() in others.split()]
+  near = elsewhere or difflib.get_close_matches(word, [*COMMANDS, *spellings], n=1, cutoff=0.5)
   hint = f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(COMMANDS)
   cli.fail(f"{program} has no command {word!r}; {hint} (see {program} --help)")
 

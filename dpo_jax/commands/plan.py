@@ -1,7 +1,6 @@
 """Plans a run: its memory per device, its FLOPs per step, and what to change if it does not fit.
 
-  dpo-jax plan --config=llama_8b:fsdp --config.model.path=LLAMA_DIR \\
-    --devices=8 --device_memory=80
+  dpo-jax plan --config=llama_8b:fsdp --model=LLAMA_DIR --devices=8 --device_memory=80
 
 Only config.json of the model is read, and no data: rows are assumed to have --mean_length tokens of
 prompt and completion. The step is compiled for shapes alone, on this machine's CPU.
@@ -17,8 +16,9 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  config_flags.DEFINE_config_file("config", None, "NAME, NAME:ARG, or FILE.py in place of NAME")
-  flags.mark_flag_as_required("config")
+  config_flags.DEFINE_config_file(
+    "config", None, "NAME, NAME:ARG, or FILE.py, FILE.py:ARG, FILE.yaml"
+  )
   flags.DEFINE_integer("devices", 1, "devices of the run", lower_bound=1)
   flags.DEFINE_float("device_memory", None, "GiB per device; reports whether the run fits", 0.001)
   flags.DEFINE_integer("mean_length", 250, "tokens of a prompt and one completion", lower_bound=16)

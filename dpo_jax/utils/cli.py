@@ -6,24 +6,24 @@ that `--help` does not wait for it; commands import what is heavy inside `main`.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import pathlib
 import platform
-import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from dpo_jax.utils import config_flags, field_docs, field_names
 from dpo_jax.utils.malloc import keep_freed_memory
 
 FLAGS = flags.FLAGS
 _HELP = ("--help", "-help", "-h", "--helpshort")
+_HELP_ALL = ("--help=all", "-help=all", "--helpfull", "-helpfull")
 
 
 def run(
@@ -32,6 +32,7 @@ def run(
   *,
   usage: str | None = None,
   arguments: int = 0,
+  config: str = "",
 ) -> None:
   """Parses the command line `sys.argv`, calls `main(argv)` and exits.
 
@@ -40,15 +41,17 @@ def run(
     define_flags: defines its flags; None if its module has done that when it was imported.
     usage: its help, before the flags; by default the docstring of its module.
     arguments: how many words it takes besides flags.
+    config: name of the configuration where the command line names none.
 
   Bad input (`UserError`, a file that cannot be read or written, an unknown flag or config key)
   prints `error: …` on stderr, one line, and exits 1. A mistake of the program keeps its traceback.
   """
   if define_flags is not None:
     define_flags()
-  if any(argument in _HELP for argument in sys.argv[1:]):
+  everything = any(argument in _HELP_ALL for argument in sys.argv[1:])
+  if everything or any(argument in _HELP for argument in sys.argv[1:]):
     try:
-      print(_help(main.__module__, usage), flush=True)
+      print(_help(main.__module__, usage, config, everything), flush=True)
     except BrokenPipeError:
       leave_unread()
     sys.exit(0)
@@ -56,7 +59,14 @@ def run(
   # Before `main` imports jax, which reads the folder of its cache at that moment.
   enable_compilation_cache()
   try:
-    app.run(lambda argv: _guarded(main, argv, arguments), flags_parser=_parse)
+    # In place, since ml_collections looks for overrides in `sys.argv`.
+    sys.argv[1:], short = config_flags.expand(sys.argv[1:], config)
+  except config_flags.RefusedError as error:
+    fail(error)
+  try:
+    app.run(
+      lambda argv: _guarded(main, argv, arguments), flags_parser=lambda argv: _parse(argv, short)
+    )
   except KeyboardInterrupt:  # also while a configuration is being imported
     print("\ninterrupted", file=sys.stderr)
     sys.exit(130)
@@ -114,8 +124,7 @@ def _processor() -> str:
 def _guarded(main: Callable[[list[str]], Any], argv: list[str], arguments: int) -> Any:
   """Calls `main`; what the user can mend becomes one line."""
   if len(argv) > 1 + arguments:
-    unknown = argv[1 + arguments]
-    fail(f"unexpected argument {unknown!r}; every option is written --name=value (see --help)")
+    fail(config_flags.unexpected_word(argv[1 + arguments]))
   # The flag itself cannot tell: a library that is imported may have set it.
   if not any(x.lstrip("-").startswith("verbosity") for x in sys.argv[1:]):
     logging.set_verbosity(logging.WARNING)  # the libraries below narrate every file they open
@@ -153,26 +162,43 @@ def os_error_line(error: OSError) -> str:
 # ---------------------------------------------------------------------------- flags
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-  """Parses flags as absl does, but prints one line for whatever the user wrote wrongly."""
-  _accept_natural_numbers_and_none()
-  argv = _with_paths_of_configurations(argv)
+def _parse(argv: Sequence[str], short: dict[str, str]) -> list[str]:
+  """Parses flags as absl does, but prints one line for whatever the user wrote wrongly.
+
+  Args:
+    argv: the words, as `config_flags.expand` returns them.
+    short: the short flags that were written, by the flags that replaced them.
+  """
+
+  def fail_as_written(message: object) -> NoReturn:
+    line = str(message)
+    for long, written in short.items():
+      line = line.replace(f"{long}=", f"{written}=").replace(f"{long}:", f"{written}:")
+    fail(line)
+
+  config_flags.accept_natural_numbers_and_none()
   try:
     rest = FLAGS(argv)
-    _refuse_none()
+    config_flags.refuse_none()
     return rest
-  except flags.Error as error:
-    fail(_flag_line(str(error)))
+  except flags.UnrecognizedFlagError as error:
+    fail(config_flags.unknown_flag(error.flagname, argv))
+  except (flags.Error, config_flags.RefusedError) as error:
+    fail_as_written(_flag_line(str(error)) if isinstance(error, flags.Error) else error)
   except SyntaxError as error:
     # Only in the user's configuration: a syntax error in our own code is no mistake of the user.
-    given = {os.path.abspath(path.split(":")[0]) for *_, path in _given_configurations(argv)}
+    given = {
+      os.path.abspath(path.split(":")[0])
+      for name in config_flags.names()
+      for *_, path in config_flags.given(argv, name)
+    }
     if os.path.abspath(error.filename or "") not in given:
       raise
     fail(f"{error.filename}: no configuration in Python: {error.msg}, line {error.lineno}")
   except Exception as error:
-    unknown = _unknown_override(argv)
+    unknown = config_flags.unknown_override(argv)
     if unknown:
-      fail(unknown)
+      fail_as_written(unknown)
     from dpo_jax.structs import UserError
 
     if not isinstance(error, UserError):
@@ -193,180 +219,91 @@ def _flag_line(message: str) -> str:
   return message.replace(" ?", "?").rstrip(")") + ("" if "--help" in message else " (see --help)")
 
 
-def _config_library() -> Any:
-  """Returns ml_collections' module of flags where the command uses it, else None."""
-  return sys.modules.get("ml_collections.config_flags.config_flags")
-
-
-def _config_names() -> list[str]:
-  """Lists the flags that are ml_collections configurations."""
-  library = _config_library()
-  return [name for name in FLAGS if library.is_config_flag(FLAGS[name])] if library else []
-
-
-def shipped_configurations() -> dict[str, pathlib.Path]:
-  """Finds the configurations that come with the package: their files, by name."""
-  package = pathlib.Path(__file__).parents[1]
-  # An installed package contains them as `dpo_jax.configs`; in a checkout they lie beside it.
-  inside = package / "configs"
-  folder = inside if inside.is_dir() else package.parent / "configs"
-  return {path.stem: path for path in sorted(folder.glob("*.py"))}
-
-
-def _given_configurations(argv: Sequence[str]) -> Iterator[tuple[str, int, str]]:
-  """Finds the configurations of a command line: a flag, the place of its value, and the value."""
-  for name in _config_names():
-    for place, argument in enumerate(argv):
-      flag, equals, value = argument.partition("=")
-      if flag not in (f"--{name}", f"-{name}"):
-        continue
-      if equals:
-        yield name, place, value
-      elif place + 1 < len(argv):
-        yield name, place + 1, argv[place + 1]
-
-
-def _with_paths_of_configurations(argv: Sequence[str]) -> list[str]:
-  """Replaces names of configurations on a command line by their files; a file that exists wins.
-
-  `--config=preferences:ARG` becomes `--config=/…/configs/preferences.py:ARG`.
-  """
-  found = list(argv)
-  for name, place, value in _given_configurations(argv):
-    path, colon, argument = value.partition(":")
-    if os.path.isfile(path):
-      continue
-    shipped = shipped_configurations()
-    if path not in shipped:
-      fail(f"--{name}={value}: {_no_configuration(path, shipped)}")
-    found[place] = argv[place].removesuffix(value) + f"{shipped[path]}{colon}{argument}"
-  return found
-
-
-def _no_configuration(path: str, shipped: Iterable[str]) -> str:
-  """Explains why there is no configuration at a path, and lists those there are."""
-  near = difflib.get_close_matches(path, shipped, n=1, cutoff=0.5)
-  hint = f"did you mean {near[0]!r}? " if near else ""
-  what = "a folder" if os.path.isdir(path) else "no such file"
-  return f"{what}; {hint}configurations are files, or one of {', '.join(shipped)}"
-
-
-def _unknown_override(argv: Sequence[str]) -> str | None:
-  """Describes the first `--config.a.b=…` that names no field, with the nearest one that exists."""
-  for name, _, path in _given_configurations(argv):
-    try:
-      config = _config_library().ConfigFileFlagParser(name).parse(path)
-    except Exception:  # the configuration itself is at fault, and says so
-      continue
-    for argument in argv:
-      written = re.match(rf"--?(?:no)?{name}\.([^=]+)", argument)
-      if written is None:
-        continue
-      node, seen = config, name
-      for part in written[1].split("."):
-        if not hasattr(node, "keys") or part not in node:
-          return _no_such_field(written[0], part, node, seen)
-        node, seen = node[part], f"{seen}.{part}"
-  return None
-
-
-def _no_such_field(written: str, part: str, node: Any, seen: str) -> str:
-  if not hasattr(node, "keys"):
-    return f"{written}: {seen} is a value and has no field {part!r}"
-  near = difflib.get_close_matches(part, list(node), n=1, cutoff=0.5)
-  hint = f"did you mean {near[0]!r}?" if near else "there are: " + ", ".join(sorted(node))
-  return f"{written}: {seen} has no field {part!r}; {hint}"
-
-
-def _refuse_none() -> None:
-  """Refuses None as a value, except where it means `not given`.
-
-  That is where the configuration itself has it, and for every argument of a loss: a configuration
-  may set one that another loss does not read.
-  """
-  library = _config_library()
-  for name in _config_names():
-    config = FLAGS[name].value
-    if config is None or not library.get_override_values(FLAGS[name]):
-      continue
-    path = library.get_config_filename(FLAGS[name])
-    # Read again, as it is without the overrides.
-    before = library.ConfigFileFlagParser(name).parse(path)
-    for field in library.get_override_values(FLAGS[name]):
-      now, then = config, before
-      for part in field.split("."):
-        now, then = now[part], then[part]
-      argument = field.startswith("loss.") and field != "loss.name"
-      if now is None and then is not None and not argument:
-        kind = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
-        fail(
-          f"--{name}.{field}=None: {field} needs {kind.get(type(then), 'a value')};"
-          f" leave the flag out for {then!r}"
-        )
-
-
-def _accept_natural_numbers_and_none() -> None:
-  """Lets config overrides say `1e3` for an integer and `None` for an absent value."""
-  library = _config_library()
-  if library is not None:
-    for kind, parser in ((int, _Integer()), (float, _Float()), (str, _Text())):
-      library.register_flag_parser_for_type(kind, parser)
-
-
-def _is_none(value: object) -> bool:
-  return isinstance(value, str) and value in ("None", "none", "null")
-
-
-class _Integer(flags.IntegerParser):
-  def parse(self, argument: Any) -> Any:
-    if _is_none(argument):
-      return None
-    # 1e3 is a number to everybody who writes a configuration; 0x1e is hexadecimal, with no
-    # exponent.
-    if isinstance(argument, str) and "e" in argument.lower() and "x" not in argument:
-      number = float(argument)
-      if not number.is_integer():
-        raise ValueError(f"not an integer: {argument!r}")
-      return int(number)
-    return super().parse(argument)
-
-
-class _Float(flags.FloatParser):
-  def parse(self, argument: Any) -> Any:
-    return None if _is_none(argument) else super().parse(argument)
-
-
-class _Text(flags.ArgumentParser):
-  def parse(self, argument: Any) -> Any:
-    return None if _is_none(argument) else super().parse(argument)
-
-
 # ---------------------------------------------------------------------------- help
 
 
-def _help(module: str, usage: str | None) -> str:
-  """Returns the usage of the command in `module`, then its flags with their defaults."""
+def _help(module: str, usage: str | None, config: str, everything: bool) -> str:
+  """Returns the usage of the command in `module`, then its flags with their defaults.
+
+  Args:
+    module: of the command.
+    usage: what stands before the flags; None for the docstring of the module.
+    config: name of the configuration where none is given.
+    everything: whether all fields of the configuration are shown, or the usual ones.
+  """
   # absl files the flags of the main program under its path.
   own = FLAGS.get_key_flags_for_module(sys.argv[0] if module == "__main__" else module)
-  rows = [(_shown(flag), (flag.help or "") + _default(flag)) for flag in own]
-  rows += [
-    (f"--{name}.a.b=VALUE", "sets field a.b of the configuration") for name in _config_names()
+  configs = config_flags.names()
+  rows = [
+    (_shown(flag), (flag.help or "") + _default(flag, config if flag.name in configs else ""))
+    for flag in own
   ]
-  width = max((len(left) for left, _ in rows), default=0)
-  lines = [
-    textwrap.fill(
-      right,
-      max(shutil.get_terminal_size().columns, width + 40),
-      initial_indent=f"  {left:<{width}}  ",
-      subsequent_indent=" " * (width + 4),
-    )
-    for left, right in rows
-  ]
+  parts = [("options:", rows)]
+  taken = {flag.name for flag in own}
+  for name in configs:
+    parts += _all_fields(name) if everything else [_usual_fields(name, taken)]
+    any_field = f"--{name}.SECTION.FIELD=VALUE"
+    parts.append(("any field:", [(any_field, f"such as --{name}.checkpoint.keep=5")]))
   text = (usage or sys.modules[module].__doc__ or "").strip()
-  return "\n".join([text, "", "options:", *lines])
+  return "\n".join([text, *(line for title, rows in parts for line in _table(title, rows))])
 
 
-def _default(flag: flags.Flag) -> str:
+def _table(title: str, rows: Sequence[tuple[str, str]]) -> Iterator[str]:
+  """Yields a title and lines of two columns, which fit the terminal."""
+  yield f"\n{title}"
+  # A flag that is longer than most has its own line.
+  width = min(max((len(left) for left, _ in rows), default=0), 36)
+  columns = max(shutil.get_terminal_size().columns, width + 40)
+  for left, right in rows:
+    first = f"  {left:<{width}}  "
+    if len(left) > width:
+      yield f"  {left}"
+      first = " " * (width + 4)
+    yield textwrap.fill(right, columns, initial_indent=first, subsequent_indent=" " * (width + 4))
+
+
+def _usual_fields(name: str, taken: set[str]) -> tuple[str, list[tuple[str, str]]]:
+  """Returns the fields that have short flags, except flags that the command itself has."""
+  fields, rows = field_docs.read(), []
+  for short, field in field_names.SHORT.items():
+    if short not in taken:
+      about = fields[field]
+      text = f"{about.phrase}{_field_default(field, about)} [{field}]"
+      rows.append((f"--{short}={about.kind}", text))
+  return f"usual fields of --{name}, by short flags (--help=all shows every field):", rows
+
+
+def _all_fields(name: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+  """Yields the fields of every section, with their defaults."""
+  # A loss may have arguments that no comment explains; its docstring does.
+  unexplained = field_docs.Field("argument of some losses: docs/losses.md", "none")
+  loss = [f for f in config_flags.default_fields() if f.startswith("loss.")]
+  known = field_docs.read()
+  fields = known | {field: unexplained for field in loss if field not in known}
+  for section in dict.fromkeys(field.partition(".")[0] for field in fields):
+    rows = []
+    for field, about in fields.items():
+      if field.partition(".")[0] == section:
+        short = field_names.flag_of(field, name)
+        also = "" if short.startswith(f"--{name}.") else f" [short: {short}]"
+        text = f"{about.meaning}{_field_default(field, about)}{also}"
+        rows.append((f"--{name}.{field}={about.kind}", text))
+    yield f"{section}:", rows
+
+
+def _field_default(field: str, about: field_docs.Field) -> str:
+  """Returns what a help text says of a field's default."""
+  if field.startswith("loss.") and about.default == "none":
+    return " (default: that of the loss)" if field == "loss.beta" else ""
+  if about.default in ("none", '""'):
+    return ""
+  return f" (default: {about.default})"
+
+
+def _default(flag: flags.Flag, default: str = "") -> str:
+  """Returns what a help text says of a flag's default, or of the one that a command gives it."""
+  if default:
+    return f" (default: {default})"
   if any("other than None" in validator.message for validator in flag.validators):
     return " (required)"
   if flag.default in (None, "", False):

@@ -11,6 +11,7 @@ import pytest
 
 from dpo_jax import __version__
 from dpo_jax.commands import console
+from dpo_jax.utils import field_docs, field_names
 from tests.support.paths import ROOT
 
 SCRIPTS = {
@@ -70,6 +71,13 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_every_field_is_in_the_long_help():
+  shown = dpo_jax("plan", "--help=all").stdout
+  named = set(re.findall(r"^  --config\.([\w.]+)=", shown, re.MULTILINE))
+  assert named - {"SECTION.FIELD"} == {*field_docs.read()} and len(named) > 80
+  assert dpo_jax("help", "plan").stdout == dpo_jax("plan", "--help").stdout != shown
+
+
 def test_the_version_is_that_of_the_package():
   assert dpo_jax("--version").stdout == f"dpo-jax {__version__}\n"
 
@@ -79,12 +87,13 @@ def test_the_version_is_that_of_the_package():
   [
     (["scroe"], "has no command 'scroe'; did you mean 'score'?"),
     (["inspect_dat"], "did you mean 'inspect_data'?"),
+    (["generate"], "has no command 'generate'; did you mean 'sample'?"),
     (["xyz"], "has no command 'xyz'; there are train, score, sample, "),
     (
       ["--workdir=x", "train"],
       "--workdir=x comes before a command; write python -m dpo_jax COMMAND",
     ),
-    (["plan", "--confg=b"], "Unknown command line flag 'confg'"),
+    (["plan", "--confg=b"], "--confg: no such flag; did you mean --config?"),
     (["plan", "--config=benchmark", "b"], "unexpected argument 'b'"),
     (["convert", "--workdir=x"], "--out is required"),
   ],
@@ -133,13 +142,18 @@ def test_training_by_its_module_and_by_the_program_where_all_commands_are_import
   named = call("-c", f"import sys, {modules}; from dpo_jax.commands import console; {program}")
   direct = call("-m", "dpo_jax.train", "--help")
   assert (named.returncode, direct.returncode) == (0, 0), named.stderr + direct.stderr
-  assert "  python -m dpo_jax.train --config=" in direct.stdout
+  assert "  python -m dpo_jax.train --model=" in direct.stdout
   assert named.stdout == direct.stdout.replace("python -m dpo_jax.train", "dpo-jax train")
-  assert "--workdir=WORKDIR" in named.stdout and "(required)" in named.stdout
+  assert "--workdir=WORKDIR" in named.stdout
+  # The usual fields with their defaults, each in a few words; the rest by --help=all.
+  shown = re.findall(r"^  --(\w+)=", named.stdout.split("usual fields")[1], re.MULTILINE)
+  assert shown == [*field_names.SHORT]
+  assert "(default: 1e-05)" in named.stdout and "lora.alpha" not in named.stdout
 
 
 def test_every_command_has_its_script_and_every_module_its_command():
   modules = {path.stem for path in (ROOT / "dpo_jax" / "commands").glob("*.py")}
+  # Not commands: the program itself, and flags that several commands share.
   assert modules - {"__init__", "console", "row_flags"} == {*SCRIPTS.values()}
   for name, stem in SCRIPTS.items():
     assert f'console.run("{name}")' in (ROOT / "scripts" / f"{stem}.py").read_text()

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dpo_jax.utils import cli
+from dpo_jax.utils import cli, config_flags
 from tests.support.paths import CONFIGS
 
 COMMAND = '''"""Counts the rows of a file.
@@ -125,16 +125,19 @@ def test_interrupting_imports_is_quiet(command):
 @pytest.mark.parametrize(
   ("argument", "words"),
   [
-    ("--num_rws=3", ["num_rws", "num_rows?"]),
+    ("--num_rws=3", ["--num_rws: no such flag", "did you mean --num_rows?"]),
     ("--num_rows=many", ["--num_rows=many", "not an integer"]),
     ("--kind=odd", ["--kind=odd", "plain|fancy"]),
     ("--num_rows", ["Missing value", "num_rows"]),
-    ("rows.jsonl", ["unexpected argument 'rows.jsonl'"]),
-    ("--config=none.py", ["none.py", "no such file; configurations are files, or one of"]),
+    ("rows.jsonl", ["unexpected argument 'rows.jsonl'", "--name=value"]),
+    (
+      "--config=none.py",
+      ["none.py", "no such file; configurations are files (.py, .yaml), or one"],
+    ),
     ("--config=preference:a", ["preference:a: no such file; did you mean 'preferences'?"]),
     ("--config=none", ["one of benchmark, controlled, llama_1b, llama_8b, preferences, qwen"]),
     ("--config=qwen_0_5b:a", ["qwen_0_5b.py:a: it takes no argument behind a colon"]),
-    ("--config=.", ["--config=.: a folder; configurations are files"]),
+    ("--config=.", ["--config=.: a folder; configurations are files (.py, .yaml)"]),
     ("--config=words.md", ["words.md: no configuration in Python: ", "line 1"]),
   ],
 )
@@ -145,7 +148,9 @@ def test_a_wrong_flag_is_one_line(command, argument, words):
 def test_a_configuration_may_follow_a_space(command):
   assert_refused(command("--config", "none.py"), "none.py", "no such file")
   wrong = ("--config", "config.py", "--config.loss.bta", "1")
-  assert_refused(command(*wrong), "config.loss has no field 'bta'", "did you mean 'beta'?")
+  assert_refused(
+    command(*wrong), "config.loss has no field 'bta'", "did you mean --config.loss.beta "
+  )
 
 
 def test_a_configuration_has_a_name_and_a_file_of_that_name_comes_first(command, tmp_path):
@@ -160,7 +165,7 @@ def test_a_configuration_has_a_name_and_a_file_of_that_name_comes_first(command,
 
 
 def test_shipped_configurations_are_the_files_of_configs():
-  found = cli.shipped_configurations()
+  found = config_flags.shipped()
   assert {*found.values()} == {*CONFIGS.glob("*.py")}
   assert found["controlled"] == CONFIGS / "controlled.py"
 
@@ -172,11 +177,14 @@ def test_a_missing_flag_is_one_line(command):
 @pytest.mark.parametrize(
   ("override", "words"),
   [
-    ("--config.loss.bta=1", ["config.loss has no field 'bta'", "did you mean 'beta'?"]),
-    ("--config.los.beta=1", ["config has no field 'los'", "did you mean 'loss'?"]),
+    (
+      "--config.loss.bta=1",
+      ["config.loss has no field 'bta'", "did you mean --config.loss.beta ("],
+    ),
+    ("--config.los.beta=1", ["config has no field 'los'", "did you mean --config.loss.beta ("]),
     ("--config.loss.beta.x=1", ["config.loss.beta is a value"]),
     ("--config.zzz=1", ["there are: loss, path, train"]),
-    ("--noconfig.train.shufle", ["'shufle'", "did you mean 'shuffle'?"]),
+    ("--noconfig.train.shufle", ["'shufle'", "did you mean --config.train.shuffle?"]),
     ("--config.train.steps=many", ["--config.train.steps=many", "not an integer"]),
     ("--config.train.steps=1.5e0", ["not an integer"]),
     ("--config.loss.beta=little", ["not a number"]),

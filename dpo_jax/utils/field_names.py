@@ -1,0 +1,173 @@
+"""Names of a run's fields: short flags, names in other trainers, and hints for unknown names.
+
+Plain strings, so that a command line can be read before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+# Short flags of the fields that are set most often: --lr=1e-6 is --config.optimizer.learning_rate.
+# Arguments of `dpo_jax.fit` have the same names.
+SHORT = {
+  "model": "model.path",
+  "data": "data.path",
+  "loss": "loss.name",
+  "beta": "loss.beta",
+  "lr": "optimizer.learning_rate",
+  "epochs": "train.epochs",
+  "steps": "train.steps",
+  "batch_size": "train.batch_size",
+  "accumulate": "train.accumulate",
+  "max_length": "data.max_length",
+  "eval_data": "data.eval_path",
+  "reference": "reference.path",
+  "lora_rank": "lora.rank",
+  "dtype": "model.compute_dtype",
+  "seed": "seed",
+}
+
+# Fields, and what other trainers call them: TRL and transformers, PEFT, Tunix, OpenRLHF,
+# LLaMA-Factory, Axolotl. A value after `=` is part of the suggestion.
+_ELSEWHERE = {
+  "--workdir": "output_dir save_path save_dir out_dir output run_dir checkpoint_root_directory",
+  "model.path": "model_name_or_path model_name model_id base_model pretrain model_path",
+  "model.tokenizer": "tokenizer_name tokenizer_name_or_path tokenizer_path",
+  "model.compute_dtype": "torch_dtype precision mixed_precision compute_type",
+  "model.compute_dtype=bfloat16": "bf16 bfloat16 fp16",
+  "model.remat": "gradient_checkpointing activation_checkpointing checkpoint_activations",
+  "model.attention": "attn_implementation flash_attn flash_attention use_flash_attention_2",
+  "reference.path": "ref_model ref_model_path ref_model_name_or_path ref_pretrain reference_model",
+  "reference.store": "precompute_ref_log_probs precompute_reference",
+  "reference.sync_every": "sync_ref_model ref_model_sync_steps",
+  "reference.sync_alpha": "ref_model_mixup_alpha",
+  "lora.rank": "lora_r r use_peft use_lora finetuning_type",
+  "lora.alpha": "lora_alpha",
+  "lora.rs": "use_rslora",
+  "lora.dropout": "lora_dropout",
+  "lora.target": "lora_target_modules target_modules lora_target",
+  "lora.path": "adapter_name_or_path adapter lora_path",
+  "data.path": "dataset dataset_name dataset_path data_path train_file train_data train_dataset",
+  "data.eval_path": "eval_file eval_dataset eval_dataset_path validation_file test_file val_data",
+  "data.eval_fraction": "val_size test_size eval_split validation_split val_set_size",
+  "data.eval_limit": "max_eval_samples",
+  "data.max_length": "max_len max_seq_length max_seq_len cutoff_len sequence_len seq_len",
+  "data.layout": "packing padding_free packing_samples sample_packing",
+  "data.truncation": "truncation_mode",
+  "data.template": "chat_template_kwargs",
+  "data.fields.prompt": "prompt_key prompt_column",
+  "data.fields.chosen": "chosen_key chosen_column",
+  "data.fields.rejected": "rejected_key rejected_column",
+  "loss.name": "loss_type pref_loss algorithm objective",
+  "loss.beta": "pref_beta kl_coef kl_beta",
+  "loss.sft_weight": "rpo_alpha pref_ftx nll_loss_coef",
+  "loss.link": "f_divergence_type",
+  "loss.link_alpha": "f_alpha_divergence_coef",
+  "loss.wpo": "use_weighting",
+  "loss.gamma": "simpo_gamma",
+  "on_policy.num": "num_generations n_samples_per_prompt",
+  "on_policy.max_tokens": "max_new_tokens max_completion_length max_response_length",
+  "on_policy.reward": "reward_model reward_funcs reward_model_path",
+  "optimizer.learning_rate": "learningrate peak_lr",
+  "optimizer.schedule": "lr_scheduler_type lr_scheduler scheduler lr_schedule",
+  "optimizer.warmup_steps": "warmup warmup_ratio lr_warmup_ratio lr_warmup_steps",
+  "optimizer.final_fraction": "min_lr min_lr_ratio",
+  "optimizer.b1": "adam_beta1 beta1",
+  "optimizer.b2": "adam_beta2 beta2",
+  "optimizer.eps": "adam_epsilon epsilon",
+  "optimizer.weight_decay": "wd l2",
+  "optimizer.clip_norm": "max_grad_norm max_norm grad_clip gradient_clipping clip_grad",
+  "train.batch_size": "per_device_train_batch_size train_batch_size micro_train_batch_size"
+  " micro_batch_size global_batch_size batch bs",
+  "train.accumulate": "gradient_accumulation_steps accumulation_steps grad_accum",
+  "train.epochs": "num_train_epochs num_epochs max_epochs epoch",
+  "train.steps": "max_steps num_steps num_train_steps training_steps",
+  "eval.every": "eval_steps eval_every eval_every_n_steps eval_strategy",
+  "eval.batch_size": "per_device_eval_batch_size eval_batch_size",
+  "checkpoint.every": "save_steps save_every save_strategy save_interval_steps",
+  "checkpoint.keep": "save_total_limit max_to_keep max_ckpt_num",
+  "parallel.devices": "num_gpus gpus num_devices nproc_per_node world_size n_gpus_per_node",
+  "parallel.fsdp": "zero_stage deepspeed",
+  "parallel.tensor": "tensor_parallel_size tp",
+  "parallel.sequence": "context_parallel_size ring_attn_size sequence_parallel_size",
+}
+# Names of other trainers that have no field here, and why none is needed.
+_NOT_NEEDED = {
+  "every step is written to metrics.jsonl": "logging_steps log_every log_every_n_steps",
+  "the same command resumes the run that its --workdir has": "resume resume_from_checkpoint",
+  "metrics.jsonl and TensorBoard events are written to the workdir": "report_to use_wandb wandb",
+  "the optimizer is AdamW": "optim optimizer_name",
+  "prompts are shortened only where data.max_length requires it": "max_prompt_length",
+}
+
+
+def _by_name(table: dict[str, str]) -> dict[str, str]:
+  return {name: value for value, names in table.items() for name in names.split()}
+
+
+_FIELD_OF = _by_name(_ELSEWHERE)
+_REASON = _by_name(_NOT_NEEDED)
+_SHORT_OF = {field: flag for flag, field in SHORT.items()}
+
+
+def flag_of(field: str, config: str = "config") -> str:
+  """Returns the flag that sets a field, the short one where there is one: `--lr`."""
+  if field.startswith("--"):
+    return field
+  name, equals, value = field.partition("=")
+  return f"--{_SHORT_OF.get(name) or f'{config}.{name}'}{equals}{value}"
+
+
+def suggest(typed: str, fields: Sequence[str], flags: Iterable[str] = ()) -> list[str]:
+  """Finds the fields that are meant by a name that is none.
+
+  Args:
+    typed: what was written, with or without sections: `learning_rate`, `train.learning_rate`.
+    fields: names of all fields, with their sections.
+    flags: names of the command's other flags.
+
+  Returns:
+    Fields, the likeliest first, as `section.field` or `section.field=value`; or one flag, as
+    `--name`; empty if nothing is near.
+  """
+  last = typed.rpartition(".")[2].replace("-", "_")
+  lower = last.lower()
+  if lower in SHORT and SHORT[lower] in fields:
+    return [SHORT[lower]]
+  # 1. The same field name in another section: `beta` is loss.beta.
+  same = [field for field in fields if field.rpartition(".")[2] == lower]
+  if same:
+    # Fields with a short flag first, those that only rename columns of the data last.
+    return sorted(same, key=_rank)
+  # 2. What other trainers call it.
+  found, flags = _FIELD_OF.get(lower), list(flags)
+  if found:
+    own = found.removeprefix("--") if found.startswith("--") else _SHORT_OF.get(found)
+    if found.partition("=")[0] in fields:
+      return [found]
+    if own in flags:  # a command without a configuration may have a flag for the same thing
+      return [f"--{own}"]
+  # 3. A typing mistake: first of the name with its section, then of the name alone.
+  if "." in typed:
+    near = difflib.get_close_matches(typed, fields, n=1, cutoff=0.8)
+    if near:
+      return near
+  leaves = {field.rpartition(".")[2]: field for field in sorted(fields, key=_rank, reverse=True)}
+  known = leaves | {k: v for k, v in SHORT.items() if v in fields} | {x: f"--{x}" for x in flags}
+  near = difflib.get_close_matches(lower, known, n=1, cutoff=0.75)
+  return [known[name] for name in near]
+
+
+def _rank(field: str) -> tuple[bool, bool]:
+  return field not in _SHORT_OF, field.startswith("data.fields.")
+
+
+def reason(typed: str) -> str | None:
+  """Returns why a name of another trainer has no field here; None for other names."""
+  return _REASON.get(typed.rpartition(".")[2].replace("-", "_").lower())
+
+
+def is_elsewhere(typed: str) -> bool:
+  """Returns True for a name that another trainer uses: its meaning may differ a little."""
+  return typed.rpartition(".")[2].replace("-", "_").lower() in _FIELD_OF
