@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
   from dpo_jax.structs import UserError
   from dpo_jax.training import setup
   from dpo_jax.training.checkpoint import Checkpoints
-  from dpo_jax.utils import files
+  from dpo_jax.utils import files, model_folder
 
   workdir, out = pathlib.Path(FLAGS.workdir), pathlib.Path(FLAGS.out)
   # Everything that can be refused comes before the weights, which may take minutes to read.
@@ -44,7 +44,8 @@ def main(argv: list[str]) -> None:
     raise UserError(f"--out={out} exists; name a new folder")
   files.check_writable(out, f"--out={out}")
   if not (workdir / "config.json").is_file() or not (workdir / "checkpoints").is_dir():
-    raise UserError(f"--workdir={workdir} holds no run; name the folder that was trained into")
+    what = "is a model folder" if model_folder.is_model(workdir) else "holds no run"
+    raise UserError(f"--workdir={workdir} {what}; name the folder that was trained into")
   fields = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
   model = ConfigDict(fields["model"])
   given = {"path": "", "rank": 0} | fields.get("lora", {})

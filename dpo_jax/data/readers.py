@@ -16,6 +16,7 @@ from dpo_jax.data import arrow_rows, csv_rows, external, file_kinds, json_rows
 from dpo_jax.data import fields as row_fields
 from dpo_jax.data.fields import Row
 from dpo_jax.structs import UserError
+from dpo_jax.utils import model_folder
 
 FILE_FORMATS = "JSONL, JSON, CSV, TSV, Parquet, Arrow; text may be gzip, bzip2, xz or zstd"
 # A file, or a data set of `external`.
@@ -56,10 +57,15 @@ def files(given: Source | Sequence[Source]) -> list[Source]:
 def _check_file(path: pathlib.Path) -> pathlib.Path:
   if external.is_dataset(path):
     return path
+  if model_folder.is_model(path):
+    raise UserError(f"{path} is a model folder; name a file of rows ({FILE_FORMATS})")
   if path.is_dir():
     raise UserError(f"{path} is a folder; name a file of rows ({FILE_FORMATS}), or {path}/*")
   if not path.is_file():
-    raise UserError(f"no data file {path}")
+    name = model_folder.hub_name(path)
+    # A name with a suffix is more likely a file of a folder that is missing.
+    hub = f"; a data set of the Hugging Face hub is named hf:{name}" if name else ""
+    raise UserError(f"no data file {path}" + (hub if not path.suffix else ""))
   return path
 
 

@@ -28,6 +28,7 @@ from dpo_jax.data.fields import Conversation, Messages, Preference, RowError
 from dpo_jax.data.messages import as_conversation
 from dpo_jax.data.spans import Spans, Written, fill_weights, weigh
 from dpo_jax.structs import UserError
+from dpo_jax.utils import model_folder
 
 Ids = np.ndarray  # int32
 
@@ -57,6 +58,8 @@ def load_tokenizer(
     UserError: the folder has no tokenizer, it is broken, or the template reads no such argument.
   """
   folder = pathlib.Path(path)
+  if model_folder.is_run(folder) or (not folder.exists() and model_folder.hub_name(path)):
+    raise UserError(f"tokenizer folder {model_folder.instead(path)}")
   if not folder.is_dir():
     raise UserError(f"no tokenizer folder {folder}; name a folder that holds tokenizer.json")
   file = folder / "tokenizer.json"

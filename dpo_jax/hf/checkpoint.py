@@ -35,6 +35,7 @@ from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.families import Tensor
 from dpo_jax.model.transformer import param_shapes
 from dpo_jax.structs import PyTree, UserError
+from dpo_jax.utils import model_folder
 from dpo_jax.utils.files import replacing_folder
 
 GENERATION = "generation_config.json"
@@ -64,11 +65,9 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
     UserError: the folder does not exist, or its `config.json` is missing, broken or not supported.
   """
   path = pathlib.Path(path)
-  if not path.is_dir():
-    raise UserError(f"model folder {path} does not exist; name a Hugging Face model folder")
   file = path / "config.json"
-  if not file.is_file():
-    raise UserError(f"{path} has no config.json; name a Hugging Face model folder")
+  if not file.is_file() or model_folder.is_run(path):
+    raise UserError(f"model folder {model_folder.instead(path)}")
   fields = read_json(file)
   try:
     config = families.from_hf(fields)

@@ -23,6 +23,9 @@ def configured(**changes):
     ({"loss.beta": -1.0}, r"loss\.beta"),
     ({"train.batch_size": 0}, "train.batch_size is 0"),
     ({"checkpoint.keep": 0}, "checkpoint.keep is 0"),
+    ({"model.compute_dtype": "bf16"}, r"compute_dtype is 'bf16'; did you mean bfloat16\?"),
+    ({"model.param_dtype": "torch.float32"}, r"did you mean float32\?"),
+    ({"model.compute_dtype": "half"}, "float16 is not supported; use bfloat16"),
     ({"reference.sync_every": -1}, "reference.sync_every is -1"),
     ({"on_policy.reward": "controlled", "on_policy.num": 1}, "on_policy.num is 1"),
     ({"optimizer.b1": 1.5}, "optimizer.b1 is 1.5"),
@@ -34,7 +37,7 @@ def configured(**changes):
 def test_a_configuration_is_refused_before_a_file_is_opened(changes, words):
   with pytest.raises(UserError, match=words):
     setup.build(configured(**changes), pathlib.Path("nowhere"))
-  with pytest.raises(UserError, match=r"model\.path=nowhere"):
+  with pytest.raises(UserError, match=r"model\.path: nowhere"):
     setup.build(configured(), pathlib.Path("nowhere"))
 
 

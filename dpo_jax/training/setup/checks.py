@@ -19,6 +19,12 @@ from dpo_jax.structs import UserError
 from dpo_jax.training import on_policy, optimizer
 
 DTYPES = ("float32", "bfloat16")
+# What other programs call them. float16 needs a scaled loss, or small gradients become 0.
+_OTHER_DTYPES = {
+  "bfloat16": ("bfloat16", "bf16", "bfloat", "bf16-mixed"),
+  "float32": ("float32", "fp32", "f32", "float", "single", "32", "tf32"),
+  "float16": ("float16", "fp16", "f16", "half", "16", "16-mixed"),
+}
 
 
 class Checked(NamedTuple):
@@ -66,7 +72,7 @@ def check_inputs(config: ConfigDict) -> None:
   """
   section = config.model
   if not section.path and not section.scratch:
-    raise UserError("model.path is empty; name a Hugging Face folder, --config.model.path=DIR")
+    raise UserError("model.path is empty; name a Hugging Face folder, --model=DIR")
   if section.path and section.scratch:
     raise UserError("model.path and model.scratch are both given; keep one")
   if section.scratch and not section.tokenizer:
@@ -75,7 +81,7 @@ def check_inputs(config: ConfigDict) -> None:
     raise UserError(f"data.path={config.data.path} and data.mix are both given; keep one")
   if not config.data.path and not config.data.mix:
     what = "prompts" if config.on_policy.reward else "rows"
-    raise UserError(f"data.path is empty; name a file of {what}, --config.data.path=FILE")
+    raise UserError(f"data.path is empty; name a file of {what}, --data=FILE")
 
 
 def check_base_is_kept(config: ConfigDict) -> None:
@@ -225,7 +231,18 @@ def _check_numbers(config: ConfigDict) -> None:
   for name in ("model.compute_dtype", "model.param_dtype", "reference.param_dtype"):
     section, field = name.split(".")
     if config[section][field] not in DTYPES:
-      raise UserError(f"{name} is {config[section][field]!r}; known: {', '.join(DTYPES)}")
+      raise UserError(
+        f"{name} is {config[section][field]!r}; {_dtype_hint(config[section][field])}"
+      )
+
+
+def _dtype_hint(given: str) -> str:
+  """Says which type was probably meant."""
+  word = given.lower().rpartition(".")[2]  # torch.bfloat16
+  meant = next((dtype for dtype, others in _OTHER_DTYPES.items() if word in others), None)
+  if meant == "float16":
+    return "float16 is not supported; use bfloat16"
+  return f"did you mean {meant}?" if meant else f"known: {', '.join(DTYPES)}"
 
 
 def _check_divides(batch_size: int, accumulate: int, devices: int) -> None:

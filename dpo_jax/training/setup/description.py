@@ -23,6 +23,7 @@ from dpo_jax.model.lora import LoRA
 from dpo_jax.structs import PyTree, UserError
 from dpo_jax.training import datasets, reference_cache
 from dpo_jax.training.setup.checks import Checked
+from dpo_jax.utils import model_folder
 
 
 class Described(NamedTuple):
@@ -187,10 +188,10 @@ def describe_model(section: ConfigDict, template: str = "") -> tuple[ModelConfig
     template: `data.template`, values that the chat template reads.
   """
   # Before the tokenizer is looked for in it, whose error would name another file.
-  if section.path and not pathlib.Path(section.path).is_dir():
-    raise UserError(
-      f"model.path={section.path} is no folder that is there; name a Hugging Face model folder"
-    )
+  path = pathlib.Path(section.path)
+  has_model = (path / "config.json").is_file() or peft.is_adapter(path)
+  if section.path and (not has_model or model_folder.is_run(path)):
+    raise UserError(f"model.path: {model_folder.instead(section.path)}")
   tokenizer = load_tokenizer(
     section.tokenizer or section.path,
     template_arguments=chat_template.read_arguments(template, "data.template"),
