@@ -2,8 +2,8 @@
 
 On SIGTERM it finishes the current step, saves a checkpoint and exits with status 75.
 
-  python -m dpo_jax.train --config=preferences --workdir=runs/mine \\
-    --config.model.path=MODEL_DIR --config.data.path=PREFERENCES.jsonl
+  python -m dpo_jax.train --model=MODEL_DIR --data=PREFERENCES.jsonl \\
+    --loss=sigmoid --beta=0.1 --lr=1e-6 --workdir=runs/mine
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from dpo_jax.distributed import heartbeat, processes
 from dpo_jax.distributed.gather import gather_to_host
 from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.hf import peft
+from dpo_jax.monitoring.loggers import Callback
 from dpo_jax.structs import PyTree
 from dpo_jax.training import loop, setup
 from dpo_jax.training.checkpoint import latest_step
@@ -34,27 +36,45 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  config_flags.DEFINE_config_file("config", None, "NAME, NAME:ARG, or FILE.py in place of NAME")
-  flags.DEFINE_string("workdir", None, "folder of the run; a run found there is resumed")
+  config_flags.DEFINE_config_file(
+    "config", None, "NAME, NAME:ARG, or FILE.py, FILE.py:ARG, FILE.yaml"
+  )
+  flags.DEFINE_string(
+    "workdir",
+    None,
+    "folder of the run; a run found there is resumed (default: runs/MODEL-LOSS, where a number is"
+    " added if that has another run)",
+  )
   flags.DEFINE_bool(
     "accept_changes", False, "resume although data, weights, tokenizer or chat template changed"
   )
-  flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: list[str]) -> None:
   """Runs the command."""
   del argv
-  execute(FLAGS.config, pathlib.Path(FLAGS.workdir), accept_changes=FLAGS.accept_changes)
+  workdir = pathlib.Path(FLAGS.workdir) if FLAGS.workdir is not None else None
+  execute(FLAGS.config, workdir, accept_changes=FLAGS.accept_changes)
 
 
-def execute(config: ConfigDict, workdir: pathlib.Path, *, accept_changes: bool = False) -> None:
+def execute(
+  config: ConfigDict,
+  workdir: pathlib.Path | None,
+  *,
+  accept_changes: bool = False,
+  callbacks: Sequence[Callback] = (),
+) -> pathlib.Path:
   """Checks the configuration, loads model and data, trains, exports, and writes the report.
 
   Args:
     config: of the run.
-    workdir: its folder; a run found there is resumed.
+    workdir: its folder; a run found there is resumed. None for runs/MODEL-LOSS, with a number if
+      that has another run.
     accept_changes: whether it is resumed although what it learns from has changed.
+    callbacks: called with the metrics of every step and evaluation, in the first process.
+
+  Returns:
+    The folder of the run.
 
   Raises:
     UserError: bad input; files that were in `workdir` are unchanged.
@@ -67,7 +87,11 @@ def execute(config: ConfigDict, workdir: pathlib.Path, *, accept_changes: bool =
     # 1. A workdir that exists must be from a run with this configuration (`parallel` may differ),
     # and no other process may be training into it.
     usual = defaults.get_config().to_json_best_effort()
-    workdirs.check(workdir, config.to_json_best_effort(), usual)
+    named, fields = workdir is not None, config.to_json_best_effort()
+    if workdir is None:
+      setup.check_inputs(config)  # the folder is named after the model
+      workdir = workdirs.choose(config.model.path or "scratch", config.loss.name, fields, usual)
+    workdirs.check(workdir, fields, usual)
     is_new = not workdir.exists()
     if not is_new and processes.is_main_process():
       stack.enter_context(workdirs.lock(workdir))
@@ -78,6 +102,8 @@ def execute(config: ConfigDict, workdir: pathlib.Path, *, accept_changes: bool =
       config, workdir, accept_changes=accept_changes
     )
     processes.assert_consistent(setup.facts(config, run))
+    if not named:
+      print(f"workdir: {workdir} (--workdir=DIR chooses another)", flush=True)
     # 3. The check at step 0: policy equals reference, so margins are 0. A resumed run skips it.
     prepared = loop.prepare(run, trained, reference_params)
     del trained, reference_params  # a name here would keep memory that may be freed
@@ -85,8 +111,9 @@ def execute(config: ConfigDict, workdir: pathlib.Path, *, accept_changes: bool =
     claim = functools.partial(_claim, run, stack if is_new else None, config, ledger)
     processes.on_main_process(claim, "claim")
     # 5. Training, then the exported model and the report.
-    final = loop.train(run, prepared)
+    final = loop.train(run, prepared, callbacks)
     _export(run, final)
+  return workdir
 
 
 def _claim(
@@ -140,4 +167,4 @@ def _export(run: Run, final: PyTree) -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, define_flags)
+  cli.run(main, define_flags, config="preferences")

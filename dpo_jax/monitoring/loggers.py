@@ -14,7 +14,7 @@ import os
 import pathlib
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import rich.console
@@ -30,6 +30,8 @@ from dpo_jax.structs import UserError
 from dpo_jax.utils import files
 
 METRICS = "metrics.jsonl"
+# Called with a step and its metrics.
+Callback = Callable[[int, dict[str, float]], object]
 
 # Metrics that progress shows, if a step has them: name, label, format.
 _SHOWN = (
@@ -63,6 +65,7 @@ class Loggers:
     total_steps: int,
     every: int = 10,
     console: rich.console.Console | None = None,
+    callbacks: Sequence[Callback] = (),
   ):
     """Opens the files of a run in `workdir`, and makes that folder if it is missing.
 
@@ -72,6 +75,7 @@ class Loggers:
       total_steps: last step, for progress.
       every: steps between lines of progress if there is no terminal.
       console: console for progress; by default standard output.
+      callbacks: called with every record once it is written.
 
     Raises:
       UserError: a file cannot be written, or `metrics.jsonl` has a line that is not a step.
@@ -84,7 +88,7 @@ class Loggers:
     self._watch = alerts.Watch()
     for record in read_metrics(folder / METRICS):
       self._watch.see_record(record)
-    self._folder = folder
+    self._folder, self._callbacks = folder, callbacks
     with self._writing():
       self._events = _Events(folder, start_step)
     self._console = console or rich.console.Console(highlight=False)
@@ -110,6 +114,7 @@ class Loggers:
     self._record(step, values)
     self._progress.step(step, values)
     self._warn(step, values)
+    self._call(step, values)
 
   def write_eval(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Records an evaluation after `step`, under `eval/…`, on the line of that step."""
@@ -122,11 +127,16 @@ class Loggers:
       own = {k.removeprefix(group): value for k, value in shown.items() if k.startswith(group)}
       self.say(f"  {group.rstrip('/')}  " + "  ".join(_summary(own)))
     self._warn(step, values)
+    self._call(step, values)
 
   def say(self, text: str) -> None:
     """Prints a line above the progress."""
     # Without markup: alerts and paths may contain [brackets], which rich would interpret.
     self._console.print(text, markup=False, soft_wrap=True)
+
+  def _call(self, step: int, values: Mapping[str, float]) -> None:
+    for callback in self._callbacks:
+      callback(step, dict(values))
 
   def _warn(self, step: int, values: Mapping[str, float]) -> None:
     for alert in self._watch.see(step, values):

@@ -7,7 +7,7 @@ takes the steps.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 
 from dpo_jax import logprobs, step
 from dpo_jax.distributed import executor, memory, preemption, processes
-from dpo_jax.monitoring.loggers import Loggers, Silent
+from dpo_jax.monitoring.loggers import Callback, Loggers, Silent
 from dpo_jax.structs import PyTree, TokenBatch
 from dpo_jax.training import datasets, reference_cache
 from dpo_jax.training.checkpoint import Checkpoints, latest_step
@@ -121,12 +121,13 @@ def fill_store(run: Run, reference_params: PyTree | None) -> PyTree | None:
   return None
 
 
-def train(run: Run, prepared: Prepared) -> PyTree:
+def train(run: Run, prepared: Prepared, callbacks: Sequence[Callback] = ()) -> PyTree:
   """Takes all steps that are left, and leaves metrics and checkpoints in the workdir.
 
   Args:
     run: the run; its workdir exists and belongs to it.
     prepared: as `prepare` returns it; its state is gone afterwards.
+    callbacks: called with the metrics of every step and evaluation, in the first process.
 
   Returns:
     What was trained as it ends: one copy of it, on device.
@@ -160,7 +161,7 @@ def train(run: Run, prepared: Prepared) -> PyTree:
     # Only the first process writes metrics: several would mix their lines in one file.
     logs: Loggers | Silent = Silent()
     if processes.is_main_process():
-      logs = Loggers(run.workdir, start_step=start, total_steps=run.steps)
+      logs = Loggers(run.workdir, start_step=start, total_steps=run.steps, callbacks=callbacks)
     with preemption.Notice() as notice, logs as log:
       if start:
         log.say(f"resuming after step {start} of {run.steps}")

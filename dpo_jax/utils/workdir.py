@@ -9,16 +9,19 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import itertools
 import json
 import os
 import pathlib
+import re
 import socket
 from collections.abc import Iterator
 from typing import Any
 
 from dpo_jax.structs import UserError
-from dpo_jax.utils import files
+from dpo_jax.utils import files, model_folder
 
+RUNS = pathlib.Path("runs")
 INPUTS = "inputs.json"
 VERSION = 1  # of the digests in it; those of another version cannot be compared
 # Fields that a run may be resumed with other values of: the caller checks them against the steps
@@ -44,6 +47,12 @@ def check(workdir: pathlib.Path, config: str, defaults: str = "{}") -> None:
     UserError: the folder has another run, or files of something else; it names what differs.
   """
   files.check_folder(workdir, f"--workdir={workdir}")
+  if model_folder.is_model(workdir):
+    run = f"; its run is {workdir.parent}" if model_folder.is_run(workdir.parent) else ""
+    raise UserError(
+      f"--workdir={workdir} is a model folder{run}; a run writes into a folder of its own, such as"
+      " --workdir=runs/mine (the model is named by --model)"
+    )
   before = stored_config(workdir)
   if before is None:
     for name in _RUN_FILES:
@@ -61,6 +70,41 @@ def check(workdir: pathlib.Path, config: str, defaults: str = "{}") -> None:
       f"{workdir} contains a run with another configuration: {'; '.join(changed[:3])}{more}."
       " Choose a new --workdir, or the same values to resume"
     )
+
+
+def choose(
+  model: str, loss: str, config: str, defaults: str = "{}", parent: pathlib.Path = RUNS
+) -> pathlib.Path:
+  """Returns the folder of a run that names none: `runs/MODEL-LOSS`, perhaps with a number.
+
+  The first such folder is taken that is new or has this same run, so that the same command resumes
+  its own run and never meets another.
+
+  Args:
+    model: the model's folder.
+    loss: name of the loss.
+    config, defaults: as for `check`.
+    parent: where the folder lies.
+
+  Raises:
+    UserError: `parent` may not be written to.
+  """
+  path = pathlib.Path(model).resolve()
+  # The export of a run is named after that run.
+  name = path.parent.name if path.name == "export" else path.name
+  name = re.sub(r"[^\w.+-]+", "-", f"{name}-{loss}").strip("-.")
+  files.check_folder(parent / name, f"--workdir={parent / name}")
+  for number in itertools.count(1):
+    folder = parent / (name if number == 1 else f"{name}-{number}")
+    if not folder.exists():
+      return folder
+    with contextlib.suppress(UserError):
+      check(folder, config, defaults)
+      before = stored_config(folder)
+      # Longer training is a run of its own, unless its folder is named.
+      if before is not None and _length(before) == _length(json.loads(config)):
+        return folder
+  raise AssertionError  # the numbers do not end
 
 
 def stored_config(workdir: pathlib.Path) -> dict[str, Any] | None:

@@ -72,6 +72,7 @@ FLOORS = {
     "defaults",
     "training",
   },
+  "configure": {"structs", "utils", "losses", "defaults"},
   "train": {
     "structs",
     "utils",
@@ -81,6 +82,7 @@ FLOORS = {
     "monitoring",
     "training",
   },
+  "api": {"monitoring", "configure", "train"},
   "commands": {
     "structs",
     "utils",
@@ -105,6 +107,7 @@ FORBIDDEN = {
   "structs": PLAIN,
   "utils": PLAIN,
   "utils.cli": {"flax", "optax", "orbax", "torch"},  # flags are what it is for
+  "utils.config_flags": {"flax", "optax", "orbax", "torch"},
   "distributed.sharding": PLAIN,
   "distributed.local_launcher": PLAIN,
   "benchmarking.pacing": PLAIN,
@@ -135,6 +138,8 @@ FORBIDDEN = {
 DOORS = {
   "defaults",
   "train",
+  "configure",
+  "api",
   "commands",
   "training.setup",
   "benchmarking.planner",

@@ -180,7 +180,7 @@ def check_flags(name: str, arguments: list[str]) -> list[str]:
     if not argument.startswith("--"):
       continue
     flag, _, value = argument[2:].partition("=")
-    if flag.startswith("config.") and "config.a.b" in flags_of(name):
+    if flag.startswith("config.") and "config.SECTION.FIELD" in flags_of(name):
       field = flag.removeprefix("config.").rstrip("….")
       if field and field not in fields() and not field.isupper():
         wrong.append(argument)
@@ -189,11 +189,18 @@ def check_flags(name: str, arguments: list[str]) -> list[str]:
   return wrong
 
 
+def cli_names() -> set[str]:
+  """The names of the configurations that come with the package."""
+  return {path.stem for path in (ROOT / "configs").glob("*.py")}
+
+
 def builds(value: str) -> bool:
   """Whether `configs/NAME.py:ARGUMENT` is a configuration that there is."""
   path, _, argument = value.partition(":")
-  if path in ("configs/NAME.py", "…"):
+  if path in ("configs/NAME.py", "NAME", "…", "my.yaml"):
     return True
+  if path in cli_names():
+    path = f"configs/{path}.py"
   if not (ROOT / path).is_file():
     return False
   spec = importlib.util.spec_from_file_location("documented", ROOT / path)

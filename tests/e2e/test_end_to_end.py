@@ -1,6 +1,7 @@
 """Whole runs on the embedded task, in the small: what comes out, what resumes, what is refused."""
 
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+import dpo_jax
 from configs import controlled as controlled_config
 from configs import preferences
 from dpo_jax import losses, step, train
@@ -88,10 +90,42 @@ def dpo_config(folder: pathlib.Path) -> ConfigDict:
 
 
 @pytest.fixture(scope="module")
-def straight(task) -> pathlib.Path:
-  """A DPO run from its first step to its last."""
-  train.execute(dpo_config(task), task / "dpo")
-  return task / "dpo"
+def fitted(task):
+  """A DPO run from its first step to its last, begun from Python, and what its callback saw."""
+  told = []
+  finished = dpo_jax.fit(
+    config="controlled:dpo",
+    model=task / "sft" / "export",
+    data=task / "pairs.jsonl",
+    steps=6,
+    batch_size=16,
+    eval={"every": 3},
+    optimizer={"warmup_steps": 2, "schedule": "linear"},
+    **{"checkpoint.every": "3", "data.row_length": 128, "parallel.devices": 2},
+    workdir=task / "dpo",
+    callbacks=lambda step, metrics: told.append((step, metrics)),
+  )
+  return finished, told
+
+
+@pytest.fixture(scope="module")
+def straight(fitted) -> pathlib.Path:
+  """The folder of that run."""
+  return fitted[0].workdir
+
+
+def test_training_from_python_is_that_of_the_command(task, fitted):
+  finished, told = fitted
+  assert finished.workdir == task / "dpo" and (finished.export / "config.json").is_file()
+  stored = json.loads((finished.workdir / "config.json").read_text())
+  assert stored == json.loads(dpo_config(task).to_json_best_effort())
+  # Each step in order and each evaluation behind its step: a line of the file has both.
+  assert [at for at, _ in told] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+  joined = {}
+  for at, metrics in told:
+    joined.setdefault(at, {"step": at}).update(metrics)
+  assert list(joined.values()) == finished.metrics
+  assert finished.metrics == read_metrics(finished.workdir / "metrics.jsonl")
 
 
 def test_supervised_training_lowers_the_loss(task):
@@ -400,21 +434,22 @@ def test_broken_weights_are_found_before_the_folder_is_claimed(task, tmp_path):
 
 
 def test_a_loss_argument_is_reachable_from_the_command_line(task, tmp_path):
-  """An override of an argument that the configuration leaves open, through the real flags."""
+  """An override of an argument that the configuration leaves open, beside short flags."""
   done = subprocess.run(
     [
-      *(sys.executable, "-m", "dpo_jax.train", "--config=configs/preferences.py"),
-      *(f"--workdir={tmp_path / 'run'}", f"--config.model.path={task / 'sft' / 'export'}"),
-      *("--config.loss.name=robust", "--config.loss.label_smoothing=0.7"),
-      f"--config.data.path={task / 'pairs.jsonl'}",
+      *(sys.executable, "-m", "dpo_jax", "train", "--model", task / "sft" / "export"),
+      *("--data", task / "pairs.jsonl", "--loss", "robust", "--beta", "0.1", "--lr", "1e-6"),
+      "--config.loss.label_smoothing=0.7",
     ],
     capture_output=True,
     text=True,
     check=False,
-    cwd=ROOT,
+    cwd=tmp_path,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
   )
   assert done.returncode == 1
   assert done.stderr.strip().startswith("error: loss.label_smoothing is 0.7")
+  assert not any(tmp_path.iterdir())  # no folder of a run that did not begin
 
 
 def test_another_configuration_in_the_same_folder_is_refused(task, straight):

@@ -138,3 +138,34 @@ def test_a_file_is_no_folder(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="is a file"):
     workdir.check(tmp_path / "file", CONFIG)
+
+
+def test_a_run_that_names_no_folder_has_its_own_again_and_never_another(tmp_path):
+  config = json.dumps(json.loads(CONFIG) | {"train": {"steps": 6}})
+
+  def choose(config=config):
+    return workdir.choose("/models/tiny", "sigmoid", config, parent=tmp_path / "runs")
+
+  first, other = tmp_path / "runs" / "tiny-sigmoid", config.replace("0.1", "0.5")
+  assert choose() == first
+  claim(first, config)
+  assert choose() == first  # the same command resumes
+  second = choose(other)
+  assert second == tmp_path / "runs" / "tiny-sigmoid-2"
+  claim(second, other)
+  assert (choose(), choose(other)) == (first, second)
+  # Longer training is a run of its own, and so is a folder that belongs to something else.
+  longer = config.replace("6", "9")
+  assert choose(longer).name == "tiny-sigmoid-3"
+  (tmp_path / "runs" / "tiny-sigmoid-3").mkdir()
+  (tmp_path / "runs" / "tiny-sigmoid-3" / "export").touch()
+  assert choose(longer).name == "tiny-sigmoid-4"
+
+
+def test_the_folder_is_named_after_the_model_and_the_loss(tmp_path):
+  for model, loss, name in (
+    ("runs/mine/export", "ipo", "mine-ipo"),
+    ("Qwen2.5-0.5B", "0.8*sigmoid + 0.2*sft", "Qwen2.5-0.5B-0.8-sigmoid-+-0.2-sft"),
+    ("a", "module:function", "a-module-function"),
+  ):
+    assert workdir.choose(model, loss, CONFIG, parent=tmp_path).name == name

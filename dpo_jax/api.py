@@ -1,0 +1,63 @@
+"""Training from Python: `dpo_jax.fit(model="DIR", data="FILE", loss="sigmoid", beta=0.1)`."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from dpo_jax import configure, train
+from dpo_jax.monitoring import loggers
+
+
+class Finished(NamedTuple):
+  """A finished run.
+
+  Attributes:
+    workdir: its folder.
+    export: the trained model or adapter, a Hugging Face folder.
+    metrics: the metrics of every step, as in metrics.jsonl; held-out values are under eval/.
+  """
+
+  workdir: pathlib.Path
+  export: pathlib.Path
+  metrics: list[dict[str, Any]]
+
+
+def fit(
+  *,
+  workdir: str | os.PathLike[str] | None = None,
+  config: str | ConfigDict = "preferences",
+  callbacks: loggers.Callback | Sequence[loggers.Callback] = (),
+  accept_changes: bool = False,
+  **fields: Any,
+) -> Finished:
+  """Trains a policy, as `dpo-jax train` does; the same call resumes a run that was stopped.
+
+    dpo_jax.fit(model="MODEL_DIR", data="pairs.jsonl", loss="sigmoid", beta=0.1, lr=1e-6)
+
+  Args:
+    workdir: folder of the run; None for runs/MODEL-LOSS, where a number is added if that folder has
+      another run.
+    config: a configuration, or its name or file as in --config: "llama_8b:lora", "my.yaml".
+    callbacks: called as `callback(step, metrics)` after every step and every evaluation, whose
+      metrics are under eval/. The metrics of a step arrive when the next one has been started. An
+      exception ends the run; its last checkpoint stays.
+    accept_changes: whether a run is resumed although what it learns from has changed.
+    **fields: fields to set, by the names of the short flags (model, data, loss, beta, lr, epochs,
+      steps, batch_size, accumulate, max_length, eval_data, reference, lora_rank, dtype, seed), or
+      by section: loss={"name": "ipo", "beta": 0.2}, **{"checkpoint.every": 50}.
+
+  Raises:
+    UserError: bad input, in one line; nothing has been written.
+  """
+  # A copy: the configuration of the caller stays as it is.
+  base = configure.load(config) if isinstance(config, str) else config.copy_and_resolve_references()
+  resolved = configure.update(base, fields, others=("workdir", "config", "callbacks"))
+  folder = pathlib.Path(workdir) if workdir is not None else None
+  listeners = [callbacks] if isinstance(callbacks, Callable) else list(callbacks)
+  folder = train.execute(resolved, folder, accept_changes=accept_changes, callbacks=listeners)
+  return Finished(folder, folder / "export", loggers.read_metrics(folder / loggers.METRICS))
