@@ -4,6 +4,7 @@ from ml_collections import ConfigDict, config_dict
 
 from dpo_jax import losses
 from dpo_jax.structs import UserError
+from dpo_jax.utils import cli
 
 FIELDS = (
   "prompt",
@@ -68,15 +69,26 @@ def loss(name: str, **given) -> ConfigDict:
 
   So `--config.loss.name=robust --config.loss.label_smoothing=0.2` works with any configuration. An
   argument that the chosen loss does not read is an error.
+
+  Raises:
+    UserError: `name`, or the name on the command line, is a module:function that is no loss.
   """
-  # The arguments of every loss, since a flag can only set a field that exists.
-  taken = {key: float for known in losses.LOSSES for key in losses.arguments(known)}
-  types = taken | losses.modifiers()
+  # The arguments of every loss, since a flag can only set a field that exists: also of one of the
+  # user's own, which the command line may name in place of this one.
+  types = losses.types(name) | losses.types(cli.requested("loss.name") or "")
   section = ConfigDict(
     {"name": name} | {key: config_dict.placeholder(types[key]) for key in sorted(types)}
   )
   section.update(given)
   return section
+
+
+def replace_aliases(config: ConfigDict) -> None:
+  """Replaces every alias in a configuration, such as the loss `dpo`, by the name it stands for.
+
+  So what a run stores, and compares when it is resumed, does not depend on which one was written.
+  """
+  config.loss.name = losses.canonical(config.loss.name)
 
 
 def get_config() -> ConfigDict:

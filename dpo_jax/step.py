@@ -106,7 +106,8 @@ class Objective(NamedTuple):
   Attributes:
     logps_fn: the forward pass, used for both policy and live reference.
     loss: the loss, from `losses.resolve`.
-    completions: K, the number of slots per example: 1 for text, 2 for pairs and unpaired examples.
+    completions: K, the number of slots per example: 1 for text, 2 for pairs; 1 for unpaired
+      examples, or 2 where the loss reads mismatched completions.
     reference: where the reference's log-probs come from; None means `LiveReference` if the loss
       reads them, and otherwise `NoReference`.
     policy: (trained, reference_params) -> the policy's parameters, such as base and adapters
@@ -228,17 +229,20 @@ def batch_sums(
       loss_B = loss_B * jnp.exp(jnp.minimum(by(alignment_NS).sum(axis=1), 0.0))
     sums_fn = functools.partial(metrics.pair_sums, policy, reference, loss_B, beta=loss.beta)
   elif loss.kind == "unpaired":
-    assert reference_NS is not None
-    policy, reference = logprobs.to_unpaired(logps_NS), logprobs.to_unpaired(reference_NS)
-    label_B = score_BK[:, 0]  # the first slot is labeled, the second is mismatched
+    policy = logprobs.to_unpaired(logps_NS, slots, completions)
+    reference = (
+      None if reference_NS is None else logprobs.to_unpaired(reference_NS, slots, completions)
+    )
+    label_B = score_BK[:, 0]  # the first slot is labeled; a second one is mismatched
     loss_B = loss(policy, reference, label_B=label_B, **supplied)
     sums_fn = functools.partial(
       metrics.unpaired_sums, policy, reference, loss_B, label_B=label_B, beta=loss.beta
     )
   else:
-    assert reference_NS is not None
     policy = logprobs.to_ranked(logps_NS, slots, completions)
-    reference = logprobs.to_ranked(reference_NS, slots, completions)
+    reference = (
+      None if reference_NS is None else logprobs.to_ranked(reference_NS, slots, completions)
+    )
     present_BK = weight_BK > 0
     loss_B = loss(policy, reference, present_BK=present_BK, reward_BK=score_BK, **supplied)
     # Scores of ranked data only order completions; those of samples are rewards, and reported.

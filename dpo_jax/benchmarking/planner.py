@@ -197,7 +197,9 @@ def _model_config(config: ConfigDict) -> ModelConfig:
 def _completions(config: ConfigDict, loss: losses.Loss) -> int:
   """Returns the slots of an example; ranked completions are taken to be as many as on policy."""
   ranked: int = config.on_policy.num
-  return {"text": 1, "pairs": 2, "unpaired": 2}.get(loss.kind, ranked)
+  if loss.kind == "unpaired":
+    return 2 if loss.mismatched else 1
+  return {"text": 1, "pairs": 2}.get(loss.kind, ranked)
 
 
 def _as(shapes: PyTree, dtype: str) -> PyTree:

@@ -257,15 +257,20 @@ def rpo(
   rejected one, in the scorer's units; it may be negative. `margin_scale` is η, reward units per
   unit of score. Sun et al. 2025 (RPO, arXiv 2502.00203), as in the authors' NeMo-Aligner.
   """
-  z_B = beta * margins(policy, reference)
-  target_B = margin_scale * jnp.asarray(margin_B)
+  z_B = jnp.asarray(beta * margins(policy, reference))
+  target_B = margin_scale * jnp.asarray(margin_B, z_B.dtype)
   if distance == "squared":
     return jnp.square(z_B - target_B)
   first_B, second_B = (target_B, z_B) if distance == "backward_kl" else (z_B, target_B)
-  # Logarithms of probabilities throughout: at z = 1000, 1 - σ(z) is 0 and its logarithm is not.
-  return jax.nn.sigmoid(first_B) * (
-    jax.nn.log_sigmoid(first_B) - jax.nn.log_sigmoid(second_B)
-  ) + jax.nn.sigmoid(-first_B) * (jax.nn.log_sigmoid(-first_B) - jax.nn.log_sigmoid(-second_B))
+  return _bernoulli_kl(first_B, second_B)
+
+
+def _bernoulli_kl(a_B: Array, b_B: Array) -> Array:
+  """Computes KL(p ‖ q) = p log p/q + (1-p) log (1-p)/(1-q) with p = σ(a) and q = σ(b): [B]."""
+  # Both signs may be changed. With a <= 0 no large numbers are subtracted where the KL is small.
+  sign_B = jnp.where(a_B > 0, -1, 1)
+  a_B, b_B = sign_B * a_B, sign_B * b_B
+  return jax.nn.sigmoid(a_B) * (a_B - b_B) + jax.nn.softplus(b_B) - jax.nn.softplus(a_B)
 
 
 # --- losses of both log-ratios --------------------------------------------------------------------
