@@ -250,10 +250,17 @@ def test_every_loss_is_reached_from_the_configuration(task, name):
   if name == "policy_gradient":
     config = on_policy_config(task)
     config.data.path = write_rows(task / "p.jsonl", [{"prompt": row["prompt"]} for row in rows])
+  if losses.resolve(name).completions > 2:
+    ranked = [
+      {"prompt": row["prompt"], "answers": [row["chosen"], row["rejected"], row["chosen"] + " bad"]}
+      for row in rows
+    ]
+    config.data.path = write_rows(task / "ranked.jsonl", ranked)
   run, _, reference, _ = build(config, task / "never")
   assert run.objective.loss.name == name
   assert (reference is None) == (name in losses.REFERENCE_FREE)
-  assert run.objective.completions == {"sft": 1, "policy_gradient": 4}.get(name, 2)
+  completions = {"sft": 1, "npo": 1, "simnpo": 1, "tpo": 3, "policy_gradient": 4}
+  assert run.objective.completions == completions.get(name, 2)
 
 
 @pytest.mark.slow
