@@ -113,6 +113,12 @@ def get_config() -> ConfigDict:
         sync_every=0,  # steps between syncs of the reference with the policy (TR-DPO); 0 is never
         store="",  # folder for stored log-probs of the reference, shared by runs; "" for none
         sync_alpha=0.6,  # at a sync, reference = 0.6 policy + 0.4 reference; 1 copies the policy
+        # True: at a sync (every 400 steps is usual) the reference becomes, in place of that mix, a
+        # moving average of the policy, corrected for its lag
+        bema=False,
+        bema_power=0.5,  # the policy's share in the average is (bema_lag + step)^-bema_power
+        bema_bias_power=0.2,  # strength of the correction, (bema_lag + step)^-bema_bias_power
+        bema_lag=10.0,  # steps that the average counts as old at the start
       ),
       "lora": section(
         rank=0,  # rank of the adapters; 0 trains the whole model, without adapters

@@ -199,6 +199,17 @@ def test_a_mix_resumes_to_the_bit_and_not_as_another(task):
     train.execute(config, task / "mix")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["mesh", "pmap"])
+def test_a_reference_that_is_an_average_resumes_too(task, mode):
+  """Its mean is in the checkpoint; where it began comes from the model's folder again."""
+  config = dpo_config(task)
+  config.reference.update(sync_every=2, bema=True)
+  config.parallel.update(mode=mode, devices=2)
+  train.execute(config, task / f"average_{mode}")
+  resume_from_step_3(config, task / f"average_{mode}")
+
+
 def on_policy_config(folder: pathlib.Path) -> ConfigDict:
   config = small(controlled_config.get_config("on_policy"))
   config.model.path = str(folder / "sft" / "export")

@@ -6,6 +6,8 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from dpo_jax import defaults
 from dpo_jax.losses import (
@@ -300,3 +302,18 @@ def test_what_the_command_line_asks_for(monkeypatch, argv, value):
   monkeypatch.setattr(cli, "_config_names", lambda: ["config"])
   monkeypatch.setattr("sys.argv", ["train", *argv])
   assert cli.requested("loss.name") == value
+
+
+# ml_collections loads files in a way that Python 3.12 gives up.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+def test_the_command_line_sets_an_argument_of_ones_own_loss(own, monkeypatch):
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", None, flag_values=values)
+  argv = ["train", f"--config={ROOT / 'configs' / 'preferences.py'}"]
+  argv += [f"--config.loss.name={own}:gained", "--config.loss.gain=2.5"]
+  monkeypatch.setattr("sys.argv", argv)
+  monkeypatch.setattr(cli, "_config_names", lambda: ["config"])
+  values(argv)
+  assert values.config.loss.gain == 2.5 and values.config.is_locked
+  given = {k: v for k, v in values.config.loss.items() if k != "name" and v is not None}
+  assert resolve(values.config.loss.name, **given).terms[0][2].keywords["gain"] == 2.5
