@@ -1,12 +1,14 @@
 """The check at step 0: the loss has the value that it declares, not the one that it computes."""
 
 import dataclasses
+import functools
 import types
 
 import jax
 import numpy as np
 import pytest
 
+from dpo_jax import losses
 from dpo_jax.data.collate import collate
 from dpo_jax.structs import UserError
 from dpo_jax.training.sanity import check_step_zero
@@ -38,12 +40,11 @@ def test_step_zero_compares_a_loss_with_its_declaration(capsys):
   loss = objective("ipo", beta=0.5).loss
   checked(loss)
   assert "step 0: loss 1.000000, as it must be" in capsys.readouterr().out  # 1/(4 β²)
-  ((weight, name, fn),) = loss.terms
 
-  def mistaken(policy, reference):
-    return fn(policy, reference) + 0.25
+  def mistaken(policy, reference, *, beta):
+    return losses.LOSSES["ipo"](policy, reference, beta=beta) + 0.25
 
-  wrong = dataclasses.replace(loss, terms=((weight, name, mistaken),))
+  wrong = dataclasses.replace(loss, terms=((1.0, "ipo", functools.partial(mistaken, beta=0.5)),))
   # A formula compared with itself would agree.
   with pytest.raises(UserError, match=r"the loss is 1\.250000 and not 1\.000000"):
-    checked(dataclasses.replace(wrong))
+    checked(wrong)
