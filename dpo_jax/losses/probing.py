@@ -102,8 +102,8 @@ def _logps(loss: Declaration, seed: int) -> Any:
   # Close to each other, so that a loss with a threshold is not flat between them.
   shape = (_SIZE, _COMPLETIONS)
   base_BK = -np.random.default_rng(7).uniform(5, 9, shape)
-  logps_BK = np.float32(base_BK + np.random.default_rng(seed).normal(0, 0.5, shape))
-  tokens_BK = np.float32(np.random.default_rng(8).integers(2, 6, shape))
+  logps_BK = (base_BK + np.random.default_rng(seed).normal(0, 0.5, shape)).astype(np.float32)
+  tokens_BK = np.random.default_rng(8).integers(2, 6, shape).astype(np.float32)
   if loss.kind == "unpaired":
     mismatched_B = logps_BK[:, 1] if loss.mismatched else None
     return UnpairedLogps(logps_BK[:, 0], mismatched_B, tokens_BK[:, 0])
