@@ -17,6 +17,7 @@ from tests.support import oracle
 PAIRS = 48
 BETAS = (0.01, 0.1, 1.0)
 FLIPS = (0.0, 0.1, 0.4)
+DISTANCES = ("squared", "backward_kl", "forward_kl")
 PRECISIONS = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 
 
@@ -45,12 +46,7 @@ OPTIONS = {
   "sigmoid_norm": _grid(beta=(0.1, 2.0, 10.0)),
   "dpop": _grid(beta=BETAS, penalty=(0.0, 1.0, 50.0)),
   "odpo": _grid(beta=BETAS, margin_B=(OFFSETS,), margin_scale=(0.0, 0.5, 1.0)),
-  "rpo": _grid(
-    beta=BETAS,
-    margin_B=(OFFSETS,),
-    margin_scale=(0.5, 1.0),
-    distance=("squared", "backward_kl", "forward_kl"),
-  ),
+  "rpo": _grid(distance=DISTANCES, beta=BETAS, margin_B=(OFFSETS,), margin_scale=(0.5, 1.0)),
   "bdpo": _grid(beta=BETAS, mix=(0.1, 0.5)),
   "alpha_po": _grid(beta=(2.5, 10.0), gamma=(0.0, 0.1), reward_alpha=(0.25, 1.0, -0.5)),
   "chi_po": _grid(beta=BETAS, clip=(0.5, 10.0, 1e4)),
@@ -145,19 +141,14 @@ def _compare_pairs(cases, p, q, n):
 
 def _each_option(one, options, dtype, *arrays):
   """Returns [one(own, *arrays) for own in options], compiled once: options are traced arrays."""
-  texts = {key for key in options[0] if isinstance(options[0][key], str)}
-  if texts:
-    # A text cannot be traced: one compiled function for each.
-    found = {}
-    for chosen in {tuple(own[key] for key in sorted(texts)) for own in options}:
-      given = dict(zip(sorted(texts), chosen, strict=True))
-      these = [k for k, own in enumerate(options) if all(own[t] == given[t] for t in given)]
-      fewer = [{k: v for k, v in options[i].items() if k not in texts} for i in these]
-      results = _each_option(
-        lambda own, *rest, given=given: one(own | given, *rest), fewer, dtype, *arrays
-      )
-      found |= dict(zip(these, results, strict=True))
-    return [found[k] for k in range(len(options))]
+  texts = [key for key in options[0] if isinstance(options[0][key], str)]
+  if texts:  # which cannot be traced: one compiled function for each
+    found = []
+    for given, some in itertools.groupby(options, lambda own: {key: own[key] for key in texts}):
+      numbers = [{k: own[k] for k in own if k not in texts} for own in some]
+      with_texts = functools.partial(lambda given, own, *rest: one(own | given, *rest), given)
+      found += _each_option(with_texts, numbers, dtype, *arrays)
+    return found
   stacked = {key: np.array([own[key] for own in options], dtype) for key in options[0]}
   with jax.enable_x64(dtype is np.float64):
     if not stacked:
