@@ -70,9 +70,13 @@ def update(
   Raises:
     UserError: a field does not exist or is given twice, or a value is of another kind.
   """
+  flat = [*_flat(given, where)]
+  name = dict(flat).get("loss.name")
+  if isinstance(name, str) and ":" in name:  # a loss of the user's own has arguments of its own
+    defaults.add_arguments(config.loss, name)
   config.lock()
   fields, seen = config_flags.fields_of(config), set()
-  for typed, value in _flat(given, where):
+  for typed, value in flat:
     *sections, name = typed.split(".")
     node: Any = config
     for place, part in enumerate([*sections, name]):

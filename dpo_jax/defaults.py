@@ -4,6 +4,7 @@ from ml_collections import ConfigDict, config_dict
 
 from dpo_jax import losses
 from dpo_jax.structs import UserError
+from dpo_jax.utils import config_flags
 
 FIELDS = (
   "prompt",
@@ -38,9 +39,14 @@ LOSS_FIELDS = {
   "desirable_weight": "weight of desirable completions",
   "gamma": "target margin, in reward units",
   "label_smoothing": "probability that a label is wrong",
+  "distance": "what is compared with the gap of the scores: squared, backward_kl or forward_kl",
+  "gold_weight": "weight of the log-prob of the best completion",
   "margin_scale": "reward units per unit of the data's scores",
+  "mix": "share of the policy in the mixture that bounds the rejected completion",
   "odds_weight": "weight of the odds ratio",
   "penalty": "weight of the penalty where the chosen completion loses probability",
+  "retain_weight": "weight of the completions to keep",
+  "reward_alpha": "shape of the reward (1 - p^-α) / α; 0 is log p",
   "tau": "temperature of the mixture of two losses",
   "undesirable_weight": "weight of undesirable completions",
   "sft_weight": "adds the mean negative log-prob of the chosen completion with this weight",
@@ -90,15 +96,36 @@ def loss(name: str, **given) -> ConfigDict:
 
   So `--config.loss.name=robust --config.loss.label_smoothing=0.2` works with any configuration. An
   argument that the chosen loss does not read is an error.
+
+  Raises:
+    UserError: `name`, or the name on the command line, is a module:function that is no loss.
   """
-  # The arguments of every loss, since a flag can only set a field that exists.
-  taken = {key: float for known in losses.LOSSES for key in losses.arguments(known)}
-  types = taken | losses.modifiers()
-  section = ConfigDict(
-    {"name": name} | {key: config_dict.placeholder(types[key]) for key in sorted(types)}
-  )
+  section = ConfigDict({"name": name})
+  # The arguments of every loss, since a flag can only set a field that exists: also of one of the
+  # user's own, which the command line may name in place of this one.
+  add_arguments(section, name, config_flags.requested("loss.name") or "")
   section.update(given)
   return section
+
+
+def add_arguments(section: ConfigDict, *names: str) -> None:
+  """Adds to a loss section the arguments that losses have and it lacks; None means not set.
+
+  Raises:
+    UserError: one of the names is a module:function that is no loss.
+  """
+  types = {key: kind for name in names for key, kind in losses.types(name).items()}
+  with section.unlocked():
+    for key in sorted(types.keys() - section.keys()):
+      section[key] = config_dict.placeholder(types[key])
+
+
+def replace_aliases(config: ConfigDict) -> None:
+  """Replaces every alias in a configuration, such as the loss `dpo`, by the name it stands for.
+
+  So what a run stores, and compares when it is resumed, does not depend on which one was written.
+  """
+  config.loss.name = losses.canonical(config.loss.name)
 
 
 def get_config() -> ConfigDict:
@@ -123,6 +150,12 @@ def get_config() -> ConfigDict:
         sync_every=0,  # steps between syncs of the reference with the policy (TR-DPO); 0 is never
         store="",  # folder for stored log-probs of the reference, shared by runs; "" for none
         sync_alpha=0.6,  # at a sync, reference = 0.6 policy + 0.4 reference; 1 copies the policy
+        # True: at a sync (every 400 steps is usual) the reference becomes, in place of that mix, a
+        # moving average of the policy, corrected for its lag
+        bema=False,
+        bema_power=0.5,  # the policy's share in the average is (bema_lag + step)^-bema_power
+        bema_bias_power=0.2,  # strength of the correction, (bema_lag + step)^-bema_bias_power
+        bema_lag=10.0,  # steps that the average counts as old at the start
       ),
       "lora": section(
         rank=0,  # rank of the adapters; 0 trains the whole model, without adapters

@@ -467,10 +467,12 @@ def to_pairs(logps_NS: Array, slots: Slots) -> PairLogps:
   return PairLogps(logps_B2[:, 0], logps_B2[:, 1], tokens_B2[:, 0], tokens_B2[:, 1])
 
 
-def to_unpaired(logps_NS: Array) -> UnpairedLogps:
-  """Lists neighbouring slots as a labeled completion and a mismatched one."""
-  logps_B2 = logps_NS.reshape(-1, 2)
-  return UnpairedLogps(logps_B2[:, 0], logps_B2[:, 1])
+def to_unpaired(logps_NS: Array, slots: Slots, completions: int) -> UnpairedLogps:
+  """Lists slots as labeled completions, each with a mismatched one if `completions` is 2."""
+  logps_BK = logps_NS.reshape(-1, completions)
+  mismatched_B = logps_BK[:, 1] if completions > 1 else None
+  tokens_BK = _divisor(slots.tokens_NS).reshape(-1, completions)
+  return UnpairedLogps(logps_BK[:, 0], mismatched_B, tokens_BK[:, 0])
 
 
 def to_ranked(logps_NS: Array, slots: Slots, completions: int) -> RankedLogps:

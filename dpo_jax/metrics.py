@@ -92,7 +92,7 @@ def pair_sums(
 
 def unpaired_sums(
   policy: UnpairedLogps,
-  reference: UnpairedLogps,
+  reference: UnpairedLogps | None,
   loss_B: Array,
   weight_B: Array,
   label_B: Array,
@@ -101,21 +101,22 @@ def unpaired_sums(
   """Sums the loss, rewards and log-probs of unpaired completions, by label.
 
   Args:
-    policy, reference: summed log-probs, in nats.
+    policy, reference: summed log-probs, in nats; with None for the reference, rewards are β log π.
     loss_B: loss of each completion.
     weight_B: weight of each completion in all sums.
     label_B: 1 where the completion is desirable, 0 where it is not.
     beta: β, in reward units per nat.
 
   Returns:
-    Sums and counts of `loss`, of `rewards/…` and `logps/…` per label, and of `kl`: the mean
-    log-ratio of the mismatched completions, in nats, before it is limited to 0 or above.
+    Sums and counts of `loss`, of `rewards/…` and `logps/…` per label, and, where there are
+    mismatched completions, of `kl`: their mean log-ratio, in nats, before it is limited to 0 or
+    above.
   """
-  ratio_B = policy.completion_B - reference.completion_B
-  sums = {
-    "loss": _weighted(loss_B, weight_B),
-    "kl": _weighted(policy.mismatched_B - reference.mismatched_B, weight_B),
-  }
+  ratio_B = policy.completion_B - (0 if reference is None else reference.completion_B)
+  sums = {"loss": _weighted(loss_B, weight_B)}
+  if policy.mismatched_B is not None and reference is not None:
+    assert reference.mismatched_B is not None
+    sums["kl"] = _weighted(policy.mismatched_B - reference.mismatched_B, weight_B)
   # Each label has its own count: in a batch without desirable completions their mean is nan, not 0.
   for name, in_class_B in (("desirable", label_B > 0), ("undesirable", label_B <= 0)):
     sums[f"rewards/{name}"] = _weighted(beta * ratio_B, weight_B * in_class_B)
@@ -125,7 +126,7 @@ def unpaired_sums(
 
 def ranked_sums(
   policy: RankedLogps,
-  reference: RankedLogps,
+  reference: RankedLogps | None,
   loss_B: Array,
   weight_B: Array,
   present_BK: Array,
@@ -135,7 +136,7 @@ def ranked_sums(
   """Sums the metrics of K completions per prompt, ranked best first or sampled with rewards.
 
   Args:
-    policy, reference: summed log-probs, in nats.
+    policy, reference: summed log-probs, in nats; with None for the reference, rewards are β log π.
     loss_B: loss of each prompt.
     weight_B: weight of each prompt in all sums.
     present_BK: 1 where there is a completion, 0 where there is padding.
@@ -152,7 +153,7 @@ def ranked_sums(
       kl          mean of log π/π_ref, in nats
       objective   mean of -r + β log π/π_ref, which on-policy training minimizes
   """
-  ratio_BK = policy.completions_BK - reference.completions_BK
+  ratio_BK = policy.completions_BK - (0 if reference is None else reference.completions_BK)
   # Every completion that is present counts with its prompt's weight.
   weight_BK = weight_B[:, None] * present_BK
   sums = {"loss": _weighted(loss_B, weight_B)}

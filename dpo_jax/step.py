@@ -24,7 +24,8 @@ from dpo_jax import logprobs, metrics
 from dpo_jax.logprobs import Scored, Slots
 from dpo_jax.losses import Loss
 from dpo_jax.structs import Array, PyTree, Routing, TokenBatch
-from dpo_jax.utils import rounding
+from dpo_jax.utils import following, rounding
+from dpo_jax.utils.following import Sync
 
 
 class TrainState(NamedTuple):
@@ -35,8 +36,9 @@ class TrainState(NamedTuple):
     params: the trained parameters: those of the policy, or under LoRA those of the adapters alone.
     opt_state: state of the optimizer.
     running_stats: running statistics that the loss reads (bco_pair's δ, kto's KL); empty for most.
-    reference: the reference's parameters if it follows the policy (TR-DPO), otherwise None: a
-      frozen reference is the argument `reference_params` of the step, not part of its state.
+    reference: the reference's parameters if it follows the policy (TR-DPO), with the average that
+      they come from if they are one (`Averaged`), otherwise None: a frozen reference is the
+      argument `reference_params` of the step, not part of its state.
   """
 
   step: Array
@@ -44,17 +46,6 @@ class TrainState(NamedTuple):
   opt_state: PyTree
   running_stats: dict[str, Array]
   reference: PyTree | None = None
-
-
-class Sync(NamedTuple):
-  """The rule by which a reference follows the policy (TR-DPO).
-
-  Every `every` steps the reference's parameters become α policy + (1-α) reference. α = 1 is the
-  hard update of the paper, α < 1 the soft one. Gorbatovski et al. 2024, eq. 4 and 5.
-  """
-
-  every: int
-  alpha: float
 
 
 class Forward(Protocol):
@@ -106,7 +97,8 @@ class Objective(NamedTuple):
   Attributes:
     logps_fn: the forward pass, used for both policy and live reference.
     loss: the loss, from `losses.resolve`.
-    completions: K, the number of slots per example: 1 for text, 2 for pairs and unpaired examples.
+    completions: K, the number of slots per example: 1 for text, 2 for pairs; 1 for unpaired
+      examples, or 2 where the loss reads mismatched completions.
     reference: where the reference's log-probs come from; None means `LiveReference` if the loss
       reads them, and otherwise `NoReference`.
     policy: (trained, reference_params) -> the policy's parameters, such as base and adapters
@@ -228,17 +220,20 @@ def batch_sums(
       loss_B = loss_B * jnp.exp(jnp.minimum(by(alignment_NS).sum(axis=1), 0.0))
     sums_fn = functools.partial(metrics.pair_sums, policy, reference, loss_B, beta=loss.beta)
   elif loss.kind == "unpaired":
-    assert reference_NS is not None
-    policy, reference = logprobs.to_unpaired(logps_NS), logprobs.to_unpaired(reference_NS)
-    label_B = score_BK[:, 0]  # the first slot is labeled, the second is mismatched
+    policy = logprobs.to_unpaired(logps_NS, slots, completions)
+    reference = (
+      None if reference_NS is None else logprobs.to_unpaired(reference_NS, slots, completions)
+    )
+    label_B = score_BK[:, 0]  # the first slot is labeled; a second one is mismatched
     loss_B = loss(policy, reference, label_B=label_B, **supplied)
     sums_fn = functools.partial(
       metrics.unpaired_sums, policy, reference, loss_B, label_B=label_B, beta=loss.beta
     )
   else:
-    assert reference_NS is not None
     policy = logprobs.to_ranked(logps_NS, slots, completions)
-    reference = logprobs.to_ranked(reference_NS, slots, completions)
+    reference = (
+      None if reference_NS is None else logprobs.to_ranked(reference_NS, slots, completions)
+    )
     present_BK = weight_BK > 0
     loss_B = loss(policy, reference, present_BK=present_BK, reward_BK=score_BK, **supplied)
     # Scores of ranked data only order completions; those of samples are rewards, and reported.
@@ -285,7 +280,8 @@ def train_step(
   Args:
     state: what the last step returned; see `TrainState`.
     reference_params: the frozen reference, under LoRA also the base of the policy; None if the loss
-      reads no reference, or the state contains it, or its log-probs are stored.
+      reads no reference, or the state contains it, or its log-probs are stored. Where the reference
+      is an average of the policy, the policy at step 0.
     batch: token batches of A micro-batches, stacked: every array has a leading axis A. Their
       gradients are summed.
     objective: the objective to minimize.
@@ -299,26 +295,28 @@ def train_step(
     each; `nonfinite_row_ANS`, for every slot of the global batch its row of the data file if its
     loss is not finite, and -1 otherwise.
   """
-  if state.reference is not None:  # it follows the policy, so the state has it
-    reference_params = state.reference
-  grads, sums, bad_ANS = _gradient(objective, state, reference_params, batch, axis_name)
+  # Of a reference that follows the policy, the argument is at most where it began.
+  current = following.current(state.reference, reference_params)
+  grads, sums, bad_ANS = _gradient(objective, state, current, batch, axis_name)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   key = _rounding_key(objective, state.step)
   params, rounded = rounding.apply_updates(state.params, updates, key)
   # The only division: here, sums and counts are already those of the global batch.
   means = metrics.divide(sums)
-  following = state._replace(
+  next_state = state._replace(
     step=state.step + 1,
     params=params,
     opt_state=opt_state,
     # From means over the global batch, so that every device keeps the same statistics.
     running_stats=objective.loss.update_running_stats(state.running_stats, means),
-    reference=_followed(state, params, objective.sync),
+    reference=following.follow(
+      state.reference, params, reference_params, state.step + 1, objective.sync
+    ),
   )
   facts = _facts(objective, batch, bad_ANS, axis_name)
   # The norm before clipping: `tx` clips, and after it a sudden large gradient would not show.
   norm = optax.tree.norm(rounding.widen(grads))
-  return following, means | {"grad_norm": norm} | rounded | facts
+  return next_state, means | {"grad_norm": norm} | rounded | facts
 
 
 def _rounding_key(objective: Objective, index: Array) -> jax.Array | None:
@@ -519,16 +517,3 @@ def _joined(fn):
     return split(slope_NS), shares, split(bad_NS)
 
   return over_micro_batches
-
-
-def _followed(state: TrainState, params: PyTree, sync: Sync | None) -> PyTree | None:
-  """Returns the reference after a step: unchanged, or mixed with the policy if a sync is due."""
-  if sync is None:
-    return state.reference
-  # A share of 0 instead of a branch, so that one compiled program serves all steps.
-  share = jnp.where((state.step + 1) % sync.every == 0, sync.alpha, 0.0)
-
-  def mix(new: Array, old: Array) -> Array:
-    return (share * new + (1 - share) * old).astype(old.dtype)
-
-  return jax.tree.map(mix, params, state.reference)

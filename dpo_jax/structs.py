@@ -108,11 +108,14 @@ class UnpairedLogps(NamedTuple):
   Attributes:
     completion_B: log π(y|x) of the labeled completion y to its own prompt x.
     mismatched_B: log π(y'|x) of a completion y' that belongs to another prompt; KTO estimates the
-      KL divergence between policy and reference from it.
+      KL divergence between policy and reference from it. None where the loss reads none.
+    tokens_B: numbers of scored tokens of the labeled completions, or the sums of their weights, as
+      in `PairLogps`; None where they are not known.
   """
 
   completion_B: Array
-  mismatched_B: Array
+  mismatched_B: Array | None = None
+  tokens_B: Array | None = None
 
 
 class RankedLogps(NamedTuple):

@@ -79,6 +79,7 @@ def execute(
   Raises:
     UserError: bad input; files that were in `workdir` are unchanged.
   """
+  defaults.replace_aliases(config)
   section = config.parallel
   processes.start(section.coordinator, section.processes, section.process)
   with heartbeat.Heartbeat(), processes.quiet(), contextlib.ExitStack() as stack:

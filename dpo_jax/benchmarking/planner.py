@@ -32,6 +32,7 @@ from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 from dpo_jax.training import setup
 from dpo_jax.training.datasets import BatchSettings
+from dpo_jax.utils import following
 
 
 class Lengths(NamedTuple):
@@ -109,7 +110,10 @@ def outline(config: ConfigDict, lengths: Lengths) -> Outline:
     reference_params = lora.attach(policy, trained, adapters.scale) if start else policy
   # No array is made: the model may be larger than the memory of this machine.
   state = jax.eval_shape(functools.partial(step.init_state, tx=tx, loss=loss), trained)
-  if objective.sync:
+  if objective.sync and objective.sync.average:
+    average = jax.eval_shape(following.init_average, trained, reference_params)
+    state = state._replace(reference=average)
+  elif objective.sync:
     state, reference_params = state._replace(reference=reference_params), None
   return Outline(
     executor=executor,
@@ -154,10 +158,10 @@ def plan(config: ConfigDict, lengths: Lengths) -> dict[str, Any]:
   # The donated state is argument and output in the same bytes, which are counted once.
   about = run.compile().memory_analysis()
   assert about is not None, "the compiler of this platform reports no memory"
-  kept = run.state.reference  # where the reference follows the policy
   held = {
     "params": memory.device_bytes(run.state.params),
-    "reference": memory.device_bytes(run.reference if kept is None else kept),
+    # In the state where it follows the policy.
+    "reference": memory.device_bytes((run.reference, run.state.reference)),
     "optimiser": memory.device_bytes(run.state.opt_state),
     "step": about.temp_size_in_bytes + about.output_size_in_bytes - about.alias_size_in_bytes,
   }
@@ -197,7 +201,9 @@ def _model_config(config: ConfigDict) -> ModelConfig:
 def _completions(config: ConfigDict, loss: losses.Loss) -> int:
   """Returns the slots of an example; ranked completions are taken to be as many as on policy."""
   ranked: int = config.on_policy.num
-  return {"text": 1, "pairs": 2, "unpaired": 2}.get(loss.kind, ranked)
+  if loss.kind == "unpaired":
+    return 2 if loss.mismatched else 1
+  return {"text": 1, "pairs": 2}.get(loss.kind, ranked)
 
 
 def _as(shapes: PyTree, dtype: str) -> PyTree:

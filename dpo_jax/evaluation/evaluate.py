@@ -109,9 +109,7 @@ def resolve_pair_loss(name: str, beta: float | None = None) -> Loss:
     beta: β of the loss, if it has one, and of the reported rewards; None takes the loss's default.
   """
   names = [part.rpartition("*")[2].strip() for part in name.split("+")]
-  takes_beta = beta is not None and any(
-    "beta" in losses.arguments(part) for part in names if part in losses.LOSSES
-  )
+  takes_beta = beta is not None and any("beta" in losses.arguments(part) for part in names)
   loss = losses.resolve(name, **({"beta": beta} if takes_beta else {}))
   if loss.kind != "pairs":
     raise UserError(f"loss {name!r} is not computed from pairs; name a loss of pairs")

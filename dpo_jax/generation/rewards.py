@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Iterable
 from typing import cast
 
@@ -14,6 +11,7 @@ import numpy as np
 
 from dpo_jax.controlled import reviews
 from dpo_jax.structs import UserError
+from dpo_jax.utils import functions
 
 Reward = Callable[[str, str], float]
 
@@ -36,45 +34,13 @@ def resolve(name: str) -> Reward:
   """
   if name in REWARDS:
     return REWARDS[name]
-  module, colon, function = name.partition(":")
-  if not colon:
+  if ":" not in name:
     near = difflib.get_close_matches(name, REWARDS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(REWARDS)}."
     raise UserError(f"no reward is named {name!r}; {hint} Give your own as module:function")
-  if not module or not function:
-    missing = "function" if module else "module"
-    raise UserError(f"reward {name!r} names no {missing}; write it as module:function")
-  # At the end, so that no file of the current folder can hide an installed module.
-  if not {"", os.getcwd()} & {*sys.path}:
-    sys.path.append(os.getcwd())
-  try:
-    imported = importlib.import_module(module)
-    found = getattr(imported, function, None)
-  except (Exception, SystemExit) as error:  # users' modules may raise anything, or call exit()
-    # Two cases that need different help: the module itself is missing, or it is found and its own
-    # imports fail.
-    absent = error.name if isinstance(error, ModuleNotFoundError) else None
-    if absent and f"{module}.".startswith(f"{absent}."):
-      raise UserError(
-        f"reward {name!r}: no module named {absent!r} is in the current folder, on PYTHONPATH or"
-        " installed; go to the folder that holds it, or put that on PYTHONPATH"
-      ) from None
-    reason = _describe(error)
-    raise UserError(f"reward {name!r}: importing {module!r} fails with {reason}") from error
-  if found is None:
-    where = getattr(imported, "__file__", None)
-    raise UserError(
-      f"reward {name!r}: {module!r}{f' ({where})' if where else ''} has no {function!r}; name a"
-      " function of that module"
-    )
-  if not callable(found):
-    raise UserError(f"reward {name!r} is no function but {type(found).__name__}")
+  found = functions.import_function("reward", name)
   _check_signature(name, found)
   return cast(Reward, found)
-
-
-def _describe(error: BaseException) -> str:
-  return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _check_signature(name: str, found: Callable) -> None:
@@ -104,8 +70,8 @@ def values(reward: Reward, prompts: Iterable[str], completions: Iterable[str]) -
     except (Exception, SystemExit) as error:
       name = getattr(reward, "__name__", type(reward).__name__)
       raise UserError(
-        f"the reward {name} fails with {_describe(error)}, for prompt {prompt!r} and completion"
-        f" {completion!r}"
+        f"the reward {name} fails with {functions.describe(error)}, for prompt {prompt!r} and"
+        f" completion {completion!r}"
       ) from error
     try:
       # float() accepts the text "0.5", but a reward that returns a text has a mistake in it.

@@ -6,10 +6,14 @@ micro-batches and devices in one call.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.losses.paired import log_ratios, smoothed_sigmoid
+from dpo_jax.losses.declaration import Running, declare
+from dpo_jax.losses.ratios import log_ratios, smoothed_sigmoid
 from dpo_jax.structs import Array, PairLogps, RankedLogps, UnpairedLogps
 
 # --- losses of the whole batch --------------------------------------------------------------------
@@ -34,6 +38,12 @@ def _sorted_differences(first_B: Array, second_B: Array, weight_B: Array | None)
   return jnp.zeros_like(difference_B).at[order_B].set(difference_B)
 
 
+@declare(
+  reference=True,
+  at_reference=math.log(2),
+  batch_wide=True,
+  ranges={"label_smoothing": "[0, 0.5)"},
+)
 def aot(
   policy: PairLogps,
   reference: PairLogps,
@@ -57,6 +67,12 @@ def aot(
   return smoothed_sigmoid(beta * difference_B, label_smoothing)
 
 
+@declare(
+  reference=True,
+  at_reference=math.log(2),
+  batch_wide=True,
+  ranges={"label_smoothing": "[0, 0.5)"},
+)
 def aot_unpaired(
   policy: PairLogps,
   reference: PairLogps,
@@ -82,6 +98,29 @@ def aot_unpaired(
 # --- losses of unpaired completions ---------------------------------------------------------------
 
 
+def _kl_estimate(means: Mapping[str, Array]) -> Array:
+  """Returns a batch's estimate of the KL divergence, which is never negative."""
+  return jnp.maximum(means["kl"], 0.0)
+
+
+def _by_label(label_B: Array, desirable: Array | float, undesirable: Array | float) -> Array:
+  """Returns the first value for desirable completions and the second for undesirable ones: [B]."""
+  return jnp.where(jnp.asarray(label_B) > 0.5, desirable, undesirable)
+
+
+@declare(
+  kind="unpaired",
+  mismatched=True,
+  reference=True,
+  # While z0 is 0, as it is where policy and reference are equal.
+  at_reference=lambda policy, label_B, desirable_weight, undesirable_weight: _by_label(
+    label_B, desirable_weight / 2, undesirable_weight / 2
+  ),
+  batch_wide=True,
+  ranges={"desirable_weight": "(0, inf)", "undesirable_weight": "(0, inf)"},
+  # By default z0 is the batch's own estimate, and not a running mean.
+  running=Running("kl", _kl_estimate, decay=0.0),
+)
 def kto(
   policy: UnpairedLogps,
   reference: UnpairedLogps,
@@ -113,6 +152,7 @@ def kto(
   """
   ratio_B = policy.completion_B - reference.completion_B
   if kl is None:
+    assert policy.mismatched_B is not None and reference.mismatched_B is not None
     mismatched_ratio_B = policy.mismatched_B - reference.mismatched_B
     estimate = (
       mismatched_ratio_B.mean()
@@ -125,14 +165,90 @@ def kto(
   z0 = jax.lax.stop_gradient(jnp.maximum(estimate, 0.0))
   # 1 - σ(v) is written σ(-v): exact where σ(v) is close to 1.
   desirable_B = desirable_weight * jax.nn.sigmoid(-beta * (ratio_B - z0))
-  return jnp.where(
-    label_B > 0.5, desirable_B, undesirable_weight * jax.nn.sigmoid(beta * (ratio_B - z0))
-  )
+  return _by_label(label_B, desirable_B, undesirable_weight * jax.nn.sigmoid(beta * (ratio_B - z0)))
+
+
+def _retained(policy: UnpairedLogps) -> Array:
+  """Computes -log π(y)/|y|, in nats per token: [B].
+
+  Raises:
+    ValueError: `policy` has no token counts.
+  """
+  if policy.tokens_B is None:
+    raise ValueError("this loss averages over tokens; give UnpairedLogps the token counts")
+  return -policy.completion_B / policy.tokens_B
+
+
+@declare(
+  kind="unpaired",
+  reference=True,
+  at_reference=lambda policy, label_B, beta, retain_weight: _by_label(
+    label_B, retain_weight * _retained(policy), 2 * math.log(2) / beta
+  ),
+  averages=True,
+  ranges={"retain_weight": "[0, inf)"},
+)
+def npo(
+  policy: UnpairedLogps,
+  reference: UnpairedLogps,
+  *,
+  beta: float = 0.1,
+  retain_weight: float = 1.0,
+  label_B: Array,
+) -> Array:
+  """NPO, for unlearning: DPO's loss of a rejected completion that has no chosen one.
+
+    loss = -2/β log σ(-β log π(y)/π_ref(y)) if undesirable, -λ log π(y)/|y| if desirable
+
+  Undesirable completions are to be forgotten: they lose probability, ever more slowly. As β goes to
+  0 this is gradient ascent, which has no such brake. Desirable completions are to be kept: they are
+  trained as in supervised training, with weight λ, `retain_weight`. The mean is over the
+  completions of both kinds. 2 log 2/β for undesirable ones where policy equals reference.
+  Zhang et al. 2024 (NPO, arXiv 2404.05868), eq. 3; with its term for retained data.
+  """
+  ratio_B = policy.completion_B - reference.completion_B
+  forgotten_B = -2 / beta * jax.nn.log_sigmoid(-beta * ratio_B)
+  return _by_label(label_B, retain_weight * _retained(policy), forgotten_B)
+
+
+@declare(
+  kind="unpaired",
+  reference=False,
+  averages=True,
+  ranges={"gamma": "[0, inf)", "retain_weight": "[0, inf)"},
+)
+def simnpo(
+  policy: UnpairedLogps,
+  reference: UnpairedLogps | None = None,
+  *,
+  beta: float = 2.5,
+  gamma: float = 0.0,
+  retain_weight: float = 1.0,
+  label_B: Array,
+) -> Array:
+  """SimNPO, for unlearning: NPO of average log-probs, without a reference.
+
+    loss = -2/β log σ(-β log π(y)/|y| - γ) if undesirable, -λ log π(y)/|y| if desirable
+
+  `gamma` is γ, in reward units; β is in reward units per (nat per token). Desirable completions are
+  kept, as in `npo`. Fan et al. 2024 (SimNPO, arXiv 2410.07163).
+  """
+  del reference
+  kept_B = _retained(policy)
+  forgotten_B = -2 / beta * jax.nn.log_sigmoid(beta * kept_B - gamma)
+  return _by_label(label_B, retain_weight * kept_B, forgotten_B)
 
 
 # --- losses of several completions to a prompt ----------------------------------------------------
 
 
+def _log_rankings(policy: RankedLogps, present_BK: Array | None) -> Array:
+  """Computes log K! from the number K of completions that are present: [B]."""
+  full = jnp.ones(jnp.shape(policy.completions_BK), bool)
+  return jax.scipy.special.gammaln(1.0 + (full if present_BK is None else present_BK).sum(axis=1))
+
+
+@declare(kind="ranked", reference=True, at_reference=_log_rankings)
 def plackett_luce(
   policy: RankedLogps,
   reference: RankedLogps | None,
@@ -159,6 +275,13 @@ def plackett_luce(
   return jnp.where(present_BK, remaining_BK - z_BK, 0.0).sum(axis=1)
 
 
+@declare(
+  kind="ranked",
+  on_policy=True,
+  reference=True,
+  # It depends on rewards and log-probs, and nothing simpler than the loss gives it.
+  at_reference=None,
+)
 def policy_gradient(
   policy: RankedLogps,
   reference: RankedLogps,
@@ -187,6 +310,43 @@ def policy_gradient(
   # Without stop_gradient, the log π inside R would add a second gradient.
   advantage_BK = jax.lax.stop_gradient(jnp.where(present_BK, return_BK - baseline_BK, 0.0))
   return -(advantage_BK * policy.completions_BK).sum(axis=1) / count_B1[:, 0]
+
+
+@declare(
+  kind="ranked",
+  completions=3,
+  reference=False,
+  averages=True,
+  likelihood=True,
+  ranges={"gold_weight": "[0, inf)"},
+)
+def tpo(
+  policy: RankedLogps,
+  reference: RankedLogps | None = None,
+  *,
+  beta: float = 0.01,
+  gold_weight: float = 1.0,
+  present_BK: Array | None = None,
+) -> Array:
+  """TPO: a pair without a reference, and the likelihood of a third, better completion.
+
+    loss = -log σ(β (log π(y_w) - log π(y_l))) - α log π(y_gold)/|y_gold|
+
+  Of the ranked completions, the first is y_gold, the second y_w and the last that is present y_l; a
+  prompt needs three. `gold_weight` is α; `present_BK` is as in `plackett_luce`.
+  Saeidi et al. 2024 (TPO, arXiv 2405.16681), eq. 3, with the authors' mean over tokens.
+  """
+  del reference
+  logps_BK = jnp.asarray(policy.completions_BK)
+  if policy.tokens_BK is None:
+    raise ValueError("this loss averages over tokens; give RankedLogps the token counts")
+  if present_BK is None:
+    present_BK = jnp.ones(logps_BK.shape, bool)
+  # An empty row has none; any column will do for it, since its weight is 0.
+  last_B1 = jnp.maximum(jnp.sum(present_BK, axis=1, keepdims=True) - 1, 0)
+  rejected_B = jnp.take_along_axis(logps_BK, last_B1, axis=1)[:, 0]
+  gold_B = logps_BK[:, 0] / policy.tokens_BK[:, 0]
+  return -jax.nn.log_sigmoid(beta * (logps_BK[:, 1] - rejected_B)) - gold_weight * gold_B
 
 
 def _ranked_ratios(policy: RankedLogps, reference: RankedLogps | None) -> Array:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.losses.paired import log_ratios, tangent_exp
+from dpo_jax.losses.ratios import log_ratios, tangent_exp
 from dpo_jax.structs import Array, PairLogps
 
 

@@ -20,43 +20,26 @@ All losses and their gradients are finite in float32 at log-probs of ±1e4.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.losses.declaration import Running, declare
+from dpo_jax.losses.ratios import (
+  log_ratios,
+  margins,
+  mean_ratios,
+  smoothed_sigmoid,
+  tangent_exp,
+)
 from dpo_jax.structs import Array, PairLogps
-
-
-def log_ratios(policy: PairLogps, reference: PairLogps | None) -> tuple[Array, Array]:
-  """Computes the log-ratios c and r, in nats: [B] each."""
-  if reference is None:
-    return jnp.asarray(policy.chosen_B), jnp.asarray(policy.rejected_B)
-  return policy.chosen_B - reference.chosen_B, policy.rejected_B - reference.rejected_B
-
-
-def margins(policy: PairLogps, reference: PairLogps | None) -> Array:
-  """Computes the margin m = c - r, in nats: [B]."""
-  # The order is important: 1. policy minus reference, 2. chosen minus rejected. Policy and
-  # reference are close, so the first difference is exact in floating point. Chosen minus rejected
-  # may be hundreds of nats; computed first, it would round away digits that the margin needs.
-  c_B, r_B = log_ratios(policy, reference)
-  return c_B - r_B
-
-
-def mean_ratios(policy: PairLogps, reference: PairLogps | None) -> tuple[Array, Array]:
-  """Computes c/|y_w| and r/|y_l|, in nats per token: [B] each.
-
-  Raises:
-    ValueError: `policy` has no token counts.
-  """
-  if policy.chosen_tokens_B is None or policy.rejected_tokens_B is None:
-    raise ValueError("this loss averages over tokens; give PairLogps both token counts")
-  c_B, r_B = log_ratios(policy, reference)
-  return c_B / policy.chosen_tokens_B, r_B / policy.rejected_tokens_B
-
 
 # --- losses of the margin alone -------------------------------------------------------------------
 
 
+@declare(reference=True, at_reference=math.log(2), margin=True, aliases=("dpo",))
 def sigmoid(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> Array:
   """DPO: minus the log-likelihood of the label under Bradley-Terry.
 
@@ -76,11 +59,12 @@ def sigmoid(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1
   return -jax.nn.log_sigmoid(beta * margins(policy, reference))
 
 
-def smoothed_sigmoid(z_B: Array, epsilon: float) -> Array:
-  """Computes the cross-entropy of σ(z) against labels that are wrong with probability ε: [B]."""
-  return -(1 - epsilon) * jax.nn.log_sigmoid(z_B) - epsilon * jax.nn.log_sigmoid(-z_B)
-
-
+@declare(
+  reference=True,
+  at_reference=math.log(2),
+  margin=True,
+  ranges={"label_smoothing": "[0, 0.5)"},
+)
 def cdpo(
   policy: PairLogps,
   reference: PairLogps | None,
@@ -99,6 +83,12 @@ def cdpo(
   return smoothed_sigmoid(beta * margins(policy, reference), label_smoothing)
 
 
+@declare(
+  reference=True,
+  at_reference=math.log(2),
+  margin=True,
+  ranges={"label_smoothing": "[0, 0.5)"},
+)
 def robust(
   policy: PairLogps,
   reference: PairLogps | None,
@@ -120,6 +110,11 @@ def robust(
   return (clean_B + label_smoothing * jax.nn.log_sigmoid(-z_B)) / (1 - 2 * label_smoothing)
 
 
+@declare(
+  reference=True,
+  at_reference=lambda policy, beta: 1 / (4 * beta**2),
+  uniform_reference=True,
+)
 def ipo(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> Array:
   """IPO: the squared distance of the margin, in nats, from 1/(2β).
 
@@ -131,6 +126,7 @@ def ipo(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) ->
   return jnp.square(margins(policy, reference) - 1 / (2 * beta))
 
 
+@declare(reference=True, at_reference=1.0, margin=True)
 def hinge(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> Array:
   """The hinge loss of SLiC, applied to DPO's margin.
 
@@ -142,6 +138,14 @@ def hinge(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) 
   return jax.nn.relu(1 - beta * margins(policy, reference))
 
 
+@declare(
+  reference=True,
+  at_reference=lambda policy, label_smoothing: (
+    -math.log(2) - jnp.log(label_smoothing * (1 - label_smoothing)) / 2
+  ),
+  margin=True,
+  ranges={"label_smoothing": "(0, 0.5)"},  # the loss takes its logarithm
+)
 def exo_pair(
   policy: PairLogps,
   reference: PairLogps | None,
@@ -163,6 +167,13 @@ def exo_pair(
   return won_B + jax.nn.sigmoid(-z_B) * (jax.nn.log_sigmoid(-z_B) - log_e)
 
 
+@declare(
+  reference=True,
+  at_reference=(math.log(2) + 1) / 2,
+  margin=True,
+  # With τ > 1, e^-z g grows without bound below z = 0.
+  ranges={"tau": "(0, 1]"},
+)
 def discopop(
   policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1, tau: float = 0.05
 ) -> Array:
@@ -178,6 +189,12 @@ def discopop(
   return logistic_B + jnp.exp(jax.nn.log_sigmoid(z_B / tau) - z_B)
 
 
+@declare(
+  reference=True,
+  at_reference=lambda policy, margin_scale, margin_B: jax.nn.softplus(margin_scale * margin_B),
+  margin=True,
+  ranges={"margin_scale": "[0, inf)"},
+)
 def odpo(
   policy: PairLogps,
   reference: PairLogps | None,
@@ -198,9 +215,68 @@ def odpo(
   return -jax.nn.log_sigmoid(beta * margins(policy, reference) - margin_scale * margin_B)
 
 
+def _rpo_at_reference(policy: PairLogps, margin_scale: float, distance: str, margin_B: Array):
+  """Computes the distance of a margin of 0 from ηΔ."""
+  del policy
+  target_B = margin_scale * jnp.asarray(margin_B)
+  if distance == "squared":
+    return jnp.square(target_B)
+  # softplus(x) + softplus(-x) is -log σ(x) - log σ(-x), twice the cross-entropy of ½ against σ(x).
+  both_B = jax.nn.softplus(target_B) + jax.nn.softplus(-target_B)
+  if distance == "forward_kl":
+    return both_B / 2 - math.log(2)
+  # log 2 - H(σ(x)), with the entropy H(σ(x)) = softplus(x) - x σ(x).
+  return math.log(2) - jax.nn.softplus(target_B) + target_B * jax.nn.sigmoid(target_B)
+
+
+@declare(
+  reference=True,
+  at_reference=_rpo_at_reference,
+  margin=True,
+  ranges={
+    "margin_scale": "[0, inf)",
+    "distance": ("squared", "backward_kl", "forward_kl"),
+  },
+)
+def rpo(
+  policy: PairLogps,
+  reference: PairLogps | None,
+  *,
+  beta: float = 0.1,
+  margin_scale: float = 1.0,
+  distance: str = "backward_kl",
+  margin_B: Array | float = 0.0,
+) -> Array:
+  """Reward-aware preference optimization: the margin of rewards should equal the gap of scores.
+
+    squared        loss = (z - ηΔ)²
+    backward_kl    loss = KL(σ(ηΔ) ‖ σ(z))
+    forward_kl     loss = KL(σ(z) ‖ σ(ηΔ)),   KL(p ‖ q) = p log p/q + (1-p) log (1-p)/(1-q)
+
+  All are 0 at z = ηΔ. `margin_B` is Δ, the score of the chosen completion minus that of the
+  rejected one, in the scorer's units; it may be negative. `margin_scale` is η, reward units per
+  unit of score. Sun et al. 2025 (RPO, arXiv 2502.00203), as in the authors' NeMo-Aligner.
+  """
+  z_B = jnp.asarray(beta * margins(policy, reference))
+  target_B = margin_scale * jnp.asarray(margin_B, z_B.dtype)
+  if distance == "squared":
+    return jnp.square(z_B - target_B)
+  first_B, second_B = (target_B, z_B) if distance == "backward_kl" else (z_B, target_B)
+  return _bernoulli_kl(first_B, second_B)
+
+
+def _bernoulli_kl(a_B: Array, b_B: Array) -> Array:
+  """Computes KL(p ‖ q) = p log p/q + (1-p) log (1-p)/(1-q) with p = σ(a) and q = σ(b): [B]."""
+  # Both signs may be changed. With a <= 0 no large numbers are subtracted where the KL is small.
+  sign_B = jnp.where(a_B > 0, -1, 1)
+  a_B, b_B = sign_B * a_B, sign_B * b_B
+  return jax.nn.sigmoid(a_B) * (a_B - b_B) + jax.nn.softplus(b_B) - jax.nn.softplus(a_B)
+
+
 # --- losses of both log-ratios --------------------------------------------------------------------
 
 
+@declare(reference=True, at_reference=2 * math.log(2))
 def nca_pair(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> Array:
   """NCA for pairs: it raises the likelihood of the chosen completion, not only the margin.
 
@@ -214,6 +290,16 @@ def nca_pair(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.
   return -jax.nn.log_sigmoid(beta * c_B) - 0.5 * pushed_B
 
 
+def _mean_reward(means: Mapping[str, Array]) -> Array:
+  """Returns the mean reward of both completions of a batch."""
+  return (means["rewards/chosen"] + means["rewards/rejected"]) / 2
+
+
+@declare(
+  reference=True,
+  at_reference=lambda policy, delta: jax.nn.softplus(delta) + jax.nn.softplus(-delta),
+  running=Running("delta", _mean_reward, decay=0.9),
+)
 def bco_pair(
   policy: PairLogps,
   reference: PairLogps | None,
@@ -234,6 +320,7 @@ def bco_pair(
   return -jax.nn.log_sigmoid(beta * c_B - delta) - jax.nn.log_sigmoid(delta - beta * r_B)
 
 
+@declare(reference=True, at_reference=lambda policy, beta: 1 / (2 * beta**2))
 def sppo_hard(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> Array:
   """SPPO with hard labels: the squared distances of c and r, in nats, from 1/(2β) and -1/(2β).
 
@@ -245,6 +332,7 @@ def sppo_hard(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0
   return jnp.square(c_B - 0.5 / beta) + jnp.square(r_B + 0.5 / beta)
 
 
+@declare(reference=True, at_reference=1.0)
 def apo_zero(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> Array:
   """APO-zero: it raises chosen completions and lowers rejected ones.
 
@@ -257,6 +345,7 @@ def apo_zero(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.
   return 1 - jax.nn.sigmoid(beta * c_B) + jax.nn.sigmoid(beta * r_B)
 
 
+@declare(reference=True, at_reference=1.0)
 def apo_down(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> Array:
   """APO-down: it lowers both completions, the rejected one further.
 
@@ -269,6 +358,7 @@ def apo_down(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.
   return jax.nn.sigmoid(beta * c_B) + 1 - jax.nn.sigmoid(beta * (c_B - r_B))
 
 
+@declare(reference=True, at_reference=math.log(2), ranges={"penalty": "[0, inf)"})
 def dpop(
   policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1, penalty: float = 50.0
 ) -> Array:
@@ -283,23 +373,7 @@ def dpop(
   return -jax.nn.log_sigmoid(beta * (c_B - r_B - penalty * jax.nn.relu(-c_B)))
 
 
-# Nats above which `tangent_exp` is linear. exp(20) is 5e8, so that its products stay well within
-# float32.
-EXP_CAP = 20.0
-
-
-def tangent_exp(u: Array) -> Array:
-  """Computes exp(u), continued by its tangent above `EXP_CAP`.
-
-  It is finite and increasing everywhere, and its gradient is never 0 in that region, unlike that of
-  a clipped exponential.
-  """
-  # The minimum keeps inf out of both value and gradient: exp sees at most the cap. Above it, the
-  # factor 1 + u - low is the tangent.
-  low = jnp.minimum(u, EXP_CAP)
-  return jnp.exp(low) * (1 + u - low)
-
-
+@declare(reference=True, at_reference=math.log(2), ranges={"clip": "(0, inf)"})
 def chi_po(
   policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1, clip: float = 10.0
 ) -> Array:
@@ -319,9 +393,34 @@ def chi_po(
   return -jax.nn.log_sigmoid(jnp.clip(beta * gap_B, -clip, clip))
 
 
+@declare(reference=True, at_reference=math.log(2), ranges={"mix": "(0, 1]"})
+def bdpo(
+  policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1, mix: float = 0.5
+) -> Array:
+  """Bounded DPO: the rejected completion is compared under a mixture of policy and reference.
+
+    loss = -log σ(β (c - log(λ e^r + 1 - λ)))
+
+  λ e^r + 1 - λ is π_mix(y_l)/π_ref(y_l) with π_mix = λ π + (1-λ) π_ref. It is never below 1 - λ, so
+  that lowering the rejected completion gains less and less, and the chosen one must rise. `mix` is
+  λ, in (0, 1]; 1 is DPO. log 2 where policy equals reference.
+  Cho et al. 2025 (BDPO, arXiv 2506.12725), which finds λ = ½ best.
+  """
+  c_B, r_B = log_ratios(policy, reference)
+  # logaddexp, since e^r alone overflows.
+  bounded_B = jnp.logaddexp(jnp.log(mix) + r_B, jnp.log1p(-mix))
+  return -jax.nn.log_sigmoid(beta * (c_B - bounded_B))
+
+
 # --- losses of averages over tokens ---------------------------------------------------------------
 
 
+@declare(
+  reference=True,
+  at_reference=lambda policy, beta: 1 / (4 * beta**2),
+  averages=True,
+  uniform_reference=True,
+)
 def ipo_mean(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> Array:
   """IPO with log-probs averaged over tokens, the form that TRL and others call ipo.
 
@@ -334,6 +433,7 @@ def ipo_mean(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.
   return jnp.square(c_B - r_B - 1 / (2 * beta))
 
 
+@declare(reference=True, at_reference=math.log(2), averages=True, uniform_reference=True)
 def sigmoid_norm(policy: PairLogps, reference: PairLogps | None, *, beta: float = 0.1) -> Array:
   """Length-normalized DPO: DPO with log-probs averaged over tokens.
 
@@ -345,90 +445,3 @@ def sigmoid_norm(policy: PairLogps, reference: PairLogps | None, *, beta: float 
   """
   c_B, r_B = mean_ratios(policy, reference)
   return -jax.nn.log_sigmoid(beta * (c_B - r_B))
-
-
-# --- losses without a reference -------------------------------------------------------------------
-
-
-def simpo(
-  policy: PairLogps,
-  reference: PairLogps | None = None,
-  *,
-  beta: float = 2.0,
-  gamma: float = 1.0,
-) -> Array:
-  """SimPO: DPO whose reward is the average log-prob of a completion; it needs no reference.
-
-    loss = -log σ(β (log π(y_w)/|y_w| - log π(y_l)/|y_l|) - γ)
-
-  `gamma` is the target margin γ, in reward units; β is in reward units per (nat per token).
-  Meng et al. 2024, eq. 6.
-  """
-  # `reference` is accepted and ignored, here and below, so that all losses have one signature.
-  del reference
-  c_B, r_B = mean_ratios(policy, None)
-  return -jax.nn.log_sigmoid(beta * (c_B - r_B) - gamma)
-
-
-def cpo(
-  policy: PairLogps,
-  reference: PairLogps | None = None,
-  *,
-  beta: float = 0.1,
-  sft_weight: float = 1.0,
-) -> Array:
-  """CPO: DPO with a uniform reference, plus the negative log-likelihood of the chosen completion.
-
-    loss = -log σ(β (log π(y_w) - log π(y_l))) - λ log π(y_w)
-
-  `sft_weight` is λ; it multiplies the log-prob summed over tokens. Xu et al. 2024 (λ = 1).
-  """
-  del reference
-  # A sum over tokens, unlike `sft_mean`: the paper's likelihood term is not averaged.
-  return -jax.nn.log_sigmoid(beta * margins(policy, None)) - sft_weight * policy.chosen_B
-
-
-def orpo(
-  policy: PairLogps, reference: PairLogps | None = None, *, odds_weight: float = 0.1
-) -> Array:
-  """ORPO: the supervised loss plus a loss of the log odds ratio; it needs no reference.
-
-    loss = -log p_w - λ log σ(log p_w/(1-p_w) - log p_l/(1-p_l)),   p = π(y)^(1/|y|)
-
-  `odds_weight` is λ. Hong et al. 2024, eq. 6 and 7.
-  """
-  del reference
-  won_B, lost_B = mean_ratios(policy, None)
-  return -won_B - odds_weight * jax.nn.log_sigmoid(_log_odds(won_B) - _log_odds(lost_B))
-
-
-def _log_odds(log_p: Array) -> Array:
-  """Computes log p/(1-p) from log p, with p limited to exp(-1e-6): the odds of 1 are infinite."""
-  # The limit also cuts the gradient of a completion that is certain, which would be infinite.
-  log_p = jnp.minimum(log_p, -1e-6)
-  # expm1 keeps the digits of 1 - p where p is close to 1.
-  return log_p - jnp.log(-jnp.expm1(log_p))
-
-
-def sft(policy: PairLogps, reference: PairLogps | None = None) -> Array:
-  """The negative log-likelihood of the chosen completion, for supervised fine-tuning.
-
-    loss = -log π(y_w|x)
-
-  The unit is nats per completion. The training step divides the sum over completions by the tokens
-  of the global batch, so that every token counts the same. `reference` is ignored.
-  """
-  del reference
-  return -policy.chosen_B
-
-
-def sft_mean(policy: PairLogps, reference: PairLogps | None = None) -> Array:
-  """The supervised term that is added to a paired loss.
-
-    loss = -log π(y_w|x)/|y_w|
-
-  The unit is nats per token. `reference` is ignored.
-  Pang et al. 2024 (RPO); Wang et al. 2024 (MPO).
-  """
-  del reference
-  return -mean_ratios(policy, None)[0]

@@ -5,103 +5,120 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from dpo_jax.losses import batchwise, paired
+# Imported for their declarations. The order is that of messages and tables.
+from dpo_jax.losses import batchwise, checks, paired, reference_free
+from dpo_jax.losses.declaration import (
+  Declaration,
+  LossFn,
+  Running,
+  declaration_of,
+  declarations,
+)
 from dpo_jax.losses.divergences import DIVERGENCES, with_divergence
+from dpo_jax.losses.probing import probe
 from dpo_jax.structs import Array, UserError
+from dpo_jax.utils import functions
 
-LossFn = Callable[..., Array]
-
-LOSSES: dict[str, LossFn] = {
-  fn.__name__: fn
-  for fn in (
-    paired.sigmoid,
-    paired.cdpo,
-    paired.robust,
-    paired.ipo,
-    paired.ipo_mean,
-    paired.hinge,
-    paired.exo_pair,
-    paired.nca_pair,
-    paired.bco_pair,
-    paired.sppo_hard,
-    paired.apo_zero,
-    paired.apo_down,
-    batchwise.aot,
-    batchwise.aot_unpaired,
-    paired.discopop,
-    paired.sigmoid_norm,
-    paired.dpop,
-    paired.odpo,
-    paired.chi_po,
-    paired.simpo,
-    paired.cpo,
-    paired.orpo,
-    batchwise.kto,
-    batchwise.plackett_luce,
-    batchwise.policy_gradient,
-    paired.sft,
-  )
+_OWN = (paired, reference_free, batchwise)
+_BY_NAME: dict[str, Declaration] = {
+  one.name: one for module in _OWN for one in declarations() if one.fn.__module__ == module.__name__
 }
-
-# The kind of example a loss is computed from; losses not listed take "pairs".
-_KINDS = {"sft": "text", "kto": "unpaired", "plackett_luce": "ranked", "policy_gradient": "ranked"}
+LOSSES: dict[str, LossFn] = {name: one.fn for name, one in _BY_NAME.items()}
+_ALIASES = {alias: one.name for one in _BY_NAME.values() for alias in one.aliases}
 # Losses that do not read the reference.
-REFERENCE_FREE = frozenset({"simpo", "cpo", "orpo", "sft"})
+REFERENCE_FREE = frozenset(name for name, one in _BY_NAME.items() if not one.reference)
 # Losses that depend on the log-ratios only through their difference. In these f' of another
 # divergence may replace the log-ratio.
-MARGIN_LOSSES = frozenset({"sigmoid", "cdpo", "robust", "hinge", "exo_pair", "discopop", "odpo"})
-# Losses that keep a meaning when the reference is uniform.
-_ALLOW_REFERENCE_FREE = MARGIN_LOSSES | {"ipo", "ipo_mean", "sigmoid_norm"}
-# Losses of a pair that depend on the other pairs of the global batch.
-_BATCH_WIDE = frozenset({"aot", "aot_unpaired", "kto"})
-# Losses that divide by the number of tokens.
-_LENGTH_AVERAGED = frozenset({"ipo_mean", "sigmoid_norm", "simpo", "orpo"})
-# Arguments that come from the batch or the training state, not from the user.
-SUPPLIED = frozenset({"delta", "kl", "label_B", "margin_B", "present_BK", "reward_BK", "weight_B"})
+MARGIN_LOSSES = frozenset(name for name, one in _BY_NAME.items() if one.margin)
 
-# Running statistics over earlier batches, by loss: the argument of the loss that receives it, and
-# the function that computes the value of one batch from the step's metrics.
-_RUNNING_STATS: dict[str, tuple[str, Callable[[Mapping[str, Array]], Array]]] = {
-  "bco_pair": ("delta", lambda m: (m["rewards/chosen"] + m["rewards/rejected"]) / 2),
-  "kto": ("kl", lambda m: jnp.maximum(m["kl"], 0.0)),
-}
-# Share of the running mean that a step keeps by default; with 0 `kto` uses the batch's own mean.
-_DECAYS = {"bco_pair": 0.9, "kto": 0.0}
+
+def find(name: str) -> Declaration:
+  """Returns the declaration of a loss by its name, an alias, or `module:function`.
+
+  Raises:
+    UserError: there is none, or a function of the user's own is not declared as it computes.
+  """
+  name = _ALIASES.get(name, name)
+  if name in _BY_NAME:
+    return _BY_NAME[name]
+  if ":" in name:
+    return _imported(name)
+  near = difflib.get_close_matches(name, [*LOSSES, *_ALIASES], n=1)
+  hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(LOSSES)}"
+  raise UserError(
+    f"loss.name is {name!r}, which is not a known loss; {hint}"
+    + ("" if near else ". One of your own is written as module:function")
+  )
+
+
+@functools.cache
+def _imported(name: str) -> Declaration:
+  """Imports a loss of the user's own, and compares its declaration with what it computes."""
+  fn = functions.import_function("loss", name)
+  found = declaration_of(fn)
+  if found is None:
+    function = name.partition(":")[2]
+    raise UserError(
+      f"loss {name!r} is a function without a declaration; write above def {function}:"
+      " @dpo_jax.losses.declare(reference=True, at_reference=math.log(2)), with its value where the"
+      " policy is the reference, or (reference=False) if it reads none"
+    )
+  found = found._replace(name=name)
+  probe(found)
+  return found
+
+
+def canonical(name: str) -> str:
+  """Returns a name or a weighted sum with every alias replaced by the name of its loss."""
+  parts = [(part, part.rpartition("*")[2].strip()) for part in str(name).split("+")]
+  replaced = [
+    part if loss not in _ALIASES else part.replace(loss, _ALIASES[loss]) for part, loss in parts
+  ]
+  return "+".join(replaced)
 
 
 def kind_of(name: str) -> str:
   """Returns the kind of example a loss reads: "pairs", "text", "unpaired" or "ranked"."""
-  return _KINDS.get(name, "pairs")
+  return find(name).kind
 
 
 def arguments(name: str) -> dict[str, Any]:
   """Returns the keyword arguments of a loss that a user may set, with their defaults."""
-  parameters = inspect.signature(LOSSES[name]).parameters.values()
-  return {
-    p.name: p.default
-    for p in parameters
-    if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in SUPPLIED
-  }
+  return find(name).arguments
+
+
+def types(name: str = "") -> dict[str, type]:
+  """Returns the type of every argument of a loss and of every modifier, by its name.
+
+  Args:
+    name: a name or weighted sum, whose losses may be the user's own; those of this package are
+      always included.
+  """
+  own = [find(loss) for _, loss in _parse(name)] if ":" in name else []
+  found: dict[str, type] = {}
+  for one in [*_BY_NAME.values(), *own]:
+    for argument, default in one.arguments.items():
+      # A whole number as a default must not forbid a fraction.
+      kind = float if type(default) is int else type(default)
+      if (known := (found | modifiers()).get(argument, kind)) is not kind:
+        raise UserError(
+          f"loss {one.name!r}: its argument {argument} is a {kind.__name__}, and that of other"
+          f" losses a {known.__name__}; give it another name"
+        )
+      found[argument] = kind
+  return found | modifiers()
 
 
 def modifiers() -> dict[str, type]:
   """Returns the modifiers that `resolve` takes in addition to arguments of losses, with types."""
-  return {
-    "sft_weight": float,
-    "ld_alpha": float,
-    "wpo": bool,
-    "link": str,
-    "link_alpha": float,
-    "reference_free": bool,
-    "running_decay": float,
-  }
+  return dict(checks.MODIFIERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +132,8 @@ class Loss:
     beta: β of the reported rewards, in reward units per nat.
     needs_reference: whether the loss reads log-probs of the reference.
     batch_wide: whether the loss of a pair depends on the other pairs of the global batch.
+    mismatched: for unpaired completions, whether it reads their mismatched completions.
+    completions: for ranked completions, the fewest that a prompt must have.
     divergence: f' as a function of the log-ratio; it replaces the log-ratio of both completions in
       losses of the margin. None means reverse KL.
     ld_alpha: weight of the tokens of a completion beyond the length of the pair's shorter
@@ -129,6 +148,8 @@ class Loss:
   beta: float
   needs_reference: bool
   batch_wide: bool
+  mismatched: bool = False
+  completions: int = 2
   divergence: Callable[[Array], Array] | None = None
   ld_alpha: float = 1.0
   wpo: bool = False
@@ -147,9 +168,9 @@ class Loss:
     total = None
     for weight, name, fn in self.terms:
       pair = (policy, reference)
-      if self.divergence is not None and name in MARGIN_LOSSES:
+      if self.divergence is not None and find(name).margin:
         pair = with_divergence(policy, reference, self.divergence)
-      keys = inspect.signature(fn).parameters.keys() & supplied.keys() & SUPPLIED
+      keys = find(name).supplied & supplied.keys()
       value = fn(*pair, **{key: supplied[key] for key in keys})
       # A single loss of weight 1 is returned as it is: a plain name compiles to its formula alone.
       value = value if weight == 1 else weight * value
@@ -157,23 +178,45 @@ class Loss:
     assert total is not None
     return total
 
+  def at_reference(self) -> Loss | None:
+    """Returns a loss of the declared values where policy and reference are equal.
+
+    It computes none of the formulas, so that step 0 can compare it with them. A term that reads no
+    reference stays as it is. None if a term has no declared value.
+    """
+    terms = []
+    for weight, name, fn in self.terms:
+      declared = find(name)
+      if declared.reference and declared.at_reference is None:
+        return None
+      if declared.reference:
+        own = fn.keywords if isinstance(fn, functools.partial) else {}
+        fn = functools.partial(_declared_value, declared, own)
+      terms.append((weight, name, fn))
+    # f' of a divergence is the same for both completions there, so that every margin is 0.
+    return dataclasses.replace(self, terms=tuple(terms), divergence=None)
+
   def reads(self, supplied: str) -> bool:
-    """Returns whether a term reads this argument of `SUPPLIED`."""
-    return any(supplied in inspect.signature(fn).parameters for _, _, fn in self.terms)
+    """Returns whether a term reads this argument of the batch or of the training state."""
+    return any(supplied in find(name).supplied for _, name, _ in self.terms)
 
   @property
   def is_on_policy(self) -> bool:
     """True if the completions must be samples of the current policy, with their rewards."""
-    return any(name == "policy_gradient" for _, name, _ in self.terms)
+    return any(find(name).on_policy for _, name, _ in self.terms)
 
   @property
   def running_stats(self) -> dict[str, float]:
     """Returns the initial running statistics for the training state: {} for most losses."""
-    return {
-      _RUNNING_STATS[name][0]: 0.0
-      for _, name, _ in self.terms
-      if name in _RUNNING_STATS and self.running_decay > 0
-    }
+    if self.running_decay == 0:
+      return {}
+    return {running.argument: 0.0 for running in self._running}
+
+  @property
+  def _running(self) -> list[Running]:
+    """The running means that terms receive."""
+    found = [find(name).running for _, name, _ in self.terms]
+    return [running for running in found if running is not None]
 
   def update_running_stats(
     self, running_stats: Mapping[str, Array], means: Mapping[str, Array]
@@ -181,7 +224,7 @@ class Loss:
     """Returns the running statistics after a step, from the means in the step's metrics."""
     keep = self.running_decay
     updated = {}
-    for key, batch_value in _RUNNING_STATS.values():
+    for key, batch_value, _ in self._running:
       if key in running_stats:
         old = running_stats[key]
         # The type stays that of the state, or the step would compile anew for its own output.
@@ -189,12 +232,23 @@ class Loss:
     return updated
 
 
+def _declared_value(
+  declared: Declaration, own: Mapping[str, Any], policy: Any, reference: Any, **supplied: Any
+) -> Array:
+  """Returns the declared value of a loss where policy and reference are equal: [B]."""
+  del reference
+  value = declared.value_at_reference(policy, {**own, **supplied})
+  # All kinds of log-probs begin with an array that has one line per example.
+  return jnp.broadcast_to(jnp.asarray(value), jax.tree.leaves(policy)[0].shape[:1])
+
+
 def resolve(name: str, **options: Any) -> Loss:
   """Builds a loss, or a weighted sum of losses, with arguments and modifiers bound.
 
   Args:
-    name: a name in `LOSSES`, or a sum such as "0.8*sigmoid + 0.2*bco_pair + 1*sft" (MPO). In a sum
-      `sft` is -log π(y_w)/|y_w|, in nats per token.
+    name: a name in `LOSSES`, an alias, `module:function`, or a sum such as
+      "0.8*sigmoid + 0.2*bco_pair + 1*sft" (MPO). In a sum `sft` is -log π(y_w)/|y_w|, in nats per
+      token.
     **options: arguments of the losses, by name, and modifiers:
       sft_weight: weight of an added term -log π(y_w)/|y_w| (RPO).
       ld_alpha: in [0, 1], weight of the tokens of a completion beyond the length of the pair's
@@ -206,43 +260,50 @@ def resolve(name: str, **options: Any) -> Loss:
         (default 0.9) or kto's z0 (default 0, which uses the batch's own mean).
 
   Raises:
-    UserError: a name that is not in `LOSSES`, an argument that no term reads, a value out of range,
+    UserError: a name that is not known, an argument that no term reads, a value out of range,
       or a combination that makes no sense. It is raised before anything is loaded.
   """
   # The order is important: 1. names, 2. which argument belongs to a loss and which is a modifier,
   # 3. values, 4. combinations. Each check relies on those before it.
-  parts = _parse(name)
-  names = [part for _, part in parts]
-  _check_known(names, options)
-  _check_sum(names)
+  parts = [(weight, find(part)) for weight, part in _parse(name)]
+  losses = [loss for _, loss in parts]
+  checks.check_known(losses, options)
+  checks.check_sum(losses)
   bound, extra = {}, dict(options)
   for key in options:
-    if any(key in arguments(part) for part in names):
+    if any(key in loss.arguments for loss in losses):
       bound[key] = extra.pop(key)
-  _check_ranges(names, options)
-  _check_combination(names, extra)
-  terms = [(weight, part, _bind(part, bound, len(parts) > 1)) for weight, part in parts]
+  checks.check_ranges(losses, options)
+  checks.check_combination(losses, extra)
+  terms = [(weight, loss.name, _bind(loss, bound, len(parts) > 1)) for weight, loss in parts]
   if extra.get("sft_weight"):
-    terms.append((float(extra["sft_weight"]), "sft", paired.sft_mean))
-  betas = [bound.get("beta", arguments(n)["beta"]) for n in names if "beta" in arguments(n)]
-  decays = [_DECAYS[n] for n in names if n in _DECAYS]
+    terms.append((float(extra["sft_weight"]), "sft", reference_free.sft_mean))
+  betas = [bound.get("beta", loss.arguments["beta"]) for loss in losses if "beta" in loss.arguments]
+  decays = [loss.running.decay for loss in losses if loss.running is not None]
   running = float(options.get("running_decay", max(decays, default=0.0)))
-  free = bool(extra.get("reference_free")) or all(n in REFERENCE_FREE for n in names)
-  # With a running mean, kto's z0 comes from earlier batches and no longer from this one.
-  wide = [n for n in names if n in _BATCH_WIDE and not (n == "kto" and running > 0)]
+  free = bool(extra.get("reference_free")) or not any(loss.reference for loss in losses)
   return Loss(
-    name=name,
+    name=canonical(name),
     terms=tuple(terms),
-    kind=kind_of(names[0]) if len(names) == 1 else "pairs",
+    kind=losses[0].kind if len(losses) == 1 else "pairs",
     # Rewards of a sum are reported in the β of its first term that has one.
     beta=betas[0] if betas else 1.0,
     needs_reference=not free,
-    batch_wide=bool(wide),
+    batch_wide=any(_is_batch_wide(loss, running) for loss in losses),
+    mismatched=any(loss.mismatched for loss in losses),
+    completions=max(loss.completions for loss in losses),
     divergence=_divergence(extra),
     ld_alpha=float(extra.get("ld_alpha", 1.0)),
     wpo=bool(extra.get("wpo")),
     running_decay=running,
   )
+
+
+def _is_batch_wide(loss: Declaration, running_decay: float) -> bool:
+  """Returns whether a loss reads the whole batch, with a running mean of this decay."""
+  # With a running mean, kto's z0 comes from earlier batches and no longer from this one.
+  replaced = loss.running is not None and loss.running.decay == 0 and running_decay > 0
+  return loss.batch_wide and not replaced
 
 
 def _parse(name: str) -> list[tuple[float, str]]:
@@ -269,11 +330,11 @@ def _parse(name: str) -> list[tuple[float, str]]:
   return parts
 
 
-def _bind(name: str, bound: dict[str, Any], in_sum: bool) -> LossFn:
+def _bind(loss: Declaration, bound: dict[str, Any], in_sum: bool) -> LossFn:
   """Returns the loss with those of the given arguments bound that belong to it."""
   # Within a sum `sft` is a mean over tokens, on the scale of the losses it is added to.
-  fn = paired.sft_mean if name == "sft" and in_sum else LOSSES[name]
-  own = {key: value for key, value in bound.items() if key in arguments(name)}
+  fn = reference_free.sft_mean if loss.fn is reference_free.sft and in_sum else loss.fn
+  own = {key: value for key, value in bound.items() if key in loss.arguments}
   return functools.partial(fn, **own) if own else fn
 
 
@@ -285,122 +346,3 @@ def _divergence(extra: Mapping[str, Any]) -> Callable[[Array], Array] | None:
   if name == "alpha" and extra.get("link_alpha") is not None:
     return functools.partial(DIVERGENCES[name], link_alpha=extra["link_alpha"])
   return DIVERGENCES[name]
-
-
-# --- checks of names, values and combinations -----------------------------------------------------
-
-
-def _check_known(names: list[str], options: Mapping[str, Any]) -> None:
-  """Refuses unknown losses, and arguments that none of the losses reads."""
-  for name in names:
-    if name not in LOSSES:
-      near = difflib.get_close_matches(name, LOSSES, n=1)
-      hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(LOSSES)}"
-      raise UserError(f"loss.name is {name!r}, which is not a known loss; {hint}")
-  known = {key for name in names for key in arguments(name)}
-  # A setting that nothing reads would be ignored in silence, such as label_smoothing of sigmoid.
-  for key, value in options.items():
-    if key not in known and key not in modifiers():
-      takes = f"takes {', '.join(sorted(known))}" if known else "takes no argument"
-      raise UserError(
-        f"loss {'+'.join(names)!r} does not read {key} = {value!r}; it {takes} (where the"
-        f" configuration gives it: --config.loss.{key}=None)"
-      )
-
-
-def _check_sum(names: list[str]) -> None:
-  """Refuses sums whose terms read different examples, repeat a loss, or differ in their rewards."""
-  if len(names) == 1:
-    return
-  for name in names:
-    if kind_of(name) not in ("pairs", "text"):
-      raise UserError(
-        f"loss {name!r} is computed from another kind of example and cannot be a term of a sum;"
-        " train with it alone"
-      )
-  if len(set(names)) < len(names):
-    raise UserError(f"loss.name {'+'.join(names)!r} contains a loss twice; add their weights")
-  # `sft` alone combines with either kind: it reports no reward.
-  if len({name in REFERENCE_FREE for name in names if name != "sft"}) > 1:
-    raise UserError(
-      f"loss.name {'+'.join(names)!r} mixes losses with and without a reference; their rewards"
-      " would not be the same quantity"
-    )
-
-
-# Argument: (lower bound, whether the bound is allowed, excluded upper bound, description). An upper
-# bound of 1 + 1e-9 allows 1 itself.
-_RANGES: dict[str, tuple[float, bool, float, str]] = {
-  "beta": (0, False, math.inf, "a number above 0, such as 0.1"),
-  "label_smoothing": (0, True, 0.5, "the share of wrong labels, from 0 to below 0.5"),
-  "tau": (0, False, 1 + 1e-9, "a number above 0, at most 1"),
-  "penalty": (0, True, math.inf, "a number of 0 or above"),
-  "margin_scale": (0, True, math.inf, "a number of 0 or above"),
-  "clip": (0, False, math.inf, "a number above 0"),
-  "gamma": (0, True, math.inf, "a number of 0 or above"),
-  "sft_weight": (0, True, math.inf, "a number of 0 or above"),
-  "odds_weight": (0, True, math.inf, "a number of 0 or above"),
-  "desirable_weight": (0, False, math.inf, "a number above 0"),
-  "undesirable_weight": (0, False, math.inf, "a number above 0"),
-  "ld_alpha": (0, True, 1 + 1e-9, "a number from 0 to 1"),
-  "link_alpha": (0, False, 1, "a number above 0 and below 1"),
-  "running_decay": (0, True, 1, "a number from 0 to below 1"),
-}
-
-
-def _check_ranges(names: list[str], options: Mapping[str, Any]) -> None:
-  """Refuses values outside the range of their argument."""
-  for key, value in options.items():
-    if key not in _RANGES:
-      continue
-    least, reached, below, what = _RANGES[key]
-    if key == "label_smoothing" and "exo_pair" in names:
-      reached, what = False, "above 0 and below 0.5 for exo_pair, which takes its logarithm"
-    try:
-      in_range = least <= value < below and (reached or value > least)
-    except TypeError:  # a text or a list, which does not compare with a number
-      in_range = False
-    if not in_range:
-      raise UserError(f"loss.{key} is {value!r}; it must be {what}")
-
-
-def _check_combination(names: list[str], extra: Mapping[str, Any]) -> None:
-  """Refuses modifiers that would be ignored, or would change the meaning of a loss."""
-
-  def refuse(key: str, why: str) -> None:
-    raise UserError(f"loss.{key} = {extra[key]!r} does not combine with {'+'.join(names)}: {why}")
-
-  # In a sum every term is of pairs, or sft, by `_check_sum`.
-  wrong_kind = kind_of(names[0]) != "pairs" if len(names) == 1 else False
-  for key in ("sft_weight", "ld_alpha", "wpo", "link", "link_alpha", "reference_free"):
-    # 0.0 is a value; False and None are the modifier left out.
-    if wrong_kind and extra.get(key) is not None and extra[key] is not False:
-      refuse(key, "it modifies losses of pairs")
-  if extra.get("sft_weight") and "orpo" in names:
-    refuse("sft_weight", "orpo already contains that term; odds_weight weights the other one")
-  if extra.get("sft_weight") and "sft" in names:
-    refuse("sft_weight", "sft is already a term of the sum; set its weight there")
-  if extra.get("ld_alpha") is not None and (extra.get("sft_weight") or {"sft", "cpo"} & {*names}):
-    refuse("ld_alpha", "it would also reduce the weight of tokens in the supervised term")
-  for name in names:
-    if extra.get("ld_alpha") is not None and name in _LENGTH_AVERAGED:
-      refuse("ld_alpha", f"{name} averages over tokens, which already removes the effect of length")
-    if extra.get("wpo") and name in _BATCH_WIDE:
-      refuse(
-        "wpo",
-        f"{name} compares pairs of the whole batch, where the weight of one pair has no meaning",
-      )
-    if extra.get("reference_free") and name in REFERENCE_FREE and name != "sft":
-      refuse("reference_free", f"{name} does not read a reference anyway")
-    if extra.get("reference_free") and name not in _ALLOW_REFERENCE_FREE | REFERENCE_FREE:
-      refuse("reference_free", f"{name} needs the ratio to a reference")
-    if extra.get("link") and name not in MARGIN_LOSSES | {"sft"}:
-      refuse("link", f"it replaces the log-ratio only in {', '.join(sorted(MARGIN_LOSSES))}")
-  if extra.get("link") and extra["link"] not in DIVERGENCES:
-    raise UserError(f"loss.link is {extra['link']!r}; known: {', '.join(DIVERGENCES)}")
-  if extra.get("link") and extra.get("reference_free"):
-    refuse("link", "without a reference there is no ratio; leave out reference_free")
-  if extra.get("link_alpha") is not None and extra.get("link") != "alpha":
-    refuse("link_alpha", "only loss.link=alpha reads it")
-  if extra.get("running_decay") is not None and not set(names) & _DECAYS.keys():
-    refuse("running_decay", f"only {', '.join(_DECAYS)} read it")

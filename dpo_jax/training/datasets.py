@@ -293,11 +293,12 @@ def _read_examples(
   digests = sources.digests_of(data.path, examples, held_out, parts, evaluated)
   # Each set by itself from here on: its metrics must not depend on the others.
   sets = [part.examples for part in evaluated] if named else [held_out]
-  if loss.kind == "unpaired":
+  if loss.mismatched:
     # After the split, so that no completion of one side is paired with a prompt of the other.
     mismatch = functools.partial(with_mismatched, max_length=data.max_length, seed=seed)
     examples, sets = mismatch(examples), [mismatch(some) for some in sets]
   if loss.kind == "ranked":
+    sources.check_completions(loss, data.path, examples)
     # One number of completions for training and evaluation: K is an axis of both.
     most = Measured.concatenate(examples, *sets).tokens_BK.shape[1]
     sets = [fill_up(some, most) for some in sets]

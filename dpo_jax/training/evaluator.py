@@ -15,6 +15,7 @@ from dpo_jax.evaluation import sample_probe
 from dpo_jax.generation import rollouts
 from dpo_jax.structs import PyTree, TokenBatch
 from dpo_jax.training.run import Run
+from dpo_jax.utils import following
 
 
 def make_evaluator(run: Run, reference_params: PyTree | None) -> Evaluator:
@@ -117,7 +118,7 @@ class Evaluator:
     slots = jax.tree.map(lambda *x: np.concatenate(x), *map(logprobs.slots_of, self._rows))
     reference = self._reference_XS
     if state.reference is not None:
-      reference = self._logps(state.reference)
+      reference = self._logps(following.current(state.reference, self._reference_params))
     # Read and not updated: an evaluation must not change the training that follows.
     running_stats = self._executor.to_host(state.running_stats)
     policy = self._logps(self._objective.policy(state.params, self._reference_params))
@@ -141,7 +142,7 @@ class Evaluator:
   def _local_params(self, state: step.TrainState) -> tuple[PyTree, PyTree | None]:
     """Returns one copy of the policy and of the reference, which share the base of adapters."""
     local_copy = self._executor.local_copy
-    reference_params = self._reference_params if state.reference is None else state.reference
+    reference_params = following.current(state.reference, self._reference_params)
     if reference_params is not None:
       reference_params = local_copy(reference_params)
     policy = self._objective.policy(local_copy(state.params), reference_params)

@@ -23,6 +23,7 @@ from dpo_jax.training.evaluator import make_evaluator
 from dpo_jax.training.metrics_writer import MetricsWriter
 from dpo_jax.training.run import Run
 from dpo_jax.training.sanity import check_step_zero
+from dpo_jax.utils import following
 
 
 class Prepared(NamedTuple):
@@ -56,12 +57,16 @@ def prepare(run: Run, trained: PyTree, reference_params: PyTree | None) -> Prepa
   # By the names of folders alone: `Checkpoints` would tidy the folder, and nothing of the workdir
   # is changed before training may start.
   start = latest_step(run.workdir / "checkpoints") or 0
-  init = functools.partial(step.init_state, tx=run.tx, loss=run.objective.loss)
   # A reference that follows the policy is part of what evolves: state and checkpoints have it.
-  follows = run.objective.sync is not None
+  sync = run.objective.sync
+  init = functools.partial(_init, run, None)
+  if sync and sync.average:
+    init = functools.partial(_init, run, jax.eval_shape(lambda: reference_params))
+  # It is the state's alone, unless it is an average, which reads the policy that it began with.
+  moves = sync is not None and sync.average is None
   # Shapes alone: a resumed run must not fill memory with moments that it replaces at once.
-  like = jax.eval_shape(init, trained)._replace(reference=reference_params if follows else None)
-  like = run.executor.abstract(like)
+  like = jax.eval_shape(init, trained)
+  like = run.executor.abstract(like._replace(reference=reference_params) if moves else like)
   sizes = None
   if run.data.sampler:
     # Those of the initial parameters, also for a run that is resumed: the same shapes as before.
@@ -81,12 +86,20 @@ def prepare(run: Run, trained: PyTree, reference_params: PyTree | None) -> Prepa
     params = _policy_params(run, state, reference_params) if run.data.sampler else None
     batch, _ = feed_after(0)(1, params)
     check_step_zero(run, state.params, reference_params, batch)
-    if follows:
+    if moves:
       state = state._replace(reference=reference_params)
   # In the state (or the checkpoint) from here on, and so no argument of the step.
-  if follows:
+  if moves:
     reference_params = None
   return Prepared(start, like, state, reference_params, feed_after)
+
+
+def _init(run: Run, averaged_like: PyTree | None, trained: PyTree) -> step.TrainState:
+  """Returns the state at step 0, with an average as reference if shapes are given for it."""
+  state = step.init_state(trained, run.tx, run.objective.loss)
+  if averaged_like is None:
+    return state
+  return state._replace(reference=following.init_average(trained, averaged_like))
 
 
 def fill_store(run: Run, reference_params: PyTree | None) -> PyTree | None:

@@ -52,13 +52,17 @@ def check_step_zero(
   else:
     reference_NS = forward(reference_params, first)
 
-  def loss(logps_NS: Array) -> float:
+  def mean(objective: step.Objective, logps_NS: Array) -> float:
     slots, running_stats = logprobs.slots_of(micro), objective.loss.running_stats
     sums, _ = step.batch_sums(objective, logps_NS, reference_NS, slots, running_stats)
     return float(metrics.divide(sums)["loss"])
 
-  # The loss of a policy that gives exactly the reference's log-probs: log 2 for DPO.
-  found, expected = loss(policy_NS), loss(reference_NS)
+  # The loss of a policy that gives exactly the reference's log-probs: log 2 for DPO. The value that
+  # the loss declares, since a wrong formula would agree with itself; that of the formula only where
+  # none is declared.
+  declared = objective.loss.at_reference() or objective.loss
+  found = mean(objective, policy_NS)
+  expected = mean(objective._replace(loss=declared), reference_NS)
   if not run.settings.starts_as_reference:
     print(
       f"step 0: loss {found:.6f}; it would be {expected:.6f} if policy and reference were equal"

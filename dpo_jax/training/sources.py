@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from dpo_jax import losses
 from dpo_jax.data import digest, encode, mixture
 from dpo_jax.data import prepared as prepared_data
-from dpo_jax.data.examples import Example, Lazy, fill_up
+from dpo_jax.data.examples import Example, Lazy, fill_up, lengths
 from dpo_jax.data.ledger import Ledger, count_tokens, merge, summarize
 from dpo_jax.data.mixture import Source
 from dpo_jax.data.tokenizer import Tokenizer
@@ -74,6 +74,7 @@ def read(
     if examples:
       examples = _without(examples, mixture.draw(examples, source, seed), ledger, "not drawn")
     check_scores(loss, source.path, examples)
+    check_completions(loss, source.path, examples)
     rows = range(first_row, first_row + ledger.rows)
     # Numbers of rows go on from source to source: a row's number says which one it is of.
     examples = [e._replace(row=first_row + e.row) for e in examples] if first_row else examples
@@ -106,6 +107,21 @@ def check_scores(loss: losses.Loss, path: str, examples: Sequence[Example]) -> N
     raise UserError(
       f"loss {loss.name!r} reads by how much the chosen answer is better, and the rows of {path}"
       " do not say; give them a field margin, or chosen_score and rejected_score"
+    )
+
+
+def check_completions(loss: losses.Loss, path: str, examples: Sequence[Example]) -> None:
+  """Checks that every prompt has as many completions as the loss compares, if they are ranked."""
+  if loss.kind != "ranked" or not len(examples):
+    return
+  found_B = (lengths(examples).tokens_BK > 0).sum(axis=1)
+  fewer_B = found_B < loss.completions
+  if fewer_B.any():
+    raise UserError(
+      f"loss {loss.name!r} needs {loss.completions} completions of every prompt, and"
+      f" {fewer_B.sum()} of {len(examples)} prompts of {path} have fewer, the first of them in row"
+      f" {examples[int(fewer_B.argmax())].row}; give a list of completions, best first, in the"
+      " field answers, or leave these rows out"
     )
 
 

@@ -39,6 +39,19 @@ def names() -> list[str]:
   return [name for name in FLAGS if module.is_config_flag(FLAGS[name])] if module else []
 
 
+def requested(field: str) -> str | None:
+  """Returns what the command line sets a field of its configuration to; None if it does not.
+
+  It can be asked before flags are parsed, while the configuration itself is made.
+  """
+  found = None
+  for place, argument in enumerate(sys.argv[1:], 1):
+    flag, equals, value = argument.partition("=")
+    if flag.lstrip("-") in {f"{name}.{field}" for name in names()}:
+      found = value if equals else "".join(sys.argv[place + 1 : place + 2])
+  return found
+
+
 def shipped() -> dict[str, pathlib.Path]:
   """Finds the configurations that come with the package: their files, by name."""
   package = pathlib.Path(__file__).parents[1]

@@ -91,6 +91,14 @@ def test_a_reference_that_follows_is_part_of_the_state():
   assert memory.device_bytes(run.state.reference) == memory.device_bytes(run.state.params)
 
 
+def test_an_average_takes_a_mean_and_the_policy_it_began_with():
+  settings = {"reference.sync_every": 4, "reference.bema": True}
+  run = planner.outline(configured(**settings), LENGTHS)
+  params = memory.device_bytes(run.state.params)
+  assert memory.device_bytes(run.reference) == params
+  assert memory.device_bytes(run.state.reference) == 2 * params
+
+
 def test_adapters_are_trained_and_their_base_is_the_reference(base):
   changes = {"model.path": str(base), "lora.rank": 4, "model.scratch": {}}
   run = planner.outline(configured(**changes), LENGTHS)

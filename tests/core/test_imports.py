@@ -18,7 +18,7 @@ FLOORS = {
   "utils": {"structs"},
   "distributed.sharding": {"structs"},
   "derivation": {"structs"},
-  "losses": {"structs"},
+  "losses": {"structs", "utils"},
   "metrics": {"structs"},
   "logprobs": {"structs", "utils", "distributed.sharding"},
   "step": {"structs", "utils", "losses", "metrics", "logprobs"},
@@ -30,7 +30,7 @@ FLOORS = {
   "monitoring": {"structs", "utils"},
   "generation": {"structs", "utils", "logprobs", "model", "data", "controlled", "hf"},
   "evaluation": {"structs", "losses", "logprobs", "model", "data", "generation"},
-  "defaults": {"structs", "losses"},
+  "defaults": {"structs", "utils", "losses"},
   "training": {
     "structs",
     "utils",

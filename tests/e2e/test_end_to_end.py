@@ -233,6 +233,17 @@ def test_a_mix_resumes_to_the_bit_and_not_as_another(task):
     train.execute(config, task / "mix")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["mesh", "pmap"])
+def test_a_reference_that_is_an_average_resumes_too(task, mode):
+  """Its mean is in the checkpoint; where it began comes from the model's folder again."""
+  config = dpo_config(task)
+  config.reference.update(sync_every=2, bema=True)
+  config.parallel.update(mode=mode, devices=2)
+  train.execute(config, task / f"average_{mode}")
+  resume_from_step_3(config, task / f"average_{mode}")
+
+
 def on_policy_config(folder: pathlib.Path) -> ConfigDict:
   config = small(controlled_config.get_config("on_policy"))
   config.model.path = str(folder / "sft" / "export")
@@ -284,10 +295,17 @@ def test_every_loss_is_reached_from_the_configuration(task, name):
   if name == "policy_gradient":
     config = on_policy_config(task)
     config.data.path = write_rows(task / "p.jsonl", [{"prompt": row["prompt"]} for row in rows])
+  if losses.resolve(name).completions > 2:
+    ranked = [
+      {"prompt": row["prompt"], "answers": [row["chosen"], row["rejected"], row["chosen"] + " bad"]}
+      for row in rows
+    ]
+    config.data.path = write_rows(task / "ranked.jsonl", ranked)
   run, _, reference, _ = build(config, task / "never")
   assert run.objective.loss.name == name
   assert (reference is None) == (name in losses.REFERENCE_FREE)
-  assert run.objective.completions == {"sft": 1, "policy_gradient": 4}.get(name, 2)
+  completions = {"sft": 1, "npo": 1, "simnpo": 1, "tpo": 3, "policy_gradient": 4}
+  assert run.objective.completions == completions.get(name, 2)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.losses import LOSSES, MARGIN_LOSSES, arguments, resolve
+from dpo_jax.losses import LOSSES, MARGIN_LOSSES, arguments, kind_of, resolve
 from dpo_jax.structs import PairLogps, RankedLogps, UnpairedLogps
 from tests.support.small_logps import DIVERGENCES, PAIRED
 
@@ -70,6 +70,38 @@ def test_value_and_slope_of_kto_stay_finite(given):
     )
 
 
+@pytest.mark.parametrize("distance", ["squared", "backward_kl", "forward_kl"])
+def test_value_and_slope_of_rpo_stay_finite(distance):
+  _far_pairs(
+    lambda p, q: LOSSES["rpo"](
+      p, q, beta=1.0, distance=distance, margin_B=np.linspace(-9e3, 9e3, 81)
+    )
+  )
+
+
+@pytest.mark.parametrize("name", sorted(n for n in LOSSES if kind_of(n) == "unpaired"))
+def test_value_and_slope_of_unpaired_losses_stay_finite(name):
+  tokens = jnp.full(81, 7.0)
+  for label in (0.0, 1.0):
+    _assert_finite(
+      lambda p, q, s, t, label=label: LOSSES[name](
+        UnpairedLogps(p, q, tokens), UnpairedLogps(s, t, tokens), label_B=jnp.full(81, label)
+      ),
+      *FAR,
+    )
+
+
+@pytest.mark.parametrize("name", sorted(n for n in LOSSES if kind_of(n) == "ranked"))
+def test_value_and_slope_of_ranked_losses_stay_finite(name):
+  given = {"reward_BK": FAR.T} if name == "policy_gradient" else {}
+  _assert_finite(
+    lambda p, q: LOSSES[name](
+      RankedLogps(p, jnp.full((81, 4), 7.0)), RankedLogps(q, jnp.full((81, 4), 7.0)), **given
+    ),
+    *(FAR.T, FAR.T[::-1]),
+  )
+
+
 @pytest.mark.parametrize("present", [None, np.arange(81 * 4).reshape(81, 4) % 3 > 0])
 def test_value_and_slope_of_rankings_stay_finite(present):
   _assert_finite(
@@ -90,10 +122,11 @@ def test_nobody_present_is_finite():
   """An empty slot has no tokens and weight 0; its loss must be finite, for 0 times inf is nan."""
   nobody = np.zeros((1, 4), bool)
   logps = jnp.full((1, 4), -3.0)
-  for name, known in (("plackett_luce", {}), ("policy_gradient", {"reward_BK": np.ones((1, 4))})):
+  rewards = {"reward_BK": np.ones((1, 4))}
+  for name, known in (("plackett_luce", {}), ("policy_gradient", rewards), ("tpo", {})):
     _assert_finite(
       lambda p, name=name, known=known: LOSSES[name](
-        RankedLogps(p), RankedLogps(logps), present_BK=nobody, **known
+        RankedLogps(p, jnp.ones((1, 4))), RankedLogps(logps), present_BK=nobody, **known
       ),
       logps,
     )

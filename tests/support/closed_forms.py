@@ -104,6 +104,16 @@ def under_divergence(log_reference_XY, s_XY, derivative):
   return _sum_to_one(log_reference_XY, lambda k_X1: inverse(s_XY + k_X1))
 
 
+def reshaped(s_XY, tokens_Y, alpha):
+  """Returns the policy with (1 - p^-α)/α = s + const(x), p = π^(1/|y|)."""
+
+  def log_prob(k_X1):
+    # At 1/α the power is 0 and p infinite; a little below it, p is as large as it need be.
+    return -tokens_Y * np.log(np.maximum(1 - alpha * (s_XY + k_X1), 1e-9)) / alpha
+
+  return _sum_to_one(np.zeros(s_XY.shape), log_prob)
+
+
 def averaged(log_reference_XY, s_XY, tokens_Y):
   """Returns the policy with log(π/π_ref)/|y| = s + const(x)."""
   return _sum_to_one(log_reference_XY, lambda k_X1: tokens_Y * (s_XY + k_X1))

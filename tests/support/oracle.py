@@ -169,6 +169,33 @@ def odpo(p, q, n, beta, margin_B, margin_scale, link=lambda u: u):
   return -log_sigmoid(beta * margin(p, q, link) - margin_scale * margin_B)
 
 
+def rpo(p, q, n, beta, margin_B, margin_scale, distance, link=lambda u: u):
+  """Computes a distance of the rewards' margin from the scaled gap of the scores."""
+  z, gap = beta * margin(p, q, link), margin_scale * np.float64(margin_B)
+  if distance == "squared":
+    return (z - gap) ** 2
+  a, b = (gap, z) if distance == "backward_kl" else (z, gap)
+  return sum(
+    sigmoid_of(sign * a) * (log_sigmoid(sign * a) - log_sigmoid(sign * b)) for sign in (1, -1)
+  )
+
+
+def bdpo(p, q, n, beta, mix):
+  """Computes DPO's loss with the mixture mix π + (1-mix) π_ref for the rejected completion."""
+  c, r = ratios(p, q)
+  top = np.maximum(np.real(r), 0)
+  mixture = top + np.log(mix * np.exp(r - top) + (1 - mix) * np.exp(-top))
+  return -log_sigmoid(beta * (c - mixture))
+
+
+def alpha_po(p, q, n, beta, gamma, reward_alpha):
+  """Computes SimPO's loss with the reward (1 - p^-α)/α of the geometric mean p of a completion."""
+  won, lost = (
+    (1 - exponential(-reward_alpha * x / y)) / reward_alpha for x, y in zip(p, n, strict=True)
+  )
+  return -log_sigmoid(beta * (won - lost) - gamma)
+
+
 def chi_po(p, q, n, beta, clip):
   c, r = ratios(p, q)
   z = beta * ((exponential(c) + c) - (exponential(r) + r))
@@ -214,8 +241,11 @@ PAIRS = {
     sigmoid_norm,
     dpop,
     odpo,
+    rpo,
+    bdpo,
     chi_po,
     simpo,
+    alpha_po,
     cpo,
     orpo,
     sft,
@@ -287,6 +317,22 @@ def kto(p, q, *, beta, desirable_weight, undesirable_weight, label, weight, kl=N
   return np.where(label > 0, good, bad)
 
 
+def _kept_or_forgotten(p, forgotten, label, tokens, retain_weight):
+  return np.where(label > 0, -retain_weight * p[0] / tokens, forgotten)
+
+
+def npo(p, q, *, beta, retain_weight, label, tokens):
+  """Computes NPO's loss of completions to forget, and the likelihood of those to keep."""
+  forgotten = 2 / beta * -log_sigmoid(-beta * (p[0] - q[0]))
+  return _kept_or_forgotten(p, forgotten, label, tokens, retain_weight)
+
+
+def simnpo(p, q, *, beta, gamma, retain_weight, label, tokens):
+  """Computes SimNPO's loss of completions to forget, and the likelihood of those to keep."""
+  forgotten = 2 / beta * -log_sigmoid(-beta / tokens * p[0] - gamma)
+  return _kept_or_forgotten(p, forgotten, label, tokens, retain_weight)
+
+
 # --- losses of K completions ----------------------------------------------------------------------
 
 
@@ -329,6 +375,15 @@ def policy_gradient(p, q, *, beta, reward, present):
     for k in range(len(at)):
       total = total - (worth[k] - np.delete(worth, k).mean()) * p_K[at[k]]
     out.append(total / len(at))
+  return np.array(out)
+
+
+def tpo(p, q, *, beta, gold_weight, present, tokens):
+  """Computes a pair's loss of the second and the last completion, and the first's likelihood."""
+  out = []
+  for p_K, n_K, present_K in zip(p, tokens, present, strict=True):
+    last = np.flatnonzero(present_K)[-1]
+    out.append(-log_sigmoid(beta * (p_K[1] - p_K[last])) - gold_weight * p_K[0] / n_K[0])
   return np.array(out)
 
 

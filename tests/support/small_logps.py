@@ -1,5 +1,7 @@
 """Provides log-probs of a few pairs, and the slopes of losses on them."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,22 @@ REFERENCE = PairLogps(np.array([-2.0]), np.array([-3.0]), *TOKENS)
 # a = 3 and -1; mismatched ratios 3 and -1, whose mean is 1: a - z0 = 2 and -2.
 KTO = UnpairedLogps(np.array([3.0, -1.0]), np.array([3.0, -1.0]))
 KTO_REFERENCE = UnpairedLogps(np.zeros(2), np.zeros(2))
+
+
+def softplus(x):
+  """Computes -log σ(-x)."""
+  return math.log1p(math.exp(x))
+
+
+def ratios(c, r, tokens=(1.0, 1.0)):
+  """Makes a policy with log-ratios c and r to a reference of zeros."""
+  ones = jnp.ones(np.shape(c))
+  return PairLogps(jnp.asarray(c), jnp.asarray(r), tokens[0] * ones, tokens[1] * ones)
+
+
+def zeros_of(count):
+  """Makes a reference of zeros, of one token each."""
+  return PairLogps(*(jnp.zeros(count),) * 2, *(jnp.ones(count),) * 2)
 
 
 def random_logps(seed=0, count=6):

@@ -12,9 +12,15 @@ def objective(name="sigmoid", sync=None, **given):
   return step.Objective(
     logps_fn=logprobs.make_scored_fn(tiny.MODEL, beyond_shorter=loss.ld_alpha, aligned=loss.wpo),
     loss=loss,
-    completions={"text": 1, "ranked": 3}.get(loss.kind, 2),
+    completions=completions_of(loss),
     reference=step.LiveReference(sync) if sync else None,
   )
+
+
+def completions_of(loss):
+  """Returns the slots of an example, with three completions in a ranking."""
+  unpaired = 2 if loss.mismatched else 1
+  return {"text": 1, "pairs": 2, "unpaired": unpaired, "ranked": 3}[loss.kind]
 
 
 def close(found, expected, rtol=1e-5):

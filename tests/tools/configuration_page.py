@@ -60,7 +60,7 @@ def loss_table() -> list[str]:
   readers: dict[str, list[str]] = {}
   for name in losses.LOSSES:
     for argument, default in losses.arguments(name).items():
-      readers.setdefault(argument, []).append(f"`{name}` {default:g}")
+      readers.setdefault(argument, []).append(f"`{name}` {shown_default(default)}")
   for argument in sorted(readers):
     lines.append(f"| `loss.{argument}` | {meaning(argument)} | {', '.join(readers[argument])} |")
   for modifier in sorted(losses.modifiers()):
@@ -71,6 +71,11 @@ def loss_table() -> list[str]:
 def meaning(argument: str) -> str:
   """Returns what an argument of a loss means, if it is explained."""
   return defaults.LOSS_FIELDS.get(argument, "")
+
+
+def shown_default(default: float | str) -> str:
+  """Writes the default of a loss's argument, which is a number or a text."""
+  return f"`{default}`" if isinstance(default, str) else f"{default:g}"
 
 
 def page() -> str:

@@ -99,6 +99,30 @@ def test_another_weight_of_a_token_is_other_data():
   assert len({digest_of(), *weighted}) == 3
 
 
+@pytest.mark.parametrize("loss", ["npo", "simnpo"])
+def test_unlearning_reads_labeled_completions_and_no_mismatched_ones(tmp_path, tokenizer, loss):
+  path = rows_file(tmp_path, "unpaired")
+  data, _ = load(path, tokenizer, loss, eval_fraction=0.0)
+  assert data.completions == 1
+  assert {example.scores for example in data.examples} == {(0.0,), (1.0,)}
+  assert load(path, tokenizer, "kto", eval_fraction=0.0)[0].completions == 2
+
+
+def test_a_loss_of_three_completions_has_three(tmp_path, tokenizer):
+  answers = [" best", " good", " bad"]
+  rows = [{"prompt": f"ask {i}", "answers": answers} for i in range(32)]
+  path = prepared_sets.write(tmp_path / "three.jsonl", rows)
+  assert load(path, tokenizer, "tpo", eval_fraction=0.0)[0].completions == 3
+  rows[5]["answers"] = answers[:2]
+  path = prepared_sets.write(tmp_path / "two.jsonl", rows)
+  words = (
+    r"loss 'tpo' needs 3 completions .* 1 of 32 prompts of .*two\.jsonl have fewer.* in row 5;"
+  )
+  with pytest.raises(UserError, match=words):
+    load(path, tokenizer, "tpo", eval_fraction=0.0)
+  assert load(path, tokenizer, "plackett_luce", eval_fraction=0.0)[0].completions == 3
+
+
 @pytest.mark.parametrize(
   ("size", "accumulate", "groups", "way"),
   [

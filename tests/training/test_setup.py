@@ -8,6 +8,7 @@ from configs import preferences
 from dpo_jax import losses, step
 from dpo_jax.structs import UserError
 from dpo_jax.training import setup
+from dpo_jax.utils.following import Average
 
 
 def configured(**changes):
@@ -27,6 +28,20 @@ def configured(**changes):
     ({"model.param_dtype": "torch.float32"}, r"did you mean float32\?"),
     ({"model.compute_dtype": "half"}, "float16 is not supported; use bfloat16"),
     ({"reference.sync_every": -1}, "reference.sync_every is -1"),
+    ({"reference.bema": True}, "reference.sync_every is 0, so that the reference never moves"),
+    ({"reference.bema_lag": 3.0}, "bema_lag is 3.0, but reference.bema is False"),
+    (
+      {"reference.bema": True, "reference.sync_every": 2, "reference.sync_alpha": 1.0},
+      "reference.sync_alpha is 1.0, but with reference.bema",
+    ),
+    (
+      {"reference.bema": True, "reference.sync_every": 2, "reference.bema_power": -0.5},
+      "reference.bema_power is -0.5; it must be a number of 0 or above",
+    ),
+    (
+      {"reference.bema": True, "reference.sync_every": 2, "reference.path": "elsewhere"},
+      "reference.path is 'elsewhere', but with reference.bema",
+    ),
     ({"on_policy.reward": "controlled", "on_policy.num": 1}, "on_policy.num is 1"),
     ({"optimizer.b1": 1.5}, "optimizer.b1 is 1.5"),
     ({"optimizer.schedule": "steps"}, "optimizer.schedule is 'steps'"),
@@ -53,6 +68,12 @@ def test_a_run_without_names_is_refused():
   for name, words in (("model.path", "model.path is empty"), ("data.path", "data.path is empty")):
     with pytest.raises(UserError, match=words):
       setup.check_inputs(configured(**{name: ""}))
+
+
+def test_a_reference_that_is_an_average():
+  settings = {"reference.bema": True, "reference.sync_every": 4, "reference.bema_lag": 3.0}
+  sync = setup.check(configured(**settings)).sync
+  assert sync == step.Sync(4, 0.6, Average(power=0.5, bias_power=0.2, lag=3.0))
 
 
 def test_a_reference_is_live_stored_or_absent():

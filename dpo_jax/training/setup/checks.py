@@ -17,6 +17,7 @@ from dpo_jax.model import attention_kernels, lora
 from dpo_jax.model.lora import LoRA
 from dpo_jax.structs import UserError
 from dpo_jax.training import on_policy, optimizer
+from dpo_jax.utils import following
 
 DTYPES = ("float32", "bfloat16")
 # What other programs call them. float16 needs a scaled loss, or small gradients become 0.
@@ -105,7 +106,41 @@ def _check_sync(section: ConfigDict, loss: losses.Loss) -> step.Sync | None:
     raise UserError(
       f"reference.sync_every is {every}, but loss {loss.name!r} reads no reference; leave it 0"
     )
-  return step.Sync(every, alpha) if every else None
+  average = _check_average(section)
+  return step.Sync(every, alpha, average) if every else None
+
+
+def _check_average(section: ConfigDict) -> following.Average | None:
+  """Returns the rule of a reference that is an average of the policy (BEMA); None if it is none."""
+  usual = following.Average()
+  average = following.Average(section.bema_power, section.bema_bias_power, section.bema_lag)
+  if not section.bema:
+    for name, value in average._asdict().items():
+      if value != getattr(usual, name):
+        raise UserError(
+          f"reference.bema_{name} is {value}, but reference.bema is False, so nothing reads it; set"
+          " --config.reference.bema=True"
+        )
+    return None
+  if not section.sync_every:
+    raise UserError(
+      "reference.bema is True, but reference.sync_every is 0, so that the reference never moves;"
+      " set it, such as --config.reference.sync_every=400"
+    )
+  if section.path:
+    raise UserError(
+      f"reference.path is {section.path!r}, but with reference.bema the reference is an average of"
+      " the policy, which begins at the policy itself; leave it empty"
+    )
+  if section.sync_alpha != 0.6:
+    raise UserError(
+      f"reference.sync_alpha is {section.sync_alpha}, but with reference.bema the reference is an"
+      " average, and nothing reads it; leave it 0.6"
+    )
+  for name, value in average._asdict().items():
+    if not 0 <= value < float("inf"):
+      raise UserError(f"reference.bema_{name} is {value}; it must be a number of 0 or above")
+  return average
 
 
 def _check_lora(config: ConfigDict, loss: losses.Loss) -> None:
