@@ -12,6 +12,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -20,9 +21,11 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from dpo_jax.utils import interrupts, paths
 from dpo_jax.utils.malloc import keep_freed_memory
 
 FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # a flag of `define_path` is one of the command that calls it
 _HELP = ("--help", "-help", "-h", "--helpshort")
 
 
@@ -52,14 +55,19 @@ def run(
     except BrokenPipeError:
       leave_unread()
     sys.exit(0)
+  interrupts.install()
   keep_freed_memory()
   # Before `main` imports jax, which reads the folder of its cache at that moment.
   enable_compilation_cache()
   try:
     app.run(lambda argv: _guarded(main, argv, arguments), flags_parser=_parse)
   except KeyboardInterrupt:  # also while a configuration is being imported
-    print("\ninterrupted", file=sys.stderr)
-    sys.exit(130)
+    interrupts.end()
+  except Exception:
+    # Ctrl-C may come out of a library as another error.
+    if not interrupts.is_pending():
+      raise
+    interrupts.end()
 
 
 def fail(message: object) -> NoReturn:
@@ -150,6 +158,42 @@ def os_error_line(error: OSError) -> str:
   return f"{error.filename}: {reason}" if error.filename is not None else reason
 
 
+# ---------------------------------------------------------------------------- commands to print
+
+
+def this_command(*leave_out: str) -> str | None:
+  """Returns the command line of this process, to be pasted into a shell; None outside a command.
+
+  Args:
+    leave_out: flags that are left out.
+  """
+  program = sys.argv[0]
+  if program.endswith(os.path.join("dpo_jax", "train.py")):
+    words = ["python", "-m", "dpo_jax.train"]
+  elif program.split(" ")[0] == "dpo-jax" or program.startswith("python -m dpo_jax"):
+    words = program.split(" ")
+  else:
+    return None
+  given = [x for x in sys.argv[1:] if x.lstrip("-").split("=")[0] not in leave_out]
+  return shlex.join([*words, *given])
+
+
+def other_command(name: str, *arguments: str) -> str:
+  """Returns the command line of another command, called in the way in which this one was.
+
+  Args:
+    name: of the command, such as `sample`.
+    arguments: its flags.
+  """
+  script = pathlib.Path("scripts", f"{name}.py")
+  words = ["python", "-m", "dpo_jax", name]
+  if sys.argv[0].startswith("dpo-jax"):
+    words = ["dpo-jax", name]
+  elif script.is_file() and pathlib.Path("dpo_jax").is_dir():  # in the project's folder
+    words = ["python", str(script)]
+  return shlex.join([*words, *arguments])
+
+
 # ---------------------------------------------------------------------------- flags
 
 
@@ -234,6 +278,9 @@ def _with_paths_of_configurations(argv: Sequence[str]) -> list[str]:
   found = list(argv)
   for name, place, value in _given_configurations(argv):
     path, colon, argument = value.partition(":")
+    if path.startswith("~"):
+      path = os.path.expanduser(path)
+      found[place] = argv[place].removesuffix(value) + f"{path}{colon}{argument}"
     if os.path.isfile(path):
       continue
     shipped = shipped_configurations()
@@ -339,6 +386,16 @@ class _Float(flags.FloatParser):
 class _Text(flags.ArgumentParser):
   def parse(self, argument: Any) -> Any:
     return None if _is_none(argument) else super().parse(argument)
+
+
+def define_path(name: str, default: str | None, help: str, **given: Any) -> None:
+  """Defines a flag whose value is a path, in which a leading `~` is the home folder."""
+  flags.DEFINE(_Path(), name, default, help, serializer=flags.ArgumentSerializer(), **given)
+
+
+class _Path(flags.ArgumentParser):
+  def parse(self, argument: Any) -> Any:
+    return paths.expand(super().parse(argument) or "")
 
 
 # ---------------------------------------------------------------------------- help
