@@ -33,6 +33,7 @@ def fit(
   config: str | ConfigDict = "preferences",
   callbacks: loggers.Callback | Sequence[loggers.Callback] = (),
   accept_changes: bool = False,
+  overwrite: bool = False,
   **fields: Any,
 ) -> Finished:
   """Trains a policy, as `dpo-jax train` does; the same call resumes a run that was stopped.
@@ -47,6 +48,8 @@ def fit(
       metrics are under eval/. The metrics of a step arrive when the next one has been started. An
       exception ends the run; its last checkpoint stays.
     accept_changes: whether a run is resumed although what it learns from has changed.
+    overwrite: whether a run found in `workdir` is renamed to WORKDIR.old-1, and this one starts
+      anew.
     **fields: fields to set, by the names of the short flags (model, data, loss, beta, lr, epochs,
       steps, batch_size, accumulate, max_length, eval_data, reference, lora_rank, dtype, seed), or
       by section: loss={"name": "ipo", "beta": 0.2}, **{"checkpoint.every": 50}.
@@ -59,5 +62,11 @@ def fit(
   resolved = configure.update(base, fields, others=("workdir", "config", "callbacks"))
   folder = pathlib.Path(workdir) if workdir is not None else None
   listeners = [callbacks] if isinstance(callbacks, Callable) else list(callbacks)
-  folder = train.execute(resolved, folder, accept_changes=accept_changes, callbacks=listeners)
+  folder = train.execute(
+    resolved,
+    folder,
+    accept_changes=accept_changes,
+    overwrite=overwrite,
+    callbacks=listeners,
+  )
   return Finished(folder, folder / "export", loggers.read_metrics(folder / loggers.METRICS))

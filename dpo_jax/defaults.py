@@ -227,7 +227,8 @@ def get_config() -> ConfigDict:
         samples=0,  # completions sampled for held-out prompts: KL, entropy, repetition; 0 for none
       ),
       "checkpoint": section(
-        every=500,  # steps between checkpoints; 0 is only at the end
+        every=500,  # steps between checkpoints; 0 is only at the end, and by `minutes`
+        minutes=10.0,  # minutes after which a checkpoint is made between those; 0 is never
         keep=2,  # number of latest checkpoints that are kept; the best is kept too
       ),
       "parallel": section(

@@ -193,6 +193,23 @@ def batch_sums(
   Returns:
     The sums, and bad_NS: True for slots of weight above 0 whose example's loss is not finite.
   """
+  sums, loss_B = sums_and_losses(
+    objective, logps_NS, reference_NS, slots, running_stats, alignment_NS
+  )
+  # From each loss, not from their mean: the mean does not show which one is not finite.
+  bad_NS = jnp.repeat(~jnp.isfinite(loss_B), objective.completions).reshape(logps_NS.shape)
+  return sums, bad_NS & (slots.weight_NS > 0)
+
+
+def sums_and_losses(
+  objective: Objective,
+  logps_NS: Array,
+  reference_NS: Array | None,
+  slots: Slots,
+  running_stats: Mapping[str, Array | float] | None = None,
+  alignment_NS: Array | None = None,
+) -> tuple[metrics.Sums, Array]:
+  """Computes the sums of `batch_sums`, and loss_B, the loss of every example."""
   loss, completions = objective.loss, objective.completions
 
   def by(x_NS: Array) -> Array:
@@ -251,9 +268,7 @@ def batch_sums(
   if slots.source_NS is not None:
     source_B = by(slots.source_NS)[:, 0]
     sums |= metrics.by_source(sums_fn, weight_B, source_B, objective.sources)
-  # From each loss, not from their mean: the mean does not show which one is not finite.
-  bad_NS = jnp.repeat(~jnp.isfinite(loss_B), completions).reshape(logps_NS.shape)
-  return sums, bad_NS & (slots.weight_NS > 0)
+  return sums, loss_B
 
 
 def loss_count(objective: Objective, slots: Slots) -> Array:

@@ -5,7 +5,7 @@ import sys
 
 
 def _report(kind, error, trace):
-  """Ctrl-C while modules are still being imported, which the command cannot catch itself."""
+  """Ctrl-C before the package is found, which then handles it."""
   if issubclass(kind, KeyboardInterrupt):
     print("\ninterrupted", file=sys.stderr)
     sys.exit(130)
@@ -19,3 +19,7 @@ sys.excepthook = _report
 _scripts = pathlib.Path(__file__).resolve().parent
 sys.path[0] = str(_scripts.parent)
 sys.path.append(str(_scripts))
+
+from dpo_jax.utils import interrupts  # noqa: E402  found by the path above
+
+interrupts.install()  # before the imports of the command

@@ -6,14 +6,17 @@
 #   bash scripts/quickstart.sh [DIR]            results go to DIR, runs/quickstart by default
 #   SEED=1 bash scripts/quickstart.sh DIR       the same with other random numbers
 #
-# Given a DIR that it was stopped in, it goes on there: finished training is not done again.
+# Given a DIR that it was stopped in (by Ctrl-C, say), it goes on there: what training has saved is
+# not done again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
 
 main() {
-  local dir=${1:-runs/quickstart} seed=${SEED:-0} started
+  local dir=${1:-runs/quickstart} seed=${SEED:-0} started status
   case $dir in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"; return ;; -*) fail "usage: bash scripts/quickstart.sh [DIR]" ;; esac
+  # A run that is interrupted saves first; this line comes below what it prints.
+  trap 'status=$?; [ "$status" != 130 ] || say "to go on: bash scripts/quickstart.sh $dir"' EXIT
   use_venv requirements.txt
   started=$(date +%s)
 

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shutil
+import signal
 
 import jax
 import pytest
@@ -81,6 +82,14 @@ def copy_programs(source: pathlib.Path, target: pathlib.Path) -> None:
       part = target / f"{path.name}.{os.getpid()}"
       shutil.copy2(path, part)
       part.replace(target / path.name)
+
+
+@pytest.fixture
+def ctrl_c():
+  """Gives programs that a test starts a Ctrl-C that arrives: in a background job it is ignored."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,8 @@ both completions.
 from absl import flags
 from ml_collections import config_flags
 
+from dpo_jax.utils import paths
+
 FLAGS = flags.FLAGS
 
 
@@ -66,6 +68,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     pace = pacing.read(argv[1], pace)
   config = FLAGS.config
+  paths.expand_fields(config)
   section = config.parallel
   where = (section.coordinator, section.processes, section.process)
   # SIGTERM ends a benchmark: it has nothing to save.

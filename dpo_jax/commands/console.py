@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+from dpo_jax.utils import interrupts
+
 
 class Command(NamedTuple):
   """A command and where it is.
@@ -124,11 +126,8 @@ def run(name: str) -> None:
 def _run(name: str, call: Callable[[str], str]) -> None:
   """Runs a command whose help spells every command as `call` does."""
   command = COMMANDS[name]
-  try:
-    module = importlib.import_module(command.module)
-  except KeyboardInterrupt:  # training imports jax, which takes seconds
-    print("\ninterrupted", file=sys.stderr)
-    sys.exit(130)
+  interrupts.install()  # before the imports: training imports jax, which takes seconds
+  module = importlib.import_module(command.module)
   from dpo_jax.utils import cli
 
   def spelled(found: re.Match[str]) -> str:

@@ -11,13 +11,15 @@ format, or with --merge_lora the whole model with the adapters added to its weig
 
 from absl import flags
 
+from dpo_jax.utils import cli
+
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string("workdir", None, "folder of the run", required=True)
-  flags.DEFINE_string("out", None, "model folder to write; it must not exist yet", required=True)
+  cli.define_path("workdir", None, "folder of the run", required=True)
+  cli.define_path("out", None, "model folder to write; it must not exist yet", required=True)
   flags.DEFINE_integer("step", None, "step of the checkpoint (default: the latest)")
   flags.DEFINE_boolean("merge_lora", False, "write the model with its adapters added to it")
   flags.DEFINE_float("max_shard_gb", 5.0, "size of a weights file, in 1e9 bytes", 1e-9)

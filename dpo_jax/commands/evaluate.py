@@ -19,6 +19,7 @@ import time
 from absl import flags
 
 from dpo_jax.commands import row_flags
+from dpo_jax.utils import cli
 
 FLAGS = flags.FLAGS
 SHOWN = 4  # samples side by side in the terminal; the summary contains three times as many
@@ -26,10 +27,10 @@ SHOWN = 4  # samples side by side in the terminal; the summary contains three ti
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string("model", None, "folder of the policy", required=True)
-  flags.DEFINE_string("reference", None, "folder of the reference", required=True)
-  flags.DEFINE_string("data", None, "file of held-out preference rows", required=True)
-  flags.DEFINE_string("out", None, "JSON file to write")
+  cli.define_path("model", None, "folder of the policy", required=True)
+  cli.define_path("reference", None, "folder of the reference", required=True)
+  cli.define_path("data", None, "file of held-out preference rows", required=True)
+  cli.define_path("out", None, "JSON file to write")
   flags.DEFINE_string("loss", "sigmoid", "name of the loss")
   flags.DEFINE_float(
     "beta", None, "reward units per nat, for margins and loss (default: that of the loss)"
@@ -42,7 +43,7 @@ def define_flags() -> None:
   )
   row_flags.define_flags()
   flags.DEFINE_string("reward", None, "name, or module:function of (prompt, completion)")
-  flags.DEFINE_string("prompts", None, "file of rows with a `prompt`, to sample on")
+  cli.define_path("prompts", None, "file of rows with a `prompt`, to sample on")
   flags.DEFINE_integer(
     "samples_per_prompt", 2, "completions of each model per prompt", lower_bound=1
   )

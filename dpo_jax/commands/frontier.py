@@ -16,12 +16,14 @@ given are those of `dpo_jax.experiments.frontier.Settings`.
 
 from absl import flags
 
+from dpo_jax.utils import cli
+
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string("out", None, "folder of the study; made where missing", required=True)
+  cli.define_path("out", None, "folder of the study; made where missing", required=True)
   flags.DEFINE_string(
     "methods", "", "some of dpo, dpo_again, ipo, on_policy, sft, best_of_n (default: all)"
   )

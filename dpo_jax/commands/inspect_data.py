@@ -17,16 +17,17 @@ and texts otherwise (sft). --kind overrides that: pairs can serve as any of thes
 from absl import flags
 
 from dpo_jax.commands import row_flags
+from dpo_jax.utils import cli
 
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string(
+  cli.define_path(
     "data", None, "file of rows; several separated by commas, or a pattern", required=True
   )
-  flags.DEFINE_string("model", None, "folder of the model or its tokenizer", required=True)
+  cli.define_path("model", None, "folder of the model or its tokenizer", required=True)
   flags.DEFINE_integer("rows", 3, "rows to show, from the first", lower_bound=0)
   flags.DEFINE_bool("json", False, "print the ledger alone, as one JSON object")
   flags.DEFINE_enum(

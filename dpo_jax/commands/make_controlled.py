@@ -12,12 +12,14 @@ No opening is in two of the three files, nor twice in one.
 
 from absl import flags
 
+from dpo_jax.utils import cli
+
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string("out", None, "folder to write, made where missing", required=True)
+  cli.define_path("out", None, "folder to write, made where missing", required=True)
   flags.DEFINE_integer("seed", 0, "random seed of the texts", lower_bound=0)
   flags.DEFINE_integer("sft_rows", 32_000, "reviews to learn from", lower_bound=1)
   flags.DEFINE_integer("prompts", 32_000, "openings to sample pairs from", lower_bound=1)

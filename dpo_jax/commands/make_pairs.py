@@ -11,20 +11,22 @@ completions are left out.
 
 from absl import flags
 
+from dpo_jax.utils import cli
+
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string("model", None, "model folder", required=True)
-  flags.DEFINE_string("prompts", None, "file of rows with a `prompt`", required=True)
+  cli.define_path("model", None, "model folder", required=True)
+  cli.define_path("prompts", None, "file of rows with a `prompt`", required=True)
   flags.DEFINE_string(
     "reward",
     None,
     "controlled, or module:function of (prompt, completion), from the current folder or PYTHONPATH",
     required=True,
   )
-  flags.DEFINE_string("out", None, "JSONL file to write", required=True)
+  cli.define_path("out", None, "JSONL file to write", required=True)
   flags.DEFINE_integer("num", 2, "completions per prompt, paired two by two", lower_bound=2)
   flags.DEFINE_float("temperature", 1.0, "of sampling; 1 is the model's own distribution")
   flags.DEFINE_integer("max_tokens", 48, "new tokens at most", lower_bound=1)

@@ -9,7 +9,7 @@ prompt and completion. The step is compiled for shapes alone, on this machine's 
 from absl import flags
 from ml_collections import config_flags
 
-from dpo_jax.utils import cli
+from dpo_jax.utils import cli, paths
 
 FLAGS = flags.FLAGS
 
@@ -44,6 +44,7 @@ def main(argv: list[str]) -> None:
     cli.fail(f"--device_memory={FLAGS.device_memory}: a number of GiB is asked for")
   lengths = planner.Lengths(FLAGS.mean_length, FLAGS.prompt_fraction)
   config = FLAGS.config
+  paths.expand_fields(config)
   found = planner.plan(config, lengths)
   total = found["bytes_per_device"]["total"]
   room = None if FLAGS.device_memory is None else FLAGS.device_memory * memory.GIB

@@ -10,17 +10,18 @@ Rows are held out by prompt, so that no prompt is on both sides.
 from absl import flags
 
 from dpo_jax.commands import row_flags
+from dpo_jax.utils import cli
 
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string(
+  cli.define_path(
     "data", None, "file of rows; several separated by commas, or a pattern", required=True
   )
-  flags.DEFINE_string("model", None, "folder of the model or its tokenizer", required=True)
-  flags.DEFINE_string("out", None, "folder to make", required=True)
+  cli.define_path("model", None, "folder of the model or its tokenizer", required=True)
+  cli.define_path("out", None, "folder to make", required=True)
   flags.DEFINE_enum(
     "kind",
     None,

@@ -21,14 +21,16 @@ generation_config.json: temperature, top_k, top_p and the rest come from the fla
 
 from absl import flags
 
+from dpo_jax.utils import cli
+
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string("model", None, "model folder", required=True)
+  cli.define_path("model", None, "model folder", required=True)
   flags.DEFINE_string("prompt", None, "text to continue")
-  flags.DEFINE_string("prompts", None, "file of prompts, rows or lines")
+  cli.define_path("prompts", None, "file of prompts, rows or lines")
   flags.DEFINE_bool("chat", False, "treat the text as a user's message; apply the chat template")
   flags.DEFINE_string(
     "template", "", 'arguments of the chat template as JSON: {"enable_thinking": false}'
@@ -42,7 +44,7 @@ def define_flags() -> None:
   flags.DEFINE_multi_string("stop", [], "text that ends a sample; repeatable")
   flags.DEFINE_list("stop_ids", [], "token ids that end a sample: 13,198")
   flags.DEFINE_integer("seed", 0, "random seed", lower_bound=0)
-  flags.DEFINE_string("out", "", "JSONL file to write the samples to instead of printing them")
+  cli.define_path("out", "", "JSONL file to write the samples to instead of printing them")
 
 
 def main(argv: list[str]) -> None:

@@ -14,16 +14,17 @@ where tokens have weights, the sum of these). With --reference it also has `ref_
 from absl import flags
 
 from dpo_jax.commands import row_flags
+from dpo_jax.utils import cli
 
 FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
   """Defines the flags of the command."""
-  flags.DEFINE_string("model", None, "model folder", required=True)
-  flags.DEFINE_string("data", None, "file of preference rows", required=True)
-  flags.DEFINE_string("out", None, "JSONL file to write", required=True)
-  flags.DEFINE_string("reference", None, "model folder to compare with")
+  cli.define_path("model", None, "model folder", required=True)
+  cli.define_path("data", None, "file of preference rows", required=True)
+  cli.define_path("out", None, "JSONL file to write", required=True)
+  cli.define_path("reference", None, "model folder to compare with")
   flags.DEFINE_string("loss", None, "name of the loss (default: sigmoid)")
   flags.DEFINE_float("beta", None, "reward units per nat (default: that of the loss)")
   flags.DEFINE_integer(

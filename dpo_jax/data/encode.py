@@ -26,6 +26,7 @@ from dpo_jax.data.ledger import Ledger, count_tokens
 from dpo_jax.data.readers import Source
 from dpo_jax.data.tokenizer import Tokenizer, Tokens
 from dpo_jax.structs import UserError
+from dpo_jax.utils import interrupts
 
 # Version of the rules by which this package turns rows into ids. Increase it with every change that
 # gives other ids for the same row: prepared sets of another version are then refused.
@@ -317,7 +318,8 @@ def _outcomes(
     # which worker is faster. Only a few chunks wait at a time: they are in memory.
     waiting: collections.deque = collections.deque()
     for chunk in chunks:
-      waiting.append((chunk.reading, pool.submit(_encode_in_worker, chunk)))
+      with interrupts.blocked():  # workers are started here, and would each print a traceback
+        waiting.append((chunk.reading, pool.submit(_encode_in_worker, chunk)))
       if len(waiting) > 2 * workers:
         reading, outcome = waiting.popleft()
         yield reading, outcome.result()

@@ -28,6 +28,8 @@ CHOSEN_DRIFT = 0.2
 # Nats per token, for both completions, and the share of pairs in which both lose probability. The
 # limit is lower here: if chosen and rejected fall alike, some other text gains.
 BOTH_DRIFT, BOTH_FELL = 0.15, 0.75
+# Nats per token at which the learning rate is the first suspect: every token e times less likely.
+COLLAPSE = 1.0
 # Share of the loss's improvement since the start that may be lost again: a share, since losses
 # differ in scale and some pass through zero. Then the least rise that counts, as a share of the
 # lowest loss. Held out: several standard errors of a few hundred pairs. In training: much more,
@@ -214,12 +216,17 @@ class Rule(NamedTuple):
     return any(name.startswith("eval/") for name in self.reads)
 
 
+def _slower(drift: float) -> str:
+  """Returns the remedy that comes first where probability is lost very fast; else nothing."""
+  return "a lower --config.optimizer.learning_rate, " if -drift >= COLLAPSE else ""
+
+
 def _chosen_falls(facts: _Facts) -> tuple[float, str]:
   drift = facts["drift/chosen"].now
   return -drift / CHOSEN_DRIFT, (
     "the model gives the chosen completions less probability than the reference does"
-    f" ({-drift:.2f} nats per token less); try --config.loss.sft_weight=1, --config.loss.name=dpop"
-    " or a larger --config.loss.beta"
+    f" ({-drift:.2f} nats per token less); try {_slower(drift)}--config.loss.sft_weight=1,"
+    " --config.loss.name=dpop or a larger --config.loss.beta"
   )
 
 
@@ -231,8 +238,8 @@ def _both_fall(facts: _Facts) -> tuple[float, str]:
   return level, (
     f"in {share:.0%} of pairs both completions lose probability, {-chosen:.2f} and {-rejected:.2f}"
     f" nats per token, together {-mass:.1f} nats per pair; it moved to text in neither; try"
-    " --config.loss.sft_weight=1, --config.loss.name=dpop, a larger --config.loss.beta or fewer"
-    " --config.train.epochs"
+    f" {_slower(min(chosen, rejected))}--config.loss.sft_weight=1, --config.loss.name=dpop, a"
+    " larger --config.loss.beta or fewer --config.train.epochs"
   )
 
 

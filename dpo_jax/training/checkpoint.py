@@ -13,7 +13,8 @@ import itertools
 import logging
 import pathlib
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -99,6 +100,50 @@ def _steps(directory: pathlib.Path) -> list[int]:
 def latest_step(directory: str | pathlib.Path) -> int | None:
   """Returns the step of the latest whole checkpoint in a folder, None where there is none."""
   return max(_steps(pathlib.Path(directory)), default=None)
+
+
+class SavingTimes:
+  """Decides after which steps a checkpoint is due by the clock, alike in all processes.
+
+  Clocks differ, so only that of the first process counts. To ask it at every step would make the
+  devices wait: with its answer it says how many steps may pass until it is asked again.
+  """
+
+  def __init__(
+    self,
+    minutes: float,
+    from_main_process: Callable[[str], str] = processes.from_main_process,
+    now: Callable[[], float] = time.monotonic,
+  ):
+    """Starts the clock.
+
+    Args:
+      minutes: from one checkpoint to the next; 0 is never.
+      from_main_process: text -> the text of the first process; all call it together.
+      now: the clock, in seconds.
+    """
+    self._interval, self._from_main, self._now = 60 * minutes, from_main_process, now
+    self._saved = self._looked = now()
+    self._last = self._ask_at = 0
+
+  def is_due(self, index: int) -> bool:
+    """Returns True if the checkpoint is due after this step; it must be called at every step."""
+    if not self._interval or index < self._ask_at:
+      return False
+    now = self._now()
+    left = self._saved + self._interval - now
+    # Half of the steps that fit into what is left at the pace since the last look: the pace may
+    # change. Looks come ever closer, and at last at every step.
+    pace = (now - self._looked) / max(1, index - self._last) if self._last else float("inf")
+    steps = int(min(left / 2 / pace, 1000)) if pace > 0 else 1
+    answer = self._from_main(f"{int(left <= 0)} {max(1, steps)}")
+    due, steps = map(int, answer.split())
+    self._last, self._looked, self._ask_at = index, now, index + steps
+    return bool(due)
+
+  def saved(self) -> None:
+    """Starts the clock anew, after any checkpoint."""
+    self._saved = self._now()
 
 
 class Checkpoints:

@@ -13,7 +13,8 @@ from dpo_jax.data import batches
 from dpo_jax.distributed.executor import Executor
 from dpo_jax.evaluation import sample_probe
 from dpo_jax.generation import rollouts
-from dpo_jax.structs import PyTree, TokenBatch
+from dpo_jax.structs import Array, PyTree, TokenBatch
+from dpo_jax.training import verdict
 from dpo_jax.training.run import Run
 from dpo_jax.utils import following
 
@@ -59,6 +60,7 @@ class Evaluator:
 
   Attributes:
     ready: whether there is anything to evaluate.
+    held_out: of the latest evaluation, for the verdict on the run; None without completions.
   """
 
   def __init__(
@@ -88,6 +90,7 @@ class Evaluator:
     self._forward = executor.compile_forward(objective.logps)
     self._reference_XS = self._frozen_logps()
     self.ready = bool(rows or probe)
+    self.held_out: verdict.HeldOut | None = None
 
   def __call__(self, state: step.TrainState) -> dict[str, float]:
     """Computes means over all held-out examples, and facts of samples.
@@ -123,21 +126,45 @@ class Evaluator:
     running_stats = self._executor.to_host(state.running_stats)
     policy = self._logps(self._objective.policy(state.params, self._reference_params))
 
-    def sums_of(some: logprobs.Slots) -> metrics.Sums:
+    def sums_of(some: logprobs.Slots) -> tuple[metrics.Sums, np.ndarray]:
       # All examples at once: a batch-wide loss of each batch by itself would be another number.
-      return step.batch_sums(self._objective, policy, reference, some, running_stats)[0]
+      sums, loss_B = step.sums_and_losses(self._objective, policy, reference, some, running_stats)
+      return sums, np.asarray(loss_B)
 
-    if not self._groups:
-      return _divided(sums_of(slots))
     found = {}
     row_XS = np.concatenate([batch.row_NS for batch in self._rows])
-    for name, rows in self._groups.items():
-      mine_XS = (row_XS >= rows.start) & (row_XS < rows.stop)
-      # What is not of the group has the weight of an empty slot, so that even a batch-wide loss is
-      # that of the group by itself.
-      sums = sums_of(slots._replace(weight_NS=slots.weight_NS * mine_XS))
+    for name, rows in (self._groups or {"": None}).items():
+      some = slots
+      if rows is not None:
+        # What is not of the group has the weight of an empty slot, so that even a batch-wide loss
+        # is that of the group by itself.
+        mine_XS = (row_XS >= rows.start) & (row_XS < rows.stop)
+        some = slots._replace(weight_NS=slots.weight_NS * mine_XS)
+      sums, loss_B = sums_of(some)
       found |= _divided(sums, f"{name}/" if name else "")
+      if not name:  # other groups have names, and are not judged by
+        self.held_out = self._examples(policy, reference, some, loss_B)
     return found
+
+  def _examples(
+    self, policy_XS: Array, reference_XS: Array | None, slots: logprobs.Slots, loss_B: np.ndarray
+  ) -> verdict.HeldOut:
+    """Returns what the verdict on the run compares: losses of examples, and orders of pairs."""
+    kind, completions = self._objective.loss.kind, self._objective.completions
+    weight_B = np.asarray(slots.weight_NS).reshape(-1, completions)[:, 0]
+    right_B = None
+    if kind == "pairs":
+      # As in the metrics: policy minus reference comes first, and a margin of 0 is half right.
+      ratio_XS = policy_XS if reference_XS is None else policy_XS - reference_XS
+      chosen_B, rejected_B = np.asarray(ratio_XS).reshape(-1, 2).T
+      right_B = (np.sign(chosen_B - rejected_B) + 1) / 2
+    if kind == "text":  # the loss is a mean over tokens
+      tokens_B = np.asarray(slots.tokens_NS).reshape(-1)
+      weight_B, loss_B = weight_B * tokens_B, loss_B / np.maximum(tokens_B, 1)
+    real_B = weight_B > 0
+    return verdict.HeldOut(
+      loss_B[real_B], weight_B[real_B], None if right_B is None else right_B[real_B]
+    )
 
   def _local_params(self, state: step.TrainState) -> tuple[PyTree, PyTree | None]:
     """Returns one copy of the policy and of the reference, which share the base of adapters."""

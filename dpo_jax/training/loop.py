@@ -15,11 +15,13 @@ import numpy as np
 
 from dpo_jax import logprobs, step
 from dpo_jax.distributed import executor, memory, preemption, processes
+from dpo_jax.model import transformer
+from dpo_jax.monitoring import divergence, loggers
 from dpo_jax.monitoring.loggers import Callback, Loggers, Silent
 from dpo_jax.structs import PyTree, TokenBatch
-from dpo_jax.training import datasets, reference_cache
-from dpo_jax.training.checkpoint import Checkpoints, latest_step
-from dpo_jax.training.evaluator import make_evaluator
+from dpo_jax.training import datasets, reference_cache, verdict
+from dpo_jax.training.checkpoint import Checkpoints, SavingTimes, latest_step
+from dpo_jax.training.evaluator import Evaluator, make_evaluator
 from dpo_jax.training.metrics_writer import MetricsWriter
 from dpo_jax.training.run import Run
 from dpo_jax.training.sanity import check_step_zero
@@ -144,6 +146,10 @@ def train(run: Run, prepared: Prepared, callbacks: Sequence[Callback] = ()) -> P
 
   Returns:
     What was trained as it ends: one copy of it, on device.
+
+  Raises:
+    Diverged: the weights are broken; no checkpoint has them.
+    Stopped: Ctrl-C or SIGTERM has come, and all is saved.
   """
   start, state, reference_params = prepared.start, prepared.state, prepared.reference_params
   # Accuracy needs completions that are ordered, which only pairs and rankings have.
@@ -200,7 +206,7 @@ def _take_steps(
 ) -> step.TrainState:
   """Takes steps start + 1 to the last, with evaluation and checkpoints where they are due.
 
-  At a notice of preemption it saves after the step that it is at, and exits.
+  At a notice of preemption it saves after the step that it is at, and raises `Stopped`.
   """
   train_step_fn = run.executor.compile_step(
     functools.partial(step.train_step, objective=run.objective, tx=run.tx)
@@ -209,14 +215,9 @@ def _take_steps(
   # The value before training, with which every later evaluation is compared.
   if start == 0 and evaluator.ready:
     log.write_eval(0, evaluator(state))
-  writer = MetricsWriter(
-    log,
-    checkpoints,
-    to_host=run.executor.metrics_to_host,
-    schedule=run.schedule,
-    data_path=run.settings.data_path,
-    mixture=run.data.mixture,
-  )
+    _keep_held_out(run, verdict.BEFORE, evaluator)
+  writer = _make_writer(run, start, checkpoints, log)
+  clock = SavingTimes(run.settings.checkpoint_minutes)
   shapes: set[tuple[tuple[int, ...], ...]] = set()
   for index in range(start + 1, run.steps + 1):
     params = _policy_params(run, state, reference_params) if run.data.sampler else None
@@ -232,27 +233,70 @@ def _take_steps(
     writer.add(index, means, facts, batch)
     last = index == run.steps
     evaluating = evaluator.ready and (last or _is_due(index, run.settings.eval_every))
-    # `should_stop` comes first, since it must be called at every step. At the last one the run ends
-    # anyway.
+    # `should_stop` and `is_due` come first, since both must be called at every step. At the last
+    # one the run ends anyway.
     leaving = notice.should_stop(index) and not last
-    saving = leaving or last or _is_due(index, run.settings.checkpoint_every)
+    by_clock = clock.is_due(index)
+    saving = leaving or last or by_clock or _is_due(index, run.settings.checkpoint_every)
     if not (evaluating or saving):
       continue
     # The order is important: 1. the metrics of this very step, which stop the run before a state
-    # with a loss that is not finite is kept; 2. evaluation, whose metrics decide which checkpoint
-    # is the best; 3. the checkpoint; 4. leaving, once it is on disk.
-    writer.flush()
+    # that has diverged is kept; 2. evaluation, whose metrics decide which checkpoint is the best;
+    # 3. the checkpoint; 4. leaving, once it is on disk.
+    writer.flush(at_end=last)
     found = evaluator(state) if evaluating else None
     if found:
       log.write_eval(index, found)
-    if saving:
+      writer.check_evaluation(index, found)
+    if last:
+      _keep_held_out(run, verdict.AFTER, evaluator)
+    # A step that may turn out to be the beginning of a divergence must not push out a good one.
+    if saving and (leaving or not writer.suspect):
       # One copy: the tree of all devices under pmap would bind the checkpoint to their number.
       checkpoints.save(index, run.executor.unreplicate(state), found)
+      clock.saved()
     if leaving:
       checkpoints.wait()
-      preemption.exit_saved(index)
+      raise notice.stopped(index)
     writer.restart_clock()
   return state
+
+
+def _make_writer(
+  run: Run, start: int, checkpoints: Checkpoints, log: Loggers | Silent
+) -> MetricsWriter:
+  """Makes the writer of metrics, which knows what the first step of the run had."""
+  shapes = jax.tree.leaves(transformer.param_shapes(run.model_config))
+  first = divergence.Divergence()
+  if start:
+    # Only the first process need see the workdir.
+    text = ""
+    if processes.is_main_process():
+      records = loggers.read_metrics(run.workdir / loggers.METRICS)
+      first = divergence.first_of(records)
+      text = f"{first.first_loss:.6g} {first.first_logp:.6g}"
+    first = divergence.Divergence(*map(float, processes.from_main_process(text).split()))
+  return MetricsWriter(
+    log,
+    checkpoints,
+    to_host=run.executor.metrics_to_host,
+    schedule=run.schedule,
+    data_path=run.settings.data_path,
+    mixture=run.data.mixture,
+    divergence=first,
+    learning_rate=run.settings.learning_rate,
+    usual_rates=divergence.usual_rates(
+      run.objective.loss.kind,
+      adapters=run.adapter is not None,
+      weights=sum(x.size for x in shapes),
+    ),
+  )
+
+
+def _keep_held_out(run: Run, name: str, evaluator: Evaluator) -> None:
+  """Writes what the verdict on the run compares, from the first process."""
+  if evaluator.held_out is not None and processes.is_main_process():
+    verdict.write(run.workdir, name, evaluator.held_out)
 
 
 def _policy_params(run: Run, state: step.TrainState, reference_params: PyTree | None) -> PyTree:

@@ -1,4 +1,7 @@
-"""The metrics of each step, written one step late so that the device never waits for the host."""
+"""The metrics of each step, written one step late so that the device never waits for the host.
+
+They also stop a run that has diverged, before a checkpoint is made of its weights.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ import numpy as np
 import optax
 
 from dpo_jax.data.mixture import Mixture
+from dpo_jax.monitoring.divergence import Diverged, Divergence, watched
 from dpo_jax.monitoring.loggers import Loggers, Silent
-from dpo_jax.structs import TokenBatch, UserError
+from dpo_jax.structs import TokenBatch
 from dpo_jax.training.checkpoint import Checkpoints
 
 
@@ -26,7 +30,7 @@ class _Pending(NamedTuple):
 
 
 class MetricsWriter:
-  """Writes the metrics of every step, with its rates, and stops a run whose loss is not finite."""
+  """Writes the metrics of every step, with its rates, and stops a run that has diverged."""
 
   def __init__(
     self,
@@ -36,6 +40,9 @@ class MetricsWriter:
     to_host: Callable[[dict[str, jax.Array]], dict[str, np.ndarray]],
     schedule: optax.Schedule,
     data_path: str,
+    divergence: Divergence,
+    learning_rate: float,
+    usual_rates: str,
     mixture: Mixture | None = None,
   ):
     """Starts the clock.
@@ -46,10 +53,15 @@ class MetricsWriter:
       to_host: `Executor.metrics_to_host`.
       schedule: learning rate by step.
       data_path: of the examples, which an error names.
+      divergence: has what the first step of the run had.
+      learning_rate: the largest of the run, which an error names.
+      usual_rates: usual learning rates, which an error names.
       mixture: the sources of the examples, which an error names instead; None for one source.
     """
     self._log, self._checkpoints, self._to_host = log, checkpoints, to_host
     self._schedule, self._data_path, self._mixture = schedule, data_path, mixture
+    self._divergence = divergence
+    self._learning_rate, self._usual_rates = learning_rate, usual_rates
     self._pending: _Pending | None = None
     self._reported = False
     self.restart_clock()
@@ -64,17 +76,25 @@ class MetricsWriter:
     """Takes the metrics of a step, on device, and writes those of the step before.
 
     Raises:
-      UserError: as `flush`.
+      Diverged: as `flush`.
     """
     # Only the step before is waited for: the device is already busy with this one.
     self.flush()
     self._pending = _Pending(index, means, facts, batch)
 
-  def flush(self) -> None:
+  @property
+  def suspect(self) -> bool:
+    """Whether the latest step that is written had broken weights: they should not be saved."""
+    return self._divergence.suspect
+
+  def flush(self, *, at_end: bool = False) -> None:
     """Writes the pending step.
 
+    Args:
+      at_end: whether it is the last of the run.
+
     Raises:
-      UserError: its loss or gradient is not finite; names the rows.
+      Diverged: its loss or gradient is not finite, or most of the last steps had broken weights.
     """
     if self._pending is None:
       return
@@ -99,6 +119,18 @@ class MetricsWriter:
         "tokens_per_second": tokens / elapsed,
       },
     )
+    # After they are written: metrics and report show how it came about.
+    self._divergence.add(means)
+    if self._divergence.has_diverged(at_end=at_end):
+      raise self._diverged(pending.index, means)
+
+  def check_evaluation(self, index: int, found: dict[str, float]) -> None:
+    """Raises `Diverged` if the loss of the held-out rows is not finite: the weights are broken."""
+    if not np.isfinite(found.get("loss", 0.0)):
+      raise Diverged(
+        f"step {index}: the held-out loss is {found['loss']}. {self._likely_cause()}"
+        f" {self._kept()}; no model is exported"
+      )
 
   def _report_rounding(self, index: int, means: dict[str, np.ndarray]) -> None:
     """Reports once how much of an update bfloat16 weights keep, which no curve of a loss shows."""
@@ -110,24 +142,46 @@ class MetricsWriter:
       f" {means['update/kept']:.0%} of the update arrived (rounded stochastically)"
     )
 
+  def _diverged(self, index: int, means: dict[str, np.ndarray]) -> Diverged:
+    """Returns the error of a run whose weights are broken."""
+    first = self._divergence
+    return Diverged(
+      f"step {index}: training has diverged: the loss is {float(means['loss']):.4g}"
+      f" ({first.first_loss:.4g} at the start), and completions to learn from have a log-prob of"
+      f" {watched(means):.4g} nats ({first.first_logp:.4g} at the start)."
+      f" {self._likely_cause()} {self._kept()}; no model is exported"
+    )
+
   def _not_finite(
     self, pending: _Pending, means: dict[str, np.ndarray], bad_rows: np.ndarray
-  ) -> UserError:
-    """Returns the error of a step, once the checkpoint before it is on disk."""
+  ) -> Diverged:
+    """Returns the error of a step whose loss or gradient is not finite."""
     if not len(bad_rows):  # the loss is finite and its gradient is not: any row may be the cause
       row_ANS = np.asarray(pending.batch.row_NS)
       bad_rows = row_ANS[row_ANS >= 0]
     rows = sorted(set(bad_rows.tolist()))
     named = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
-    named = f"{named} of {self._data_path}"
+    where = f"rows {named} of {self._data_path}"
     if self._mixture:
-      named = self._mixture.name_rows(rows[:8]) + (", …" if len(rows) > 8 else "")
+      where = f"rows {self._mixture.name_rows(rows[:8])}" + (", …" if len(rows) > 8 else "")
+    # The loss of step 1 is that of the initial weights.
+    cause = f"{self._likely_cause()} Otherwise look at {where}."
+    if pending.index == 1:
+      cause = f"No update was made before: look at {where}, or at the weights."
+    return Diverged(
+      f"step {pending.index}: the loss is {means['loss']}, its gradient's norm"
+      f" {means['grad_norm']}. {cause} {self._kept()}; no model is exported"
+    )
+
+  def _likely_cause(self) -> str:
+    return (
+      f"Likely cause: optimizer.learning_rate={self._learning_rate:g} is too high (usual:"
+      f" {self._usual_rates}). Start anew by the same command with --overwrite and a lower"
+      " --config.optimizer.learning_rate."
+    )
+
+  def _kept(self) -> str:
     # The last checkpoint may still be on its way to disk, and the message promises that it is kept.
     self._checkpoints.wait()
     last = self._checkpoints.latest()
-    kept = f"the checkpoint of step {last} is kept" if last else "no checkpoint was due before"
-    return UserError(
-      f"step {pending.index}: the loss is {means['loss']}, its gradient's norm"
-      f" {means['grad_norm']}, in rows {named}; {kept}. Try a lower"
-      " optimizer.learning_rate in a new --workdir, or look at those rows"
-    )
+    return f"The checkpoint of step {last} is kept" if last else "No checkpoint was due before"

@@ -31,8 +31,10 @@ class LoopSettings(NamedTuple):
     eval_samples: completions sampled at every evaluation; 0 for none.
     eval_max_tokens: most tokens of one of them; 0 is the longest held-out completion.
     checkpoint_every: steps from one checkpoint to the next; 0 is only at the end.
+    checkpoint_minutes: minutes from one checkpoint to the next; 0 is never by the clock.
     checkpoint_keep: how many of the latest checkpoints stay.
     starts_as_reference: whether policy and reference are the same numbers before the first step.
+    learning_rate: the largest of the run.
     compute_dtype: of matrix products.
     data_path: of the examples, for messages.
     source: folder of the tokenizer that goes along with the exported model.
@@ -44,8 +46,10 @@ class LoopSettings(NamedTuple):
   eval_samples: int
   eval_max_tokens: int
   checkpoint_every: int
+  checkpoint_minutes: float
   checkpoint_keep: int
   starts_as_reference: bool
+  learning_rate: float
   compute_dtype: str
   data_path: str
   source: str

@@ -10,6 +10,7 @@ import hashlib
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import sys
 import textwrap
@@ -18,10 +19,11 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from dpo_jax.utils import config_flags, field_docs, field_names
+from dpo_jax.utils import config_flags, field_docs, field_names, interrupts, paths
 from dpo_jax.utils.malloc import keep_freed_memory
 
 FLAGS = flags.FLAGS
+flags.disclaim_key_flags()  # a flag of `define_path` is one of the command that calls it
 _HELP = ("--help", "-help", "-h", "--helpshort")
 _HELP_ALL = ("--help=all", "-help=all", "--helpfull", "-helpfull")
 
@@ -55,6 +57,7 @@ def run(
     except BrokenPipeError:
       leave_unread()
     sys.exit(0)
+  interrupts.install()
   keep_freed_memory()
   # Before `main` imports jax, which reads the folder of its cache at that moment.
   enable_compilation_cache()
@@ -68,8 +71,12 @@ def run(
       lambda argv: _guarded(main, argv, arguments), flags_parser=lambda argv: _parse(argv, short)
     )
   except KeyboardInterrupt:  # also while a configuration is being imported
-    print("\ninterrupted", file=sys.stderr)
-    sys.exit(130)
+    interrupts.end()
+  except Exception:
+    # Ctrl-C may come out of a library as another error.
+    if not interrupts.is_pending():
+      raise
+    interrupts.end()
 
 
 def fail(message: object) -> NoReturn:
@@ -159,6 +166,42 @@ def os_error_line(error: OSError) -> str:
   return f"{error.filename}: {reason}" if error.filename is not None else reason
 
 
+# ---------------------------------------------------------------------------- commands to print
+
+
+def this_command(*leave_out: str) -> str | None:
+  """Returns the command line of this process, to be pasted into a shell; None outside a command.
+
+  Args:
+    leave_out: flags that are left out.
+  """
+  program = sys.argv[0]
+  if program.endswith(os.path.join("dpo_jax", "train.py")):
+    words = ["python", "-m", "dpo_jax.train"]
+  elif program.split(" ")[0] == "dpo-jax" or program.startswith("python -m dpo_jax"):
+    words = program.split(" ")
+  else:
+    return None
+  given = [x for x in sys.argv[1:] if x.lstrip("-").split("=")[0] not in leave_out]
+  return shlex.join([*words, *given])
+
+
+def other_command(name: str, *arguments: str) -> str:
+  """Returns the command line of another command, called in the way in which this one was.
+
+  Args:
+    name: of the command, such as `sample`.
+    arguments: its flags.
+  """
+  script = pathlib.Path("scripts", f"{name}.py")
+  words = ["python", "-m", "dpo_jax", name]
+  if sys.argv[0].startswith("dpo-jax"):
+    words = ["dpo-jax", name]
+  elif script.is_file() and pathlib.Path("dpo_jax").is_dir():  # in the project's folder
+    words = ["python", str(script)]
+  return shlex.join([*words, *arguments])
+
+
 # ---------------------------------------------------------------------------- flags
 
 
@@ -217,6 +260,16 @@ def _flag_line(message: str) -> str:
   message = message.replace("invalid literal for int() with base 10", "not an integer")
   message = message.replace("could not convert string to float", "not a number")
   return message.replace(" ?", "?").rstrip(")") + ("" if "--help" in message else " (see --help)")
+
+
+def define_path(name: str, default: str | None, help: str, **given: Any) -> None:
+  """Defines a flag whose value is a path, in which a leading `~` is the home folder."""
+  flags.DEFINE(_Path(), name, default, help, serializer=flags.ArgumentSerializer(), **given)
+
+
+class _Path(flags.ArgumentParser):
+  def parse(self, argument: Any) -> Any:
+    return paths.expand(super().parse(argument) or "")
 
 
 # ---------------------------------------------------------------------------- help

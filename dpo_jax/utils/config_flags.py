@@ -71,9 +71,10 @@ def file_of(value: str, name: str = "config") -> str:
     RefusedError: there is no such configuration.
   """
   path, colon, argument = value.partition(":")
+  path = os.path.expanduser(path)
   if os.path.isfile(path):
     if not path.endswith(PLAIN):
-      return value
+      return f"{path}{colon}{argument}"
     if colon:
       raise RefusedError(f"--{name}={value}: it takes no argument behind a colon")
     return f"{pathlib.Path(__file__).parents[1] / 'configure.py'}:{path}"

@@ -15,7 +15,7 @@ import os
 import pathlib
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dpo_jax.structs import UserError
@@ -68,7 +68,7 @@ def check(workdir: pathlib.Path, config: str, defaults: str = "{}") -> None:
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     raise UserError(
       f"{workdir} contains a run with another configuration: {'; '.join(changed[:3])}{more}."
-      " Choose a new --workdir, or the same values to resume"
+      " Choose a new --workdir, the same values to resume, or --overwrite to start anew there"
     )
 
 
@@ -145,6 +145,46 @@ def changed_inputs(
   before = record["inputs"]
   names = [*before, *(name for name in inputs if name not in before)]
   return [name for name in names if before.get(name) != inputs.get(name)], True
+
+
+def check_set_aside(workdir: pathlib.Path, named: Mapping[str, str]) -> None:
+  """Checks that the run in a folder may be moved, for another to begin there.
+
+  Args:
+    workdir: the folder, which exists.
+    named: name of a field -> the file or folder that it names, for all that a run reads.
+
+  Raises:
+    UserError: the folder contains no run, or something that the new run reads.
+  """
+  files.check_folder(workdir, f"--workdir={workdir}")
+  if any(workdir.iterdir()) and not (workdir / "config.json").is_file():
+    raise UserError(
+      f"--overwrite: {workdir} contains files and no config.json, so it is no run that could be"
+      " moved aside; choose another --workdir"
+    )
+  whole = workdir.resolve()
+  for name, path in named.items():
+    parts = filter(None, [path, *path.split(",")])  # data may be several files
+    if any(pathlib.Path(part).resolve().is_relative_to(whole) for part in parts):
+      raise UserError(
+        f"--overwrite would move {workdir} aside, and {name}={path} lies in it; choose another"
+        " --workdir"
+      )
+
+
+def beside(workdir: pathlib.Path, suffix: str) -> pathlib.Path:
+  """Returns the path next to a folder whose name has a suffix more."""
+  named = workdir if workdir.name not in ("", "..") else workdir.resolve()
+  return named.with_name(named.name + suffix)
+
+
+def set_aside(workdir: pathlib.Path) -> pathlib.Path:
+  """Renames the folder of a run to `NAME.old-1`, or the next number that is free; returns that."""
+  names = (beside(workdir, f".old-{n}") for n in itertools.count(1))
+  aside = next(path for path in names if not path.exists())
+  workdir.rename(aside)
+  return aside
 
 
 @contextlib.contextmanager

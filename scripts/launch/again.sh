@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs a command, and again as long as it exits with status 75: a training that saved and left when
-# asked to, or lost a process. Asked to stop itself (SIGTERM), it passes that on and stops.
+# asked to, or lost a process. Asked to stop itself (SIGTERM, Ctrl-C), it passes that on and stops.
 #
 #   bash scripts/launch/again.sh COMMAND…              RESTARTS=N gives up after so many, 100 by default
 set -uo pipefail
@@ -8,7 +8,7 @@ set -uo pipefail
 main() {
   local restarts=0 status
   stopping='' child=''
-  trap 'stopping=1; kill -TERM "$child" 2>/dev/null' TERM
+  trap 'stopping=1; kill -TERM "$child" 2>/dev/null' TERM INT
   while true; do
     "$@" &
     child=$!
@@ -36,4 +36,9 @@ if [ $# = 0 ]; then
   echo 'error: usage: bash scripts/launch/again.sh COMMAND…' >&2
   exit 1
 fi
+case " $* " in *" --overwrite"* | *" -overwrite"*)
+  echo 'error: --overwrite would start anew every time; start the run with it once, then without' >&2
+  exit 1
+  ;;
+esac
 main "$@"

@@ -3,9 +3,9 @@
   python scripts/launch/local.py 2 python -m dpo_jax.train --config=… --workdir=…
 
 On CPUs a small model trains faster this way (docs/scale.md). Only the first process prints. All
-end together, and this program with the status of one that failed; after a training that a signal
-has stopped and that saved, this is 75. COMMAND is one of this project's that have --config: flags
-of `config.parallel` are added to it.
+end together, and this program with the status of one that failed; after a training that SIGTERM
+has stopped and that saved, this is 75, and 130 after Ctrl-C. COMMAND is one of this project's that
+have --config: flags of `config.parallel` are added to it.
 """
 
 import pathlib

@@ -25,7 +25,7 @@ FLOORS = {
   "model": {"structs", "utils", "distributed.sharding"},
   "data": {"structs", "utils"},
   "controlled": {"structs"},
-  "distributed": {"structs", "distributed.sharding"},
+  "distributed": {"structs", "utils", "distributed.sharding"},
   "hf": {"structs", "utils", "model", "distributed"},
   "monitoring": {"structs", "utils"},
   "generation": {"structs", "utils", "logprobs", "model", "data", "controlled", "hf"},

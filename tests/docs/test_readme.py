@@ -33,7 +33,7 @@ def test_the_readmes_program_trains_with_arguments_that_exist(monkeypatch, capsy
 
 
 def test_the_program_of_the_losses_computes_the_dpo_loss(capsys):
-  (program,) = programs("docs/losses.md")
+  program, _ = programs("docs/losses.md")
   exec(compile(program, "docs/losses.md", "exec"), {})
   # Margins of 2 and 0 nats at β = 0.1: the mean of log(1 + e^-0.2) and log 2.
   expected = (math.log1p(math.exp(-0.2)) + math.log(2)) / 2

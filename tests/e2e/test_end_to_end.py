@@ -3,9 +3,12 @@
 import json
 import os
 import pathlib
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -19,6 +22,7 @@ from dpo_jax import losses, step, train
 from dpo_jax.controlled import reviews as controlled_reviews
 from dpo_jax.controlled import word_tokenizer
 from dpo_jax.hf import checkpoint as hf_checkpoint
+from dpo_jax.monitoring.divergence import Diverged
 from dpo_jax.monitoring.loggers import read_metrics
 from dpo_jax.structs import UserError
 from dpo_jax.training.checkpoint import Checkpoints
@@ -327,16 +331,30 @@ def test_layouts_and_modes_take_the_same_steps(task, straight):
         np.testing.assert_allclose(other[key], one[key], rtol=1e-4, atol=1e-5, err_msg=key)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(task):
+@pytest.mark.parametrize(
+  ("rate", "words"),
+  [
+    (1e18, r"step \d: the loss is .*; no model is exported$"),
+    (
+      30.0,
+      r"step 6: training has diverged: the loss is .* at the start\).*; no model is exported$",
+    ),
+  ],
+)
+def test_a_run_that_diverges_stops_with_the_likely_cause_and_keeps_what_was_good(task, rate, words):
   config = dpo_config(task)
-  config.optimizer.update(learning_rate=1e18, schedule="constant", warmup_steps=0)
+  config.optimizer.update(learning_rate=rate, schedule="constant", warmup_steps=0)
   config.checkpoint.every = 1
-  with pytest.raises(UserError, match=r"step \d+: the loss is .* in rows .* is kept") as error:
-    train.execute(config, task / "burst")
+  folder = task / f"burst_{rate}"
+  with pytest.raises(Diverged, match=words) as error:
+    train.execute(config, folder)
   assert "\n" not in str(error.value)
-  kept = [int(path.name) for path in (task / "burst" / "checkpoints").iterdir()]
-  assert kept and all(np.isfinite(_leaves(task / "burst", step)).all() for step in kept)
-  assert not (task / "burst" / "export").exists()
+  assert f"Likely cause: optimizer.learning_rate={rate:g} is too high (usual: " in str(error.value)
+  kept = [int(path.name) for path in (folder / "checkpoints").iterdir()]
+  assert f"The checkpoint of step {max(kept)} is kept" in str(error.value)
+  # The weights after step 1 are broken already, which shows in step 2: it is not saved any more.
+  assert all(np.isfinite(_leaves(folder, step)).all() for step in kept) and max(kept) == 1
+  assert (folder / "report.html").is_file() and not (folder / "export").exists()
 
 
 def command(script: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -468,6 +486,53 @@ def test_a_loss_argument_is_reachable_from_the_command_line(task, tmp_path):
   assert done.returncode == 1
   assert done.stderr.strip().startswith("error: loss.label_smoothing is 0.7")
   assert not any(tmp_path.iterdir())  # no folder of a run that did not begin
+
+
+def test_a_finished_run_says_so_and_another_may_take_its_place(task, straight, capsys):
+  capsys.readouterr()
+  before = (straight / "export" / "model.safetensors").stat().st_mtime_ns
+  train.execute(dpo_config(task), straight)
+  said = capsys.readouterr().out
+  assert f"{straight} has finished all 6 steps; to train longer, raise" in said
+  assert "held out (8 pairs): accuracy 50.0% → " in said and f"--model={straight}/export" in said
+  assert (straight / "export" / "model.safetensors").stat().st_mtime_ns == before
+  anew = straight.with_name("anew")
+  shutil.copytree(straight, anew)
+  (anew / "notes.txt").touch()  # of another run's folder nothing is lost
+  train.execute(dpo_config(task), anew, overwrite=True)
+  aside = anew.with_name("anew.old-1")
+  assert f"the run that was in {anew} is now in {aside}" in capsys.readouterr().out
+  assert (aside / "notes.txt").is_file() and not (anew / "notes.txt").exists()
+  # It began anew: the same steps, with the same numbers.
+  weights = [folder / "export" / "model.safetensors" for folder in (aside, anew)]
+  assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_saves_and_says_how_to_continue(task):
+  """The first one; what comes before training and the second are in tests/utils."""
+  words = [
+    *(sys.executable, "-m", "dpo_jax.train", "--config=configs/preferences.py"),
+    *(f"--workdir={task / 'stopped'}", f"--config.model.path={task / 'sft' / 'export'}"),
+    *(f"--config.data.path={task / 'pairs.jsonl'}", "--config.train.batch_size=16"),
+    *("--config.train.steps=9999", "--config.data.row_length=128", "--overwrite"),
+  ]
+  lines = task / "stopped" / "metrics.jsonl"
+  with subprocess.Popen(
+    words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+  ) as process:
+    while process.poll() is None and not (lines.is_file() and len(read_metrics(lines)) > 2):
+      time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.stdout.read()
+  step = read_metrics(lines)[-1]["step"]
+  assert process.returncode == 130 and "Traceback" not in said
+  assert "stopping: this step is finished and saved first; Ctrl-C again stops at once" in said
+  assert f"stopped and saved at step {step} of 9999" in said
+  assert (task / "stopped" / "report.html").is_file()
+  assert [path.name for path in (task / "stopped" / "checkpoints").iterdir()] == [str(step)]
+  command = shlex.join(["python", *words[1:-1]])  # with --overwrite it would start anew
+  assert said.splitlines()[-1] == f"continue: {command}"
 
 
 def test_another_configuration_in_the_same_folder_is_refused(task, straight):

@@ -5,6 +5,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -191,7 +192,9 @@ def test_a_command_is_started_again_when_it_asks_for_it(tmp_path, statuses, star
   assert ("gave up after 3 restarts" in done.stderr) == (starts == 4)
 
 
-def test_asked_to_stop_it_passes_that_on_and_starts_nothing_more(tmp_path):
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT], ids=["term", "ctrl-c"])
+def test_asked_to_stop_it_passes_that_on_and_starts_nothing_more(tmp_path, sent):
   ready = tmp_path / "ready"
   fake(
     tmp_path,
@@ -202,10 +205,17 @@ def test_asked_to_stop_it_passes_that_on_and_starts_nothing_more(tmp_path):
   with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
     while not ready.exists():
       time.sleep(0.02)
-    process.terminate()
+    process.send_signal(sent)
     said = process.communicate(timeout=30)[0]
   assert said == "saved\n" and process.returncode == 75
   assert ready.read_text() == "x\n"
+
+
+def test_a_run_that_would_start_anew_every_time_is_not_repeated(tmp_path):
+  program, log = counting(tmp_path, [75, 0])
+  done = bash("scripts/launch/again.sh", str(program), "--overwrite")
+  assert done.returncode == 1 and "--overwrite would start anew every time" in done.stderr
+  assert not log.exists()
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (1, False), (75, True)])

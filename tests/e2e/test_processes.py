@@ -215,8 +215,9 @@ def test_a_store_filled_by_several_serves_one(task):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ctrl_c")
 def test_asked_to_stop_one_all_leave_at_one_step_and_go_on(task):
-  """Told as process 1; on with four, then by one; the same as undisturbed."""
+  """One of two by SIGTERM; then all of four by Ctrl-C; then by one; the same as undisturbed."""
   given = TWENTY | {"train.steps": 60}
   straight = alone(task, "one_process", **given)
   started = small_task.start(task, "told", 2, **given)
@@ -227,8 +228,9 @@ def test_asked_to_stop_one_all_leave_at_one_step_and_go_on(task):
   assert step == read_metrics(task / "told" / "metrics.jsonl")[-1]["step"] < 60
   started = small_task.start(task, "told", 4, **given, **{"parallel.fsdp": 4})
   reached(task, "told", step + 3)
-  started[3].send_signal(signal.SIGTERM)
-  assert [status for status, _ in small_task.end(started)] == [preemption.AGAIN] * 4
+  for process in started:
+    process.send_signal(signal.SIGINT)
+  assert [status for status, _ in small_task.end(started)] == [130] * 4
   found = alone(task, "told", **given)
   assert [line["step"] for line in found[0]] == list(range(61))
   small_task.assert_close(found, straight)

@@ -144,6 +144,13 @@ def test_half_of_what_is_wrong_is_not_enough(changed):
   assert names(run(changed)) == []
 
 
+@pytest.mark.parametrize("name", ["chosen falls", "both fall"])
+def test_a_fall_by_a_nat_per_token_names_the_learning_rate_first(name):
+  fast = {"drift/chosen": lambda t: -40 * t, "drift/rejected": lambda t: -40 * t}
+  (found,) = [x for x in alerts.scan(run(WRONG[name][0] | fast)) if x.name == name]
+  assert "; try a lower --config.optimizer.learning_rate, --config.loss.sft_weight=1" in found.text
+
+
 def test_a_loss_that_rises_everywhere_is_not_overfitting():
   falls_and_rises = lambda t: 0.5 - t * (0.8 - t)
   assert names(run({"loss": falls_and_rises, "eval/loss": falls_and_rises})) == ["loss rises"]

@@ -73,7 +73,7 @@ def test_a_run_stopped_by_a_signal_continues_bit_identically(task):
     output = process.stdout.read()
   assert process.returncode == preemption.AGAIN
   reached = read_metrics(lines)[-1]["step"]
-  assert f"saved after step {reached}" in output and reached < 60
+  assert f"saved at step {reached}" in output and reached < 60
   assert latest_step(task / "stopped" / "checkpoints") == reached
   assert subprocess.run(stopped, cwd=ROOT, capture_output=True).returncode == 0
   weights = [task / name / "export" / "model.safetensors" for name in ("undisturbed", "stopped")]

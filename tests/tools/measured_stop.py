@@ -51,7 +51,7 @@ def told(command, lines, moment):
     time.sleep(moment)
     process.send_signal(signal.SIGTERM)
     since = time.perf_counter()
-    saved = next(time.perf_counter() - since for line in process.stdout if "saved after" in line)
+    saved = next(time.perf_counter() - since for line in process.stdout if "saved at" in line)
     process.wait()
   assert process.returncode == preemption.AGAIN
   return saved, time.perf_counter() - since

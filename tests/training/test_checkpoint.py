@@ -14,7 +14,7 @@ import pytest
 from dpo_jax import step
 from dpo_jax.distributed import executor
 from dpo_jax.structs import UserError
-from dpo_jax.training.checkpoint import Checkpoints
+from dpo_jax.training.checkpoint import Checkpoints, SavingTimes
 from tests.support import tiny
 from tests.support.paths import ROOT
 
@@ -206,3 +206,55 @@ def test_a_state_is_read_onto_another_mesh_to_the_bit(tmp_path):
     found = there.to_host(state)
     jax.tree.map(np.testing.assert_array_equal, found, host)
   assert state["query"]["kernel"].sharding.shard_shape((2, 16, 8)) == (2, 8, 4)
+
+
+class Clock:
+  """Saving times on a clock of its own, and how often the first process was asked."""
+
+  def __init__(self, minutes, answers=None):
+    self.seconds, self.asked = 0.0, 0
+    self.answers, self.texts = answers, []
+    self.times = SavingTimes(minutes, self._from_main_process, lambda: self.seconds)
+
+  def _from_main_process(self, text):
+    self.asked += 1
+    self.texts.append(text)
+    return text if self.answers is None else self.answers[self.asked - 1]
+
+  def steps_saved(self, steps, seconds_per_step):
+    found = []
+    for index in range(1, steps + 1):
+      self.seconds += seconds_per_step
+      if self.times.is_due(index):
+        found.append(index)
+        self.times.saved()
+    return found
+
+
+@pytest.mark.parametrize(("pace", "expected"), [(1.0, 600), (30.0, 20), (700.0, 1)])
+def test_a_checkpoint_is_due_after_ten_minutes(pace, expected):
+  clock = Clock(10)
+  found = clock.steps_saved(3 * expected, pace)
+  assert found == [expected, 2 * expected, 3 * expected]
+  # Every look halves what is left: some ten of them until each of the three.
+  assert clock.asked <= 3 * 15
+
+
+def test_zero_minutes_are_never_and_nobody_is_asked():
+  clock = Clock(0)
+  assert clock.steps_saved(100, 1e6) == [] and clock.asked == 0
+
+
+def test_a_checkpoint_for_another_reason_starts_the_clock_anew():
+  clock = Clock(10)
+  clock.steps_saved(50, 10)
+  clock.times.saved()
+  assert clock.steps_saved(59, 10) == []
+
+
+def test_processes_with_other_clocks_save_after_the_same_steps():
+  first, slow = Clock(10), None
+  expected = first.steps_saved(40, 45.0)
+  slow = Clock(10, first.texts)
+  assert slow.steps_saved(40, 7000.0) == expected and len(expected) == 2
+  assert slow.asked == first.asked

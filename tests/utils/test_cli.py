@@ -9,7 +9,7 @@ import time
 import pytest
 
 from dpo_jax.utils import cli, config_flags
-from tests.support.paths import CONFIGS
+from tests.support.paths import CONFIGS, ROOT
 
 COMMAND = '''"""Counts the rows of a file.
 
@@ -255,3 +255,51 @@ def test_compiled_programs_are_kept_where_the_user_says_and_else_at_home(tmp_pat
   mine = str(tmp_path / "mine")
   assert chosen(HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=mine) == mine
   assert chosen(HOME="/proc/none") == "None"  # a home that cannot be written
+
+
+@pytest.mark.parametrize(
+  ("program", "found"),
+  [
+    ("/somewhere/dpo_jax/train.py", "python -m dpo_jax.train '--workdir=my runs'"),
+    ("dpo-jax train", "dpo-jax train '--workdir=my runs'"),
+    ("python -m dpo_jax train", "python -m dpo_jax train '--workdir=my runs'"),
+    ("/usr/bin/pytest", None),
+  ],
+)
+def test_the_command_line_to_continue_with(monkeypatch, program, found):
+  monkeypatch.setattr(sys, "argv", [program, "--overwrite", "--workdir=my runs"])
+  assert cli.this_command("overwrite") == found
+
+
+def test_other_commands_are_called_as_this_one_was(monkeypatch, tmp_path):
+  monkeypatch.setattr(sys, "argv", ["/somewhere/dpo_jax/train.py"])
+  monkeypatch.chdir(ROOT)
+  assert cli.other_command("sample", "--model=a b") == "python scripts/sample.py '--model=a b'"
+  monkeypatch.chdir(tmp_path)
+  assert cli.other_command("sample") == "python -m dpo_jax sample"
+  monkeypatch.setattr(sys, "argv", ["dpo-jax train"])
+  assert cli.other_command("sample") == "dpo-jax sample"
+
+
+def test_a_home_folder_that_is_not_there_is_one_line():
+  """Through the flags of a command: `~` before a user that there is not."""
+  program = (
+    "import sys\nfrom dpo_jax.utils import cli\ncli.define_path('out', None, 'x')\n"
+    "from absl import flags\n"
+    "def main(argv): print(flags.FLAGS.out)\n"
+    "cli.run(main)"
+  )
+  for given, status in (("~/x", 0), ("~nobody_here/x", 1)):
+    done = subprocess.run(
+      [sys.executable, "-c", program, f"--out={given}"],
+      capture_output=True,
+      text=True,
+      env={"PYTHONPATH": str(ROOT), "HOME": "/home/someone"},
+      check=False,
+    )
+    assert done.returncode == status
+    assert done.stdout == ("/home/someone/x\n" if not status else "")
+    assert not status or done.stderr == (
+      "error: flag --out=~nobody_here/x: no home folder ~nobody_here; write the whole path, or"
+      " ./~nobody_here/x for a name that begins with ~ (see --help)\n"
+    )

@@ -59,6 +59,25 @@ def test_a_folder_that_may_not_be_written_is_refused_before_anything(tmp_path, m
     workdir.check(tmp_path / "file" / "run", CONFIG)
 
 
+def test_a_run_is_moved_aside_by_the_next_free_number(tmp_path):
+  run = tmp_path / "run"
+  for number in (1, 2):
+    claim(run)
+    workdir.check_set_aside(run, {"data.path": "elsewhere.jsonl", "lora.path": ""})
+    assert workdir.set_aside(run) == tmp_path / f"run.old-{number}"
+    assert not run.exists() and (tmp_path / f"run.old-{number}" / "config.json").is_file()
+
+
+def test_what_is_no_run_or_is_read_is_not_moved(tmp_path):
+  (tmp_path / "notes.txt").touch()
+  with pytest.raises(UserError, match=r"^--overwrite: .* no config\.json, so it is no run"):
+    workdir.check_set_aside(tmp_path, {})
+  claim(tmp_path)
+  for named in (tmp_path / "export", f"elsewhere.jsonl,{tmp_path}/more.jsonl"):
+    with pytest.raises(UserError, match=r"would move .* and model\.path=.* lies in it"):
+      workdir.check_set_aside(tmp_path, {"model.path": str(named)})
+
+
 def test_what_changed_is_named(tmp_path):
   claim(tmp_path)
   assert workdir.changed_inputs(tmp_path, INPUTS, LEDGER) == ([], True)

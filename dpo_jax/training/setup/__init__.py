@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import datetime
 import pathlib
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from dpo_jax.distributed import processes
 from dpo_jax.structs import PyTree
 from dpo_jax.training.run import Run
-from dpo_jax.training.setup.checks import check, check_base_is_kept, check_inputs
+from dpo_jax.training.setup.checks import Checked, check, check_base_is_kept, check_inputs
 from dpo_jax.training.setup.construction import (
   construct,
   facts,
@@ -27,6 +28,7 @@ from dpo_jax.training.setup.construction import (
   reference_key,
 )
 from dpo_jax.training.setup.description import (
+  Described,
   check_balance,
   choose_attention,
   data_settings,
@@ -38,6 +40,7 @@ from dpo_jax.training.setup.resume import check_resumed, inputs_of
 from dpo_jax.utils import workdir as workdirs
 
 __all__ = [
+  "Examined",
   "build",
   "check",
   "check_balance",
@@ -50,6 +53,7 @@ __all__ = [
   "describe",
   "describe_adapters",
   "describe_model",
+  "examine",
   "facts",
   "inputs_of",
   "make_objective",
@@ -58,8 +62,46 @@ __all__ = [
 ]
 
 
+class Examined(NamedTuple):
+  """What is known of a run before its weights are loaded.
+
+  Attributes:
+    checked, described: as `check` and `describe` return them.
+    inputs: digests of what it learns from.
+    began: when it began.
+  """
+
+  checked: Checked
+  described: Described
+  inputs: dict[str, str]
+  began: datetime.datetime
+
+
+def examine(config: ConfigDict, workdir: pathlib.Path, *, accept_changes: bool = False) -> Examined:
+  """Checks a run, reads its data, and compares them with what a resumed run began with.
+
+  Args, Raises: as `build`.
+  """
+  # The order is important: 1. what no file is needed for; 2. headers, tokenizer and data; 3. the
+  # comparison with what a resumed run began with. A mistake ends the run before the next part has
+  # taken its time.
+  checked = check(config)
+  check_inputs(config)
+  # One moment for all processes: a template may write it into every prompt.
+  moment = workdirs.began(workdir).isoformat()
+  began = datetime.datetime.fromisoformat(processes.from_main_process(moment))
+  described = describe(config, checked, began)
+  inputs = inputs_of(config, described)
+  check_resumed(config, workdir, described, inputs, accept=accept_changes)
+  return Examined(checked, described, inputs, began)
+
+
 def build(
-  config: ConfigDict, workdir: pathlib.Path, *, accept_changes: bool = False
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  *,
+  accept_changes: bool = False,
+  examined: Examined | None = None,
 ) -> tuple[Run, PyTree, PyTree | None, dict]:
   """Makes everything that a run needs; `workdir` is only read, not touched.
 
@@ -68,6 +110,7 @@ def build(
     workdir: its folder; the run that it may have is resumed.
     accept_changes: whether that run goes on with data, weights, tokenizer or template that have
       changed since it began.
+    examined: as `examine` returned it; None examines the run first.
 
   Returns:
     The run; what is trained as it starts (the policy's parameters, or its adapters) and what stays
@@ -77,17 +120,8 @@ def build(
   Raises:
     UserError: one line with the value, the rule and a way out.
   """
-  # The order is important: 1. what no file is needed for; 2. headers, tokenizer and data; 3. the
-  # comparison with what a resumed run began with; 4. weights. A mistake ends the run before the
-  # next part has taken its time.
-  checked = check(config)
-  check_inputs(config)
-  # One moment for all processes: a template may write it into every prompt.
-  moment = workdirs.began(workdir).isoformat()
-  began = datetime.datetime.fromisoformat(processes.from_main_process(moment))
-  described = describe(config, checked, began)
-  inputs = inputs_of(config, described)
-  check_resumed(config, workdir, described, inputs, accept=accept_changes)
-  run, trained, reference_params = construct(config, workdir, checked, described)
-  run = run._replace(began=began, inputs=inputs)
-  return run, trained, reference_params, described.ledger
+  # Weights come last: they may take minutes to load.
+  known = examined or examine(config, workdir, accept_changes=accept_changes)
+  run, trained, reference_params = construct(config, workdir, known.checked, known.described)
+  run = run._replace(began=known.began, inputs=known.inputs)
+  return run, trained, reference_params, known.described.ledger

@@ -241,11 +241,12 @@ def _check_numbers(config: ConfigDict) -> None:
     "eval.every",
     "eval.batch_size",
     "checkpoint.every",
+    "checkpoint.minutes",
     "data.eval_limit",
     "eval.samples",
   ):
     section, field = name.split(".")
-    if config[section][field] < 0:
+    if not 0 <= config[section][field] < float("inf"):
       raise UserError(f"{name} is {config[section][field]}; it must be 0 or above")
   # Sampling packs the seed and the step into 64 bits.
   if not 0 <= config.seed < 2**32:

@@ -92,9 +92,11 @@ def _loop_settings(config: ConfigDict) -> LoopSettings:
     eval_samples=config.eval.samples,
     eval_max_tokens=config.on_policy.max_tokens if config.on_policy.reward else 0,
     checkpoint_every=config.checkpoint.every,
+    checkpoint_minutes=config.checkpoint.minutes,
     checkpoint_keep=config.checkpoint.keep,
     # A wider type keeps the policy's numbers as they are, a narrower one rounds them.
     starts_as_reference=not config.reference.path and theirs in (own, "float32"),
+    learning_rate=config.optimizer.learning_rate,
     compute_dtype=config.model.compute_dtype,
     data_path=config.data.path,
     # From scratch, the folder that was named for the tokenizer is all there is to copy from.

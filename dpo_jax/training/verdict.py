@@ -1,0 +1,176 @@
+"""The verdict on a run: whether the held-out rows are better, no better or worse than before it.
+
+A run keeps what it measured before its first step and after its last in the folder `held_out` of
+its workdir, so that a run that was stopped in between is judged too.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_jax.evaluation.estimates import Estimate, mean_estimate, share_estimate
+from dpo_jax.utils import files
+
+FOLDER = "held_out"
+BEFORE, AFTER = "before", "after"
+RESULT = "result.json"
+EDGE = 10  # steps at either end of a run whose rewards are compared, where no row is held out
+
+
+class HeldOut(NamedTuple):
+  """One evaluation of the held-out rows, example by example.
+
+  Attributes:
+    loss_B: loss of each example; of supervised texts, nats per token.
+    weight_B: weight of each in the mean; of supervised texts, tokens.
+    right_B: 1 where the chosen completion has the larger reward, 0 where it has the smaller, one
+      half where both are equal; None for other data than pairs.
+  """
+
+  loss_B: np.ndarray
+  weight_B: np.ndarray
+  right_B: np.ndarray | None = None
+
+
+def write(workdir: pathlib.Path, name: str, held_out: HeldOut) -> None:
+  """Writes one evaluation to the workdir, as `BEFORE` or `AFTER`."""
+  fields = {key: None if x is None else x.tolist() for key, x in held_out._asdict().items()}
+  files.write_text(workdir / FOLDER / f"{name}.json", json.dumps(fields) + "\n")
+
+
+def read(workdir: pathlib.Path, name: str) -> HeldOut | None:
+  """Reads what `write` wrote; None where it is not there or cannot be read."""
+  try:
+    fields = json.loads((workdir / FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    right = fields["right_B"]
+    right_B = None if right is None else np.asarray(right)
+    return HeldOut(np.asarray(fields["loss_B"]), np.asarray(fields["weight_B"]), right_B)
+  except (OSError, ValueError, TypeError, KeyError):  # of a run that began before there were any
+    return None
+
+
+def judge(before: HeldOut, after: HeldOut) -> str:
+  """Returns one line: accuracy and loss of the held-out rows before and after, and what they say.
+
+  Pairs are judged by the order of their completions, other data by their loss. Both evaluations are
+  of the same examples, so what is tested is the change of each.
+  """
+  count, what = len(after.loss_B), "examples"
+  parts, than = [], "before"
+  loss = mean_estimate(after.loss_B, after.weight_B)
+  change = mean_estimate(after.loss_B - before.loss_B, after.weight_B)
+  better, worse = change.high < 0, change.low > 0
+  if before.right_B is not None and after.right_B is not None:
+    what = "pairs"
+    # Before training policy and reference are mostly equal, every pair counts one half, and what
+    # the run is compared with is chance.
+    if np.all(before.right_B == 0.5):
+      than = "chance"
+    better, worse = _compare_orders(before.right_B, after.right_B)
+    right = share_estimate(after.right_B, after.weight_B)
+    was = np.average(before.right_B, weights=before.weight_B)
+    parts.append(f"accuracy {was:.1%} → {right.mean:.1%}{_interval(right, '.1%')}")
+  was = np.average(before.loss_B, weights=before.weight_B)
+  parts.append(f"loss {was:.4g} → {loss.mean:.4g}{_interval(loss, '.4g')}")
+  found = f"{'better' if better else 'worse' if worse else 'no better'} than {than}"
+  if better and change.low > 0:
+    found += (
+      ", but the loss rose (overconfident): try fewer --config.train.epochs or a lower"
+      " --config.optimizer.learning_rate"
+    )
+  elif worse:
+    found += "; try a lower --config.optimizer.learning_rate"
+  elif not better:
+    found += "; try more --config.train.epochs, or more rows to tell"
+  return f"held out ({count:,} {what}): {', '.join(parts)}: {found}"
+
+
+def judge_samples(records: Sequence[Mapping[str, Any]]) -> str | None:
+  """Returns the line of a run on samples of the policy: their reward in its first and last steps.
+
+  Args:
+    records: lines of `metrics.jsonl`.
+
+  Returns:
+    None where the metrics have no rewards.
+  """
+  reward_T = np.array([r["reward"] for r in records if r.get("reward") is not None])
+  edge = min(EDGE, len(reward_T) // 2)
+  if edge < 2:
+    return None
+  first, last = mean_estimate(reward_T[:edge]), mean_estimate(reward_T[-edge:])
+  # Steps have prompts of their own, so the two ends are independent.
+  half = float(np.hypot(first.high - first.mean, last.high - last.mean))
+  gain = last.mean - first.mean
+  found = "better" if gain > half else "worse" if gain < -half else "no better"
+  return (
+    f"samples: reward {first.mean:.4g} → {last.mean:.4g}{_interval(last, '.4g')} in the first and"
+    f" last {edge} steps: {found} than before"
+  )
+
+
+def of_run(workdir: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> str:
+  """Returns the line that a run ends with.
+
+  Args:
+    workdir: its folder.
+    records: lines of its `metrics.jsonl`.
+  """
+  before, after = read(workdir, BEFORE), read(workdir, AFTER)
+  if before is not None and after is not None and len(before.loss_B) == len(after.loss_B):
+    return judge(before, after)
+  line = judge_samples(records)
+  if line:
+    return line
+  if any("eval/loss" in record for record in records):
+    found = [record for record in records if record.get("eval/loss") is not None]
+    return (
+      f"held-out loss {found[0]['eval/loss']:.4g} → {found[-1]['eval/loss']:.4g}; this run has no"
+      " values of single rows to judge by"
+    )
+  return (
+    "no rows are held out, so whether the model is better on unseen rows is not known; hold some"
+    " out by --config.data.eval_fraction or --config.data.eval_path"
+  )
+
+
+def write_result(workdir: pathlib.Path, step: int, line: str) -> None:
+  """Marks the run as finished: its export is that of this step."""
+  text = json.dumps({"step": step, "result": line}, ensure_ascii=False, indent=2)
+  files.write_text(workdir / RESULT, text + "\n")
+
+
+def finished(workdir: pathlib.Path, step: int) -> str | None:
+  """Returns the verdict on a run that was exported after `step`; None if that is still to do."""
+  try:
+    found = json.loads((workdir / RESULT).read_text(encoding="utf-8"))
+    done = found["step"] == step and (workdir / "export").is_dir()
+    return found["result"] if done else None
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
+
+
+def _compare_orders(before_B: np.ndarray, after_B: np.ndarray) -> tuple[bool, bool]:
+  """Returns whether pairs are ordered better, and whether worse, than before.
+
+  Only pairs whose order has changed say anything (McNemar 1947): among them the share that became
+  right is compared with one half, by Wilson's interval, which is not empty at shares of 0 and 1.
+  """
+  change_B = np.sign(after_B - before_B)
+  changed_B = change_B[change_B != 0]
+  if not len(changed_B):
+    return False, False
+  share = share_estimate((changed_B + 1) / 2)
+  return share.low > 0.5, share.high < 0.5
+
+
+def _interval(estimate: Estimate, form: str) -> str:
+  """Formats an interval; nothing for one that is not known."""
+  if not np.isfinite(estimate.low):
+    return ""
+  return f" (95%: {estimate.low:{form}}–{estimate.high:{form}})"
