@@ -18,7 +18,7 @@ def test_the_readmes_program_trains_with_arguments_that_exist(monkeypatch, capsy
   """Everything but the training itself, which tests/e2e does from Python."""
   trained = []
 
-  def execute(config, workdir, *, accept_changes, callbacks):
+  def execute(config, workdir, *, accept_changes, overwrite, callbacks):
     for callback in callbacks:
       callback(1, {"loss": 0.5})
     trained.append(config)
