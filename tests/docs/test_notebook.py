@@ -98,6 +98,7 @@ def numbers(text):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_it_runs_and_says_what_it_said(tmp_path):
   for name in ("dpo_jax", "scripts", "configs"):
     (tmp_path / name).symlink_to(ROOT / name)

@@ -331,6 +331,7 @@ def test_summary_table_and_picture(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_a_small_study_from_nothing_and_repeated(tmp_path):
   arguments = [
     *(sys.executable, ROOT / "scripts/frontier.py", f"--out={tmp_path}", "--quick"),

@@ -179,6 +179,7 @@ def test_sigmoid_reaches_the_optimum_quickly():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
 @pytest.mark.parametrize("mu", [REFERENCE, ELSEWHERE], ids=["own", "elsewhere"])
 def test_sigmoid_reaches_the_optimum_wherever_the_pairs_come_from(mu, layout):
@@ -186,6 +187,7 @@ def test_sigmoid_reaches_the_optimum_wherever_the_pairs_come_from(mu, layout):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_sigmoid_reaches_the_optimum_with_the_projects_transformer():
   """Trains the model of the commands, in its own float32; all prompts share its weights."""
   config = ModelConfig(
@@ -448,6 +450,7 @@ def given_of(name, given):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("case", CASES)
 def test_each_loss_reaches_its_own_optimum(case):
   name, given, examples, expected = CASES[case]
@@ -520,6 +523,7 @@ def mistaken(mistake):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_misses_the_optimum(mistake):
   gap = mistaken(mistake).max()
@@ -585,6 +589,7 @@ def test_the_expected_policy_gradient_is_that_of_the_assumed_objective():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_the_policy_gradient_reaches_the_optimum():
   found = trained(scored_pairs(), "policy_gradient", batch_fn=follow, steps=3 * STEPS, beta=BETA)
   assert_reached(found, OPTIMUM)
@@ -594,6 +599,7 @@ def test_the_policy_gradient_reaches_the_optimum():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_every_hard_sync_moves_on_by_the_whole_reward():
   """Checks TR-DPO: after j rounds the policy is π_ref exp(j r/β)/Z, ever further from the first."""
   objective, tx = program(MODEL, "sigmoid", (("beta", BETA),), 2, STEPS, rounds=3)
@@ -611,6 +617,7 @@ def test_every_hard_sync_moves_on_by_the_whole_reward():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("beta", [1.0, 0.5])
 def test_the_gap_falls_as_one_over_the_number_of_pairs(beta):
   """Checks slope -1 on log axes, and the height that the Fisher information of a pair predicts."""

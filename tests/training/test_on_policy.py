@@ -115,6 +115,7 @@ def weather(prompt: str, answer: str) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("name", ["policy_gradient", "sigmoid"])
 def test_on_policy_training_ends_at_the_optimum(tmp_path, name):
   """π* ∝ π_ref exp(r/β) over all answers of two tokens, from samples and a reward alone.
