@@ -74,7 +74,7 @@ def outcome(folder):
   return records, held
 
 
-def survives(folder, case, kills, seed, steps=160):
+def survives(folder, case, kills, seed, steps=96):
   """Compares a run killed so many times with one that was left alone."""
   small_task.write(folder)
   rows = map(json.loads, (folder / "pairs.jsonl").read_text().splitlines())
@@ -108,11 +108,6 @@ def survives(folder, case, kills, seed, steps=160):
   jax.tree.map(np.testing.assert_array_equal, held, wanted)
   exports = [folder / name / "export" / "model.safetensors" for name in commands]
   assert exports[0].read_bytes() == exports[1].read_bytes()
-
-
-def test_a_run_killed_twice_is_the_run_left_alone(tmp_path):
-  """Between steps, and in the export."""
-  survives(tmp_path, "follows", 2, seed=0, steps=40)
 
 
 @pytest.mark.slow

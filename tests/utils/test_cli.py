@@ -236,12 +236,13 @@ def test_help_says_what_there_is_and_at_once(command):
     assert words in done.stdout
 
 
-def test_compiled_programs_are_kept_where_the_user_says_and_else_at_home(tmp_path, monkeypatch):
-  show = "from dpo_jax.utils import cli; cli.enable_compilation_cache(); import jax; " + (
-    "print(jax.config.jax_compilation_cache_dir)"
-  )
-
-  def chosen(**environment):
+def test_compiled_programs_are_kept_where_the_user_says_and_else_at_home(tmp_path):
+  def chosen(imports="os", **environment):
+    show = f"from dpo_jax.utils import cli; cli.enable_compilation_cache(); import {imports}; " + (
+      "print(os.environ.get('JAX_COMPILATION_CACHE_DIR'))"
+      if imports == "os"
+      else "print(jax.config.jax_compilation_cache_dir)"
+    )
     environment |= {"PYTHONPATH": str(cli.__file__).rsplit("/", 3)[0]}
     done = subprocess.run(
       [sys.executable, "-c", show], capture_output=True, text=True, env=environment, check=True
@@ -253,7 +254,8 @@ def test_compiled_programs_are_kept_where_the_user_says_and_else_at_home(tmp_pat
     str(tmp_path / "c" / "dpo_jax")
   )
   mine = str(tmp_path / "mine")
-  assert chosen(HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=mine) == mine
+  # JAX reads the variable when it is imported.
+  assert chosen("jax", HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=mine) == mine
   assert chosen(HOME="/proc/none") == "None"  # a home that cannot be written
 
 
