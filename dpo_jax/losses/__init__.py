@@ -19,6 +19,7 @@ from dpo_jax.losses.registry import (
   canonical,
   kind_of,
   modifiers,
+  own_functions,
   resolve,
   types,
 )
@@ -38,6 +39,7 @@ __all__ = [
   "declare",
   "kind_of",
   "modifiers",
+  "own_functions",
   "resolve",
   "types",
 ]

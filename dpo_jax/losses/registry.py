@@ -101,7 +101,7 @@ def types(name: str = "") -> dict[str, type]:
     name: a name or weighted sum, whose losses may be the user's own; those of this package are
       always included.
   """
-  own = [find(loss) for _, loss in _parse(name)] if ":" in name else []
+  own = map(find, own_functions(name))
   found: dict[str, type] = {}
   for one in [*_BY_NAME.values(), *own]:
     for argument, default in one.arguments.items():
@@ -114,6 +114,11 @@ def types(name: str = "") -> dict[str, type]:
         )
       found[argument] = kind
   return found | modifiers()
+
+
+def own_functions(name: str) -> list[str]:
+  """Lists the losses of the user's own, `module:function`, in a name or weighted sum."""
+  return [loss for _, loss in _parse(name) if ":" in loss] if ":" in name else []
 
 
 def modifiers() -> dict[str, type]:

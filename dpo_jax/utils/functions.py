@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any, cast
@@ -56,6 +57,12 @@ def import_function(what: str, name: str) -> Callable[..., Any]:
   if not callable(found):
     raise UserError(f"{what} {name!r} is no function but {type(found).__name__}")
   return cast(Callable[..., Any], found)
+
+
+def file_of(name: str) -> pathlib.Path | None:
+  """Returns the file of an imported `module:function`; None for a module without one."""
+  path = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+  return None if path is None else pathlib.Path(path)
 
 
 def describe(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """A run that is resumed: refused with other inputs, and given more steps where that is the same."""
 
 import datetime
+import sys
 import types
 
 import pytest
@@ -55,6 +56,19 @@ def test_other_inputs_are_refused_by_name_and_accepted_by_a_flag(tmp_path, capsy
     check(tmp_path, configured(), other)
   check(tmp_path, configured(), other, accept=True)
   assert "goes on although this changed: the weights at model.path=m" in capsys.readouterr().err
+
+
+def test_a_loss_of_ones_own_is_known_by_its_code(tmp_path, monkeypatch):
+  module, path = types.ModuleType("mine_of_a_run"), tmp_path / "mine_of_a_run.py"
+  module.__file__ = str(path)
+  monkeypatch.setitem(sys.modules, "mine_of_a_run", module)
+  found = []
+  for code in ("return 1", "return 2", "return 1"):
+    path.write_text(code)
+    found.append(resume.code_of("0.5*sigmoid + 0.5*mine_of_a_run:mine"))
+  assert [*found[0]] == ["the code of loss mine_of_a_run:mine"]
+  assert found[0] == found[2] != found[1]
+  assert resume.code_of("0.5*sigmoid + 0.5*ipo") == {}
 
 
 def test_a_run_without_digests_goes_on_with_a_line(tmp_path, capsys):

@@ -1,7 +1,8 @@
 """Set-up of a run that is resumed: it must learn from what it began with, for as long as it may.
 
-What a run learns from is everything outside its configuration: rows, weights, tokenizer and chat
-template. Their digests are in the workdir, and what differs is named before weights are loaded.
+What a run learns from is everything outside its configuration: rows, weights, tokenizer, chat
+template, and a loss of the user's own. Their digests are in the workdir, and what differs is named
+before weights are loaded.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from dpo_jax import losses
 from dpo_jax.hf import peft, safetensors_files
 from dpo_jax.structs import UserError
 from dpo_jax.training import optimizer
 from dpo_jax.training.checkpoint import latest_step
 from dpo_jax.training.setup.description import Described, steps_of
+from dpo_jax.utils import functions
 from dpo_jax.utils import workdir as workdirs
 
 # Fields of a config.json that say who wrote it, and nothing of the model.
@@ -55,7 +58,15 @@ def inputs_of(config: ConfigDict, described: Described) -> dict[str, str]:
       found[f"config.json at {name}.path={path}"] = _digest(described_as)
   if config.lora.path:
     found[f"the adapter at lora.path={config.lora.path}"] = peft.digest(config.lora.path)
-  return found
+  return found | code_of(config.loss.name)
+
+
+def code_of(loss: str) -> dict[str, str]:
+  """Returns digests of the files with the losses of the user's own; not of what these import."""
+  names = losses.own_functions(loss)
+  paths = {name: functions.file_of(name) for name in names}
+  digest = safetensors_files.file_digest
+  return {f"the code of loss {name}": digest(path).hex() for name, path in paths.items() if path}
 
 
 def _digest(*values: Any) -> str:
