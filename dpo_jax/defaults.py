@@ -231,6 +231,11 @@ def get_config() -> ConfigDict:
         minutes=10.0,  # minutes after which a checkpoint is made between those; 0 is never
         keep=2,  # number of latest checkpoints that are kept; the best is kept too
       ),
+      "export": section(
+        # True exports the checkpoint with the best held-out accuracy (or loss) in place of the last;
+        # every evaluation then makes a checkpoint
+        best=False,
+      ),
       "parallel": section(
         mode="mesh",  # mesh, or pmap (parameters replicated, rows divided)
         # number of devices, 0 is all; beyond the product of fsdp, sequence and tensor, parameters

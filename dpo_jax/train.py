@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import contextlib
 import functools
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,8 +31,8 @@ from dpo_jax.distributed.gather import gather_to_host
 from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.hf import peft
 from dpo_jax.monitoring import divergence, loggers
-from dpo_jax.structs import PyTree, UserError
-from dpo_jax.training import loop, setup, verdict
+from dpo_jax.structs import UserError
+from dpo_jax.training import loop, model_card, setup, verdict
 from dpo_jax.training.checkpoint import latest_step
 from dpo_jax.training.run import Run
 from dpo_jax.utils import cli, paths
@@ -132,14 +133,14 @@ def execute(
     processes.on_main_process(claim, "claim")
     # 5. Training, then the exported model and the report.
     try:
-      final = loop.train(run, prepared, callbacks)
+      trained = loop.train(run, prepared, callbacks)
     except preemption.Stopped as stopped:
       _report_stop(run, stopped.step)
       raise
     except divergence.Diverged:
       _write_report(run)
       raise
-    _export(run, final)
+    _export(run, trained)
   return workdir
 
 
@@ -217,26 +218,32 @@ def _claim(
   )
 
 
-def _export(run: Run, final: PyTree) -> None:
+def _export(run: Run, trained: loop.Trained) -> None:
   """Writes the trained model or adapter, the report and the result, from the first process."""
   # It loads matplotlib, which would make every start wait, also of a run that is refused.
   from dpo_jax.monitoring import report
 
-  out = run.workdir / "export"
-  beside: dict[str, Any] = {"source": run.settings.source, "end_ids": run.tokenizer.end_ids}
-  print(f"exporting to {out}", flush=True)
+  out, final, step = run.workdir / "export", trained.params, trained.step
+  which = "" if step == run.steps else f", the best checkpoint (step {step:,})"
+  print(f"exporting to {out}{which}", flush=True)
   if run.adapter:
     # Adapters are small, so every process gathers them whole; a model is gathered leaf by leaf.
     final = jax.tree.map(gather_to_host, final)
   if processes.is_main_process():
+    beside: dict[str, Any] = {
+      "source": run.settings.source,
+      "end_ids": run.tokenizer.end_ids,
+      "card": model_card.text(run.workdir, step, adapter=run.adapter is not None),
+    }
     if run.adapter:
       peft.save(out, run.model_config, final, run.adapter, **beside)
     else:
       hf_checkpoint.save(out, run.model_config, final, **beside)
     report.write(run.workdir)
-    line = verdict.of_run(run.workdir, loggers.read_metrics(run.workdir / loggers.METRICS))
+    records = loggers.read_metrics(run.workdir / loggers.METRICS)
+    line = verdict.of_run(run.workdir, records)
     # Last: it says that the export is there.
-    verdict.write_result(run.workdir, run.steps, line)
+    verdict.write_result(run.workdir, run.steps, line, exported=step, best=trained.best)
     print(line)
     _print_next(run.workdir)
   elif not run.adapter:
@@ -244,12 +251,27 @@ def _export(run: Run, final: PyTree) -> None:
 
 
 def _print_next(workdir: pathlib.Path) -> None:
-  """Prints where the results are, and what to do with them."""
-  out = workdir / "export"
-  what = "adapter" if peft.is_adapter(out) else "model"
+  """Prints where the results are, and the commands that use them, in at most five lines."""
+  out, adapter = workdir / "export", peft.is_adapter(workdir / "export")
+  best = verdict.read_best(workdir)
+  if best:
+    print(best.line)
+  what = "adapter" if adapter else "model"
   print(f"done: {out} (the {what}), {workdir / 'report.html'} (the report)")
   sample = cli.other_command("sample", f"--model={out}")
-  print(f'try it: {sample} --prompt="TEXT"', flush=True)
+  print(f'try it: {sample} --prompt="TEXT"')
+  held_out = verdict.read(workdir, verdict.AFTER)
+  if held_out is not None and held_out.right_B is not None:
+    print(f"measure it: {cli.other_command('evaluate', f'--workdir={workdir}')}")
+  # Either of the two: a longer list would not be read.
+  if best and not best.exported:
+    more = ["--merge_lora"] if adapter else []
+    flags = [f"--workdir={workdir}", f"--out={workdir / 'best'}", "--best", *more]
+    print(f"export the best: {cli.other_command('convert', *flags)}")
+  elif adapter:
+    flags = [f"--workdir={workdir}", f"--out={workdir / 'merged'}", "--merge_lora"]
+    print(f"merge it into its base: {cli.other_command('convert', *flags)}")
+  sys.stdout.flush()
 
 
 def _write_report(run: Run) -> None:

@@ -31,6 +31,7 @@ def define_flags() -> None:
   cli.define_path("reference", None, "folder of the reference", required=True)
   cli.define_path("data", None, "file of held-out preference rows", required=True)
   cli.define_path("out", None, "JSON file to write")
+  cli.define_force()
   flags.DEFINE_string("loss", "sigmoid", "name of the loss")
   flags.DEFINE_float(
     "beta", None, "reward units per nat, for margins and loss (default: that of the loss)"
@@ -82,7 +83,7 @@ def main(argv: list[str]) -> None:
   if bool(FLAGS.reward) != bool(FLAGS.prompts):
     raise UserError("--reward and --prompts go together: give both, or neither")
   if FLAGS.out:
-    files.check_output_file(FLAGS.out)
+    files.check_output_file(FLAGS.out, force=FLAGS.force)
   rows = row_flags.read_options()
   ask = evaluate.resolve_pair_loss(FLAGS.loss, FLAGS.beta)
   # A reward of the user's own is imported, and prompts are read, before any model: mistakes in them

@@ -20,6 +20,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
   """Defines the flags of the command."""
   cli.define_path("out", None, "folder to write, made where missing", required=True)
+  flags.DEFINE_bool("force", False, "replace the files of a task that is there already")
   flags.DEFINE_integer("seed", 0, "random seed of the texts", lower_bound=0)
   flags.DEFINE_integer("sft_rows", 32_000, "reviews to learn from", lower_bound=1)
   flags.DEFINE_integer("prompts", 32_000, "openings to sample pairs from", lower_bound=1)
@@ -35,8 +36,12 @@ def main(argv: list[str]) -> None:
 
   from dpo_jax.controlled import reviews as controlled_reviews
   from dpo_jax.controlled import word_tokenizer
+  from dpo_jax.utils import files
 
   folder = pathlib.Path(FLAGS.out)
+  files.check_folder(folder, f"--out={folder}")
+  for name in ("sft.jsonl", "prompts.jsonl", "eval_prompts.jsonl"):
+    files.check_output_file(folder / name, force=FLAGS.force)
   reviews = controlled_reviews.distinct(
     FLAGS.eval_prompts + FLAGS.prompts + FLAGS.sft_rows, FLAGS.seed
   )
@@ -53,7 +58,7 @@ def main(argv: list[str]) -> None:
   }
   for name, content in rows.items():
     text = "".join(json.dumps(row) + "\n" for row in content)
-    (folder / name).write_text(text, encoding="utf-8")
+    files.write_text(folder / name, text)
 
   rewards = np.array([controlled_reviews.reward(prompt, completion) for prompt, completion in sft])
   print(

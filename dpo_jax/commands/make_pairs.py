@@ -27,6 +27,7 @@ def define_flags() -> None:
     required=True,
   )
   cli.define_path("out", None, "JSONL file to write", required=True)
+  cli.define_force()
   flags.DEFINE_integer("num", 2, "completions per prompt, paired two by two", lower_bound=2)
   flags.DEFINE_float("temperature", 1.0, "of sampling; 1 is the model's own distribution")
   flags.DEFINE_integer("max_tokens", 48, "new tokens at most", lower_bound=1)
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
   # model, which may take minutes to read.
   if FLAGS.num % 2:
     raise UserError(f"--num={FLAGS.num} answers do not pair up; give an even number")
-  files.check_output_file(FLAGS.out)
+  files.check_output_file(FLAGS.out, force=FLAGS.force)
   reward = rewards.resolve(FLAGS.reward)
   every = rollouts.read_prompts(FLAGS.prompts)
   prompts = every[FLAGS.skip :][: FLAGS.limit]

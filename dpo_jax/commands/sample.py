@@ -45,6 +45,7 @@ def define_flags() -> None:
   flags.DEFINE_list("stop_ids", [], "token ids that end a sample: 13,198")
   flags.DEFINE_integer("seed", 0, "random seed", lower_bound=0)
   cli.define_path("out", "", "JSONL file to write the samples to instead of printing them")
+  cli.define_force()
 
 
 def main(argv: list[str]) -> None:
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> None:
     )
   # Before sampling, which would be lost if the file could not be written.
   if FLAGS.out:
-    files.check_output_file(FLAGS.out)
+    files.check_output_file(FLAGS.out, force=FLAGS.force)
   prompts = [FLAGS.prompt] if FLAGS.prompts is None else rollouts.read_prompts(FLAGS.prompts)
   if FLAGS.chat:
     prompts = [

@@ -24,6 +24,7 @@ def define_flags() -> None:
   cli.define_path("model", None, "model folder", required=True)
   cli.define_path("data", None, "file of preference rows", required=True)
   cli.define_path("out", None, "JSONL file to write", required=True)
+  cli.define_force()
   cli.define_path("reference", None, "model folder to compare with")
   flags.DEFINE_string("loss", None, "name of the loss (default: sigmoid)")
   flags.DEFINE_float("beta", None, "reward units per nat (default: that of the loss)")
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
 
   # First what can be checked at once: models take minutes to read, and scores would be lost if the
   # file could not be written.
-  files.check_output_file(FLAGS.out)
+  files.check_output_file(FLAGS.out, force=FLAGS.force)
   rows = row_flags.read_options()
   if not FLAGS.reference and (FLAGS.loss or FLAGS.beta):
     raise UserError("--loss and --beta are for losses and rewards, which need a --reference")

@@ -242,6 +242,7 @@ def save(
   source: str | pathlib.Path | None = None,
   end_ids: Sequence[int] = (),
   max_shard_size: int = 5 * 10**9,
+  card: str = "",
 ) -> None:
   """Writes a model folder; an older one of that name is replaced once the new one is complete.
 
@@ -258,6 +259,7 @@ def save(
     end_ids: tokens that ended the completions of training. Those that the folder does not name as
       end tokens are added to its `eos_token_id`, so that every program stops there.
     max_shard_size: size in bytes above which the weights are divided into shards with an index.
+    card: the model card, `README.md`; "" for none. That of `source` is about another model.
   """
   source = None if source is None else pathlib.Path(source)
   # Everything is written next to the folder's place, and renamed when it is complete.
@@ -274,6 +276,7 @@ def save(
       ids = {name: fields.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
       _write_json(new / GENERATION, {k: v for k, v in ids.items() if v is not None})
     add_ends(new / GENERATION, ends)
+    write_card(new, card)
     write_weights(new, entries, max_shard_size)
 
 
@@ -344,6 +347,12 @@ def copy_companions(source: pathlib.Path | None, folder: pathlib.Path) -> None:
       shutil.copytree(source / name, folder / name)
     elif (source / name).is_file():
       shutil.copyfile(source / name, folder / name)
+
+
+def write_card(folder: pathlib.Path, card: str) -> None:
+  """Writes the model card, if there is one."""
+  if card:
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _write_json(file: pathlib.Path, fields: dict[str, Any]) -> None:

@@ -103,6 +103,7 @@ def save(
   *,
   source: str | pathlib.Path | None = None,
   end_ids: Sequence[int] = (),
+  card: str = "",
 ) -> None:
   """Writes an adapter folder for `peft`; an older one is replaced once the new one is complete.
 
@@ -112,7 +113,7 @@ def save(
     adapters: a tree as from `lora.init`.
     about: facts that the folder states.
     source: folder whose tokenizer is copied unchanged.
-    end_ids: tokens that ended the completions of training, as in `checkpoint.save`.
+    end_ids, card: as in `checkpoint.save`.
   """
   arrays, fields, split = _to_peft(config, adapters, about)
   with replacing_folder(path) as new:
@@ -121,6 +122,7 @@ def save(
     if (new / hf_checkpoint.GENERATION).exists():
       ends = [id for id in end_ids if id < config.vocab]
       hf_checkpoint.add_ends(new / hf_checkpoint.GENERATION, ends)
+    hf_checkpoint.write_card(new, card)
     entries = [Entry(name, x.shape, x.dtype, lambda x=x: x) for name, x in sorted(arrays.items())]
     write_file(new / WEIGHTS, entries, base=about.fingerprint, split=",".join(split))
 

@@ -14,8 +14,8 @@ import logging
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -90,6 +90,16 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
+def _placed(loaded: PyTree, like: PyTree) -> PyTree:
+  """Returns a tree that was read, with the leaves on host that name no sharding."""
+
+  def put(leaf: jax.Array, wanted: Any) -> Any:
+    # Orbax reads to devices only: a leaf without a sharding goes from there to the host.
+    return leaf if getattr(wanted, "sharding", None) else np.asarray(leaf)
+
+  return jax.tree.map(put, loaded, like)
+
+
 def _steps(directory: pathlib.Path) -> list[int]:
   """Lists the steps of whole checkpoints: Orbax renames a folder to its number at the end."""
   if not directory.is_dir():
@@ -100,6 +110,41 @@ def _steps(directory: pathlib.Path) -> list[int]:
 def latest_step(directory: str | pathlib.Path) -> int | None:
   """Returns the step of the latest whole checkpoint in a folder, None where there is none."""
   return max(_steps(pathlib.Path(directory)), default=None)
+
+
+class Best(NamedTuple):
+  """The checkpoint of a run that is best on the held-out rows.
+
+  Attributes:
+    step: of the checkpoint.
+    metric: the held-out metric it is best by.
+    value: of that metric.
+  """
+
+  step: int
+  metric: str
+  value: float
+
+
+# Held-out metrics that decide which checkpoint is the best, and whether more is better. The first
+# that an evaluation has counts: only pairs and rankings have an accuracy.
+DECIDING = {"rewards/accuracies": True, "loss": False}
+
+
+def best_of(evaluations: Iterable[tuple[int, Mapping[str, float]]]) -> Best | None:
+  """Returns the best of some evaluations, the latest of equals; None if none has a metric.
+
+  Args:
+    evaluations: step and held-out metrics, by rising steps.
+  """
+  given = [(step, metrics) for step, metrics in evaluations if metrics]
+  for name, higher in DECIDING.items():
+    values = [(step, metrics[name]) for step, metrics in given if name in metrics]
+    values = [(step, value) for step, value in values if value is not None and np.isfinite(value)]
+    if values:
+      step, value = max(values, key=lambda one: (one[1] if higher else -one[1], one[0]))
+      return Best(step, name, float(value))
+  return None
 
 
 class SavingTimes:
@@ -204,6 +249,12 @@ class Checkpoints:
     """Returns the step of the latest whole checkpoint, None where there is none."""
     return latest_step(self.directory)
 
+  def best(self) -> Best | None:
+    """Returns the best of the checkpoints that are there; None if no evaluation is kept."""
+    whole = set(self.steps())
+    kept = [one for one in self._orbax.checkpoints if one.step in whole]
+    return best_of((one.step, one.metrics or {}) for one in kept)
+
   def save(self, step: int, state: PyTree, metrics: Mapping[str, float] | None = None) -> None:
     """Starts writing `state` as the checkpoint of `step`; returns before it is on disk.
 
@@ -257,12 +308,7 @@ class Checkpoints:
     """
     step = self._known(step)
     loaded = _from_saved(self._load(step, jax.tree.map(_abstract, _to_saved(like))), like)
-
-    def put(leaf: jax.Array, wanted: Any) -> Any:
-      # Orbax reads to devices only: a leaf without a sharding goes from there to the host.
-      return leaf if getattr(wanted, "sharding", None) else np.asarray(leaf)
-
-    return jax.tree.map(put, loaded, like)
+    return _placed(loaded, like)
 
   def restore_latest(self, like: PyTree) -> tuple[int, PyTree]:
     """Reads the latest state that can be read; reports later ones that cannot.
@@ -301,8 +347,14 @@ class Checkpoints:
       return step, state
     raise next(iter(errors.values()), None) or self._none()
 
-  def restore_params(self, step: int | None = None) -> PyTree:
-    """Reads the trained parameters alone, to host, whatever else the checkpoint contains."""
+  def restore_params(self, step: int | None = None, like: PyTree | None = None) -> PyTree:
+    """Reads the trained parameters alone, whatever else the checkpoint contains.
+
+    Args:
+      step: of the checkpoint; None for the latest.
+      like: shapes, types and shardings of the parameters, as `restore` takes them of a state; None
+        reads them to host.
+    """
     step = self._known(step)
     try:
       # The structure is the checkpoint's own: to export or sample, nobody has to know optimizer or
@@ -322,7 +374,10 @@ class Checkpoints:
     wanted = {
       name: jax.tree.map(functools.partial(wanted_of, name), tree) for name, tree in kept.items()
     }
-    return jax.tree.map(np.asarray, self._load(step, wanted)["params"])
+    if like is None:
+      return jax.tree.map(np.asarray, self._load(step, wanted)["params"])
+    wanted["params"] = jax.tree.map(_abstract, like)
+    return _placed(self._load(step, wanted)["params"], like)
 
   def _load(self, step: int, wanted: PyTree) -> PyTree:
     try:

@@ -20,7 +20,7 @@ from dpo_jax.monitoring import divergence, loggers
 from dpo_jax.monitoring.loggers import Callback, Loggers, Silent
 from dpo_jax.structs import PyTree, TokenBatch
 from dpo_jax.training import datasets, reference_cache, verdict
-from dpo_jax.training.checkpoint import Checkpoints, SavingTimes, latest_step
+from dpo_jax.training.checkpoint import Best, Checkpoints, SavingTimes, latest_step
 from dpo_jax.training.evaluator import Evaluator, make_evaluator
 from dpo_jax.training.metrics_writer import MetricsWriter
 from dpo_jax.training.run import Run
@@ -44,6 +44,20 @@ class Prepared(NamedTuple):
   state: step.TrainState | None
   reference_params: PyTree | None
   feed_after: Callable[..., datasets.Feed]
+
+
+class Trained(NamedTuple):
+  """What training ends with.
+
+  Attributes:
+    params: what was trained: one copy of it, on device, or on host where it was read again.
+    step: the step that it is of.
+    best: the best checkpoint; None if no evaluation tells.
+  """
+
+  params: PyTree
+  step: int
+  best: Best | None
 
 
 def prepare(run: Run, trained: PyTree, reference_params: PyTree | None) -> Prepared:
@@ -136,7 +150,7 @@ def fill_store(run: Run, reference_params: PyTree | None) -> PyTree | None:
   return None
 
 
-def train(run: Run, prepared: Prepared, callbacks: Sequence[Callback] = ()) -> PyTree:
+def train(run: Run, prepared: Prepared, callbacks: Sequence[Callback] = ()) -> Trained:
   """Takes all steps that are left, and leaves metrics and checkpoints in the workdir.
 
   Args:
@@ -145,7 +159,7 @@ def train(run: Run, prepared: Prepared, callbacks: Sequence[Callback] = ()) -> P
     callbacks: called with the metrics of every step and evaluation, in the first process.
 
   Returns:
-    What was trained as it ends: one copy of it, on device.
+    What was trained, as it ends or as it was best (`export.best`).
 
   Raises:
     Diverged: the weights are broken; no checkpoint has them.
@@ -188,10 +202,16 @@ def train(run: Run, prepared: Prepared, callbacks: Sequence[Callback] = ()) -> P
       feed = prepared.feed_after(start, share=run.executor.share)
       with memory.explain_out_of_memory(parts, memory.device_capacity()):
         state = _take_steps(run, state, reference_params, feed, start, checkpoints, log, notice)
+    checkpoints.wait()
+    best = checkpoints.best()
+    if run.settings.export_best and best and best.step != run.steps:
+      state = None  # its memory is needed
+      like = prepared.like.params
+      return Trained(checkpoints.restore_params(best.step, like), best.step, best)
   finally:
     # Also after an error: the checkpoint that is being written ends whole.
     checkpoints.close()
-  return run.executor.unreplicate(state.params)
+  return Trained(run.executor.unreplicate(state.params), run.steps, best)
 
 
 def _take_steps(
@@ -238,6 +258,7 @@ def _take_steps(
     leaving = notice.should_stop(index) and not last
     by_clock = clock.is_due(index)
     saving = leaving or last or by_clock or _is_due(index, run.settings.checkpoint_every)
+    saving |= evaluating and run.settings.export_best
     if not (evaluating or saving):
       continue
     # The order is important: 1. the metrics of this very step, which stop the run before a state

@@ -33,6 +33,7 @@ class LoopSettings(NamedTuple):
     checkpoint_every: steps from one checkpoint to the next; 0 is only at the end.
     checkpoint_minutes: minutes from one checkpoint to the next; 0 is never by the clock.
     checkpoint_keep: how many of the latest checkpoints stay.
+    export_best: whether the best checkpoint is exported in place of the last.
     starts_as_reference: whether policy and reference are the same numbers before the first step.
     learning_rate: the largest of the run.
     compute_dtype: of matrix products.
@@ -48,6 +49,7 @@ class LoopSettings(NamedTuple):
   checkpoint_every: int
   checkpoint_minutes: float
   checkpoint_keep: int
+  export_best: bool
   starts_as_reference: bool
   learning_rate: float
   compute_dtype: str

@@ -14,11 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax.evaluation.estimates import Estimate, mean_estimate, share_estimate
+from dpo_jax.monitoring import loggers
+from dpo_jax.training import checkpoint
+from dpo_jax.training.checkpoint import Best
 from dpo_jax.utils import files
 
 FOLDER = "held_out"
 BEFORE, AFTER = "before", "after"
 RESULT = "result.json"
+# Held-out metrics that decide which checkpoint is the best: their names in a line, and formats.
+_METRICS = {"eval/rewards/accuracies": ("accuracy", ".1%"), "eval/loss": ("loss", ".4g")}
 EDGE = 10  # steps at either end of a run whose rewards are compared, where no row is held out
 
 
@@ -139,10 +144,67 @@ def of_run(workdir: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> str:
   )
 
 
-def write_result(workdir: pathlib.Path, step: int, line: str) -> None:
-  """Marks the run as finished: its export is that of this step."""
-  text = json.dumps({"step": step, "result": line}, ensure_ascii=False, indent=2)
+def write_result(
+  workdir: pathlib.Path,
+  step: int,
+  line: str,
+  *,
+  exported: int | None = None,
+  best: Best | None = None,
+) -> None:
+  """Marks the run as finished.
+
+  Args:
+    workdir: its folder.
+    step: its last step.
+    line: the verdict.
+    exported: the step that `export/` is of; None for the last.
+    best: the best checkpoint.
+  """
+  record: dict[str, Any] = {"step": step, "result": line}
+  record["exported"] = step if exported is None else exported
+  if best:
+    record["best"] = best._asdict() | {"metric": f"eval/{best.metric}"}
+  text = json.dumps(record, ensure_ascii=False, indent=2)
   files.write_text(workdir / RESULT, text + "\n")
+
+
+class Found(NamedTuple):
+  """The best checkpoint of a finished run.
+
+  Attributes:
+    line: says which it is, and by which metric.
+    exported: whether the export is of it.
+  """
+
+  line: str
+  exported: bool
+
+
+def read_best(workdir: pathlib.Path) -> Found | None:
+  """Reads which checkpoint of a finished run is the best; None where that is not known."""
+  try:
+    record = json.loads((workdir / RESULT).read_text(encoding="utf-8"))
+    best, last, exported = record["best"], record["step"], record["exported"]
+    name, form = _METRICS[best["metric"]]
+    step, value = best["step"], f"{best['value']:{form}}"
+  except (OSError, ValueError, KeyError, TypeError):  # of a run that has no held-out rows
+    return None
+  which = f"step {step:,}, the last" if step == last else f"step {step:,} of {last:,}"
+  line = f"best checkpoint: {which}, by held-out {name} ({value})"
+  path = workdir / loggers.METRICS
+  records = loggers.read_metrics(path) if path.is_file() else []
+  # Not step 0: it is the model that the run began with.
+  seen = [r for r in records if r["step"] and r.get(best["metric"]) is not None]
+  top = checkpoint.best_of(
+    (r["step"], {best["metric"].removeprefix("eval/"): r[best["metric"]]}) for r in seen
+  )
+  if top and top.step != step and top.value != best["value"]:
+    line += (
+      f"; step {top.step:,} had {top.value:{form}} and has no checkpoint (--config.export.best=True"
+      " would keep it)"
+    )
+  return Found(line, exported == step)
 
 
 def finished(workdir: pathlib.Path, step: int) -> str | None:

@@ -24,6 +24,8 @@ from dpo_jax.utils.malloc import keep_freed_memory
 
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # a flag of `define_path` is one of the command that calls it
+# Commands that are not named as their script.
+_SCRIPTS = {"convert": "convert_hf"}
 _HELP = ("--help", "-help", "-h", "--helpshort")
 _HELP_ALL = ("--help=all", "-help=all", "--helpfull", "-helpfull")
 
@@ -193,7 +195,7 @@ def other_command(name: str, *arguments: str) -> str:
     name: of the command, such as `sample`.
     arguments: its flags.
   """
-  script = pathlib.Path("scripts", f"{name}.py")
+  script = pathlib.Path("scripts", f"{_SCRIPTS.get(name, name)}.py")
   words = ["python", "-m", "dpo_jax", name]
   if sys.argv[0].startswith("dpo-jax"):
     words = ["dpo-jax", name]
@@ -265,6 +267,11 @@ def _flag_line(message: str) -> str:
 def define_path(name: str, default: str | None, help: str, **given: Any) -> None:
   """Defines a flag whose value is a path, in which a leading `~` is the home folder."""
   flags.DEFINE(_Path(), name, default, help, serializer=flags.ArgumentSerializer(), **given)
+
+
+def define_force() -> None:
+  """Defines the flag --force of a command that writes a file, for `files.check_output_file`."""
+  flags.DEFINE_bool("force", False, "replace what is at --out; without it, nothing is overwritten")
 
 
 class _Path(flags.ArgumentParser):

@@ -55,16 +55,24 @@ def check_folder(path: str | pathlib.Path, name: str) -> None:
   check_writable(pathlib.Path(path) / "file", name)
 
 
-def check_output_file(path: str | pathlib.Path) -> None:
+def check_output_file(path: str | pathlib.Path, *, force: bool = False) -> None:
   """Checks that the file of the flag --out can be written, without writing it.
 
+  Args:
+    path: the file.
+    force: whether a file that exists may be replaced, as the flag --force says. An empty one always
+      may: nothing is lost.
+
   Raises:
-    UserError: the path is a folder or a device, lies below a file, or is not writable.
+    UserError: the path is a folder or a device, lies below a file, or is not writable; or the file
+      exists.
   """
   path = pathlib.Path(path)
   # A device such as /dev/stdout exists and is no regular file: a rename would replace it.
   if path.exists() and not path.is_file():
     raise UserError(f"--out={path} is {'a folder' if path.is_dir() else 'no file'}; name a file")
+  if not force and path.exists() and path.stat().st_size:
+    raise UserError(f"--out={path} exists; add --force to replace it, or name another file")
   check_writable(path, f"--out={path}")
 
 

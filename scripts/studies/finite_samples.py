@@ -18,6 +18,7 @@ from dpo_jax.utils import cli
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("out", None, "picture to write", required=True)
+cli.define_force()
 flags.DEFINE_list("betas", ["1", "0.5"], "values of β, reward units per nat")
 flags.DEFINE_integer("samples", 32, "sets of pairs of each size", lower_bound=1)
 flags.DEFINE_integer(
@@ -34,7 +35,7 @@ def main(argv):
   from dpo_jax.utils import files
 
   path = pathlib.Path(FLAGS.out)
-  files.check_output_file(path)
+  files.check_output_file(path, force=FLAGS.force)
   finite_samples.check_format(path)
   betas = finite_samples.read_betas(FLAGS.betas)
   sizes = finite_samples.halved_sizes(FLAGS.largest, FLAGS.sizes)

@@ -56,7 +56,7 @@ def make_reference(study: pathlib.Path, settings: Settings, say=print) -> None:
     "eval_prompts": settings.eval_prompts,
   }
   flags = [f"--{name}={value}" for name, value in sizes.items()]
-  run([*DPO_JAX, "make-controlled", f"--out={task}", *flags], study / "task.log")
+  run([*DPO_JAX, "make-controlled", f"--out={task}", "--force", *flags], study / "task.log")
   run(sft_command(study, settings), study / "sft.log")
   make_pairs(study / "sft" / "export", task / "eval_prompts.jsonl", held_out, seed=0)
 

@@ -94,6 +94,7 @@ def _loop_settings(config: ConfigDict) -> LoopSettings:
     checkpoint_every=config.checkpoint.every,
     checkpoint_minutes=config.checkpoint.minutes,
     checkpoint_keep=config.checkpoint.keep,
+    export_best=config.export.best,
     # A wider type keeps the policy's numbers as they are, a narrower one rounds them.
     starts_as_reference=not config.reference.path and theirs in (own, "float32"),
     learning_rate=config.optimizer.learning_rate,

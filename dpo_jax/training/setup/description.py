@@ -101,6 +101,7 @@ def describe(
     model_config,
     sampling=dict(config.on_policy) if config.on_policy.reward else None,
   )
+  _check_best(config, data)
   steps = steps_of(config.train.steps, config.train.epochs, data)
   print(summarize(steps, data), file=sys.stderr)
   return Described(
@@ -113,6 +114,23 @@ def describe(
     ledger=ledger,
     steps=steps,
   )
+
+
+def _check_best(config: ConfigDict, data: datasets.TrainingData) -> None:
+  """Checks that there are held-out rows to tell the best checkpoint by, if it is to be exported."""
+  if not config.export.best:
+    return
+  if data.sampler:
+    raise UserError(
+      "export.best=True tells the best checkpoint by held-out completions, which on-policy training"
+      " does not have; leave it False"
+    )
+  # Evaluation sets with names of their own have metrics of their own, and none decides.
+  if not data.held_out or (data.groups and "" not in data.groups):
+    raise UserError(
+      "export.best=True needs held-out rows to tell the best checkpoint by; hold some out by"
+      " --config.data.eval_fraction=0.1 or --eval_data=FILE, or leave it False"
+    )
 
 
 def steps_of(steps: int, epochs: float, data: datasets.TrainingData) -> int:
