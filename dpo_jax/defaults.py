@@ -232,8 +232,8 @@ def get_config() -> ConfigDict:
         keep=2,  # number of latest checkpoints that are kept; the best is kept too
       ),
       "export": section(
-        # True exports the checkpoint with the best held-out accuracy (or loss) in place of the last;
-        # every evaluation then makes a checkpoint
+        # True exports the checkpoint with the best held-out accuracy (or loss), not the last; every
+        # evaluation then makes a checkpoint
         best=False,
       ),
       "parallel": section(

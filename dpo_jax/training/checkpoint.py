@@ -345,7 +345,7 @@ class Checkpoints:
         self._orbax.close()
         self._orbax = self._open()
       return step, state
-    raise next(iter(errors.values()), None) or self._none()
+    raise next(iter(errors.values()), None) or self.none()
 
   def restore_params(self, step: int | None = None, like: PyTree | None = None) -> PyTree:
     """Reads the trained parameters alone, whatever else the checkpoint contains.
@@ -398,14 +398,15 @@ class Checkpoints:
     """Returns the requested step, of which there is a checkpoint, or the latest."""
     steps = self.steps()
     if not steps:
-      raise self._none()
+      raise self.none()
     if step is not None and step not in steps:
       raise UserError(
         f"{self.directory} holds no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
       )
     return steps[-1] if step is None else step
 
-  def _none(self) -> UserError:
+  def none(self) -> UserError:
+    """Returns the error of a folder without a checkpoint."""
     return UserError(f"{self.directory} holds no checkpoint; train there first")
 
   def close(self) -> None:

@@ -125,7 +125,10 @@ def name_of(path: str) -> str:
 def _front_matter(base: str | None, tags: Sequence[str], *, adapter: bool) -> str:
   """Returns the fields that the hub reads, as YAML; texts in quotes, as JSON has them."""
   lines = [f"base_model: {json.dumps(base, ensure_ascii=False)}"] if base else []
-  lines += [f"library_name: {'peft' if adapter else 'transformers'}", "pipeline_tag: text-generation"]
+  lines += [
+    f"library_name: {'peft' if adapter else 'transformers'}",
+    "pipeline_tag: text-generation",
+  ]
   lines += ["tags:", *(f"- {tag}" for tag in tags)]
   return "\n".join(["---", *lines, "---\n"])
 
@@ -166,7 +169,7 @@ def _training(
   before = verdict.read(workdir, verdict.BEFORE)
   if before is not None:
     held_out = data.get("eval_path", "")
-    where = f"`{pathlib.PurePath(held_out).name}`" if held_out else "rows of other prompts, set aside"
+    where = f"`{pathlib.PurePath(held_out).name}`" if held_out else "other prompts of the same data"
     yield "held out", f"{len(before.loss_B):,}: {where}"
   yield "exported step", f"{step:,}"
 
@@ -175,7 +178,7 @@ def _files(data: Mapping[str, Any]) -> str:
   """Returns the names of the data files, without their folders."""
   paths = [data["path"]] if data.get("path") else []
   for source in data.get("mix", {}).values():
-    paths.append(source if isinstance(source, str) else source.get("path", ""))
+    paths += [source if isinstance(source, str) else source.get("path", "")]
   names = [pathlib.PurePath(one.strip()).name for path in paths for one in path.split(",")]
   return ", ".join(f"`{name}`" for name in names)
 
@@ -250,7 +253,9 @@ def _hyperparameters(config: Mapping[str, Any], *, adapter: bool) -> Iterator[tu
       yield f"loss.{name}", str(value)
 
 
-def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]] | Sequence[tuple[str, ...]]) -> str:
+def _table(
+  head: tuple[str, ...], rows: Iterator[tuple[str, ...]] | Sequence[tuple[str, ...]]
+) -> str:
   """Returns a table in Markdown."""
   lines = [head, ("---",) * len(head), *rows]
   # A bar in a text would end the cell.

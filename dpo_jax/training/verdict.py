@@ -169,6 +169,12 @@ def write_result(
   files.write_text(workdir / RESULT, text + "\n")
 
 
+def describe(best: Best) -> str:
+  """Returns the metric by which a checkpoint is the best, with its value."""
+  name, form = _METRICS[f"eval/{best.metric}"]
+  return f"held-out {name} ({best.value:{form}})"
+
+
 class Found(NamedTuple):
   """The best checkpoint of a finished run.
 
@@ -185,26 +191,26 @@ def read_best(workdir: pathlib.Path) -> Found | None:
   """Reads which checkpoint of a finished run is the best; None where that is not known."""
   try:
     record = json.loads((workdir / RESULT).read_text(encoding="utf-8"))
-    best, last, exported = record["best"], record["step"], record["exported"]
-    name, form = _METRICS[best["metric"]]
-    step, value = best["step"], f"{best['value']:{form}}"
+    last, exported, metric = record["step"], record["exported"], record["best"]["metric"]
+    best = Best(record["best"]["step"], metric.removeprefix("eval/"), record["best"]["value"])
+    line = f", by {describe(best)}"
   except (OSError, ValueError, KeyError, TypeError):  # of a run that has no held-out rows
     return None
-  which = f"step {step:,}, the last" if step == last else f"step {step:,} of {last:,}"
-  line = f"best checkpoint: {which}, by held-out {name} ({value})"
+  which = (
+    f"step {best.step:,}, the last" if best.step == last else f"step {best.step:,} of {last:,}"
+  )
+  line = f"best checkpoint: {which}{line}"
   path = workdir / loggers.METRICS
   records = loggers.read_metrics(path) if path.is_file() else []
   # Not step 0: it is the model that the run began with.
-  seen = [r for r in records if r["step"] and r.get(best["metric"]) is not None]
-  top = checkpoint.best_of(
-    (r["step"], {best["metric"].removeprefix("eval/"): r[best["metric"]]}) for r in seen
-  )
-  if top and top.step != step and top.value != best["value"]:
+  evaluated = [r for r in records if r["step"] and r.get(metric) is not None]
+  top = checkpoint.best_of((r["step"], {best.metric: r[metric]}) for r in evaluated)
+  if top and top.value != best.value:
     line += (
-      f"; step {top.step:,} had {top.value:{form}} and has no checkpoint (--config.export.best=True"
-      " would keep it)"
+      f"; step {top.step:,} had {top.value:{_METRICS[metric][1]}} and has no checkpoint"
+      " (--config.export.best=True would have kept it)"
     )
-  return Found(line, exported == step)
+  return Found(line, exported == best.step)
 
 
 def finished(workdir: pathlib.Path, step: int) -> str | None:
