@@ -36,15 +36,16 @@ def main(argv: list[str]) -> None:
 
   from dpo_jax.controlled import reviews as controlled_reviews
   from dpo_jax.controlled import word_tokenizer
-  from dpo_jax.utils import files
+  from dpo_jax.utils import files, progress
 
   folder = pathlib.Path(FLAGS.out)
   files.check_folder(folder, f"--out={folder}")
   for name in ("sft.jsonl", "prompts.jsonl", "eval_prompts.jsonl"):
     files.check_output_file(folder / name, force=FLAGS.force)
-  reviews = controlled_reviews.distinct(
-    FLAGS.eval_prompts + FLAGS.prompts + FLAGS.sft_rows, FLAGS.seed
-  )
+  with progress.Progress("writing reviews"):
+    reviews = controlled_reviews.distinct(
+      FLAGS.eval_prompts + FLAGS.prompts + FLAGS.sft_rows, FLAGS.seed
+    )
   # Slices of one list of distinct openings: no opening is in two of the files.
   evaluation = reviews[: FLAGS.eval_prompts]
   prompts = reviews[FLAGS.eval_prompts : -FLAGS.sft_rows]

@@ -61,6 +61,7 @@ def main(argv: list[str]) -> None:
     max_tokens=FLAGS.max_tokens,
     temperature=FLAGS.temperature,
     seed=FLAGS.seed,
+    label="sampling",
   )
   rows = rollouts.label(rollout, seed=FLAGS.seed)
   if not rows:

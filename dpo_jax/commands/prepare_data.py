@@ -60,6 +60,7 @@ def main(argv: list[str]) -> None:
   # Imported here: `--help` should not wait for tokenizers and readers of data files.
   from dpo_jax.data import chat_template, encode, prepared, tokenizer
   from dpo_jax.data.ledger import remarks
+  from dpo_jax.utils import progress
 
   arguments = chat_template.read_arguments(FLAGS.template, "--template")
   rows = row_flags.read_options()
@@ -74,19 +75,18 @@ def main(argv: list[str]) -> None:
   encode.report_end(encoder.tokenizer)
   # 0 is a choice of its own, this process alone, so it must not pass for an absent flag.
   workers = (os.cpu_count() or 1) if FLAGS.workers is None else FLAGS.workers
-  started = said = time.perf_counter()
-  for ledger in prepared.prepare(
+  started = time.perf_counter()
+  ledgers = prepared.prepare(
     FLAGS.out,
     FLAGS.data,
     encoder,
     eval_fraction=FLAGS.eval_fraction,
     seed=FLAGS.seed,
     workers=workers,
-  ):
-    now = time.perf_counter()
-    if now - said > 5:
-      said = now
-      print(f"{ledger.rows:,} rows, {ledger.rows / (now - started):,.0f} a second", flush=True)
+  )
+  with progress.Progress("tokenizing", 0, "rows") as shown:
+    for ledger in ledgers:
+      shown.reach(ledger.rows)
   seconds = time.perf_counter() - started
   dropped = "".join(f", {count:,} {reason}" for reason, count in ledger.dropped.items())
   print(f"{FLAGS.out}: {ledger.pairs:,} of {ledger.rows:,} rows kept{dropped}")

@@ -111,6 +111,7 @@ def main(argv: list[str]) -> None:
     prompt_ids,
     eos_ids=(*stops.end_ids, *stops.ids),
     stop_fn=stops.stop_length if stops.texts else None,
+    label="sampling",
     **knobs,
   )
   rows = rollouts.rows_of(stops, prompts, prompt_ids, completions)

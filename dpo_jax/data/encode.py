@@ -26,7 +26,7 @@ from dpo_jax.data.ledger import Ledger, count_tokens
 from dpo_jax.data.readers import Source
 from dpo_jax.data.tokenizer import Tokenizer, Tokens
 from dpo_jax.structs import UserError
-from dpo_jax.utils import interrupts
+from dpo_jax.utils import interrupts, progress
 
 # Version of the rules by which this package turns rows into ids. Increase it with every change that
 # gives other ids for the same row: prepared sets of another version are then refused.
@@ -230,7 +230,11 @@ def load_examples(
     ones are filled up to the largest number of completions.
   """
   encoder, ledger = Encoder(tokenizer, **options), Ledger()
-  examples = list(stream_examples(paths, encoder, ledger, limit=limit))
+  examples = []
+  with progress.Progress("reading data", 0, "rows") as shown:
+    for example in stream_examples(paths, encoder, ledger, limit=limit):
+      examples.append(example)
+      shown.reach(ledger.rows)
   if encoder.kind == "ranked":
     examples = fill_up(examples)
   ledger.tokens = count_tokens(examples)

@@ -36,6 +36,7 @@ from dpo_jax.losses import Loss
 from dpo_jax.model import transformer
 from dpo_jax.model.config import ModelConfig, check_ids, check_positions
 from dpo_jax.structs import Model, PairLogps, PyTree, UserError
+from dpo_jax.utils import progress
 
 Json = dict[str, Any]
 
@@ -81,11 +82,13 @@ def make_scorer(model: Model, *, batch_size: int = 64) -> Callable[..., Scores]:
     completions = len(examples[0].completions)
     # nan, so that an example that no batch contained cannot pass for a scored one.
     logp_BK = np.full((len(examples), completions), np.nan)
-    for batch in batches.eval_batches(numbered, batch_size=batch_size):
-      row_BK = batch.row_NS.reshape(-1, completions)
-      batch_logp_BK = np.asarray(logps_fn(params, batch), np.float64).reshape(-1, completions)
-      present_B = row_BK[:, 0] >= 0  # the others are padding of the batch
-      logp_BK[row_BK[present_B, 0]] = batch_logp_BK[present_B]
+    with progress.Progress("computing log-probs", len(examples), "rows") as shown:
+      for batch in batches.eval_batches(numbered, batch_size=batch_size):
+        row_BK = batch.row_NS.reshape(-1, completions)
+        batch_logp_BK = np.asarray(logps_fn(params, batch), np.float64).reshape(-1, completions)
+        present_B = row_BK[:, 0] >= 0  # the others are padding of the batch
+        logp_BK[row_BK[present_B, 0]] = batch_logp_BK[present_B]
+        shown.advance(int(present_B.sum()))
     return Scores(logp_BK, count_tokens(examples))
 
   return score
@@ -263,9 +266,15 @@ def evaluate_samples(
   # Three seeds, for three independent sets: with one seed, the frontier would be estimated from the
   # very samples of the reference that it is compared with.
   sample = functools.partial(rollouts.sample, reward=reward, max_tokens=max_tokens)
-  ours = sample(policy, prompts, num=num, seed=3 * seed)
-  theirs = sample(reference, prompts, num=num, seed=3 * seed + 1)
-  many = sample(reference, prompts[:frontier_prompts], num=frontier_samples, seed=3 * seed + 2)
+  ours = sample(policy, prompts, num=num, seed=3 * seed, label="sampling the policy")
+  theirs = sample(reference, prompts, num=num, seed=3 * seed + 1, label="sampling the reference")
+  many = sample(
+    reference,
+    prompts[:frontier_prompts],
+    num=frontier_samples,
+    seed=3 * seed + 2,
+    label="sampling for the frontier",
+  )
   # Both models score the policy's samples: KL(π ‖ π_ref) is an expectation under the policy.
   examples = ours.examples()
   logps = [scorer(x.config)(x.params, examples).logp_BK for x in (policy, reference)]

@@ -91,6 +91,7 @@ def make_probe(
     eos_ids=eos_ids,
     batch_size=batch_size,
     dtype=dtype,
+    label="sampling",
   )
 
   def probe(params: PyTree, reference: PyTree | None) -> dict[str, float]:

@@ -20,6 +20,7 @@ from dpo_jax.generation.stopping import Stops, eos_ids
 from dpo_jax.hf import peft
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, UserError
+from dpo_jax.utils import progress
 
 
 class LanguageModel(NamedTuple):
@@ -188,6 +189,7 @@ def sample(
   seed: int = 0,
   batch_size: int = 256,
   width: int = 0,
+  label: str = "",
 ) -> Rollout:
   """Samples `num` completions per prompt and computes their rewards.
 
@@ -197,7 +199,7 @@ def sample(
     model: the model to sample from.
     prompts: texts or message lists.
     reward: a function (prompt, completion) -> number.
-    num, max_tokens, temperature, seed, batch_size, width: as in `sampler.generate`.
+    num, max_tokens, temperature, seed, batch_size, width, label: as in `sampler.generate`.
 
   Raises:
     UserError: a prompt cannot be encoded, or the reward fails.
@@ -215,6 +217,7 @@ def sample(
     num=num,
     batch_size=batch_size,
     width=width,
+    label=label,
   )
   texts = [
     prompt if isinstance(prompt, str) else tokenizer.decode(ids)
@@ -224,7 +227,9 @@ def sample(
   completions = [[tokenizer.decode(ids) for ids in each] for each in completion_ids]
   # In the order of `generate`, all samples of a prompt after one another, for the reshape below.
   repeated = [text for text in texts for _ in range(num)]
-  reward_B = rewards.values(reward, repeated, [text for each in completions for text in each])
+  completed = [text for each in completions for text in each]
+  with progress.Progress("computing rewards" if label else "", len(completed), "rewards") as shown:
+    reward_B = rewards.values(reward, shown.of(repeated), completed)
   return Rollout(texts, prompt_ids, completions, completion_ids, reward_B.reshape(len(texts), num))
 
 

@@ -23,6 +23,7 @@ from dpo_jax.generation import decoding
 from dpo_jax.generation.decoding import Batch, Plan, SamplingParams
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, UserError
+from dpo_jax.utils import progress
 
 Ids = list[int]
 
@@ -46,6 +47,7 @@ def generate(
   batch_size: int = 256,
   width: int = 0,
   dtype: str = "float32",
+  label: str = "",
 ) -> list[list[Ids]]:
   """Samples `num` completions of every prompt.
 
@@ -72,6 +74,7 @@ def generate(
     width: pad every prompt to this many tokens and every batch to its full size, so that all calls
       share one compiled shape; at least the longest prompt. 0 chooses few shapes by the prompts.
     dtype: of activations and cache.
+    label: what progress calls it where it takes seconds; "" shows none.
 
   Returns:
     ids[prompt][sample], with the end token if the model produced one.
@@ -111,14 +114,22 @@ def generate(
   completions: list[list[Ids]] = [[[] for _ in range(num)] for _ in prompts]
   # One decoding step is too small to keep several cores busy, so two batches run at a time. Not on
   # several devices: two programs that each wait for all devices could wait for each other.
-  with futures.ThreadPoolExecutor(max_workers=2 if mesh is None else 1) as pool:
+  with (
+    progress.Progress(label, num * len(prompts), "completions") as shown,
+    futures.ThreadPoolExecutor(max_workers=2 if mesh is None else 1) as pool,
+  ):
     for batch, out_SaLc in pool.map(generate_batch, batches):
-      _collect(completions, batch, out_SaLc)
+      shown.advance(_collect(completions, batch, out_SaLc))
   return completions
 
 
-def _collect(completions: list[list[Ids]], batch: Batch, out_SaLc: np.ndarray) -> None:
-  """Stores the rows of a batch under prompt and sample, without rows that only fill the batch."""
+def _collect(completions: list[list[Ids]], batch: Batch, out_SaLc: np.ndarray) -> int:
+  """Stores the rows of a batch under prompt and sample, without rows that only fill the batch.
+
+  Returns:
+    How many there were.
+  """
+  count = 0
   samples = batch.sample_K.tolist()
   # Rows are ordered by prompt, then sample; the last batch may have samples beyond `num`.
   out_NKLc = out_SaLc.reshape(len(batch.prompt_N), len(samples), -1)
@@ -126,6 +137,8 @@ def _collect(completions: list[list[Ids]], batch: Batch, out_SaLc: np.ndarray) -
     for sample, out_Lc in zip(samples, out_KLc, strict=True):
       if prompt >= 0 and sample < len(completions[prompt]):
         completions[prompt][sample] = out_Lc[out_Lc >= 0].tolist()
+        count += 1
+  return count
 
 
 # --- batches --------------------------------------------------------------------------------------

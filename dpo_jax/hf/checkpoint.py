@@ -35,7 +35,7 @@ from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.families import Tensor
 from dpo_jax.model.transformer import param_shapes
 from dpo_jax.structs import PyTree, UserError
-from dpo_jax.utils import model_folder
+from dpo_jax.utils import model_folder, progress
 from dpo_jax.utils.files import replacing_folder
 
 GENERATION = "generation_config.json"
@@ -144,16 +144,20 @@ def load(
     # The largest first. While a leaf is put on its devices it exists twice, and on a CPU both
     # copies are host memory. At that moment the smaller leaves are not yet there, so the peak stays
     # below the size of the finished parameters.
-    for tensor in sorted(found, key=size, reverse=True):
-      filling = [
-        Leaf(shapes[leaf].shape, places[leaf], np.dtype(jnp.dtype(dtype))) for leaf in tensor.leaves
-      ]
-      for lead, name in found[tensor].items():
-        if any(leaf.needs(lead) for leaf in filling):
-          # The tensor is never bound to a name, which would keep it while the next one is read.
-          distribute(weights.read(name), lead, filling, tensor.transposed, f"{path}: tensor {name}")
-      # Placed before the next tensor is read, so that its host buffers are free by then.
-      leaves |= {name: leaf.place() for name, leaf in zip(tensor.leaves, filling, strict=True)}
+    with progress.Progress(f"loading {path}", sum(map(size, found))) as shown:
+      for tensor in sorted(found, key=size, reverse=True):
+        filling = [
+          Leaf(shapes[leaf].shape, places[leaf], np.dtype(jnp.dtype(dtype)))
+          for leaf in tensor.leaves
+        ]
+        for lead, name in found[tensor].items():
+          if any(leaf.needs(lead) for leaf in filling):
+            # The tensor is never bound to a name, which would keep it while the next one is read.
+            what = f"{path}: tensor {name}"
+            distribute(weights.read(name), lead, filling, tensor.transposed, what)
+          shown.advance(size(tensor) / len(found[tensor]))
+        # Placed before the next tensor is read, so that its host buffers are free by then.
+        leaves |= {name: leaf.place() for name, leaf in zip(tensor.leaves, filling, strict=True)}
   return config, {"params": _unflatten(leaves)}
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dpo_jax.structs import UserError
+from dpo_jax.utils import progress
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -208,6 +209,15 @@ def write_weights(folder: pathlib.Path, entries: list[Entry], max_shard_size: in
 
   A tensor that is larger has a shard of its own.
   """
+  total = sum(entry.bytes for entry in entries)
+  with progress.Progress("writing the weights", total) as shown:
+    _write_shards(folder, entries, max_shard_size, shown)
+
+
+def _write_shards(
+  folder: pathlib.Path, entries: list[Entry], max_shard_size: int, shown: progress.Progress
+) -> None:
+  """Writes the file or files of `write_weights`."""
   # All shards are planned before the first is written, since their names contain their number.
   shards: list[list[Entry]] = [[]]
   free = max_shard_size
@@ -218,19 +228,24 @@ def write_weights(folder: pathlib.Path, entries: list[Entry], max_shard_size: in
     shards[-1].append(entry)
     free -= entry.bytes
   if len(shards) == 1:
-    return write_file(folder / WEIGHTS, entries)
+    return write_file(folder / WEIGHTS, entries, shown)
   shard_of = {}
   for i, shard in enumerate(shards):
     name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-    write_file(folder / name, shard)
+    write_file(folder / name, shard, shown)
     shard_of |= {entry.name: name for entry in shard}
   total = sum(entry.bytes for entry in entries)
   index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(shard_of.items()))}
   (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_file(path: pathlib.Path, entries: list[Entry], **metadata: str) -> None:
-  """Writes one safetensors file, with one tensor in memory at a time.
+def write_file(
+  path: pathlib.Path,
+  entries: list[Entry],
+  shown: progress.Progress | None = None,
+  **metadata: str,
+) -> None:
+  """Writes one safetensors file, with one tensor in memory at a time; counts bytes in `shown`.
 
   The same tensors give the same bytes. `safetensors.serialize_file` needs all tensors of a file at
   once, hence this function. The format: the length of the header (8 bytes, little-endian), the
@@ -254,6 +269,8 @@ def write_file(path: pathlib.Path, entries: list[Entry], **metadata: str) -> Non
     file.write(len(text).to_bytes(8, "little") + text)
     for entry in entries:
       file.write(_bytes(entry).data)
+      if shown:
+        shown.advance(entry.bytes)
     file.flush()
     os.fsync(file.fileno())  # whole on disk before the folder gets its name
 

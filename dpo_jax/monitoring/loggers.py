@@ -14,7 +14,7 @@ import os
 import pathlib
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import rich.console
@@ -27,12 +27,13 @@ from tensorboardX.record_writer import RecordWriter
 
 from dpo_jax.monitoring import alerts
 from dpo_jax.structs import UserError
-from dpo_jax.utils import files
+from dpo_jax.utils import files, progress
 
 METRICS = "metrics.jsonl"
 # Called with a step and its metrics.
 Callback = Callable[[int, dict[str, float]], object]
 
+_SPEED = "pairs_per_second"
 # Metrics that progress shows, if a step has them: name, label, format.
 _SHOWN = (
   ("loss", "loss", "{:.4f}"),
@@ -41,8 +42,10 @@ _SHOWN = (
   ("reward", "reward", "{:.3f}"),
   ("kl", "kl", "{:.2f}"),
   ("sampled/kl", "sampled kl", "{:.2f}"),
-  ("pairs_per_second", "pairs/s", "{:,.0f}"),
+  (_SPEED, "", "{:,.0f}"),
 )
+# Those that a narrow terminal has no room for, the least important first.
+_LEAST = ("sampled/kl", "kl", "rewards/margins", _SPEED, "reward", "rewards/accuracies", "loss")
 
 
 class Loggers:
@@ -283,35 +286,58 @@ class _Events:
 # ---------------------------------------------------------------------------- progress
 
 
-def _summary(values: Mapping[str, float]) -> Iterator[str]:
-  """Yields the values that progress shows, formatted: `loss 0.6931`, `812 pairs/s`, …."""
+def unit_of(names: Collection[str]) -> str:
+  """Returns what `pairs_per_second` counts, by the names of the metrics of a step."""
+  # Every kind of example has metrics of its own; supervised texts have none but the loss.
+  kinds = {
+    "rewards/best": "rankings",
+    "rewards/margins": "pairs",
+    "rewards/desirable": "completions",
+    "reward": "prompts",
+  }
+  return next((unit for name, unit in kinds.items() if name in names), "texts")
+
+
+def _fields(values: Mapping[str, float]) -> dict[str, str]:
+  """Returns the values that progress shows, formatted, by name: `loss 0.6931`, `812 pairs/s`, …."""
+  shown = {}
   for name, label, form in _SHOWN:
     if name in values:
       number = form.format(values[name])
-      yield f"{number} {label}" if "/s" in label else f"{label} {number}"
+      shown[name] = f"{number} {unit_of(values)}/s" if name == _SPEED else f"{label} {number}"
+  return shown
 
 
-def _clock(seconds: float) -> str:
-  """Formats seconds as `1:05` or `2:01:05`."""
-  minutes, seconds = divmod(max(0, round(seconds)), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+def _summary(values: Mapping[str, float]) -> Iterator[str]:
+  """Yields the values that progress shows, formatted."""
+  yield from _fields(values).values()
+
+
+def fit(fields: Mapping[str, str], room: int) -> str:
+  """Returns those of the fields that fit into so many columns, in their order.
+
+  The least important are left out first, as `_LEAST` says.
+  """
+  left = dict(fields)
+  for name in _LEAST:
+    if len("  ".join(left.values())) <= room:
+      break
+    left.pop(name, None)
+  return "  ".join(left.values())[: max(0, room)]
 
 
 class _Remaining:
-  """Estimates the time left from the pace since the first step, which includes compilation."""
+  """The time left, by the median of recent steps."""
 
   def __init__(self, total_steps: int):
-    self._total = total_steps
-    self._first: tuple[int, float] | None = None
+    self._total, self._pace = total_steps, progress.Pace()
 
   def at(self, step: int) -> str:
-    now = time.monotonic()
-    if self._first is None or step <= self._first[0]:
-      self._first = self._first or (step, now)
-      return "-:--"
-    pace = (now - self._first[1]) / (step - self._first[0])
-    return _clock(pace * (self._total - step))
+    """Returns the time left after a step, `1:05`; "" while it is not known."""
+    # The first step starts the clock: its time is that of compilation.
+    self._pace.at(step)
+    left = self._pace.left(self._total - step)
+    return "" if left is None else progress.clock(left)
 
 
 class _PlainLines:
@@ -330,9 +356,11 @@ class _PlainLines:
     if self._started and step % self._every and step < self._total:
       return
     self._started = True
-    parts = [f"step {step}/{self._total}", *_summary(values)]
-    if step < self._total:
+    # Step and time left come first, and are seen wherever a line ends.
+    parts = [f"step {step}/{self._total}"]
+    if left and step < self._total:
       parts.append(f"{left} left")
+    parts += _summary(values)
     self._console.print("  ".join(parts), markup=False, soft_wrap=True)
 
   def stop(self) -> None:
@@ -340,15 +368,21 @@ class _PlainLines:
 
 
 class _Bar:
-  """Progress in a terminal: one line that is redrawn."""
+  """Progress in a terminal: one line that is redrawn, and fits the terminal.
+
+  Step, bar and time left come first; of the numbers there are as many as fit.
+  """
 
   def __init__(self, console: rich.console.Console, start_step: int, total_steps: int):
-    self._remaining = _Remaining(total_steps)
+    self._console, self._total = console, total_steps
+    self._remaining, self._fields = _Remaining(total_steps), {"": "compiling"}
+    self._doing = ""  # what takes its time between two steps
+    self._display = contextlib.ExitStack()
     self._progress = rich.progress.Progress(
       rich.progress.TextColumn("step {task.completed}/{task.total}", style="bold"),
-      rich.progress.BarColumn(bar_width=24),
+      rich.progress.BarColumn(bar_width=12),
+      rich.progress.TextColumn("{task.fields[left]} left"),
       rich.progress.TextColumn("{task.fields[numbers]}"),
-      rich.progress.TextColumn("{task.fields[left]} left", style="dim"),
       console=console,
       refresh_per_second=4,
     )
@@ -358,14 +392,24 @@ class _Bar:
 
   def start(self) -> None:
     self._progress.start()
+    self._display.enter_context(progress.shown_by(self._show))
 
   def step(self, step: int, values: Mapping[str, float]) -> None:
-    self._progress.update(
-      self._task,
-      completed=step,
-      numbers="  ".join(_summary(values)),
-      left=self._remaining.at(step),
-    )
+    self._fields = _fields(values)
+    left = self._remaining.at(step) or "-:--"
+    self._progress.update(self._task, completed=step, left=left, numbers=self._numbers(left))
+
+  def _show(self, text: str) -> None:
+    """Shows in place of the numbers what is done between two steps; "" for the numbers again."""
+    self._doing = text
+    self._progress.update(self._task, numbers=self._numbers(self._progress.tasks[0].fields["left"]))
+
+  def _numbers(self, left: str) -> str:
+    # Columns are one apart, and the last column of some terminals breaks the line.
+    taken = len(f"step {self._total}/{self._total}") + 12 + len(f"{left} left") + 4
+    room = self._console.width - taken
+    return self._doing[: max(0, room)] or fit(self._fields, room)
 
   def stop(self) -> None:
+    self._display.close()
     self._progress.stop()

@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from dpo_jax.monitoring import loggers
+
 Records = Sequence[Mapping[str, Any]]
 
 INK, MUTED, GRID = "#1d2733", "#66717f", "#e8ebf0"
@@ -139,7 +141,7 @@ _CURVES = (
   ("length", "Length of samples", "tokens", (("sampled/tokens", "", TRAIN),)),
   ("grad_norm", "Norm of the gradient, before clipping", "", (("grad_norm", "training", TRAIN),)),
   ("learning_rate", "Learning rate", "", (("learning_rate", "training", MUTED),)),
-  ("speed", "Speed", "per second", (("pairs_per_second", "pairs", MUTED),)),
+  ("speed", "Speed", "", (("pairs_per_second", "training", MUTED),)),
 )
 
 
@@ -154,6 +156,8 @@ def curves(records: Records) -> dict[str, Figure]:
     present = [line for line in lines if _is_recorded(records, line[0])]
     if not present:
       continue
+    if name == "speed":
+      unit = f"{loggers.unit_of({key for record in records for key in record})} per second"
     with styled(title, unit, "step") as (figure, ax):
       _draw_lines(ax, records, present)
       _draw_marks(ax, records, name)

@@ -16,7 +16,7 @@ from typing import Any
 
 from dpo_jax.monitoring import alerts, loggers, plots
 from dpo_jax.structs import UserError
-from dpo_jax.utils import files
+from dpo_jax.utils import files, progress
 
 _STYLE = pathlib.Path(__file__).with_name("report.css")
 
@@ -34,7 +34,12 @@ def write(folder: str | os.PathLike[str]) -> pathlib.Path:
   Raises:
     UserError: there is neither a run nor a summary in the folder.
   """
-  folder = pathlib.Path(folder)
+  with progress.Progress("writing the report"):
+    return _write(pathlib.Path(folder))
+
+
+def _write(folder: pathlib.Path) -> pathlib.Path:
+  """Writes the page of a folder, as `write` says."""
   runs = _runs(folder)
   summary = _read_json(folder / "summary.json")
   if not runs and summary is None:
@@ -135,7 +140,7 @@ def _run_numbers(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, s
   if (kl := last("eval/sampled/kl")) is not None:
     tiles.append(("KL(π ‖ π_ref) of samples", f"{kl:.2f}", "nats per completion"))
   if speeds:
-    unit = "pairs" if last("rewards/margins") is not None else "sequences"
+    unit = loggers.unit_of({name for record in records for name in record})
     tiles.append((f"{unit} per second", f"{speeds[len(speeds) // 2]:,.0f}", "median step"))
   return tiles
 

@@ -23,6 +23,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dpo_jax.distributed import processes
 from dpo_jax.structs import PyTree, UserError
+from dpo_jax.utils import progress
 
 
 def _reason(error: BaseException) -> str:
@@ -282,8 +283,9 @@ class Checkpoints:
     # Forgotten before it is waited for: a failure is raised once, and not again by `close`.
     (step, response), self._pending = self._pending, None
     try:
-      response.result()
-      self._orbax.wait()
+      with progress.Progress(f"saving the checkpoint of step {step}"):
+        response.result()
+        self._orbax.wait()
     except Exception as error:
       raise self._failure(step, error) from error
 
@@ -381,7 +383,8 @@ class Checkpoints:
 
   def _load(self, step: int, wanted: PyTree) -> PyTree:
     try:
-      return self._orbax.load(step, wanted)
+      with progress.Progress(f"reading the checkpoint of step {step}"):
+        return self._orbax.load(step, wanted)
     except Exception as error:
       raise self._unreadable(step, error) from error
 

@@ -16,7 +16,7 @@ from dpo_jax.generation import rollouts
 from dpo_jax.structs import Array, PyTree, TokenBatch
 from dpo_jax.training import verdict
 from dpo_jax.training.run import Run
-from dpo_jax.utils import following
+from dpo_jax.utils import following, progress
 
 
 def make_evaluator(run: Run, reference_params: PyTree | None) -> Evaluator:
@@ -114,7 +114,8 @@ class Evaluator:
     """Returns the log-probs of every slot of every batch, one batch below the other."""
     # The compiled forward pass takes batches as the step does, with an axis of micro-batches.
     with_micro_batches = (jax.tree.map(lambda x: x[None], batch) for batch in self._rows)
-    return np.concatenate([self._forward(params, batch) for batch in with_micro_batches])
+    with progress.Progress("evaluating", len(self._rows), "batches") as shown:
+      return np.concatenate([self._forward(params, x) for x in shown.of(with_micro_batches)])
 
   def _means(self, state: step.TrainState) -> dict[str, float]:
     """Computes the metrics of all held-out examples, group by group."""

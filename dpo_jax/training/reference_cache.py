@@ -30,7 +30,7 @@ from dpo_jax.data.batches import Batching
 from dpo_jax.data.examples import Example, Lazy, lengths
 from dpo_jax.distributed import processes
 from dpo_jax.structs import TokenBatch, UserError
-from dpo_jax.utils import files
+from dpo_jax.utils import files, progress
 
 VERSION = 1
 MARK = "reference_store.json"
@@ -246,15 +246,17 @@ def fill_all(
   """
   # All processes compute, since each has a part of the model; the first one writes.
   writer = store if processes.is_main_process() else None
-  started = reported = time.perf_counter()
-  for examples in missing:
-    for done in fill(writer, examples, token_fn, batch_size=batch_size, batching=batching):
-      now = time.perf_counter()
-      if now - reported >= 5 or done == len(examples):
-        reported = now
-        print(f"reference store: {done:,} of {len(examples):,} examples computed", file=sys.stderr)
+  started = time.perf_counter()
+  with progress.Progress("reference store", sum(map(len, missing)), "examples") as shown:
+    for examples in missing:
+      done = 0
+      for now in fill(writer, examples, token_fn, batch_size=batch_size, batching=batching):
+        shown.advance(now - done)
+        done = now
   if missing:
-    print(f"reference store: filled in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    count = sum(map(len, missing))
+    seconds = time.perf_counter() - started
+    print(f"reference store: {count:,} examples computed in {seconds:.1f} s", file=sys.stderr)
   # Nobody looks before the last part is written.
   processes.barrier("reference store")
   store.refresh()

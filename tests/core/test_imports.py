@@ -29,7 +29,7 @@ FLOORS = {
   "hf": {"structs", "utils", "model", "distributed"},
   "monitoring": {"structs", "utils"},
   "generation": {"structs", "utils", "logprobs", "model", "data", "controlled", "hf"},
-  "evaluation": {"structs", "losses", "logprobs", "model", "data", "generation"},
+  "evaluation": {"structs", "utils", "losses", "logprobs", "model", "data", "generation"},
   "defaults": {"structs", "utils", "losses"},
   "training": {
     "structs",

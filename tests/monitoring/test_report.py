@@ -174,7 +174,7 @@ def test_alerts_stand_above_all_else_with_run_step_and_remedy(tmp_path):
 def test_supervised_training_shows_only_what_it_has(tmp_path):
   make_run(tmp_path, {"loss": 2.0, "logps/chosen": -30.0})
   page = Page(report.write(tmp_path))
-  assert "sequences per second" in page.text
+  assert "texts per second" in page.text
   names = {path.stem for path in (tmp_path / "plots").glob("*.png")}
   assert names == {"loss", "logps", "grad_norm", "learning_rate", "speed"}
 
