@@ -359,6 +359,18 @@ _SUMMARY_ROWS = (  # key of the summary, label, format
 )
 
 
+def headline(summary: Json) -> str:
+  """Returns the result in a sentence; "" for a summary without samples."""
+  if summary.get("win_rate") is None or "prompts" not in summary:
+    return ""
+  line = (
+    f"better than the reference on {summary['win_rate']:.0%} of {summary['prompts']:,} prompts;"
+    f" mean reward {summary['reward_reference']:.2f} → {summary['reward_policy']:.2f}"
+  )
+  best = summary.get("frontier_reward_at_kl")
+  return line if best is None else f"{line}, of at most {best:.2f} at the same KL"
+
+
 def print_summary(summary: Json, shown: int) -> None:
   """Prints the table of a summary, and samples of both models side by side."""
   # Imported here: rich is needed for the terminal only.
@@ -372,6 +384,8 @@ def print_summary(summary: Json, shown: int) -> None:
       interval = summary.get(f"{key}_interval")
       within = " to ".join(form.format(x) for x in interval) if interval else ""
       table.add_row(label, form.format(summary[key]), within)
+  if line := headline(summary):
+    console.print(f"\n[bold]{line}[/bold]\n", highlight=False, soft_wrap=True)
   console.print(table)
   if summary.get("kl", 0) > summary.get("frontier_reach", math.inf):
     console.print(

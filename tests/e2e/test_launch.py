@@ -254,6 +254,42 @@ def test_pods_find_each_other_where_the_jobset_puts_them():
   assert spec["parallelism"] == spec["completions"] and spec["completionMode"] == "Indexed"
 
 
+# -- the quickstart --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("there", "third"), [([], 70), (["sft"], 78)])
+def test_the_quickstart_says_how_far_it_is_and_how_long_the_rest_takes(tmp_path, there, third):
+  """With fakes: each step takes ten minutes, and every command writes what it is to write."""
+  copied(tmp_path, "scripts/quickstart.sh", "scripts/venv.sh", "requirements.txt")
+  programs = tmp_path / ".venv" / "bin"
+  programs.mkdir(parents=True)
+  fake(
+    programs,
+    "python",
+    'for word; do case $word in --out=*.jsonl) mkdir -p "$(dirname "${word#--out=}")";'
+    ' touch "${word#--out=}" ;; esac; done',
+  )
+  fake(programs, "date", "echo x >> clock; echo $(($(wc -l < clock) * 600))")
+  for run in there:
+    (tmp_path / "runs" / "quickstart" / run).mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart" / run / "result.json").touch()
+  done = run_in(tmp_path, "scripts/quickstart.sh")
+  assert done.returncode == 0, done.stderr
+  steps = [line for line in done.stdout.splitlines() if line.startswith("Step ")]
+  # Usual seconds are 3, 27, 17, 54, 78, 24. The estimate starts with 20 for 20; after the first
+  # step it is 200 * 620 / 23 seconds. A run that had ended before tells nothing.
+  left = [line.split(" left: ")[0] for line in steps]
+  assert left[:3] == [
+    "Step 1 of 6, about 3 minutes",
+    "Step 2 of 6, about 90 minutes",
+    f"Step 3 of 6, about {third} minutes",
+  ]
+  assert len(steps) == 6
+  assert done.stdout.splitlines()[-1].startswith(
+    "on your own data: python -m dpo_jax.train --model"
+  )
+
+
 # -- continuous integration ------------------------------------------------------------------------
 
 

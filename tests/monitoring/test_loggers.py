@@ -11,9 +11,10 @@ import pytest
 import rich.console
 from tensorboardX.proto import event_pb2
 
-from dpo_jax.monitoring import alerts
+from dpo_jax.monitoring import alerts, loggers
 from dpo_jax.monitoring.loggers import Loggers, read_metrics
 from dpo_jax.structs import UserError
+from dpo_jax.utils import progress
 
 
 def plain() -> rich.console.Console:
@@ -166,7 +167,23 @@ def test_a_full_disk_is_one_line_and_no_end_of_waiting(tmp_path, room):
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
-def test_plain_lines_name_step_numbers_and_time_left(tmp_path):
+class Clock:
+  """A clock that runs a second per reading."""
+
+  now = 0.0
+
+  def __call__(self) -> float:
+    self.now += 1.0
+    return self.now
+
+
+@pytest.fixture
+def a_second_per_step(monkeypatch):
+  monkeypatch.setattr(progress.Pace.__init__, "__defaults__", (Clock(),))
+
+
+@pytest.mark.usefixtures("a_second_per_step")
+def test_plain_lines_name_step_time_left_and_numbers(tmp_path):
   console = plain()
   with Loggers(tmp_path, total_steps=20, every=10, console=console) as log:
     log.write_eval(0, {"loss": 0.6931, "rewards/accuracies": 0.5})
@@ -174,14 +191,30 @@ def test_plain_lines_name_step_numbers_and_time_left(tmp_path):
       values = {"loss": 0.5, "rewards/accuracies": 0.75, "rewards/margins": 1.25}
       log.write(step, values | {"pairs_per_second": 1234.4, "grad_norm": 3.0})
     log.say("done [with] it")
-  printed = console.file.getvalue().splitlines()
-  assert printed[0] == "eval at step 0  loss 0.6931  accuracy 0.500"
-  assert printed[1].startswith(
-    "step 1/20  loss 0.5000  accuracy 0.750  margin 1.250  1,234 pairs/s"
-  )
-  assert printed[2].startswith("step 10/20") and printed[2].endswith("0:00 left")
-  assert printed[3] == "step 20/20  loss 0.5000  accuracy 0.750  margin 1.250  1,234 pairs/s"
-  assert printed[4:] == ["done [with] it"]
+  assert console.file.getvalue().splitlines() == [
+    "eval at step 0  loss 0.6931  accuracy 0.500",
+    # The first step compiles, and tells nothing about the others.
+    "step 1/20  loss 0.5000  accuracy 0.750  margin 1.250  1,234 pairs/s",
+    "step 10/20  0:10 left  loss 0.5000  accuracy 0.750  margin 1.250  1,234 pairs/s",
+    "step 20/20  loss 0.5000  accuracy 0.750  margin 1.250  1,234 pairs/s",
+    "done [with] it",
+  ]
+
+
+@pytest.mark.parametrize(
+  ("metrics", "unit"),
+  [
+    (["loss", "logps/chosen"], "texts"),
+    (["loss", "rewards/chosen", "rewards/margins"], "pairs"),
+    (["loss", "kl", "rewards/desirable", "rewards/undesirable"], "completions"),
+    (["loss", "rewards/best", "rewards/margins"], "rankings"),
+    (["loss", "reward", "kl", "objective"], "prompts"),
+    # Pairs that are made of samples have the mean reward of these.
+    (["loss", "reward", "rewards/margins"], "pairs"),
+  ],
+)
+def test_speed_is_in_what_a_row_of_the_data_is(metrics, unit):
+  assert loggers.unit_of(metrics) == unit
 
 
 def test_progress_of_samples_tells_their_reward_and_distance(tmp_path):
@@ -245,6 +278,55 @@ def test_a_terminal_gets_one_line_that_moves(tmp_path):
   assert "step 20/20" in shown
   assert "loss 0.5000  margin 1.250" in shown
   assert "step 7/20" not in shown.splitlines()[-1]
+
+
+MANY = {
+  "loss": 0.5,
+  "rewards/accuracies": 0.75,
+  "rewards/margins": 1.25,
+  "reward": 0.5,
+  "kl": 12.5,
+  "sampled/kl": 2.5,
+  "pairs_per_second": 1234.0,
+}
+
+
+@pytest.mark.usefixtures("a_second_per_step")
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_a_narrow_terminal_keeps_step_and_time_left(tmp_path, width):
+  file = io.StringIO()
+  console = rich.console.Console(file=file, force_terminal=True, width=width, color_system=None)
+  with Loggers(tmp_path, total_steps=20_000, console=console) as log:
+    for step in range(1, 1001):
+      log.write(step, MANY)
+  (line,) = {
+    x.split("\r")[-1].removeprefix("\x1b[2K")
+    for x in file.getvalue().splitlines()
+    if "step 1000/20000" in x
+  }
+  assert len(line) <= width and "5:16:40 left" in line  # 19,000 steps of a second
+  assert ("loss 0.5000" in line) == (width >= 80) and "…" not in line
+  assert ("1,234 pairs/s" in line) == (width >= 120)
+
+
+def test_fields_go_in_the_order_of_their_importance():
+  fields = {"loss": "loss 1", "rewards/margins": "margin 2", "pairs_per_second": "3 pairs/s"}
+  assert loggers.fit(fields, 80) == "loss 1  margin 2  3 pairs/s"
+  assert loggers.fit(fields, 20) == "loss 1  3 pairs/s"
+  assert loggers.fit(fields, 8) == "loss 1"
+  assert loggers.fit(fields, 3) == loggers.fit({}, 8) == ""
+
+
+def test_the_bar_shows_what_is_done_between_two_steps(tmp_path):
+  file = io.StringIO()
+  console = rich.console.Console(file=file, force_terminal=True, width=80, color_system=None)
+  with Loggers(tmp_path, total_steps=20, console=console) as log:
+    log.write(1, {"loss": 0.5})
+    log._progress._show("evaluating 3/8")
+    log._progress._progress.refresh()
+    assert "evaluating 3/8" in file.getvalue() and "loss 0.5000" not in file.getvalue()
+    log._progress._show("")
+  assert "loss 0.5000" in file.getvalue()
 
 
 def test_files_are_closed_when_training_fails(tmp_path):

@@ -49,6 +49,7 @@ class Yardstick(NamedTuple):
       num=EVERYDAY,
       max_tokens=MAX_TOKENS,
       seed=2 + seed,
+      label="sampling",
     )
     examples = rollout.examples()
     # KL(π ‖ π_ref) is estimated by the mean log-ratio of the policy's own samples.
@@ -93,7 +94,11 @@ def make_yardstick(study: pathlib.Path, settings: Settings, say=print) -> Yardst
       f" {settings.frontier_prompts} prompts"
     )
     sample = functools.partial(
-      rollouts.sample, reference, reward=rewards.resolve("controlled"), max_tokens=MAX_TOKENS
+      rollouts.sample,
+      reference,
+      reward=rewards.resolve("controlled"),
+      max_tokens=MAX_TOKENS,
+      label="sampling",
     )
     # Two sets of samples: a reference measured on those that the frontier is made of would not be
     # independent of it.
