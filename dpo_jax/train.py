@@ -241,7 +241,7 @@ def _export(run: Run, trained: loop.Trained) -> None:
       hf_checkpoint.save(out, run.model_config, final, **beside)
     report.write(run.workdir)
     records = loggers.read_metrics(run.workdir / loggers.METRICS)
-    line = verdict.of_run(run.workdir, records)
+    line = verdict.of_run(run.workdir, records, None if step == run.steps else step)
     # Last: it says that the export is there.
     verdict.write_result(run.workdir, run.steps, line, exported=step, best=trained.best)
     print(line)

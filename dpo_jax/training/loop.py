@@ -277,6 +277,8 @@ def _take_steps(
       # One copy: the tree of all devices under pmap would bind the checkpoint to their number.
       checkpoints.save(index, run.executor.unreplicate(state), found)
       clock.saved()
+      if run.settings.export_best and found:
+        _keep_best(run, index, checkpoints, evaluator)
     if leaving:
       checkpoints.wait()
       raise notice.stopped(index)
@@ -319,6 +321,14 @@ def _keep_held_out(run: Run, name: str, evaluator: Evaluator) -> None:
   """Writes what the verdict on the run compares, from the first process."""
   if evaluator.held_out is not None and processes.is_main_process():
     verdict.write(run.workdir, name, evaluator.held_out)
+
+
+def _keep_best(run: Run, index: int, checkpoints: Checkpoints, evaluator: Evaluator) -> None:
+  """Keeps the evaluation of a step under its number, if its checkpoint is the best so far."""
+  checkpoints.wait()
+  best = checkpoints.best()
+  if best and best.step == index:
+    _keep_held_out(run, str(index), evaluator)
 
 
 def _policy_params(run: Run, state: step.TrainState, reference_params: PyTree | None) -> PyTree:

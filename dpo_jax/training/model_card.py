@@ -86,8 +86,9 @@ def text(workdir: pathlib.Path, step: int, *, adapter: bool = False) -> str:
   with_beta = f"`{loss}`" + (f", β = {beta:g}" if beta is not None else "")
   # A workdir may be "." or end in "..".
   name = workdir.resolve().name
-  kind = "An adapter (LoRA) of" if adapter else "Trained from"
-  origin = f"{kind} `{base}`" if base else "A model trained from random weights"
+  origin = f"Trained from `{base}`" if base else "Trained from random weights"
+  if adapter:
+    origin = f"An adapter (LoRA) of `{base}`, trained"
   parts = [
     _front_matter(base, _tags(config, adapter), adapter=adapter),
     f"# {name}\n",
@@ -212,11 +213,14 @@ def _compared(
   path = workdir / loggers.METRICS
   records = loggers.read_metrics(path) if path.is_file() else []
   found = next((r for r in records if r["step"] == step), {})
-  after = verdict.read(workdir, verdict.AFTER)
-  # Single rows are kept of the last step alone; of another there are the means of its evaluation.
   last = records[-1]["step"] if records else step
-  if step != last or after is None or len(after.loss_B) != len(before.loss_B):
-    after = None
+  after = verdict.read(workdir, verdict.AFTER if step == last else str(step))
+  # Single rows are kept of few steps; of the others there are the means of their evaluations. A
+  # run that goes on for longer has, for a while, those of an earlier last step.
+  if after is not None:
+    mean = np.average(after.loss_B, weights=after.weight_B)
+    same = len(after.loss_B) == len(before.loss_B)
+    after = after if same and np.isclose(mean, found.get("eval/loss", mean), rtol=1e-3) else None
   if before.right_B is not None:
     was = float(np.average(before.right_B, weights=before.weight_B))
     share = found.get("eval/rewards/accuracies")

@@ -119,14 +119,17 @@ def judge_samples(records: Sequence[Mapping[str, Any]]) -> str | None:
   )
 
 
-def of_run(workdir: pathlib.Path, records: Sequence[Mapping[str, Any]]) -> str:
+def of_run(
+  workdir: pathlib.Path, records: Sequence[Mapping[str, Any]], best: int | None = None
+) -> str:
   """Returns the line that a run ends with.
 
   Args:
     workdir: its folder.
     records: lines of its `metrics.jsonl`.
+    best: the step that is judged, if that is not the last one.
   """
-  before, after = read(workdir, BEFORE), read(workdir, AFTER)
+  before, after = read(workdir, BEFORE), read(workdir, AFTER if best is None else str(best))
   if before is not None and after is not None and len(before.loss_B) == len(after.loss_B):
     return judge(before, after)
   line = judge_samples(records)
@@ -210,6 +213,8 @@ def read_best(workdir: pathlib.Path) -> Found | None:
       f"; step {top.step:,} had {top.value:{_METRICS[metric][1]}} and has no checkpoint"
       " (--config.export.best=True would have kept it)"
     )
+  if exported == best.step != last:
+    line += ", exported; it was chosen by these rows, so expect a little less on others"
   return Found(line, exported == best.step)
 
 

@@ -232,3 +232,5 @@ def test_make_controlled_keeps_prompts_apart(tmp_path):
   assert len({row["prompt"] for row in sft + prompts + evaluation}) == 600
   assert all(row["completion"].startswith(" ") for row in sft)
   assert (tmp_path / "task" / "tokenizer" / "tokenizer.json").is_file()
+  again = subprocess.run([*command, *sizes], cwd=ROOT, capture_output=True, text=True, check=False)
+  assert again.returncode == 1 and "sft.jsonl exists; add --force to replace it" in again.stderr

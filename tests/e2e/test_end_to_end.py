@@ -25,7 +25,7 @@ from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.monitoring.divergence import Diverged
 from dpo_jax.monitoring.loggers import read_metrics
 from dpo_jax.structs import UserError
-from dpo_jax.training.checkpoint import Checkpoints
+from dpo_jax.training.checkpoint import Best, Checkpoints
 from dpo_jax.training.setup import build
 from tests.support.paths import ROOT
 
@@ -357,6 +357,27 @@ def test_a_run_that_diverges_stops_with_the_likely_cause_and_keeps_what_was_good
   assert (folder / "report.html").is_file() and not (folder / "export").exists()
 
 
+def test_the_best_checkpoint_is_exported_where_that_is_set(task, monkeypatch, capsys):
+  """The best is the one after step 3 here, whatever its numbers are."""
+  monkeypatch.setattr(Checkpoints, "best", lambda self: Best(3, "rewards/accuracies", 0.75))
+  config = dpo_config(task)
+  config.export.best = True
+  config.checkpoint.update(every=0, keep=9)  # each evaluation saves
+  folder = train.execute(config, task / "best")
+  result = json.loads((folder / "result.json").read_text())
+  assert (result["step"], result["exported"], result["best"]["step"]) == (6, 3, 3)
+  exported = hf_checkpoint.load(folder / "export")[1]
+  leaves = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(exported)])
+  np.testing.assert_array_equal(leaves, _leaves(folder, 3))
+  assert "| exported step | 3 |" in (folder / "export" / "README.md").read_text()
+  # The verdict and the card are about what is exported.
+  accuracy = read_metrics(folder / "metrics.jsonl")[3]["eval/rewards/accuracies"]
+  assert f"→ {accuracy:.1%} (95%" in result["result"]
+  said = capsys.readouterr().out.splitlines()
+  assert f"exporting to {folder / 'export'}, the best checkpoint (step 3)" in said
+  assert len(said[said.index(result["result"]) + 2 :]) <= 5
+
+
 def command(script: str, *arguments: str) -> subprocess.CompletedProcess:
   """Runs one of the scripts as a user would."""
   return subprocess.run(
@@ -371,7 +392,7 @@ def command(script: str, *arguments: str) -> subprocess.CompletedProcess:
 def test_a_converted_checkpoint_is_the_export(straight, tmp_path):
   done = command("convert_hf.py", f"--workdir={straight}", f"--out={tmp_path / 'hf'}")
   assert done.returncode == 0, done.stderr
-  for name in ("model.safetensors", "config.json", "tokenizer.json"):
+  for name in ("model.safetensors", "config.json", "tokenizer.json", "README.md"):
     assert (tmp_path / "hf" / name).read_bytes() == (straight / "export" / name).read_bytes()
   again = command("convert_hf.py", f"--workdir={straight}", f"--out={tmp_path / 'hf'}")
   assert again.returncode == 1 and again.stderr.startswith("error: ")

@@ -479,16 +479,34 @@ def test_prompts_that_no_model_can_read(models, tmp_path):
     rollouts.encode_prompts(tokenizer.load_tokenizer(folder), [[{"role": "user", "content": "a"}]])
 
 
-@pytest.mark.parametrize("script", ["score", "evaluate", "make_pairs"])
-def test_commands_ask_where_to_write_before_they_load(tmp_path, script):
+@pytest.mark.parametrize("script", ["score", "evaluate", "make_pairs", "sample"])
+def test_commands_overwrite_nothing_and_say_so_before_they_load(tmp_path, script):
+  out = tmp_path / "out.jsonl"
+  out.write_text("kept")
   sampling = {"prompts": "missing", "reward": "controlled"}
   scoring = {"data": "missing"} | ({"reference": "missing"} if script == "evaluate" else {})
-  rest = sampling if script == "make_pairs" else scoring
-  done = _run(script, model="missing", out=tmp_path, **rest)
+  rest = {"make_pairs": sampling, "sample": {"prompts": "missing"}}.get(script, scoring)
+  done = _run(script, model="missing", out=out, **rest)
   assert (done.returncode, done.stderr) == (
     1,
-    f"error: --out={tmp_path} is a folder; name a file\n",
+    f"error: --out={out} exists; add --force to replace it, or name another file\n",
   )
+  assert out.read_text() == "kept"
+
+
+def test_the_result_opens_with_a_sentence():
+  summary = {
+    "win_rate": 0.892,
+    "prompts": 1024,
+    "reward_reference": 0.06,
+    "reward_policy": 9.62,
+    "frontier_reward_at_kl": 10.42,
+  }
+  assert evaluate.headline(summary) == (
+    "better than the reference on 89% of 1,024 prompts; mean reward 0.06 → 9.62, of at most 10.42"
+    " at the same KL"
+  )
+  assert evaluate.headline({"pairs": 1024, "eval_accuracy": 0.9}) == ""
 
 
 def test_sampling_from_bytes_that_are_no_text_is_one_line(folders):

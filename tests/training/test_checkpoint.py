@@ -14,7 +14,7 @@ import pytest
 from dpo_jax import step
 from dpo_jax.distributed import executor
 from dpo_jax.structs import UserError
-from dpo_jax.training.checkpoint import Checkpoints, SavingTimes
+from dpo_jax.training.checkpoint import Best, Checkpoints, SavingTimes, best_of
 from tests.support import tiny
 from tests.support.paths import ROOT
 
@@ -81,6 +81,41 @@ def test_a_checkpoint_without_metrics_is_never_the_best(tmp_path):
     checkpoints.save(index, state_at(index), metrics)
   checkpoints.close()
   assert Checkpoints(tmp_path).steps() == [1, 3]
+
+
+@pytest.mark.parametrize(
+  ("evaluations", "best"),
+  [
+    ([(10, {"loss": 0.5}), (20, {"loss": 0.4}), (30, {"loss": 0.6})], (20, "loss", 0.4)),
+    # Accuracy comes first where there is one, and the latest of equals counts.
+    (
+      [
+        (10, {"rewards/accuracies": 0.9, "loss": 0.1}),
+        (20, {"rewards/accuracies": 0.9, "loss": 0.3}),
+        (30, {"rewards/accuracies": 0.8, "loss": 0.2}),
+      ],
+      (20, "rewards/accuracies", 0.9),
+    ),
+    ([(10, {}), (20, {"loss": float("nan")}), (30, {"loss": 0.7})], (30, "loss", 0.7)),
+    ([(10, {}), (20, {"sampled/kl": 1.0})], None),
+  ],
+)
+def test_the_best_is_told_by_accuracy_or_else_by_loss(evaluations, best):
+  assert best_of(evaluations) == best
+
+
+def test_the_best_checkpoint_is_found_again_and_its_parameters_are_read(tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep=1, best="loss", higher=False)
+  for index, loss in [(1, 0.5), (2, 0.2), (3, None), (4, 0.3)]:
+    checkpoints.save(index, state_at(index), None if loss is None else {"loss": loss})
+  checkpoints.close()
+  again = Checkpoints(tmp_path)
+  assert again.best() == Best(2, "loss", 0.2) and again.steps() == [2, 4]
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state_at(2).params)
+  for params in (again.restore_params(2), again.restore_params(2, like)):
+    for key, value in state_at(2).params.items():
+      np.testing.assert_array_equal(params[key], value)
+  again.close()
 
 
 def test_an_absent_checkpoint_is_said_in_one_line(tmp_path):

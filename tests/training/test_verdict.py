@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.training import verdict
+from dpo_jax.training.checkpoint import Best
 from dpo_jax.training.verdict import HeldOut
 
 
@@ -92,3 +93,52 @@ def test_a_run_is_finished_once_the_export_is_that_of_its_last_step(tmp_path):
   assert verdict.finished(tmp_path, 12) is None  # it is to train longer
   (tmp_path / "result.json").write_text(json.dumps([]))
   assert verdict.finished(tmp_path, 6) is None
+
+
+@pytest.mark.parametrize(
+  ("best", "exported", "line"),
+  [
+    (Best(60, "loss", 0.25), 60, "step 60, the last, by held-out loss (0.25)"),
+    (
+      Best(40, "rewards/accuracies", 0.9),
+      60,
+      "step 40 of 60, by held-out accuracy (90.0%)",
+    ),
+    (
+      Best(40, "rewards/accuracies", 0.9),
+      40,
+      "step 40 of 60, by held-out accuracy (90.0%), exported; it was chosen by these rows, so"
+      " expect a little less on others",
+    ),
+    # Step 20 was better, and step 0 is the model that the run began with.
+    (
+      Best(40, "rewards/accuracies", 0.8),
+      60,
+      "step 40 of 60, by held-out accuracy (80.0%); step 20 had 90.0% and has no checkpoint"
+      " (--config.export.best=True would have kept it)",
+    ),
+  ],
+)
+def test_which_checkpoint_is_best_and_by_what(tmp_path, best, exported, line):
+  name = f"eval/{best.metric}"
+  records = [{"step": 0, name: 0.95}, {"step": 20, name: 0.9}, {"step": 30, "loss": 0.0}]
+  if best.metric == "rewards/accuracies":
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+  verdict.write_result(tmp_path, 60, "better", exported=exported, best=best)
+  found = verdict.read_best(tmp_path)
+  assert found == (f"best checkpoint: {line}", exported == best.step)
+  record = json.loads((tmp_path / "result.json").read_text())
+  assert record["best"] == {"step": best.step, "metric": name, "value": best.value}
+
+
+def test_a_run_without_held_out_rows_has_no_best(tmp_path):
+  assert verdict.read_best(tmp_path) is None
+  verdict.write_result(tmp_path, 60, "no rows")
+  assert verdict.read_best(tmp_path) is None
+
+
+def test_the_best_step_is_judged_where_it_is_exported(tmp_path):
+  for name, right in ((verdict.BEFORE, 20), (verdict.AFTER, 10), ("40", 38)):
+    verdict.write(tmp_path, name, pairs(right, 40 - right))
+  assert "accuracy 50.0% → 95.0%" in verdict.of_run(tmp_path, [], best=40)
+  assert "accuracy 50.0% → 25.0%" in verdict.of_run(tmp_path, [])

@@ -277,6 +277,7 @@ def test_other_commands_are_called_as_this_one_was(monkeypatch, tmp_path):
   monkeypatch.setattr(sys, "argv", ["/somewhere/dpo_jax/train.py"])
   monkeypatch.chdir(ROOT)
   assert cli.other_command("sample", "--model=a b") == "python scripts/sample.py '--model=a b'"
+  assert cli.other_command("convert") == "python scripts/convert_hf.py"
   monkeypatch.chdir(tmp_path)
   assert cli.other_command("sample") == "python -m dpo_jax sample"
   monkeypatch.setattr(sys, "argv", ["dpo-jax train"])

@@ -17,6 +17,17 @@ def test_where_to_write_is_checked_first(tmp_path):
     files.check_output_file(tmp_path / "file" / "x.jsonl")
 
 
+def test_a_file_is_overwritten_only_by_force(tmp_path):
+  (tmp_path / "file").write_text("kept")
+  (tmp_path / "empty").touch()
+  with pytest.raises(UserError, match=r"file exists; add --force to replace it, or name another"):
+    files.check_output_file(tmp_path / "file")
+  files.check_output_file(tmp_path / "file", force=True)
+  files.check_output_file(tmp_path / "empty")
+  with pytest.raises(UserError, match=r"is a folder; name a file"):
+    files.check_output_file(tmp_path, force=True)
+
+
 def test_a_failed_write_leaves_the_older_file_and_nothing_beside_it(tmp_path):
   out = tmp_path / "out.jsonl"
   files.write_json_lines(out, [{"a": 1}])
