@@ -25,7 +25,7 @@ from dpo_jax.training.evaluator import Evaluator, make_evaluator
 from dpo_jax.training.metrics_writer import MetricsWriter
 from dpo_jax.training.run import Run
 from dpo_jax.training.sanity import check_step_zero
-from dpo_jax.utils import following, progress
+from dpo_jax.utils import following
 
 
 class Prepared(NamedTuple):
@@ -101,8 +101,7 @@ def prepare(run: Run, trained: PyTree, reference_params: PyTree | None) -> Prepa
     state = run.executor.compile_init(init)(run.executor.place(trained))
     params = _policy_params(run, state, reference_params) if run.data.sampler else None
     batch, _ = feed_after(0)(1, params)
-    with progress.Progress("compiling, and checking step 0"):
-      check_step_zero(run, state.params, reference_params, batch)
+    check_step_zero(run, state.params, reference_params, batch)
     if moves:
       state = state._replace(reference=reference_params)
   # In the state (or the checkpoint) from here on, and so no argument of the step.

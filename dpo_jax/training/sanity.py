@@ -8,6 +8,7 @@ import numpy as np
 from dpo_jax import logprobs, metrics, step
 from dpo_jax.structs import Array, PyTree, TokenBatch, UserError
 from dpo_jax.training.run import Run
+from dpo_jax.utils import progress
 
 
 def check_step_zero(
@@ -32,7 +33,8 @@ def check_step_zero(
   micro = jax.tree.map(lambda x: x[0], first)
   # The program that evaluation runs, so that it is compiled once.
   forward = executor.compile_forward(objective.logps)
-  policy_NS = forward(objective.policy(trained, reference_params), first)
+  with progress.Progress("compiling"):
+    policy_NS = forward(objective.policy(trained, reference_params), first)
   # Before the comparison below, which would put the blame for NaN on the reference.
   if not np.isfinite(policy_NS).all():
     raise UserError(

@@ -87,6 +87,7 @@ _ELSEWHERE = {
   "eval.batch_size": "per_device_eval_batch_size eval_batch_size",
   "checkpoint.every": "save_steps save_every save_strategy save_interval_steps",
   "checkpoint.keep": "save_total_limit max_to_keep max_ckpt_num",
+  "export.best": "load_best_model_at_end save_best",
   "parallel.devices": "num_gpus gpus num_devices nproc_per_node world_size n_gpus_per_node",
   "parallel.fsdp": "zero_stage deepspeed",
   "parallel.tensor": "tensor_parallel_size tp",

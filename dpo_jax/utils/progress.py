@@ -149,7 +149,8 @@ class Progress:
 
   def _show(self) -> None:
     """Shows the task until it ends."""
-    wait, between = AFTER, LINES[0]
+    # In a bar that is there already, it is no line more, and may come sooner.
+    wait, between = min(AFTER, REDRAW) if _display else AFTER, LINES[0]
     while not self._ended.wait(wait):
       if _running[-1:] != [self]:  # what runs within it has the line
         continue
@@ -160,7 +161,8 @@ class Progress:
         wait = REDRAW
       elif self._terminal:
         columns = shutil.get_terminal_size().columns
-        _write("\r" + bar_line(state, columns) + "\x1b[K")
+        # Back to the first column, where anything else that is printed begins.
+        _write("\r" + bar_line(state, columns) + "\x1b[K\r")
         wait = REDRAW
       else:
         _write(plain_line(state) + "\n")
