@@ -88,6 +88,11 @@ def test_another_step_has_the_means_of_its_evaluation(workdir):
   # Of 16 of 20; single losses of that step are not kept, so their interval is not known.
   assert "| accuracy | 50.0% | 80.0% | 58.4% to 91.9% |" in card
   assert "| loss | 0.7 | 0.4 |  |" in card and "| exported step | 10 |" in card
+  # Of the best steps of a run that exports the best, single losses are kept.
+  losses = np.array([0.3, 0.5] * 10)
+  verdict.write(workdir, "10", HeldOut(losses, np.ones(20), np.array([1.0] * 16 + [0.0] * 4)))
+  # 1.96 standard errors of 0.1 * sqrt(20 / 19) / sqrt(20).
+  assert "| loss | 0.7 | 0.4 | 0.355 to 0.445 |" in model_card.text(workdir, 10)
 
 
 def test_a_run_that_measured_nothing_has_a_card_too(workdir):
