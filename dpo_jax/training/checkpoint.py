@@ -15,7 +15,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -254,7 +254,8 @@ class Checkpoints:
     """Returns the best of the checkpoints that are there; None if no evaluation is kept."""
     whole = set(self.steps())
     kept = [one for one in self._orbax.checkpoints if one.step in whole]
-    return best_of((one.step, one.metrics or {}) for one in kept)
+    # Orbax takes any JSON for metrics; what is saved here are these.
+    return best_of((one.step, cast(dict[str, float], one.metrics or {})) for one in kept)
 
   def save(self, step: int, state: PyTree, metrics: Mapping[str, float] | None = None) -> None:
     """Starts writing `state` as the checkpoint of `step`; returns before it is on disk.

@@ -123,5 +123,8 @@ def test_within_training_its_bar_shows_it(capsys):
   with progress.shown_by(shown.append), Progress("evaluating", 8, "batches") as one:
     one.advance(3)
     until_shown(one)
+    shown.clear()
+    while not shown:  # redrawn
+      time.sleep(0.01)
   assert shown[-2:] == ["evaluating 3/8", ""]
   assert capsys.readouterr() == ("", "")
