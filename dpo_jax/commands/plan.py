@@ -9,7 +9,7 @@ prompt and completion. The step is compiled for shapes alone, on this machine's 
 from absl import flags
 from ml_collections import config_flags
 
-from dpo_jax.utils import cli, paths
+from dpo_jax.utils import cli, paths, progress
 
 FLAGS = flags.FLAGS
 
@@ -45,7 +45,8 @@ def main(argv: list[str]) -> None:
   lengths = planner.Lengths(FLAGS.mean_length, FLAGS.prompt_fraction)
   config = FLAGS.config
   paths.expand_fields(config)
-  found = planner.plan(config, lengths)
+  with progress.Progress("compiling the step for shapes"):
+    found = planner.plan(config, lengths)
   total = found["bytes_per_device"]["total"]
   room = None if FLAGS.device_memory is None else FLAGS.device_memory * memory.GIB
   if room is not None:
@@ -62,5 +63,6 @@ def main(argv: list[str]) -> None:
   print("what would change it, one at a time:")
   # Each change compiles the step anew, so its line is printed as soon as it is known.
   for named, other in planner.changes(config, FLAGS.devices):
-    less = planner.plan(other, lengths)["bytes_per_device"]["total"]
+    with progress.Progress(f"compiling with {named}"):
+      less = planner.plan(other, lengths)["bytes_per_device"]["total"]
     print(f"  {less / memory.GIB:8.2f} GiB  {named}{planner.remark(named)}", flush=True)

@@ -382,7 +382,7 @@ class _Bar:
       rich.progress.TextColumn("step {task.completed}/{task.total}", style="bold"),
       rich.progress.BarColumn(bar_width=12),
       rich.progress.TextColumn("{task.fields[left]} left"),
-      rich.progress.TextColumn("{task.fields[numbers]}"),
+      rich.progress.TextColumn("{task.fields[numbers]}", markup=False),
       console=console,
       refresh_per_second=4,
     )

@@ -156,8 +156,8 @@ class Progress:
         continue
       self._shown = True
       state = self._state()
-      if _display:
-        _display[-1](short_line(state))
+      if displays := _display[-1:]:
+        displays[0](short_line(state))
         wait = REDRAW
       elif self._terminal:
         columns = shutil.get_terminal_size().columns

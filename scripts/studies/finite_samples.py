@@ -1,6 +1,6 @@
 """Measures how far from the optimum n pairs leave DPO: the gap KL(π̂ ‖ π*) against n.
 
-  python scripts/studies/finite_samples.py --out docs/finite_samples.png
+  python scripts/studies/finite_samples.py --out docs/finite_samples.png --force
 
 Samples labelled pairs from the preferences of a small world whose optimum is known, trains on each
 set to convergence with the production step, and prints and draws the gap next to the 1/n line that
