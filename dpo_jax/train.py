@@ -265,8 +265,7 @@ def _print_next(workdir: pathlib.Path) -> None:
     print(f"measure it: {cli.other_command('evaluate', f'--workdir={workdir}')}")
   # Either of the two: a longer list would not be read.
   if best and not best.exported:
-    more = ["--merge_lora"] if adapter else []
-    flags = [f"--workdir={workdir}", f"--out={workdir / 'best'}", "--best", *more]
+    flags = [f"--workdir={workdir}", f"--out={workdir / 'best'}", "--best"]
     print(f"export the best: {cli.other_command('convert', *flags)}")
   elif adapter:
     flags = [f"--workdir={workdir}", f"--out={workdir / 'merged'}", "--merge_lora"]

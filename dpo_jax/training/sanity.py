@@ -63,8 +63,9 @@ def check_step_zero(
   # the loss declares, since a wrong formula would agree with itself; that of the formula only where
   # none is declared.
   declared = objective.loss.at_reference() or objective.loss
-  found = mean(objective, policy_NS)
-  expected = mean(objective._replace(loss=declared), reference_NS)
+  with progress.Progress("checking step 0"):
+    found = mean(objective, policy_NS)
+    expected = mean(objective._replace(loss=declared), reference_NS)
   if not run.settings.starts_as_reference:
     print(
       f"step 0: loss {found:.6f}; it would be {expected:.6f} if policy and reference were equal"
