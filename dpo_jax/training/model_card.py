@@ -124,7 +124,10 @@ def name_of(path: str) -> str:
 
 
 def _front_matter(base: str | None, tags: Sequence[str], *, adapter: bool) -> str:
-  """Returns the fields that the hub reads, as YAML; texts in quotes, as JSON has them."""
+  """Returns the fields that the hub reads, as YAML; texts in quotes, as JSON has them.
+
+  Hugging Face Hub documentation, "Model Cards": base_model, library_name, pipeline_tag, tags.
+  """
   lines = [f"base_model: {json.dumps(base, ensure_ascii=False)}"] if base else []
   lines += [
     f"library_name: {'peft' if adapter else 'transformers'}",
