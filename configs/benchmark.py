@@ -1,16 +1,16 @@
 """What scripts/benchmark.py measures: models of known shapes, random weights, synthetic pairs.
 
-  python scripts/benchmark.py --config=configs/benchmark.py:b
-  python scripts/benchmark.py --config=configs/benchmark.py:llama_1b,lengths=ultrafeedback
+  python scripts/benchmark.py --config=benchmark:b
+  python scripts/benchmark.py --config=benchmark:llama_1b,lengths=ultrafeedback
 
 Shapes, in float32: `controlled` is the embedded task's; a, b and c are Llamas of 1.5M, 25M and
 110M parameters. In bfloat16, with float32 where it counts: `qwen_0_5b` (vocabulary 151,936),
 `llama_1b` (128,256) and `llama_8b` (the same, by LoRA of rank 16) have the shapes of Qwen2.5 0.5B,
 Llama 3.2 1B and Llama 3.1 8B; `long` is qwen_0_5b on pairs whose texts have 32,768 tokens.
 
-Texts have log-normal lengths, the prompt a share of each that both answers have in common.
+Texts have log-normal lengths, the prompt a share of each that both completions have in common.
 `lengths` replaces a shape's own: `ultrafeedback` has a window of 2,048 tokens, short prompts and
-long answers; `hh` one of 512, dialogues as prompts and short answers.
+long completions; `hh` one of 512, dialogues as prompts and short completions.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """A Llama 3.2 of 1B, all of it trained, on any number of devices of 40 GB or more.
 
-  python -m dpo_jax.train --config=configs/llama_1b.py --workdir=runs/llama \\
-    --config.model.path=LLAMA_DIR --config.data.path=PREFERENCES.jsonl
+  python -m dpo_jax.train --config=llama_1b --model=LLAMA_DIR --data=PREFERENCES.jsonl \\
+    --workdir=runs/llama
 
 Memory of every device (each holds all of it), for P = 1,235,814,400 parameters, V D for the tied
 embedding and the rest in 16 layers:

@@ -1,7 +1,7 @@
 """A Llama 3.1 of 8B on one host of 8 chips: by LoRA, or all of it, divided by FSDP.
 
-  python -m dpo_jax.train --config=configs/llama_8b.py:lora --workdir=runs/llama8b \\
-    --config.model.path=LLAMA_DIR --config.data.path=PREFERENCES.jsonl
+  python -m dpo_jax.train --config=llama_8b:lora --model=LLAMA_DIR --data=PREFERENCES.jsonl \\
+    --workdir=runs/llama8b
 
 Memory of every device by LoRA, on chips of 24 GB or more (each holds all of it), for a base of
 P = 8,030,261,248 parameters and adapters of R = 41,943,040, rank 16 on every linear map. The

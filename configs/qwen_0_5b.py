@@ -1,7 +1,7 @@
 """A Qwen2.5 of 0.5B, all of it trained, on any number of devices of 16 GB or more.
 
-  python -m dpo_jax.train --config=configs/qwen_0_5b.py --workdir=runs/qwen \\
-    --config.model.path=QWEN_DIR --config.data.path=PREFERENCES.jsonl
+  python -m dpo_jax.train --config=qwen_0_5b --model=QWEN_DIR --data=PREFERENCES.jsonl \\
+    --workdir=runs/qwen
 
 Memory of every device (each holds all of it), for P = 494,032,768 parameters, V D for the tied
 embedding and the rest in 24 layers:

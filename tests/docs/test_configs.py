@@ -64,7 +64,7 @@ def test_every_field_is_read_by_the_training_loop():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
 def test_a_config_opens_with_the_command_that_runs_it(path):
   text = path.read_text()
-  assert text.startswith('"""') and f"--config=configs/{path.name}" in text.split('"""')[1]
+  assert text.startswith('"""') and f"--config={path.stem}" in text.split('"""')[1]
 
 
 def test_an_unknown_stage_is_one_line():
