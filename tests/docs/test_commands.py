@@ -19,8 +19,8 @@ from dpo_jax.evaluation import evaluate
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-# The log keeps the options of its day.
-CURRENT = [page for page in PAGES if page.name != "log.md"]
+# The log keeps the options of its day, and the commands of the other are wrong on purpose.
+CURRENT = [page for page in PAGES if page.name not in ("log.md", "mistakes.md")]
 TRAIN = "dpo_jax.train"
 # Subcommands of `dpo-jax` that are not named as their script.
 SUBCOMMANDS = {"inspect": "inspect_data", "prepare": "prepare_data", "convert": "convert_hf"}
