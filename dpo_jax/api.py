@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from dpo_jax import configure, train
 from dpo_jax.monitoring import loggers
+from dpo_jax.structs import UserError
 
 
 class Finished(NamedTuple):
@@ -57,11 +58,17 @@ def fit(
   Raises:
     UserError: bad input, in one line; nothing has been written.
   """
+  listeners = [callbacks] if isinstance(callbacks, Callable) else callbacks
+  if isinstance(listeners, str) or not isinstance(listeners, Sequence):
+    raise UserError(f"callbacks is {callbacks!r}; it must be a function, or a list of functions")
+  if isinstance(config, Mapping):
+    raise UserError("config is a mapping; give its fields as arguments, fit(**fields)")
+  if workdir is not None and not os.fspath(workdir):
+    raise UserError("workdir is empty; name a folder, or leave it out")
   # A copy: the configuration of the caller stays as it is.
   base = configure.load(config) if isinstance(config, str) else config.copy_and_resolve_references()
   resolved = configure.update(base, fields, others=("workdir", "config", "callbacks"))
   folder = pathlib.Path(workdir) if workdir is not None else None
-  listeners = [callbacks] if isinstance(callbacks, Callable) else list(callbacks)
   folder = train.execute(
     resolved,
     folder,

@@ -11,6 +11,7 @@ import json
 import numbers
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax import defaults
 from dpo_jax.structs import UserError
-from dpo_jax.utils import config_flags, field_names
+from dpo_jax.utils import config_flags, field_names, paths
 
 
 def get_config(path: str) -> ConfigDict:
@@ -119,7 +120,7 @@ def _hint(typed: str, node: ConfigDict, fields: Sequence[str], others: Sequence[
   """Says which field was probably meant."""
   why = field_names.reason(typed)
   if why:
-    return why
+    return f"leave it out: {why}"
   found = field_names.suggest(typed, fields, [*others, "workdir"])
   if found == ["--workdir"] and not others:  # a file
     return "the folder of the run is named on the command line, --workdir=DIR"
@@ -128,7 +129,10 @@ def _hint(typed: str, node: ConfigDict, fields: Sequence[str], others: Sequence[
   if found[0].startswith("--"):
     return f"did you mean {found[0].removeprefix('--')}?"
   shorts = {field: f" (short: {short})" for short, field in field_names.SHORT.items()}
-  named = [field + (shorts.get(field, "") if field != "seed" else "") for field in found[:3]]
+  named = [
+    field + (shorts.get(field.partition("=")[0], "") if field != "seed" else "")
+    for field in found[:3]
+  ]
   return f"did you mean {' or '.join(named)}?"
 
 
@@ -152,12 +156,25 @@ def _converted(value: Any, node: ConfigDict, name: str, typed: str, where: str) 
   elif kind is str:
     found = _text(value, typed)
   if found is None:
-    what = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
-    way = ""
-    if kind is str and isinstance(value, bool):
-      way = "; YAML reads on, off, yes and no as true or false: write the word in quotes"
-    raise UserError(f"{where}{typed} is {value!r}; it must be {what.get(kind, 'a section')}{way}")
+    shown = repr(value)
+    if len(shown) > 60 or shown.startswith("<"):
+      shown = f"a {type(value).__name__}"
+    raise UserError(f"{where}{typed} is {shown}; it must be {_wanted(kind, value, typed)}")
   return found
+
+
+def _wanted(kind: type, value: Any, typed: str) -> str:
+  """Says what the value of a field must be, and the way there from what was given."""
+  if typed == "loss.name" and callable(value):
+    return "a text: a function of your own is named as 'module:function'"
+  if typed in ("data.path", "data.eval_path"):
+    return "the path of a file: write the rows to a file, one JSON object per line"
+  if typed in paths.FIELDS:
+    return "the path of a folder"
+  if kind is str and isinstance(value, bool):
+    return "a text; YAML reads on, off, yes and no as true or false: write the word in quotes"
+  what = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+  return what.get(kind, "a section with fields of its own")
 
 
 def _number(value: Any, kind: type) -> float | int | None:
@@ -212,12 +229,21 @@ def read(path: str | pathlib.Path) -> dict[str, Any]:
   except ValueError as error:  # JSON's own error names the line
     raise UserError(f"{path} cannot be read: {error}") from None
   except yaml.YAMLError as error:
-    mark = getattr(error, "problem_mark", None)
-    line = f", line {mark.line + 1}" if mark else ""
-    raise UserError(f"{path} is not YAML: {getattr(error, 'problem', error)}{line}") from None
+    raise UserError(f"{path} is not YAML: {_yaml_problem(text, error)}") from None
   if not isinstance(found, dict | None):
     raise UserError(f"{path} contains a {type(found).__name__}; it must have lines `field: value`")
   return found or {}
+
+
+def _yaml_problem(text: str, error: Any) -> str:
+  """Returns what is wrong with a text that is not YAML, and in which line."""
+  for number, line in enumerate(text.splitlines(), 1):
+    if found := re.match(r"\s*([\w.]+)\s*=\s*(.*)", line):
+      return f"line {number} is written with `=`; write `{found[1]}: {found[2]}`"
+    if "\t" in line:
+      return f"line {number} has a tab; YAML is indented by spaces"
+  mark = getattr(error, "problem_mark", None)
+  return f"{getattr(error, 'problem', error)}{f', line {mark.line + 1}' if mark else ''}"
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -204,7 +204,8 @@ def get_config() -> ConfigDict:
       "optimizer": section(
         learning_rate=1e-5,  # peak learning rate, after the warm-up
         schedule="linear",  # constant, linear or cosine, after the warm-up
-        warmup_steps=config_dict.placeholder(int),  # None is 10, or a tenth of the steps if less
+        # steps until the peak; None is 10, at most a tenth of all
+        warmup_steps=config_dict.placeholder(int),
         final_fraction=0.0,  # learning rate at the last step / peak learning rate
         b1=0.9,  # AdamW: decay of the mean of gradients
         b2=0.999,  # AdamW: decay of the mean of their squares

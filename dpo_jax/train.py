@@ -63,6 +63,9 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
   """Runs the command."""
   del argv
+  # As an unset variable of a shell leaves it; read as a path, it would be the current folder.
+  if FLAGS.workdir == "":
+    raise UserError("--workdir is empty; name a folder, or leave the flag out")
   execute(
     FLAGS.config,
     pathlib.Path(FLAGS.workdir) if FLAGS.workdir is not None else None,

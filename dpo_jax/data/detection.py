@@ -34,9 +34,26 @@ KINDS = tuple(ACCEPTED_ROWS)
 # Error texts about rows of another kind than the loss needs.
 _WHICH_LOSS = {
   "pairs": "rows with chosen and rejected are pairs",
-  "text": "single completions without a label are for loss sft",
-  "unpaired": "single completions with a label are for loss kto",
-  "ranked": "lists of ranked completions are for loss plackett_luce",
+  "text": "single completions without a label are for --loss sft",
+  "unpaired": "single completions with a label are for --loss kto",
+  "ranked": "lists of ranked completions are for --loss plackett_luce",
+}
+# And what it needs: fields of the usual format.
+_FIELDS = {
+  "pairs": ("prompt", "chosen", "rejected"),
+  "text": ("prompt", "completion"),
+  "unpaired": ("prompt", "completion", "label"),
+  "ranked": ("prompt", "answers"),
+}
+_WHAT = {
+  "pairs": "a pair",
+  "text": "a text",
+  "unpaired": "a labelled completion",
+  "ranked": "a row of ranked completions",
+}
+_NEEDED = {
+  kind: f"{_WHAT[kind]} has {', '.join(fields[:-1])} and {fields[-1]} (all formats: docs/data.md)"
+  for kind, fields in _FIELDS.items()
 }
 
 
@@ -212,7 +229,7 @@ def detect_kind(rows: Row | Sequence[Row], fields: dict[str, str] | None = None)
   kinds = [next((of for of in order if _find_format(row, of) is not None), None) for row in known]
   votes = collections.Counter(of for of in kinds if of)
   if not votes:
-    raise _unknown_format(plain[0], KINDS)
+    raise _unknown_format(plain[0])
   return votes.most_common(1)[0][0]
 
 
@@ -241,11 +258,8 @@ def _vote(rows: Sequence[Row], kind: str, shown: Row) -> tuple[str, int, str]:
   if not votes:
     of = next((of for of in KINDS if _find_format(rows[0], of) is not None), None)
     if of is None:
-      raise _unknown_format(shown, ACCEPTED_ROWS[kind])
-    raise UserError(
-      f"the row has fields {_field_names(shown)}: {_WHICH_LOSS[of]}; needed:"
-      f" {_list_fields(*ACCEPTED_ROWS[kind])}"
-    )
+      raise _unknown_format(shown, kind)
+    raise UserError(f"the row has fields {_field_names(shown)}: {_WHICH_LOSS[of]}; {_NEEDED[kind]}")
   of, index = votes.most_common(1)[0][0]
   main = formats.FORMATS[of][index]
   names = [main.name]
@@ -295,23 +309,27 @@ def _find_format(row: Row, kind: str) -> int | None:
   return next((i for i, one in enumerate(formats.FORMATS[kind]) if one.matches(row)), None)
 
 
-def _unknown_format(row: Row, kinds: Sequence[str]) -> UserError:
-  """Returns the error about a row of no known format, with the field map that would fit."""
+def _unknown_format(row: Row, kind: str = "") -> UserError:
+  """Returns the error about a row of no known format, with the field map that would fit.
+
+  Args:
+    row: the first row that can be read.
+    kind: of the training; "" if any would do.
+  """
+  kinds = ACCEPTED_ROWS[kind] if kind else KINDS
   has = f"the row has fields {_field_names(row)}"
   if hint := suggestions.suggest(row, kinds):
     return UserError(f"{has}; {hint}")
-  return UserError(
-    f"{has}; needed: {_list_fields(*kinds)}; the field map (data.fields) assigns prompt, chosen,"
-    " rejected and the others to fields of other names"
-  )
-
-
-def _list_fields(*kinds: str) -> str:
-  """Returns the fields of the usual formats of some kinds, for errors."""
-  known = [" + ".join(one.fields) for kind in kinds for one in formats.FORMATS[kind]]
-  # Texts first: rows of token ids are rare.
-  usual = sorted(dict.fromkeys(known), key=lambda fields: "_ids" in fields)
-  return "; ".join(usual[:4]) + " (docs/data.md has all formats)"
+  for other in KINDS:
+    if other not in kinds and (hint := suggestions.suggest(row, [other])):
+      return UserError(f"{has}: {_WHICH_LOSS[other]}; {hint}")
+  kind = kind or "pairs"
+  lacking = suggestions.missing(row, _FIELDS[kind])
+  if 0 < len(lacking) < len(_FIELDS[kind]):
+    verb = "is" if len(lacking) == 1 else "are"
+    return UserError(f"{has}; {' and '.join(lacking)} {verb} missing: {_NEEDED[kind]}")
+  flags = " ".join(f"--config.data.fields.{name}=NAME" for name in _FIELDS[kind])
+  return UserError(f"{has}; {_NEEDED[kind]}. If the row has them by other names: {flags}")
 
 
 def _field_names(row: Row) -> str:
@@ -350,8 +368,8 @@ def _check_ranked(rows: Sequence[Row]) -> None:
       if isinstance(values, list) and len(values) == len(answers) > 1:
         raise UserError(
           f"the row has no scores, and {name} has a value for each of its answers; if higher is"
-          f" better: --config.data.fields.scores={name} (for a script: --fields scores={name}). If"
-          f" answers are best first, leave out {name}"
+          f" better: --config.data.fields.scores={name} (in other commands: --fields"
+          f" scores={name}). If answers are best first, leave out {name}"
         )
 
 

@@ -371,6 +371,12 @@ def read_fields(given: Sequence[str]) -> dict[str, str]:
   if wrong:
     raise UserError(f"--fields {wrong[0]} is not name=name; as in --fields prompt=question")
   fields = dict(pair.split("=", 1) for pair in given)
+  for ours, theirs in fields.items():
+    if ours not in formats.FIELD_NAMES and theirs in formats.FIELD_NAMES:
+      raise UserError(
+        f"--fields {ours}={theirs}: our name of a field comes first, then that in the rows:"
+        f" --fields {theirs}={ours}"
+      )
   formats.check_field_names(fields, "--fields ")
   return fields
 

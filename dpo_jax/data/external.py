@@ -118,7 +118,10 @@ def _tfds_by_name(name: str, split: str) -> Rows:
   import tensorflow_datasets as tfds
 
   # ArrayRecord is read by random access and without TensorFlow.
-  builder = tfds.builder(name, file_format="array_record")
+  try:
+    builder = tfds.builder(name, file_format="array_record")
+  except tfds.core.DatasetNotFoundError:
+    raise UserError(f"tfds:{name}: TFDS has no data set of this name") from None
   if not pathlib.Path(builder.data_dir).is_dir():
     raise UserError(
       f"tfds:{name} is not prepared in {builder.data_dir}; make it there with TFDS, such as tfds"

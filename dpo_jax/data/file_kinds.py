@@ -177,7 +177,7 @@ def _refusal(head: bytes, path: pathlib.Path, compression: str) -> tuple[str, st
     return "a pickle, which is never loaded, since it may run any code", _EXPORT
   # safetensors: the length of a JSON header in 8 bytes, then the header. JSON text has no zeros.
   if head[8:9] == b"{" and head[4:8] == bytes(4):
-    return "weights in safetensors", "name the data file; weights go into model.path"
+    return "weights in safetensors", "name the data file (weights are named by --model)"
   if _suffix(path, compression) in (".array_record", ".tfrecord") or ".tfrecord" in path.name:
     return "a file of records", "name its folder, as TFDS wrote it"
   text = head.removeprefix(BOM).lstrip().lower()

@@ -132,7 +132,8 @@ def _values(data: bytes, path: pathlib.Path, line: int) -> Iterator[tuple[int, A
       at = line + text.count("\n", seen, error.pos)
       column = error.pos - text.rfind("\n", 0, error.pos)
       raise UserError(
-        f"{path}:{at}: not JSON ({error.msg} at column {column}); {_way_out(text, error)}"
+        f"{path}:{at}: not JSON ({error.msg.removesuffix(' starting at')} at column {column});"
+        f" {_way_out(text, error)}"
       ) from None
     except _Repeated as error:
       raise UserError(f"{path}:{line}: {error}") from None
@@ -168,7 +169,10 @@ def _way_out(text: str, error: json.JSONDecodeError) -> str:
   before = text[max(error.pos - 200, 0) : error.pos].rstrip()
   rest = text[error.pos : error.pos + 20].lstrip()
   if error.msg.startswith("Unterminated"):
-    return "a line break within a text is written as \\n"
+    return (
+      "the text does not end on this line: write a line break within it as \\n, or download the"
+      " file again if it was cut off"
+    )
   if not rest:
     return "the file ends too early, or the line is broken in two: write or download it again"
   # Python before 3.13 reports what follows the comma, later ones the comma.

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import pathlib
 import re
@@ -62,11 +63,24 @@ def _check_file(path: pathlib.Path) -> pathlib.Path:
   if path.is_dir():
     raise UserError(f"{path} is a folder; name a file of rows ({FILE_FORMATS}), or {path}/*")
   if not path.is_file():
-    name = model_folder.hub_name(path)
-    # A name with a suffix is more likely a file of a folder that is missing.
-    hub = f"; a data set of the Hugging Face hub is named hf:{name}" if name else ""
-    raise UserError(f"no data file {path}" + (hub if not path.suffix else ""))
+    raise UserError(_no_file(path))
   return path
+
+
+def _no_file(path: pathlib.Path) -> str:
+  """Describes a file that does not exist, with what was probably meant."""
+  line = f"no data file {path}"
+  if address := re.match(r"(https?|s3|gs):/", str(path)):
+    # A path has lost one of two slashes.
+    whole = f"{address[0]}/{str(path).removeprefix(address[0])}"
+    return f"{whole} is an address; download the file and name it"
+  name = model_folder.hub_name(path)
+  # A name with a suffix is more likely a file of a folder that is missing.
+  if name and not path.suffix:
+    return f"{line}; a data set of the Hugging Face hub is named hf:{name}"
+  there = [one.name for one in path.parent.glob(f"*{path.suffix[:5]}*") if one.is_file()]
+  near = difflib.get_close_matches(path.name, there, n=1, cutoff=0.8)
+  return f"{line}; did you mean {path.with_name(near[0])}?" if near else line
 
 
 def read_rows(path: Source) -> Iterator[tuple[str, Row]]:

@@ -19,13 +19,16 @@ _ALIASES = {
     *("preferred", "chosen_response", "response_chosen", "preferred_output", "preferred_response"),
     *("better", "good", "accepted", "winner", "positive", "pos", "win", "y_w", "chosen_answer"),
     *("answer_chosen", "text_chosen", "chosen_responses", "chosen_conversations", "pos_resp"),
-    *("response_j", "chosen_output"),
+    *("response_j", "chosen_output", "pos_answer", "positive_answer", "good_response"),
+    # Where another name says rejected, these are what was chosen.
+    *("response", "output", "answer", "completion"),
   ),
   "rejected": (
     *("dispreferred", "rejected_response", "response_rejected", "non_preferred_output"),
     *("worse", "bad", "loser", "negative", "neg", "lose", "y_l", "rejected_answer"),
     *("answer_rejected", "dispreferred_response", "non_preferred", "text_rejected"),
     *("rejected_responses", "rejected_conversations", "neg_resp", "response_k", "rejected_output"),
+    *("neg_answer", "negative_answer", "bad_response", "rejected_completion"),
   ),
   "preference": (
     *("winner_model_a+winner_model_b+winner_tie", "winner", "better_response_id"),
@@ -93,7 +96,13 @@ def suggest(row: Row, kinds: Iterable[str]) -> str:
     shlex.quote(f"--config.data.fields.{ours}={theirs}") for ours, theirs in best.items()
   )
   pairs = shlex.quote(",".join(f"{ours}={theirs}" for ours, theirs in best.items()))
-  return f"{looks}: {flags} (for a script: --fields {pairs})"
+  return f"{looks}: {flags} (in other commands: --fields {pairs})"
+
+
+def missing(row: Row, fields: Iterable[str]) -> list[str]:
+  """Returns which fields of a format a row has under no name that is known."""
+  names = {name.strip().lower() for name in row}
+  return [one for one in fields if one not in names and not names & {*_ALIASES.get(one, ())}]
 
 
 def _map_of(row_format: Format, names: dict[str, str]) -> dict[str, str] | None:

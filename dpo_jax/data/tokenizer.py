@@ -59,7 +59,7 @@ def load_tokenizer(
   """
   folder = pathlib.Path(path)
   if model_folder.is_run(folder) or (not folder.exists() and model_folder.hub_name(path)):
-    raise UserError(f"tokenizer folder {model_folder.instead(path)}")
+    raise UserError(model_folder.instead(path))
   if not folder.is_dir():
     raise UserError(f"no tokenizer folder {folder}; name a folder that holds tokenizer.json")
   file = folder / "tokenizer.json"
@@ -338,7 +338,7 @@ def _read_object(file: pathlib.Path) -> dict[str, Any]:
   try:
     found = json.loads(file.read_text("utf-8"))
   except ValueError as error:
-    raise UserError(f"{file} is not JSON: {error}") from None
+    raise UserError(f"{file} is not JSON ({error}); copy or download it again") from None
   if not isinstance(found, dict):
     raise UserError(f"{file} contains a {type(found).__name__}, not an object; copy it again")
   return found

@@ -201,7 +201,7 @@ def _open(column: str, values: Iterable[Any], one: str, other: str) -> UserError
   return UserError(
     f"the verdicts in {column} are {_list(values)}, which can be read in two ways: {one}"
     f" ({_MEANINGS[one]}) or {other} ({_MEANINGS[other]}); name the right one:"
-    f" --config.data.verdict={one} (for a script: --verdict={one})"
+    f" --config.data.verdict={one} (in other commands: --verdict={one})"
   )
 
 

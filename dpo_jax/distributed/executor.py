@@ -45,8 +45,8 @@ def pick_devices(count: int) -> list[Device]:
     )
   if not 0 <= count <= len(devices):
     raise UserError(
-      f"parallel.devices is {count}; this machine has {len(devices)} ({devices[0].platform});"
-      f" give 1 to {len(devices)}, or 0 for all"
+      f"parallel.devices is {count}; devices of this machine: {len(devices)}"
+      f" ({devices[0].platform}); give at most {len(devices)}, or 0 for all"
     )
   return devices[: count or None]
 

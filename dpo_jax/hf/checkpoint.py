@@ -67,7 +67,7 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
   path = pathlib.Path(path)
   file = path / "config.json"
   if not file.is_file() or model_folder.is_run(path):
-    raise UserError(f"model folder {model_folder.instead(path)}")
+    raise UserError(model_folder.instead(path))
   fields = read_json(file)
   try:
     config = families.from_hf(fields)

@@ -31,10 +31,12 @@ def check_known(losses: Sequence[Declaration], options: Mapping[str, Any]) -> No
   # A setting that nothing reads would be ignored in silence, such as label_smoothing of sigmoid.
   for key, value in options.items():
     if key not in known and key not in MODIFIERS:
-      takes = f"takes {', '.join(sorted(known))}" if known else "takes no argument"
+      takes = f"reads {', '.join(sorted(known))}" if known else "reads no argument"
+      readers = [one.name for one in declarations() if key in one.arguments]
+      others = f". Losses that read {key}: {', '.join(readers)}" if 0 < len(readers) < 6 else ""
       raise UserError(
-        f"loss {_joined(losses)!r} does not read {key} = {value!r}; it {takes} (where the"
-        f" configuration gives it: --config.loss.{key}=None)"
+        f"loss {_joined(losses)!r} does not read {key} = {value!r}; it {takes}. Leave {key} out (or"
+        f" undo it: --config.loss.{key}=None){others}"
       )
 
 

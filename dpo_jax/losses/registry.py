@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,12 +51,29 @@ def find(name: str) -> Declaration:
     return _BY_NAME[name]
   if ":" in name:
     return _imported(name)
-  near = difflib.get_close_matches(name, [*LOSSES, *_ALIASES], n=1)
-  hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(LOSSES)}"
-  raise UserError(
-    f"loss.name is {name!r}, which is not a known loss; {hint}"
-    + ("" if near else ". One of your own is written as module:function")
-  )
+  raise UserError(f"loss.name is {name!r}, which is not a known loss; {_hint(name)}")
+
+
+# Names of other trainers: of what learns from samples of the policy, and of losses.
+_ON_POLICY = ("ppo", "grpo", "rloo", "reinforce", "dapo", "rlhf")
+_ELSEWHERE = {"kto_pair": "kto", "aot_pair": "aot_unpaired"}
+
+
+def _hint(name: str) -> str:
+  """Says which loss was probably meant by a name that is none."""
+  lower = name.lower()
+  if lower in _ON_POLICY:
+    return "'policy_gradient' learns from samples of the policy, with --config.on_policy.reward"
+  if lower in _ELSEWHERE:
+    return f"did you mean {_ELSEWHERE[lower]!r}?"
+  if "," in name and "[" not in name:
+    return "a sum of losses is written with +, such as 'sigmoid + 0.2*sft'"
+  if weighted := re.fullmatch(r"([\d.]+)\s+(\w+)", name):
+    return f"a weight is written with *: '{weighted[1]}*{weighted[2]}'"
+  near = difflib.get_close_matches(lower, [*LOSSES, *_ALIASES], n=1)
+  if near:
+    return f"did you mean {near[0]!r}?"
+  return f"known: {', '.join(LOSSES)}. One of your own is written as module:function"
 
 
 @functools.cache

@@ -19,7 +19,14 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from dpo_jax.utils import config_flags, field_docs, field_names, interrupts, paths
+from dpo_jax.utils import (
+  config_flags,
+  field_docs,
+  field_names,
+  flag_messages,
+  interrupts,
+  paths,
+)
 from dpo_jax.utils.malloc import keep_freed_memory
 
 FLAGS = flags.FLAGS
@@ -147,11 +154,29 @@ def _guarded(main: Callable[[list[str]], Any], argv: list[str], arguments: int) 
       raise
     fail(os_error_line(error))
   except Exception as error:
+    if line := _no_device(error):
+      fail(line)
     from dpo_jax.structs import UserError  # loads jax, which `--help` should not wait for
 
     if not isinstance(error, UserError):
       raise
     fail(error)
+
+
+def _no_device(error: Exception) -> str:
+  """Describes devices that JAX_PLATFORMS names and JAX does not find; "" for other errors."""
+  asked, frame = os.environ.get("JAX_PLATFORMS"), error.__traceback__
+  while frame is not None and frame.tb_next is not None:
+    frame = frame.tb_next
+  where = frame.tb_frame.f_globals.get("__name__") if frame is not None else None
+  # JAX raises errors of several kinds there, one of them without a word.
+  if not asked or where != "jax._src.xla_bridge":
+    return ""
+  return (
+    f"the environment variable JAX_PLATFORMS is {asked!r}, and JAX finds no such devices here;"
+    " unset it to take those that there are, or install JAX for yours (requirements-gpu.txt,"
+    " requirements-tpu.txt)"
+  )
 
 
 def leave_unread() -> NoReturn:
@@ -228,19 +253,17 @@ def _parse(argv: Sequence[str], short: dict[str, str]) -> list[str]:
     return rest
   except flags.UnrecognizedFlagError as error:
     fail(config_flags.unknown_flag(error.flagname, argv))
-  except (flags.Error, config_flags.RefusedError) as error:
-    fail_as_written(_flag_line(str(error)) if isinstance(error, flags.Error) else error)
-  except SyntaxError as error:
-    # Only in the user's configuration: a syntax error in our own code is no mistake of the user.
-    given = {
-      os.path.abspath(path.split(":")[0])
-      for name in config_flags.names()
-      for *_, path in config_flags.given(argv, name)
-    }
-    if os.path.abspath(error.filename or "") not in given:
-      raise
-    fail(f"{error.filename}: no configuration in Python: {error.msg}, line {error.lineno}")
+  except flags.Error as error:
+    # What stands where no word is expected says more than that a flag is missing.
+    if "other than None" in str(error) and argv[1:] and not argv[1].startswith("-"):
+      fail(config_flags.unexpected_word(argv[1]))
+    fail_as_written(config_flags.section_given_value(argv) or flag_messages.reworded(str(error)))
+  except config_flags.RefusedError as error:
+    fail_as_written(error)
   except Exception as error:
+    wrong = flag_messages.of_configuration(error, argv)
+    if wrong:
+      fail(wrong)
     unknown = config_flags.unknown_override(argv)
     if unknown:
       fail_as_written(unknown)
@@ -249,19 +272,6 @@ def _parse(argv: Sequence[str], short: dict[str, str]) -> list[str]:
     if not isinstance(error, UserError):
       raise
     fail(error)
-
-
-def _flag_line(message: str) -> str:
-  """Rewords the messages of absl that a newcomer could not act on."""
-  if "must have a value other than None" in message:
-    name = message.split("--")[1].split("=")[0]
-    return f"--{name} is required (see --help)"
-  if "get_config() takes 0 positional arguments" in message:
-    return f"{message.split(': ')[0].removeprefix('flag ')}: it takes no argument behind a colon"
-  message = message.replace("('Non-boolean argument to boolean flag', ", "not true or false: ")
-  message = message.replace("invalid literal for int() with base 10", "not an integer")
-  message = message.replace("could not convert string to float", "not a number")
-  return message.replace(" ?", "?").rstrip(")") + ("" if "--help" in message else " (see --help)")
 
 
 def define_path(name: str, default: str | None, help: str, **given: Any) -> None:

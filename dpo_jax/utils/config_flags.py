@@ -22,6 +22,7 @@ from dpo_jax.utils import field_docs, field_names
 FLAGS = flags.FLAGS
 # Files that contain the fields themselves, not a function that makes them.
 PLAIN = (".yaml", ".yml", ".json")
+_DATA = (".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
 
 
 class RefusedError(Exception):
@@ -73,6 +74,11 @@ def file_of(value: str, name: str = "config") -> str:
   path, colon, argument = value.partition(":")
   path = os.path.expanduser(path)
   if os.path.isfile(path):
+    if path.endswith(_DATA):
+      raise RefusedError(
+        f"--{name}={value}: a file of data; did you mean --data={value}? Configurations are files"
+        " (.py, .yaml)"
+      )
     if not path.endswith(PLAIN):
       return f"{path}{colon}{argument}"
     if colon:
@@ -166,6 +172,9 @@ def _without_short_flags(words: Sequence[str], name: str) -> tuple[list[str], di
       continue
     if not equals:
       value, skip = words[place + 1] if place + 1 < len(words) else "--", True
+      if value == "=":
+        then = "".join(words[place + 2 : place + 3])
+        raise RefusedError(f"--{short} = {then}: write it without spaces, --{short}={then}")
       if value.startswith("--"):
         raise RefusedError(f"--{short} needs a value: --{short}=VALUE")
     long = f"--{name}.{field_names.SHORT[short]}"
@@ -196,9 +205,34 @@ def unknown_override(argv: Sequence[str]) -> str | None:
         if not hasattr(node, "keys"):
           return f"{written[0]}: {seen} is a value and has no field {part!r}"
         if part not in node:
+          ours = argument.partition("=")[2]
+          if seen == f"{name}.data.fields" and ours in node:
+            return (
+              f"{written[0]}: our name of a field comes first, then that in the rows:"
+              f" --{seen}.{ours}={part}"
+            )
           hint = _hint(written[1], part, node, seen, fields_of(config), name)
           return f"{written[0]}: {seen} has no field {part!r}; {hint}"
         node, seen = node[part], f"{seen}.{part}"
+  return None
+
+
+def section_given_value(argv: Sequence[str]) -> str | None:
+  """Describes the first `--config.SECTION=VALUE`, which names no field; None if there is none."""
+  for name in names():
+    config = _parsed(argv, name)
+    if config is None:
+      continue
+    for argument in argv:
+      written = re.match(rf"--?{name}\.(\w+)=(.*)", argument)
+      section = config.get(written[1]) if written else None
+      if written is None or not hasattr(section, "keys"):
+        continue
+      if written[1] in field_names.SHORT:
+        meant = f"did you mean --{written[1]}={written[2]}?"
+      else:
+        meant = f"set its fields by --{name}.{written[1]}.FIELD=VALUE (see --help=all)"
+      return f"{argument}: {written[1]} is a section; {meant}"
   return None
 
 
@@ -235,7 +269,7 @@ def _hint(
   """
   why = field_names.reason(typed)
   if why:
-    return why
+    return f"leave it out: {why}"
   found = field_names.suggest(typed, fields, _own_flags())
   if found:
     return _meant(typed, found, name, short_first=False)
@@ -277,24 +311,53 @@ def unknown_flag(flag: str, argv: Sequence[str]) -> str:
     why = field_names.reason(flag)
     config = _parsed(argv, name)
     if why:
-      return f"{line}; {why}"
+      return f"{line}; leave it out: {why}"
+    if flag == "fields":
+      return f"{line}; did you mean --{name}.data.fields.prompt=NAME?"
     if config is not None:
       found = field_names.suggest(flag, fields_of(config), own)
       if found:
         return f"{line}; {_meant(flag, found, name, short_first=True)}"
+  if not names() and (why := _of_another_command(flag, own)):
+    return f"{line}; {why}"
   found = field_names.suggest(flag, (), own)
   return f"{line}; did you mean {found[0]}?" if found else f"{line} (see --help)"
 
 
+def _of_another_command(flag: str, own: Sequence[str]) -> str | None:
+  """Says what to write in place of a flag of training, in a command that has no configuration."""
+  if flag.startswith("config.data.fields.") and "fields" in own:
+    return f"did you mean --fields {flag.rpartition('.')[2]}=NAME?"
+  if flag.startswith("config."):
+    return "this command has no configuration (see --help)"
+  if flag == "workdir" and "model" in own:
+    return "did you mean --model? The model of a run is its folder export"
+  if flag == "model" and "workdir" in own:
+    return "did you mean --workdir, the folder of a run?"
+  return None
+
+
 def _own_flags() -> list[str]:
-  """Lists the flags that are not overrides of a configuration."""
-  return [flag for flag in FLAGS if "." not in flag and len(flag) > 2]
+  """Lists the flags of the command, not overrides of a configuration, nor absl's own."""
+  modules = FLAGS.flags_by_module_dict().items()
+  absl = {flag.name for module, found in modules if module.startswith("absl.") for flag in found}
+  return [flag for flag in FLAGS if "." not in flag and len(flag) > 2 and flag not in absl]
 
 
 def unexpected_word(word: str) -> str:
   """Describes a word that is no flag, with the flag that was probably meant."""
+  if hint := _pasted(word):
+    return f"unexpected argument {word!r}; {hint}"
   hint = "every option is written --name=value (see --help)"
-  if names():
+  path, own = pathlib.Path(word), _own_flags()
+  takes = {short for short in field_names.SHORT if names() or short in own}
+  if (path / "config.json").is_file() and "model" in takes:
+    hint = f"did you mean --model={word}?"
+  elif path.is_file() and not word.endswith((".py", *PLAIN)) and "data" in takes:
+    hint = f"did you mean --data={word}?"
+  elif word in takes:
+    hint = f"did you mean --{word}=VALUE?"
+  elif names():
     (name, *_) = names()
     field, equals, value = word.partition("=")
     if word.partition(":")[0] in shipped() or word.endswith((".py", *PLAIN)):
@@ -304,6 +367,16 @@ def unexpected_word(word: str) -> str:
       known = found[0] if found else field
       hint = f"did you mean {field_names.flag_of(known, name)}={value}?"
   return f"unexpected argument {word!r}; {hint}"
+
+
+def _pasted(word: str) -> str:
+  """Explains a word that a command has from a page or an editor; "" for other words."""
+  if not word.strip(" \\"):
+    return "a backslash that continues a line must be its last character, without a space behind it"
+  if word[0] in "\u2010\u2011\u2012\u2013\u2014\u2212":
+    meant = word.lstrip("-\u2010\u2011\u2012\u2013\u2014\u2212")
+    return f"its dash is not a hyphen: did you mean --{meant}?"
+  return ""
 
 
 # ---------------------------------------------------------------------------- values
@@ -359,7 +432,10 @@ class _Integer(flags.IntegerParser):
     # 1e3 is a number to everybody who writes a configuration; 0x1e is hexadecimal, with no
     # exponent.
     if isinstance(argument, str) and "e" in argument.lower() and "x" not in argument:
-      number = float(argument)
+      try:
+        number = float(argument)
+      except ValueError:
+        number = 0.5
       if not number.is_integer():
         raise ValueError(f"not an integer: {argument!r}")
       return int(number)

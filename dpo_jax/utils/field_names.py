@@ -32,13 +32,17 @@ SHORT = {
 # LLaMA-Factory, Axolotl. A value after `=` is part of the suggestion.
 _ELSEWHERE = {
   "--workdir": "output_dir save_path save_dir out_dir output run_dir checkpoint_root_directory",
-  "model.path": "model_name_or_path model_name model_id base_model pretrain model_path",
+  "--overwrite": "overwrite_output_dir",
+  "--config": "yaml config_file config_path recipe",
+  "model.path": "model_name_or_path model_name model_id base_model pretrain model_path weights",
   "model.tokenizer": "tokenizer_name tokenizer_name_or_path tokenizer_path",
   "model.compute_dtype": "torch_dtype precision mixed_precision compute_type",
   "model.compute_dtype=bfloat16": "bf16 bfloat16 fp16",
+  "model.compute_dtype=float32": "fp32 tf32",
   "model.remat": "gradient_checkpointing activation_checkpointing checkpoint_activations",
   "model.attention": "attn_implementation flash_attn flash_attention use_flash_attention_2",
-  "reference.path": "ref_model ref_model_path ref_model_name_or_path ref_pretrain reference_model",
+  "reference.path": "ref_model ref_model_path ref_model_name_or_path ref_pretrain reference_model"
+  " ref",
   "reference.store": "precompute_ref_log_probs precompute_reference",
   "reference.sync_every": "sync_ref_model ref_model_sync_steps",
   "reference.sync_alpha": "ref_model_mixup_alpha",
@@ -48,8 +52,10 @@ _ELSEWHERE = {
   "lora.dropout": "lora_dropout",
   "lora.target": "lora_target_modules target_modules lora_target",
   "lora.path": "adapter_name_or_path adapter lora_path",
-  "data.path": "dataset dataset_name dataset_path data_path train_file train_data train_dataset",
-  "data.eval_path": "eval_file eval_dataset eval_dataset_path validation_file test_file val_data",
+  "data.path": "dataset dataset_name dataset_path data_path dataset_dir train_file train_data"
+  " train_dataset train",
+  "data.eval_path": "eval_file eval_dataset eval_dataset_path validation_file test_file val_data"
+  " eval validation",
   "data.eval_fraction": "val_size test_size eval_split validation_split val_set_size",
   "data.eval_limit": "max_eval_samples",
   "data.max_length": "max_len max_seq_length max_seq_len cutoff_len sequence_len seq_len",
@@ -59,14 +65,15 @@ _ELSEWHERE = {
   "data.fields.prompt": "prompt_key prompt_column",
   "data.fields.chosen": "chosen_key chosen_column",
   "data.fields.rejected": "rejected_key rejected_column",
-  "loss.name": "loss_type pref_loss algorithm objective",
-  "loss.beta": "pref_beta kl_coef kl_beta",
+  "loss.name": "loss_type loss_fn dpo_loss_type pref_loss algorithm objective stage rl rlhf_type"
+  " task",
+  "loss.beta": "pref_beta dpo_beta kl_coef kl_beta",
   "loss.sft_weight": "rpo_alpha pref_ftx nll_loss_coef",
   "loss.link": "f_divergence_type",
   "loss.link_alpha": "f_alpha_divergence_coef",
   "loss.wpo": "use_weighting",
   "loss.gamma": "simpo_gamma",
-  "on_policy.num": "num_generations n_samples_per_prompt",
+  "on_policy.num": "num_generations n_samples_per_prompt num_return_sequences num_samples n",
   "on_policy.max_tokens": "max_new_tokens max_completion_length max_response_length",
   "on_policy.reward": "reward_model reward_funcs reward_model_path",
   "optimizer.learning_rate": "learningrate peak_lr",
@@ -82,7 +89,8 @@ _ELSEWHERE = {
   " micro_batch_size global_batch_size batch bs",
   "train.accumulate": "gradient_accumulation_steps accumulation_steps grad_accum",
   "train.epochs": "num_train_epochs num_epochs max_epochs epoch",
-  "train.steps": "max_steps num_steps num_train_steps training_steps",
+  "train.steps": "max_steps num_steps num_train_steps training_steps iters iterations"
+  " num_iterations",
   "eval.every": "eval_steps eval_every eval_every_n_steps eval_strategy",
   "eval.batch_size": "per_device_eval_batch_size eval_batch_size",
   "checkpoint.every": "save_steps save_every save_strategy save_interval_steps",
@@ -96,11 +104,48 @@ _ELSEWHERE = {
 # Names of other trainers that have no field here, and why none is needed.
 _NOT_NEEDED = {
   "every step is written to metrics.jsonl": "logging_steps log_every log_every_n_steps",
-  "the same command resumes the run that its --workdir has": "resume resume_from_checkpoint",
-  "metrics.jsonl and TensorBoard events are written to the workdir": "report_to use_wandb wandb",
-  "the optimizer is AdamW": "optim optimizer_name",
+  "the same command resumes the run that its --workdir has": (
+    "resume resume_from_checkpoint resume_from from_checkpoint"
+  ),
+  "metrics.jsonl and TensorBoard events are written to the workdir": (
+    "report_to use_wandb wandb wandb_project run_name logging_dir"
+  ),
+  "rows are padded and packed as data.layout says": (
+    "pad_token padding_side label_pad_token_id pad_to_multiple_of group_by_length"
+  ),
+  "fields that are not known are not read": "remove_unused_columns",
+  "--config.loss.gamma is that ratio times beta": "gamma_beta_ratio",
+  "a file is read whole; a tenth of it is held out, or --eval_data is": (
+    "split dataset_split dataset_train_split dataset_test_split"
+  ),
+  "rows are shuffled in every epoch, by --seed": "shuffle shuffle_dataset",
+  "`dpo-jax plan` estimates what a run takes, `dpo-jax inspect` shows its data": "dry_run",
+  "the optimizer is AdamW": "optim optimizer optimizer_name",
   "prompts are shortened only where data.max_length requires it": "max_prompt_length",
+  "quantised weights are not read: name the folder of the model's floating-point weights": (
+    "load_in_4bit load_in_8bit use_4bit qlora quantize quantization quantization_bit bits"
+  ),
+  "`dpo-jax train` trains, and evaluates as it goes": "do_train do_eval do_predict",
+  "no code of a model's folder is run": "trust_remote_code",
+  "nothing is uploaded; `hf upload` uploads the export folder": (
+    "push_to_hub hub_model_id hub_token hf_token"
+  ),
+  "every run ends with plots, in report.html": "plot_loss",
+  "rows are tokenized on all cores": (
+    "preprocessing_num_workers dataset_num_proc num_proc num_workers dataloader_num_workers"
+  ),
+  "all rows are used; for fewer, make a smaller file, such as with head -n 100": (
+    "max_samples max_train_samples"
+  ),
+  "the chat template is that of the model's folder; its arguments are --config.data.template": (
+    "template chat_template"
+  ),
+  "JAX finds the devices; the environment variable JAX_PLATFORMS=cpu chooses others": (
+    "device device_map cpu gpu use_cpu no_cuda local_rank"
+  ),
+  "samples are made by the program itself": "use_vllm vllm vllm_mode",
 }
+_OUTPUT = _ELSEWHERE["--workdir"].split()
 
 
 def _by_name(table: dict[str, str]) -> dict[str, str]:
@@ -144,11 +189,13 @@ def suggest(typed: str, fields: Sequence[str], flags: Iterable[str] = ()) -> lis
   # 2. What other trainers call it.
   found, flags = _FIELD_OF.get(lower), list(flags)
   if found:
-    own = found.removeprefix("--") if found.startswith("--") else _SHORT_OF.get(found)
     if found.partition("=")[0] in fields:
       return [found]
-    if own in flags:  # a command without a configuration may have a flag for the same thing
-      return [f"--{own}"]
+    # A command without a configuration may have a flag for the same thing.
+    own = [found.removeprefix("--"), _SHORT_OF.get(found), found.rpartition(".")[2]]
+    own = ["out", *own] if lower in _OUTPUT else own
+    if meant := next((name for name in own if name in flags), None):
+      return [f"--{meant}"]
   # 3. A typing mistake: first of the name with its section, then of the name alone.
   if "." in typed:
     near = difflib.get_close_matches(typed, fields, n=1, cutoff=0.8)
@@ -157,6 +204,9 @@ def suggest(typed: str, fields: Sequence[str], flags: Iterable[str] = ()) -> lis
   leaves = {field.rpartition(".")[2]: field for field in sorted(fields, key=_rank, reverse=True)}
   known = leaves | {k: v for k, v in SHORT.items() if v in fields} | {x: f"--{x}" for x in flags}
   near = difflib.get_close_matches(lower, known, n=1, cutoff=0.75)
+  # 4. The beginning of one name alone.
+  begun = [name for name in known if name.startswith(f"{lower}_")]
+  near = near or (begun if len(begun) == 1 and len(lower) > 3 else [])
   return [known[name] for name in near]
 
 

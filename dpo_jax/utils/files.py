@@ -33,7 +33,7 @@ def check_writable(path: str | pathlib.Path, name: str) -> None:
   """
   folder = next(parent for parent in pathlib.Path(path).absolute().parents if parent.exists())
   if not folder.is_dir():
-    raise UserError(f"{name}: {folder} is no folder; name a file in a folder")
+    raise UserError(f"{name}: {folder} is a file, and nothing can lie in it; name another path")
   if not os.access(folder, os.W_OK | os.X_OK):
     raise UserError(f"{name}: {folder} may not be written to; name another folder")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import pathlib
 import re
 
@@ -23,7 +24,7 @@ def is_model(path: pathlib.Path) -> bool:
 
 def hub_name(path: str | pathlib.Path) -> str | None:
   """Returns a path as a name on the Hugging Face hub, `Qwen/Qwen2.5-0.5B`; None if it is none."""
-  name = str(path)
+  name = re.sub(r"^(hf:(//)?|https?:/+(www\.)?huggingface\.co/)", "", str(path)).rstrip("/")
   owner, _, rest = name.partition("/")
   # An owner that is a folder here is meant as one: `runs/mine`.
   part = r"[A-Za-z0-9][\w.-]*"
@@ -37,16 +38,20 @@ def instead(path: str | pathlib.Path) -> str:
   Qwen/Qwen2.5-0.5B is no folder; if it is a model of the Hugging Face hub, download it first: …
   """
   folder = pathlib.Path(path)
+  if not str(path):
+    return "no model folder is named"
   name = hub_name(path)
   if name and not folder.exists():
     short = name.partition("/")[2]
     return (
-      f"{name} is no folder here; if it is a model of the Hugging Face hub, download it first,"
+      f"{path} is no folder here; if it is a model of the Hugging Face hub, download it first,"
       f" `hf download {name} --local-dir {short}`, and name the folder {short}"
     )
   if folder.is_file():
-    kind = "; GGUF is not read: name the Hugging Face folder" if folder.suffix == ".gguf" else ""
-    return f"{path} is a file; name its folder{kind}"
+    if folder.suffix == ".gguf":
+      return f"{path} is GGUF, which is not read; name the Hugging Face folder of the model"
+    in_model = (folder.parent / "config.json").is_file()
+    return f"{path} is a file; name {'its folder' if in_model else 'the folder of a model'}"
   if is_run(folder):
     export = folder / "export"
     if export.is_dir():
@@ -55,6 +60,15 @@ def instead(path: str | pathlib.Path) -> str:
       f"{path} is the folder of a run that has not ended; write a checkpoint of it as a model:"
       f" dpo-jax convert --workdir {path} --out DIR"
     )
+  if (folder / "adapter_config.json").is_file():
+    return f"{path} is an adapter, and a whole model is needed here"
+  for run in folder.parents[:2]:
+    if folder.is_dir() and is_run(run):
+      step = f" --step {folder.name}" if folder.name.isdecimal() else ""
+      return (
+        f"{path} is a part of the run {run}; write a checkpoint of it as a model: dpo-jax convert"
+        f" --workdir {run} --out DIR{step}"
+      )
   # The hub's cache has the files below snapshots/; other folders may have one model in them.
   below = sorted(
     found.parent
@@ -64,6 +78,17 @@ def instead(path: str | pathlib.Path) -> str:
   )
   if below:
     return f"{path} has no config.json; did you mean {' or '.join(map(str, below[:3]))}?"
-  if not folder.exists():
-    return f"{path} does not exist; name a Hugging Face model folder"
-  return f"{path} has no config.json; name a Hugging Face model folder"
+  if folder.exists():
+    return f"{path} has no config.json; name a Hugging Face model folder"
+  near = difflib.get_close_matches(folder.name, _models_in(folder.parent), n=1)
+  if near:
+    return f"there is no folder {path}; did you mean {folder.with_name(near[0])}?"
+  return (
+    f"there is no folder {path}; name a Hugging Face model folder (a model of the hub is"
+    " downloaded first, by `hf download`)"
+  )
+
+
+def _models_in(folder: pathlib.Path) -> list[str]:
+  """Returns the names of the model folders in a folder."""
+  return [path.parent.name for path in folder.glob("*/config.json") if is_model(path.parent)]

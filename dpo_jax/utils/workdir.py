@@ -61,6 +61,12 @@ def check(workdir: pathlib.Path, config: str, defaults: str = "{}") -> None:
           f"{workdir} contains {name} but no config.json, so it is no run to resume;"
           " choose another --workdir"
         )
+    runs = [path.parent.name for path in sorted(workdir.glob("*/config.json"))]
+    if runs := [name for name in runs if model_folder.is_run(workdir / name)]:
+      raise UserError(
+        f"--workdir={workdir} is a folder of runs ({', '.join(runs[:3])}); name a folder of its own"
+        f" for this run, such as --workdir={workdir / 'new'}"
+      )
     return
   before = _filled_in(before, json.loads(defaults))
   changed = _differences(_compared(before), _compared(json.loads(config)))

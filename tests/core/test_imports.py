@@ -82,7 +82,7 @@ FLOORS = {
     "monitoring",
     "training",
   },
-  "api": {"monitoring", "configure", "train"},
+  "api": {"structs", "monitoring", "configure", "train"},
   "commands": {
     "structs",
     "utils",

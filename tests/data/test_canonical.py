@@ -298,7 +298,7 @@ def test_a_refusal_names_the_map_that_would_fit(row, hint):
   with pytest.raises(UserError, match="looks like") as raised:
     detect(row)
   line = str(raised.value)
-  assert line.endswith(f"(for a script: --fields {hint})") and "\n" not in line
+  assert line.endswith(f"(in other commands: --fields {hint})") and "\n" not in line
   flags = " ".join(f"--config.data.fields.{pair}" for pair in hint.split(","))
   assert flags in line
   # With that map the row is understood, or the next question is asked.
@@ -335,7 +335,7 @@ def test_a_refusal_names_the_map_that_would_fit(row, hint):
 def test_a_hint_leaves_out_no_column_that_changes_the_meaning(row, kind, hint):
   with pytest.raises(UserError, match="looks like") as raised:
     detect(row, kind=kind)
-  assert str(raised.value).endswith(f"(for a script: --fields {hint})")
+  assert str(raised.value).endswith(f"(in other commands: --fields {hint})")
   detect(row, dict(pair.split("=") for pair in hint.strip("'").split(",")), kind=kind)
 
 

@@ -212,8 +212,8 @@ def test_margins_and_scores_are_scores(rows_file, tokenizer):
     ),
     ([pair(margin="large")], "pairs", r'rows\.jsonl:1: field margin is "large", not a finite'),
     ([judged(), judged("yes")], "unpaired", r'rows\.jsonl:2: field label is "yes"; it must be'),
-    ([judged()], "pairs", r"rows\.jsonl:1: .* with a label are for loss kto; needed: "),
-    ([ranked(" a", " b")], "pairs", r"rows\.jsonl:1: .* are for loss plackett_luce; needed: "),
+    ([judged()], "pairs", r"rows\.jsonl:1: .* with a label are for --loss kto; a pair has "),
+    ([ranked(" a", " b")], "pairs", r"rows\.jsonl:1: .* are for --loss plackett_luce; a pair has "),
     ([ranked(" a")] * 2, "ranked", r"no usable row in .* dropped fewer than two answers: 2"),
   ],
 )
@@ -234,7 +234,7 @@ def test_bad_scores_and_labels_are_one_line(rows_file, tokenizer, rows, kind, li
 )
 def test_what_rows_are_is_decided_by_most_of_them(rows_file, row, kind):
   assert encode.detect_kind(rows_file([{"a": 1}, row, row])) == kind
-  with pytest.raises(UserError, match=r"rows\.jsonl:1: the row has fields a; needed: "):
+  with pytest.raises(UserError, match=r"rows\.jsonl:1: the row has fields a; a pair has "):
     encode.detect_kind(rows_file([{"a": 1}, {"a": 2}]))
 
 
@@ -269,7 +269,7 @@ def test_scores_stop_only_a_loss_that_reads_them(rows_file, tokenizer, scores):
     ),
     ([pair(), pair(chosen=3)], {}, r"rows\.jsonl:2: field chosen is 3, not text"),
     ([{"prompt": "a", "chosen": None, "rejected": "b"}], {}, r"jsonl:1: the row has fields chosen"),
-    ([{"a": 1}], {}, r"rows\.jsonl:1: the row has fields a; needed: "),
+    ([{"a": 1}], {}, r"rows\.jsonl:1: the row has fields a; a pair has "),
     (
       [{"prompt_ids": [1], "chosen_ids": [70_000], "rejected_ids": [3]}],
       {},

@@ -69,7 +69,7 @@ def test_a_folder_of_tfds_gives_the_rows_it_was_made_of(folder):
 
 
 def test_what_is_not_there_is_one_line(folder, tmp_path):
-  with pytest.raises(UserError, match=r"tfds:no_such_set: Dataset no_such_set not found\."):
+  with pytest.raises(UserError, match=r"tfds:no_such_set: TFDS has no data set of this name"):
     list(readers.read_rows("tfds:no_such_set"))
   with pytest.raises(UserError, match=r"tfds:mnist is not prepared in .*; make it there with TFDS"):
     list(readers.read_rows("tfds:mnist"))

@@ -128,7 +128,7 @@ def test_what_rows_mean(row, name, meaning):
 def test_texts_to_learn_from(row, name, meaning):
   assert convert(row, kind="text") == (name, meaning)
   for kind in ("pairs", "ranked", "unpaired"):
-    with pytest.raises(UserError, match="single completions without a label are for loss sft"):
+    with pytest.raises(UserError, match="single completions without a label are for --loss sft"):
       detect(row, kind=kind)
 
 
@@ -167,7 +167,7 @@ def test_answers_judged_by_themselves(row, name, meaning, label):
   assert convert(row, kind="unpaired") == expected
   for kind in ("pairs", "text", "ranked"):
     with pytest.raises(
-      UserError, match=r"has fields .*label.*: single completions with a label are for loss kto"
+      UserError, match=r"has fields .*label.*: single completions with a label are for --loss kto"
     ):
       detect(row, kind=kind)
 
@@ -220,7 +220,7 @@ def test_ranked_answers(row, name, meaning):
   by_scores = Preference(meaning.prompt, (c, b, d), (2.5, -1.0, -1.0))
   assert convert(row | {"scores": [-1, 2.5, -1]}, kind="ranked") == (name, by_scores)
   for kind in ("pairs", "text", "unpaired"):
-    with pytest.raises(UserError, match="lists of ranked completions are for loss plackett_luce"):
+    with pytest.raises(UserError, match="lists of ranked completions are for --loss plackett_luce"):
       detect(row, kind=kind)
 
 

@@ -107,7 +107,7 @@ def test_nan_is_null_and_infinity_is_not(tmp_path):
   [
     ('{"a": 1}\n\n{"a": ', r"rows:3: not JSON \(Expecting value at column \d+\); the file ends"),
     ('{"a": 1}\n{"a":\n 2}\n', r"rows:2: not JSON .*; the file ends too early, or"),
-    ('{"a": 1}\n{"a": "x}\n{"a": 3}', r"rows:2: .*Unterminated .* at column 7\); a line break"),
+    ('{"a": 1}\n{"a": "x}\n{"a": 3}', r"rows:2: .*Unterminated .* at column 7\); the text does"),
     ('[{"a": 1},\n {"a": 2},\n {"a" 3}]', r"rows:3: not JSON .* at column 7\)"),
     ('{\n  "a": 1\n', r"rows:\d: not JSON .*; the file ends too early"),
     ('{"a": 1,}', r"rows:1: not JSON .*; leave out the comma before the closing bracket"),

@@ -139,7 +139,7 @@ def test_a_tag_of_kto_is_a_label():
   assert detection.detect_kind(row) == "unpaired"
   assert convert(row, kind="unpaired")[1].scores == (0.0,)
   # Not one more good example for SFT.
-  with pytest.raises(Exception, match="single completions with a label are for loss kto"):
+  with pytest.raises(Exception, match="single completions with a label are for --loss kto"):
     detect(row, kind="text")
 
 

@@ -243,20 +243,24 @@ def test_names_of_a_map_are_known_ones():
   ):
     encode.read_fields(["weigth=w"])
   with pytest.raises(UserError, match="field 'x'; known: prompt_ids, chosen_ids"):
+    encode.read_fields(["x=y"])
+  with pytest.raises(UserError, match=r"our name of a field comes first, .*: --fields prompt=x"):
     encode.read_fields(["x=prompt"])
 
 
 def test_an_unknown_row_says_what_is_known():
-  with pytest.raises(UserError, match=r"the row has fields a, b; needed: prompt \+ chosen"):
+  with pytest.raises(
+    UserError, match=r"the row has fields a, b; a pair has prompt, chosen and rej"
+  ):
     detect({"b": 1, "a": 2})
-  with pytest.raises(UserError, match=r"chosen \+ rejected.*docs/data\.md.* the field map"):
+  with pytest.raises(UserError, match=r"docs/data\.md\)\. If .* names: --config\.data\.fields"):
     detection.detect_kind({"b": 1, "a": 2})
 
 
 def test_good_and_bad_texts_are_not_learned_from_alike():
   for label in (False, 0, 1):
     with pytest.raises(
-      UserError, match="fields label, messages: single completions with a label are for loss kto"
+      UserError, match="fields label, messages: single completions with a label are for --loss kto"
     ):
       detect({"messages": [user("a"), assistant("b")], "label": label}, kind="text")
 

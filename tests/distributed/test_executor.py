@@ -128,7 +128,7 @@ def test_a_single_copy_leaves_and_comes_back(mode):
   ("mode", "devices", "more", "words"),
   [
     ("spmd", 0, {}, "known: mesh, pmap"),
-    ("mesh", 9, {}, "has 8"),
+    ("mesh", 9, {}, "devices of this machine: 8"),
     ("pmap", -1, {}, "0 for all"),
     ("mesh", 8, {"sequence": 3, "fsdp": 2}, "fsdp 2 x parallel.sequence 3 does not divide the 8"),
     ("mesh", 8, {"sequence": 0}, "parallel.sequence is 0; it must be 1 or more"),

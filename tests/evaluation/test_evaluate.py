@@ -438,7 +438,7 @@ def test_pairs_scores_and_summary_by_command(folders, tmp_path):
   [
     ("make_pairs", {"num": 3}, "--num=3 answers do not pair up; give an even number"),
     ("make_pairs", {"prompts": "missing.jsonl"}, "no data file missing.jsonl"),
-    ("make_pairs", {"model": "missing"}, "model folder missing does not exist"),
+    ("make_pairs", {"model": "missing"}, "there is no folder missing"),
     ("make_pairs", {"temperature": 0}, "every pair of answers is equal"),
   ],
 )

@@ -114,7 +114,7 @@ def test_a_quick_study_has_one_seed_and_one_beta_per_method_unless_given(tmp_pat
   ("flags", "message"),
   [
     (["--out=a.txt"], "--out=a.txt: '.txt' is no kind of picture; end it in one of"),
-    (["--out=file/a.png"], "is no folder; name a file in a folder"),
+    (["--out=file/a.png"], "file is a file, and nothing can lie in it"),
     (["--out=a.png", "--betas=1,nan"], "--betas=1,nan: give numbers from 0.01 to 1e6"),
   ],
 )

@@ -71,7 +71,7 @@ def test_a_loss_ignores_what_it_is_supplied_but_does_not_read():
     # arguments that no loss reads
     ("sigmoid", {"label_smoothing": 0.1}, "does not read label_smoothing"),
     ("sigmoid+hinge", {"label_smoothing": 0.1}, "does not read label_smoothing"),
-    ("sft", {"beta": 0.1}, "takes no argument"),
+    ("sft", {"beta": 0.1}, "it reads no argument. Leave beta out"),
     ("orpo", {"beta": 0.1}, "does not read beta"),
     ("sigmoid", {"betta": 0.1}, "does not read betta"),
     ("sigmoid", {"weight_B": 1.0}, "does not read weight_B"),

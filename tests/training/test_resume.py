@@ -91,8 +91,8 @@ def test_a_rate_that_has_fallen_already_is_refused_with_the_way_on(tmp_path):
   begun(tmp_path, configured(), done=10)
   words = (
     r"train\.epochs asks for 20 steps, and the 10 steps .* learning rates for 10"
-    r" \(optimizer\.schedule=linear\); .*--config\.model\.path=.*/export"
-    r" --config\.reference\.path=m$"
+    r" \(optimizer\.schedule=linear\); .*--model=.*/export"
+    r" --reference=m \(first: dpo-jax convert --workdir=.* --out=.*/export\)$"
   )
   with pytest.raises(UserError, match=words):
     check(tmp_path, configured(**{"train.epochs": 4.0}))

@@ -52,7 +52,7 @@ def configured(**changes):
 def test_a_configuration_is_refused_before_a_file_is_opened(changes, words):
   with pytest.raises(UserError, match=words):
     setup.build(configured(**changes), pathlib.Path("nowhere"))
-  with pytest.raises(UserError, match=r"model\.path: nowhere"):
+  with pytest.raises(UserError, match=r"model\.path: there is no folder nowhere"):
     setup.build(configured(), pathlib.Path("nowhere"))
 
 

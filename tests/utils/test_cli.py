@@ -33,6 +33,10 @@ def main(argv):
     raise UserError("rows 5 is not 4; try 4")
   if OUT.value == "file":
     open("/no/such/file")
+  if OUT.value == "device":
+    import jax
+
+    jax.devices()
   if OUT.value == "stop":
     raise KeyboardInterrupt
   if OUT.value == "bug":
@@ -49,6 +53,8 @@ from ml_collections import ConfigDict, config_dict
 
 
 def get_config(arg="plain"):
+  if arg == "module":
+    import nothing_there
   if arg == "broken":
     raise KeyError("the configuration's own mistake")
   if arg == "slow":
@@ -66,15 +72,16 @@ def command(tmp_path_factory):
   (folder / "command.py").write_text(COMMAND)
   (folder / "config.py").write_text(CONFIG)
   (folder / "words.md").write_text("plain words\n")
+  (folder / "empty.py").touch()
 
-  def run(*arguments, out="x"):
+  def run(*arguments, out="x", **environment):
     out = [f"--out={out}"] if out else []
     return subprocess.run(
       [sys.executable, folder / "command.py", *out, *arguments],
       capture_output=True,
       text=True,
       cwd=folder,
-      env={"PYTHONPATH": str(cli.__file__).rsplit("/", 3)[0], "HOME": str(folder)},
+      env={"PYTHONPATH": str(cli.__file__).rsplit("/", 3)[0], "HOME": str(folder)} | environment,
       check=False,
     )
 
@@ -105,6 +112,12 @@ def test_a_mistake_of_the_program_keeps_its_traceback(command):
   assert "ValueError: a mistake of the program" in done.stderr
 
 
+def test_devices_that_are_not_there_are_one_line(command):
+  """JAX has an assertion for some, and a traceback for all."""
+  for name in ("cuda", "gpus"):
+    assert_refused(command(out="device", JAX_PLATFORMS=name), f"JAX_PLATFORMS is {name!r}, and JAX")
+
+
 def test_interrupting_is_quiet(command):
   done = command(out="stop")
   assert done.returncode == 130
@@ -128,7 +141,7 @@ def test_interrupting_imports_is_quiet(command):
     ("--num_rws=3", ["--num_rws: no such flag", "did you mean --num_rows?"]),
     ("--num_rows=many", ["--num_rows=many", "not an integer"]),
     ("--kind=odd", ["--kind=odd", "plain|fancy"]),
-    ("--num_rows", ["Missing value", "num_rows"]),
+    ("--num_rows", ["--num_rows needs a value: --num_rows=VALUE"]),
     ("rows.jsonl", ["unexpected argument 'rows.jsonl'", "--name=value"]),
     (
       "--config=none.py",
@@ -139,6 +152,11 @@ def test_interrupting_imports_is_quiet(command):
     ("--config=qwen_0_5b:a", ["qwen_0_5b.py:a: it takes no argument behind a colon"]),
     ("--config=.", ["--config=.: a folder; configurations are files (.py, .yaml)"]),
     ("--config=words.md", ["words.md: no configuration in Python: ", "line 1"]),
+    (
+      "--config=empty.py",
+      ["empty.py: no configuration in Python, which has a function get_config"],
+    ),
+    ("--config=config.py:module", ["config.py: No module named 'nothing_there', line 7"]),
   ],
 )
 def test_a_wrong_flag_is_one_line(command, argument, words):
@@ -191,7 +209,8 @@ def test_a_missing_flag_is_one_line(command):
     ("--config.train.shuffle=maybe", ["not true or false", "maybe"]),
     ("--config.train.steps=None", ["config.train.steps=None", "needs an integer", "100"]),
     ("--config.loss.name=None", ["loss.name needs a text", "'sigmoid'"]),
-    ("--config.loss=3", ["--config.loss=3", "not a dict"]),
+    ("--config.loss=3", ["--config.loss=3: loss is a section; did you mean --loss=3?"]),
+    ("--config.train=3", ["set its fields by --config.train.FIELD=VALUE"]),
   ],
 )
 def test_a_wrong_override_is_one_line(command, override, words):
@@ -303,6 +322,6 @@ def test_a_home_folder_that_is_not_there_is_one_line():
     assert done.returncode == status
     assert done.stdout == ("/home/someone/x\n" if not status else "")
     assert not status or done.stderr == (
-      "error: flag --out=~nobody_here/x: no home folder ~nobody_here; write the whole path, or"
-      " ./~nobody_here/x for a name that begins with ~ (see --help)\n"
+      "error: --out=~nobody_here/x: no home folder ~nobody_here; write the whole path, or"
+      " ./~nobody_here/x for a name that begins with ~\n"
     )

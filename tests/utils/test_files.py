@@ -13,7 +13,7 @@ def test_where_to_write_is_checked_first(tmp_path):
   with pytest.raises(UserError, match=r"is a folder; name a file"):
     files.check_output_file(tmp_path)
   (tmp_path / "file").write_text("kept")
-  with pytest.raises(UserError, match=r"file is no folder"):
+  with pytest.raises(UserError, match=r"file is a file, and nothing can lie in it"):
     files.check_output_file(tmp_path / "file" / "x.jsonl")
 
 

@@ -29,10 +29,14 @@ def run(tmp_path, monkeypatch):
   [
     ("Qwen/Qwen2.5-0.5B", "`hf download Qwen/Qwen2.5-0.5B --local-dir Qwen2.5-0.5B`"),
     ("runs/mine", "runs/mine is the folder of a run; its model is runs/mine/export"),
-    ("runs/gone", "runs/gone does not exist"),  # runs is a folder here: no name of the hub
+    ("runs/gone", "there is no folder runs/gone"),  # runs is a folder here: no name of the hub
     ("cache", "did you mean cache/snapshots/ab12?"),
+    ("modle", "there is no folder modle; did you mean model?"),
+    ("hf:Qwen/Qwen2.5-0.5B", "`hf download Qwen/Qwen2.5-0.5B --local-dir"),
+    ("https://huggingface.co/Qwen/Qwen2.5-0.5B", "`hf download Qwen/Qwen2.5-0.5B --local-dir"),
+    ("runs/mine/checkpoints", "a part of the run runs/mine; write a checkpoint of it as a model"),
     ("model/model.safetensors", "is a file; name its folder"),
-    ("model.gguf", "GGUF is not read"),
+    ("model.gguf", "is GGUF, which is not read"),
     ("runs", "runs has no config.json"),
   ],
 )

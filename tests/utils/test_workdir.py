@@ -55,7 +55,7 @@ def test_a_folder_that_may_not_be_written_is_refused_before_anything(tmp_path, m
   with pytest.raises(UserError, match=rf"--workdir=.*: {tmp_path} may not be written to"):
     workdir.check(tmp_path / "run", CONFIG)
   (tmp_path / "file").touch()
-  with pytest.raises(UserError, match="file is no folder"):
+  with pytest.raises(UserError, match="file is a file, and nothing can lie in it"):
     workdir.check(tmp_path / "file" / "run", CONFIG)
 
 

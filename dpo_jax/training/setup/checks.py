@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from dpo_jax import losses, step
 from dpo_jax.data import mixture, packing
 from dpo_jax.distributed.executor import Executor
-from dpo_jax.model import attention_kernels, lora
+from dpo_jax.model import attention_kernels, lora, transformer
 from dpo_jax.model.lora import LoRA
 from dpo_jax.structs import UserError
 from dpo_jax.training import on_policy, optimizer
@@ -154,13 +154,14 @@ def _check_lora(config: ConfigDict, loss: losses.Loss) -> None:
   if path and (section.rank or set(set_) - {"dropout"}):
     name = "rank" if section.rank else min(set(set_) - {"dropout"})
     raise UserError(
-      f"lora.{name} is {section[name]!r}, but the adapter {path} brings its own; leave it as it is"
+      f"lora.{name} is {section[name]!r}, but the adapter of lora.path={path} has its own; leave"
+      " it out"
     )
   if not path and not section.rank:
     if set_:
       raise UserError(
         f"lora.{set_[0]} is {given[set_[0]]!r}, but lora.rank is 0, so nothing would be adapted;"
-        " set lora.rank, such as 16"
+        " set it, such as --lora_rank=16"
       )
     return
   # Settings of an adapter folder are checked once it is read.
@@ -173,11 +174,11 @@ def _check_base(config: ConfigDict, loss: losses.Loss) -> None:
   """Checks what adapters require of the other sections: the reference is their base."""
   reference = config.reference
   if not config.model.path and not config.model.scratch:
-    raise UserError("lora adapts a model that exists; name it, --config.model.path=DIR")
+    raise UserError("lora adapts a model that exists; name it, --model=DIR")
   if reference.path:
     raise UserError(
-      f"reference.path is {reference.path!r}, but with lora the reference is the base, and the"
-      " adapter of lora.path; leave it empty"
+      f"reference.path is {reference.path!r}, but with adapters the reference is the model itself"
+      " (and the adapter of lora.path); leave --reference out"
     )
   if reference.sync_every:
     raise UserError(
@@ -199,7 +200,7 @@ def _check_on_policy(config: ConfigDict, loss: losses.Loss) -> None:
   elif loss.is_on_policy:
     raise UserError(
       f"loss {loss.name!r} learns from samples of the policy itself; name a reward for them,"
-      " --config.on_policy.reward=NAME, and prompts, --config.data.path=FILE"
+      " --config.on_policy.reward=NAME, and prompts, --data=FILE"
     )
 
 
@@ -247,7 +248,8 @@ def _check_numbers(config: ConfigDict) -> None:
   ):
     section, field = name.split(".")
     if not 0 <= config[section][field] < float("inf"):
-      raise UserError(f"{name} is {config[section][field]}; it must be 0 or above")
+      zero = " (0: as many as train.epochs takes)" if name == "train.steps" else ""
+      raise UserError(f"{name} is {config[section][field]}; it must be 0 or above{zero}")
   # Sampling packs the seed and the step into 64 bits.
   if not 0 <= config.seed < 2**32:
     raise UserError(f"seed is {config.seed}; it must lie between 0 and 2^32 - 1")
@@ -259,9 +261,14 @@ def _check_numbers(config: ConfigDict) -> None:
     raise UserError(f"train.epochs is {config.train.epochs}; it must be above 0")
   # At 1 nothing would be left to train on.
   if not 0 <= config.data.eval_fraction < 1:
-    raise UserError(f"data.eval_fraction is {config.data.eval_fraction}; it must lie in [0, 1)")
+    raise UserError(
+      f"data.eval_fraction is {config.data.eval_fraction}; it must be 0 or above and below 1"
+      " (0.1 is 10%)"
+    )
   if config.data.max_length < 2:
     raise UserError(f"data.max_length is {config.data.max_length}; a pair needs 2 tokens or more")
+  if config.model.remat not in transformer.REMAT:
+    raise UserError(f"model.remat is {config.model.remat!r}; known: {', '.join(transformer.REMAT)}")
   if config.data.layout not in packing.LAYOUTS:
     raise UserError(f"data.layout is {config.data.layout!r}; known: {', '.join(packing.LAYOUTS)}")
   for name in ("model.compute_dtype", "model.param_dtype", "reference.param_dtype"):
@@ -292,8 +299,9 @@ def _check_divides(batch_size: int, accumulate: int, devices: int) -> None:
   if batch_size % unit:
     lower, upper = batch_size // unit * unit, -(-batch_size // unit) * unit
     raise UserError(
-      f"train.batch_size {batch_size} is not divisible by {devices} devices x {accumulate}"
-      f" micro-batches; try {f'{lower} or {upper}' if lower else upper}"
+      f"train.batch_size {batch_size} is not divisible by {devices} device{'s' * (devices != 1)} x"
+      f" {accumulate} micro-batch{'es' * (accumulate != 1)}; try"
+      f" {f'{lower} or {upper}' if lower else upper}"
     )
 
 

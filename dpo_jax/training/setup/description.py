@@ -71,6 +71,9 @@ def describe(
       file=sys.stderr,
     )
   # By name and shape of every tensor, before the data: weights are read last of all.
+  reference = pathlib.Path(config.reference.path)
+  if config.reference.path and (peft.is_adapter(reference) or not _has_config(reference)):
+    raise UserError(f"reference.path: {model_folder.instead(config.reference.path)}")
   for path in filter(None, (config.model.path, config.reference.path)):
     hf_checkpoint.check(path)
   _check_tokenizer(config.reference.path, tokenizer)
@@ -207,8 +210,7 @@ def describe_model(section: ConfigDict, template: str = "") -> tuple[ModelConfig
   """
   # Before the tokenizer is looked for in it, whose error would name another file.
   path = pathlib.Path(section.path)
-  has_model = (path / "config.json").is_file() or peft.is_adapter(path)
-  if section.path and (not has_model or model_folder.is_run(path)):
+  if section.path and not _has_config(path) and not peft.is_adapter(path):
     raise UserError(f"model.path: {model_folder.instead(section.path)}")
   tokenizer = load_tokenizer(
     section.tokenizer or section.path,
@@ -216,7 +218,8 @@ def describe_model(section: ConfigDict, template: str = "") -> tuple[ModelConfig
   )
   if section.path and peft.is_adapter(section.path):
     raise UserError(
-      f"model.path={section.path} is an adapter; name its base by model.path, itself by lora.path"
+      f"model.path={section.path} is an adapter; name the model that it was trained on by --model,"
+      f" and the adapter by --config.lora.path={section.path}"
     )
   if section.path:
     model_config = hf_checkpoint.read_config(section.path)
@@ -230,6 +233,11 @@ def describe_model(section: ConfigDict, template: str = "") -> tuple[ModelConfig
   encode.check_vocabulary(tokenizer, model_config.vocab)
   encode.report_end(tokenizer)
   return model_config, tokenizer
+
+
+def _has_config(path: pathlib.Path) -> bool:
+  """Returns True for a folder with the config.json of a model."""
+  return (path / "config.json").is_file() and not model_folder.is_run(path)
 
 
 def choose_attention(config: ConfigDict, model_config: ModelConfig, executor: Executor) -> str:

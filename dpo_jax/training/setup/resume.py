@@ -126,9 +126,9 @@ def _check_length(
   new, done = described.steps, latest_step(workdir / "checkpoints") or 0
   what = "train.steps" if now.steps else "train.epochs"
   if new < done:
+    steps = f"{new} step{'s' * (new != 1)}"
     raise UserError(
-      f"{what} asks for {new} steps, and the run in {workdir} has taken {done}; ask for as many or"
-      " more"
+      f"{what} asks for {steps}, and the run in {workdir} has taken {done}; ask for as many or more"
     )
   rates = [
     np.asarray(optimizer.build(steps, **config.optimizer)[0](jnp.arange(done)))
@@ -149,6 +149,10 @@ def _from_export(config: ConfigDict, workdir: pathlib.Path) -> str:
   """Returns the flags by which a new run starts from what a run learned."""
   export = workdir / "export"
   if config.lora.rank or config.lora.path:
-    return f"--config.lora.path={export} --config.lora.rank=0"
-  first = config.reference.path or config.model.path
-  return f"--config.model.path={export}" + (f" --config.reference.path={first}" if first else "")
+    flags = f"--config.lora.path={export} --lora_rank=0"
+  else:
+    first = config.reference.path or config.model.path
+    flags = f"--model={export}" + (f" --reference={first}" if first else "")
+  if export.is_dir():
+    return flags
+  return f"{flags} (first: dpo-jax convert --workdir={workdir} --out={export})"
