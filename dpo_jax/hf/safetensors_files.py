@@ -73,7 +73,7 @@ def open_weights(path: pathlib.Path) -> Iterator[Weights]:
         # By default the file is mapped, and pages that were read count as memory of the process.
         handle = stack.enter_context(safe_open(path / shard, framework="np", backend="pread"))
       except SafetensorError as error:
-        raise _broken(path / shard, error) from error
+        raise _broken(path / shard) from error
       for name in handle.keys():  # noqa: SIM118 (not a dictionary)
         if name in files:
           raise UserError(
@@ -86,12 +86,12 @@ def open_weights(path: pathlib.Path) -> Iterator[Weights]:
     yield Weights({name: handle for name, (_, handle) in files.items()})
 
 
-def _broken(file: pathlib.Path, error: Exception) -> UserError:
+def _broken(file: pathlib.Path) -> UserError:
   """Returns what is wrong with a file of weights that cannot be opened."""
   with file.open("rb") as opened:
     if opened.read(24) == b"version https://git-lfs.":
       return UserError(f"{file} is a Git LFS pointer, not the weights; run git lfs pull there")
-  return UserError(f"{file} is broken or cut short ({error}); copy or download it again")
+  return UserError(f"{file} is broken or cut short; copy or download it again")
 
 
 def digest(path: pathlib.Path) -> str:

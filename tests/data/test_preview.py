@@ -152,7 +152,7 @@ def test_inspect_data_prints_one_object_or_one_line(tmp_path):
   assert note == "the completions begin with their prompt, which is taken away"
   assert bad.startswith(f"dropped {ranked}:3: field answers is 3, not a list")
   wrong = run("--data", ranked, "--kind", "pairs")
-  assert wrong.returncode == 1 and "lists of ranked completions are for loss" in wrong.stderr
+  assert wrong.returncode == 1 and "lists of ranked completions are for --loss" in wrong.stderr
   missing = run("--data", tmp_path / "gone")
   assert missing.returncode == 1 and missing.stdout == ""
   assert missing.stderr == f"error: no data file {tmp_path / 'gone'}\n"

@@ -484,7 +484,9 @@ def test_commands_take_an_adapter_where_they_take_a_model(task, straight):
   settings, own = peft.load(straight / "export", config)
   same(params, lora.merge(lora.attach({"params": base_of(task)}, own, settings.scale)))
   same(peft.load_model(task / "base")[1]["params"], base_of(task))
-  with pytest.raises(UserError, match=r"is an adapter; name its base by model\.path, itself"):
+  with pytest.raises(
+    UserError, match=r"is an adapter; name the model that it was trained on by --model"
+  ):
     train.execute(configured(task, **{"model.path": str(straight / "export")}), task / "never")
 
 
@@ -594,10 +596,10 @@ def test_policies_with_adapters_are_sampled_from(task):
     ({"lora.rank": -1}, "lora.rank is -1"),
     ({"lora.rank": 0}, "lora.dropout is 0.2, but lora.rank is 0"),
     ({"lora.target": "wq"}, "'wq' matches no linear map"),
-    ({"reference.path": "x"}, "with lora the reference is the base"),
+    ({"reference.path": "x"}, "with adapters the reference is the model itself"),
     ({"reference.sync_every": 2}, "leave it 0"),
     ({"reference.param_dtype": "bfloat16"}, "set them alike"),
-    ({"lora.path": "x"}, "lora.rank is 2, but the adapter x brings its own"),
+    ({"lora.path": "x"}, "lora.rank is 2, but the adapter of lora.path=x has its own"),
     (
       {"lora.path": "x", "lora.rank": 0, "lora.target": "all-linear"},
       "adapter folder .*x does not exist",

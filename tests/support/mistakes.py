@@ -126,8 +126,8 @@ def _run(mistake: Mistake, folder: pathlib.Path) -> str:
   *before, last = ended.stderr.splitlines() or [""]
   assert ended.status == 1 and not ended.stdout, f"{mistake.typed}: {ended}"
   assert last.startswith("error: "), f"{mistake.typed}: {ended.stderr}"
-  # What is known of the rows may precede it.
-  assert not any("error" in line or line.startswith(" ") for line in before), ended.stderr
+  # What is known of the rows may precede it, each fact in a line of its own.
+  assert not any(line.startswith(("error", "Traceback", " ")) for line in before), ended.stderr
   return last.removeprefix("error: ")
 
 
