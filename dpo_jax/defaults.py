@@ -170,7 +170,7 @@ def get_config() -> ConfigDict:
         # file of held-out rows; "" holds out eval_fraction of the prompts, or uses eval_sets
         eval_path="",
         eval_fraction=0.1,  # share of the prompts held out, without eval_path and eval_sets
-        eval_limit=512,  # the most held-out rows that are used, of every evaluation set
+        eval_limit=512,  # the most held-out rows that training evaluates, of every evaluation set
         # several sources in place of path, by name: {"a": "a.jsonl", "b": {"path": "b.jsonl"}};
         # with fields, verdict, weight (share of the examples), and count or fraction (of rows)
         mix=ConfigDict(),

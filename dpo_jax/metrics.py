@@ -29,9 +29,9 @@ def pair_sums(
 
   Drift is how far the policy's log-probs have moved from the reference's: log π/π_ref.
 
-  A margin of exactly zero counts one half towards accuracy; at the start of a run all margins are
-  zero. Drift metrics need a reference, and metrics that depend on length need token counts; they
-  are left out otherwise.
+  A margin of zero counts one half towards accuracy (see `in_order`); at the start of a run all
+  margins are zero. Drift metrics need a reference, and metrics that depend on length need token
+  counts; they are left out otherwise.
 
   Args:
     policy, reference: summed log-probs, in nats; with None for the reference, rewards are β log π.
@@ -52,13 +52,14 @@ def pair_sums(
   """
   zero_B = jnp.zeros_like(policy.chosen_B)
   # Without a reference the log-ratios are log-probs: rewards are then β log π.
-  chosen_B, rejected_B = _log_ratios(policy, reference or PairLogps(zero_B, zero_B))
+  compared = reference or PairLogps(zero_B, zero_B)
+  chosen_B, rejected_B = _log_ratios(policy, compared)
   margin_B = beta * (chosen_B - rejected_B)
   values = {
     "loss": loss_B,
     "rewards/chosen": beta * chosen_B,
     "rewards/rejected": beta * rejected_B,
-    "rewards/accuracies": _accuracy(margin_B),
+    "rewards/accuracies": pairs_in_order(policy, compared),
     "rewards/margins": margin_B,
     "logps/chosen": policy.chosen_B,
     "logps/rejected": policy.rejected_B,
@@ -153,7 +154,8 @@ def ranked_sums(
       kl          mean of log π/π_ref, in nats
       objective   mean of -r + β log π/π_ref, which on-policy training minimizes
   """
-  ratio_BK = policy.completions_BK - (0 if reference is None else reference.completions_BK)
+  reference_BK = 0 if reference is None else reference.completions_BK
+  ratio_BK = policy.completions_BK - reference_BK
   # Every completion that is present counts with its prompt's weight.
   weight_BK = weight_B[:, None] * present_BK
   sums = {"loss": _weighted(loss_B, weight_B)}
@@ -169,10 +171,12 @@ def ranked_sums(
   for name, part in (("best", slice(0, 1)), ("rest", slice(1, None))):
     sums[f"rewards/{name}"] = _weighted(beta * ratio_BK[:, part], weight_BK[:, part])
     sums[f"logps/{name}"] = _weighted(policy.completions_BK[:, part], weight_BK[:, part])
-  margin_BK = beta * (ratio_BK[:, :1] - ratio_BK[:, 1:])
+  margin_BK = ratio_BK[:, :1] - ratio_BK[:, 1:]
+  size_BK = jnp.abs(policy.completions_BK) + jnp.abs(reference_BK)
+  in_order_BK = in_order(margin_BK, size_BK[:, :1] + size_BK[:, 1:])
   return sums | {
-    "rewards/accuracies": _weighted(_accuracy(margin_BK), weight_BK[:, 1:]),
-    "rewards/margins": _weighted(margin_BK, weight_BK[:, 1:]),
+    "rewards/accuracies": _weighted(in_order_BK, weight_BK[:, 1:]),
+    "rewards/margins": _weighted(beta * margin_BK, weight_BK[:, 1:]),
   }
 
 
@@ -221,19 +225,46 @@ def divide(sums: Sums) -> dict[str, Array]:
   return means
 
 
+# --- accuracy -------------------------------------------------------------------------------------
+
+# A margin is the sum of log-probs that float32 rounds. Measured at step 1, where policy and
+# reference are equal: up to four units in the last place of a log-prob of 125 nats, since the
+# program of a step sums in another order where it also computes a gradient.
+TIE = 2.0**-21  # a margin of zero, relative to the log-probs that it is the sum of
+
+
+def in_order(margin_x: Array, size_x: Array) -> Array:
+  """Returns 1 where a margin is above zero, 0 where it is below, and one half where it is zero.
+
+  Zero is what float32 cannot tell from it. Counted as right or wrong, the margins before training
+  would give an accuracy by chance instead of 0.5.
+
+  Args:
+    margin_x: difference of log-ratios, in nats.
+    size_x: sum of the absolute values of the log-probs that it was computed from, in nats.
+  """
+  return (margin_x > TIE * size_x) + 0.5 * (jnp.abs(margin_x) <= TIE * size_x)
+
+
+def pairs_in_order(policy: PairLogps, reference: PairLogps) -> Array:
+  """Returns 1 for each pair whose chosen completion has the larger reward: [B]; see `in_order`.
+
+  Args:
+    policy, reference: summed log-probs, in nats.
+  """
+  # The order is important, as in `losses.paired.margins`: policy minus reference comes first.
+  chosen_B, rejected_B = _log_ratios(policy, reference)
+  size_B = jnp.abs(policy.chosen_B) + jnp.abs(policy.rejected_B)
+  size_B += jnp.abs(reference.chosen_B) + jnp.abs(reference.rejected_B)
+  return in_order(chosen_B - rejected_B, size_B)
+
+
 # --- helpers --------------------------------------------------------------------------------------
 
 
 def _log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Array, Array]:
   """Computes log π/π_ref of chosen and rejected completions, in nats: [B] each."""
   return policy.chosen_B - reference.chosen_B, policy.rejected_B - reference.rejected_B
-
-
-def _accuracy(margin_x: Array) -> Array:
-  """Returns 1 where the margin is above zero, 0 where it is below, and one half at a tie."""
-  # At step 0 every margin is exactly 0. Counted as wrong, these would give an accuracy of 0 instead
-  # of 0.5, that of a guess.
-  return (margin_x > 0) + 0.5 * (margin_x == 0)
 
 
 def _weighted(value_x: Array, weight_x: Array) -> tuple[Array, Array]:

@@ -32,7 +32,7 @@ from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.hf import peft
 from dpo_jax.monitoring import divergence, loggers
 from dpo_jax.structs import UserError
-from dpo_jax.training import loop, model_card, setup, verdict
+from dpo_jax.training import loop, model_card, setup, splits, verdict
 from dpo_jax.training.checkpoint import latest_step
 from dpo_jax.training.run import Run
 from dpo_jax.utils import cli, paths
@@ -211,13 +211,16 @@ def _claim(
   run.workdir.mkdir(parents=True, exist_ok=True)
   if stack is not None:
     stack.enter_context(workdirs.lock(run.workdir))
+  step = latest_step(run.workdir / "checkpoints") or 0
+  if run.data.rows is not None:
+    splits.write(run.workdir, run.data.rows, step=step)
   workdirs.claim(
     run.workdir,
     config.to_json_best_effort(indent=2),
     ledger,
     dict(run.inputs),
     began=run.began,
-    step=latest_step(run.workdir / "checkpoints") or 0,
+    step=step,
   )
 
 

@@ -59,6 +59,23 @@ def of(examples: Iterable[Example]) -> str:
   return found.text()
 
 
+def of_rows(examples: Iterable[Example]) -> dict[int, int]:
+  """Returns row -> a digest of 64 bits of its tokens, whatever its scores, labels and weights are.
+
+  Absent completions count as none, so that it does not depend on how many other rows have.
+  """
+  found: dict[int, int] = {}
+  for example in examples:
+    # An unpaired row gives several examples; each adds to what the row had so far.
+    text = hashlib.blake2b(found.get(example.row, 0).to_bytes(8), digest_size=8)
+    for ids in (example.prompt, *example.completions):
+      if len(ids):
+        text.update(len(ids).to_bytes(8))
+        text.update(np.asarray(ids, np.int32).tobytes())
+    found[example.row] = int.from_bytes(text.digest())
+  return found
+
+
 def of_values(values: Sequence[Any]) -> str:
   """Computes the digest of values that JSON has, such as prompts that are not tokenized yet."""
   text = json.dumps(values, default=str, ensure_ascii=True)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpo_jax import metrics
 from dpo_jax.structs import PairLogps, UserError
 
 NORMAL_QUANTILE = 1.959964  # of 97.5%: the half-width of a 95% interval in standard errors
@@ -91,7 +92,7 @@ def preference_metrics(
     weight_B: weight of each pair; None means 1 for all.
 
   Returns:
-    Estimates of `accuracy` (a margin of 0 counts one half), `margin`, `chosen_reward`,
+    Estimates of `accuracy` (see `metrics.in_order`), `margin`, `chosen_reward`,
     `rejected_reward`, in reward units, and `loss`.
   """
   # The order is important, as in `losses.paired.margins`: policy minus reference comes first.
@@ -99,7 +100,7 @@ def preference_metrics(
   rejected_B = beta * (np.asarray(policy.rejected_B) - np.asarray(reference.rejected_B))
   margin_B = chosen_B - rejected_B
   return {
-    "accuracy": share_estimate((np.sign(margin_B) + 1) / 2, weight_B),
+    "accuracy": share_estimate(np.asarray(metrics.pairs_in_order(policy, reference)), weight_B),
     "margin": mean_estimate(margin_B, weight_B),
     "chosen_reward": mean_estimate(chosen_B, weight_B),
     "rejected_reward": mean_estimate(rejected_B, weight_B),

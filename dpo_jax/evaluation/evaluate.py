@@ -11,7 +11,7 @@ import functools
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -216,22 +216,44 @@ def score_pairs(
 
 
 def evaluate_pairs(
-  policy: LanguageModel, reference: LanguageModel, examples: Sequence[Example], loss: Loss
+  policy: LanguageModel,
+  reference: LanguageModel,
+  examples: Sequence[Example],
+  loss: Loss,
+  trained_on: Collection[int] = (),
 ) -> Json:
-  """Computes accuracy, margins and loss of held-out pairs, with 95% intervals, as `eval_…`."""
+  """Computes accuracy, margins and loss of pairs, with 95% intervals, as `eval_…`.
+
+  Args:
+    policy, reference: models of one vocabulary.
+    examples: the pairs.
+    loss: whose β and values are reported.
+    trained_on: rows of the examples that the policy was trained on. If some are and others are not,
+      `not_trained_on` has the estimates of those that are not.
+  """
   policy_logps, reference_logps = (
     scorer(model.config)(model.params, examples).pairs() for model in (policy, reference)
   )
-  estimates = preference_metrics(
-    policy_logps,
-    reference_logps,
-    beta=loss.beta,
-    loss_B=pair_losses(loss, policy_logps, reference_logps, examples),
-    weight_B=np.array([example.weight for example in examples]),
-  )
-  return {"pairs": len(examples)} | _plain(
-    {f"eval_{name}": estimate for name, estimate in estimates.items()}
-  )
+  loss_B = pair_losses(loss, policy_logps, reference_logps, examples)
+  weight_B = np.array([example.weight for example in examples])
+
+  def measured(index_B: Any) -> Json:
+    own, theirs = (
+      PairLogps(logps.chosen_B[index_B], logps.rejected_B[index_B])
+      for logps in (policy_logps, reference_logps)
+    )
+    estimates = preference_metrics(
+      own, theirs, beta=loss.beta, loss_B=loss_B[index_B], weight_B=weight_B[index_B]
+    )
+    named = {f"eval_{name}": estimate for name, estimate in estimates.items()}
+    return {"pairs": len(loss_B[index_B])} | plain(named)
+
+  found = measured(slice(None))
+  new_B = np.array([example.row not in trained_on for example in examples])
+  # A loss of the whole batch is not that of some of its pairs.
+  if (new_B * weight_B).sum() > 0 and not new_B.all() and not loss.batch_wide:
+    found["not_trained_on"] = measured(new_B)
+  return found
 
 
 # --- Samples --------------------------------------------------------------------------------------
@@ -290,7 +312,7 @@ def evaluate_samples(
   return {
     "prompts": len(prompts),
     "samples_per_prompt": num,
-    **_plain(estimates),
+    **plain(estimates),
     "frontier_reward_at_kl": frontier.reward_at(kl),
     "frontier_effective_samples_at_kl": frontier.effective_at(kl),
     "frontier_reach": frontier.reach,
@@ -337,7 +359,7 @@ def _number(value: float) -> float | None:
   return float(value) if math.isfinite(value) else None
 
 
-def _plain(estimates: dict[str, Estimate]) -> Json:
+def plain(estimates: Mapping[str, Estimate]) -> Json:
   """Returns {name: mean, name_interval: [low, high] or None} of every estimate."""
   out: Json = {}
   for name, (mean, low, high) in estimates.items():
@@ -353,9 +375,9 @@ _SUMMARY_ROWS = (  # key of the summary, label, format
   ("kl", "KL(π ‖ π_ref), nats per completion", "{:.3f}"),
   ("frontier_reward_at_kl", "best possible reward at this KL", "{:.3f}"),
   ("fraction_of_frontier_gain", "share of the best possible gain", "{:.1%}"),
-  ("eval_accuracy", "accuracy on held-out pairs", "{:.1%}"),
+  ("eval_accuracy", "accuracy (pairs ranked right)", "{:.1%}"),
   ("eval_margin", "margin of implicit rewards", "{:.3f}"),
-  ("eval_loss", "loss on held-out pairs", "{:.4f}"),
+  ("eval_loss", "loss", "{:.4f}"),
 )
 
 
@@ -371,22 +393,43 @@ def headline(summary: Json) -> str:
   return line if best is None else f"{line}, of at most {best:.2f} at the same KL"
 
 
-def print_summary(summary: Json, shown: int) -> None:
-  """Prints the table of a summary, and samples of both models side by side."""
+def accuracy_of(summary: Json) -> str:
+  """Returns a line on the accuracy of some pairs: `22 pairs, accuracy 90.9% (72.2% to 97.5%)`."""
+  low, high = summary["eval_accuracy_interval"]
+  accuracy = f"accuracy {summary['eval_accuracy']:.1%} (95%: {low:.1%} to {high:.1%})"
+  return f"{summary['pairs']:,} pairs, {accuracy}"
+
+
+def print_summary(summary: Json, shown: int, title: str, notes: Sequence[str] = ()) -> None:
+  """Prints the table of a summary, and samples of both models side by side.
+
+  Args:
+    summary: as `evaluate_pairs`, `evaluate_samples` and `reevaluation.measure` return parts of it.
+    shown: how many samples.
+    title: which rows and models the numbers are of.
+    notes: lines below the table.
+  """
   # Imported here: rich is needed for the terminal only.
   from rich.console import Console
   from rich.table import Table
 
   console = Console()
-  table = Table("", "value", "95% interval", title="On unseen data", title_justify="left")
+  if line := headline(summary):
+    console.print(f"\n[bold]{line}[/bold]\n", highlight=False, soft_wrap=True)
+  console.print(title, markup=False, highlight=False, soft_wrap=True)
+  has_before = any(key.endswith("_before") for key in summary)
+  names = ["before", "after"] if has_before else ["value"]
+  table = Table("", *names, "95% interval")
   for key, label, form in _SUMMARY_ROWS:
     if summary.get(key) is not None:
       interval = summary.get(f"{key}_interval")
       within = " to ".join(form.format(x) for x in interval) if interval else ""
-      table.add_row(label, form.format(summary[key]), within)
-  if line := headline(summary):
-    console.print(f"\n[bold]{line}[/bold]\n", highlight=False, soft_wrap=True)
+      before = summary.get(f"{key}_before")
+      first = [form.format(before) if before is not None else ""] if has_before else []
+      table.add_row(label, *first, form.format(summary[key]), within)
   console.print(table)
+  for note in notes:
+    console.print(note, markup=False, highlight=False, soft_wrap=True)
   if summary.get("kl", 0) > summary.get("frontier_reach", math.inf):
     console.print(
       f"The frontier is known to {summary['frontier_reach']:.2f} nats only; its reward at the"

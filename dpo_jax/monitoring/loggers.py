@@ -304,6 +304,8 @@ def _fields(values: Mapping[str, float]) -> dict[str, str]:
   for name, label, form in _SHOWN:
     if name in values:
       number = form.format(values[name])
+      if name == "rewards/accuracies":
+        number += _certainty(values)
       shown[name] = f"{number} {unit_of(values)}/s" if name == _SPEED else f"{label} {number}"
   return shown
 
@@ -324,6 +326,18 @@ def fit(fields: Mapping[str, str], room: int) -> str:
       break
     left.pop(name, None)
   return "  ".join(left.values())[: max(0, room)]
+
+
+def _certainty(values: Mapping[str, float]) -> str:
+  """Returns how many pairs an accuracy is of, with its 95% interval; "" in a training step."""
+  if "pairs" not in values:
+    return ""
+  count = f"{values['pairs']:,.0f} {'rankings' if 'rewards/best' in values else 'pairs'}"
+  ends = [values.get(f"rewards/accuracies_{end}") for end in ("low", "high")]
+  if None in ends:  # rankings, whose comparisons are not independent
+    return f" ({count})"
+  low, high = (f"{end:.0%}" for end in ends)
+  return f" ({count}, 95%: {low}–{high})"
 
 
 class _Remaining:

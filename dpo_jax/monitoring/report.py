@@ -11,7 +11,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dpo_jax.monitoring import alerts, loggers, plots
@@ -134,6 +134,8 @@ def _run_numbers(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, s
     held_out, training = last(f"eval/{name}"), last(name)
     if held_out is not None:
       note = f"training {form.format(training)}" if training is not None else ""
+      if name == "rewards/accuracies":
+        note = "; ".join(filter(None, [_certainty(last, form), note]))
       tiles.append((f"{label}, held out", form.format(held_out), note))
     elif training is not None:
       tiles.append((label, form.format(training), "last training step"))
@@ -143,6 +145,14 @@ def _run_numbers(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, s
     unit = loggers.unit_of({name for record in records for name in record})
     tiles.append((f"{unit} per second", f"{speeds[len(speeds) // 2]:,.0f}", "median step"))
   return tiles
+
+
+def _certainty(last: Callable[[str], Any], form: str) -> str:
+  """Returns how many pairs a held-out accuracy is of, with its interval; "" where none is known."""
+  names = ("pairs", "rewards/accuracies_low", "rewards/accuracies_high")
+  count, low, high = (last(f"eval/{name}") for name in names)
+  interval = f", 95%: {form.format(low)} to {form.format(high)}" if low is not None else ""
+  return f"{count:,.0f} pairs{interval}" if count is not None else ""
 
 
 def _ledger(ledger: Mapping[str, Any]) -> str:
@@ -160,7 +170,12 @@ def _ledger(ledger: Mapping[str, Any]) -> str:
   context = tokens.get("answer", 0) - tokens.pop("scored", tokens.get("answer", 0))
   if context:
     tokens |= {"answer": tokens["answer"] - context, "context": context}
-  if "eval" in ledger:
+  held_out = ledger.get("held_out")
+  if held_out:
+    count, used = held_out["examples"], held_out["evaluated"]
+    limit = f"{used:,} of {count:,} evaluated in training (data.eval_limit)"
+    rows.append(("held-out examples", count if used == count else limit))
+  elif "eval" in ledger:  # of a run that began before all of them were counted
     rows.append(("held-out pairs", ledger["eval"].get("pairs", "")))
   # Widths grow with the counts, from that of the label: a small count keeps a readable one.
   shares = "".join(
@@ -228,7 +243,7 @@ def _summary_numbers(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str
     ("win_rate", "win rate against the reference", "{:.1%}"),
     ("kl", "KL(π ‖ π_ref), nats", "{:.2f}"),
     ("fraction_of_frontier_gain", "of the best gain at this KL", "{:.1%}"),
-    ("eval_accuracy", "accuracy on held-out pairs", "{:.1%}"),
+    ("eval_accuracy", _of_pairs(summary), "{:.1%}"),
     ("seconds", "seconds in all", "{:,.0f}"),
   ):
     value, interval = summary.get(key), summary.get(f"{key}_interval")
@@ -236,6 +251,13 @@ def _summary_numbers(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str
     if value is not None and math.isfinite(value):
       note = f"{form.format(interval[0])} to {form.format(interval[1])}" if interval else ""
       yield label, form.format(value), note
+
+
+def _of_pairs(summary: Mapping[str, Any]) -> str:
+  """Returns the label of a summary's accuracy: which pairs it is of."""
+  count = f"{summary['pairs']:,} pairs" if "pairs" in summary else "pairs"
+  trained = summary.get("trained_on")
+  return f"accuracy on {count}" + (f", {trained:,} of them trained on" if trained else "")
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:

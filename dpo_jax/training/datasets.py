@@ -21,7 +21,7 @@ from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.generation import rewards, rollouts
 from dpo_jax.model.config import ModelConfig, check_ids
 from dpo_jax.structs import PyTree, TokenBatch, UserError
-from dpo_jax.training import data_checks, on_policy, sources
+from dpo_jax.training import data_checks, on_policy, sources, splits
 from dpo_jax.training.sources import Part
 
 
@@ -43,6 +43,8 @@ class DataSettings(NamedTuple):
     eval_sets: evaluation sets with names, besides `eval_path`.
     drop_duplicates: whether exact duplicates are dropped, within training rows over all sources
       and within every evaluation set.
+    held_out: the rows that a run held out, as its workdir names them, to evaluate it again: only
+      these are read, and stand for those to train on too. None for a run that is to train.
   """
 
   path: str
@@ -60,6 +62,7 @@ class DataSettings(NamedTuple):
   mix: tuple[Source, ...] = ()
   eval_sets: tuple[Source, ...] = ()
   drop_duplicates: bool = False
+  held_out: tuple[splits.Row, ...] | None = None
 
 
 class BatchSettings(NamedTuple):
@@ -94,6 +97,8 @@ class TrainingData(NamedTuple):
     mixture: the sources of the examples; None for one source.
     groups: name -> rows (`Example.row`) of the held-out examples that are evaluated under it; ""
       for the metrics without a name. Empty if all of them are one group.
+    set_sizes: how many held-out examples each evaluation set has, in their order.
+    rows: which rows are held out, and which are trained on; None where prompts are sampled from.
   """
 
   examples: Sequence[Any]
@@ -105,6 +110,8 @@ class TrainingData(NamedTuple):
   digests: dict[str, str]
   mixture: Mixture | None = None
   groups: Mapping[str, range] = MappingProxyType({})
+  set_sizes: tuple[int, ...] = ()
+  rows: splits.Rows | None = None
 
 
 def load(
@@ -152,9 +159,8 @@ def _load_examples(
   model_config: ModelConfig,
 ) -> tuple[TrainingData, dict[str, Any]]:
   """Reads examples that are trained on as they stand."""
-  examples, held_out, ledger, digests, mixture, groups = _read_examples(
-    rows, settings.seed, loss, tokenizer
-  )
+  data, ledger = _read_examples(rows, settings, batching, loss, tokenizer)
+  examples, held_out, mixture = data.examples, data.held_out, data.mixture
   what = "data.mix" if rows.mix else rows.path
   data_checks.check_batch(
     settings.batch_size, settings.accumulate, batching.groups, len(examples), what
@@ -178,12 +184,7 @@ def _load_examples(
     balance=settings.balance,
     rate_B=rate_B,
   )
-  batching = batching._replace(row_length=row_length)
-  completions = len(examples[0].completions)
-  data = TrainingData(
-    examples, held_out, completions, settings, batching, None, digests, mixture, groups
-  )
-  return data, ledger
+  return data._replace(batching=batching._replace(row_length=row_length)), ledger
 
 
 def _load_on_policy(
@@ -197,7 +198,7 @@ def _load_on_policy(
 ) -> tuple[TrainingData, dict[str, Any]]:
   """Reads prompts, and makes the sampler of their completions."""
   max_tokens = sampling["max_tokens"]
-  prompts, held_out, longest, ledger = _load_prompts(
+  prompts, held_out, record, longest, ledger = _load_prompts(
     rows, settings, tokenizer, model_config, max_tokens
   )
   # Pairs are made of the samples, two by two; other losses take all of them at once.
@@ -227,7 +228,10 @@ def _load_on_policy(
     f"the prompts to train on ({rows.path})": digest.of_values(prompts),
     f"the held-out prompts ({rows.eval_path or rows.path})": digest.of(held_out),
   }
-  return TrainingData(prompts, held_out, completions, settings, batching, sampler, digests), ledger
+  data = TrainingData(
+    prompts, held_out, completions, settings, batching, sampler, digests, rows=record
+  )
+  return data, ledger
 
 
 def _check_named(field: str, path: str) -> None:
@@ -240,16 +244,14 @@ def _check_named(field: str, path: str) -> None:
 
 
 def _read_examples(
-  data: DataSettings, seed: int, loss: losses.Loss, tokenizer: Tokenizer
-) -> tuple[
-  Sequence[Example],
-  list[Example],
-  dict[str, Any],
-  dict[str, str],
-  Mixture | None,
-  dict[str, range],
-]:
-  """Returns training and held-out examples, their ledger, digests, sources and groups."""
+  data: DataSettings,
+  settings: BatchSettings,
+  batching: Batching,
+  loss: losses.Loss,
+  tokenizer: Tokenizer,
+) -> tuple[TrainingData, dict[str, Any]]:
+  """Returns training and held-out examples, with what is known of them, and their ledger."""
+  seed = settings.seed
   how: dict[str, Any] = {
     "kind": loss.kind,
     "max_length": data.max_length,
@@ -266,17 +268,31 @@ def _read_examples(
   examples: Sequence[Example]
   held_out: list[Example] = []
   parts: list[Part] = []
+  evaluated: list[Part] = []
   if prepared_data.is_prepared_set(data.path):
     examples, held_out, ledger = _read_prepared(data, encode.Encoder(tokenizer, **how))
     print(summarize(data.path, ledger), file=sys.stderr)
-  else:
+  elif data.held_out is None:
     given = data.mix or (Source("", data.path),)
     unique = data.drop_duplicates
     parts = sources.read(given, "data.mix", tokenizer, loss, seed=seed, unique=unique, **how)
     examples, ledger = sources.join(parts)
-  evaluated = sources.read_evaluation_sets(
-    data.eval_path, data.eval_sets, tokenizer, loss, ledger, unique=data.drop_duplicates, **how
-  )
+  else:
+    # Sources of the training data whole: which rows were drawn is said by the rows themselves.
+    given = data.mix or (Source("", data.path),)
+    given = [] if named else [one._replace(count=0, fraction=0.0) for one in given]
+    unique = data.drop_duplicates
+    evaluated = sources.read(given, "data.mix", tokenizer, loss, unique=unique, **how)
+    evaluated += sources.read_evaluation_sets(
+      data.eval_path, data.eval_sets, tokenizer, loss, {}, unique=unique, **how
+    )
+    evaluated = [splits.select(data.held_out, part) for part in evaluated]
+    examples, ledger = sources.join(evaluated)
+    held_out = list(examples)
+  if data.held_out is None or not evaluated:
+    evaluated = sources.read_evaluation_sets(
+      data.eval_path, data.eval_sets, tokenizer, loss, ledger, unique=data.drop_duplicates, **how
+    )
   if parts:
     if not named:
       # By prompt, and by the seed alone: a resumed run holds out the same rows, and no prompt is
@@ -284,13 +300,14 @@ def _read_examples(
       examples, held_out = split(examples, data.eval_fraction, seed, ledger["dropped"])
     sources.report_overlap(parts, examples, evaluated, ledger)
   mixture = None
-  if data.mix:
+  if data.mix and parts:
     mixture = Mixture.make(data.mix, [part.rows.start for part in parts], examples)
     print(f"data.mix: {mixture.describe()}", file=sys.stderr)
     for name, per_epoch in zip(mixture.names, mixture.per_epoch, strict=True):
       ledger["sources"][name]["per_epoch"] = per_epoch
   # Before what follows, which is a function of these rows, the seed and the configuration.
   digests = sources.digests_of(data.path, examples, held_out, parts, evaluated)
+  rows = splits.describe(data.path, parts, examples, held_out, evaluated)
   # Each set by itself from here on: its metrics must not depend on the others.
   sets = [part.examples for part in evaluated] if named else [held_out]
   if loss.mismatched:
@@ -308,9 +325,23 @@ def _read_examples(
       examples = fill_up(examples, most)
   sources.check_scores(loss, data.path, examples)
   # After all of the above, so that the limit changes neither mismatched prompts nor K.
-  held_out = _limited(sets, data)
-  groups = sources.groups_of(parts, evaluated, held_out)
-  return examples, held_out, ledger, digests, mixture, groups
+  limited = splits.limit(sets, data.eval_limit, eval_samples=data.eval_samples)
+  ledger |= splits.count(evaluated, sets, limited, ledger)
+  held_out = [example for some in limited for example in some]
+  found = TrainingData(
+    examples,
+    held_out,
+    len(examples[0].completions),
+    settings,
+    batching,
+    None,
+    digests,
+    mixture,
+    sources.groups_of(parts, evaluated, held_out),
+    tuple(map(len, limited)),
+    rows,
+  )
+  return found, ledger
 
 
 def _read_prepared(
@@ -329,18 +360,9 @@ def _read_prepared(
     )
   fraction = None if data.eval_path or data.eval_sets else data.eval_fraction
   examples, held_out, ledger = prepared_data.read(data.path, encoder, eval_fraction=fraction)
+  if held_out:  # those beyond the limit stay on disk
+    ledger = ledger | {"held_out": {"examples": len(held_out)}}
   return examples, held_out[: data.eval_limit] if held_out else [], ledger
-
-
-def _limited(sets: Sequence[Sequence[Any]], data: DataSettings) -> list[Any]:
-  """Returns at most `eval_limit` rows of every set; refuses none where prompts are sampled from."""
-  held_out = [example for some in sets for example in some[: data.eval_limit]]
-  if data.eval_samples and not held_out:
-    raise UserError(
-      f"eval.samples is {data.eval_samples}, and no row is held out to take prompts from; set"
-      " data.eval_fraction above 0, name rows by data.eval_path, or leave eval.samples 0"
-    )
-  return held_out
 
 
 def _load_prompts(
@@ -349,29 +371,33 @@ def _load_prompts(
   tokenizer: Tokenizer,
   model_config: ModelConfig,
   max_tokens: int,
-) -> tuple[list[Any], list[Example], int, dict[str, Any]]:
+) -> tuple[list[Any], list[Example], splits.Rows, int, dict[str, Any]]:
   """Reads prompts whose completions have up to `max_tokens` tokens.
 
   Returns:
-    Prompts to train on; held-out ones as examples without completions; the tokens of the longest of
-    all; the ledger.
+    Prompts to train on; held-out ones as examples without completions; their record; the tokens of
+    the longest of all; the ledger.
   """
   field = data.fields.get("prompt", "")
   prompts, held_out = rollouts.read_prompts(data.path, field), []
+  numbers: Sequence[int] = ()
   if data.eval_path:
     held_out = rollouts.read_prompts(data.eval_path, field)
+    numbers = range(len(held_out))
   elif data.eval_fraction:
     # A function of the seed alone: a resumed run holds out the same prompts.
     order = np.random.default_rng(settings.seed).permutation(len(prompts))
     away = round(data.eval_fraction * len(prompts))
-    held_out = [prompts[i] for i in order[:away]]
+    numbers = order[:away].tolist()
+    held_out = [prompts[i] for i in numbers]
     prompts = [prompts[i] for i in order[away:]]
   if len(prompts) < settings.batch_size:
     raise UserError(
       f"train.batch_size is {settings.batch_size} and {data.path} leaves {len(prompts)} prompts"
       " to train on; lower it or give more prompts"
     )
-  held_out = _limited([held_out], data)
+  record = splits.of_prompts(data.eval_path or data.path, prompts, held_out, numbers)
+  held_out = [*splits.limit([held_out], data.eval_limit, eval_samples=data.eval_samples)[0]]
   ids = rollouts.encode_prompts(tokenizer, prompts + held_out)
   whole = [Example(np.asarray(prompt, np.int32), (), row=row) for row, prompt in enumerate(ids)]
   check_ids(whole, model_config)
@@ -388,7 +414,7 @@ def _load_prompts(
   tokens = {"prompt": sum(map(len, ids)), "answer": 0, "scored": 0, "padding": 0, "shared": 0}
   counts = {"rows": len(ids), "pairs": len(ids), "dropped": {}, "truncated": {}}
   examples = [example._replace(row=row) for row, example in enumerate(whole[len(prompts) :])]
-  return prompts, examples, longest, {"format": "prompts", **counts, "tokens": tokens}
+  return prompts, examples, record, longest, {"format": "prompts", **counts, "tokens": tokens}
 
 
 Feed = Callable[[int, PyTree], tuple[TokenBatch, dict[str, float]]]

@@ -12,8 +12,9 @@ from dpo_jax import logprobs, metrics, step
 from dpo_jax.data import batches
 from dpo_jax.distributed.executor import Executor
 from dpo_jax.evaluation import sample_probe
+from dpo_jax.evaluation.estimates import share_estimate
 from dpo_jax.generation import rollouts
-from dpo_jax.structs import Array, PyTree, TokenBatch
+from dpo_jax.structs import Array, PairLogps, PyTree, TokenBatch
 from dpo_jax.training import verdict
 from dpo_jax.training.run import Run
 from dpo_jax.utils import following, progress
@@ -142,30 +143,40 @@ class Evaluator:
         mine_XS = (row_XS >= rows.start) & (row_XS < rows.stop)
         some = slots._replace(weight_NS=slots.weight_NS * mine_XS)
       sums, loss_B = sums_of(some)
-      found |= _divided(sums, f"{name}/" if name else "")
+      prefix = f"{name}/" if name else ""
+      examples = self._examples(policy, reference, some, loss_B, row_XS)
+      found |= _divided(sums, prefix) | _counted(examples, prefix)
       if not name:  # other groups have names, and are not judged by
-        self.held_out = self._examples(policy, reference, some, loss_B)
+        self.held_out = examples
     return found
 
   def _examples(
-    self, policy_XS: Array, reference_XS: Array | None, slots: logprobs.Slots, loss_B: np.ndarray
+    self,
+    policy_XS: Array,
+    reference_XS: Array | None,
+    slots: logprobs.Slots,
+    loss_B: np.ndarray,
+    row_XS: np.ndarray,
   ) -> verdict.HeldOut:
     """Returns what the verdict on the run compares: losses of examples, and orders of pairs."""
     kind, completions = self._objective.loss.kind, self._objective.completions
     weight_B = np.asarray(slots.weight_NS).reshape(-1, completions)[:, 0]
-    right_B = None
+    right_B = margin_B = None
     if kind == "pairs":
       # As in the metrics: policy minus reference comes first, and a margin of 0 is half right.
-      ratio_XS = policy_XS if reference_XS is None else policy_XS - reference_XS
-      chosen_B, rejected_B = np.asarray(ratio_XS).reshape(-1, 2).T
-      right_B = (np.sign(chosen_B - rejected_B) + 1) / 2
+      zeros_XS = np.zeros_like(policy_XS)
+      policy, reference = (
+        PairLogps(*np.asarray(x_XS).reshape(-1, 2).T)
+        for x_XS in (policy_XS, zeros_XS if reference_XS is None else reference_XS)
+      )
+      right_B = np.asarray(metrics.pairs_in_order(policy, reference))
+      ratios = policy.chosen_B - reference.chosen_B, policy.rejected_B - reference.rejected_B
+      margin_B = np.asarray(self._objective.loss.beta * (ratios[0] - ratios[1]))
     if kind == "text":  # the loss is a mean over tokens
       tokens_B = np.asarray(slots.tokens_NS).reshape(-1)
       weight_B, loss_B = weight_B * tokens_B, loss_B / np.maximum(tokens_B, 1)
-    real_B = weight_B > 0
-    return verdict.HeldOut(
-      loss_B[real_B], weight_B[real_B], None if right_B is None else right_B[real_B]
-    )
+    row_B = np.asarray(row_XS).reshape(-1, completions)[:, 0]
+    return verdict.HeldOut(loss_B, weight_B, right_B, margin_B, row_B).select(weight_B > 0)
 
   def _local_params(self, state: step.TrainState) -> tuple[PyTree, PyTree | None]:
     """Returns one copy of the policy and of the reference, which share the base of adapters."""
@@ -175,6 +186,16 @@ class Evaluator:
       reference_params = local_copy(reference_params)
     policy = self._objective.policy(local_copy(state.params), reference_params)
     return policy, reference_params if self._objective.loss.needs_reference else None
+
+
+def _counted(examples: verdict.HeldOut, prefix: str) -> dict[str, float]:
+  """Returns the number of examples, named with a prefix, and of pairs the interval of accuracy."""
+  found = {f"{prefix}pairs": float(len(examples.loss_B))}
+  if examples.right_B is not None and len(examples.loss_B):
+    right = share_estimate(examples.right_B, examples.weight_B)
+    found |= {f"{prefix}rewards/accuracies_low": right.low}
+    found |= {f"{prefix}rewards/accuracies_high": right.high}
+  return found
 
 
 def _divided(sums: metrics.Sums, prefix: str = "") -> dict[str, float]:

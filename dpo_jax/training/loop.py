@@ -73,16 +73,8 @@ def prepare(run: Run, trained: PyTree, reference_params: PyTree | None) -> Prepa
   # By the names of folders alone: `Checkpoints` would tidy the folder, and nothing of the workdir
   # is changed before training may start.
   start = latest_step(run.workdir / "checkpoints") or 0
-  # A reference that follows the policy is part of what evolves: state and checkpoints have it.
-  sync = run.objective.sync
-  init = functools.partial(_init, run, None)
-  if sync and sync.average:
-    init = functools.partial(_init, run, jax.eval_shape(lambda: reference_params))
-  # It is the state's alone, unless it is an average, which reads the policy that it began with.
-  moves = sync is not None and sync.average is None
-  # Shapes alone: a resumed run must not fill memory with moments that it replaces at once.
-  like = jax.eval_shape(init, trained)
-  like = run.executor.abstract(like._replace(reference=reference_params) if moves else like)
+  init, moves = _initializer(run, reference_params)
+  like = state_like(run, trained, reference_params)
   sizes = None
   if run.data.sampler:
     # Those of the initial parameters, also for a run that is resumed: the same shapes as before.
@@ -108,6 +100,27 @@ def prepare(run: Run, trained: PyTree, reference_params: PyTree | None) -> Prepa
   if moves:
     reference_params = None
   return Prepared(start, like, state, reference_params, feed_after)
+
+
+def state_like(run: Run, trained: PyTree, reference_params: PyTree | None) -> step.TrainState:
+  """Returns shapes, types and places of a run's state, from what `setup.build` returns."""
+  init, moves = _initializer(run, reference_params)
+  # Shapes alone: a resumed run must not fill memory with moments that it replaces at once.
+  like = jax.eval_shape(init, trained)
+  return run.executor.abstract(like._replace(reference=reference_params) if moves else like)
+
+
+def _initializer(
+  run: Run, reference_params: PyTree | None
+) -> tuple[Callable[[PyTree], step.TrainState], bool]:
+  """Returns a function trained -> state at step 0, and whether the reference is the state's."""
+  # A reference that follows the policy is part of what evolves: state and checkpoints have it.
+  sync = run.objective.sync
+  init = functools.partial(_init, run, None)
+  if sync and sync.average:
+    init = functools.partial(_init, run, jax.eval_shape(lambda: reference_params))
+  # It is the state's alone, unless it is an average, which reads the policy that it began with.
+  return init, sync is not None and sync.average is None
 
 
 def _init(run: Run, averaged_like: PyTree | None, trained: PyTree) -> step.TrainState:

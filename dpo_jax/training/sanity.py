@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import numpy as np
 
@@ -16,8 +18,8 @@ def check_step_zero(
 ) -> None:
   """Checks on the first pairs that the policy is the reference, and reports the loss.
 
-  With a reference of its own folder, or one rounded to a narrower type, the two differ: then the
-  loss is only reported.
+  With a reference of its own folder, or one rounded to a narrower type, the two differ, and some
+  losses read no reference: then the loss is only reported. The line that is printed says which.
 
   Args:
     run: the run.
@@ -46,12 +48,10 @@ def check_step_zero(
   if run.data.sampler is None:
     example, decode = run.data.examples[0], run.tokenizer.decode
     print(f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.completions[0])[:60]!r}")
-  kind = objective.reference_kind
-  if isinstance(kind, step.NoReference):
-    return
+  kind, reference_NS = objective.reference_kind, None
   if isinstance(kind, step.StoredReference):
     reference_NS = np.asarray(kind.logps_fn(micro))
-  else:
+  elif isinstance(kind, step.LiveReference):
     reference_NS = forward(reference_params, first)
 
   def mean(objective: step.Objective, logps_NS: Array) -> float:
@@ -59,16 +59,20 @@ def check_step_zero(
     sums, _ = step.batch_sums(objective, logps_NS, reference_NS, slots, running_stats)
     return float(metrics.divide(sums)["loss"])
 
+  with progress.Progress("checking step 0"):
+    found, name = mean(objective, policy_NS), objective.loss.name
+  if reference_NS is None:
+    print(f"loss on the first batch {found:.6f} (not checked: loss {name} reads no reference)")
+    return
   # The loss of a policy that gives exactly the reference's log-probs: log 2 for DPO. The value that
   # the loss declares, since a wrong formula would agree with itself; that of the formula only where
   # none is declared.
-  declared = objective.loss.at_reference() or objective.loss
-  with progress.Progress("checking step 0"):
-    found = mean(objective, policy_NS)
-    expected = mean(objective._replace(loss=declared), reference_NS)
+  declared = objective.loss.at_reference()
+  expected = mean(objective._replace(loss=declared or objective.loss), reference_NS)
   if not run.settings.starts_as_reference:
     print(
-      f"step 0: loss {found:.6f}; it would be {expected:.6f} if policy and reference were equal"
+      f"loss on the first batch {found:.6f} (not checked: policy and reference differ; equal ones"
+      f" would give {expected:.6f})"
     )
     return
   # Written with `not <=`, so that NaN is refused. Relative for a large loss, which float32 rounds
@@ -78,4 +82,12 @@ def check_step_zero(
       f"at step 0 policy and reference are the same weights, yet the loss is {found:.6f} and not"
       f" {expected:.6f}: the two were not computed alike, and training would not be what it says"
     )
-  print(f"step 0: loss {found:.6f}, as it must be where the policy is the reference", flush=True)
+  value = f"log 2 = {found:.6f}" if abs(expected - math.log(2)) < 1e-6 else f"{found:.6f}"
+  equal = "policy equals reference"
+  if isinstance(kind, step.StoredReference):
+    equal = "policy equals the stored log-probs of the reference"
+  if declared is None:
+    equal += f"; loss {name} declares no value there, so its own formula was compared"
+  elif "log 2" not in value:
+    equal += f"; the value that loss {name} declares there"
+  print(f"check passed: loss at the start is {value} ({equal})", flush=True)

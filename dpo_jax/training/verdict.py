@@ -35,11 +35,20 @@ class HeldOut(NamedTuple):
     weight_B: weight of each in the mean; of supervised texts, tokens.
     right_B: 1 where the chosen completion has the larger reward, 0 where it has the smaller, one
       half where both are equal; None for other data than pairs.
+    margin_B: how much larger it is; None for other data than pairs.
+    row_B: number of each example's row; None where it was not kept.
   """
 
   loss_B: np.ndarray
   weight_B: np.ndarray
   right_B: np.ndarray | None = None
+  margin_B: np.ndarray | None = None
+  row_B: np.ndarray | None = None
+
+  def select(self, index_B: np.ndarray) -> HeldOut:
+    """Returns some of the examples."""
+    some = {name: None if x is None else x[index_B] for name, x in self._asdict().items()}
+    return self._replace(**some)
 
 
 def write(workdir: pathlib.Path, name: str, held_out: HeldOut) -> None:
@@ -52,15 +61,20 @@ def read(workdir: pathlib.Path, name: str) -> HeldOut | None:
   """Reads what `write` wrote; None where it is not there or cannot be read."""
   try:
     fields = json.loads((workdir / FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    right = fields["right_B"]
-    right_B = None if right is None else np.asarray(right)
-    return HeldOut(np.asarray(fields["loss_B"]), np.asarray(fields["weight_B"]), right_B)
+    # Those that have a default came later than others.
+    others = {name: fields.get(name) for name in HeldOut._field_defaults}
+    given = {name: None if x is None else np.asarray(x) for name, x in others.items()}
+    return HeldOut(np.asarray(fields["loss_B"]), np.asarray(fields["weight_B"]), **given)
   except (OSError, ValueError, TypeError, KeyError):  # of a run that began before there were any
     return None
 
 
-def judge(before: HeldOut, after: HeldOut) -> str:
+def judge(before: HeldOut, after: HeldOut, held_out: int = 0) -> str:
   """Returns one line: accuracy and loss of the held-out rows before and after, and what they say.
+
+  Args:
+    before, after: the same examples.
+    held_out: how many are held out, where some of them are not evaluated.
 
   Pairs are judged by the order of their completions, other data by their loss. Both evaluations are
   of the same examples, so what is tested is the change of each.
@@ -92,7 +106,8 @@ def judge(before: HeldOut, after: HeldOut) -> str:
     found += "; try a lower --config.optimizer.learning_rate"
   elif not better:
     found += "; try more --config.train.epochs, or more rows to tell"
-  return f"held out ({count:,} {what}): {', '.join(parts)}: {found}"
+  many = f"{count:,} of {held_out:,}" if held_out > count else f"{count:,}"
+  return f"held out ({many} {what}): {', '.join(parts)}: {found}"
 
 
 def judge_samples(records: Sequence[Mapping[str, Any]]) -> str | None:
@@ -131,7 +146,7 @@ def of_run(
   """
   before, after = read(workdir, BEFORE), read(workdir, AFTER if best is None else str(best))
   if before is not None and after is not None and len(before.loss_B) == len(after.loss_B):
-    return judge(before, after)
+    return judge(before, after, _held_out(workdir))
   line = judge_samples(records)
   if line:
     return line
@@ -145,6 +160,15 @@ def of_run(
     "no rows are held out, so whether the model is better on unseen rows is not known; hold some"
     " out by --config.data.eval_fraction or --config.data.eval_path"
   )
+
+
+def _held_out(workdir: pathlib.Path) -> int:
+  """Returns how many examples a run held out; 0 where that is not known."""
+  try:
+    ledger = json.loads((workdir / "data.json").read_text(encoding="utf-8"))
+    return int(ledger["held_out"]["examples"])
+  except (OSError, ValueError, TypeError, KeyError):  # of a run that began before it was counted
+    return 0
 
 
 def write_result(

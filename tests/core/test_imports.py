@@ -29,7 +29,16 @@ FLOORS = {
   "hf": {"structs", "utils", "model", "distributed"},
   "monitoring": {"structs", "utils"},
   "generation": {"structs", "utils", "logprobs", "model", "data", "controlled", "hf"},
-  "evaluation": {"structs", "utils", "losses", "logprobs", "model", "data", "generation"},
+  "evaluation": {
+    "structs",
+    "utils",
+    "losses",
+    "metrics",
+    "logprobs",
+    "model",
+    "data",
+    "generation",
+  },
   "defaults": {"structs", "utils", "losses"},
   "training": {
     "structs",
@@ -86,6 +95,7 @@ FLOORS = {
   "commands": {
     "structs",
     "utils",
+    "configure",
     "model",
     "data",
     "controlled",

@@ -85,6 +85,28 @@ def test_at_the_reference_nothing_has_drifted():
   assert found["rewards/accuracies"] == 0.5
 
 
+@pytest.mark.parametrize("kind", ["pairs", "ranked"])
+def test_a_margin_that_float32_rounds_to_is_a_tie(kind):
+  """One unit in the last place of 125 nats is 2^-17: four margins of some of these, two real."""
+  unit = 2.0**-17
+  chosen_B = array(-125, -125 + unit, -125 + 4 * unit, -125 + 0.01, -125 - 0.01)
+  rejected_B, ones = array(*[-125] * 5), array(*[1] * 5)
+  if kind == "pairs":
+    policy, reference = PairLogps(chosen_B, rejected_B), PairLogps(rejected_B, rejected_B)
+    found = means(metrics.pair_sums(policy, reference, ones, ones, beta=0.1))
+    # Without a reference, rewards are β log π.
+    alone = means(metrics.pair_sums(policy, None, ones, ones, beta=0.1))
+    assert alone["rewards/accuracies"] == found["rewards/accuracies"]
+    assert metrics.pairs_in_order(policy, reference).tolist() == [0.5, 0.5, 0.5, 1, 0]
+  else:
+    policy = RankedLogps(jnp.stack([chosen_B, rejected_B], 1))
+    reference = RankedLogps(jnp.stack([rejected_B] * 2, 1))
+    present_BK = jnp.ones((5, 2))
+    found = means(metrics.ranked_sums(policy, reference, ones, ones, present_BK, beta=0.1))
+  assert found["rewards/accuracies"] == 0.5
+  assert found["rewards/margins"] != 0
+
+
 def test_pair_mass_lies_between_the_two_log_ratios_and_stays_finite():
   rng = np.random.default_rng(0)
 

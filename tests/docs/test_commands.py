@@ -298,7 +298,7 @@ def test_the_readme_shows_what_the_quickstart_prints(capsys):
     summary[key] = number(value)
     if interval:
       summary[f"{key}_interval"] = [number(end) for end in interval.split(" to ")]
-  evaluate.print_summary(summary, 0)
+  evaluate.print_summary(summary, 0, "")
   printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
   assert [" ".join(line.split()) for line in printed] == [
     " ".join(f"│ {label} │ {value} │ {interval} │".split()) for label, value, interval in rows

@@ -165,7 +165,8 @@ def test_dpo_starts_at_log_2_with_every_margin_zero(straight):
   lines = read_metrics(straight / "metrics.jsonl")
   np.testing.assert_allclose(lines[1]["loss"], np.log(2), rtol=1e-5)
   np.testing.assert_allclose(lines[0]["eval/loss"], np.log(2), rtol=1e-5)
-  assert lines[0]["eval/rewards/accuracies"] == 0.5
+  # All margins are equal, in evaluation and, before the first update, in training.
+  assert lines[0]["eval/rewards/accuracies"] == lines[1]["rewards/accuracies"] == 0.5
   assert lines[-1]["loss"] < np.log(2) - 0.01
 
 
@@ -459,7 +460,7 @@ def test_a_bfloat16_policy_starts_as_its_reference_and_learns(task, straight, ca
   config.optimizer.learning_rate = 1e-4  # an update is less than half an ulp of most weights
   train.execute(config, task / "narrow")
   said = capsys.readouterr().out
-  assert "step 0: loss 0.693147, as it must be" in said
+  assert "check passed: loss at the start is log 2 = 0.693147" in said
   assert "bfloat16 weights: step 1 changed" in said and "alert" not in said
   resume_from_step_3(config, task / "narrow")
   lines = read_metrics(task / "narrow" / "metrics.jsonl")[1:]

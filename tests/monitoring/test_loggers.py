@@ -351,3 +351,17 @@ def test_evaluation_sets_have_a_line_each(tmp_path):
   ]
   (line,) = read_metrics(tmp_path / "metrics.jsonl")
   assert line["eval/x/loss"] == 0.25 and line["eval/by_source/a/loss"] == 2
+
+
+def test_an_accuracy_comes_with_its_number_of_pairs(tmp_path):
+  """20 of 22 pairs: Wilson's interval is 72 to 97 per cent."""
+  found = {"loss": 0.5, "rewards/accuracies": 20 / 22, "pairs": 22}
+  interval = {"rewards/accuracies_low": 0.7222, "rewards/accuracies_high": 0.9747}
+  out = io.StringIO()
+  with Loggers(tmp_path, total_steps=2, console=rich.console.Console(file=out)) as log:
+    log.write_eval(0, found | interval)
+    # Rankings, whose comparisons are not independent.
+    log.write_eval(1, found | {"rewards/best": 1.0})
+  lines = out.getvalue().splitlines()
+  assert lines[0] == "eval at step 0  loss 0.5000  accuracy 0.909 (22 pairs, 95%: 72%–97%)"
+  assert lines[1] == "eval at step 1  loss 0.5000  accuracy 0.909 (22 rankings)"

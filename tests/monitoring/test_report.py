@@ -282,3 +282,17 @@ def test_the_frontier_shows_intervals_and_what_is_left_to_gain():
 def test_nothing_is_claimed_beyond_where_the_frontier_is_known():
   (ax,) = plots.frontier(SUMMARY["frontier"], {"policy": {"kl": 9.0, "reward": 1.5}}).axes
   assert not [line for line in ax.lines if len(line.get_xdata()) == 2]
+
+
+def test_an_accuracy_says_of_how_many_pairs(tmp_path):
+  held_out = {"pairs": 22.0, "rewards/accuracies_low": 0.722, "rewards/accuracies_high": 0.974}
+  ledger = LEDGER | {"held_out": {"examples": 40, "evaluated": 22}}
+  with one_picture():
+    make_run(tmp_path, PAIRS, steps=2, held_out=held_out, ledger=ledger)
+    (tmp_path / "summary.json").write_text(
+      json.dumps({"pairs": 40, "trained_on": 3, "eval_accuracy": 0.9})
+    )
+    page = report.write(tmp_path).read_text()
+  assert "22 pairs, 95%: 72.2% to 97.4%; training 75.0%" in page
+  assert "22 of 40 evaluated in training (data.eval_limit)" in page
+  assert "accuracy on 40 pairs, 3 of them trained on" in page

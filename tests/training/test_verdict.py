@@ -82,6 +82,14 @@ def test_what_was_measured_is_read_from_the_workdir(tmp_path):
     verdict.write(tmp_path, name, held_out)
   assert "better than chance" in verdict.of_run(tmp_path, [])
   assert verdict.of_run(tmp_path / "none", []).startswith("no rows are held out")
+  # Where more are held out than evaluated, both numbers are said.
+  (tmp_path / "data.json").write_text('{"held_out": {"examples": 1024, "evaluated": 40}}')
+  assert verdict.of_run(tmp_path, []).startswith("held out (40 of 1,024 pairs): accuracy 50.0%")
+  # What was written before margins and rows were is read too.
+  path = tmp_path / verdict.FOLDER / "after.json"
+  fields = json.loads(path.read_text())
+  path.write_text(json.dumps({k: fields[k] for k in ("loss_B", "weight_B", "right_B")}))
+  assert verdict.read(tmp_path, verdict.AFTER).row_B is None
 
 
 def test_a_run_is_finished_once_the_export_is_that_of_its_last_step(tmp_path):

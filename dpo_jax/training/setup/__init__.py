@@ -5,6 +5,8 @@
   3. `resume`        refuses to resume a run with other data, weights, tokenizer or template
   4. `construction`  loads weights and makes the objective and the optimizer
 
+`reopen` opens a run that has ended, to evaluate it again.
+
 Configuration stops here: sections become plain arguments, and nothing below knows a `ConfigDict`.
 """
 
@@ -36,17 +38,20 @@ from dpo_jax.training.setup.description import (
   describe_adapters,
   describe_model,
 )
+from dpo_jax.training.setup.reopen import Reopened, check_run, load_trained, reopen
 from dpo_jax.training.setup.resume import check_resumed, inputs_of
 from dpo_jax.utils import workdir as workdirs
 
 __all__ = [
   "Examined",
+  "Reopened",
   "build",
   "check",
   "check_balance",
   "check_base_is_kept",
   "check_inputs",
   "check_resumed",
+  "check_run",
   "choose_attention",
   "construct",
   "data_settings",
@@ -56,9 +61,11 @@ __all__ = [
   "examine",
   "facts",
   "inputs_of",
+  "load_trained",
   "make_objective",
   "make_optimizer",
   "reference_key",
+  "reopen",
 ]
 
 

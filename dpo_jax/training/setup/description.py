@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from dpo_jax.model import attention_kernels, families, lora
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.lora import LoRA
 from dpo_jax.structs import PyTree, UserError
-from dpo_jax.training import datasets, reference_cache
+from dpo_jax.training import datasets, reference_cache, splits
 from dpo_jax.training.setup.checks import Checked
 from dpo_jax.utils import model_folder
 
@@ -50,7 +51,10 @@ class Described(NamedTuple):
 
 
 def describe(
-  config: ConfigDict, checked: Checked, began: datetime.datetime | None = None
+  config: ConfigDict,
+  checked: Checked,
+  began: datetime.datetime | None = None,
+  held_out: Sequence[splits.Row] | None = None,
 ) -> Described:
   """Reads headers, tokenizer and data.
 
@@ -60,6 +64,7 @@ def describe(
     config: of the run.
     checked: as `check` returns it.
     began: the moment whose date a chat template writes; None for the present.
+    held_out: the rows that the run held out, to evaluate it again; None for a run that trains.
   """
   # 1. Folders, by their headers.
   adapters = describe_adapters(config)
@@ -89,7 +94,7 @@ def describe(
   check_balance(config, model_config)
   # 3. The data, which may take minutes, and how many steps it makes.
   data, ledger = datasets.load(
-    data_settings(config),
+    data_settings(config)._replace(held_out=None if held_out is None else tuple(held_out)),
     datasets.BatchSettings(
       config.train.batch_size, config.train.accumulate, config.seed, config.data.balance
     ),
@@ -106,7 +111,8 @@ def describe(
   )
   _check_best(config, data)
   steps = steps_of(config.train.steps, config.train.epochs, data)
-  print(summarize(steps, data), file=sys.stderr)
+  if held_out is None:
+    print(summarize(steps, data), file=sys.stderr)
   return Described(
     model_config=model_config,
     tokenizer=tokenizer,
