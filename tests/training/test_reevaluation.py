@@ -90,7 +90,7 @@ def test_what_has_moved_is_named_or_refused(task, run, tmp_path):
     moved.update_from_flattened_dict({field: "gone"})
     with pytest.raises(UserError, match=rf"{field}=gone, which the run .* now: {flag}=PATH"):
       setup.reopen(moved, run)
-  with pytest.raises(UserError, match=r"--model: gone does not exist"):
+  with pytest.raises(UserError, match=r"--model: there is no folder gone"):
     opened(run, model="gone")
   unfinished = tmp_path / "unfinished"
   shutil.copytree(run, unfinished, ignore=shutil.ignore_patterns("export"))
