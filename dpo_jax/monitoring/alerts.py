@@ -2,8 +2,10 @@
 
 Every rule computes one number from the metrics so far, its level. An alert is raised at level 1,
 and its episode ends below `CLEAR`; an episode raises one alert. Training metrics are averaged over
-recent steps before a rule reads them. A held-out metric must pass the limit in two evaluations in
-a row, unless it is far beyond it.
+recent steps before a rule reads them, and must pass the limit by more than the error of the
+average. They are compared with averages: one batch may have half the loss of the next. A held-out
+metric must pass the limit in two evaluations in a row, unless it is far beyond it; where its error
+is known, as NAME_error, it must pass it by more than that.
 
 A watch depends only on the metrics it has seen. So a resumed run continues its episodes, and the
 report finds the same alerts again from `metrics.jsonl`.
@@ -36,8 +38,12 @@ COLLAPSE = 1.0
 # since runs that ended well had risen by a quarter after a steep warm-up.
 LOSS_LOST, HELD_OUT_RISE, TRAINING_RISE = 0.2, 0.1, 0.5
 # Standard errors beyond which a rise of the averaged training loss is more than noise. Many, since
-# the lowest average is picked from thousands of steps.
-LOSS_NOISE = 6.0
+# the lowest average is picked from thousands of steps; fewer above the first step, which is one.
+LOSS_NOISE, FIRST_NOISE = 6.0, 4.0
+# Standard errors by which other metrics must be beyond their limit, or have changed.
+NOISE = 2.0
+# A first loss that is so close to that of the held-out rows, as a share, is that of every row.
+SAME_LOSS = 1e-3
 # Pairs with a shorter chosen completion have less than this share of the margin of the others;
 # read only where the accuracy shows that pairs are distinguished at all.
 LENGTH_SHARE, LENGTH_ACCURACY = 0.1, 0.6
@@ -131,29 +137,36 @@ class _Series:
   """One metric over time: a training metric averaged over recent steps, a held-out one as it is.
 
   Attributes:
-    first: the first value.
-    lowest, lowest_error: the lowest value of `now` so far, and its standard error then.
+    first, last: the first and the last value; of a training metric, those of one batch.
+    start: the average of the first values, as many as a rule needs; nan before.
+    lowest: the lowest value of `now` so far.
   """
 
   def __init__(self, name: str):
     held_out = name.startswith("eval/")
     self.keep = 0.0 if held_out else 0.5 ** (1 / HALF_LIFE)
     self.needed = 1 if held_out else WARM
-    self.first = self.lowest = self.lowest_error = math.nan
+    self.first = self.last = self.start = self.lowest = math.nan
+    self.lowest_deviation = self.lowest_share = math.nan
     self.sum = self.spread = 0.0
     self.count = 0
 
   def add(self, value: float) -> bool:
     """Adds a value; returns True if the average is the lowest so far."""
     if self.count:
-      self.spread += (1 - self.keep) * ((value - self.now) ** 2 - self.spread)
+      # By the difference of two steps, to which a trend adds little: what grows is no noise.
+      self.spread += (1 - self.keep) * ((value - self.last) ** 2 / 2 - self.spread)
     else:
       self.first = value
+    self.last = value
     self.sum += (1 - self.keep) * (value - self.sum)
     self.count += 1
+    if self.count == self.needed:
+      self.start = self.now
     if self.count < self.needed or self.now >= self.lowest:
       return False
-    self.lowest, self.lowest_error = self.now, self.error
+    self.lowest, self.lowest_deviation = self.now, self.deviation
+    self.lowest_share = self._share()
     return True
 
   @property
@@ -163,11 +176,26 @@ class _Series:
     return self.sum / (1 - self.keep**self.count)
 
   @property
+  def deviation(self) -> float:
+    """Standard deviation of single values around their average."""
+    n = self.count
+    return math.sqrt(self.spread / (1 - self.keep ** (n - 1))) if n > 1 else 0.0
+
+  @property
   def error(self) -> float:
     """Standard error of `now`, if the values of different steps are independent."""
+    return self.deviation * self._share()
+
+  @property
+  def lowest_error(self) -> float:
+    """Standard error of `lowest`."""
+    # An average that is lowest by luck often has a deviation that is low by luck too.
+    return max(self.deviation, self.lowest_deviation) * self.lowest_share
+
+  def _share(self) -> float:
+    """Returns the standard error of the average in units of the deviation of single values."""
     k, n = self.keep, self.count
-    spread = self.spread / (1 - k ** (n - 1)) if n > 1 else 0.0
-    return math.sqrt(spread * (1 - k) / (1 + k) * (1 - k ** (2 * n))) / (1 - k**n)
+    return math.sqrt((1 - k) / (1 + k) * (1 - k ** (2 * n))) / (1 - k**n)
 
 
 class _Facts:
@@ -175,12 +203,13 @@ class _Facts:
 
   def __init__(self) -> None:
     self._series: dict[str, _Series] = {}
-    self._then: dict[str, float] = {}
+    self._then: dict[str, tuple[float, float]] = {}
 
   def add(self, values: Mapping[str, float]) -> None:
     lowest = {name: self._of(name).add(value) for name, value in values.items()}
     if lowest.get("eval/loss"):
-      self._then = {name: series.now for name, series in self._series.items()}
+      ready = {name: series for name, series in self._series.items() if self.ready(name)}
+      self._then = {name: (series.now, series.error) for name, series in ready.items()}
 
   def _of(self, name: str) -> _Series:
     return self._series.setdefault(name, _Series(name))
@@ -191,8 +220,28 @@ class _Facts:
   def __getitem__(self, name: str) -> _Series:
     return self._series[name]
 
-  def then(self, name: str, default: float) -> float:
-    return self._then.get(name, default)
+  def then(self, name: str) -> tuple[float, float]:
+    """Returns a training metric when the held-out loss was lowest, and its standard error.
+
+    Where too few steps had been taken for an average, it is that of the first steps.
+    """
+    series = self._series[name]
+    return self._then.get(name, (series.start, series.error))
+
+  def error(self, name: str) -> float:
+    """Returns the standard error of a held-out metric at its latest value; 0 if it is not known."""
+    beside = self._series.get(f"{name}_error")
+    return beside.now if beside else 0.0
+
+  def loss_at_first(self) -> tuple[float, bool]:
+    """Returns the training loss at the start of the run, and whether it is without noise.
+
+    A policy that is the reference gives most losses one value for every row, such as log 2, which
+    the held-out rows then have too. Otherwise it is the average of the first steps.
+    """
+    loss, held_out = self._series["loss"], self._series.get("eval/loss")
+    same = held_out is not None and abs(held_out.first - loss.first) <= SAME_LOSS * abs(loss.first)
+    return (loss.first, True) if same else (loss.start, False)
 
 
 # -- the rules -----------------------------------------------------------------------------------
@@ -218,15 +267,25 @@ class Rule(NamedTuple):
 
 def _slower(drift: float) -> str:
   """Returns the remedy that comes first where probability is lost very fast; else nothing."""
-  return "a lower --config.optimizer.learning_rate, " if -drift >= COLLAPSE else ""
+  return "a lower --lr, " if -drift >= COLLAPSE else ""
+
+
+def _at_least(metric: _Series) -> float:
+  """Returns what an average is at least, within its error."""
+  return metric.now - NOISE * metric.error
+
+
+def _at_most(metric: _Series) -> float:
+  """Returns what an average is at most, within its error."""
+  return metric.now + NOISE * metric.error
 
 
 def _chosen_falls(facts: _Facts) -> tuple[float, str]:
   drift = facts["drift/chosen"].now
-  return -drift / CHOSEN_DRIFT, (
+  return -_at_most(facts["drift/chosen"]) / CHOSEN_DRIFT, (
     "the model gives the chosen completions less probability than the reference does"
     f" ({-drift:.2f} nats per token less); try {_slower(drift)}--config.loss.sft_weight=1,"
-    " --config.loss.name=dpop or a larger --config.loss.beta"
+    " --loss=dpop or a larger --beta"
   )
 
 
@@ -234,12 +293,16 @@ def _both_fall(facts: _Facts) -> tuple[float, str]:
   share = facts["drift/both_fell"].now
   chosen, rejected = facts["drift/chosen"].now, facts["drift/rejected"].now
   mass = facts["drift/pair_mass"].now
-  level = min(share / BOTH_FELL, -chosen / BOTH_DRIFT, -rejected / BOTH_DRIFT)
+  level = min(
+    _at_least(facts["drift/both_fell"]) / BOTH_FELL,
+    -_at_most(facts["drift/chosen"]) / BOTH_DRIFT,
+    -_at_most(facts["drift/rejected"]) / BOTH_DRIFT,
+  )
   return level, (
     f"in {share:.0%} of pairs both completions lose probability, {-chosen:.2f} and {-rejected:.2f}"
     f" nats per token, together {-mass:.1f} nats per pair; it moved to text in neither; try"
-    f" {_slower(min(chosen, rejected))}--config.loss.sft_weight=1, --config.loss.name=dpop, a"
-    " larger --config.loss.beta or fewer --config.train.epochs"
+    f" {_slower(min(chosen, rejected))}--config.loss.sft_weight=1, --loss=dpop, a"
+    " larger --beta or fewer --epochs"
   )
 
 
@@ -249,18 +312,25 @@ def _overfits(facts: _Facts) -> tuple[float, str]:
     return 0.0, ""
   held_out, training = facts["eval/loss"], facts["loss"]
   rise = held_out.now - held_out.lowest
-  limit = max(LOSS_LOST * (held_out.first - held_out.lowest), HELD_OUT_RISE * abs(held_out.lowest))
+  limit = max(
+    LOSS_LOST * (held_out.first - held_out.lowest),
+    HELD_OUT_RISE * abs(held_out.lowest),
+    NOISE * facts.error("eval/loss"),
+  )
   grows, sign = True, ""
   if facts.ready("rewards/margins"):
-    then, now = facts.then("rewards/margins", 0.0), facts["rewards/margins"].now
-    grows, sign = now > then, f" and the training margin grew from {then:.3g} to {now:.3g}"
+    then, error = facts.then("rewards/margins")
+    margin = facts["rewards/margins"]
+    grows = margin.now - then > NOISE * math.hypot(margin.error, error)
+    sign = f" and the training margin grew from {then:.3g} to {margin.now:.3g}"
   # If the training loss rises too, that is the rule `loss rises`, not overfitting.
-  then = facts.then("loss", training.first)
-  level = rise / limit if training.now < then and grows and limit > 0 else 0.0
+  then, error = facts.then("loss")
+  falls = then - training.now > NOISE * math.hypot(training.error, error)
+  level = rise / limit if falls and grows and limit > 0 else 0.0
   return level, (
     f"the held-out loss rose from {held_out.lowest:.4g} to {held_out.now:.4g} while the training"
-    f" loss fell from {then:.4g} to {training.now:.4g}{sign}; try fewer --config.train.epochs, a"
-    " lower --config.optimizer.learning_rate or a larger --config.loss.beta"
+    f" loss fell from {then:.4g} to {training.now:.4g}{sign}; try fewer --epochs, a"
+    " lower --lr or a larger --beta"
   )
 
 
@@ -268,77 +338,92 @@ def _length_bias(facts: _Facts) -> tuple[float, str]:
   accuracy = facts["eval/rewards/accuracies"].now
   longer = facts["eval/margins/chosen_longer"].now
   shorter = facts["eval/margins/chosen_shorter"].now
-  kept = shorter / longer if longer > 0 else 1.0
+  # A margin of few pairs may be small by chance: what it is at most counts.
+  most = shorter + NOISE * facts.error("eval/margins/chosen_shorter")
+  kept = most / longer if longer > 0 else 1.0
   return min((1 - kept) / (1 - LENGTH_SHARE), accuracy / LENGTH_ACCURACY), (
     f"held-out accuracy is {accuracy:.2f}, but the margin is {longer:.3g} where the chosen"
     f" completion is longer and {shorter:.3g} where it is shorter: the model learns length; try"
-    " --config.loss.ld_alpha=0.5 or --config.loss.name=simpo"
+    " --config.loss.ld_alpha=0.5 or --loss=simpo"
   )
 
 
 def _far_away(facts: _Facts) -> tuple[float, str]:
   kl, per_token = facts["eval/sampled/kl"].now, facts["eval/sampled/kl_per_token"].now
-  return max(kl / KL, per_token / KL_TOKEN), (
+  least = kl - NOISE * facts.error("eval/sampled/kl")
+  # Of the same samples, so with the same relative error.
+  share = least / kl if kl > 0 else 0.0
+  return share * max(kl / KL, per_token / KL_TOKEN), (
     f"samples are {kl:.1f} nats from the reference, {per_token:.2f} per token; try a larger"
-    " --config.loss.beta, fewer --config.train.epochs or a lower --config.optimizer.learning_rate"
+    " --beta, fewer --epochs or a lower --lr"
   )
 
 
 def _entropy_falls(facts: _Facts) -> tuple[float, str]:
   entropy = facts["eval/sampled/entropy"]
-  lost = 1 - entropy.now / entropy.first if entropy.first > 0 else 0.0
+  most = entropy.now + NOISE * facts.error("eval/sampled/entropy")
+  lost = 1 - most / entropy.first if entropy.first > 0 else 0.0
   return lost / ENTROPY_LOST, (
     f"the entropy of samples fell from {entropy.first:.2f} to {entropy.now:.2f} nats per token:"
-    " they become alike; try a larger --config.loss.beta, --config.loss.sft_weight=1 or"
-    " fewer --config.train.epochs"
+    " they become alike; try a larger --beta, --config.loss.sft_weight=1 or"
+    " fewer --epochs"
   )
 
 
 def _repeats(facts: _Facts) -> tuple[float, str]:
   repeated = facts["eval/sampled/repetition"]
-  return (repeated.now - repeated.first) / REPEATED, (
+  # Samples of the first evaluation have an error as well, which is smaller where few repeat.
+  least = repeated.now - NOISE * facts.error("eval/sampled/repetition")
+  return (least - repeated.first) / REPEATED, (
     f"{repeated.now:.0%} of the 4-grams of samples repeat earlier ones, {repeated.first:.0%} at"
-    f" first; try a larger --config.loss.beta, --config.loss.sft_weight=1 or a"
-    " lower --config.optimizer.learning_rate"
+    f" first; try a larger --beta, --config.loss.sft_weight=1 or a"
+    " lower --lr"
   )
 
 
 def _by_heart(facts: _Facts) -> tuple[float, str]:
-  accuracy, loss = facts["rewards/accuracies"].now, facts["loss"]
-  start = abs(loss.first)
-  sure = 1 - (SURE_ACCURACY - accuracy) / (1 - SURE_ACCURACY)
+  accuracy, loss = facts["rewards/accuracies"], facts["loss"]
+  first, _ = facts.loss_at_first()
+  start = abs(first)
+  sure = 1 - (SURE_ACCURACY - accuracy.now) / (1 - SURE_ACCURACY)
   # Some losses reach 0 or pass below it.
   spent = SPENT_LOSS * start / max(loss.now, 1e-9 * start) if start > 0 else 0.0
   return min(sure, spent), (
-    f"on the training pairs accuracy is {accuracy:.3f} and the loss {loss.now:.3g}, at first"
-    f" {loss.first:.3g}: they are memorized; try fewer --config.train.epochs, and check whether"
+    f"on the training pairs accuracy is {accuracy.now:.3f} and the loss {loss.now:.3g}, at first"
+    f" {first:.3g}: they are memorized; try fewer --epochs, and check whether"
     " something other than quality separates chosen from rejected completions"
   )
 
 
 def _loss_rises(facts: _Facts) -> tuple[float, str]:
-  loss = facts["objective"] if facts.ready("objective") else facts["loss"]
-  # A loss that blows up at once has no lowest average yet: it is compared with its first value.
-  lowest = min(loss.lowest, loss.first)
-  limit = max(
-    LOSS_LOST * (loss.first - lowest),
-    TRAINING_RISE * abs(lowest),
-    LOSS_NOISE * math.hypot(loss.error, loss.lowest_error),
-  )
-  return (loss.now - lowest) / limit if limit > 0 else 0.0, (
+  on_policy = facts.ready("objective")
+  loss = facts["objective"] if on_policy else facts["loss"]
+  first, exact = (loss.start, False) if on_policy else facts.loss_at_first()
+  noise = LOSS_NOISE * math.hypot(loss.error, loss.lowest_error)
+  level, lowest = _rise(loss.now, loss.lowest, first, noise)
+  # A loss that blows up within the first steps has no low average: it is compared with the first
+  # step too, whose loss is that of one batch and has the error of one.
+  noise = FIRST_NOISE * math.hypot(loss.error, 0.0 if exact else loss.deviation)
+  level, lowest = max((level, lowest), _rise(loss.now, loss.first, first, noise))
+  return level, (
     f"the training loss rose from {lowest:.4g} to {loss.now:.4g}, averaged over steps; try a"
-    " lower --config.optimizer.learning_rate, more --config.optimizer.warmup_steps or a larger"
-    " --config.train.batch_size"
+    " lower --lr, more --config.optimizer.warmup_steps or a larger --batch_size"
   )
+
+
+def _rise(now: float, lowest: float, first: float, noise: float) -> tuple[float, float]:
+  """Returns the level of a rise of the training loss, and what it rose from."""
+  limit = max(LOSS_LOST * (first - lowest), TRAINING_RISE * abs(lowest), noise)
+  return (now - lowest) / limit if limit > 0 else 0.0, lowest
 
 
 def _updates_are_lost(facts: _Facts) -> tuple[float, str]:
   kept, changed = facts["update/kept"].now, facts["update/changed"].now
-  return (1 - kept) / (1 - KEPT), (
+  return (1 - _at_most(facts["update/kept"])) / (1 - KEPT), (
     f"only {max(kept, 0.0):.0%} of the updates reach the weights, of which a step changes"
     f" {changed:.2%}: in bfloat16 the others round back to what they were; try"
     " --config.model.param_dtype=float32 (--config.model.compute_dtype=bfloat16 keeps its products"
-    " fast) or a larger --config.optimizer.learning_rate"
+    " fast) or a larger --lr"
   )
 
 

@@ -5,11 +5,14 @@ as `kto`, stays as it was in a model that is lost. But with every loss, the comp
 from stay about as likely as they were. So their mean log-prob is watched: of chosen, best or
 desirable completions, or of supervised texts, in nats per completion.
 
-A step is bad if that log-prob is both `TIMES` that of the first step, which was measured before any
-update, and `NATS` below it. A run has diverged if most of the last `WINDOW` steps are bad: a batch
-of odd rows is a step or two. Runs at the right learning rate stay within 1.3 times, for every kind
-of loss; at a rate a thousand times as large they pass 10 (docs/evaluation.md has the numbers). What
-lies in between is left to the alerts and to the verdict by the held-out rows.
+A step is bad if that log-prob is both `TIMES` that before any update, and `NATS` below it. The first
+step has the log-prob before any update of one batch, and a batch of one or two short completions
+says little: the average of the held-out rows counts where it is lower, and a step is not bad while
+its own completions are about as likely as under the reference. A run has diverged if most of the
+last `WINDOW` steps are bad: a batch of odd rows is a step or two. Runs at the right learning rate
+stay within 1.3 times, for every kind of loss; at a rate a thousand times as large they pass 10
+(docs/evaluation.md has the numbers). What lies in between is left to the alerts and to the verdict
+by the held-out rows.
 
 Samples of the policy are likely by construction: on policy, a run stops only at a loss or gradient
 that is not finite.
@@ -22,9 +25,12 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from dpo_jax.structs import UserError
 
 TIMES, NATS, WINDOW = 5.0, 30.0, 10
+DRIFT = 0.1  # nats per token by which completions of a bad step are less likely than at the start
 LAST = 3  # steps that decide at the end of a run, which may have fewer than a window
 # Metrics that are watched, in this order: a run has one of them.
 WATCHED = ("logps/chosen", "logps/best", "logps/desirable")
@@ -39,7 +45,8 @@ class Divergence:
   """Watches the metrics of every step.
 
   Attributes:
-    first_loss, first_logp: of the first step; nan as long as there is none.
+    first_loss: of the first step; nan as long as there is none.
+    first_logp: before any update: of the first step, or of the held-out rows if that is lower.
     suspect: whether the latest step is bad: its weights should not replace those saved before.
   """
 
@@ -48,17 +55,27 @@ class Divergence:
     self.first_loss, self.first_logp, self.suspect = first_loss, first_logp, False
     self._bad: collections.deque[bool] = collections.deque(maxlen=WINDOW)
 
+  def add_held_out(self, metrics: Mapping[str, Any]) -> None:
+    """Adds the metrics of the held-out rows before the first step."""
+    logp = watched(metrics)
+    if not math.isnan(logp) and not logp >= self.first_logp:
+      self.first_logp = logp
+
   def add(self, metrics: Mapping[str, Any]) -> None:
     """Adds the metrics of a step."""
     loss, logp = float(metrics["loss"]), watched(metrics)
     if math.isnan(self.first_loss):
       self.first_loss = loss
+      self.first_logp = float(np.fmin(logp, self.first_logp))
     if math.isnan(self.first_logp):
       self.first_logp = logp
     # Of a batch without desirable completions, there is no log-prob: the step is as the one before.
     if not math.isnan(logp):
       first = self.first_logp
+      drift = metrics.get("drift/chosen")
       self.suspect = logp < TIMES * first and logp < first - NATS
+      # Both of the same completions, so their lengths do not matter.
+      self.suspect &= drift is None or not float(drift) > -DRIFT
     self._bad.append(self.suspect)
 
   def has_diverged(self, *, at_end: bool = False) -> bool:
@@ -74,10 +91,15 @@ class Divergence:
 
 
 def first_of(records: Iterable[Mapping[str, Any]]) -> Divergence:
-  """Returns a watch that has seen only what the first step of a run had, from `metrics.jsonl`."""
+  """Returns a watch that has seen only how a run began, from its `metrics.jsonl`."""
+  records = list(records)
   steps = [record for record in records if record.get("loss") is not None]
   logps = (value for value in map(watched, steps) if not math.isnan(value))
-  return Divergence(float(steps[0]["loss"]) if steps else math.nan, next(logps, math.nan))
+  found = Divergence(float(steps[0]["loss"]) if steps else math.nan, next(logps, math.nan))
+  for record in records:
+    if record["step"] == 0:
+      found.add_held_out({key.removeprefix("eval/"): value for key, value in record.items()})
+  return found
 
 
 def watched(metrics: Mapping[str, Any]) -> float:

@@ -246,10 +246,12 @@ def _take_steps(
   )
   evaluator = make_evaluator(run, reference_params)
   # The value before training, with which every later evaluation is compared.
+  before: dict[str, float] = {}
   if start == 0 and evaluator.ready:
-    log.write_eval(0, evaluator(state))
+    before = evaluator(state)
+    log.write_eval(0, before)
     _keep_held_out(run, verdict.BEFORE, evaluator)
-  writer = _make_writer(run, start, checkpoints, log)
+  writer = _make_writer(run, start, checkpoints, log, before)
   clock = SavingTimes(run.settings.checkpoint_minutes)
   shapes: set[tuple[tuple[int, ...], ...]] = set()
   for index in range(start + 1, run.steps + 1):
@@ -299,11 +301,21 @@ def _take_steps(
 
 
 def _make_writer(
-  run: Run, start: int, checkpoints: Checkpoints, log: Loggers | Silent
+  run: Run,
+  start: int,
+  checkpoints: Checkpoints,
+  log: Loggers | Silent,
+  before: dict[str, float],
 ) -> MetricsWriter:
-  """Makes the writer of metrics, which knows what the first step of the run had."""
+  """Makes the writer of metrics, which knows how the run began.
+
+  Args:
+    run, start, checkpoints, log: as in `_take_steps`.
+    before: metrics of the held-out rows before the first step; {} for a run that is resumed.
+  """
   shapes = jax.tree.leaves(transformer.param_shapes(run.model_config))
   first = divergence.Divergence()
+  first.add_held_out(before)
   if start:
     # Only the first process need see the workdir.
     text = ""

@@ -8,8 +8,20 @@ import pytest
 from dpo_jax import defaults, losses
 from dpo_jax.monitoring import alerts
 from dpo_jax.monitoring.alerts import Alert, Watch
+from dpo_jax.utils import field_names
 
 STEPS, EVERY = 200, 50
+
+# Training losses of the first 90 steps of the quickstart's second round (32,000 pairs, 64 per batch).
+# The policy of the first round starts it, so that even the first batches have losses of their own.
+SECOND_ROUND = [
+  0.47, 0.85, 0.72, 0.70, 0.77, 1.16, 0.90, 0.46, 0.89, 0.61, 0.56, 0.59, 0.61, 0.42, 0.50,
+  0.49, 0.37, 0.67, 0.62, 0.73, 0.32, 0.91, 0.54, 0.61, 0.68, 1.15, 0.74, 0.78, 0.59, 0.71,
+  0.62, 0.69, 0.95, 0.55, 1.08, 0.66, 1.26, 0.92, 1.26, 1.32, 1.16, 0.32, 0.99, 1.01, 1.19,
+  1.18, 0.91, 0.94, 0.52, 0.66, 0.77, 1.18, 0.93, 0.88, 0.71, 0.82, 0.59, 0.74, 1.11, 1.53,
+  0.89, 0.72, 0.53, 0.54, 0.51, 0.55, 0.83, 0.86, 0.36, 0.60, 0.87, 1.23, 0.58, 0.59, 0.82,
+  0.77, 0.37, 1.03, 0.94, 0.70, 0.72, 1.02, 1.04, 0.62, 0.68, 0.63, 1.01, 0.51, 0.57, 0.43,
+]  # fmt: skip
 
 # Metrics of training and of held-out data as functions of the share of the run that is done: a run
 # that ends well.
@@ -34,7 +46,7 @@ SAMPLED = {
 WRONG = {
   "chosen falls": (
     {"drift/chosen": lambda t: -0.3 * t, "drift/rejected": lambda t: 0.0},
-    ["(0.2", "nats per token less)", "sft_weight", "loss.name=dpop", "loss.beta"],
+    ["(0.2", "nats per token less)", "sft_weight", "--loss=dpop", "--beta"],
   ),
   "both fall": (
     {
@@ -42,11 +54,11 @@ WRONG = {
       "drift/rejected": lambda t: -0.25 * t,
       "drift/both_fell": lambda t: 0.2 + 0.7 * t,
     },
-    ["% of pairs", "1.2 nats per pair", "sft_weight", "train.epochs"],
+    ["% of pairs", "1.2 nats per pair", "sft_weight", "--epochs"],
   ),
   "overfitting": (
     {"eval/loss": lambda t: 0.69 - t if t < 0.3 else 0.39 + 0.5 * (t - 0.3)},
-    ["from 0.44 to", "training margin grew", "train.epochs", "loss.beta"],
+    ["from 0.44 to", "training margin grew", "--epochs", "--beta"],
   ),
   "length bias": (
     {"margins/chosen_longer": lambda t: 9 * t, "margins/chosen_shorter": lambda t: -t},
@@ -54,11 +66,11 @@ WRONG = {
   ),
   "far from the reference": (
     {"eval/sampled/kl": lambda t: 60 * t},
-    ["nats from the reference", "loss.beta", "learning_rate"],
+    ["nats from the reference", "--beta", "--lr"],
   ),
   "entropy falls": (
     {"eval/sampled/entropy": lambda t: 1.0 - 0.9 * t},
-    ["from 1.00 to", "loss.beta"],
+    ["from 1.00 to", "--beta"],
   ),
   "repetition": (
     {"eval/sampled/repetition": lambda t: 0.05 + 0.6 * t},
@@ -66,15 +78,15 @@ WRONG = {
   ),
   "memorized": (
     {"loss": lambda t: 0.69 * np.exp(-9 * t), "rewards/accuracies": lambda t: min(1, 0.5 + 2 * t)},
-    ["accuracy is 0.99", "train.epochs"],
+    ["accuracy is 0.99", "--epochs"],
   ),
   "loss rises": (
     {"loss": lambda t: 0.69 - t if t < 0.3 else 0.39 + 4 * (t - 0.3)},
-    ["training loss rose from", "learning_rate", "warmup_steps"],
+    ["training loss rose from", "--lr", "warmup_steps"],
   ),
   "updates are lost": (
     {"update/kept": lambda t: 0.04, "update/changed": lambda t: 0.0031},
-    ["only 4% of the updates", "0.31%", "model.param_dtype=float32", "learning_rate"],
+    ["only 4% of the updates", "0.31%", "model.param_dtype=float32", "--lr"],
   ),
 }
 
@@ -94,6 +106,11 @@ def run(changed=None, *, steps=STEPS, noise=0.0, seed=0):
       record |= at(held_out, step / steps, 0.0)
     records.append(record)
   return records
+
+
+def steps_of(losses):
+  """Records of steps with these losses, from step 1."""
+  return [{"step": i + 1, "loss": float(x)} for i, x in enumerate(losses)]
 
 
 def names(records):
@@ -148,7 +165,7 @@ def test_half_of_what_is_wrong_is_not_enough(changed):
 def test_a_fall_by_a_nat_per_token_names_the_learning_rate_first(name):
   fast = {"drift/chosen": lambda t: -40 * t, "drift/rejected": lambda t: -40 * t}
   (found,) = [x for x in alerts.scan(run(WRONG[name][0] | fast)) if x.name == name]
-  assert "; try a lower --config.optimizer.learning_rate, --config.loss.sft_weight=1" in found.text
+  assert "; try a lower --lr, --config.loss.sft_weight=1" in found.text
 
 
 def test_a_loss_that_rises_everywhere_is_not_overfitting():
@@ -161,6 +178,27 @@ def test_a_loss_that_blows_up_at_once_rises_too():
   assert "loss rises" in names(run({"loss": blown}))
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("noise", [0.0, 0.18])
+def test_a_loss_that_jumps_after_the_first_step_and_stays_there_rises(known, noise):
+  rng = np.random.default_rng(0)
+  # Rewards that are far apart: a batch of 64 then has a deviation of about 18% of its mean.
+  losses = [0.69, *(18 * (1 + noise * rng.normal(size=59)))]
+  records = [{"step": 0, "eval/loss": 0.69}] * known + steps_of(losses)
+  (found,) = alerts.scan(records)
+  assert found.name == "loss rises" and "rose from 0.69 to 1" in found.text
+  # Where the held-out rows had the same loss, it was that of every batch, without noise.
+  assert found.step == alerts.WARM if known else alerts.WARM <= found.step < 40
+
+
+def test_a_loss_that_grows_by_half_at_every_step_rises_at_the_first_average():
+  growing = [0.69 * 1.5**i for i in range(30)]
+  records = [{"step": 0, "eval/loss": 0.69}, *steps_of(growing)]
+  assert [(alert.name, alert.step) for alert in alerts.scan(records)] == [
+    ("loss rises", alerts.WARM)
+  ]
+
+
 def test_there_is_a_case_for_every_rule():
   assert set(WRONG) == {rule.name for rule in alerts.RULES}
 
@@ -170,7 +208,8 @@ def test_what_a_remedy_names_exists():
   named = set()
   for changed, _ in WRONG.values():
     (alert,) = alerts.scan(run(changed))
-    named |= set(re.findall(r"--config\.([a-z_.]+\w)(?:=(\w[\w.]*))?", alert.text))
+    found = re.findall(r"--([a-z_.]+\w)(?:=(\w[\w.]*))?", alert.text)
+    named |= {(field_names.SHORT.get(n, n.removeprefix("config.")), value) for n, value in found}
   assert len(named) >= 9
   for path, value in named:
     section, field = path.split(".")
@@ -209,6 +248,56 @@ def test_on_policy_the_objective_is_what_may_rise():
 
 
 # --- noise, episodes ------------------------------------------------------------------------------
+
+
+def test_the_second_round_of_the_quickstart_is_quiet():
+  """Its first batch has by luck half the loss of the steps that follow."""
+  early = SECOND_ROUND[:40]
+  assert SECOND_ROUND[0] < 0.65 * np.mean(early) and np.std(early) > 0.2
+  before = [{"step": 0, "eval/loss": 0.4013}]
+  assert names(before + steps_of(SECOND_ROUND)) == []
+  # The same steps, and after them a loss that really rises.
+  assert names(before + steps_of([*SECOND_ROUND, *([2.5] * 40)])) == ["loss rises"]
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_a_flat_mean_with_batches_that_differ_by_half_raises_nothing(skewed):
+  mean, deviation = 0.77, 0.355
+  shape = (mean / deviation) ** 2
+  for seed in range(60):
+    rng = np.random.default_rng(seed)
+    normal = rng.normal(mean, deviation, 250)
+    loss = rng.gamma(shape, mean / shape, 250) if skewed else normal
+    assert names(steps_of(loss)) == []
+    assert names(steps_of([0.1, *loss])) == []
+
+
+def test_a_first_batch_by_luck_changes_no_text():
+  """Overfitting from the start: what the training loss fell from is an average."""
+  noise = np.random.default_rng(0).normal(0, 0.25, 99)
+  losses = [0.2, *(np.linspace(1.0, 0.3, 99) + noise)]
+  held_out = [{"step": 0, "eval/loss": 0.5}, {"step": 50, "eval/loss": 0.9}]
+  held_out.append({"step": 100, "eval/loss": 1.2})
+  records = sorted([*steps_of(losses), *held_out], key=lambda record: record["step"])
+  (alert,) = alerts.scan(records)
+  assert alert.name == "overfitting" and "while the training loss fell from 0.8" in alert.text
+
+
+@pytest.mark.parametrize(
+  ("name", "metric", "error"),
+  [
+    ("overfitting", "eval/loss", 0.2),
+    ("length bias", "eval/margins/chosen_shorter", 5.0),
+    ("far from the reference", "eval/sampled/kl", 25.0),
+    ("entropy falls", "eval/sampled/entropy", 0.3),
+    ("repetition", "eval/sampled/repetition", 0.3),
+  ],
+)
+def test_what_few_held_out_rows_or_samples_show_may_be_chance(name, metric, error):
+  records = run(WRONG[name][0])
+  for wide, expected in ((0.01, [name]), (error, [])):
+    with_error = [r | ({f"{metric}_error": wide} if metric in r else {}) for r in records]
+    assert names(with_error) == expected
 
 
 @pytest.mark.parametrize("seed", range(5))
