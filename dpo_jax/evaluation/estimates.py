@@ -31,6 +31,12 @@ class Estimate(NamedTuple):
   high: float
 
 
+def standard_error(value_B: np.ndarray, weight_B: np.ndarray | None = None) -> float:
+  """Computes the standard error of a weighted mean; nan if fewer than two values have a weight."""
+  estimate = mean_estimate(value_B, weight_B)
+  return (estimate.high - estimate.mean) / NORMAL_QUANTILE
+
+
 def mean_estimate(value_B: np.ndarray, weight_B: np.ndarray | None = None) -> Estimate:
   """Computes the weighted mean of independent values, with a normal interval.
 

@@ -16,6 +16,7 @@ import numpy as np
 from dpo_jax import logprobs
 from dpo_jax.data import collate
 from dpo_jax.data.examples import Example
+from dpo_jax.evaluation.estimates import standard_error
 from dpo_jax.generation import sampler
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, UserError
@@ -63,6 +64,7 @@ def make_probe(
       sampled/repetition    share of 4-grams that occurred before in their completion
       sampled/tokens        mean tokens of a completion, end token included
       sampled/ended         share of completions that ended; the others were cut at `max_tokens`
+      sampled/…_error       standard errors of kl, entropy and repetition, from two samples on
 
   Raises:
     UserError: `samples` is below 1, there is no example, or no prompt leaves positions for a
@@ -106,11 +108,16 @@ def make_probe(
     # The policy's log-probs are computed anew: sampling uses the cache and `dtype`, which round
     # otherwise, and the KL is a small difference.
     policy_B, tokens = score(params, sampled), sum(map(len, completions))
-    facts = {}
+    facts: dict[str, float] = {}
+    tokens_B = np.array([*map(len, completions)])
+    # With enough samples for one: alerts read them.
+    errors = {"entropy_error": standard_error(-policy_B / np.maximum(tokens_B, 1), tokens_B)}
     if reference is not None:
       ratio_B = policy_B - score(reference, sampled)
       facts = {"kl": ratio_B.mean(), "kl_per_token": ratio_B.sum() / tokens}
+      errors["kl_error"] = standard_error(ratio_B)
     facts |= text_facts(completions, eos_ids) | {"entropy": -policy_B.sum() / tokens}
+    facts |= {name: error for name, error in errors.items() if np.isfinite(error)}
     return {f"sampled/{name}": float(value) for name, value in facts.items()}
 
   return probe
@@ -157,14 +164,18 @@ def text_facts(completions: Sequence[Sequence[int]], eos_ids: Sequence[int]) -> 
   texts = [ids[: len(ids) - end] for ids, end in zip(completions, ended, strict=True)]
   bigrams = [gram for text in texts for gram in ngrams(text, 2)]
   fourgrams = [ngrams(text, 4) for text in texts]
-  return {
+  repeated = [len(grams) - len(set(grams)) for grams in fourgrams]
+  counts = [*map(len, fourgrams)]
+  facts = {
     "distinct_2": _share(len(set(bigrams)), len(bigrams)),
-    "repetition": _share(
-      sum(len(grams) - len(set(grams)) for grams in fourgrams), sum(map(len, fourgrams))
-    ),
+    "repetition": _share(sum(repeated), sum(counts)),
     "tokens": _share(sum(map(len, completions)), len(completions)),
     "ended": _share(sum(ended), len(completions)),
   }
+  if np.count_nonzero(counts) > 1:
+    share_B = np.array(repeated) / np.maximum(counts, 1)
+    facts["repetition_error"] = standard_error(share_B, np.array(counts))
+  return facts
 
 
 def ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:

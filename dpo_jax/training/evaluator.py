@@ -12,7 +12,7 @@ from dpo_jax import logprobs, metrics, step
 from dpo_jax.data import batches
 from dpo_jax.distributed.executor import Executor
 from dpo_jax.evaluation import sample_probe
-from dpo_jax.evaluation.estimates import share_estimate
+from dpo_jax.evaluation.estimates import share_estimate, standard_error
 from dpo_jax.generation import rollouts
 from dpo_jax.structs import Array, PairLogps, PyTree, TokenBatch
 from dpo_jax.training import verdict
@@ -146,9 +146,31 @@ class Evaluator:
       prefix = f"{name}/" if name else ""
       examples = self._examples(policy, reference, some, loss_B, row_XS)
       found |= _divided(sums, prefix) | _counted(examples, prefix)
+      errors = self._errors(policy, reference, some, examples)
+      found |= {prefix + key: error for key, error in errors.items()}
       if not name:  # other groups have names, and are not judged by
         self.held_out = examples
     return found
+
+  def _errors(
+    self,
+    policy_XS: Array,
+    reference_XS: Array | None,
+    slots: logprobs.Slots,
+    held_out: verdict.HeldOut,
+  ) -> dict[str, float]:
+    """Returns standard errors of means that alerts read, where there are enough examples for one."""
+    found = {"loss_error": standard_error(held_out.loss_B, held_out.weight_B)}
+    if self._objective.loss.kind == "pairs":
+      ratio_XS = policy_XS if reference_XS is None else policy_XS - reference_XS
+      chosen_B, rejected_B = np.asarray(ratio_XS).reshape(-1, 2).T
+      chosen_tokens_B, rejected_tokens_B = np.asarray(slots.tokens_NS).reshape(-1, 2).T
+      weight_B = np.asarray(slots.weight_NS).reshape(-1, 2)[:, 0]
+      shorter_B = (weight_B > 0) & (chosen_tokens_B < rejected_tokens_B)
+      if shorter_B.sum() > 1:
+        margin_B = self._objective.loss.beta * (chosen_B - rejected_B)[shorter_B]
+        found["margins/chosen_shorter_error"] = standard_error(margin_B, weight_B[shorter_B])
+    return {name: error for name, error in found.items() if np.isfinite(error)}
 
   def _examples(
     self,

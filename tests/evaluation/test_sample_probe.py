@@ -98,7 +98,7 @@ def test_a_policy_that_is_its_reference_is_nowhere():
 def test_without_a_reference_there_is_no_distance():
   found = make()(params(0), None)
   with_one = make()(params(0), params(1))
-  assert set(with_one) - set(found) == {"sampled/kl", "sampled/kl_per_token"}
+  assert set(with_one) - set(found) == {"sampled/kl", "sampled/kl_per_token", "sampled/kl_error"}
   assert all(with_one[name] == value for name, value in found.items())
 
 
@@ -182,6 +182,14 @@ def test_text_by_hand():
     "tokens": 11 / 3,
     "ended": 2 / 3,
   }
+
+
+def test_the_error_of_repetition_by_hand():
+  # Of 3 + 3 4-grams, 2 and 0 repeat: shares 2/3 and 0, mean 1/3, each 1/3 away. Of two values the
+  # standard error is their distance over 2: deviation √2/3 over √2.
+  completions = [[3, 3, 3, 3, 3, 3], [3, 4, 5, 6, 7, 8]]
+  found = sample_probe.text_facts(completions, (END,))
+  assert found["repetition"] == pytest.approx(1 / 3) == found["repetition_error"]
 
 
 def test_answers_too_short_for_an_n_gram_are_not_a_number():
