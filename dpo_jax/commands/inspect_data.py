@@ -14,12 +14,20 @@ completions if they have a list of answers (plackett_luce), pairs if they have c
 and texts otherwise (sft). --kind overrides that: pairs can serve as any of these.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from absl import flags
 
 from dpo_jax.commands import row_flags
 from dpo_jax.utils import cli
 
+if TYPE_CHECKING:
+  from dpo_jax.data.ledger import Ledger
+
 FLAGS = flags.FLAGS
+DEFAULT = 512  # data.max_length of a run that sets none
 
 
 def define_flags() -> None:
@@ -50,12 +58,28 @@ def define_flags() -> None:
   row_flags.define_flags()
 
 
+def _warn_of_default(ledger: Ledger) -> list[str]:
+  """Returns the line about rows that are shown whole here, and would not be in training."""
+  from dpo_jax.data import left_out
+
+  longer = ledger.longer(DEFAULT)
+  if FLAGS.max_length is not None or not longer or longer["rows"] < left_out.LARGE * ledger.rows:
+    return []
+  need = longer["percentiles"][str(left_out.KEPT)]
+  return [
+    f"warning: {left_out.percent(longer['rows'], ledger.rows)} of the rows are longer than the"
+    f" default of training, data.max_length={DEFAULT}, and would be left out or cut; train with"
+    f" --max_length={need} to keep {left_out.KEPT}%"
+  ]
+
+
 def main(argv: list[str]) -> None:
   del argv
   import json
+  import sys
 
   # Imported here: `--help` should not wait for tokenizers and readers of data files.
-  from dpo_jax.data import chat_template, encode
+  from dpo_jax.data import chat_template, encode, left_out
   from dpo_jax.data.ledger import remarks
   from dpo_jax.data.tokenizer import load_tokenizer
 
@@ -73,6 +97,8 @@ def main(argv: list[str]) -> None:
     **rows,
   }
   examples, ledger, _ = encode.load_examples(FLAGS.data, tokenizer, **how)
+  for line in left_out.warnings(ledger.to_json()) + _warn_of_default(ledger):
+    print(line, file=sys.stderr)
   if FLAGS.json:
     print(json.dumps(ledger.to_json()))
     return

@@ -55,10 +55,11 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
   del argv
   import os
+  import sys
   import time
 
   # Imported here: `--help` should not wait for tokenizers and readers of data files.
-  from dpo_jax.data import chat_template, encode, prepared, tokenizer
+  from dpo_jax.data import chat_template, encode, left_out, prepared, tokenizer
   from dpo_jax.data.ledger import remarks
   from dpo_jax.utils import progress
 
@@ -92,6 +93,8 @@ def main(argv: list[str]) -> None:
   print(f"{FLAGS.out}: {ledger.pairs:,} of {ledger.rows:,} rows kept{dropped}")
   for line in remarks(ledger.to_json()):
     print(f"  {line}")
+  for line in left_out.warnings(ledger.to_json()):
+    print(line, file=sys.stderr)
   print(
     f"{seconds:.0f} s, {ledger.rows / seconds:,.0f} rows a second; --config.data.path={FLAGS.out}"
   )

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data import canonical, detection, formats, readers, verdicts
+from dpo_jax.data import canonical, detection, formats, left_out, readers, verdicts
 from dpo_jax.data.detection import Reading
 from dpo_jax.data.examples import Example, fill_up, truncate
 from dpo_jax.data.fields import BadRow, Preference, Row, RowError
@@ -130,18 +130,19 @@ class Encoder:
       # Only a BOS that the tokenizer adds is kept; one that a template wrote is cut as text is.
       bos_id=self.tokenizer.bos_id if self.tokenizer.adds_bos else None,
     )
+    length = len(prompt) + max(map(len, completions))
     if kept is None:
-      return Dropped(where, "too long", max(map(len, completions)))
+      return Dropped(where, "too long", max(map(len, completions)), length=length)
     prompt, completions, token_weights, cuts = kept
     # They were different before: what differed was cut off.
     if any(np.array_equal(one, other) for one, other in itertools.combinations(completions, 2)):
-      return Dropped(where, "equal answers after cutting")
+      return Dropped(where, "equal answers after cutting", length=length)
     # What the assistant wrote was cut off, and only context was before it.
     if not all(weights.any() for weights in token_weights):
-      return Dropped(where, "no scored token after cutting")
+      return Dropped(where, "no scored token after cutting", length=length)
     lost = tuple(len(a) - len(b) for a, b in zip(before, (prompt, *completions), strict=True))
     about = preference.scores, preference.weight, cuts, lost
-    return Encoded(where, prompt, completions, *about, token_weights)
+    return Encoded(where, prompt, completions, *about, token_weights, length)
 
 
 class _Chunk(NamedTuple):
@@ -159,6 +160,7 @@ class Encoded(NamedTuple):
     prompt, completions, scores, weight, token_weights: as in `Example`.
     cuts: what was truncated, a subset of ("prompt", "answer").
     lost: number of tokens cut from the prompt and from each completion.
+    length: tokens of prompt and longest completion before they were cut.
   """
 
   where: str
@@ -169,6 +171,7 @@ class Encoded(NamedTuple):
   cuts: tuple[str, ...] = ()
   lost: tuple[int, ...] = ()
   token_weights: tuple[np.ndarray, ...] = ()
+  length: int = 0
 
   def examples(self, row: int, kind: str) -> list[Example]:
     """Returns the examples of the row: one, or one per completion if they are unpaired."""
@@ -198,12 +201,14 @@ class Dropped(NamedTuple):
     reason: key of `Ledger.dropped`.
     tokens: tokens of its longest completion if it is too long, otherwise 0.
     error: what is wrong with it if it is malformed, otherwise "".
+    length: tokens of prompt and longest completion if it was tokenized, otherwise 0.
   """
 
   where: str
   reason: str
   tokens: int = 0
   error: str = ""
+  length: int = 0
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -267,12 +272,15 @@ def stream_examples(
   # it, so that the user knows how far to raise max_length.
   shortest = None
   has_scores = None
+  ledger.max_length = encoder.max_length
   for reading, outcomes in _outcomes(files, encoder, limit, workers):
     known = ledger.format.split(", ") if ledger.format else []
     ledger.format = ", ".join(dict.fromkeys([*known, *reading.name.split(", ")]))
     ledger.notes += [note for note in reading.notes if note not in ledger.notes]
     for found in outcomes:
       row, ledger.rows = ledger.rows, ledger.rows + 1
+      if found.length:
+        ledger.lengths[found.length] += 1
       if isinstance(found, Dropped):
         ledger.dropped[found.reason] += 1
         if found.error:
@@ -403,9 +411,10 @@ def _no_rows_left(ledger: Ledger, paths, max_length: int | None, shortest: int |
   why = ", ".join(f"{reason}: {count}" for reason, count in ledger.dropped.most_common())
   line = f"no usable row in {', '.join(map(str, paths))}: {ledger.rows} rows, dropped {why}"
   if shortest is not None:
+    longer = ledger.longer(max_length)
     line += (
-      f"; max_length is {max_length} and the shortest completions take {shortest} tokens, raise"
-      " max_length or set truncation to cut"
+      f"; data.max_length is {max_length} and the shortest completions take {shortest} tokens:"
+      f" --max_length={longer['percentiles'][str(left_out.KEPT)]} keeps {left_out.KEPT}% of the rows"
     )
   return line
 

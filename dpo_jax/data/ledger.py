@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_jax.data import collate, packing
+from dpo_jax.data import collate, left_out, packing
 from dpo_jax.data.examples import Example, Measured, lengths
 
 
@@ -28,6 +28,8 @@ class Ledger:
     labels: "desirable" and "undesirable" -> number of completions with this label.
     bad: reason -> the error about the first row that was dropped because it is malformed.
     notes: what a user should know about how the rows were read.
+    lengths: tokens of a row, prompt and longest completion, before anything is cut -> rows.
+    max_length: the limit that they were cut to; None for no limit.
   """
 
   format: str = ""
@@ -41,15 +43,33 @@ class Ledger:
   labels: dict[str, int] = dataclasses.field(default_factory=dict)
   bad: dict[str, str] = dataclasses.field(default_factory=dict)
   notes: list[str] = dataclasses.field(default_factory=list)
+  lengths: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  max_length: int | None = None
 
   def to_json(self) -> dict[str, Any]:
-    """Returns the ledger as one JSON object; `labels`, `bad` and `notes` only if there are any."""
+    """Returns the ledger as one JSON object; `labels`, `bad` and `notes` only if there are any.
+
+    Where rows are longer than the limit, `longer` has their number and the lengths of all rows.
+    """
     found = dataclasses.asdict(self) | {
       "dropped": dict(self.dropped),
       "truncated": dict(self.truncated),
+      "longer": self.longer(self.max_length),
     }
-    optional = ("labels", "bad", "notes")
+    del found["lengths"], found["max_length"]
+    optional = ("labels", "bad", "notes", "longer")
     return {name: value for name, value in found.items() if name not in optional or value}
+
+
+  def longer(self, limit: int | None) -> dict[str, Any]:
+    """Returns how many rows are longer than a limit, and the lengths of all; {} for none."""
+    if limit is None:
+      return {}
+    rows = sum(count for tokens, count in self.lengths.items() if tokens > limit)
+    if not rows:
+      return {}
+    lengths = left_out.percentiles(self.lengths)
+    return {"max_length": limit, "rows": rows, "percentiles": lengths}
 
 
 def merge(ledgers: Sequence[Ledger]) -> Ledger:
@@ -63,6 +83,8 @@ def merge(ledgers: Sequence[Ledger]) -> Ledger:
     total.pairs += one.pairs
     total.dropped.update(one.dropped)
     total.truncated.update(one.truncated)
+    total.lengths.update(one.lengths)
+    total.max_length = one.max_length
     total.bad = one.bad | total.bad  # the first of each reason
     for part, into in ((one.tokens, total.tokens), (one.labels, total.labels)):
       for name, number in part.items():
@@ -78,15 +100,21 @@ def remarks(ledger: Mapping[str, Any]) -> list[str]:
   return [*ledger.get("notes", ()), *dropped]
 
 
-def summarize(name: object, ledger: Mapping[str, Any]) -> str:
+def summarize(name: object, ledger: Mapping[str, Any], **how: Any) -> str:
   """Returns a line on the rows kept, dropped and truncated, from `Ledger.to_json`.
 
-  Each note, and each first row that could not be read, has a line of its own.
+  Each note, each first row that could not be read, and each warning has a line of its own.
+
+  Args:
+    name: of the rows.
+    ledger: of them.
+    how: arguments of `left_out.warnings`.
   """
   parts = [f"{ledger['rows']:,} rows ({ledger['format']}), {ledger['pairs']:,} kept"]
   parts += [f"{count:,} dropped: {reason}" for reason, count in ledger["dropped"].items()]
   parts += [f"{count:,} truncated: {what}" for what, count in ledger["truncated"].items()]
-  return "\n".join([f"{name}: " + ", ".join(parts), *(f"  {line}" for line in remarks(ledger))])
+  lines = [f"{name}: " + ", ".join(parts), *(f"  {line}" for line in remarks(ledger))]
+  return "\n".join(lines + left_out.warnings(ledger, **how))
 
 
 def count_tokens(examples: Sequence[Example] | Measured) -> dict[str, int]:

@@ -259,5 +259,7 @@ def check_positions(examples: Sequence[FromRow], tokens_B: np.ndarray, config: M
   if tokens_B[longest] > config.max_positions:
     raise UserError(
       f"data row {examples[longest].row} has {tokens_B[longest]} tokens and the model"
-      f" {config.max_positions} positions; lower max_length to {config.max_positions}"
+      f" {config.max_positions} positions (max_position_embeddings), which"
+      f" {(tokens_B > config.max_positions).sum():,} of {len(tokens_B):,} rows exceed; set"
+      f" --max_length={config.max_positions}"
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
-from dpo_jax.data import collate
+from dpo_jax.data import collate, left_out
 from dpo_jax.data.batches import Batching
 from dpo_jax.data.examples import Example, lengths
 from dpo_jax.model.config import ModelConfig, check_ids, check_positions
@@ -15,6 +16,8 @@ def check_tokens(
   some: Sequence[Example], batching: Batching, ids: int, model_config: ModelConfig
 ) -> None:
   """Checks that every example fits in a row, and that the model has its ids and positions.
+
+  Reports rows beyond the positions that a model with rotary ones was trained on.
 
   Args:
     some: one example or more.
@@ -28,7 +31,12 @@ def check_tokens(
   # By lengths alone, in moments. Otherwise the run would stop at the batch that the row falls into.
   if batching.row_length and batching.layout != "padded":
     collate.check_fits(some, batching.layout, batching.row_length)
-  check_positions(some, lengths(some).longest(), model_config)
+  tokens_B = lengths(some).longest()
+  check_positions(some, tokens_B, model_config)
+  # Rotary positions can be computed for any length, so these rows are trained on.
+  line = left_out.beyond_positions(tokens_B, model_config.max_positions)
+  if line:
+    print(line, file=sys.stderr)
   # No row has an id that the tokenizer lacks, so there is nothing to look for in most models. A
   # prepared set is read through once.
   if ids > model_config.vocab:

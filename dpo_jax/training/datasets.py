@@ -159,7 +159,9 @@ def _load_examples(
   model_config: ModelConfig,
 ) -> tuple[TrainingData, dict[str, Any]]:
   """Reads examples that are trained on as they stand."""
-  data, ledger = _read_examples(rows, settings, batching, loss, tokenizer)
+  data, ledger = _read_examples(
+    rows, settings, batching, loss, tokenizer, model_config.max_positions
+  )
   examples, held_out, mixture = data.examples, data.held_out, data.mixture
   what = "data.mix" if rows.mix else rows.path
   data_checks.check_batch(
@@ -249,6 +251,7 @@ def _read_examples(
   batching: Batching,
   loss: losses.Loss,
   tokenizer: Tokenizer,
+  positions: int,
 ) -> tuple[TrainingData, dict[str, Any]]:
   """Returns training and held-out examples, with what is known of them, and their ledger."""
   seed = settings.seed
@@ -264,14 +267,16 @@ def _read_examples(
     # A column that the loss does not read must not stop the run.
     "scores": loss.reads("margin_B"),
   }
+  encoder = encode.Encoder(tokenizer, **how)
+  how["positions"] = positions
   named = data.eval_path or data.eval_sets
   examples: Sequence[Example]
   held_out: list[Example] = []
   parts: list[Part] = []
   evaluated: list[Part] = []
   if prepared_data.is_prepared_set(data.path):
-    examples, held_out, ledger = _read_prepared(data, encode.Encoder(tokenizer, **how))
-    print(summarize(data.path, ledger), file=sys.stderr)
+    examples, held_out, ledger = _read_prepared(data, encoder)
+    print(summarize(data.path, ledger, positions=positions, prepared=True), file=sys.stderr)
   elif data.held_out is None:
     given = data.mix or (Source("", data.path),)
     unique = data.drop_duplicates

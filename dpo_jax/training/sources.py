@@ -41,6 +41,7 @@ def read(
   seed: int = 0,
   unique: bool = False,
   first_row: int = 0,
+  positions: int | None = None,
   **how: Any,
 ) -> list[Part]:
   """Reads sources, one after another, and reports a line on each.
@@ -53,6 +54,7 @@ def read(
     seed: of the rows that are drawn where a source has a count or a fraction.
     unique: whether rows that occurred before, in any of the sources, are dropped.
     first_row: number of the first row.
+    positions: of the model, for warnings.
     how: options of `encode.Encoder`; those of a source come before them.
 
   Raises:
@@ -79,7 +81,7 @@ def read(
     # Numbers of rows go on from source to source: a row's number says which one it is of.
     examples = [e._replace(row=first_row + e.row) for e in examples] if first_row else examples
     first_row = rows.stop
-    print(summarize(name, ledger.to_json()), file=sys.stderr)
+    print(summarize(name, ledger.to_json(), positions=positions), file=sys.stderr)
     parts.append(Part(source, examples, ledger, rows))
   return parts
 

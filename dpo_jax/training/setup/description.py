@@ -75,6 +75,7 @@ def describe(
       " prompt",
       file=sys.stderr,
     )
+  _warn_of_positions(config.data.max_length, model_config)
   # By name and shape of every tensor, before the data: weights are read last of all.
   reference = pathlib.Path(config.reference.path)
   if config.reference.path and (peft.is_adapter(reference) or not _has_config(reference)):
@@ -261,6 +262,20 @@ def choose_attention(config: ConfigDict, model_config: ModelConfig, executor: Ex
   if why:
     print(f"model.attention is {name}, but {why}: {taken} is taken", file=sys.stderr)
   return taken
+
+
+def _warn_of_positions(max_length: int, model_config: ModelConfig) -> None:
+  """Reports a limit of rows that is beyond the model's positions, before the data is read."""
+  positions = model_config.max_positions
+  if max_length > positions:
+    why = "rows that need more are refused"
+    if model_config.positions != "learned":
+      why = "it was not trained beyond them"
+    print(
+      f"warning: data.max_length={max_length} exceeds the model's {positions:,} positions"
+      f" (max_position_embeddings): {why}; set --max_length={positions}",
+      file=sys.stderr,
+    )
 
 
 def _check_tokenizer(path: str, tokenizer: Tokenizer) -> None:
