@@ -82,6 +82,13 @@ def _describe(parts: dict[str, PyTree], capacity: int | None) -> str:
   )
 
 
+def device_free() -> int | None:
+  """Returns the bytes that arrays may still take on a device of this process, None if unknown."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  limit = stats.get("bytes_limit")
+  return None if limit is None else limit - stats.get("bytes_in_use", 0)
+
+
 def device_capacity() -> int | None:
   """Returns the bytes that a device of this process has for arrays, or None if unknown.
 

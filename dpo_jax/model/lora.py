@@ -171,6 +171,16 @@ def init(config: ModelConfig, settings: LoRA, seed: int) -> PyTree:
   return tree
 
 
+def shapes(config: ModelConfig, settings: LoRA) -> PyTree:
+  """Returns the tree of `init` as `jax.ShapeDtypeStruct`s; nothing is allocated."""
+  tree: PyTree = {}
+  for path, (layers, width, features) in select_maps(config, settings.target).items():
+    a, b = (layers, width, settings.rank), (layers, settings.rank, features)
+    names = {"lora_a": a, "lora_b": b}
+    set_at(tree, path, {name: jax.ShapeDtypeStruct(x, jnp.float32) for name, x in names.items()})
+  return tree
+
+
 def attach(frozen: PyTree, adapters: PyTree, scale: float) -> PyTree:
   """Joins a base and adapters to parameters of the model, with the scale multiplied into b.
 

@@ -23,6 +23,7 @@ from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.lora import LoRA
 from dpo_jax.structs import PyTree, UserError
 from dpo_jax.training import datasets, reference_cache, splits
+from dpo_jax.training.setup import footprint
 from dpo_jax.training.setup.checks import Checked
 from dpo_jax.utils import model_folder
 
@@ -76,6 +77,8 @@ def describe(
       file=sys.stderr,
     )
   _warn_of_positions(config.data.max_length, model_config)
+  # What certainly does not fit would end minutes later without a line.
+  footprint.check(config, checked, model_config, adapters)
   # By name and shape of every tensor, before the data: weights are read last of all.
   reference = pathlib.Path(config.reference.path)
   if config.reference.path and (peft.is_adapter(reference) or not _has_config(reference)):
