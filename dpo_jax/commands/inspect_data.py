@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from dpo_jax.commands import row_flags
-from dpo_jax.utils import cli
+from dpo_jax.utils import cli, messages
 
 if TYPE_CHECKING:
   from dpo_jax.data.ledger import Ledger
@@ -76,7 +76,6 @@ def _warn_of_default(ledger: Ledger) -> list[str]:
 def main(argv: list[str]) -> None:
   del argv
   import json
-  import sys
 
   # Imported here: `--help` should not wait for tokenizers and readers of data files.
   from dpo_jax.data import chat_template, encode, left_out
@@ -98,7 +97,7 @@ def main(argv: list[str]) -> None:
   }
   examples, ledger, _ = encode.load_examples(FLAGS.data, tokenizer, **how)
   for line in left_out.warnings(ledger.to_json()) + _warn_of_default(ledger):
-    print(line, file=sys.stderr)
+    messages.show(line)
   if FLAGS.json:
     print(json.dumps(ledger.to_json()))
     return

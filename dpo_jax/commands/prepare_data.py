@@ -10,7 +10,7 @@ Rows are held out by prompt, so that no prompt is on both sides.
 from absl import flags
 
 from dpo_jax.commands import row_flags
-from dpo_jax.utils import cli
+from dpo_jax.utils import cli, messages
 
 FLAGS = flags.FLAGS
 
@@ -55,7 +55,6 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
   del argv
   import os
-  import sys
   import time
 
   # Imported here: `--help` should not wait for tokenizers and readers of data files.
@@ -94,7 +93,7 @@ def main(argv: list[str]) -> None:
   for line in remarks(ledger.to_json()):
     print(f"  {line}")
   for line in left_out.warnings(ledger.to_json()):
-    print(line, file=sys.stderr)
+    messages.show(line)
   print(
     f"{seconds:.0f} s, {ledger.rows / seconds:,.0f} rows a second; --config.data.path={FLAGS.out}"
   )

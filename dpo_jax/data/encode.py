@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import itertools
 import multiprocessing
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from dpo_jax.data.ledger import Ledger, count_tokens
 from dpo_jax.data.readers import Source
 from dpo_jax.data.tokenizer import Tokenizer, Tokens
 from dpo_jax.structs import UserError
-from dpo_jax.utils import interrupts, progress
+from dpo_jax.utils import interrupts, messages, progress
 
 # Version of the rules by which this package turns rows into ids. Increase it with every change that
 # gives other ids for the same row: prepared sets of another version are then refused.
@@ -414,7 +413,7 @@ def _no_rows_left(ledger: Ledger, paths, max_length: int | None, shortest: int |
     longer = ledger.longer(max_length)
     line += (
       f"; data.max_length is {max_length} and the shortest completions take {shortest} tokens:"
-      f" --max_length={longer['percentiles'][str(left_out.KEPT)]} keeps {left_out.KEPT}% of the rows"
+      f" --max_length={longer['percentiles'][str(left_out.KEPT)]} keeps {left_out.KEPT}%"
     )
   return line
 
@@ -427,9 +426,8 @@ def report_end(tokenizer: Tokenizer) -> None:
   what = "completions have no end, and a model does not learn to stop"
   if names:
     what = f"turns of its chat template end with {names}, and plain texts have no end"
-  print(
-    f"the tokenizer names no eos_token: {what}; name the token in tokenizer_config.json",
-    file=sys.stderr,
+  messages.warn(
+    f"the tokenizer names no eos_token: {what}; name the token in tokenizer_config.json"
   )
 
 

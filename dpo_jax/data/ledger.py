@@ -60,7 +60,6 @@ class Ledger:
     optional = ("labels", "bad", "notes", "longer")
     return {name: value for name, value in found.items() if name not in optional or value}
 
-
   def longer(self, limit: int | None) -> dict[str, Any]:
     """Returns how many rows are longer than a limit, and the lengths of all; {} for none."""
     if limit is None:

@@ -26,6 +26,7 @@ WAYS = {
   "empty prompt": "check the column of the prompt (data.fields.prompt)",
   "no prompt token": "check the column of the prompt (data.fields.prompt)",
   "equal scores": "pairs without a better completion teach no preference; give rows with one",
+  "tie": "ties teach no preference; give rows with a better completion",
   "no verdict": "rows without a verdict teach no preference; give rows with one",
   "prompts differ": "both conversations must begin with the same prompt",
   "the prompt and the conversation": "check the column of the prompt (data.fields.prompt)",
@@ -51,7 +52,7 @@ def percentiles(tokens: Counter[int]) -> dict[str, int]:
 def warnings(
   ledger: Mapping[str, Any], *, positions: int | None = None, prepared: bool = False
 ) -> list[str]:
-  """Returns a line for each reason for which many rows are left out or cut, with the way out.
+  """Returns `warning: …` for each reason for which many rows are left out or cut.
 
   Args:
     ledger: as `Ledger.to_json` returns it.
@@ -72,9 +73,7 @@ def warnings(
   return [f"warning: {line}" for line in found]
 
 
-def _by_length(
-  ledger: Mapping[str, Any], positions: int | None, *, prepared: bool
-) -> list[str]:
+def _by_length(ledger: Mapping[str, Any], positions: int | None, *, prepared: bool) -> list[str]:
   """Returns the line about rows that are longer than max_length, if they are many."""
   rows, longer = ledger["rows"], ledger.get("longer")
   dropped = sum(ledger["dropped"].get(reason, 0) for reason in BY_LENGTH)
@@ -110,7 +109,7 @@ def beyond_positions(tokens_B: Sequence[int] | np.ndarray, positions: int) -> st
   if not count:
     return None
   return (
-    f"warning: {percent(count, len(tokens_B))} of the rows to be used ({count:,} of"
+    f"{percent(count, len(tokens_B))} of the rows to be used ({count:,} of"
     f" {len(tokens_B):,}) are longer than the model's {positions:,} positions"
     f" (max_position_embeddings), beyond which it was not trained; --max_length={positions} cuts"
     " or leaves them out"

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ from dpo_jax.losses import Loss
 from dpo_jax.model import transformer
 from dpo_jax.model.config import ModelConfig, check_ids, check_positions
 from dpo_jax.structs import Model, PairLogps, PyTree, UserError
-from dpo_jax.utils import progress
+from dpo_jax.utils import messages, progress
 
 Json = dict[str, Any]
 
@@ -159,7 +158,7 @@ def read_pairs(
     check_positions(examples, lengths(examples).longest(), model.config)
   if ledger.dropped or ledger.truncated or ledger.notes:
     # On stderr: stdout may carry the results of a command.
-    print(summarize(path, ledger.to_json()), file=sys.stderr)
+    messages.show(summarize(path, ledger.to_json()))
   return examples
 
 

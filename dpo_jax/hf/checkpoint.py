@@ -12,7 +12,6 @@ import functools
 import json
 import pathlib
 import shutil
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +34,7 @@ from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.families import Tensor
 from dpo_jax.model.transformer import param_shapes
 from dpo_jax.structs import PyTree, UserError
-from dpo_jax.utils import model_folder, progress
+from dpo_jax.utils import messages, model_folder, progress
 from dpo_jax.utils.files import replacing_folder
 
 GENERATION = "generation_config.json"
@@ -82,7 +81,7 @@ def _report_unknown(file: pathlib.Path, names: str, family: str) -> None:
   """Reports fields that are passed over, in one line on stderr."""
   # Other processes of a run have no stderr.
   if names:
-    print(f"{file}: passed over, as transformers does for {family}: {names}", file=sys.stderr)
+    messages.warn(f"{file}: passed over, as transformers does for {family}: {names}")
 
 
 # -- reading ---------------------------------------------------------------------------------------

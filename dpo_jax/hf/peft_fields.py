@@ -8,10 +8,10 @@ from __future__ import annotations
 import functools
 import pathlib
 import re
-import sys
 from typing import Any
 
 from dpo_jax.structs import UserError
+from dpo_jax.utils import messages
 
 # Fields that `peft` reads: rank, scale, and which modules have an adapter.
 READ = (
@@ -83,7 +83,7 @@ def check(path: pathlib.Path, fields: dict[str, Any]) -> None:
 @functools.cache  # once per folder: a command reads it several times
 def _report_unknown(path: pathlib.Path, names: str) -> None:
   if names:
-    print(f"{path}: passed over, as PEFT does: {names}", file=sys.stderr)
+    messages.warn(f"{path}: passed over, as PEFT does: {names}")
 
 
 def has_adapter(fields: dict[str, Any], module: str) -> bool:

@@ -5,12 +5,12 @@ as `kto`, stays as it was in a model that is lost. But with every loss, the comp
 from stay about as likely as they were. So their mean log-prob is watched: of chosen, best or
 desirable completions, or of supervised texts, in nats per completion.
 
-A step is bad if that log-prob is both `TIMES` that before any update, and `NATS` below it. The first
-step has the log-prob before any update of one batch, and a batch of one or two short completions
-says little: the average of the held-out rows counts where it is lower, and a step is not bad while
-its own completions are about as likely as under the reference. A run has diverged if most of the
-last `WINDOW` steps are bad: a batch of odd rows is a step or two. Runs at the right learning rate
-stay within 1.3 times, for every kind of loss; at a rate a thousand times as large they pass 10
+A step is bad if that log-prob is both `TIMES` that before any update, and `NATS` below it. Before
+any update the first step has that of one batch, and a batch of one or two short completions says
+little: the average of the held-out rows counts where it is lower, and a step is not bad while its
+own completions are about as likely as under the reference. A run has diverged if most of the last
+`WINDOW` steps are bad: a batch of odd rows is a step or two. Runs at the right learning rate stay
+within 1.3 times, for every kind of loss; at a rate a thousand times as large they pass 10
 (docs/evaluation.md has the numbers). What lies in between is left to the alerts and to the verdict
 by the held-out rows.
 
@@ -30,7 +30,7 @@ import numpy as np
 from dpo_jax.structs import UserError
 
 TIMES, NATS, WINDOW = 5.0, 30.0, 10
-DRIFT = 0.1  # nats per token by which completions of a bad step are less likely than at the start
+DRIFT = 0.1  # nats per token by which completions of a bad step are less likely than under π_ref
 LAST = 3  # steps that decide at the end of a run, which may have fewer than a window
 # Metrics that are watched, in this order: a run has one of them.
 WATCHED = ("logps/chosen", "logps/best", "logps/desirable")

@@ -27,7 +27,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from dpo_jax.monitoring import alerts
 from dpo_jax.structs import UserError
-from dpo_jax.utils import files, progress
+from dpo_jax.utils import files, messages, progress
 
 METRICS = "metrics.jsonl"
 # Called with a step and its metrics.
@@ -133,7 +133,9 @@ class Loggers:
     self._call(step, values)
 
   def say(self, text: str) -> None:
-    """Prints a line above the progress."""
+    """Prints a line above the progress; in a terminal it wraps between words."""
+    if self._console.is_terminal:
+      text = messages.wrap(text, self._console.width)
     # Without markup: alerts and paths may contain [brackets], which rich would interpret.
     self._console.print(text, markup=False, soft_wrap=True)
 
@@ -143,7 +145,7 @@ class Loggers:
 
   def _warn(self, step: int, values: Mapping[str, float]) -> None:
     for alert in self._watch.see(step, values):
-      self.say(f"alert at step {step}: {alert.text}")
+      self.say(f"warning: alert at step {step}: {alert.text}")
 
   def _record(self, step: int, values: Mapping[str, float]) -> None:
     with self._writing():

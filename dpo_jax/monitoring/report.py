@@ -84,7 +84,7 @@ def _alerts_section(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> Itera
   for run, (step, name, text) in found:
     where = f"{run}, step {step:,}" if run else f"step {step:,}"
     # Flags become code only after escaping: the text of an alert may contain < and &.
-    marked = re.sub(r"--config[\w.=]*\w", r"<code>\g<0></code>", _e(text))
+    marked = re.sub(r"--\w[\w.=]*\w", r"<code>\g<0></code>", _e(text))
     yield f"<li><b>{_e(name)}</b> <em>{_e(where)}</em><p>{marked}</p></li>"
   yield "</ul></section>"
 

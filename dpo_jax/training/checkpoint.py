@@ -23,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dpo_jax.distributed import processes
 from dpo_jax.structs import PyTree, UserError
-from dpo_jax.utils import progress
+from dpo_jax.utils import messages, progress
 
 
 def _reason(error: BaseException) -> str:
@@ -339,10 +339,9 @@ class Checkpoints:
         processes.on_main_process(
           functools.partial((self.directory / str(spoilt)).rename, aside), "aside"
         )
-        print(
+        messages.warn(
           f"the checkpoint of step {spoilt} cannot be read and is now {aside}; going on from step"
-          f" {step}",
-          file=sys.stderr,
+          f" {step}"
         )
       if errors:  # Orbax keeps a list of the steps there are
         self._orbax.close()

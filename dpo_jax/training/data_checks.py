@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from dpo_jax.data import collate, left_out
@@ -10,6 +9,7 @@ from dpo_jax.data.batches import Batching
 from dpo_jax.data.examples import Example, lengths
 from dpo_jax.model.config import ModelConfig, check_ids, check_positions
 from dpo_jax.structs import UserError
+from dpo_jax.utils import messages
 
 
 def check_tokens(
@@ -36,7 +36,7 @@ def check_tokens(
   # Rotary positions can be computed for any length, so these rows are trained on.
   line = left_out.beyond_positions(tokens_B, model_config.max_positions)
   if line:
-    print(line, file=sys.stderr)
+    messages.warn(line)
   # No row has an id that the tokenizer lacks, so there is nothing to look for in most models. A
   # prepared set is read through once.
   if ids > model_config.vocab:

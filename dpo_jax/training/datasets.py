@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from dpo_jax.model.config import ModelConfig, check_ids
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 from dpo_jax.training import data_checks, on_policy, sources, splits
 from dpo_jax.training.sources import Part
+from dpo_jax.utils import messages
 
 
 class DataSettings(NamedTuple):
@@ -276,7 +276,7 @@ def _read_examples(
   evaluated: list[Part] = []
   if prepared_data.is_prepared_set(data.path):
     examples, held_out, ledger = _read_prepared(data, encoder)
-    print(summarize(data.path, ledger, positions=positions, prepared=True), file=sys.stderr)
+    messages.show(summarize(data.path, ledger, positions=positions, prepared=True))
   elif data.held_out is None:
     given = data.mix or (Source("", data.path),)
     unique = data.drop_duplicates
@@ -307,7 +307,7 @@ def _read_examples(
   mixture = None
   if data.mix and parts:
     mixture = Mixture.make(data.mix, [part.rows.start for part in parts], examples)
-    print(f"data.mix: {mixture.describe()}", file=sys.stderr)
+    messages.show(f"data.mix: {mixture.describe()}")
     for name, per_epoch in zip(mixture.names, mixture.per_epoch, strict=True):
       ledger["sources"][name]["per_epoch"] = per_epoch
   # Before what follows, which is a function of these rows, the seed and the configuration.

@@ -159,7 +159,7 @@ class Evaluator:
     slots: logprobs.Slots,
     held_out: verdict.HeldOut,
   ) -> dict[str, float]:
-    """Returns standard errors of means that alerts read, where there are enough examples for one."""
+    """Returns standard errors of means that alerts read, where there are enough examples."""
     found = {"loss_error": standard_error(held_out.loss_B, held_out.weight_B)}
     if self._objective.loss.kind == "pairs":
       ratio_XS = policy_XS if reference_XS is None else policy_XS - reference_XS

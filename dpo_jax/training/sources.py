@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from dpo_jax.data.ledger import Ledger, count_tokens, merge, summarize
 from dpo_jax.data.mixture import Source
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.structs import UserError
+from dpo_jax.utils import messages
 
 
 class Part(NamedTuple):
@@ -81,7 +81,7 @@ def read(
     # Numbers of rows go on from source to source: a row's number says which one it is of.
     examples = [e._replace(row=first_row + e.row) for e in examples] if first_row else examples
     first_row = rows.stop
-    print(summarize(name, ledger.to_json(), positions=positions), file=sys.stderr)
+    messages.show(summarize(name, ledger.to_json(), positions=positions))
     parts.append(Part(source, examples, ledger, rows))
   return parts
 
@@ -270,10 +270,9 @@ def report_repeated(parts: Sequence[Part]) -> dict[str, int]:
       if common := len(digests[first] & digests[second]):
         names = other.source.name, part.source.name
         found[", ".join(names)] = common
-        print(
+        messages.warn(
           f"data.mix: {common:,} rows of {names[1]} are in {names[0]} too;"
-          " data.drop_duplicates=True keeps one of each",
-          file=sys.stderr,
+          " --config.data.drop_duplicates=True keeps one of each"
         )
   return found
 
@@ -296,10 +295,9 @@ def report_leakage(
   common = len(theirs & mixture.prompt_digests(training))
   if not common:
     return {}
-  print(
+  messages.warn(
     f"{field}: {common:,} of its {len(theirs):,} prompts are trained on too; its metrics say little"
-    " about new prompts",
-    file=sys.stderr,
+    " about new prompts"
   )
   return {"prompts": common, "of": len(theirs)}
 

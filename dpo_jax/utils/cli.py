@@ -25,6 +25,7 @@ from dpo_jax.utils import (
   field_names,
   flag_messages,
   interrupts,
+  messages,
   paths,
 )
 from dpo_jax.utils.malloc import keep_freed_memory
@@ -91,7 +92,7 @@ def run(
 def fail(message: object) -> NoReturn:
   """Prints one line on stderr and exits 1."""
   # A message of a library may have line breaks; here it is one line.
-  print("error: " + " ".join(str(message).split()), file=sys.stderr)
+  messages.show("error: " + " ".join(str(message).split()))
   sys.exit(1)
 
 

@@ -49,7 +49,9 @@ def test_a_field_that_peft_does_not_know_is_reported_once(capsys):
   fields = {"peft_type": "LORA", "r": 8, "my_note": "x", "empty": None, "peft_version": "0.18.1"}
   for _ in range(2):
     peft_fields.check(FOLDER / "noted", fields)
-  assert capsys.readouterr().err == f"{FOLDER / 'noted'}: passed over, as PEFT does: my_note\n"
+  assert (
+    capsys.readouterr().err == f"warning: {FOLDER / 'noted'}: passed over, as PEFT does: my_note\n"
+  )
 
 
 Q, DOWN = "model.layers.{}.self_attn.q_proj", "model.layers.{}.mlp.down_proj"

@@ -12,8 +12,8 @@ from dpo_jax.utils import field_names
 
 STEPS, EVERY = 200, 50
 
-# Training losses of the first 90 steps of the quickstart's second round (32,000 pairs, 64 per batch).
-# The policy of the first round starts it, so that even the first batches have losses of their own.
+# Training losses of the first 90 steps of the quickstart's second round (32,000 pairs, batches of
+# 64). The policy of the first round starts it, so that even first batches have losses of their own.
 SECOND_ROUND = [
   0.47, 0.85, 0.72, 0.70, 0.77, 1.16, 0.90, 0.46, 0.89, 0.61, 0.56, 0.59, 0.61, 0.42, 0.50,
   0.49, 0.37, 0.67, 0.62, 0.73, 0.32, 0.91, 0.54, 0.61, 0.68, 1.15, 0.74, 0.78, 0.59, 0.71,

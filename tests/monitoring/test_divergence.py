@@ -60,6 +60,37 @@ def test_a_batch_without_desirable_completions_is_as_the_one_before():
   assert found.first_logp == -40 and found.has_diverged()
 
 
+def test_held_out_rows_show_what_one_short_completion_cannot():
+  """Batches of one completion: the first is short, those of most steps are long."""
+  alone, beside = Divergence(), Divergence()
+  beside.add_held_out({"logps/chosen": -180.0})
+  for logp in (-20.0, *[-250.0] * 12):
+    for found in (alone, beside):
+      found.add({"loss": 0.7, "logps/chosen": logp})
+  assert beside.first_logp == -180 and not beside.has_diverged()
+  assert alone.first_logp == -20 and alone.has_diverged()
+  for _ in range(6):
+    beside.add({"loss": 0.7, "logps/chosen": -1000.0})
+  assert beside.has_diverged()
+
+
+def test_held_out_rows_that_are_more_likely_change_nothing():
+  found = Divergence()
+  found.add_held_out({"logps/chosen": -4.0})
+  found.add({"loss": 0.7, "logps/chosen": -20.0})
+  assert found.first_logp == -20
+  found.add_held_out({"loss": 0.7})
+  assert found.first_logp == -20
+
+
+@pytest.mark.parametrize(("drift", "diverged"), [(0.05, False), (-0.05, False), (-2.0, True)])
+def test_completions_as_likely_as_under_the_reference_are_not_broken(drift, diverged):
+  found = Divergence()
+  for logp in (-20.0, *[-250.0] * 8):
+    found.add({"loss": 0.7, "logps/chosen": logp, "drift/chosen": drift})
+  assert found.has_diverged() == diverged
+
+
 def test_a_resumed_run_has_what_the_first_step_had():
   records = [
     {"step": 0, "eval/loss": 0.69},
@@ -70,6 +101,8 @@ def test_a_resumed_run_has_what_the_first_step_had():
   assert (first.first_loss, first.first_logp) == (0.7, -40)
   assert watch([-500.0] * 6, first_loss=0.7, first_logp=-40.0).has_diverged()
   assert math.isnan(divergence.first_of([]).first_loss)
+  records[0]["eval/logps/chosen"] = -55.0
+  assert divergence.first_of(records).first_logp == -55
 
 
 def test_usual_rates_are_those_of_the_kind_of_run():

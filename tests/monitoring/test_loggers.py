@@ -242,17 +242,17 @@ def write_wrong(folder, first, last):
         log.write_eval(step, {"sampled/kl": float(step), "sampled/kl_per_token": math.nan})
       if step % 10 == 5:
         log.write_eval(step, {"sampled/kl": 40.0, "sampled/kl_per_token": 0.0})
-  return [x for x in console.file.getvalue().splitlines() if x.startswith("alert")]
+  return [x for x in console.file.getvalue().splitlines() if x.startswith("warning:")]
 
 
 def test_an_alert_is_a_line_of_the_log_on_its_step(tmp_path):
   far, falls = write_wrong(tmp_path, 1, 60)
-  assert far.startswith("alert at step 5: samples are 40.0 nats from the reference")
-  assert falls.startswith("alert at step 20: the model gives the chosen completions less")
+  assert far.startswith("warning: alert at step 5: samples are 40.0 nats from the reference")
+  assert falls.startswith("warning: alert at step 20: the model gives the chosen completions less")
   assert "(0.30 nats per token less)" in falls
   assert "--config.loss.sft_weight" in falls
   found = alerts.scan(read_metrics(tmp_path / "metrics.jsonl"))
-  assert [f"alert at step {a.step}: {a.text}" for a in found] == [far, falls]
+  assert [f"warning: alert at step {a.step}: {a.text}" for a in found] == [far, falls]
 
 
 @pytest.mark.parametrize("killed_at", [3, 12, 19, 20, 45])
@@ -265,7 +265,7 @@ def test_a_resumed_run_says_no_alert_again_and_misses_none(tmp_path, killed_at):
 def test_an_alert_of_steps_that_are_taken_again_is_said_again(tmp_path):
   assert len(write_wrong(tmp_path, 1, 30)) == 2
   (falls,) = write_wrong(tmp_path, 11, 60)
-  assert falls.startswith("alert at step 20")
+  assert falls.startswith("warning: alert at step 20")
 
 
 def test_a_terminal_gets_one_line_that_moves(tmp_path):

@@ -118,7 +118,7 @@ def test_prompts_that_are_trained_on_and_evaluated_on_are_named(tokenizer, write
   sets = {"x": write("x", other), "y": write("y", prompts("y", 2))}
   _, ledger = load(tokenizer, path=a, eval_sets=sets)
   err = capsys.readouterr().err
-  assert "data.eval_sets.x: 1 of its 4 prompts are trained on too" in err
+  assert "warning: data.eval_sets.x: 1 of its 4 prompts are trained on too" in err
   assert "data.eval_sets.y:" not in err
   assert ledger["leakage"] == {"x": {"prompts": 1, "of": 4}}
   _, ledger = load(tokenizer, path=a, eval_path=a)
@@ -132,7 +132,8 @@ def test_rows_of_two_sources_are_named_or_dropped(tokenizer, write, capsys):  # 
   mix = {"a": write("a", a), "b": write("b", b)}
   data, ledger = load(tokenizer, mix=mix)
   assert len(data.examples) == 14 and ledger["repeated"] == {"a, b": 3}
-  assert "data.mix: 3 rows of b are in a too; data.drop_duplicates=True" in capsys.readouterr().err
+  line = "warning: data.mix: 3 rows of b are in a too; --config.data.drop_duplicates=True"
+  assert line in capsys.readouterr().err
   data, ledger = load(tokenizer, mix=mix, drop_duplicates=True)
   assert [ledger["sources"][name]["dropped"] for name in "ab"] == [
     {"duplicate": 2},

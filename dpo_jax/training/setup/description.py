@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from dpo_jax.structs import PyTree, UserError
 from dpo_jax.training import datasets, reference_cache, splits
 from dpo_jax.training.setup import footprint
 from dpo_jax.training.setup.checks import Checked
-from dpo_jax.utils import model_folder
+from dpo_jax.utils import messages, model_folder
 
 
 class Described(NamedTuple):
@@ -71,10 +70,9 @@ def describe(
   adapters = describe_adapters(config)
   model_config, tokenizer = describe_model(config.model, config.data.template)
   if began and tokenizer.template.pin_date(began):
-    print(
+    messages.show(
       f"the chat template writes a date: that of the run's first day, {began:%Y-%m-%d}, in every"
-      " prompt",
-      file=sys.stderr,
+      " prompt"
     )
   _warn_of_positions(config.data.max_length, model_config)
   # What certainly does not fit would end minutes later without a line.
@@ -116,7 +114,7 @@ def describe(
   _check_best(config, data)
   steps = steps_of(config.train.steps, config.train.epochs, data)
   if held_out is None:
-    print(summarize(steps, data), file=sys.stderr)
+    messages.show(summarize(steps, data))
   return Described(
     model_config=model_config,
     tokenizer=tokenizer,
@@ -263,7 +261,7 @@ def choose_attention(config: ConfigDict, model_config: ModelConfig, executor: Ex
   )
   # Reported: a slower implementation, taken in silence, would look like a slow machine.
   if why:
-    print(f"model.attention is {name}, but {why}: {taken} is taken", file=sys.stderr)
+    messages.warn(f"model.attention is {name}, but {why}: {taken} is taken")
   return taken
 
 
@@ -274,10 +272,9 @@ def _warn_of_positions(max_length: int, model_config: ModelConfig) -> None:
     why = "rows that need more are refused"
     if model_config.positions != "learned":
       why = "it was not trained beyond them"
-    print(
-      f"warning: data.max_length={max_length} exceeds the model's {positions:,} positions"
-      f" (max_position_embeddings): {why}; set --max_length={positions}",
-      file=sys.stderr,
+    messages.warn(
+      f"data.max_length={max_length} exceeds the model's {positions:,} positions"
+      f" (max_position_embeddings): {why}; set --max_length={positions}"
     )
 
 

@@ -1,8 +1,8 @@
 """Refuses a run that certainly needs more memory than there is, before anything is loaded.
 
-What is counted must all be there at one moment: the weights, the optimizer's moments, the reference,
-and all gradients, where an update must wait for the last of them. Activations come on top, so a run
-that passes may still run out of memory (`distributed.memory`).
+What is counted must all be there at one moment: the weights, the optimizer's moments, the
+reference, and all gradients, where an update must wait for the last of them. Activations come on
+top, so a run that passes may still run out of memory (`distributed.memory`).
 """
 
 from __future__ import annotations

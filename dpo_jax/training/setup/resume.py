@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
-import sys
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from dpo_jax.structs import UserError
 from dpo_jax.training import optimizer
 from dpo_jax.training.checkpoint import latest_step
 from dpo_jax.training.setup.description import Described, steps_of
-from dpo_jax.utils import functions
+from dpo_jax.utils import functions, messages
 from dpo_jax.utils import workdir as workdirs
 
 # Fields of a config.json that say who wrote it, and nothing of the model.
@@ -105,12 +104,11 @@ def check_resumed(
       " there, choose a new --workdir, or go on with what is there now by --accept_changes"
     )
   if changed:
-    print(f"{workdir}: goes on although this changed: {names}", file=sys.stderr)
+    messages.warn(f"{workdir}: goes on although this changed: {names}")
   if not checked:
-    print(
+    messages.warn(
       f"{workdir}: this run began before its inputs were digested, so whether rows, weights and"
-      " chat template are still the same could not be checked; from here on they are",
-      file=sys.stderr,
+      " chat template are still the same could not be checked; from here on they are"
     )
   _check_length(config, workdir, described, before["train"])
 
@@ -142,7 +140,7 @@ def _check_length(
       " that it began with, or train on in a new --workdir from what it learned:"
       f" {_from_export(config, workdir)}"
     )
-  print(f"{workdir}: goes on to step {new}, in place of {old}", file=sys.stderr)
+  messages.show(f"{workdir}: goes on to step {new}, in place of {old}")
 
 
 def _from_export(config: ConfigDict, workdir: pathlib.Path) -> str:
