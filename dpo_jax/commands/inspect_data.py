@@ -14,17 +14,10 @@ completions if they have a list of answers (plackett_luce), pairs if they have c
 and texts otherwise (sft). --kind overrides that: pairs can serve as any of these.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from absl import flags
 
 from dpo_jax.commands import row_flags
-from dpo_jax.utils import cli, messages
-
-if TYPE_CHECKING:
-  from dpo_jax.data.ledger import Ledger
+from dpo_jax.utils import cli, messages, model_folder
 
 FLAGS = flags.FLAGS
 DEFAULT = 512  # data.max_length of a run that sets none
@@ -58,21 +51,6 @@ def define_flags() -> None:
   row_flags.define_flags()
 
 
-def _warn_of_default(ledger: Ledger) -> list[str]:
-  """Returns the line about rows that are shown whole here, and would not be in training."""
-  from dpo_jax.data import left_out
-
-  longer = ledger.longer(DEFAULT)
-  if FLAGS.max_length is not None or not longer or longer["rows"] < left_out.LARGE * ledger.rows:
-    return []
-  need = longer["percentiles"][str(left_out.KEPT)]
-  return [
-    f"warning: {left_out.percent(longer['rows'], ledger.rows)} of the rows are longer than the"
-    f" default of training, data.max_length={DEFAULT}, and would be left out or cut; train with"
-    f" --max_length={need} to keep {left_out.KEPT}%"
-  ]
-
-
 def main(argv: list[str]) -> None:
   del argv
   import json
@@ -96,7 +74,11 @@ def main(argv: list[str]) -> None:
     **rows,
   }
   examples, ledger, _ = encode.load_examples(FLAGS.data, tokenizer, **how)
-  for line in left_out.warnings(ledger.to_json()) + _warn_of_default(ledger):
+  positions = model_folder.positions(FLAGS.model)
+  warnings = left_out.warnings(ledger.to_json(), positions=positions)
+  if FLAGS.max_length is None:
+    warnings += left_out.of_default(ledger.longer(DEFAULT), ledger.rows, positions)
+  for line in warnings:
     messages.show(line)
   if FLAGS.json:
     print(json.dumps(ledger.to_json()))

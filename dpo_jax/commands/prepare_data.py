@@ -10,7 +10,7 @@ Rows are held out by prompt, so that no prompt is on both sides.
 from absl import flags
 
 from dpo_jax.commands import row_flags
-from dpo_jax.utils import cli, messages
+from dpo_jax.utils import cli, messages, model_folder
 
 FLAGS = flags.FLAGS
 
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
   print(f"{FLAGS.out}: {ledger.pairs:,} of {ledger.rows:,} rows kept{dropped}")
   for line in remarks(ledger.to_json()):
     print(f"  {line}")
-  for line in left_out.warnings(ledger.to_json()):
+  for line in left_out.warnings(ledger.to_json(), positions=model_folder.positions(FLAGS.model)):
     messages.show(line)
   print(
     f"{seconds:.0f} s, {ledger.rows / seconds:,.0f} rows a second; --config.data.path={FLAGS.out}"

@@ -87,20 +87,41 @@ def _by_length(ledger: Mapping[str, Any], positions: int | None, *, prepared: bo
   what = "left out" if not cut else "cut"
   if cut and dropped:
     what = f"left out ({percent(dropped, rows)}) or cut ({percent(cut, rows)})"
-  whole = " whole" if cut else ""
   line = (
     f"{percent(longer['rows'], rows)} of the rows are longer than"
     f" data.max_length={longer['max_length']} and are {what}"
   )
-  need, share = longer["percentiles"][str(KEPT)], KEPT
-  remark = ""
-  if positions is not None and need > positions:
-    fitting = [int(p) for p, most in longer["percentiles"].items() if most <= positions]
-    if positions <= longer["max_length"] or not fitting:
-      return [f"{line}; the model has {positions:,} positions, so shorten the rows"]
-    need, share, remark = positions, max(fitting), ", all positions of the model,"
   again = "prepare them again with " if prepared else ""
-  return [f"{line}; {again}--max_length={need}{remark} keeps {share}%{whole}"]
+  cure = _cure(longer, positions, again)
+  return [f"{line}; {cure}{' whole' * (cut > 0 and cure.endswith('%'))}"]
+
+
+def of_default(longer: Mapping[str, Any], rows: int, positions: int | None) -> list[str]:
+  """Returns `warning: …` for rows that are all kept now, and that training's default would lose.
+
+  Args:
+    longer: `Ledger.longer` of that default; {} where no row is longer.
+    rows: number of all rows.
+    positions: as in `warnings`.
+  """
+  if not longer or longer["rows"] < LARGE * rows:
+    return []
+  return [
+    f"warning: {percent(longer['rows'], rows)} of the rows are longer than the default of training,"
+    f" data.max_length={longer['max_length']}, and would be left out or cut;"
+    f" {_cure(longer, positions)}"
+  ]
+
+
+def _cure(longer: Mapping[str, Any], positions: int | None, again: str = "") -> str:
+  """Returns the length that keeps most rows, as a phrase, within the positions of the model."""
+  need = longer["percentiles"][str(KEPT)]
+  if positions is None or need <= positions:
+    return f"{again}--max_length={need} keeps {KEPT}%"
+  fitting = [int(p) for p, most in longer["percentiles"].items() if most <= positions]
+  if positions <= longer["max_length"] or not fitting:
+    return f"the model has {positions:,} positions, so longer rows cannot be kept"
+  return f"{again}--max_length={positions}, all positions of the model, keeps {max(fitting)}%"
 
 
 def beyond_positions(tokens_B: Sequence[int] | np.ndarray, positions: int) -> str | None:

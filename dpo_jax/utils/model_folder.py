@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import pathlib
 import re
 
@@ -20,6 +21,16 @@ def is_model(path: pathlib.Path) -> bool:
   return not is_run(path) and (
     any(path.glob("*.safetensors")) or (path / "adapter_config.json").is_file()
   )
+
+
+def positions(path: str | pathlib.Path) -> int | None:
+  """Returns the positions of the model in a folder; None for a folder of a tokenizer alone."""
+  try:
+    fields = json.loads((pathlib.Path(path) / "config.json").read_text(encoding="utf-8"))
+    found = fields.get("max_position_embeddings", fields.get("n_positions"))
+  except (OSError, ValueError, AttributeError):
+    return None
+  return found if isinstance(found, int) else None
 
 
 def hub_name(path: str | pathlib.Path) -> str | None:

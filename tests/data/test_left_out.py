@@ -51,7 +51,7 @@ def test_a_suggested_length_is_within_the_models_positions():
   (line,) = left_out.warnings(found, positions=1500)
   assert line.endswith("; --max_length=1500, all positions of the model, keeps 85%")
   (line,) = left_out.warnings(found, positions=512)
-  assert line.endswith("; the model has 512 positions, so shorten the rows")
+  assert line.endswith("; the model has 512 positions, so longer rows cannot be kept")
   assert left_out.warnings(found, positions=1900) == left_out.warnings(found)
 
 
@@ -145,16 +145,17 @@ def test_a_prepared_set_says_so_when_it_is_trained_on(tmp_path, tokenizer):
   ]
 
 
-def test_inspecting_without_a_limit_warns_of_the_one_of_training(monkeypatch):
-  flags = type("Flags", (), {"max_length": None})
-  monkeypatch.setattr(inspect_data, "FLAGS", flags)
-  found = Ledger(rows=100, lengths=collections.Counter(LENGTHS))
-  (line,) = inspect_data._warn_of_default(found)
-  assert line.startswith("warning: 83% of the rows are longer than the default of training, data.")
-  assert line.endswith("train with --max_length=1900 to keep 95%")
-  assert inspect_data._warn_of_default(Ledger(rows=1, lengths=collections.Counter([1]))) == []
-  flags.max_length = 512
-  assert inspect_data._warn_of_default(found) == []
+def test_a_row_shown_whole_that_the_default_of_training_would_lose():
+  whole = Ledger(rows=100, lengths=collections.Counter(LENGTHS))
+  (line,) = left_out.of_default(whole.longer(512), 100, None)
+  assert line == (
+    "warning: 83% of the rows are longer than the default of training, data.max_length=512, and"
+    " would be left out or cut; --max_length=1900 keeps 95%"
+  )
+  (line,) = left_out.of_default(whole.longer(512), 100, 1000)
+  assert line.endswith("--max_length=1000, all positions of the model, keeps 55%")
+  assert left_out.of_default(whole.longer(4000), 100, None) == []
+  assert left_out.of_default(whole.longer(1900), 100, None) == []  # 5 of 100
 
 
 def test_the_default_of_training_is_what_inspecting_takes_it_to_be():

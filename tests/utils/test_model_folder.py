@@ -1,5 +1,7 @@
 """What is named as a model folder and is none: what it is, and what to name instead."""
 
+import json
+
 import pytest
 
 from dpo_jax.commands import console
@@ -74,3 +76,15 @@ def test_a_model_or_a_name_of_the_hub_is_no_file_of_rows(run):
     readers.files("trl-lib/ultra")
   with pytest.raises(UserError, match=r"no data file data/pairs\.jsonl$"):
     readers.files("data/pairs.jsonl")
+
+
+def test_positions_of_a_folder(tmp_path):
+  assert model_folder.positions(tmp_path) is None
+  for fields, count in (
+    ({"max_position_embeddings": 2048}, 2048),
+    ({"n_positions": 1024}, 1024),
+    ({"model_type": "llama"}, None),
+    ([], None),
+  ):
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert model_folder.positions(tmp_path) == count
