@@ -124,14 +124,22 @@ def _cure(longer: Mapping[str, Any], positions: int | None, again: str = "") -> 
   return f"{again}--max_length={positions}, all positions of the model, keeps {max(fitting)}%"
 
 
-def beyond_positions(tokens_B: Sequence[int] | np.ndarray, positions: int) -> str | None:
-  """Returns the line about rows with more tokens than a model has positions; None without any."""
+def beyond_positions(
+  tokens_B: Sequence[int] | np.ndarray, positions: int, purpose: str
+) -> str | None:
+  """Returns the line about rows with more tokens than a model has positions; None without any.
+
+  Args:
+    tokens_B: lengths of the rows.
+    positions: of the model.
+    purpose: what is done with the rows, "to train on".
+  """
   count = int(np.sum(np.asarray(tokens_B) > positions))
   if not count:
     return None
   return (
-    f"{percent(count, len(tokens_B))} of the rows to be used ({count:,} of"
-    f" {len(tokens_B):,}) are longer than the model's {positions:,} positions"
+    f"{percent(count, len(tokens_B))} of the rows {purpose} ({count:,} of {len(tokens_B):,}) are"
+    f" longer than the model's {positions:,} positions"
     f" (max_position_embeddings), beyond which it was not trained; --max_length={positions} cuts"
     " or leaves them out"
   )

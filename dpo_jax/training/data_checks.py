@@ -13,7 +13,11 @@ from dpo_jax.utils import messages
 
 
 def check_tokens(
-  some: Sequence[Example], batching: Batching, ids: int, model_config: ModelConfig
+  some: Sequence[Example],
+  batching: Batching,
+  ids: int,
+  model_config: ModelConfig,
+  purpose: str = "to train on",
 ) -> None:
   """Checks that every example fits in a row, and that the model has its ids and positions.
 
@@ -24,6 +28,7 @@ def check_tokens(
     batching: the layout of rows.
     ids: number of ids of the tokenizer.
     model_config: of the policy.
+    purpose: what the examples are for.
 
   Raises:
     UserError: it names the row.
@@ -34,7 +39,7 @@ def check_tokens(
   tokens_B = lengths(some).longest()
   check_positions(some, tokens_B, model_config)
   # Rotary positions can be computed for any length, so these rows are trained on.
-  line = left_out.beyond_positions(tokens_B, model_config.max_positions)
+  line = left_out.beyond_positions(tokens_B, model_config.max_positions, purpose)
   if line:
     messages.warn(line)
   # No row has an id that the tokenizer lacks, so there is nothing to look for in most models. A
@@ -56,11 +61,11 @@ def check_batch(size: int, accumulate: int, groups: int, count: int, path: str) 
     return
   # The largest that set-up would accept.
   fits = count // (groups * accumulate) * groups * accumulate
-  way = f"set --config.train.batch_size={fits}"
+  way = f"set --batch_size={fits}"
   if not fits:
     way = (
       f"it must also divide among {groups} devices x {accumulate} micro-batches, so use"
-      f" --config.parallel.devices=1 --config.train.accumulate=1 --config.train.batch_size={count}"
+      f" --config.parallel.devices=1 --accumulate=1 --batch_size={count}"
     )
   raise UserError(
     f"train.batch_size is {size} and {path} leaves {count} to train on, so that every update would"

@@ -167,9 +167,11 @@ def _load_examples(
   data_checks.check_batch(
     settings.batch_size, settings.accumulate, batching.groups, len(examples), what
   )
-  for some in filter(len, (examples, held_out)):
+  for some, purpose in ((examples, "to train on"), (held_out, "to evaluate on")):
+    if not len(some):
+      continue
     try:
-      data_checks.check_tokens(some, batching, tokenizer.vocab_size, model_config)
+      data_checks.check_tokens(some, batching, tokenizer.vocab_size, model_config, purpose)
     except UserError as error:
       remark = f" ({mixture.where_rows_start()})" if mixture and some is examples else ""
       raise UserError(f"{error}{remark}") from None
@@ -399,7 +401,7 @@ def _load_prompts(
   if len(prompts) < settings.batch_size:
     raise UserError(
       f"train.batch_size is {settings.batch_size} and {data.path} leaves {len(prompts)} prompts"
-      " to train on; lower it or give more prompts"
+      f" to train on; set --batch_size={len(prompts)} or give more prompts"
     )
   record = splits.of_prompts(data.eval_path or data.path, prompts, held_out, numbers)
   held_out = [*splits.limit([held_out], data.eval_limit, eval_samples=data.eval_samples)[0]]

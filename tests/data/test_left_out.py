@@ -165,7 +165,7 @@ def test_the_default_of_training_is_what_inspecting_takes_it_to_be():
 
 
 def test_rows_beyond_rotary_positions_are_told_with_their_share():
-  assert left_out.beyond_positions([3, 4, 4], 4) is None
-  line = left_out.beyond_positions([3, 4, 5, 6], 4)
-  assert line.startswith("50% of the rows to be used (2 of 4) are longer than the model's")
+  assert left_out.beyond_positions([3, 4, 4], 4, "to train on") is None
+  line = left_out.beyond_positions([3, 4, 5, 6], 4, "to train on")
+  assert line.startswith("50% of the rows to train on (2 of 4) are longer than the model's")
   assert "(max_position_embeddings)" in line and "--max_length=4 " in line

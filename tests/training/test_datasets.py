@@ -126,10 +126,10 @@ def test_a_loss_of_three_completions_has_three(tmp_path, tokenizer):
 @pytest.mark.parametrize(
   ("size", "accumulate", "groups", "way"),
   [
-    (8, 1, 1, r"set --config\.train\.batch_size=7, or give more rows"),
-    (8, 1, 2, r"set --config\.train\.batch_size=6, or"),
-    (8, 2, 2, r"set --config\.train\.batch_size=4, or"),
-    (8, 1, 8, r"--config\.parallel\.devices=1 --config\.train\.accumulate=1 .*batch_size=7, or"),
+    (8, 1, 1, r"set --batch_size=7, or give more rows"),
+    (8, 1, 2, r"set --batch_size=6, or"),
+    (8, 2, 2, r"set --batch_size=4, or"),
+    (8, 1, 8, r"--config\.parallel\.devices=1 --accumulate=1 .*batch_size=7, or"),
   ],
 )
 def test_a_batch_larger_than_the_data_is_refused(size, accumulate, groups, way):

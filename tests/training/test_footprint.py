@@ -88,6 +88,15 @@ def test_cpu_devices_share_one_memory(fsdp, mode):
   assert parts["weights"] == (once if fsdp == 8 else 8 * once) + 8 * norms
 
 
+def test_an_optimizer_in_host_memory_saves_nothing_on_a_cpu(monkeypatch):
+  changes = {"parallel.offload_optimizer": True}
+  whole, on_host = needed(**changes)
+  assert (whole, on_host) == needed()
+  monkeypatch.setattr(footprint, "_is_cpu", lambda executor: False)
+  parts, on_host = needed(**changes)
+  assert parts["optimizer"] <= 64 and 8 * COUNT <= on_host + parts["optimizer"]
+
+
 def test_an_accelerator_is_counted_for_each_device(monkeypatch):
   monkeypatch.setattr(footprint, "_is_cpu", lambda executor: False)
   parts, _ = needed(**{"parallel.devices": 8, "parallel.fsdp": 8})
@@ -138,7 +147,8 @@ def test_what_is_so_already_is_not_suggested(large, monkeypatch):
   line = refusal(large, 100, monkeypatch, **{"lora.rank": 8})
   assert "(adapters 0.4, gradients 0.4, optimizer 0.8, base 282.2)" in line
   assert "--lora_rank" not in line and "reference.store" not in line
-  assert "--config.model.param_dtype=bfloat16 --config.reference.param_dtype=bfloat16" in line
+  flags = "--config.model.param_dtype=bfloat16 --config.reference.param_dtype=bfloat16"
+  assert line.endswith(f"what saves most is {flags} (142.8 GB)")
 
 
 def test_what_fits_goes_on_to_the_next_check(large, monkeypatch):

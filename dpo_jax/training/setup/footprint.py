@@ -107,8 +107,12 @@ def needed(
   local = sum(device.process_index == jax.process_index() for device in executor.devices)
   copies = local if _is_cpu(executor) else 1
 
+  on_host = local * memory.host_bytes(state)
+
   def count(tree: PyTree) -> int:
-    return copies * memory.device_bytes(tree)
+    # A CPU's devices have no memory besides that of the host.
+    stored = memory.host_bytes(tree) if _is_cpu(executor) else 0
+    return copies * (memory.device_bytes(tree) + stored)
 
   weights = count(state.params)
   # An update waits for all gradients to clip their norm, or to sum them over micro-batches.
@@ -120,7 +124,7 @@ def needed(
     "optimizer": count(state.opt_state),
     "base" if adapters else "reference": count((reference, state.reference)),
   }
-  return parts, local * memory.host_bytes(state)
+  return parts, 0 if _is_cpu(executor) else on_host
 
 
 def _as(shapes: PyTree, dtype: str) -> PyTree:
@@ -155,6 +159,7 @@ def _way_out(
 
 def _savings(config: ConfigDict, model_config: ModelConfig) -> Iterator[tuple[int, str]]:
   """Yields the bytes that each change would need, and the flags that make it."""
+  seen: list[dict[str, Any]] = []
   for change in _CHANGES:
     # A copy, so that each change is made to the user's own configuration and to no other change.
     other = config.copy_and_resolve_references()
@@ -162,8 +167,11 @@ def _savings(config: ConfigDict, model_config: ModelConfig) -> Iterator[tuple[in
     if "parallel.fsdp" in values:
       values["parallel.fsdp"] = len(jax.devices()[: config.parallel.devices or None])
       values["parallel.fsdp"] //= config.parallel.tensor * config.parallel.sequence
-    if not values or ("lora.rank" in values and (config.lora.rank or config.lora.path)):
+    if config.lora.rank or config.lora.path:
+      values = {name: value for name, value in values.items() if name not in _LORA}
+    if not values or values in seen:
       continue
+    seen.append(values)
     other.update_from_flattened_dict(values)
     try:
       checked = check_config(other)
