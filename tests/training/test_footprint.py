@@ -94,7 +94,7 @@ def test_an_optimizer_in_host_memory_saves_nothing_on_a_cpu(monkeypatch):
   assert (whole, on_host) == needed()
   monkeypatch.setattr(footprint, "_is_cpu", lambda executor: False)
   parts, on_host = needed(**changes)
-  assert parts["optimizer"] <= 64 and 8 * COUNT <= on_host + parts["optimizer"]
+  assert parts["optimizer"] <= 64 and on_host + parts["optimizer"] >= 8 * COUNT
 
 
 def test_an_accelerator_is_counted_for_each_device(monkeypatch):
