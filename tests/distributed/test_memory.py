@@ -41,3 +41,16 @@ def test_other_errors_pass():
     memory.explain_out_of_memory({}),
   ):
     raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+@pytest.mark.parametrize(
+  ("stats", "free"),
+  [(None, None), ({"bytes_limit": 100, "bytes_in_use": 30}, 70), ({"bytes_in_use": 30}, None)],
+)
+def test_what_a_device_has_left(monkeypatch, stats, free):
+  class Device:
+    def memory_stats(self):
+      return stats
+
+  monkeypatch.setattr(memory.jax, "local_devices", lambda: [Device()])
+  assert memory.device_free() == free

@@ -30,15 +30,18 @@ from dpo_jax.utils import following
 GB = 1e9
 _BF16 = {"model.param_dtype": "bfloat16", "reference.param_dtype": "bfloat16"}
 _LORA = {"lora.rank": 16, "reference.path": "", "reference.sync_every": 0}
+_FSDP = {"parallel.fsdp": 0}  # 0 stands for all devices
 # Changes that save memory. One that set-up refuses, or that saves nothing, is not suggested.
 _CHANGES: tuple[dict[str, Any], ...] = (
   _LORA,
   _BF16,
   {"reference.param_dtype": "bfloat16"},
   {"reference.store": "DIR"},
-  {"parallel.fsdp": 0},  # all devices
+  _FSDP,
   {"parallel.offload_optimizer": True},
   _LORA | _BF16,
+  _LORA | _FSDP,
+  _LORA | _BF16 | _FSDP,
 )
 _MOST = 3  # suggestions
 _SHORT = {"lora.rank": "--lora_rank"}
@@ -66,7 +69,7 @@ def check(
     where = "this machine has" if _is_cpu(executor) else "each device has"
     raise UserError(
       f"training needs at least {least / GB:.1f} GB ({each}), and {where} {free / GB:.1f} GB free;"
-      f" {_way_out(config, executor, model_config, least, free)}"
+      f" {_way_out(config, executor, model_config, adapters, least, free)}"
     )
   room = host_memory.available() if on_host else None
   if room is not None and on_host > room:
@@ -142,12 +145,20 @@ def _free(executor: Executor) -> int | None:
 
 
 def _way_out(
-  config: ConfigDict, executor: Executor, model_config: ModelConfig, least: int, free: int
+  config: ConfigDict,
+  executor: Executor,
+  model_config: ModelConfig,
+  adapters: LoRA | None,
+  least: int,
+  free: int,
 ) -> str:
   """Returns changes that save memory, as a phrase: those that are enough, if there are any."""
-  found = sorted(_savings(config, model_config), key=lambda change: change[0])
-  found = [(count, flags) for count, flags in found if count < least]
+  savings = _savings(config, model_config, adapters)
+  found = sorted((one for one in savings if one[0] < least), key=lambda one: one[0])
   enough = [(count, flags) for count, flags in found if count <= free]
+  # Of two changes that are enough, one that does all of the other and more is not needed.
+  sets = [set(flags.split()) for _, flags in enough]
+  enough = [one for one, mine in zip(enough, sets, strict=True) if not any(x < mine for x in sets)]
   more = "a machine with more memory" if _is_cpu(executor) else "more devices"
   if not found:
     return f"use a smaller model or {more}"
@@ -157,17 +168,19 @@ def _way_out(
   return f"it takes a smaller model or {more}; what saves most is {named}"
 
 
-def _savings(config: ConfigDict, model_config: ModelConfig) -> Iterator[tuple[int, str]]:
+def _savings(
+  config: ConfigDict, model_config: ModelConfig, adapters: LoRA | None
+) -> Iterator[tuple[int, str]]:
   """Yields the bytes that each change would need, and the flags that make it."""
   seen: list[dict[str, Any]] = []
+  devices = len(jax.devices()[: config.parallel.devices or None])
+  fsdp = devices // (config.parallel.tensor * config.parallel.sequence)
   for change in _CHANGES:
     # A copy, so that each change is made to the user's own configuration and to no other change.
     other = config.copy_and_resolve_references()
-    values = {name: value for name, value in change.items() if _value(config, name) != value}
-    if "parallel.fsdp" in values:
-      values["parallel.fsdp"] = len(jax.devices()[: config.parallel.devices or None])
-      values["parallel.fsdp"] //= config.parallel.tensor * config.parallel.sequence
-    if config.lora.rank or config.lora.path:
+    values = change | ({"parallel.fsdp": fsdp} if change.keys() & _FSDP.keys() else {})
+    values = {name: value for name, value in values.items() if _value(config, name) != value}
+    if adapters:
       values = {name: value for name, value in values.items() if name not in _LORA}
     if not values or values in seen:
       continue
@@ -175,9 +188,8 @@ def _savings(config: ConfigDict, model_config: ModelConfig) -> Iterator[tuple[in
     other.update_from_flattened_dict(values)
     try:
       checked = check_config(other)
-      section = {key: value for key, value in other.lora.items() if key != "path"}
-      adapters = LoRA(**section) if other.lora.rank else None
-      parts, _ = needed(other, checked, model_config, adapters)
+      added = LoRA(rank=other.lora.rank) if other.lora.rank else None
+      parts, _ = needed(other, checked, model_config, adapters or added)
     except UserError:
       continue
     flags = (f"{_SHORT.get(n, f'--config.{n}')}={value}" for n, value in values.items())
