@@ -653,7 +653,7 @@ def test_a_field_that_nobody_knows_is_reported_once(folder, capsys):
   for _ in range(2):
     assert hf_checkpoint.read_config(folder) == LLAMA
   expected = "passed over, as transformers does for llama: some_note, other_note"
-  assert capsys.readouterr().err == f"{folder / 'config.json'}: {expected}\n"
+  assert capsys.readouterr().err == f"warning: {folder / 'config.json'}: {expected}\n"
 
 
 # --- broken folders -------------------------------------------------------------------------------
