@@ -92,6 +92,8 @@ def test_rows_left_out_on_purpose_are_no_warning():
 def test_percentiles_by_hand():
   found = left_out.percentiles(collections.Counter({10: 50, 20: 45, 30: 4, 40: 1}))
   assert [found[p] for p in ("5", "50", "55", "95", "99", "100")] == [10, 10, 20, 20, 30, 40]
+  # 0.55 x 100 is a little more than 55 in floating point.
+  assert left_out.percentiles(collections.Counter({10: 55, 20: 45}))["55"] == 10
 
 
 def test_a_share_is_none_or_all_only_where_it_is():
