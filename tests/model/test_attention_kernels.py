@@ -365,7 +365,7 @@ def test_a_run_says_what_it_takes_instead(tmp_path, capsys):
   run, *_ = setup.build(configured(tmp_path, "cudnn"), tmp_path)
   why = "cudnn runs on NVIDIA GPUs, and this is cpu"
   said = capsys.readouterr().err.splitlines()
-  assert f"model.attention is cudnn, but {why}: blocked is taken" in said
+  assert f"warning: model.attention is cudnn, but {why}: blocked is taken" in said
   assert not run.data.batching.texts
   setup.build(configured(tmp_path, "auto"), tmp_path)
   assert "model.attention" not in capsys.readouterr().err
