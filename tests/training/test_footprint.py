@@ -156,6 +156,15 @@ def test_what_fits_goes_on_to_the_next_check(large, monkeypatch):
   assert "GB" not in line and "safetensors" in line
 
 
+def test_no_run_stores_more_than_what_spares_the_count():
+  for changes in (
+    {"reference.sync_every": 4, "reference.bema": True},
+    {"lora.rank": 64, "parallel.devices": 8},
+  ):
+    parts, _ = needed(**changes)
+    assert sum(parts.values()) < footprint.MOST_BYTES * COUNT * changes.get("parallel.devices", 1)
+
+
 def test_memory_that_is_not_known_refuses_nothing(large, monkeypatch):
   monkeypatch.setattr(footprint.host_memory, "available", lambda: None)
   config = configured(**{"model.path": str(large)})

@@ -44,6 +44,7 @@ _CHANGES: tuple[dict[str, Any], ...] = (
   _LORA | _BF16 | _FSDP,
 )
 _MOST = 3  # suggestions
+MOST_BYTES = 64  # for each number of a model: more than any run stores, adapters included
 _SHORT = {"lora.rank": "--lora_rank"}
 
 
@@ -62,6 +63,12 @@ def check(
   """
   executor = checked.executor
   free = _free(executor)
+  # Most models are far from any limit, and the shapes of their moments need not be traced.
+  numbers = sum(x.size for x in jax.tree.leaves(transformer.param_shapes(model_config)))
+  room = host_memory.available()
+  most = MOST_BYTES * numbers * len(executor.devices)
+  if free is not None and room is not None and most < min(free, room):
+    return
   parts, on_host = needed(config, checked, model_config, adapters)
   least = sum(parts.values())
   if free is not None and least > free:
@@ -71,7 +78,6 @@ def check(
       f"training needs at least {least / GB:.1f} GB ({each}), and {where} {free / GB:.1f} GB free;"
       f" {_way_out(config, executor, model_config, adapters, least, free)}"
     )
-  room = host_memory.available() if on_host else None
   if room is not None and on_host > room:
     raise UserError(
       f"parallel.offload_optimizer needs {on_host / GB:.1f} GB of this machine's memory, which has"
