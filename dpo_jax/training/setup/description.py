@@ -74,9 +74,10 @@ def describe(
       f"the chat template writes a date: that of the run's first day, {began:%Y-%m-%d}, in every"
       " prompt"
     )
-  _warn_of_positions(config.data.max_length, model_config)
-  # What certainly does not fit would end minutes later without a line.
-  footprint.check(config, checked, model_config, adapters)
+  if held_out is None:  # an evaluation of a run needs less
+    _warn_of_positions(config.data.max_length, model_config)
+    # What certainly does not fit would end minutes later without a line.
+    footprint.check(config, checked, model_config, adapters)
   # By name and shape of every tensor, before the data: weights are read last of all.
   reference = pathlib.Path(config.reference.path)
   if config.reference.path and (peft.is_adapter(reference) or not _has_config(reference)):
