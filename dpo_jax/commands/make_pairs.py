@@ -73,6 +73,6 @@ def main(argv: list[str]) -> None:
   total = len(prompts) * FLAGS.num // 2
   better = sum(row["chosen_reward"] > row["rejected_reward"] for row in rows)
   print(
-    f"{FLAGS.out}: {len(rows)} pairs ({total - len(rows)} of equal answers left out);"
+    f"{FLAGS.out}: {len(rows)} pairs ({total - len(rows)} of equal completions left out);"
     f" mean reward {rollout.reward_XK.mean():.2f}, chosen is the better in {better / len(rows):.1%}"
   )

@@ -125,9 +125,9 @@ class Reading(NamedTuple):
       # As unpaired completions, chosen is desirable and rejected is not, whatever their scores.
       preference = preference._replace(scores=(1.0, 0.0) if self.kind == "unpaired" else known)
     if not all(_has_text(completion) for completion in preference.completions):
-      raise RowError("empty answer")
+      raise RowError("empty completion")
     if any(one == other for one, other in itertools.combinations(preference.completions, 2)):
-      raise RowError("equal answers")
+      raise RowError("equal completions")
     return messages.last_alone(preference) if self.train_on == "last" else preference
 
   def _format_of(self, row: Row) -> Format:

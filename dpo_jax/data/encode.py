@@ -135,7 +135,7 @@ class Encoder:
     prompt, completions, token_weights, cuts = kept
     # They were different before: what differed was cut off.
     if any(np.array_equal(one, other) for one, other in itertools.combinations(completions, 2)):
-      return Dropped(where, "equal answers after cutting", length=length)
+      return Dropped(where, "equal completions after cutting", length=length)
     # What the assistant wrote was cut off, and only context was before it.
     if not all(weights.any() for weights in token_weights):
       return Dropped(where, "no scored token after cutting", length=length)

@@ -155,7 +155,7 @@ def read_ranked(row: Row, field: str) -> list[Any]:
   if not isinstance(value, list):
     raise BadRow(field, f"field {field} is {shorten(value)}, not a list of answers, best first")
   if len(value) < 2:
-    raise RowError("fewer than two answers")
+    raise RowError("fewer than two completions")
   if any(answer is None for answer in value):
     raise RowError("an answer is null")
   return value

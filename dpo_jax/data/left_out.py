@@ -16,13 +16,13 @@ LARGE = 0.1  # share of the rows from which on a warning is due
 KEPT = 95  # percent of the rows that a suggested max_length keeps
 PERCENTS = (*range(5, 96, 5), 99, 100)
 # Reasons that a larger max_length helps against.
-BY_LENGTH = ("too long", "equal answers after cutting", "no scored token after cutting")
+BY_LENGTH = ("too long", "equal completions after cutting", "no scored token after cutting")
 # Rows that a configuration leaves out on purpose.
 WANTED = ("duplicate", "not drawn")
 # What to do, by the beginning of a reason.
 WAYS = {
-  "equal answers": "check the columns of both completions (data.fields.chosen and .rejected)",
-  "empty answer": "check the column of the completions (data.fields)",
+  "equal completions": "check the columns of both completions (data.fields.chosen and .rejected)",
+  "empty completion": "check the column of the completions (data.fields)",
   "empty prompt": "check the column of the prompt (data.fields.prompt)",
   "no prompt token": "check the column of the prompt (data.fields.prompt)",
   "equal scores": "pairs without a better completion teach no preference; give rows with one",
@@ -32,7 +32,7 @@ WAYS = {
   "the prompt and the conversation": "check the column of the prompt (data.fields.prompt)",
   "last message is not": "conversations must end with a message of the assistant",
   "no scored": "nothing in them is learned from; check their masks, weights, or data.train_on",
-  "fewer than two answers": "a ranking needs two completions; single ones serve --loss=sft",
+  "fewer than two completions": "a ranking needs two completions; single ones serve --loss=sft",
   "chat template": "change the values of the template (data.template) or the tokenizer's template",
 }
 

@@ -307,7 +307,7 @@ def _join_one(prompt: Messages, reply: Messages) -> tuple[Messages, int]:
     The conversation, and the number of its messages up to the end of the prompt.
   """
   if not reply:
-    raise RowError("empty answer")
+    raise RowError("empty completion")
   plain_prompt, plain_reply = _bare(prompt), _bare(reply)
   # 1. The reply repeats the whole prompt, or its end: perhaps all but the system message. A reply
   #    begins with the assistant, so what begins with the assistant repeats nothing but by chance.

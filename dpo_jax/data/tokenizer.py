@@ -219,12 +219,12 @@ class Tokenizer:
       # A text on its own, without BOS: nothing predicts its first token, so that is the prompt.
       prompt, completions = completions[0][:1], [completions[0][1:]]
     if not prompt:
-      raise RowError("no prompt token before the answer")
+      raise RowError("no prompt token before the completion")
     if not all(completions):
-      raise RowError("empty answer")
+      raise RowError("empty completion")
     # Checked again after the texts: different texts may have equal ids (unknown words, trimming).
     if any(one == other for one, other in itertools.combinations(completions, 2)):
-      raise RowError("equal answers")
+      raise RowError("equal completions")
     ended = tuple(_array(self._with_end(ids, is_chat)) for ids in completions)
     weights = [
       weigh(encoding.offsets[shared:], start, some, len(ids))

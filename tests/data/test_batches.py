@@ -266,8 +266,11 @@ def test_real_judged_answers_make_batches(shared_data):
 @pytest.mark.parametrize(
   ("file", "dropped"),
   [
-    ("rasbt_instruction_pref.open.json", {"equal answers": 5}),
-    ("hh_helpful_base_test.open.jsonl", {"prompts differ": 8, "empty answer": 3, "too long": 109}),
+    ("rasbt_instruction_pref.open.json", {"equal completions": 5}),
+    (
+      "hh_helpful_base_test.open.jsonl",
+      {"prompts differ": 8, "empty completion": 3, "too long": 109},
+    ),
   ],
 )
 def test_real_preferences_make_batches(shared_data, file, dropped):

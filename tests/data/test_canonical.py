@@ -96,7 +96,7 @@ def test_a_tree_of_messages_is_a_row_for_every_message_with_ranked_replies():
   assert canonical.expand(PAIR) == [PAIR]
   # A tree without ranks still is a row, which is counted.
   (row,) = canonical.expand({"prompt": message("a", "prompter", message("b", "assistant"))})
-  with pytest.raises(RowError, match="fewer than two answers"):
+  with pytest.raises(RowError, match="fewer than two completions"):
     detect(rows, kind="ranked").convert(row)
 
 

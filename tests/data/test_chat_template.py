@@ -243,7 +243,7 @@ def test_ids_decode_to_what_the_template_writes(kinds, kind, asked, first, secon
   try:
     ids, found, _ = tokenizer.encode_preference(Preference(prompt, completions))
   except RowError as error:
-    assert str(error) == "equal answers" and first.strip() == second.strip()
+    assert str(error) == "equal completions" and first.strip() == second.strip()
     return
   for answer, (text, _) in zip(found, written, strict=True):
     whole = tokenizer.decode([*ids, *answer], special=True)
@@ -363,7 +363,7 @@ def test_ids_of_real_templates_decode_to_what_they_write(real, asked, first, sec
   try:
     ids, found, _ = real.encode_preference(Preference(prompt, completions))
   except RowError as error:
-    assert str(error) == "equal answers"
+    assert str(error) == "equal completions"
     return
   for answer, (text, _) in zip(found, written, strict=True):
     whole = real.decode([*ids, *answer], special=True)

@@ -39,7 +39,7 @@ def test_every_row_is_accounted_for(rows_file, tokenizer):
     "format": "strings",
     "rows": 6,
     "pairs": 3,
-    "dropped": {"equal answers": 1, "empty answer": 1, "too long": 1},
+    "dropped": {"equal completions": 1, "empty completion": 1, "too long": 1},
     "truncated": {"prompt": 1},
     "tokens": {
       "prompt": measured.prompt_B.sum(),
@@ -78,7 +78,7 @@ def test_a_cut_answer_has_no_end(rows_file, tokenizer):
   chosen, rejected = (answer.tolist() for answer in example.completions)
   assert tokenizer.eos_id not in chosen and rejected[-1] == tokenizer.eos_id
   assert ledger.truncated == {"prompt": 1, "answer": 1}
-  assert ledger.dropped == {"equal answers after cutting": 1}, "what differed was cut off"
+  assert ledger.dropped == {"equal completions after cutting": 1}, "what differed was cut off"
 
 
 def test_texts_to_learn_from_have_one_answer(rows_file, tokenizer):
@@ -138,7 +138,7 @@ def test_judged_answers_and_pairs_taken_apart(rows_file, tokenizer):
   # A row is kept or dropped, also one that became two answers.
   assert (ledger.rows, ledger.pairs) == (5, 3)
   written = ledger.to_json()
-  assert written["dropped"] == {"empty answer": 1, "equal answers": 1}
+  assert written["dropped"] == {"empty completion": 1, "equal completions": 1}
   assert written["labels"] == {"desirable": 2, "undesirable": 2}
   assert written["tokens"]["shared"] == 0
 
@@ -159,7 +159,7 @@ def test_ranked_answers_are_filled_up_to_the_most(rows_file, tokenizer):
   assert form == "ranked" and "labels" not in ledger.to_json()
   assert [texts(e) for e in found] == [["good", "bad", "", ""], ["is", "good", "bad", "so"]]
   assert [e.scores for e in found] == [(2, 1, 0, 0), (4, 3, 2, 1)]
-  assert ledger.dropped == {"fewer than two answers": 1, "equal answers": 1}
+  assert ledger.dropped == {"fewer than two completions": 1, "equal completions": 1}
   # Copies of the prompt that shared rows save: one for the row of two, three for the row of four.
   assert ledger.tokens["shared"] == (1 + 3) * (len(found[0].prompt) - 1)
 
@@ -177,7 +177,7 @@ def test_ranked_answers_may_become_equal_by_cutting(rows_file, tokenizer):
     path, tokenizer, kind="ranked", max_length=24, prompt_floor=4, truncation="cut"
   )
   assert [e.row for e in found] == [1]
-  assert ledger.dropped == {"equal answers after cutting": 1}
+  assert ledger.dropped == {"equal completions after cutting": 1}
 
 
 def test_margins_and_scores_are_scores(rows_file, tokenizer):
@@ -216,7 +216,7 @@ def test_margins_and_scores_are_scores(rows_file, tokenizer):
     ([judged(), judged("yes")], "unpaired", r'rows\.jsonl:2: field label is "yes"; it must be'),
     ([judged()], "pairs", r"rows\.jsonl:1: .* with a label are for --loss kto; a pair has "),
     ([ranked(" a", " b")], "pairs", r"rows\.jsonl:1: .* are for --loss plackett_luce; a pair has "),
-    ([ranked(" a")] * 2, "ranked", r"no usable row in .* dropped fewer than two answers: 2"),
+    ([ranked(" a")] * 2, "ranked", r"no usable row in .* dropped fewer than two completions: 2"),
   ],
 )
 def test_bad_scores_and_labels_are_one_line(rows_file, tokenizer, rows, kind, line):
@@ -262,7 +262,7 @@ def test_scores_stop_only_a_loss_that_reads_them(rows_file, tokenizer, scores):
     (
       [pair(rejected=" good")] * 2 + [pair(chosen="")],
       {},
-      r"no usable row in .*: 3 rows, dropped equal answers: 2, empty answer: 1$",
+      r"no usable row in .*: 3 rows, dropped equal completions: 2, empty completion: 1$",
     ),
     (
       [pair(chosen=" good" * 30), pair(chosen=" good" * 20)],

@@ -235,11 +235,11 @@ def test_the_highest_score_is_the_best(scores):
 @pytest.mark.parametrize(
   ("change", "reason"),
   [
-    ({"answers": ["b"]}, "fewer than two answers"),
+    ({"answers": ["b"]}, "fewer than two completions"),
     ({"answers": ["b", None, "c"]}, "an answer is null"),
-    ({"answers": []}, "fewer than two answers"),
-    ({"answers": ["b", "c", " "]}, "empty answer"),
-    ({"answers": ["b", "c", "c"]}, "equal answers"),
+    ({"answers": []}, "fewer than two completions"),
+    ({"answers": ["b", "c", " "]}, "empty completion"),
+    ({"answers": ["b", "c", "c"]}, "equal completions"),
     ({"answers": ["b", "c", "half a \ud800 pair"]}, "text is not valid Unicode"),
     (
       {"answers": [[user(p), assistant("c")] for p in "ax"]},
@@ -298,12 +298,12 @@ SHARED = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assista
 @pytest.mark.parametrize(
   ("row", "change", "reason"),
   [
-    (STRINGS, {"rejected": "b"}, "equal answers"),
+    (STRINGS, {"rejected": "b"}, "equal completions"),
     (STRINGS, {"rejected": True}, "true or false where text should be"),
-    (STRINGS, {"rejected": " \n"}, "empty answer"),
+    (STRINGS, {"rejected": " \n"}, "empty completion"),
     (STRINGS, {"rejected": "half a \ud800 pair"}, "text is not valid Unicode"),
-    (MESSAGES, {"rejected": [assistant("b")]}, "equal answers"),
-    (MESSAGES, {"rejected": [assistant(" ")]}, "empty answer"),
+    (MESSAGES, {"rejected": [assistant("b")]}, "equal completions"),
+    (MESSAGES, {"rejected": [assistant(" ")]}, "empty completion"),
     (MESSAGES, {"rejected": [user("c")]}, "last message is not the assistant's"),
     (MESSAGES, {"rejected": [assistant("c"), user("d")]}, "last message is not the assistant's"),
     (
@@ -311,8 +311,8 @@ SHARED = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assista
       {"rejected": [user("x"), assistant("c")]},
       "the prompt and the conversation beside it differ",
     ),
-    (IDS, {"rejected_ids": [2]}, "equal answers"),
-    (IDS, {"rejected_ids": []}, "empty answer"),
+    (IDS, {"rejected_ids": [2]}, "equal completions"),
+    (IDS, {"rejected_ids": []}, "empty completion"),
     (IDS, {"prompt_ids": []}, "empty prompt"),
     (TRANSCRIPTS, {"rejected": "\n\nHuman: x\n\nAssistant: c"}, "prompts differ"),
     (TRANSCRIPTS, {"rejected": "\n\nHuman: a"}, "no assistant turn"),
@@ -321,7 +321,7 @@ SHARED = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assista
       {"rejected": "\n\nHuman: a\n\nAssistant: c\n\nHuman: d"},
       "last message is not the assistant's",
     ),
-    (TRANSCRIPTS, {"rejected": "\n\nHuman: a\n\nAssistant:"}, "empty answer"),
+    (TRANSCRIPTS, {"rejected": "\n\nHuman: a\n\nAssistant:"}, "empty completion"),
     (SHARED, {"rejected": [user("x"), assistant("c")]}, "prompts differ"),
     (SHARED, {"chosen": [assistant("b")], "rejected": [assistant("c")]}, "empty prompt"),
   ],

@@ -58,16 +58,19 @@ def test_a_suggested_length_is_within_the_models_positions():
 @pytest.mark.parametrize(("long", "lines"), [(9, 0), (10, 1)])
 def test_a_tenth_of_the_rows_is_large(long, lines):
   assert len(left_out.warnings(ledger({100: 100 - long, 900: long}, too_long=long))) == lines
-  equal = ledger({100: 100 - long}) | {"rows": 100, "dropped": {"equal answers": long}}
+  equal = ledger({100: 100 - long}) | {"rows": 100, "dropped": {"equal completions": long}}
   assert len(left_out.warnings(equal)) == lines
 
 
 @pytest.mark.parametrize(
   ("reason", "words"),
   [
-    ("equal answers", "check the columns of both completions (data.fields.chosen and .rejected)"),
+    (
+      "equal completions",
+      "check the columns of both completions (data.fields.chosen and .rejected)",
+    ),
     ("chat template: no place for tools", "data.template"),
-    ("fewer than two answers", "--loss=sft"),
+    ("fewer than two completions", "--loss=sft"),
     ("something new", "dpo-jax inspect"),
   ],
 )

@@ -117,7 +117,7 @@ def test_a_prompt_that_is_the_chosen_conversation_is_no_history():
     ([user("a")], [[user("x"), *reply("b")], reply("c")], "the prompt and the conversation beside"),
     ([user("a")], [reply("b"), [*reply("c"), user("d")]], "last message is not the assistant's"),
     ([user("a")], [[CALLING, tool("1")], reply("c")], "last message is not the assistant's"),
-    ([user("a")], [[], reply("c")], "empty answer"),
+    ([user("a")], [[], reply("c")], "empty completion"),
     ([], [[user("a"), *reply("b")], [user("x"), *reply("c")]], "prompts differ"),
     ([], [reply("b"), reply("c")], "empty prompt"),
   ],

@@ -29,7 +29,7 @@ def test_what_is_read_is_what_is_in_the_files(tmp_path, tokenizer, kind):
   encoder = Encoder(tokenizer, kind=kind, max_length=64)
   ledger = prepare(tmp_path / "set", path, encoder, eval_fraction=0.3)
   expected, account, _ = encode.load_examples(path, tokenizer, kind=kind, max_length=64)
-  assert ledger.rows == 91 and ledger.dropped == {"empty answer": 1} == account.dropped
+  assert ledger.rows == 91 and ledger.dropped == {"empty completion": 1} == account.dropped
   train, held_out, told = prepared.read(tmp_path / "set", encoder, eval_fraction=0.3)
   assert told == ledger.to_json()
   same(sorted([*train, *held_out], key=lambda e: e.row), expected)

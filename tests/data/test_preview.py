@@ -137,7 +137,7 @@ def test_inspect_data_prints_one_object_or_one_line(tmp_path):
 
   found = json.loads(run("--data", path, "--json").stdout)
   assert list(found) == ["format", "rows", "pairs", "dropped", "truncated", "tokens"]
-  assert (found["rows"], found["pairs"], found["dropped"]) == (2, 1, {"equal answers": 1})
+  assert (found["rows"], found["pairs"], found["dropped"]) == (2, 1, {"equal completions": 1})
   assert set(found["tokens"]) == {"prompt", "answer", "scored", "padding", "shared"}
   assert json.loads(run("--data", f"{path},", "--json").stdout)["rows"] == 2
   found = json.loads(run("--data", path, "--json", "--kind", "unpaired").stdout)
@@ -169,7 +169,7 @@ def test_cuts_are_marked_and_dropped_rows_say_why(tmp_path):
   console = Console(width=100, record=True, file=io.StringIO())
   for row, outcome in enumerate(encode.first_rows(path, encoder, 3)):
     console.print(preview.show_row(row, outcome, tokenizer))
-  cut, rest = console.export_text().split("row 1: dropped, equal answers")
+  cut, rest = console.export_text().split("row 1: dropped, equal completions")
   assert "row 0, cut" in cut and "─ row 2 ─" in rest and preview.CUT not in rest
   assert f"4 tokens, given, ✂ {len(whole.prompt) - 4} cut before" in cut and "│ ✂" in cut
   lost = len(whole.completions[0]) - 36

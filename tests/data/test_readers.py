@@ -280,14 +280,14 @@ PANDALM = {
 @pytest.mark.parametrize(
   ("file", "fields", "name", "rows", "kept", "dropped"),
   [
-    ("rasbt_instruction_pref.open.json", {}, "instruction", 882, 877, {"equal answers": 5}),
+    ("rasbt_instruction_pref.open.json", {}, "instruction", 882, 877, {"equal completions": 5}),
     (
       "hh_helpful_base_test.open.jsonl",
       {},
       "transcripts",
       1903,
       1892,
-      {"prompts differ": 8, "empty answer": 3},
+      {"prompts differ": 8, "empty completion": 3},
     ),
     ("lf_dpo_en.open.json", {}, "conversations", 242, 242, {}),
     ("lf_dpo_zh.open.json", {}, "conversations", 233, 233, {}),
@@ -299,7 +299,7 @@ PANDALM = {
       "compared",
       725,
       637,
-      {"tie": 53, "true or false where text should be": 6, "empty answer": 29},
+      {"tie": 53, "true or false where text should be": 6, "empty completion": 29},
     ),
     ("tulu_human_eval.open.jsonl", A_OR_B, "compared", 900, 607, {"tie": 293}),
     ("derived/derived_lf_dpo_en_conversational.open.jsonl", {}, "messages", 242, 242, {}),

@@ -80,7 +80,7 @@ def test_an_eos_written_in_the_answer_is_not_doubled(made):
 
 
 def test_a_row_needs_a_token_to_predict_its_answers_from(made):
-  with pytest.raises(RowError, match="no prompt token before the answer"):
+  with pytest.raises(RowError, match="no prompt token before the completion"):
     made["byte_level"].encode_preference(Preference("", ("good", "bad")))
   # BOS is such a token.
   prompt, _, _ = made["byte_fallback"].encode_preference(Preference("", ("good", "bad")))
@@ -94,7 +94,7 @@ def test_a_text_alone_gives_its_first_token(made):
 
 
 def test_answers_that_become_one_are_dropped(made):
-  with pytest.raises(RowError, match="equal answers"):
+  with pytest.raises(RowError, match="equal completions"):
     made["word_level"].encode_preference(Preference("the answer is", ("wonderful", "terrible")))
 
 
@@ -133,7 +133,7 @@ def test_ids_decode_to_the_text_whatever_it_is(made, family, prompt, first, seco
   try:
     ids, completions, _ = tokenizer.encode_preference(Preference(prompt, (first, second)))
   except RowError as error:
-    assert str(error) in ("no prompt token before the answer", "equal answers")
+    assert str(error) in ("no prompt token before the completion", "equal completions")
     return
   for answer, text in zip(completions, (first, second), strict=True):
     whole = [int(x) for x in (*ids, *answer)]
@@ -214,7 +214,7 @@ def test_ids_of_real_tokenizers_decode_to_the_text(real, prompt, first, second):
   try:
     ids, completions, _ = real.encode_preference(Preference(prompt, (first, second)))
   except RowError as error:
-    assert str(error) in ("no prompt token before the answer", "equal answers")
+    assert str(error) in ("no prompt token before the completion", "equal completions")
     return
   for answer, text in zip(completions, (first, second), strict=True):
     whole = [*ids, *answer.tolist()]

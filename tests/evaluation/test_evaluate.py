@@ -248,7 +248,7 @@ def test_pairs_are_read_with_and_without_a_reference(models, tmp_path, capsys):
   ]
   files.write_json_lines(tmp_path / "rows.jsonl", rows)
   (example,) = evaluate.read_pairs(tmp_path / "rows.jsonl", policy, None)
-  assert "2 rows (strings), 1 kept, 1 dropped: equal answers" in capsys.readouterr().err
+  assert "2 rows (strings), 1 kept, 1 dropped: equal completions" in capsys.readouterr().err
   assert [x.tolist() for x in (example.prompt, *example.completions)] == [
     [1, 4],
     [4, END],

@@ -47,7 +47,7 @@ LEDGER = {
   "format": "prompt, chosen, rejected",
   "rows": 12345,
   "pairs": 12000,
-  "dropped": {"equal answers": 345},
+  "dropped": {"equal completions": 345},
   "truncated": {"prompt": 6},
   "tokens": {"prompt": 1000, "answer": 2000, "scored": 1600, "padding": 500, "shared": 777},
 }
@@ -117,7 +117,7 @@ def test_a_run_of_preferences(preferences):
   page = Page(preferences / "report.html")
   for words in (
     "loss robust", "loss, held out 0.4321 training 0.5000", "accuracy, held out 75.0%",
-    "pairs per second 1,234", "rows read 12,345", "dropped: equal answers 345", "cut: prompt 6",
+    "pairs per second 1,234", "rows read 12,345", "dropped: equal completions 345", "cut: prompt 6",
     "answer 1,600", "context 400", "shared by both completions 777", "beta 0.25", "<pairs>.jsonl",
   ):  # fmt: skip
     assert words in page.text, words

@@ -19,7 +19,12 @@ CONFIG = {
   "optimizer": {"learning_rate": 1e-6, "schedule": "linear", "warmup_steps": None},
   "train": {"steps": 0, "epochs": 2.0, "batch_size": 32},
 }
-LEDGER = {"rows": 882, "pairs": 877, "dropped": {"equal answers": 5}, "truncated": {"prompt": 3}}
+LEDGER = {
+  "rows": 882,
+  "pairs": 877,
+  "dropped": {"equal completions": 5},
+  "truncated": {"prompt": 3},
+}
 
 
 @pytest.fixture
@@ -63,7 +68,7 @@ def test_what_was_trained_and_measured(workdir):
     "# polite",
     "Trained from `small-1b` with the loss `sigmoid`, β = 0.25, by dpo_jax.",
     "| data | `pairs.jsonl`, `more.jsonl`: 882 rows read, 877 kept, 3 with a cut prompt, 5 dropped"
-    " (equal answers) |",
+    " (equal completions) |",
     # Wilson's interval of 18 of 20.
     "| held out (20 pairs) | before | after | 95% interval |",
     "| accuracy | 50.0% | 90.0% | 69.9% to 97.2% |",

@@ -58,7 +58,7 @@ def test_a_mix_has_the_rows_of_its_sources_each_read_in_its_own_way(tokenizer, w
   assert (a["rows"], a["pairs"], a["dropped"]) == (10, 10, {})
   assert (b["rows"], b["pairs"], b["dropped"]) == (20, 5, {"not drawn": 15})
   assert (c["rows"], c["pairs"]) == (9, 4)
-  assert c["dropped"] == {"empty answer": 1, "not drawn": 4}
+  assert c["dropped"] == {"empty completion": 1, "not drawn": 4}
   assert ledger["rows"] == 39 and ledger["pairs"] == 19
   assert ledger["dropped"]["not drawn"] == 19
   assert ledger["tokens"] == count_tokens(data.examples)

@@ -10,7 +10,7 @@ from dpo_jax.structs import UserError
 from dpo_jax.utils import workdir
 
 CONFIG = json.dumps({"seed": 0, "loss": {"name": "sigmoid", "beta": 0.1}})
-LEDGER = {"rows": 3, "dropped": {"equal answers": 1}}
+LEDGER = {"rows": 3, "dropped": {"equal completions": 1}}
 INPUTS = {"the rows": "1", "the weights": "2"}
 BEGAN = datetime.datetime(2026, 11, 7, 9, 5)
 
