@@ -408,13 +408,17 @@ def _naming_place(where: str) -> Iterator[None]:
 
 def _no_rows_left(ledger: Ledger, paths, max_length: int | None, shortest: int | None) -> str:
   why = ", ".join(f"{reason}: {count}" for reason, count in ledger.dropped.most_common())
-  line = f"no usable row in {', '.join(map(str, paths))}: {ledger.rows} rows, dropped {why}"
+  count = "1 row" if ledger.rows == 1 else f"{ledger.rows} rows"
+  line = f"no usable row in {', '.join(map(str, paths))}: {count}, dropped {why}"
+  commonest = next((reason for reason, _ in ledger.dropped.most_common(1)), "")
   if shortest is not None:
     longer = ledger.longer(max_length)
     line += (
       f"; data.max_length is {max_length} and the shortest completions take {shortest} tokens:"
       f" --max_length={longer['percentiles'][str(left_out.KEPT)]} keeps {left_out.KEPT}%"
     )
+  elif way := left_out.way_out(commonest):
+    line += f"; {way}"
   return line
 
 

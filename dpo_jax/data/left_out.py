@@ -49,6 +49,11 @@ def percentiles(tokens: Counter[int]) -> dict[str, int]:
   return {str(percent): int(lengths[i]) for percent, i in zip(PERCENTS, at, strict=True)}
 
 
+def way_out(reason: str) -> str | None:
+  """Returns what to do about rows that are left out for a reason; None if nothing is known."""
+  return next((way for start, way in WAYS.items() if reason.startswith(start)), None)
+
+
 def warnings(
   ledger: Mapping[str, Any], *, positions: int | None = None, prepared: bool = False
 ) -> list[str]:
@@ -65,9 +70,7 @@ def warnings(
     if count < LARGE * rows or reason in (*BY_LENGTH, *WANTED):
       continue
     bad = ledger.get("bad", {}).get(reason)
-    way = next((way for start, way in WAYS.items() if reason.startswith(start)), None)
-    if bad:
-      way = f"mend rows such as {bad}"
+    way = f"mend rows such as {bad}" if bad else way_out(reason)
     way = way or "dpo-jax inspect --data=FILE --model=DIR --rows=20 shows some"
     found.append(f"{percent(count, rows)} of the rows are left out ({reason}): {way}")
   return [f"warning: {line}" for line in found]
