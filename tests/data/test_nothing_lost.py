@@ -244,7 +244,9 @@ def test_every_text_of_a_row_is_in_its_ids_or_the_row_is_counted(tokenizer, tmp_
     examples, ledger, _ = encode.load_examples(file, tokenizer, kind=kind)
   except UserError as error:
     # All rows were dropped, each with a reason.
-    assert re.search(rf"no usable row in .*: {len(drawn)} rows?, dropped \w", str(error)), str(error)
+    assert re.search(rf"no usable row in .*: {len(drawn)} rows?, dropped \w", str(error)), str(
+      error
+    )
     return
   kept = {example.row for example in examples}
   assert len(kept) + ledger.dropped.total() == ledger.rows == len(drawn)

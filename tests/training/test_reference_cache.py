@@ -18,7 +18,7 @@ from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.hf import safetensors_files
 from dpo_jax.monitoring.loggers import read_metrics
 from dpo_jax.structs import UserError
-from dpo_jax.training import loop, reference_cache
+from dpo_jax.training import loop, reference_cache, setup
 from dpo_jax.training.setup import build
 from tests.support import small_task, tiny
 
@@ -303,6 +303,17 @@ def test_a_changed_model_misses(task, tmp_path):
       hf_checkpoint.save(tmp_path / "base", model_config, params, source=task / "tokenizer")
       assert safetensors_files.digest(tmp_path / "base") != before
   assert folders[0] != folders[1]
+
+
+def test_a_reference_that_the_loss_does_not_read_is_a_warning(task, capsys):
+  config = small_task.configured(task, **{"reference.path": str(task / "base")})
+  for name, expected in (("simpo", True), ("sigmoid", False)):
+    config.loss.update(name=name, beta=None)
+    setup.describe(config, setup.check(config))
+    warned = (
+      f"warning: loss {name} reads no reference, so reference.path=" in capsys.readouterr().err
+    )
+    assert warned == expected
 
 
 def test_a_reference_with_another_tokenizer_is_refused(task, tmp_path):

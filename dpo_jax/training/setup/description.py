@@ -78,6 +78,11 @@ def describe(
     _warn_of_positions(config.data.max_length, model_config)
     # What certainly does not fit would end minutes later without a line.
     footprint.check(config, checked, model_config, adapters)
+    if config.reference.path and not checked.loss.needs_reference:
+      messages.warn(
+        f"loss {config.loss.name} reads no reference, so reference.path={config.reference.path} is"
+        " not loaded; leave it out"
+      )
   # By name and shape of every tensor, before the data: weights are read last of all.
   reference = pathlib.Path(config.reference.path)
   if config.reference.path and (peft.is_adapter(reference) or not _has_config(reference)):
