@@ -262,7 +262,7 @@ def test_scores_stop_only_a_loss_that_reads_them(rows_file, tokenizer, scores):
     (
       [pair(rejected=" good")] * 2 + [pair(chosen="")],
       {},
-      r"no usable row in .*: 3 rows, dropped equal completions: 2, empty completion: 1; check the columns",
+      r"no usable row in .*: 3 rows, dropped equal completions: 2, empty completion: 1; check",
     ),
     (
       [pair(chosen=" good" * 30), pair(chosen=" good" * 20)],
