@@ -42,7 +42,7 @@ def test_rows_that_are_cut_are_told_likewise():
   ]
   (both,) = left_out.warnings(ledger(LENGTHS, too_long=60))
   assert "are left out (60%) or cut (23%); --max_length=1900 keeps 95% whole" in both
-  (equal,) = left_out.warnings(ledger(LENGTHS, equal_answers_after_cutting=83))
+  (equal,) = left_out.warnings(ledger(LENGTHS, equal_completions_after_cutting=83))
   assert "are left out; --max_length=1900" in equal
 
 
