@@ -27,6 +27,7 @@ os.environ["XLA_FLAGS"] = " ".join((*FLAGS, GIVEN_FLAGS))
 pytest_plugins = ["tests.support.small_rows"]
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_traceback_in_locations_limit", 0)  # a twentieth of the time of a program
 
 SHARED_DATA = ROOT.parent / "shared" / "data"
 MOST_PROGRAMS = 10_000  # kept between sessions; one session has about 3,000, of 20 kB each

@@ -70,6 +70,7 @@ def test_the_meter_tells_work_from_waiting():
   assert 0 < report["rss_mb"] <= report["peak_rss_mb"] + 1
 
 
+@pytest.mark.slow
 def test_the_benchmark_takes_its_turns():
   """Asked for one block of nine, it says so, runs it and ends with its line."""
   pace = json.dumps({"lockstep": True, "blocks": 9, "block_steps": 1, "warmup": 0})

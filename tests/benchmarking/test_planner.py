@@ -46,6 +46,7 @@ def base(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_what_is_held_by_hand():
   """4 bytes a parameter in policy and reference, 8 in AdamW's moments and its count."""
   found = planner.plan(configured(), LENGTHS)

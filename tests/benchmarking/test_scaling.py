@@ -43,6 +43,7 @@ def test_an_unknown_quantity_is_refused():
     scaling.configured("colour", 3)
 
 
+@pytest.mark.slow
 def test_a_step_too_large_for_this_machine_is_planned_and_not_run(monkeypatch):
   monkeypatch.setattr(scaling, "_field", lambda path, name: 2**20)
   found = scaling.measure("pairs", 1)

@@ -185,6 +185,7 @@ def built(folder, **changes):
   return build(configured(folder, **changes), folder)
 
 
+@pytest.mark.slow
 def test_random_weights_are_made_where_and_as_they_are_held(tmp_path):
   """In float32 they are those of `init_params`; divided among devices, the same numbers."""
   run, plain, reference, _ = built(tmp_path)
@@ -199,6 +200,7 @@ def test_random_weights_are_made_where_and_as_they_are_held(tmp_path):
   assert {leaf.dtype.name for leaf in jax.tree.leaves(half)} == {"bfloat16"}
 
 
+@pytest.mark.slow
 def test_adapters_of_a_random_base_are_measured_and_not_trained(tmp_path, monkeypatch):
   monkeypatch.setattr(flops, "_rate", lambda *tried: 1e12)  # large products take seconds
   changes = {"lora.rank": 2, "parallel.devices": 1}

@@ -90,6 +90,7 @@ def test_batches_do_not_know_where_examples_lie(tmp_path, tokenizer):
         np.testing.assert_array_equal(left, right)
 
 
+@pytest.mark.slow
 def test_processes_change_nothing(tmp_path, tokenizer, monkeypatch):
   monkeypatch.setattr(encode, "CHUNK", 8)
   paths = [write(tmp_path / f"{i}.jsonl", rows_of("pairs", 40)) for i in range(2)]

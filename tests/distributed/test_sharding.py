@@ -207,7 +207,14 @@ def test_fsdp_gathers_one_layer_at_a_time_and_no_activation():
   assert {operation for operation, _, _ in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
 
 
-@pytest.mark.parametrize("mesh", [(8, 8, 1), (8, 2, 2), (8, 1, 1, 8)])
+@pytest.mark.parametrize(
+  "mesh",
+  [
+    (8, 2, 2),
+    pytest.param((8, 8, 1), marks=pytest.mark.slow),
+    pytest.param((8, 1, 1, 8), marks=pytest.mark.slow),
+  ],
+)
 def test_the_gradient_of_the_head_is_added_up_once_and_not_in_every_chunk(mesh):
   table = {(VOCAB, WIDTH), (VOCAB // mesh[2], WIDTH), (VOCAB, WIDTH // mesh[1])}
   table |= {(VOCAB // mesh[2], WIDTH // mesh[1])}

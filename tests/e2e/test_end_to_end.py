@@ -335,7 +335,7 @@ def test_layouts_and_modes_take_the_same_steps(task, straight):
 @pytest.mark.parametrize(
   ("rate", "words"),
   [
-    (1e18, r"step \d: the loss is .*; no model is exported$"),
+    pytest.param(1e18, r"step \d: the loss is .*; no model is exported$", marks=pytest.mark.slow),
     (
       30.0,
       r"step 6: training has diverged: the loss is .* at the start\).*; no model is exported$",
@@ -399,6 +399,7 @@ def test_a_converted_checkpoint_is_the_export(straight, tmp_path):
   assert again.returncode == 1 and again.stderr.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_the_export_speaks_the_same_words_for_the_same_seed(straight):
   ask = (f"--model={straight / 'export'}", "--prompt=I read this novel.", "--max_tokens=8")
   one, two, other = (

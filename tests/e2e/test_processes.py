@@ -53,6 +53,7 @@ def reached(task, name, lines):
     time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_two_processes_are_the_run_of_one_device(task):
   """Parameters divided among the devices of both, by the command as users have it."""
   whole = {"program": ("-m", "dpo_jax.train"), "parallel.fsdp": 4}
@@ -60,6 +61,7 @@ def test_two_processes_are_the_run_of_one_device(task):
   small_task.assert_close(found, alone(task, "alone", **GENTLE))
 
 
+@pytest.mark.slow
 def test_processes_that_differ_stop_before_the_first_step(task):
   each = {1: {"seed": 3}}
   ended = small_task.end(small_task.start(task, "unlike", 2, each=each))
@@ -152,6 +154,7 @@ def test_settings_that_name_no_run_are_refused(settings, words):
     processes.start(*settings)
 
 
+@pytest.mark.slow
 def test_one_that_is_waited_for_in_vain_is_said_to_be():
   program = (
     "from dpo_jax.distributed import processes; processes.START_TIMEOUT = 1.0;"

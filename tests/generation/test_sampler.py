@@ -238,6 +238,7 @@ def test_what_is_near_the_likeliest_by_hand():
   assert near(0.7, left_V).tolist() == [False, True, False, True]
 
 
+@pytest.mark.slow
 def test_a_cache_that_grows_changes_nothing(monkeypatch):
 
   def sample():

@@ -405,6 +405,7 @@ print(loading, saving)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 def test_memory_holds_the_parameters_and_one_tensor(tmp_path):
   sizes = {"vocab": 32000, "width": 512, "layers": 8, "mlp_width": 1536, "tied": False}

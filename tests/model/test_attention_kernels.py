@@ -244,7 +244,7 @@ def test_a_model_takes_rows_that_list_no_texts_as_they_are():
 @pytest.mark.parametrize(
   ("mode", "mesh", "accumulate"),
   [
-    ("mesh", (8, 2, 2), 2),
+    pytest.param("mesh", (8, 2, 2), 2, marks=pytest.mark.slow),
     pytest.param("mesh", (1,), 2, marks=pytest.mark.slow),
     pytest.param("mesh", (8, 2, 4), 2, marks=pytest.mark.slow),  # heads of keys do not divide by 4
     pytest.param("pmap", (4,), 1, marks=pytest.mark.slow),

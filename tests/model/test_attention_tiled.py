@@ -100,7 +100,7 @@ def test_attention_by_tiles_is_that_by_blocks(name, window, cap, kv_heads):
 @pytest.mark.parametrize(
   "how",
   [
-    ("mesh", 1, {"accumulate": 2}),
+    pytest.param(("mesh", 1, {"accumulate": 2}), marks=pytest.mark.slow),
     pytest.param(("mesh", 1, {"remat": "none"}), marks=pytest.mark.slow),
     pytest.param(("mesh", 1, {"remat": "full"}), marks=pytest.mark.slow),
     pytest.param(("pmap", 2, {}), marks=pytest.mark.slow),

@@ -148,6 +148,7 @@ def test_dropout_keeps_the_mean_and_its_share():
   assert len(np.unique(y.reshape(1000, 30), axis=0)) > 950  # every token has a mask of its own
 
 
+@pytest.mark.slow
 def test_dropout_goes_by_the_data_row_and_needs_a_key():
   """The log-probs of a pair are the same in every layout; without a key nothing is dropped."""
   model = transformer.build(LLAMA, dropout=0.4)

@@ -267,6 +267,7 @@ def test_a_run_with_a_store_is_the_run_without(task, tmp_path, changes, capsys):
   assert re.search(r": (\d+) of \1 examples found", said) and "computed" not in said
 
 
+@pytest.mark.slow
 def test_a_full_store_spares_the_reference_and_serves_other_runs(task, tmp_path):
   store = {"reference.store": str(tmp_path / "store")}
   run, trained, reference_params, _ = build(small_task.configured(task, **store), tmp_path / "a")
