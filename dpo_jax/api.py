@@ -67,7 +67,7 @@ def fit(
     raise UserError("workdir is empty; name a folder, or leave it out")
   # A copy: the configuration of the caller stays as it is.
   base = configure.load(config) if isinstance(config, str) else config.copy_and_resolve_references()
-  resolved = configure.update(base, fields, others=("workdir", "config", "callbacks"))
+  resolved = configure.update(base, fields, others=("workdir", "config", "callbacks", "overwrite"))
   folder = pathlib.Path(workdir) if workdir is not None else None
   folder = train.execute(
     resolved,

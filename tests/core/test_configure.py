@@ -95,6 +95,13 @@ def test_values_of_python_are_taken_as_they_are_meant():
     ),
     ("loss: {bta: 1}", "there is no field loss.bta; did you mean loss.beta"),
     ("per_device_train_batch_size: 4", "did you mean train.batch_size (short: batch_size)?"),
+    ("dataset_mixture: {datasets: [{id: a}]}", "no field dataset_mixture; did you mean data.mix?"),
+    ("model_kwargs: {}", "there is no field model_kwargs"),
+    ("overwrite_output_dir: true", "write --overwrite on the command line"),
+    (
+      "bf16: true\nlr_scheduler_type: cosine",
+      "too; with another name here: lr_scheduler_type (opt",
+    ),
     ("logging_steps: 1", "every step is written to metrics.jsonl"),
     ("workdir: x", "the folder of the run is named on the command line, --workdir=DIR"),
     ("zzz: 1", "there are: checkpoint, data, "),
