@@ -203,6 +203,10 @@ def _wanted(kind: type, value: Any, typed: str) -> str:
     return "the path of a file: write the rows to a file, one JSON object per line"
   if typed in paths.FIELDS:
     return "the path of a folder"
+  if typed == "model.remat":
+    return "none, dots or full"
+  if kind is int and typed.rpartition(".")[2] in ("every", "sync_every", "warmup_steps"):
+    return "an integer, a number of steps: neither a share of them nor a word"
   if kind is str and isinstance(value, bool):
     return "a text; YAML reads on, off, yes and no as true or false: write the word in quotes"
   what = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}

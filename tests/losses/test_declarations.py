@@ -304,6 +304,8 @@ def test_a_loss_of_ones_own_is_resolved_with_its_arguments(own):
     ("absent:f", "no module named 'absent' is in the current folder"),
     ("OWN:absent", "has no 'absent'; name a function of that module"),
     ("OWN:", "names no function"),
+    ("OWN.py:gained", r"names a file; name its module: own_losses_\w+:gained"),
+    ("lib/OWN.py:gained", r"name its module, in the folder lib: own_losses_\w+:gained"),
     ("OWN:bare", r"write above def bare: @dpo_jax\.losses\.declare\(reference=True, at_reference="),
     ("OWN:needless", r"does not depend on log-probs of the reference; write reference=False"),
     ("OWN:wrong_value", r"declared to be 0\.693147, .* and is 1, 1, 1, 1 there"),
