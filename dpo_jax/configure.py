@@ -175,7 +175,8 @@ def _converted(value: Any, node: ConfigDict, name: str, typed: str, where: str) 
     # As on the command line: an argument of a loss may always be taken back.
     if now is None or (typed.startswith("loss.") and typed != "loss.name"):
       return None
-    raise UserError(f"{where}{typed} has no value; leave it out for {now!r}")
+    usual = "its usual fields" if isinstance(now, ConfigDict) else repr(now)
+    raise UserError(f"{where}{typed} has no value; leave it out for {usual}")
   found = None
   if isinstance(now, ConfigDict):
     found = ConfigDict(dict(value)) if isinstance(value, Mapping) else None

@@ -111,6 +111,7 @@ def test_values_of_python_are_taken_as_they_are_meant():
     ("optimizer: {schedule: off}", "write the word in quotes"),
     ("train: {steps: 1.5}", "train.steps is 1.5; it must be an integer"),
     ("train: {steps: yes}", "train.steps is True; it must be an integer"),
+    ("lora:", "lora has no value; leave it out for its usual fields"),
     ("train: {steps: }", "train.steps has no value; leave it out for 0"),
     ("model: {remat: true}", "model.remat is True; it must be none, dots or full"),
     (
