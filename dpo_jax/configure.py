@@ -56,6 +56,10 @@ def load(name: str) -> ConfigDict:
   return module.get_config(*argument)
 
 
+# Flags of the command that are no fields.
+_FLAGS = ("workdir", "overwrite")
+
+
 def update(
   config: ConfigDict, given: Mapping[str, Any], where: str = "", *, others: Sequence[str] = ()
 ) -> ConfigDict:
@@ -76,22 +80,44 @@ def update(
   if isinstance(name, str) and ":" in name:  # a loss of the user's own has arguments of its own
     defaults.add_arguments(config.loss, name)
   config.lock()
-  fields, seen = config_flags.fields_of(config), set()
+  _refuse_unknown(config, [typed for typed, _ in flat], where, others)
+  seen = set()
   for typed, value in flat:
-    *sections, name = typed.split(".")
+    section, _, name = typed.rpartition(".")
     node: Any = config
-    for place, part in enumerate([*sections, name]):
-      if not isinstance(node, ConfigDict):
-        raise UserError(f"{where}{typed}: {'.'.join(sections[:place])} has no fields of its own")
-      if part not in node:
-        raise UserError(f"{where}there is no field {typed}; {_hint(typed, node, fields, others)}")
-      if place < len(sections):
-        node = node[part]
+    for part in section.split(".") if section else ():
+      node = node[part]
     if typed in seen:
       raise UserError(f"{where}{typed} is given twice; keep one")
     seen.add(typed)
     node[name] = _converted(value, node, name, typed, where)
   return config
+
+
+def _refuse_unknown(
+  config: ConfigDict, names: Sequence[str], where: str, others: Sequence[str]
+) -> None:
+  """Refuses names that are no fields: the first with a hint, and all others in short.
+
+  A file that was written for another trainer is then translated in one go.
+  """
+  fields, unknown = config_flags.fields_of(config), {}
+  for typed in names:
+    node: Any = config
+    for place, part in enumerate(typed.split(".")):
+      if not isinstance(node, ConfigDict):
+        section = ".".join(typed.split(".")[:place])
+        raise UserError(f"{where}{typed}: {section} has no fields of its own")
+      if part not in node:
+        unknown[typed] = node
+        break
+      node = node[part]
+  if not unknown:
+    return
+  (first, node), *more = unknown.items()
+  line = f"{where}there is no field {first}; {_hint(first, node, fields, others)}"
+  rest = field_names.in_short([typed for typed, _ in more], fields, [*others, *_FLAGS])
+  raise UserError(f"{line}{'.' if rest and not line.endswith('?') else ''}{rest}")
 
 
 def _flat(given: Mapping[str, Any], where: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -110,7 +136,11 @@ def _flat(given: Mapping[str, Any], where: str, prefix: str = "") -> Iterator[tu
       node = node[part] if isinstance(node, ConfigDict) and part in node else None
     # A section without fields, such as model.scratch, takes any: it is set as a whole.
     is_open = isinstance(node, ConfigDict) and not len(node)
-    if is_open or isinstance(node, str):
+    # A section of another trainer has its hint as a whole, and an empty one would be overlooked.
+    is_unknown = node is None and (
+      not value or field_names.is_elsewhere(name) or field_names.reason(name)
+    )
+    if is_open or is_unknown or isinstance(node, str):
       yield name, value
     else:
       yield from _flat(value, where, f"{name}.")
@@ -121,9 +151,11 @@ def _hint(typed: str, node: ConfigDict, fields: Sequence[str], others: Sequence[
   why = field_names.reason(typed)
   if why:
     return f"leave it out: {why}"
-  found = field_names.suggest(typed, fields, [*others, "workdir"])
+  found = field_names.suggest(typed, fields, [*others, *_FLAGS])
   if found == ["--workdir"] and not others:  # a file
     return "the folder of the run is named on the command line, --workdir=DIR"
+  if found == ["--overwrite"] and not others:
+    return "write --overwrite on the command line"
   if not found:
     return "there are: " + ", ".join(sorted(node))
   if found[0].startswith("--"):
@@ -143,7 +175,8 @@ def _converted(value: Any, node: ConfigDict, name: str, typed: str, where: str) 
     # As on the command line: an argument of a loss may always be taken back.
     if now is None or (typed.startswith("loss.") and typed != "loss.name"):
       return None
-    raise UserError(f"{where}{typed} has no value; leave it out for {now!r}")
+    usual = "its usual fields" if isinstance(now, ConfigDict) else repr(now)
+    raise UserError(f"{where}{typed} has no value; leave it out for {usual}")
   found = None
   if isinstance(now, ConfigDict):
     found = ConfigDict(dict(value)) if isinstance(value, Mapping) else None
@@ -171,6 +204,10 @@ def _wanted(kind: type, value: Any, typed: str) -> str:
     return "the path of a file: write the rows to a file, one JSON object per line"
   if typed in paths.FIELDS:
     return "the path of a folder"
+  if typed == "model.remat":
+    return "none, dots or full"
+  if kind is int and typed.rpartition(".")[2] in ("every", "sync_every", "warmup_steps"):
+    return "an integer, a number of steps: neither a share of them nor a word"
   if kind is str and isinstance(value, bool):
     return "a text; YAML reads on, off, yes and no as true or false: write the word in quotes"
   what = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}

@@ -129,7 +129,7 @@ def declare(
       number; or a function (policy, argument, ...) -> [B] that names the arguments it reads; or
       None if nothing simpler than the loss itself gives it. Required of losses with a reference.
     ranges: what each argument may be: an interval such as "(0, inf)" or "[0, 0.5)", or a tuple of
-      words. Required for every argument but `beta`.
+      words. Required for every argument but `beta` and those that are true or false.
     averages: whether it divides by numbers of tokens.
     margin: whether it reads the log-ratios only through their difference; f' of a divergence may
       then replace them.
@@ -157,6 +157,11 @@ def declare(
         f"loss {name!r}: declare its value where the policy is the reference, which step 0 checks:"
         f" @declare(reference=True, at_reference=...), a number such as math.log(2), a function of"
         " the log-probs and arguments, or None if only the loss itself gives it"
+      )
+    if not (at_reference in (None, _LEFT_OUT) or isinstance(at_reference, int | float | Callable)):
+      raise UserError(
+        f"loss {name!r}: at_reference is {at_reference!r}; it must be a number such as math.log(2),"
+        " a function of the log-probs and arguments, or None"
       )
     all_ranges = {key: _USUAL_RANGES[key] for key in own if key in _USUAL_RANGES} | dict(
       ranges or {}
@@ -225,6 +230,11 @@ def _keywords(
         f" kind={SUPPLIED[argument][0]!r}, or give the argument another name"
       )
   own = {p.name: p.default for p in keywords if p.name not in supplied}
+  if "name" in own:
+    raise UserError(
+      f"loss {name!r}: its argument name would be the field loss.name, which chooses the loss; give"
+      " it another name"
+    )
   for argument, default in own.items():
     if not isinstance(default, (bool, int, float, str)):
       raise UserError(
@@ -248,11 +258,29 @@ def _check_ranges_of(name: str, own: Mapping[str, Any], ranges: Mapping[str, Ran
         f"loss {name!r}: declare what its argument {argument} may be:"
         f' @declare(..., ranges={{"{argument}": {line}}})'
       )
+    _check_range(name, argument, default, ranges[argument])
     if not contains(ranges[argument], default):
       raise UserError(
         f"loss {name!r}: the default {argument}={default!r} is not"
         f" {in_words(ranges[argument])}, as its range says"
       )
+
+
+def _check_range(name: str, argument: str, default: Any, allowed: Any) -> None:
+  """Checks that a range is an interval, or for texts a tuple of words."""
+  if isinstance(default, str):
+    if isinstance(allowed, tuple) and all(isinstance(word, str) for word in allowed):
+      return
+    words = [allowed] if isinstance(allowed, str) else list(allowed)
+    line = f"({', '.join(map(repr, words))}{',' if len(words) == 1 else ''})"
+    raise UserError(
+      f"loss {name!r}: the range of {argument} is {allowed!r}; write a tuple of words, {line}"
+    )
+  if not isinstance(allowed, str):
+    raise UserError(
+      f"loss {name!r}: the range of {argument} is {allowed!r}; write an interval as a text, such as"
+      ' "(0, inf)" or "[0, 1]"'
+    )
 
 
 # --- ranges ---------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.losses.declaration import Declaration
@@ -21,14 +23,18 @@ def probe(loss: Declaration) -> None:
   """Evaluates a loss on a few examples, and checks that its declaration is right.
 
   Raises:
-    UserError: the function fails, gives something other than one number per example, or depends on
-      what its declaration says it does not read; the message has what to write.
+    UserError: the function fails, gives something other than one number per example, has no finite
+      gradient, reads padding, or depends on what its declaration says it does not read; the message
+      has what to write.
   """
   policy, reference = _logps(loss, 0), _logps(loss, 1)
   given = _supplied(loss)
   against = reference if loss.reference else None
   value_B = _evaluate(loss, policy, against, given)
+  _check_gradient(loss, policy, against, given, "at ordinary log-probs")
   if loss.reference:
+    # Training begins here, where a square root or a norm of log-ratios has no gradient.
+    _check_gradient(loss, reference, reference, given, "where the policy is the reference")
     other_B = _evaluate(loss, policy, _logps(loss, 2), given)
     _compare(loss, "reference", bool((other_B != value_B).any()))
   longer_B = _evaluate(loss, _longer(policy), against, given)
@@ -38,6 +44,7 @@ def probe(loss: Declaration) -> None:
     _evaluate(loss, _others_moved(policy, by), against, given)[0] for by in (-50.0, 50.0)
   )
   _compare(loss, "batch_wide", bool(below != above))
+  _check_padding(loss, policy, against, given)
   if loss.margin:
     assert isinstance(policy, PairLogps)
     moved = policy._replace(chosen_B=policy.chosen_B + 1, rejected_B=policy.rejected_B + 1)
@@ -94,6 +101,71 @@ def _evaluate(loss: Declaration, policy: Any, reference: Any, given: dict[str, A
   return value_B
 
 
+def _check_gradient(
+  loss: Declaration, policy: Any, reference: Any, given: dict[str, Any], where: str
+) -> None:
+  """Differentiates the loss as training does: traced, so without values that Python could read.
+
+  Raises:
+    UserError: JAX cannot trace or differentiate it, or its gradient is not finite.
+  """
+
+  def total(policy: Any, reference: Any, given: dict[str, Any]) -> Any:
+    return jnp.sum(loss.fn(policy, reference, **given))
+
+  try:
+    jax.eval_shape(jax.grad(total), policy, reference, given)
+  except Exception as error:  # users' functions may raise anything
+    reason = functions.describe(error).partition("\n")[0]
+    raise UserError(
+      f"loss {loss.name!r} fails where JAX differentiates it, with {reason}; compute it with"
+      " jax.numpy alone: no numpy, no float(), and jnp.where instead of an if that reads values"
+    ) from error
+  gradient = jax.grad(total)(policy, reference, given)
+  for name, value in gradient._asdict().items():
+    if value is not None and "tokens" not in name and not np.isfinite(value).all():
+      raise UserError(
+        f"loss {loss.name!r} has no finite gradient {where}: that of {name} is"
+        f" {_numbers(np.ravel(value)[:_SIZE])}. Square roots and norms have none at 0; add a small"
+        " number inside"
+      )
+
+
+def _check_padding(loss: Declaration, policy: Any, reference: Any, given: dict[str, Any]) -> None:
+  """Checks that examples of weight 0, and completions that are absent, change no other loss.
+
+  Raises:
+    UserError: they do.
+  """
+  weight_B = np.float32(np.arange(_SIZE) < _SIZE - 1)
+  present_BK = np.ones((_SIZE, _COMPLETIONS), bool)
+  present_BK[:, -1] = False
+  padded = given | {
+    key: value
+    for key, value in {"weight_B": weight_B, "present_BK": present_BK}.items()
+    if key in given
+  }
+  if loss.batch_wide:
+    moved = _others_moved(policy, 50.0, first=_SIZE - 1)
+    one_B, other_B = (_evaluate(loss, x, reference, padded) for x in (policy, moved))
+    if not np.array_equal(one_B[:-1], other_B[:-1]):
+      raise UserError(
+        f"loss {loss.name!r} reads examples of weight 0, which fill up batches; add the argument"
+        " weight_B, the weight of every example, and leave out those of weight 0"
+      )
+  if isinstance(policy, RankedLogps) and loss.completions < _COMPLETIONS:
+    completions_BK = np.array(policy.completions_BK)
+    completions_BK[:, -1] += 50
+    moved = policy._replace(completions_BK=completions_BK)
+    one_B, other_B = (_evaluate(loss, x, reference, padded) for x in (policy, moved))
+    if not np.array_equal(one_B, other_B):
+      raise UserError(
+        f"loss {loss.name!r} reads completions that are absent, where a prompt has fewer than"
+        " others; add the argument present_BK, true for those that are there, or declare"
+        f" completions={_COMPLETIONS} if every prompt must have so many"
+      )
+
+
 # --- made-up examples -----------------------------------------------------------------------------
 
 
@@ -130,14 +202,14 @@ def _longer(logps: Any) -> Any:
   return logps._replace(**{name: getattr(logps, name) + 3 for name in fields})
 
 
-def _others_moved(logps: Any, by: float) -> Any:
-  """Returns the log-probs with all examples but the first moved by so many nats."""
+def _others_moved(logps: Any, by: float, first: int = 1) -> Any:
+  """Returns the log-probs with all examples behind the first ones moved by so many nats."""
   moved = {}
   for name in logps._fields:
     value = getattr(logps, name)
     if value is not None and "tokens" not in name and name != "rejected_B":
       shift = np.full(value.shape, by, np.float32)
-      shift[0] = 0
+      shift[:first] = 0
       moved[name] = value + shift
   return logps._replace(**moved)
 

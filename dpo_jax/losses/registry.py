@@ -56,7 +56,9 @@ def find(name: str) -> Declaration:
 
 # Names of other trainers: of what learns from samples of the policy, and of losses.
 _ON_POLICY = ("ppo", "grpo", "rloo", "reinforce", "dapo", "rlhf")
-_ELSEWHERE = {"kto_pair": "kto", "aot_pair": "aot_unpaired"}
+_ELSEWHERE = {"kto_pair": "kto", "aot_pair": "aot_unpaired", "bco": "bco_pair"} | dict.fromkeys(
+  ("rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"), "rpo"
+)
 
 
 def _hint(name: str) -> str:

@@ -311,17 +311,31 @@ def unknown_flag(flag: str, argv: Sequence[str]) -> str:
     why = field_names.reason(flag)
     config = _parsed(argv, name)
     if why:
-      return f"{line}; leave it out: {why}"
+      rest = ""
+      if config is not None:
+        rest = field_names.in_short(_unknown_too(flag, argv), fields_of(config), own, name)
+      return f"{line}; leave it out: {why}{'.' if rest else ''}{rest}"
     if flag == "fields":
       return f"{line}; did you mean --{name}.data.fields.prompt=NAME?"
     if config is not None:
-      found = field_names.suggest(flag, fields_of(config), own)
+      fields = fields_of(config)
+      found = field_names.suggest(flag, fields, own)
       if found:
-        return f"{line}; {_meant(flag, found, name, short_first=True)}"
+        line += f"; {_meant(flag, found, name, short_first=True)}"
+        rest = field_names.in_short(_unknown_too(flag, argv), fields, own, name)
+        return f"{line}{'.' if rest and not line.endswith('?') else ''}{rest}"
   if not names() and (why := _of_another_command(flag, own)):
     return f"{line}; {why}"
   found = field_names.suggest(flag, (), own)
   return f"{line}; did you mean {found[0]}?" if found else f"{line} (see --help)"
+
+
+def _unknown_too(flag: str, argv: Sequence[str]) -> list[str]:
+  """Lists the flags of a command line, behind one that is unknown, that are unknown as well."""
+  typed = [word[2:].partition("=")[0] for word in argv if word.startswith("--") and len(word) > 2]
+  names_in_order = dict.fromkeys(name for name in typed if "." not in name)
+  known = {*FLAGS, *(f"no{name}" for name in FLAGS), *field_names.SHORT, "help"}
+  return [name for name in names_in_order if name != flag and name not in known]
 
 
 def _of_another_command(flag: str, own: Sequence[str]) -> str | None:

@@ -50,8 +50,8 @@ _ELSEWHERE = {
   "lora.alpha": "lora_alpha",
   "lora.rs": "use_rslora",
   "lora.dropout": "lora_dropout",
-  "lora.target": "lora_target_modules target_modules lora_target",
-  "lora.path": "adapter_name_or_path adapter lora_path",
+  "lora.target": "lora_target_modules target_modules lora_target lora_target_linear",
+  "lora.path": "adapter_name_or_path adapter lora_path lora_model_dir",
   "data.path": "dataset dataset_name dataset_path data_path dataset_dir train_file train_data"
   " train_dataset train",
   "data.eval_path": "eval_file eval_dataset eval_dataset_path validation_file test_file val_data"
@@ -62,24 +62,27 @@ _ELSEWHERE = {
   "data.layout": "packing padding_free packing_samples sample_packing",
   "data.truncation": "truncation_mode",
   "data.template": "chat_template_kwargs",
+  "data.mix": "dataset_mixture dataset_mixer datasets",
   "data.fields.prompt": "prompt_key prompt_column",
   "data.fields.chosen": "chosen_key chosen_column",
   "data.fields.rejected": "rejected_key rejected_column",
   "loss.name": "loss_type loss_fn dpo_loss_type pref_loss algorithm objective stage rl rlhf_type"
-  " task",
-  "loss.beta": "pref_beta dpo_beta kl_coef kl_beta",
-  "loss.sft_weight": "rpo_alpha pref_ftx nll_loss_coef",
+  " task loss_weights",
+  "loss.beta": "pref_beta dpo_beta kl_coef kl_beta rl_beta",
+  "loss.sft_weight": "rpo_alpha pref_ftx nll_loss_coef cpo_alpha",
   "loss.link": "f_divergence_type",
   "loss.link_alpha": "f_alpha_divergence_coef",
-  "loss.wpo": "use_weighting",
+  "loss.wpo": "use_weighting dpo_use_weighting",
   "loss.gamma": "simpo_gamma",
+  "loss.gold_weight": "tpo_alpha",
+  "loss.tau": "discopop_tau",
   "on_policy.num": "num_generations n_samples_per_prompt num_return_sequences num_samples n",
   "on_policy.max_tokens": "max_new_tokens max_completion_length max_response_length",
   "on_policy.reward": "reward_model reward_funcs reward_model_path",
   "optimizer.learning_rate": "learningrate peak_lr",
   "optimizer.schedule": "lr_scheduler_type lr_scheduler scheduler lr_schedule",
   "optimizer.warmup_steps": "warmup warmup_ratio lr_warmup_ratio lr_warmup_steps",
-  "optimizer.final_fraction": "min_lr min_lr_ratio",
+  "optimizer.final_fraction": "min_lr min_lr_ratio min_lr_rate cosine_min_lr_ratio",
   "optimizer.b1": "adam_beta1 beta1",
   "optimizer.b2": "adam_beta2 beta2",
   "optimizer.eps": "adam_epsilon epsilon",
@@ -91,11 +94,13 @@ _ELSEWHERE = {
   "train.epochs": "num_train_epochs num_epochs max_epochs epoch",
   "train.steps": "max_steps num_steps num_train_steps training_steps iters iterations"
   " num_iterations",
-  "eval.every": "eval_steps eval_every eval_every_n_steps eval_strategy",
+  "eval.every": "eval_steps eval_every eval_every_n_steps eval_strategy evaluation_strategy"
+  " evals_per_epoch",
+  "eval.samples": "generate_during_eval",
   "eval.batch_size": "per_device_eval_batch_size eval_batch_size",
-  "checkpoint.every": "save_steps save_every save_strategy save_interval_steps",
+  "checkpoint.every": "save_steps save_every save_strategy save_interval_steps saves_per_epoch",
   "checkpoint.keep": "save_total_limit max_to_keep max_ckpt_num",
-  "export.best": "load_best_model_at_end save_best",
+  "export.best": "load_best_model_at_end save_best metric_for_best_model",
   "parallel.devices": "num_gpus gpus num_devices nproc_per_node world_size n_gpus_per_node",
   "parallel.fsdp": "zero_stage deepspeed",
   "parallel.tensor": "tensor_parallel_size tp",
@@ -103,7 +108,17 @@ _ELSEWHERE = {
 }
 # Names of other trainers that have no field here, and why none is needed.
 _NOT_NEEDED = {
-  "every step is written to metrics.jsonl": "logging_steps log_every log_every_n_steps",
+  "every step is written to metrics.jsonl": (
+    "logging_steps logging_strategy logging_first_step log_every log_every_n_steps log_level"
+  ),
+  "held-out rows are evaluated before the first step too": "eval_on_start",
+  "its rule is chosen by --config.model.remat": "gradient_checkpointing_kwargs use_reentrant",
+  "JAX compiles the step, without kernels to choose": "torch_compile use_liger_kernel",
+  "adapters are plain LoRA": "lora_task_type lora_bias init_lora_weights use_dora",
+  "the folder of the model says it": "model_type tokenizer_type",
+  "the folder of the model is read as it is: download the revision that you want": (
+    "model_revision revision"
+  ),
   "the same command resumes the run that its --workdir has": (
     "resume resume_from_checkpoint resume_from from_checkpoint"
   ),
@@ -111,12 +126,13 @@ _NOT_NEEDED = {
     "report_to use_wandb wandb wandb_project run_name logging_dir"
   ),
   "rows are padded and packed as data.layout says": (
-    "pad_token padding_side label_pad_token_id pad_to_multiple_of group_by_length"
+    "pad_token padding_side label_pad_token_id padding_value pad_to_multiple_of"
+    " pad_to_sequence_len group_by_length"
   ),
   "fields that are not known are not read": "remove_unused_columns",
   "--config.loss.gamma is that ratio times beta": "gamma_beta_ratio",
   "a file is read whole; a tenth of it is held out, or --eval_data is": (
-    "split dataset_split dataset_train_split dataset_test_split"
+    "split dataset_split dataset_splits dataset_train_split dataset_test_split"
   ),
   "rows are shuffled in every epoch, by --seed": "shuffle shuffle_dataset",
   "`dpo-jax plan` estimates what a run takes, `dpo-jax inspect` shows its data": "dry_run",
@@ -128,12 +144,13 @@ _NOT_NEEDED = {
   "`dpo-jax train` trains, and evaluates as it goes": "do_train do_eval do_predict",
   "no code of a model's folder is run": "trust_remote_code",
   "nothing is uploaded; `hf upload` uploads the export folder": (
-    "push_to_hub hub_model_id hub_token hf_token"
+    "push_to_hub hub_model_id hub_model_revision hub_strategy hub_private_repo hub_token hf_token"
   ),
   "every run ends with plots, in report.html": "plot_loss",
   "rows are tokenized on all cores": (
     "preprocessing_num_workers dataset_num_proc num_proc num_workers dataloader_num_workers"
   ),
+  "tokenized rows are not kept between runs": "overwrite_cache dataset_prepared_path",
   "all rows are used; for fewer, make a smaller file, such as with head -n 100": (
     "max_samples max_train_samples"
   ),
@@ -216,7 +233,38 @@ def _rank(field: str) -> tuple[bool, bool]:
 
 def reason(typed: str) -> str | None:
   """Returns why a name of another trainer has no field here; None for other names."""
-  return _REASON.get(typed.rpartition(".")[2].replace("-", "_").lower())
+  name = typed.rpartition(".")[2].replace("-", "_").lower()
+  return _REASON.get(name) or _REASON.get(name.removeprefix("no_"))
+
+
+def in_short(
+  typed: Sequence[str], fields: Sequence[str], flags: Sequence[str] = (), config: str = ""
+) -> str:
+  """Describes further names that are no fields, in a sentence behind that on the first.
+
+  A command or file that was written for another trainer is then translated in one go.
+
+  Args:
+    typed: the names.
+    fields: names of all fields.
+    flags: names of the command's other flags.
+    config: name of the configuration's flag, where flags are suggested; "" suggests fields.
+
+  Returns:
+    The sentence, with a space before it; "" if there are no names.
+  """
+  meant, needless, unlike = [], [], []
+  for name in typed:
+    if reason(name):
+      needless.append(name)
+    elif found := suggest(name, fields, flags):
+      meant.append(f"{name} ({flag_of(found[0], config) if config else found[0]})")
+    else:
+      unlike.append(name)
+  parts = [f"with another name here: {', '.join(meant)}"] if meant else []
+  parts += [f"to be left out: {', '.join(needless)}"] if needless else []
+  parts += [f"without a counterpart: {', '.join(unlike)}"] if unlike else []
+  return f" Others are unknown too; {'; '.join(parts)}" if parts else ""
 
 
 def is_elsewhere(typed: str) -> bool:

@@ -29,6 +29,10 @@ def import_function(what: str, name: str) -> Callable[..., Any]:
   if not module or not function:
     missing = "function" if module else "module"
     raise UserError(f"{what} {name!r} names no {missing}; write it as module:function")
+  if module.endswith(".py") or "/" in module:
+    path = pathlib.PurePath(module.removesuffix(".py"))
+    where = f", in the folder {path.parent}" if len(path.parts) > 1 else ""
+    raise UserError(f"{what} {name!r} names a file; name its module{where}: {path.name}:{function}")
   # At the end, so that no file of the current folder can hide an installed module.
   if not {"", os.getcwd()} & {*sys.path}:
     sys.path.append(os.getcwd())

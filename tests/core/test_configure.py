@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 import dpo_jax
 from configs import preferences
 from dpo_jax import api, configure, defaults
+from dpo_jax.distributed import preemption
 from dpo_jax.structs import UserError
 from dpo_jax.utils import field_names
 from tests.support.paths import ROOT
@@ -95,6 +96,13 @@ def test_values_of_python_are_taken_as_they_are_meant():
     ),
     ("loss: {bta: 1}", "there is no field loss.bta; did you mean loss.beta"),
     ("per_device_train_batch_size: 4", "did you mean train.batch_size (short: batch_size)?"),
+    ("dataset_mixture: {datasets: [{id: a}]}", "no field dataset_mixture; did you mean data.mix?"),
+    ("model_kwargs: {}", "there is no field model_kwargs"),
+    ("overwrite_output_dir: true", "write --overwrite on the command line"),
+    (
+      "bf16: true\nlr_scheduler_type: cosine",
+      "too; with another name here: lr_scheduler_type (opt",
+    ),
     ("logging_steps: 1", "every step is written to metrics.jsonl"),
     ("workdir: x", "the folder of the run is named on the command line, --workdir=DIR"),
     ("zzz: 1", "there are: checkpoint, data, "),
@@ -103,7 +111,14 @@ def test_values_of_python_are_taken_as_they_are_meant():
     ("optimizer: {schedule: off}", "write the word in quotes"),
     ("train: {steps: 1.5}", "train.steps is 1.5; it must be an integer"),
     ("train: {steps: yes}", "train.steps is True; it must be an integer"),
+    ("lora:", "lora has no value; leave it out for its usual fields"),
     ("train: {steps: }", "train.steps has no value; leave it out for 0"),
+    ("model: {remat: true}", "model.remat is True; it must be none, dots or full"),
+    (
+      "checkpoint: {every: 0.5}",
+      "is 0.5; it must be an integer, a number of steps: neither a share",
+    ),
+    ("eval: {every: epoch}", "is 'epoch'; it must be an integer, a number of steps"),
     ("beta: little", "loss.beta is 'little'; it must be a number"),
     ("data: {balance: 1}", "data.balance is 1; it must be true or false"),
     ("train: 3", "train is 3; it must be a section"),
@@ -136,6 +151,13 @@ def test_fit_refuses_at_once_and_leaves_the_given_configuration(tmp_path, monkey
     ({"output_dir": "x"}, r"there is no field output_dir; did you mean workdir\?"),
     ({"config": "preference"}, r"config=preference: no such file; did you mean 'preferences'"),
     ({"config": "qwen_0_5b:x"}, "config=qwen_0_5b:x: it takes no argument behind a colon"),
+    ({"config": 3}, "config is 3; it must be a name, a file or a ConfigDict"),
+    ({"config": pathlib.Path("none.yaml")}, r"none\.yaml"),
+    (
+      {"config": ConfigDict({"model": {}, "seed": 1})},
+      "config has no checkpoint, data, .*begin wit",
+    ),
+    ({"workdir": 3}, "workdir is 3; it must be the path of a folder"),
     ({"config": config, "loss": "ipo"}, r"model\.path is empty; name a Hugging Face folder"),
     ({"model": "Qwen/Qwen2.5-0.5B", "data": "x"}, "`hf download Qwen/Qwen2.5-0.5B --local-dir"),
   ):
@@ -143,6 +165,17 @@ def test_fit_refuses_at_once_and_leaves_the_given_configuration(tmp_path, monkey
       dpo_jax.fit(**fields)
   assert config.loss.name == "sigmoid" and isinstance(config, ConfigDict)
   assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("status", "raised"), [(130, KeyboardInterrupt), (75, SystemExit)])
+def test_ctrl_c_in_fit_is_that_of_python(monkeypatch, status, raised):
+  def stop(*_, **__):
+    raise preemption.Stopped(3, status)
+
+  monkeypatch.setattr("dpo_jax.train.execute", stop)
+  with pytest.raises(raised) as error:
+    dpo_jax.fit(model="m", data="d")
+  assert status == 75 or str(error.value) == "stopped and saved at step 3"
 
 
 def test_importing_the_package_loads_nothing():

@@ -126,6 +126,14 @@ def with_tau(policy, reference, *, tau=2.0):
   return plain(policy, reference) * tau
 
 
+def with_word(policy, reference, *, how="a"):
+  return plain(policy, reference)
+
+
+def with_name(policy, reference, *, name="a"):
+  return plain(policy, reference)
+
+
 def without_default(policy, reference, *, tau):
   return plain(policy, reference) * tau
 
@@ -151,6 +159,15 @@ def without_reference(policy, *, beta=0.1):
       {"reference": False, "ranges": {"tau": "(0, 1]"}},
       "the default tau=2.0 is not a number above 0, at most 1",
     ),
+    (
+      with_tau,
+      {"reference": False, "ranges": {"tau": (0, 9)}},
+      r"tau is \(0, 9\); write an interval",
+    ),
+    (with_word, {"reference": False, "ranges": {"how": ("a")}}, r"a tuple of words, \('a',\)"),
+    (with_word, {"reference": False, "ranges": {"how": ["a"]}}, r"a tuple of words, \('a',\)"),
+    (with_name, {"reference": False}, "would be the field loss.name"),
+    (plain, {"reference": True, "at_reference": "0"}, "at_reference is '0'; it must be a number"),
     (without_default, {"reference": False}, "tau needs a default .* tau=1.0 .*margin_B"),
     (with_margin, {"reference": False, "kind": "ranked"}, "reads margin_B, which ranked examples"),
     (without_reference, {"reference": False}, r"def without_reference\(policy, reference, \*"),
@@ -185,6 +202,7 @@ def test_ranges(interval, inside, outside, words):
 OWN = """
 import math
 import jax, jax.numpy as jnp
+import numpy as np
 from dpo_jax.losses import declare
 
 @declare(reference=True, at_reference=lambda policy, gain: gain * math.log(2), margin=True,
@@ -225,6 +243,30 @@ def reads_it(policy, reference, *, beta=0.1):
 @declare(reference=True, at_reference=0.0, margin=True)
 def no_margin(policy, reference, *, beta=0.1):
   return policy.chosen_B - reference.chosen_B
+
+@declare(reference=False)
+def in_numpy(policy, reference, *, beta=0.1):
+  return np.square(np.asarray(policy.chosen_B))
+
+@declare(reference=False)
+def with_if(policy, reference, *, beta=0.1):
+  return policy.chosen_B if policy.chosen_B.sum() < 0 else -policy.chosen_B
+
+@declare(reference=True, at_reference=0.0)
+def root(policy, reference, *, beta=0.1):
+  return jnp.sqrt(jnp.abs(policy.chosen_B - reference.chosen_B))
+
+@declare(reference=False, batch_wide=True)
+def of_the_whole_batch(policy, reference, *, beta=0.1):
+  return policy.chosen_B - policy.chosen_B.mean()
+
+@declare(reference=False, batch_wide=True)
+def weighted(policy, reference, *, beta=0.1, weight_B):
+  return policy.chosen_B - (policy.chosen_B * weight_B).sum() / weight_B.sum()
+
+@declare(kind="ranked", reference=False)
+def last(policy, reference, *, beta=0.1):
+  return policy.completions_BK[:, -1] - policy.completions_BK[:, 0]
 """
 
 
@@ -262,6 +304,8 @@ def test_a_loss_of_ones_own_is_resolved_with_its_arguments(own):
     ("absent:f", "no module named 'absent' is in the current folder"),
     ("OWN:absent", "has no 'absent'; name a function of that module"),
     ("OWN:", "names no function"),
+    ("OWN.py:gained", r"names a file; name its module: own_losses_\w+:gained"),
+    ("lib/OWN.py:gained", r"name its module, in the folder lib: own_losses_\w+:gained"),
     ("OWN:bare", r"write above def bare: @dpo_jax\.losses\.declare\(reference=True, at_reference="),
     ("OWN:needless", r"does not depend on log-probs of the reference; write reference=False"),
     ("OWN:wrong_value", r"declared to be 0\.693147, .* and is 1, 1, 1, 1 there"),
@@ -269,6 +313,14 @@ def test_a_loss_of_ones_own_is_resolved_with_its_arguments(own):
     ("OWN:centered", "depends on the other examples of the batch; write batch_wide=True"),
     ("OWN:per_token", "depends on the numbers of tokens; write averages=True"),
     ("OWN:reads_it", "AttributeError: .* reference=False, it is given None as reference"),
+    (
+      "OWN:in_numpy",
+      "JAX differentiates it, with TracerArrayConversionError: .*with jax.numpy alone",
+    ),
+    ("OWN:with_if", "with TracerBoolConversionError: .*jnp.where instead of an if"),
+    ("OWN:root", "no finite gradient where the policy is the reference: that of chosen_B is inf"),
+    ("OWN:of_the_whole_batch", "reads examples of weight 0, .*add the argument weight_B"),
+    ("OWN:last", "reads completions that are absent, .*add the argument present_BK"),
     ("OWN:no_margin", "only through their difference; write margin=False"),
   ],
 )
@@ -276,6 +328,10 @@ def test_a_function_that_is_no_loss_is_refused_in_one_line(own, name, words):
   with pytest.raises(UserError, match=words) as error:
     resolve(name.replace("OWN", own))
   assert "\n" not in str(error.value)
+
+
+def test_a_loss_of_the_whole_batch_that_leaves_out_padding_is_taken(own):
+  assert resolve(f"{own}:weighted").batch_wide
 
 
 def test_arguments_of_ones_own_loss_are_fields_of_the_configuration(own, monkeypatch):

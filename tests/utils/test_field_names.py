@@ -45,6 +45,12 @@ FIELDS = config_flags.fields_of(defaults.get_config())
     ("lora_target_modules", "lora.target"),
     ("use_rslora", "lora.rs"),
     ("output_dir", "--workdir"),
+    ("loss_weights", "loss.name"),
+    ("dataset_mixture", "data.mix"),
+    ("min_lr_rate", "optimizer.final_fraction"),
+    ("evaluation_strategy", "eval.every"),
+    ("generate_during_eval", "eval.samples"),
+    ("tpo_alpha", "loss.gold_weight"),
     # Typing mistakes.
     ("optimzer.learning_rat", "optimizer.learning_rate"),
     ("learnin_rate", "optimizer.learning_rate"),
@@ -63,6 +69,17 @@ def test_a_field_of_several_sections_has_all_of_them_suggested():
     "model.path",
     "reference.path",
   ]
+
+
+def test_names_of_other_trainers_are_described_in_one_go():
+  names = ["bf16", "learning_rate", "output_dir", "report_to", "no_remove_unused_columns", "zzz"]
+  assert field_names.in_short(names, FIELDS, ["workdir"]) == (
+    " Others are unknown too; with another name here: bf16 (model.compute_dtype=bfloat16),"
+    " learning_rate (optimizer.learning_rate), output_dir (--workdir); to be left out: report_to,"
+    " no_remove_unused_columns; without a counterpart: zzz"
+  )
+  assert "learning_rate (--lr)" in field_names.in_short(["learning_rate"], FIELDS, (), "config")
+  assert field_names.in_short([], FIELDS) == ""
 
 
 def test_nothing_near_is_suggested_for_nonsense():
