@@ -46,7 +46,7 @@ _ELSEWHERE = {
   "reference.store": "precompute_ref_log_probs precompute_reference",
   "reference.sync_every": "sync_ref_model ref_model_sync_steps",
   "reference.sync_alpha": "ref_model_mixup_alpha",
-  "lora.rank": "lora_r r use_peft use_lora finetuning_type",
+  "lora.rank": "lora_r r use_peft use_lora",
   "lora.alpha": "lora_alpha",
   "lora.rs": "use_rslora",
   "lora.dropout": "lora_dropout",
@@ -77,7 +77,7 @@ _ELSEWHERE = {
   "loss.gold_weight": "tpo_alpha",
   "loss.tau": "discopop_tau",
   "on_policy.num": "num_generations n_samples_per_prompt num_return_sequences num_samples n",
-  "on_policy.max_tokens": "max_new_tokens max_completion_length max_response_length",
+  "on_policy.max_tokens": "max_new_tokens max_response_length",
   "on_policy.reward": "reward_model reward_funcs reward_model_path",
   "optimizer.learning_rate": "learningrate peak_lr",
   "optimizer.schedule": "lr_scheduler_type lr_scheduler scheduler lr_schedule",
@@ -138,6 +138,10 @@ _NOT_NEEDED = {
   "`dpo-jax plan` estimates what a run takes, `dpo-jax inspect` shows its data": "dry_run",
   "the optimizer is AdamW": "optim optimizer optimizer_name",
   "prompts are shortened only where data.max_length requires it": "max_prompt_length",
+  "--max_length is of prompt and completion together, on_policy.max_tokens of samples": (
+    "max_completion_length"
+  ),
+  "adapters are trained where --lora_rank is above 0, else all weights": "finetuning_type",
   "quantised weights are not read: name the folder of the model's floating-point weights": (
     "load_in_4bit load_in_8bit use_4bit qlora quantize quantization quantization_bit bits"
   ),
