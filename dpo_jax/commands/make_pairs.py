@@ -11,7 +11,7 @@ completions are left out.
 
 from absl import flags
 
-from dpo_jax.utils import cli
+from dpo_jax.utils import cli, messages
 
 FLAGS = flags.FLAGS
 
@@ -66,13 +66,14 @@ def main(argv: list[str]) -> None:
   rows = rollouts.label(rollout, seed=FLAGS.seed)
   if not rows:
     raise UserError(
-      f"every pair of answers is equal, so {FLAGS.out} is not written; raise --temperature"
+      f"every pair has two equal completions, so {FLAGS.out} is not written; raise --temperature"
       " or --max_tokens, or give other --prompts"
     )
   files.write_json_lines(FLAGS.out, rows)
   total = len(prompts) * FLAGS.num // 2
   better = sum(row["chosen_reward"] > row["rejected_reward"] for row in rows)
-  print(
-    f"{FLAGS.out}: {len(rows)} pairs ({total - len(rows)} of equal completions left out);"
-    f" mean reward {rollout.reward_XK.mean():.2f}, chosen is the better in {better / len(rows):.1%}"
+  messages.say(
+    f"{FLAGS.out}: {len(rows):,} pairs ({total - len(rows):,} of equal completions left out);"
+    f" mean reward {rollout.reward_XK.mean():.2f}; the higher reward was chosen in"
+    f" {better / len(rows):.1%}"
   )

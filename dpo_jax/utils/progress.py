@@ -200,8 +200,8 @@ def plain_line(state: State) -> str:
 
 def closing_line(state: State) -> str:
   """Returns the line that stays: `sampling: 2,048 completions in 0:27`."""
-  count = f"{state.done:,.0f} {state.unit} " if state.unit and state.done else ""
-  return f"{state.label}: {count}in {clock(state.elapsed)}"
+  count = f"{state.done:,.0f} {state.unit}" if state.unit and state.done else "done"
+  return f"{state.label}: {count} in {clock(state.elapsed)}"
 
 
 def bar_line(state: State, columns: int) -> str:

@@ -439,7 +439,7 @@ def test_pairs_scores_and_summary_by_command(folders, tmp_path):
     ("make_pairs", {"num": 3}, "--num=3 answers do not pair up; give an even number"),
     ("make_pairs", {"prompts": "missing.jsonl"}, "no data file missing.jsonl"),
     ("make_pairs", {"model": "missing"}, "there is no folder missing"),
-    ("make_pairs", {"temperature": 0}, "every pair of answers is equal"),
+    ("make_pairs", {"temperature": 0}, "every pair has two equal completions"),
   ],
 )
 def test_bad_input_is_one_line_and_nothing_written(folders, tmp_path, script, change, message):
