@@ -265,7 +265,7 @@ def _print_next(workdir: pathlib.Path) -> None:
   what = "adapter" if adapter else "model"
   messages.say(f"done: {out} (the {what}), {workdir / 'report.html'} (the report)")
   sample = cli.other_command("sample", f"--model={out}")
-  print(f'try it: {sample} --prompt="TEXT"')
+  print(f'try it: {sample} --prompt="TEXT"{model_card.sample_flag(workdir)}')
   held_out = verdict.read(workdir, verdict.AFTER)
   if held_out is not None and held_out.right_B is not None:
     print(f"measure it: {cli.other_command('evaluate', f'--workdir={workdir}')}")

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
   # The order is important: flags, the output, the user's reward and the prompts all come before the
   # model, which may take minutes to read.
   if FLAGS.num % 2:
-    raise UserError(f"--num={FLAGS.num} answers do not pair up; give an even number")
+    raise UserError(f"--num={FLAGS.num} completions do not pair up; give an even number")
   files.check_output_file(FLAGS.out, force=FLAGS.force)
   reward = rewards.resolve(FLAGS.reward)
   every = rollouts.read_prompts(FLAGS.prompts)

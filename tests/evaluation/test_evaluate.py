@@ -436,7 +436,7 @@ def test_pairs_scores_and_summary_by_command(folders, tmp_path):
 @pytest.mark.parametrize(
   ("script", "change", "message"),
   [
-    ("make_pairs", {"num": 3}, "--num=3 answers do not pair up; give an even number"),
+    ("make_pairs", {"num": 3}, "--num=3 completions do not pair up; give an even number"),
     ("make_pairs", {"prompts": "missing.jsonl"}, "no data file missing.jsonl"),
     ("make_pairs", {"model": "missing"}, "there is no folder missing"),
     ("make_pairs", {"temperature": 0}, "every pair has two equal completions"),
