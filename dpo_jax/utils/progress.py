@@ -200,7 +200,10 @@ def plain_line(state: State) -> str:
 
 def closing_line(state: State) -> str:
   """Returns the line that stays: `sampling: 2,048 completions in 0:27`."""
-  count = f"{state.done:,.0f} {state.unit}" if state.unit and state.done else "done"
+  unit = state.unit
+  if state.done == 1:
+    unit = unit.removesuffix("es" if unit.endswith("ches") else "s")
+  count = f"{state.done:,.0f} {unit}" if unit and state.done else "done"
   return f"{state.label}: {count} in {clock(state.elapsed)}"
 
 

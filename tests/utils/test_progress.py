@@ -54,6 +54,8 @@ def test_lines():
   assert progress.plain_line(state(unit="", label="loading")) == "loading: 25%, 0:15 left"
   assert progress.plain_line(state(0, 0, "", left=None)) == "sampling: 0:05 so far"
   assert progress.closing_line(state(done=2048)) == "sampling: 2,048 completions in 0:05"
+  assert progress.closing_line(state(done=1)) == "sampling: 1 completion in 0:05"
+  assert progress.closing_line(state(done=1, unit="batches")) == "sampling: 1 batch in 0:05"
   assert progress.closing_line(state(done=1, unit="")) == "sampling: done in 0:05"
   assert progress.short_line(state()) == "sampling 512/2,048"
   assert [progress.clock(x) for x in (59.4, 61, 3661)] == ["0:59", "1:01", "1:01:01"]
