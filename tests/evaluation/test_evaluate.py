@@ -494,6 +494,18 @@ def test_commands_overwrite_nothing_and_say_so_before_they_load(tmp_path, script
   assert out.read_text() == "kept"
 
 
+def test_lines_round_the_table_wrap_between_words_in_a_terminal(monkeypatch, capsys):
+  note = "held out (87 pairs): " + "accuracy 50.0% → 86.2%, " * 5 + "better than chance"
+  evaluate.print_summary({"loss": 0.25}, 0, "title", [note])
+  assert note in capsys.readouterr().out.splitlines()
+  monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+  monkeypatch.setenv("COLUMNS", "80")
+  evaluate.print_summary({"loss": 0.25}, 0, "title", [note])
+  lines = capsys.readouterr().out.splitlines()[-2:]
+  assert max(map(len, lines)) <= 80
+  assert " ".join(" ".join(lines).split()) == note
+
+
 def test_the_result_opens_with_a_sentence():
   summary = {
     "win_rate": 0.892,
