@@ -17,7 +17,6 @@ if __name__ == "__main__":
 import contextlib
 import functools
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -265,18 +264,17 @@ def _print_next(workdir: pathlib.Path) -> None:
   what = "adapter" if adapter else "model"
   messages.say(f"done: {out} (the {what}), {workdir / 'report.html'} (the report)")
   sample = cli.other_command("sample", f"--model={out}")
-  print(f'try it: {sample} --prompt="TEXT"{model_card.sample_flag(workdir)}')
+  messages.say_command("try it", f'{sample} --prompt="TEXT"{model_card.sample_flag(workdir)}')
   held_out = verdict.read(workdir, verdict.AFTER)
   if held_out is not None and held_out.right_B is not None:
-    print(f"measure it: {cli.other_command('evaluate', f'--workdir={workdir}')}")
+    messages.say_command("measure it", cli.other_command("evaluate", f"--workdir={workdir}"))
   # Either of the two: a longer list would not be read.
   if best and not best.exported:
     flags = [f"--workdir={workdir}", f"--out={workdir / 'best'}", "--best"]
-    print(f"export the best: {cli.other_command('convert', *flags)}")
+    messages.say_command("export the best", cli.other_command("convert", *flags))
   elif adapter:
     flags = [f"--workdir={workdir}", f"--out={workdir / 'merged'}", "--merge_lora"]
-    print(f"merge it into its base: {cli.other_command('convert', *flags)}")
-  sys.stdout.flush()
+    messages.say_command("merge it into its base", cli.other_command("convert", *flags))
 
 
 def _write_report(run: Run) -> None:
@@ -295,7 +293,7 @@ def _report_stop(run: Run, step: int) -> None:
   command = cli.this_command("overwrite", "nooverwrite")
   if command is None or processes.is_multiprocess():
     command = f"the same command again, with --workdir={run.workdir}"
-  print(f"continue: {command}", flush=True)
+  messages.say_command("continue", command)
 
 
 if __name__ == "__main__":

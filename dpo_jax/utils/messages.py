@@ -28,6 +28,17 @@ def say(text: str) -> None:
   _print(text, sys.stdout)
 
 
+def say_command(label: str, command: str) -> None:
+  """Prints `label: command` on stdout; the command on a line of its own where both do not fit.
+
+  It is never wrapped by us: a terminal that breaks it still copies it as one line.
+  """
+  line = f"{label}: {command}"
+  if sys.stdout.isatty() and len(line) > shutil.get_terminal_size().columns:
+    line = f"{label}:\n  {command}"
+  print(line, flush=True)
+
+
 def _print(text: str, stream: TextIO) -> None:
   if stream.isatty():
     text = wrap(text, shutil.get_terminal_size().columns)

@@ -501,7 +501,7 @@ def test_lines_round_the_table_wrap_between_words_in_a_terminal(monkeypatch, cap
   monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
   monkeypatch.setenv("COLUMNS", "80")
   evaluate.print_summary({"loss": 0.25}, 0, "title", [note])
-  lines = capsys.readouterr().out.splitlines()[-2:]
+  lines = capsys.readouterr().out.rpartition("┘\n")[2].splitlines()
   assert max(map(len, lines)) <= 80
   assert " ".join(" ".join(lines).split()) == note
 

@@ -64,3 +64,14 @@ def test_results_go_to_stdout_and_wrap_there_too(monkeypatch, capsys):
   )
   lines = terminal.getvalue().splitlines()
   assert lines[1] == "  (the report)" and len(lines) == 2
+
+
+def test_a_command_is_never_wrapped_and_has_a_line_of_its_own_if_that_helps(monkeypatch, capsys):
+  command = "python scripts/convert_hf.py --workdir=runs/mine --out=runs/mine/best --best"
+  messages.say_command("export the best", command)
+  assert capsys.readouterr().out == f"export the best: {command}\n"
+  monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+  monkeypatch.setenv("COLUMNS", "80")
+  messages.say_command("export the best", command)
+  messages.say_command("try it", "ls")
+  assert terminal.getvalue() == f"export the best:\n  {command}\ntry it: ls\n"
