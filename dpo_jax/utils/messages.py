@@ -35,7 +35,7 @@ def say_command(label: str, command: str) -> None:
   """
   line = f"{label}: {command}"
   if sys.stdout.isatty() and len(line) > shutil.get_terminal_size().columns:
-    line = f"{label}:\n  {command}"
+    line = f"{label}:\n{command}"
   print(line, flush=True)
 
 

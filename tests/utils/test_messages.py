@@ -74,4 +74,4 @@ def test_a_command_is_never_wrapped_and_has_a_line_of_its_own_if_that_helps(monk
   monkeypatch.setenv("COLUMNS", "80")
   messages.say_command("export the best", command)
   messages.say_command("try it", "ls")
-  assert terminal.getvalue() == f"export the best:\n  {command}\ntry it: ls\n"
+  assert terminal.getvalue() == f"export the best:\n{command}\ntry it: ls\n"
