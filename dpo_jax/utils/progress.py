@@ -104,7 +104,6 @@ class Progress:
 
   def __enter__(self) -> Progress:
     self._began = self._now()
-    self._pace.at(0)
     if self._label:
       _running.append(self)
       self._terminal = sys.stderr.isatty()
@@ -120,6 +119,7 @@ class Progress:
   def reach(self, done: float) -> None:
     """Sets what is done."""
     self._done = done
+    # The first part only starts the clock: it often compiles, and would give hours.
     self._pace.at(done)
 
   def of(self, items: Iterable[_T]) -> Iterator[_T]:

@@ -131,3 +131,13 @@ def test_within_training_its_bar_shows_it(capsys):
       time.sleep(0.01)
   assert shown[-2:] == ["evaluating 3/8", ""]
   assert capsys.readouterr() == ("", "")
+
+
+def test_the_first_part_tells_nothing_of_the_time_left():
+  """It takes a minute, most of which compiles; each of the others takes half a second."""
+  seconds = [0.0]
+  with progress.Progress("sampling", 100, "completions", now=lambda: seconds[0]) as shown:
+    for passed, left in ((60.0, None), (0.5, 49.0), (0.5, 48.5)):
+      seconds[0] += passed
+      shown.advance()
+      assert shown._state().left == left
