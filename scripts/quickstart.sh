@@ -50,7 +50,8 @@ main() {
     --prompts="$dir/task/eval_prompts.jsonl" --out="$dir/summary.json" --force --seed="$seed" \
     --started="$started"
   say ""
-  say "on your own data: python -m dpo_jax.train --model=MODEL_DIR --data=PREFERENCES.jsonl"
+  say "on your own data:"
+  say "python -m dpo_jax.train --model=MODEL_DIR --data=PREFERENCES.jsonl"
 }
 
 # pairs OUT FLAGS: samples two completions per prompt, and labels them with Bradley-Terry

@@ -286,9 +286,9 @@ def test_the_quickstart_says_how_far_it_is_and_how_long_the_rest_takes(tmp_path,
     f"Step 3 of 6, about {third} minutes",
   ]
   assert len(steps) == 6 and max(map(len, steps)) <= 80  # a terminal would break a word
-  assert done.stdout.splitlines()[-1].startswith(
-    "on your own data: python -m dpo_jax.train --model"
-  )
+  assert done.stdout.splitlines()[-2] == "on your own data:"
+  last = done.stdout.splitlines()[-1]
+  assert last.startswith("python -m dpo_jax.train --model") and len(last) <= 80
 
 
 @pytest.mark.parametrize("status", [0, 3])
