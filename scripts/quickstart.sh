@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# The whole project in minutes: makes .venv, installs requirements.txt, trains a small language model,
-# samples pairs of completions from it, labels them by a known reward, trains on them by DPO in two
-# rounds, and measures the result against the best possible policy. It prints every command before
-# it runs it.
+# The whole project in minutes: makes .venv, installs requirements.txt, trains a
+# small language model, samples pairs of completions from it, labels them by a
+# known reward, trains on them by DPO in two rounds, and measures the result
+# against the best possible policy. It prints every command before it runs it.
 #
-#   bash scripts/quickstart.sh [DIR]            writes to DIR, runs/quickstart by default
-#   SEED=1 bash scripts/quickstart.sh DIR       the same with other random numbers
+#   bash scripts/quickstart.sh [DIR]        writes to DIR, or runs/quickstart
+#   SEED=1 bash scripts/quickstart.sh DIR   the same with other random numbers
 #
-# If it was stopped (by Ctrl-C, for example), the same command continues from the last checkpoint.
+# If it was stopped (by Ctrl-C, for example), the same command continues from the
+# last checkpoint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh

@@ -51,6 +51,7 @@ pip_install() {
 redraw() {
   local line began=$SECONDS
   while IFS= read -r line; do
+    line=${line%% (from *} # who asks for a package
     line="  $((SECONDS - began)) s  ${line#"${line%%[! ]*}"}"
     # Back to the first column, where an error begins.
     printf '\r\033[K%s\r' "${line:0:79}"

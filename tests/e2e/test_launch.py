@@ -291,13 +291,25 @@ def test_the_quickstart_says_how_far_it_is_and_how_long_the_rest_takes(tmp_path,
   assert last.startswith("python -m dpo_jax.train --model") and len(last) <= 80
 
 
+def test_the_help_of_the_quickstart_fits_a_terminal():
+  done = subprocess.run(
+    ["bash", ROOT / "scripts" / "quickstart.sh", "--help"],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  lines = done.stdout.splitlines()
+  assert lines[0].startswith("The whole project") and max(map(len, lines)) <= 80
+
+
 @pytest.mark.parametrize("status", [0, 3])
 def test_an_installation_shows_what_it_does_in_a_terminal_and_its_error(tmp_path, status):
   copied(tmp_path, "scripts/venv.sh")
   (tmp_path / "requirements.txt").touch()
   programs = tmp_path / ".venv" / "bin"
   programs.mkdir(parents=True)
-  pip = f'echo "  Downloading jax-{"1" * 90}.whl"; echo "no network" >&2; exit {status}'
+  lines = f'echo "Collecting flax (from -r x)"; echo "  Downloading jax-{"1" * 90}.whl"'
+  pip = f'{lines}; echo "no network" >&2; exit {status}'
   fake(programs, "python", f'case $* in *"pip install"*) {pip} ;; esac')
   command = "set -euo pipefail; source scripts/venv.sh; use_venv requirements.txt; echo over"
   ours, theirs = pty.openpty()
@@ -313,7 +325,8 @@ def test_an_installation_shows_what_it_does_in_a_terminal_and_its_error(tmp_path
   os.close(theirs)
   shown = os.read(ours, 10_000).decode()
   os.close(ours)
-  assert "\r\x1b[K  0 s  Downloading jax-111" in shown
+  assert re.search(r"\r\x1b\[K  \d+ s  Downloading jax-111", shown)
+  assert re.search(r"\r\x1b\[K  \d+ s  Collecting flax\r", shown)
   drawn = re.split(r"[\r\n]+", shown.replace("\x1b[K", ""))
   assert max(map(len, drawn[1:])) <= 79  # after the title, which is bold
   stamp = tmp_path / ".venv" / "installed-requirements.txt"
