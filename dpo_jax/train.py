@@ -17,7 +17,6 @@ if __name__ == "__main__":
 import contextlib
 import functools
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +34,7 @@ from dpo_jax.structs import UserError
 from dpo_jax.training import loop, model_card, setup, splits, verdict
 from dpo_jax.training.checkpoint import latest_step
 from dpo_jax.training.run import Run
-from dpo_jax.utils import cli, paths
+from dpo_jax.utils import cli, messages, paths
 from dpo_jax.utils import workdir as workdirs
 
 FLAGS = flags.FLAGS
@@ -124,7 +123,7 @@ def execute(
     run, trained, reference_params, ledger = setup.build(config, place, examined=examined)
     processes.assert_consistent(setup.facts(config, run))
     if not named:
-      print(f"workdir: {workdir} (--workdir=DIR chooses another)", flush=True)
+      messages.say(f"workdir: {workdir} (--workdir=DIR chooses another)")
     # 3. The check at step 0: policy equals reference, so margins are 0. A resumed run skips it.
     prepared = loop.prepare(run, trained, reference_params)
     del trained, reference_params  # a name here would keep memory that may be freed
@@ -181,7 +180,7 @@ def _is_finished(workdir: pathlib.Path, steps: int) -> bool:
   # Decided by the first process, which wrote the result.
   if processes.from_main_process(str(line is not None)) == "False":
     return False
-  print(
+  messages.say(
     f"{workdir} has finished all {steps:,} steps; to train longer, raise --config.train.epochs or"
     f" --config.train.steps; to start anew, add --overwrite\n{line}"
   )
@@ -207,7 +206,7 @@ def _claim(
     replaces: whether the folder has another run, which is moved aside.
   """
   if replaces:
-    print(f"the run that was in {run.workdir} is now in {workdirs.set_aside(run.workdir)}")
+    messages.say(f"the run that was in {run.workdir} is now in {workdirs.set_aside(run.workdir)}")
   run.workdir.mkdir(parents=True, exist_ok=True)
   if stack is not None:
     stack.enter_context(workdirs.lock(run.workdir))
@@ -231,7 +230,7 @@ def _export(run: Run, trained: loop.Trained) -> None:
 
   out, final, step = run.workdir / "export", trained.params, trained.step
   which = "" if step == run.steps else f", the best checkpoint (step {step:,})"
-  print(f"exporting to {out}{which}", flush=True)
+  messages.say(f"exporting to {out}{which}")
   if run.adapter:
     # Adapters are small, so every process gathers them whole; a model is gathered leaf by leaf.
     final = jax.tree.map(gather_to_host, final)
@@ -250,7 +249,7 @@ def _export(run: Run, trained: loop.Trained) -> None:
     line = verdict.of_run(run.workdir, records, None if step == run.steps else step)
     # Last: it says that the export is there.
     verdict.write_result(run.workdir, run.steps, line, exported=step, best=trained.best)
-    print(line)
+    messages.say(line)
     _print_next(run.workdir)
   elif not run.adapter:
     hf_checkpoint.take_part_in_save(run.model_config, final)
@@ -261,22 +260,21 @@ def _print_next(workdir: pathlib.Path) -> None:
   out, adapter = workdir / "export", peft.is_adapter(workdir / "export")
   best = verdict.read_best(workdir)
   if best:
-    print(best.line)
+    messages.say(best.line)
   what = "adapter" if adapter else "model"
-  print(f"done: {out} (the {what}), {workdir / 'report.html'} (the report)")
+  messages.say(f"done: {out} (the {what}), {workdir / 'report.html'} (the report)")
   sample = cli.other_command("sample", f"--model={out}")
-  print(f'try it: {sample} --prompt="TEXT"')
+  messages.say_command("try it", f'{sample} --prompt="TEXT"{model_card.sample_flag(workdir)}')
   held_out = verdict.read(workdir, verdict.AFTER)
   if held_out is not None and held_out.right_B is not None:
-    print(f"measure it: {cli.other_command('evaluate', f'--workdir={workdir}')}")
+    messages.say_command("measure it", cli.other_command("evaluate", f"--workdir={workdir}"))
   # Either of the two: a longer list would not be read.
   if best and not best.exported:
     flags = [f"--workdir={workdir}", f"--out={workdir / 'best'}", "--best"]
-    print(f"export the best: {cli.other_command('convert', *flags)}")
+    messages.say_command("export the best", cli.other_command("convert", *flags))
   elif adapter:
     flags = [f"--workdir={workdir}", f"--out={workdir / 'merged'}", "--merge_lora"]
-    print(f"merge it into its base: {cli.other_command('convert', *flags)}")
-  sys.stdout.flush()
+    messages.say_command("merge it into its base", cli.other_command("convert", *flags))
 
 
 def _write_report(run: Run) -> None:
@@ -295,7 +293,7 @@ def _report_stop(run: Run, step: int) -> None:
   command = cli.this_command("overwrite", "nooverwrite")
   if command is None or processes.is_multiprocess():
     command = f"the same command again, with --workdir={run.workdir}"
-  print(f"continue: {command}", flush=True)
+  messages.say_command("continue", command)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# The whole project in minutes, from nothing: makes .venv, installs requirements.txt, then trains a
-# small language model, samples from it, learns a reward's preferences by DPO, and measures the
-# result against the best that is possible. Every command is shown before it runs.
+# The whole project in minutes: makes .venv, installs requirements.txt, trains a
+# small language model, samples pairs of completions from it, labels them by a
+# known reward, trains on them by DPO in two rounds, and measures the result
+# against the best possible policy. It prints every command before it runs it.
 #
-#   bash scripts/quickstart.sh [DIR]            results go to DIR, runs/quickstart by default
-#   SEED=1 bash scripts/quickstart.sh DIR       the same with other random numbers
+#   bash scripts/quickstart.sh [DIR]        writes to DIR, or runs/quickstart
+#   SEED=1 bash scripts/quickstart.sh DIR   the same with other random numbers
 #
-# Given a DIR that it was stopped in (by Ctrl-C, say), it goes on there: what training has saved is
-# not done again.
+# If it was stopped (by Ctrl-C, for example), the same command continues from the
+# last checkpoint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/venv.sh
@@ -16,44 +17,46 @@ main() {
   local dir=${1:-runs/quickstart} seed=${SEED:-0} started status
   case $dir in -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"; return ;; -*) fail "usage: bash scripts/quickstart.sh [DIR]" ;; esac
   # A run that is interrupted saves first; this line comes below what it prints.
-  trap 'status=$?; [ "$status" != 130 ] || say "to go on: bash scripts/quickstart.sh $dir"' EXIT
+  trap 'status=$?; [ "$status" != 130 ] || say "continue: bash scripts/quickstart.sh $dir"' EXIT
   use_venv requirements.txt
   started=$(date +%s)
 
-  step 1 "Texts of a small world: a grammar of reviews, prompts, and a word-level tokenizer"
+  step 1 "Write reviews, prompts and a tokenizer"
   run python scripts/make_controlled.py --out="$dir/task" --force --seed="$seed"
 
-  step 2 "The reference: a language model trained on those texts from nothing"
+  step 2 "Train the reference on the reviews (SFT)"
   found "$dir/sft"
   run python -m dpo_jax.train --config=configs/controlled.py:sft --workdir="$dir/sft" \
     --config.model.tokenizer="$dir/task/tokenizer" --data="$dir/task/sft.jsonl" \
     --seed="$seed"
 
-  step 3 "Preferences: two answers a prompt sampled from it, compared under the true reward"
+  step 3 "Sample pairs from it and label them"
   pairs "$dir/pairs_1.jsonl" --model="$dir/sft/export" --prompts="$dir/task/prompts.jsonl" \
     --limit=16000
   pairs "$dir/eval_pairs.jsonl" --model="$dir/sft/export" --prompts="$dir/task/eval_prompts.jsonl"
 
-  step 4 "Direct Preference Optimization of that model on those pairs"
+  step 4 "Train on those pairs by DPO"
   dpo "$dir/dpo_1" --model="$dir/sft/export" --data="$dir/pairs_1.jsonl"
 
-  step 5 "A second round: pairs of what the policy says now, beside the first, the reference as it was"
+  step 5 "A second round of DPO, with new pairs added"
   pairs "$dir/pairs_2.jsonl" --model="$dir/dpo_1/export" --prompts="$dir/task/prompts.jsonl" \
     --skip=16000
   cat "$dir/pairs_1.jsonl" "$dir/pairs_2.jsonl" > "$dir/pairs.jsonl"
   dpo "$dir/dpo" --model="$dir/dpo_1/export" --data="$dir/pairs.jsonl" \
     --reference="$dir/sft/export" --epochs=1
 
-  step 6 "What came out on 1,024 unseen prompts, against the best that is possible"
+  step 6 "Measure against the best possible policy"
   run python scripts/evaluate.py --model="$dir/dpo/export" --reference="$dir/sft/export" \
     --data="$dir/eval_pairs.jsonl" --beta=2.5 --reward=controlled \
     --prompts="$dir/task/eval_prompts.jsonl" --out="$dir/summary.json" --force --seed="$seed" \
     --started="$started"
   say ""
-  say "on your own data: python -m dpo_jax.train --model=MODEL_DIR --data=PREFERENCES.jsonl --workdir=runs/mine"
+  say "on your own data:"
+  say "python -m dpo_jax.train --model=MODEL_DIR --data=PREFERENCES.jsonl"
 }
 
-# pairs OUT FLAGS: two answers to every prompt, compared by Bradley-Terry under the true reward.
+# pairs OUT FLAGS: samples two completions per prompt, and labels them with Bradley-Terry
+# probabilities of the true reward.
 pairs() {
   local out=$1
   shift
@@ -69,15 +72,16 @@ dpo() {
     --eval_data="$dir/eval_pairs.jsonl" --seed="$seed"
 }
 
-# Seconds of each step on two idle cores. What counts are their shares: how long the rest may take
-# here is told by the steps that are done, of which the first few seconds tell little.
+# Seconds of each step on two idle cores. Only their shares matter: the time left is estimated from
+# the steps that are done. It starts as if 20 seconds had taken 20, since step 1 is too short to
+# measure a machine.
 usual=(3 27 17 54 78 24)
 done_usual=20 done_seconds=20 begun='' was_there=''
 
-# found WORKDIR: notes whether a run has ended there already, whose time then tells nothing.
+# found WORKDIR: notes whether that run has finished before, so that the step's time does not count.
 found() { [ ! -f "$1/result.json" ] || was_there=yes; }
 
-# step N TITLE: begins a step, with how long it and the rest may take.
+# step N TITLE: prints a step, with the time that it and the rest may take. At most 80 columns.
 step() {
   local number=$1 title=$2 now left=0 seconds
   now=$(date +%s)

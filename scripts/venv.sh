@@ -35,6 +35,30 @@ whole() {
   sed -n 's/^-r *//p' "$1" | while read -r included; do whole "$included"; done
 }
 
+# pip_install PYTHON ARGUMENTS: pip install; in a terminal, one line is redrawn with what pip is doing.
+pip_install() {
+  local python=$1
+  shift
+  if [ ! -t 1 ]; then
+    "$python" -m pip install --quiet --disable-pip-version-check "$@"
+    return
+  fi
+  "$python" -m pip install --progress-bar off --disable-pip-version-check "$@" | redraw
+  return "${PIPESTATUS[0]}"
+}
+
+# Shows the latest line of its input, cut to fit 80 columns, and nothing at the end.
+redraw() {
+  local line began=$SECONDS
+  while IFS= read -r line; do
+    line=${line%% (from *} # who asks for a package
+    line="  $((SECONDS - began)) s  ${line#"${line%%[! ]*}"}"
+    # Back to the first column, where an error begins.
+    printf '\r\033[K%s\r' "${line:0:79}"
+  done
+  printf '\r\033[K'
+}
+
 use_venv() {
   local requirements=$1 venv=${2:-.venv} python digest stamp size
   if ! "$venv/bin/python" -c 'import pip' >/dev/null 2>&1; then
@@ -55,7 +79,7 @@ use_venv() {
       *) size="" ;;
     esac
     say "Installing $requirements into $venv (${size}minutes, the first time)"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements" ||
+    pip_install "$venv/bin/python" -r "$requirements" ||
       fail "pip could not install $requirements; is there a network, and room on the disk?"
     echo "$digest" >"$stamp"
   fi

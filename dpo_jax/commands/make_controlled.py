@@ -12,7 +12,7 @@ No opening is in two of the three files, nor twice in one.
 
 from absl import flags
 
-from dpo_jax.utils import cli
+from dpo_jax.utils import cli, messages
 
 FLAGS = flags.FLAGS
 
@@ -62,8 +62,8 @@ def main(argv: list[str]) -> None:
     files.write_text(folder / name, text)
 
   rewards = np.array([controlled_reviews.reward(prompt, completion) for prompt, completion in sft])
-  print(
-    f"{folder}: {len(sft)} reviews, {len(prompts)} + {len(evaluation)} prompts,"
-    f" {len(controlled_reviews.vocabulary())} words;"
-    f" true reward {rewards.mean():.2f} ± {rewards.std():.2f}"
+  messages.say(
+    f"{folder}: {len(sft):,} reviews, {len(prompts):,} + {len(evaluation):,} prompts,"
+    f" {len(controlled_reviews.vocabulary())} words; mean reward {rewards.mean():.2f}"
+    f" (standard deviation {rewards.std():.2f})"
   )

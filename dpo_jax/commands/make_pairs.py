@@ -11,7 +11,7 @@ completions are left out.
 
 from absl import flags
 
-from dpo_jax.utils import cli
+from dpo_jax.utils import cli, messages
 
 FLAGS = flags.FLAGS
 
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
   # The order is important: flags, the output, the user's reward and the prompts all come before the
   # model, which may take minutes to read.
   if FLAGS.num % 2:
-    raise UserError(f"--num={FLAGS.num} answers do not pair up; give an even number")
+    raise UserError(f"--num={FLAGS.num} completions do not pair up; give an even number")
   files.check_output_file(FLAGS.out, force=FLAGS.force)
   reward = rewards.resolve(FLAGS.reward)
   every = rollouts.read_prompts(FLAGS.prompts)
@@ -66,13 +66,14 @@ def main(argv: list[str]) -> None:
   rows = rollouts.label(rollout, seed=FLAGS.seed)
   if not rows:
     raise UserError(
-      f"every pair of answers is equal, so {FLAGS.out} is not written; raise --temperature"
+      f"every pair has two equal completions, so {FLAGS.out} is not written; raise --temperature"
       " or --max_tokens, or give other --prompts"
     )
   files.write_json_lines(FLAGS.out, rows)
   total = len(prompts) * FLAGS.num // 2
   better = sum(row["chosen_reward"] > row["rejected_reward"] for row in rows)
-  print(
-    f"{FLAGS.out}: {len(rows)} pairs ({total - len(rows)} of equal completions left out);"
-    f" mean reward {rollout.reward_XK.mean():.2f}, chosen is the better in {better / len(rows):.1%}"
+  messages.say(
+    f"{FLAGS.out}: {len(rows):,} pairs ({total - len(rows):,} of equal completions left out);"
+    f" mean reward {rollout.reward_XK.mean():.2f}; the higher reward was chosen in"
+    f" {better / len(rows):.1%}"
   )

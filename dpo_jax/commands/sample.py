@@ -2,6 +2,7 @@
 
   dpo-jax sample --model DIR --prompt "Once upon a time"
   dpo-jax sample --model DIR --prompt "Name three rivers." --chat --num 4 --seed 1
+  dpo-jax sample --model DIR --prompt "Name three rivers." --instruction
   dpo-jax sample --model DIR --prompts prompts.jsonl --temperature 0 --max_tokens 64
   dpo-jax sample --model DIR --prompts prompts.txt --min_p 0.1 --out samples.jsonl
 
@@ -32,6 +33,7 @@ def define_flags() -> None:
   flags.DEFINE_string("prompt", None, "text to continue")
   cli.define_path("prompts", None, "file of prompts, rows or lines")
   flags.DEFINE_bool("chat", False, "treat the text as a user's message; apply the chat template")
+  flags.DEFINE_bool("instruction", False, "put the text under the headings of instruction rows")
   flags.DEFINE_string(
     "template", "", 'arguments of the chat template as JSON: {"enable_thinking": false}'
   )
@@ -84,12 +86,7 @@ def main(argv: list[str]) -> None:
   if FLAGS.out:
     files.check_output_file(FLAGS.out, force=FLAGS.force)
   prompts = [FLAGS.prompt] if FLAGS.prompts is None else rollouts.read_prompts(FLAGS.prompts)
-  if FLAGS.chat:
-    prompts = [
-      [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-      for prompt in prompts
-    ]
-
+  prompts = rollouts.frame(prompts, chat=FLAGS.chat, instruction=FLAGS.instruction)
   arguments = chat_template.read_arguments(FLAGS.template, "--template")
   config, tokenizer = rollouts.describe(FLAGS.model, template_arguments=arguments)
   if not tokenizer.template.source and not all(isinstance(prompt, str) for prompt in prompts):

@@ -413,9 +413,10 @@ def print_summary(summary: Json, shown: int, title: str, notes: Sequence[str] = 
   from rich.table import Table
 
   console = Console()
+  whole = not console.is_terminal  # there, lines wrap between words; a file gets them whole
   if line := headline(summary):
-    console.print(f"\n[bold]{line}[/bold]\n", highlight=False, soft_wrap=True)
-  console.print(title, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"\n[bold]{line}[/bold]\n", highlight=False, soft_wrap=whole)
+  console.print(title, markup=False, highlight=False, soft_wrap=whole)
   has_before = any(key.endswith("_before") for key in summary)
   names = ["before", "after"] if has_before else ["value"]
   table = Table("", *names, "95% interval")
@@ -428,7 +429,7 @@ def print_summary(summary: Json, shown: int, title: str, notes: Sequence[str] = 
       table.add_row(label, *first, form.format(summary[key]), within)
   console.print(table)
   for note in notes:
-    console.print(note, markup=False, highlight=False, soft_wrap=True)
+    console.print(note, markup=False, highlight=False, soft_wrap=whole)
   if summary.get("kl", 0) > summary.get("frontier_reach", math.inf):
     console.print(
       f"The frontier is known to {summary['frontier_reach']:.2f} nats only; its reward at the"

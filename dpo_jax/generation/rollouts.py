@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from dpo_jax.data import canonical, detection, encode, readers
+from dpo_jax.data import canonical, detection, encode, formats, readers
 from dpo_jax.data.examples import Example
 from dpo_jax.data.fields import Conversation, RowError
 from dpo_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -109,6 +109,24 @@ def read_prompts(path: str | pathlib.Path, field: str = "") -> list[Any]:
       except UserError as error:
         raise UserError(f"{where}: {error}") from None
   return prompts
+
+
+def frame(prompts: Sequence[Any], *, chat: bool = False, instruction: bool = False) -> list[Any]:
+  """Writes texts as messages of a user (`chat`), or under the headings of instruction rows.
+
+  Raises:
+    UserError: both are asked for, or `instruction` of what is not a text.
+  """
+  if chat and instruction:
+    raise UserError("--chat and --instruction are two ways to write a prompt; keep one")
+  if instruction and not all(isinstance(prompt, str) for prompt in prompts):
+    raise UserError("--instruction is for texts, and some prompts are lists of messages")
+  if instruction:
+    return [formats.instruction_prompt(prompt) for prompt in prompts]
+  return [
+    [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
+    for prompt in prompts
+  ]
 
 
 def _read_lines(path: pathlib.Path) -> list[str]:

@@ -124,7 +124,7 @@ class Loggers:
     values = {f"eval/{name.removeprefix('eval/')}": float(x) for name, x in metrics.items()}
     self._record(step, values)
     shown = {name.removeprefix("eval/"): value for name, value in values.items()}
-    self.say(f"eval at step {step}  " + "  ".join(_summary(shown)))
+    self.say(f"eval step {step}  " + "  ".join(_summary(shown)))
     # Evaluation sets and sources have metrics of their own, NAME/loss and others.
     for group in [name.removesuffix("loss") for name in shown if name.endswith("/loss")]:
       own = {k.removeprefix(group): value for k, value in shown.items() if k.startswith(group)}
@@ -335,11 +335,11 @@ def _certainty(values: Mapping[str, float]) -> str:
   if "pairs" not in values:
     return ""
   count = f"{values['pairs']:,.0f} {'rankings' if 'rewards/best' in values else 'pairs'}"
-  ends = [values.get(f"rewards/accuracies_{end}") for end in ("low", "high")]
-  if None in ends:  # rankings, whose comparisons are not independent
+  if "rewards/accuracies_low" not in values:  # rankings, whose comparisons are not independent
     return f" ({count})"
-  low, high = (f"{end:.0%}" for end in ends)
-  return f" ({count}, 95%: {low}–{high})"
+  low, high = (100 * values[f"rewards/accuracies_{end}"] for end in ("low", "high"))
+  # Short, so that an evaluation is one line of 80 columns.
+  return f" ({count}, 95%: {low:.0f}–{high:.0f}%)"
 
 
 class _Remaining:

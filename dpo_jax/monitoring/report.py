@@ -177,9 +177,11 @@ def _ledger(ledger: Mapping[str, Any]) -> str:
     rows.append(("held-out examples", count if used == count else limit))
   elif "eval" in ledger:  # of a run that began before all of them were counted
     rows.append(("held-out pairs", ledger["eval"].get("pairs", "")))
+  shown = {"answer": "completions"}  # the key of `data.json`, and the word of all pages
   # Widths grow with the counts, from that of the label: a small count keeps a readable one.
   shares = "".join(
-    f'<span class="{_e(kind)}" style="flex:{n} 0 auto"><i>{_e(kind)} {n:,}</i></span>'
+    f'<span class="{_e(kind)}" style="flex:{n} 0 auto">'
+    f"<i>{_e(shown.get(kind, kind))} {n:,}</i></span>"
     for kind, n in tokens.items()
     if n
   )

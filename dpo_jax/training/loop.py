@@ -260,7 +260,7 @@ def _take_steps(
     shape = tuple(x.shape for x in jax.tree.leaves(batch))
     # Another shape compiles for seconds or minutes, in which the run would seem to hang.
     if shapes and shape not in shapes:
-      log.say(f"step {index}: compiles for batches of another shape, number {len(shapes) + 1}")
+      log.say(f"step {index}: new batch shape, compiling again ({len(shapes) + 1} shapes so far)")
     shapes.add(shape)
     # The state is donated: the old one's memory becomes the new one's.
     state, means = train_step_fn(state, reference_params, run.executor.place_batch(batch))

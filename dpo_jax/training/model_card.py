@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax import losses
+from dpo_jax.data import formats
 from dpo_jax.evaluation.estimates import Estimate, mean_estimate, share_estimate
 from dpo_jax.monitoring import loggers
 from dpo_jax.training import verdict
@@ -33,7 +34,7 @@ _HYPERPARAMETERS = (
   ("optimizer.clip_norm", "gradient clipping"),
   ("train.batch_size", "batch size"),
   ("train.epochs", "epochs"),
-  ("data.max_length", "most tokens of a sequence"),
+  ("data.max_length", "maximum tokens per sequence"),
   ("model.compute_dtype", "compute dtype"),
   ("model.param_dtype", "parameter dtype"),
   ("seed", "seed"),
@@ -101,9 +102,31 @@ def text(workdir: pathlib.Path, step: int, *, adapter: bool = False) -> str:
     "With transformers and peft:\n" if adapter else "With transformers:\n",
     _LOAD_ADAPTER if adapter else _LOAD,
     "With dpo_jax:\n",
-    '```\ndpo-jax sample --model=PATH_OF_THIS_FOLDER --prompt="TEXT"\n```\n',
+    f'```\ndpo-jax sample --model=PATH_OF_THIS_FOLDER --prompt="TEXT"{sample_flag(workdir)}\n```\n',
+    *_prompt_form(workdir),
   ]
   return "\n".join(parts)
+
+
+def sample_flag(workdir: pathlib.Path) -> str:
+  """Returns the flag with which `sample` writes a text as the prompts of the run's data; or ""."""
+  form = _read(workdir / "data.json").get("format", "")
+  if form == "instruction":
+    return " --instruction"
+  export = workdir / "export"
+  if form in ("messages", "conversations", "shared messages", "chat") and (
+    (export / "chat_template.jinja").is_file()
+    or "chat_template" in _read(export / "tokenizer_config.json")
+  ):
+    return " --chat"
+  return ""
+
+
+def _prompt_form(workdir: pathlib.Path) -> Iterator[str]:
+  """Yields how the prompts of the training data were written, if it was not as they stand."""
+  if sample_flag(workdir) == " --instruction":
+    form = formats.instruction_prompt("TEXT")
+    yield f"In training, prompts were written as\n\n```\n{form}```\n"
 
 
 def name_of(path: str) -> str:

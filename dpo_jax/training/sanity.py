@@ -10,7 +10,7 @@ import numpy as np
 from dpo_jax import logprobs, metrics, step
 from dpo_jax.structs import Array, PyTree, TokenBatch, UserError
 from dpo_jax.training.run import Run
-from dpo_jax.utils import progress
+from dpo_jax.utils import messages, progress
 
 
 def check_step_zero(
@@ -47,7 +47,9 @@ def check_step_zero(
   # Shown, so that a wrong template or a wrong boundary is seen before hours of training.
   if run.data.sampler is None:
     example, decode = run.data.examples[0], run.tokenizer.decode
-    print(f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.completions[0])[:60]!r}")
+    messages.say(
+      f"first row: {decode(example.prompt)[-60:]!r} -> {decode(example.completions[0])[:60]!r}"
+    )
   kind, reference_NS = objective.reference_kind, None
   if isinstance(kind, step.StoredReference):
     reference_NS = np.asarray(kind.logps_fn(micro))
@@ -62,7 +64,9 @@ def check_step_zero(
   with progress.Progress("checking step 0"):
     found, name = mean(objective, policy_NS), objective.loss.name
   if reference_NS is None:
-    print(f"loss on the first batch {found:.6f} (not checked: loss {name} reads no reference)")
+    messages.say(
+      f"loss on the first batch {found:.6f} (not checked: loss {name} reads no reference)"
+    )
     return
   # The loss of a policy that gives exactly the reference's log-probs: log 2 for DPO. The value that
   # the loss declares, since a wrong formula would agree with itself; that of the formula only where
@@ -70,7 +74,7 @@ def check_step_zero(
   declared = objective.loss.at_reference()
   expected = mean(objective._replace(loss=declared or objective.loss), reference_NS)
   if not run.settings.starts_as_reference:
-    print(
+    messages.say(
       f"loss on the first batch {found:.6f} (not checked: policy and reference differ; equal ones"
       f" would give {expected:.6f})"
     )
@@ -90,4 +94,4 @@ def check_step_zero(
     equal += f"; loss {name} declares no value there, so its own formula was compared"
   elif "log 2" not in value:
     equal += f"; the value that loss {name} declares there"
-  print(f"check passed: loss at the start is {value} ({equal})", flush=True)
+  messages.say(f"check passed: loss at the start is {value} ({equal})")

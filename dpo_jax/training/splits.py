@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import json
 import pathlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from dpo_jax.data.examples import Example, Lazy, truncate
 from dpo_jax.structs import UserError
 from dpo_jax.training.sources import Part
 from dpo_jax.training.verdict import FOLDER
-from dpo_jax.utils import files, model_folder
+from dpo_jax.utils import files, messages, model_folder
 from dpo_jax.utils import workdir as workdirs
 
 ROWS, TRAINED = "rows.jsonl", "trained_on.npy"
@@ -182,10 +181,9 @@ def count(
   total, used = (sum(map(len, some[:last])) for some in (sets, limited))
   total = max(total, ledger.get("held_out", {}).get("examples", 0))
   if used < total:
-    print(
+    messages.show(
       f"data.eval_limit: training evaluates the first {used:,} of {total:,} held-out examples; all"
-      f" are used by `dpo-jax evaluate --workdir`, or with --config.data.eval_limit={total}",
-      file=sys.stderr,
+      f" are used by `dpo-jax evaluate --workdir`, or with --config.data.eval_limit={total}"
     )
   return {"held_out": {"examples": total, "evaluated": used}} if total else {}
 

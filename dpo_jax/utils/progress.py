@@ -104,7 +104,6 @@ class Progress:
 
   def __enter__(self) -> Progress:
     self._began = self._now()
-    self._pace.at(0)
     if self._label:
       _running.append(self)
       self._terminal = sys.stderr.isatty()
@@ -120,6 +119,7 @@ class Progress:
   def reach(self, done: float) -> None:
     """Sets what is done."""
     self._done = done
+    # The first part only starts the clock: it often compiles, and would give hours.
     self._pace.at(done)
 
   def of(self, items: Iterable[_T]) -> Iterator[_T]:
@@ -199,10 +199,12 @@ def plain_line(state: State) -> str:
 
 
 def closing_line(state: State) -> str:
-  """Returns the line that stays: `sampling: 2,048 completions in 0:27`, `compiling took 0:09`."""
-  if not state.unit or not state.done:
-    return f"{state.label} took {clock(state.elapsed)}"
-  return f"{state.label}: {state.done:,.0f} {state.unit} in {clock(state.elapsed)}"
+  """Returns the line that stays: `sampling: 2,048 completions in 0:27`."""
+  unit = state.unit
+  if state.done == 1:
+    unit = unit.removesuffix("es" if unit.endswith("ches") else "s")
+  count = f"{state.done:,.0f} {unit}" if unit and state.done else "done"
+  return f"{state.label}: {count} in {clock(state.elapsed)}"
 
 
 def bar_line(state: State, columns: int) -> str:

@@ -279,6 +279,11 @@ def test_a_flag_that_there_is_not_is_found():
   assert not check_flags(TRAIN, ["--config=configs/preferences.py", "--config.loss.beta=1"])
 
 
+def test_the_recording_fits_a_terminal_of_80_columns():
+  lines = (ROOT / "docs" / "first_hour.md").read_text("utf-8").splitlines()
+  assert max(map(len, lines)) <= 80
+
+
 def test_the_readme_shows_what_the_quickstart_prints(capsys):
   """Every line of its transcript, from the figures in it, by the function that prints them."""
   text = (ROOT / "README.md").read_text("utf-8")

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import pty
 import re
 import shlex
 import shutil
@@ -284,10 +285,54 @@ def test_the_quickstart_says_how_far_it_is_and_how_long_the_rest_takes(tmp_path,
     "Step 2 of 6, about 90 minutes",
     f"Step 3 of 6, about {third} minutes",
   ]
-  assert len(steps) == 6
-  assert done.stdout.splitlines()[-1].startswith(
-    "on your own data: python -m dpo_jax.train --model"
+  assert len(steps) == 6 and max(map(len, steps)) <= 80  # a terminal would break a word
+  assert done.stdout.splitlines()[-2] == "on your own data:"
+  last = done.stdout.splitlines()[-1]
+  assert last.startswith("python -m dpo_jax.train --model") and len(last) <= 80
+
+
+def test_the_help_of_the_quickstart_fits_a_terminal():
+  done = subprocess.run(
+    ["bash", ROOT / "scripts" / "quickstart.sh", "--help"],
+    capture_output=True,
+    text=True,
+    check=True,
   )
+  lines = done.stdout.splitlines()
+  assert lines[0].startswith("The whole project") and max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_an_installation_shows_what_it_does_in_a_terminal_and_its_error(tmp_path, status):
+  copied(tmp_path, "scripts/venv.sh")
+  (tmp_path / "requirements.txt").touch()
+  programs = tmp_path / ".venv" / "bin"
+  programs.mkdir(parents=True)
+  lines = f'echo "Collecting flax (from -r x)"; echo "  Downloading jax-{"1" * 90}.whl"'
+  pip = f'{lines}; echo "no network" >&2; exit {status}'
+  fake(programs, "python", f'case $* in *"pip install"*) {pip} ;; esac')
+  command = "set -euo pipefail; source scripts/venv.sh; use_venv requirements.txt; echo over"
+  ours, theirs = pty.openpty()
+  done = subprocess.run(
+    ["bash", "-c", command],
+    cwd=tmp_path,
+    stdout=theirs,
+    stderr=subprocess.PIPE,
+    text=True,
+    check=False,
+    timeout=60,
+  )
+  os.close(theirs)
+  shown = os.read(ours, 10_000).decode()
+  os.close(ours)
+  assert re.search(r"\r\x1b\[K  \d+ s  Downloading jax-111", shown)
+  assert re.search(r"\r\x1b\[K  \d+ s  Collecting flax\r", shown)
+  drawn = re.split(r"[\r\n]+", shown.replace("\x1b[K", ""))
+  assert max(map(len, drawn[1:])) <= 79  # after the title, which is bold
+  stamp = tmp_path / ".venv" / "installed-requirements.txt"
+  assert ("over" in drawn) == stamp.exists() == (status == 0)
+  assert "no network" in done.stderr
+  assert ("error: pip could not install requirements.txt" in done.stderr) == (status == 3)
 
 
 # -- continuous integration ------------------------------------------------------------------------

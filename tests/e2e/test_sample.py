@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from dpo_jax.data import formats
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.generation import rollouts, sampler, stopping
 from dpo_jax.hf import checkpoint as hf_checkpoint
@@ -84,6 +85,19 @@ def test_samples_in_a_file_are_those_of_the_package(folder, tmp_path):
     stops.finish_reason(ids) for each in completions for ids in each
   ]
   assert not any("e" in row["text"] for row in rows)
+
+
+def test_prompts_are_written_as_rows_of_the_data_are():
+  user = [{"role": "user", "content": "a"}]
+  assert rollouts.frame(["a", user]) == ["a", user]
+  assert rollouts.frame(["a", user], chat=True) == [user, user]
+  row = {"instruction": "a", "chosen": "b", "rejected": "c"}
+  read = next(one for one in formats.PAIRS if one.name == "instruction").convert(row)
+  assert rollouts.frame(["a"], instruction=True) == [read.prompt]
+  with pytest.raises(UserError, match="--instruction is for texts"):
+    rollouts.frame([user], instruction=True)
+  with pytest.raises(UserError, match="two ways to write a prompt"):
+    rollouts.frame(["a"], chat=True, instruction=True)
 
 
 def test_a_text_ends_an_answer_within_a_token(folder):

@@ -436,10 +436,10 @@ def test_pairs_scores_and_summary_by_command(folders, tmp_path):
 @pytest.mark.parametrize(
   ("script", "change", "message"),
   [
-    ("make_pairs", {"num": 3}, "--num=3 answers do not pair up; give an even number"),
+    ("make_pairs", {"num": 3}, "--num=3 completions do not pair up; give an even number"),
     ("make_pairs", {"prompts": "missing.jsonl"}, "no data file missing.jsonl"),
     ("make_pairs", {"model": "missing"}, "there is no folder missing"),
-    ("make_pairs", {"temperature": 0}, "every pair of answers is equal"),
+    ("make_pairs", {"temperature": 0}, "every pair has two equal completions"),
   ],
 )
 def test_bad_input_is_one_line_and_nothing_written(folders, tmp_path, script, change, message):
@@ -492,6 +492,18 @@ def test_commands_overwrite_nothing_and_say_so_before_they_load(tmp_path, script
     f"error: --out={out} exists; add --force to replace it, or name another file\n",
   )
   assert out.read_text() == "kept"
+
+
+def test_lines_round_the_table_wrap_between_words_in_a_terminal(monkeypatch, capsys):
+  note = "held out (87 pairs): " + "accuracy 50.0% → 86.2%, " * 5 + "better than chance"
+  evaluate.print_summary({"loss": 0.25}, 0, "title", [note])
+  assert note in capsys.readouterr().out.splitlines()
+  monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+  monkeypatch.setenv("COLUMNS", "80")
+  evaluate.print_summary({"loss": 0.25}, 0, "title", [note])
+  lines = capsys.readouterr().out.rpartition("┘\n")[2].splitlines()
+  assert max(map(len, lines)) <= 80
+  assert " ".join(" ".join(lines).split()) == note
 
 
 def test_the_result_opens_with_a_sentence():

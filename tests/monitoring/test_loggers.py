@@ -192,7 +192,7 @@ def test_plain_lines_name_step_time_left_and_numbers(tmp_path):
       log.write(step, values | {"pairs_per_second": 1234.4, "grad_norm": 3.0})
     log.say("done [with] it")
   assert console.file.getvalue().splitlines() == [
-    "eval at step 0  loss 0.6931  accuracy 0.500",
+    "eval step 0  loss 0.6931  accuracy 0.500",
     # The first step compiles, and tells nothing about the others.
     "step 1/20  loss 0.5000  accuracy 0.750  margin 1.250  1,234 pairs/s",
     "step 10/20  0:10 left  loss 0.5000  accuracy 0.750  margin 1.250  1,234 pairs/s",
@@ -224,7 +224,7 @@ def test_progress_of_samples_tells_their_reward_and_distance(tmp_path):
     log.write_eval(1, {"loss": 0.5, "sampled/kl": 2.5, "sampled/repetition": math.nan})
   printed = console.file.getvalue().splitlines()
   assert printed[0].startswith("step 1/2  reward 0.500  kl 1.23")
-  assert printed[1] == "eval at step 1  loss 0.5000  sampled kl 2.50"
+  assert printed[1] == "eval step 1  loss 0.5000  sampled kl 2.50"
 
 
 # --- alerts ---------------------------------------------------------------------------------------
@@ -345,7 +345,7 @@ def test_evaluation_sets_have_a_line_each(tmp_path):
     )
   shown = console.file.getvalue().splitlines()
   assert shown[:3] == [
-    "eval at step 0  loss 0.5000",
+    "eval step 0  loss 0.5000",
     "  x  loss 0.2500  accuracy 1.000",
     "  by_source/a  loss 2.0000",
   ]
@@ -363,5 +363,6 @@ def test_an_accuracy_comes_with_its_number_of_pairs(tmp_path):
     # Rankings, whose comparisons are not independent.
     log.write_eval(1, found | {"rewards/best": 1.0})
   lines = out.getvalue().splitlines()
-  assert lines[0] == "eval at step 0  loss 0.5000  accuracy 0.909 (22 pairs, 95%: 72%–97%)"
-  assert lines[1] == "eval at step 1  loss 0.5000  accuracy 0.909 (22 rankings)"
+  assert lines[0] == "eval step 0  loss 0.5000  accuracy 0.909 (22 pairs, 95%: 72–97%)"
+  assert len(lines[0] + "  margin 0.055") < 80  # one line of a terminal
+  assert lines[1] == "eval step 1  loss 0.5000  accuracy 0.909 (22 rankings)"

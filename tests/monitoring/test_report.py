@@ -118,7 +118,8 @@ def test_a_run_of_preferences(preferences):
   for words in (
     "loss robust", "loss, held out 0.4321 training 0.5000", "accuracy, held out 75.0%",
     "pairs per second 1,234", "rows read 12,345", "dropped: equal completions 345", "cut: prompt 6",
-    "answer 1,600", "context 400", "shared by both completions 777", "beta 0.25", "<pairs>.jsonl",
+    "completions 1,600", "context 400", "shared by both completions 777", "beta 0.25",
+    "<pairs>.jsonl",
   ):  # fmt: skip
     assert words in page.text, words
   names = {path.stem for path in (preferences / "plots").glob("*.png")}

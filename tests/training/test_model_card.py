@@ -77,6 +77,8 @@ def test_what_was_trained_and_measured(workdir):
     "| loss.sft_weight | 0.1 |",
   ):
     assert line in card.splitlines(), line
+  # The data say nothing of a form.
+  assert "In training, prompts" not in card and '--prompt="TEXT"\n' in card
   assert "LoRA" not in card and "AutoModelForCausalLM" in card and "dpo-jax sample" in card
   adapter = model_card.text(workdir, 20, adapter=True)
   assert "| LoRA rank | 8 |" in adapter and "PeftModel.from_pretrained(base, folder)" in adapter
@@ -136,3 +138,23 @@ def test_names_in_the_front_matter_are_quoted(workdir):
   model = {"model": {"path": "/x/a: [b] # 'c'"}}
   (workdir / "config.json").write_text(json.dumps(CONFIG | model))
   assert front_matter(model_card.text(workdir, 20))["base_model"] == "a: [b] # 'c'"
+
+
+@pytest.mark.parametrize(
+  ("form", "template", "flag"),
+  [
+    ("instruction", True, " --instruction"),
+    ("messages", True, " --chat"),
+    ("messages", False, ""),
+    ("strings", True, ""),
+  ],
+)
+def test_the_command_that_samples_writes_prompts_as_the_data_did(workdir, form, template, flag):
+  (workdir / "data.json").write_text(json.dumps(LEDGER | {"format": form}))
+  (workdir / "export").mkdir()
+  settings = {"chat_template": "{{ messages }}"} if template else {}
+  (workdir / "export" / "tokenizer_config.json").write_text(json.dumps(settings))
+  assert model_card.sample_flag(workdir) == flag
+  card = model_card.text(workdir, 20)
+  assert f'--prompt="TEXT"{flag}\n' in card
+  assert ("### Instruction:\nTEXT\n\n### Response:\n" in card) == (form == "instruction")

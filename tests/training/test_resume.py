@@ -122,7 +122,8 @@ def test_fewer_steps_than_were_taken_are_refused(tmp_path):
   [
     (40, 8, 10, "40 examples to train on, 8 per update: 10 updates, 2 epochs"),
     # Ends of epochs at 10, 20, 30 and 40: of batches of 4, those at 10 and 30 lie within one.
-    (10, 4, 10, "10 updates, 4 epochs; 2 of them span two epochs, and may have an example twice"),
+    (10, 4, 10, "; 2 updates cross the end of an epoch and may use an example twice"),
+    (10, 4, 3, "1.2 epochs; 1 update crosses the end of an epoch and may use an example twice"),
     (10, 4, 2, "2 updates, 0.8 epochs"),
     (7, 7, 1, "7 examples to train on, 7 per update: 1 update, 1 epoch"),
   ],

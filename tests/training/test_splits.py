@@ -1,6 +1,7 @@
 """Which rows a run holds out and trains on: written, found again, and recognized by digest."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -155,3 +156,11 @@ def test_what_the_limit_leaves_out_is_said(capsys):
   splits.count([], [ALL], [ALL], {})
   assert capsys.readouterr().err.count("\n") == 1
   assert splits.count([], [[]], [[]], {}) == {}
+
+
+def test_the_line_about_the_limit_wraps_between_words(capsys, monkeypatch):
+  monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+  monkeypatch.setenv("COLUMNS", "80")
+  splits.count([part(ALL, "x")], [ALL], [ALL[:3]], {})
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) >= 2 and max(map(len, lines)) <= 80 and lines[1].startswith("  ")

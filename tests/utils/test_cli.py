@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dpo_jax.utils import cli, config_flags
+from dpo_jax.utils import cli, config_flags, interrupts
 from tests.support.paths import CONFIGS, ROOT
 
 COMMAND = '''"""Counts the rows of a file.
@@ -290,6 +290,19 @@ def test_compiled_programs_are_kept_where_the_user_says_and_else_at_home(tmp_pat
 def test_the_command_line_to_continue_with(monkeypatch, program, found):
   monkeypatch.setattr(sys, "argv", [program, "--overwrite", "--workdir=my runs"])
   assert cli.this_command("overwrite") == found
+
+
+def test_the_command_line_to_continue_with_is_the_one_that_was_typed(monkeypatch):
+  typed = ["dpo-jax train", "--overwrite", "--model=m", "--data", "d.jsonl", "--lr=1e-6"]
+  monkeypatch.setattr(sys, "argv", typed.copy())
+  monkeypatch.setattr(interrupts, "install", lambda: None)
+  monkeypatch.setattr(cli, "enable_compilation_cache", lambda: None)
+  monkeypatch.setattr(cli.app, "run", lambda main, flags_parser: None)
+  whole = ["--config=preferences", "--overwrite", "--config.model.path=m"]
+  monkeypatch.setattr(config_flags, "expand", lambda argv, config: (whole, {}))
+  cli.run(lambda argv: None, config="preferences")
+  assert sys.argv[1:] == whole
+  assert cli.this_command("overwrite") == "dpo-jax train --model=m --data d.jsonl --lr=1e-6"
 
 
 def test_other_commands_are_called_as_this_one_was(monkeypatch, tmp_path):

@@ -52,3 +52,26 @@ def test_a_terminal_gets_wrapped_lines_and_a_file_gets_one(monkeypatch, capsys):
   with pytest.raises(SystemExit):
     cli.fail(text)
   assert "error: word" in terminal.getvalue() and "--lr=1e-6" in terminal.getvalue()
+
+
+def test_results_go_to_stdout_and_wrap_there_too(monkeypatch, capsys):
+  messages.say("done: " + PATH)
+  assert capsys.readouterr() == (f"done: {PATH}\n", "")
+  monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+  monkeypatch.setenv("COLUMNS", "80")
+  messages.say(
+    "done: runs/quickstart/sft/export (the model), runs/quickstart/sft/report.html (the report)"
+  )
+  lines = terminal.getvalue().splitlines()
+  assert lines[1] == "  (the report)" and len(lines) == 2
+
+
+def test_a_command_is_never_wrapped_and_has_a_line_of_its_own_if_that_helps(monkeypatch, capsys):
+  command = "python scripts/convert_hf.py --workdir=runs/mine --out=runs/mine/best --best"
+  messages.say_command("export the best", command)
+  assert capsys.readouterr().out == f"export the best: {command}\n"
+  monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+  monkeypatch.setenv("COLUMNS", "80")
+  messages.say_command("export the best", command)
+  messages.say_command("try it", "ls")
+  assert terminal.getvalue() == f"export the best:\n{command}\ntry it: ls\n"

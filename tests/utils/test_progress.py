@@ -54,7 +54,9 @@ def test_lines():
   assert progress.plain_line(state(unit="", label="loading")) == "loading: 25%, 0:15 left"
   assert progress.plain_line(state(0, 0, "", left=None)) == "sampling: 0:05 so far"
   assert progress.closing_line(state(done=2048)) == "sampling: 2,048 completions in 0:05"
-  assert progress.closing_line(state(done=2048)._replace(unit="")) == "sampling took 0:05"
+  assert progress.closing_line(state(done=1)) == "sampling: 1 completion in 0:05"
+  assert progress.closing_line(state(done=1, unit="batches")) == "sampling: 1 batch in 0:05"
+  assert progress.closing_line(state(done=1, unit="")) == "sampling: done in 0:05"
   assert progress.short_line(state()) == "sampling 512/2,048"
   assert [progress.clock(x) for x in (59.4, 61, 3661)] == ["0:59", "1:01", "1:01:01"]
 
@@ -129,3 +131,13 @@ def test_within_training_its_bar_shows_it(capsys):
       time.sleep(0.01)
   assert shown[-2:] == ["evaluating 3/8", ""]
   assert capsys.readouterr() == ("", "")
+
+
+def test_the_first_part_tells_nothing_of_the_time_left():
+  """It takes a minute, most of which compiles; each of the others takes half a second."""
+  seconds = [0.0]
+  with progress.Progress("sampling", 100, "completions", now=lambda: seconds[0]) as shown:
+    for passed, left in ((60.0, None), (0.5, 49.0), (0.5, 48.5)):
+      seconds[0] += passed
+      shown.advance()
+      assert shown._state().left == left

@@ -170,8 +170,8 @@ def summarize(steps: int, data: datasets.TrainingData) -> str:
   ends = count * np.arange(1, steps * size // count + 1)
   spanning = int(np.sum((ends % size != 0) & (ends < steps * size)))
   if spanning:
-    spans = "spans" if spanning == 1 else "span"
-    line += f"; {spanning:,} of them {spans} two epochs, and may have an example twice"
+    crosses = "update crosses" if spanning == 1 else "updates cross"
+    line += f"; {spanning:,} {crosses} the end of an epoch and may use an example twice"
   return line
 
 
