@@ -91,7 +91,7 @@ FLOORS = {
     "monitoring",
     "training",
   },
-  "api": {"structs", "monitoring", "configure", "train"},
+  "api": {"structs", "monitoring", "distributed", "configure", "train"},
   "commands": {
     "structs",
     "utils",
