@@ -18,7 +18,7 @@ import contextlib
 import functools
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -143,7 +143,8 @@ def execute(
     except divergence.Diverged:
       _write_report(run)
       raise
-    _export(run, trained)
+    with _reporting_interruption(run):
+      _export(run, trained)
   return workdir
 
 
@@ -291,6 +292,22 @@ def _report_stop(run: Run, step: int) -> None:
   """Reports that a run stopped and saved, writes its report, and prints how to continue."""
   print(f"stopped and saved at step {step} of {run.steps}", flush=True)
   _write_report(run)
+  _print_continue(run)
+
+
+@contextlib.contextmanager
+def _reporting_interruption(run: Run) -> Iterator[None]:
+  """Reports after a Ctrl-C inside the block, which exports, that no step is lost."""
+  try:
+    yield
+  except KeyboardInterrupt:
+    print(f"not exported yet, but all {run.steps:,} steps are saved", flush=True)
+    _print_continue(run)
+    raise
+
+
+def _print_continue(run: Run) -> None:
+  """Prints the command that continues a run."""
   # With --overwrite, the command would start anew.
   command = cli.this_command("overwrite", "nooverwrite")
   if command is None or processes.is_multiprocess():
