@@ -34,6 +34,7 @@ FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # a flag of `define_path` is one of the command that calls it
 # Commands that are not named as their script.
 _SCRIPTS = {"convert": "convert_hf"}
+_typed: dict[tuple[str, ...], list[str]] = {}  # expanded arguments -> as they were typed
 _HELP = ("--help", "-help", "-h", "--helpshort")
 _HELP_ALL = ("--help=all", "-help=all", "--helpfull", "-helpfull")
 
@@ -73,7 +74,9 @@ def run(
   enable_compilation_cache()
   try:
     # In place, since ml_collections looks for overrides in `sys.argv`.
-    sys.argv[1:], short = config_flags.expand(sys.argv[1:], config)
+    typed = sys.argv[1:]
+    sys.argv[1:], short = config_flags.expand(typed, config)
+    _typed[tuple(sys.argv[1:])] = typed
   except config_flags.RefusedError as error:
     fail(error)
   try:
@@ -210,7 +213,8 @@ def this_command(*leave_out: str) -> str | None:
     words = program.split(" ")
   else:
     return None
-  given = [x for x in sys.argv[1:] if x.lstrip("-").split("=")[0] not in leave_out]
+  typed = _typed.get(tuple(sys.argv[1:]), sys.argv[1:])
+  given = [x for x in typed if x.lstrip("-").split("=")[0] not in leave_out]
   return shlex.join([*words, *given])
 
 

@@ -292,6 +292,17 @@ def test_the_command_line_to_continue_with(monkeypatch, program, found):
   assert cli.this_command("overwrite") == found
 
 
+def test_the_command_line_to_continue_with_has_the_flags_that_were_typed(monkeypatch):
+  given = ["--model", "my-model", "--lr=1e-4", "--overwrite"]
+  monkeypatch.setattr(sys, "argv", ["dpo-jax train", *given])
+  expanded = ["--config.model.path=my-model", "--config.optimizer.learning_rate=1e-4", given[3]]
+  monkeypatch.setattr(cli.config_flags, "expand", lambda words, config: (expanded, {}))
+  monkeypatch.setattr(cli.app, "run", lambda main, flags_parser: None)
+  cli.run(lambda argv: None, lambda: None, config="preferences")
+  assert sys.argv[1:] == expanded
+  assert cli.this_command("overwrite") == "dpo-jax train --model my-model --lr=1e-4"
+
+
 def test_other_commands_are_called_as_this_one_was(monkeypatch, tmp_path):
   monkeypatch.setattr(sys, "argv", ["/somewhere/dpo_jax/train.py"])
   monkeypatch.chdir(ROOT)
