@@ -276,4 +276,5 @@ def _interval(estimate: Estimate, form: str) -> str:
   """Formats an interval; nothing for one that is not known."""
   if not np.isfinite(estimate.low):
     return ""
-  return f" (95%: {estimate.low:{form}}–{estimate.high:{form}})"
+  between = " to " if estimate.low < 0 else "–"  # a dash before or behind a minus is misread
+  return f" (95%: {estimate.low:{form}}{between}{estimate.high:{form}})"
