@@ -136,3 +136,15 @@ def test_names_in_the_front_matter_are_quoted(workdir):
   model = {"model": {"path": "/x/a: [b] # 'c'"}}
   (workdir / "config.json").write_text(json.dumps(CONFIG | model))
   assert front_matter(model_card.text(workdir, 20))["base_model"] == "a: [b] # 'c'"
+
+
+def test_held_out_prompts_that_are_trained_on_too_are_counted(workdir):
+  config = json.loads((workdir / "config.json").read_text())
+  config["data"]["eval_path"] = "other/held_out.jsonl"
+  (workdir / "config.json").write_text(json.dumps(config))
+  ledger = json.loads((workdir / "data.json").read_text())
+  line = "| held out | 20: `held_out.jsonl`"
+  assert f"{line} |" in model_card.text(workdir, 20)
+  ledger["leakage"] = {"eval_path": {"prompts": 12, "of": 20}}
+  (workdir / "data.json").write_text(json.dumps(ledger))
+  assert f"{line}, where 12 prompts are trained on too |" in model_card.text(workdir, 20)
