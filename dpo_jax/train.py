@@ -177,7 +177,8 @@ def _find_workdir(
 def _is_finished(workdir: pathlib.Path, steps: int) -> bool:
   """Returns True, and reports the result, if a run has taken its steps and is exported."""
   line = None
-  if latest_step(workdir / "checkpoints") == steps:
+  # Whoever needs the space deletes the checkpoints of a finished run; it is finished all the same.
+  if latest_step(workdir / "checkpoints") in (steps, None):
     line = verdict.finished(workdir, steps)
   # Decided by the first process, which wrote the result.
   if processes.from_main_process(str(line is not None)) == "False":
