@@ -17,7 +17,7 @@ if __name__ == "__main__":
 import contextlib
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -142,7 +142,8 @@ def execute(
     except divergence.Diverged:
       _write_report(run)
       raise
-    _export(run, trained)
+    with _reporting_interruption(run):
+      _export(run, trained)
   return workdir
 
 
@@ -175,7 +176,8 @@ def _find_workdir(
 def _is_finished(workdir: pathlib.Path, steps: int) -> bool:
   """Returns True, and reports the result, if a run has taken its steps and is exported."""
   line = None
-  if latest_step(workdir / "checkpoints") == steps:
+  # Whoever needs the space deletes the checkpoints of a finished run; it is finished all the same.
+  if latest_step(workdir / "checkpoints") in (steps, None):
     line = verdict.finished(workdir, steps)
   # Decided by the first process, which wrote the result.
   if processes.from_main_process(str(line is not None)) == "False":
@@ -289,6 +291,22 @@ def _report_stop(run: Run, step: int) -> None:
   """Reports that a run stopped and saved, writes its report, and prints how to continue."""
   print(f"stopped and saved at step {step} of {run.steps}", flush=True)
   _write_report(run)
+  _print_continue(run)
+
+
+@contextlib.contextmanager
+def _reporting_interruption(run: Run) -> Iterator[None]:
+  """Reports after a Ctrl-C inside the block, which exports, that no step is lost."""
+  try:
+    yield
+  except KeyboardInterrupt:
+    print(f"not exported yet, but all {run.steps:,} steps are saved", flush=True)
+    _print_continue(run)
+    raise
+
+
+def _print_continue(run: Run) -> None:
+  """Prints the command that continues a run."""
   # With --overwrite, the command would start anew.
   command = cli.this_command("overwrite", "nooverwrite")
   if command is None or processes.is_multiprocess():

@@ -14,6 +14,10 @@ within 1.3 times, for every kind of loss; at a rate a thousand times as large th
 (docs/evaluation.md has the numbers). What lies in between is left to the alerts and to the verdict
 by the held-out rows.
 
+One step beyond both limits `LOST` times over decides alone. At a rate of 1,000 the next steps may
+look harmless: weights so large that the outputs no longer depend on the input give every token the
+same probability, and a gradient of 0.
+
 Samples of the policy are likely by construction: on policy, a run stops only at a loss or gradient
 that is not finite.
 """
@@ -30,6 +34,7 @@ import numpy as np
 from dpo_jax.structs import UserError
 
 TIMES, NATS, WINDOW = 5.0, 30.0, 10
+LOST = 1000.0  # times `TIMES` and `NATS`: no batch of odd rows is so unlikely
 DRIFT = 0.1  # nats per token by which completions of a bad step are less likely than under π_ref
 LAST = 3  # steps that decide at the end of a run, which may have fewer than a window
 # Metrics that are watched, in this order: a run has one of them.
@@ -53,6 +58,7 @@ class Divergence:
   def __init__(self, first_loss: float = math.nan, first_logp: float = math.nan):
     """Starts with what the first step had, where a run is resumed."""
     self.first_loss, self.first_logp, self.suspect = first_loss, first_logp, False
+    self._lost = False
     self._bad: collections.deque[bool] = collections.deque(maxlen=WINDOW)
 
   def add_held_out(self, metrics: Mapping[str, Any]) -> None:
@@ -73,17 +79,20 @@ class Divergence:
     if not math.isnan(logp):
       first = self.first_logp
       drift = metrics.get("drift/chosen")
-      self.suspect = logp < TIMES * first and logp < first - NATS
       # Both of the same completions, so their lengths do not matter.
-      self.suspect &= drift is None or not float(drift) > -DRIFT
+      less_likely = drift is None or not float(drift) > -DRIFT
+      self.suspect = less_likely and logp < TIMES * first and logp < first - NATS
+      self._lost |= less_likely and logp < LOST * TIMES * first and logp < first - LOST * NATS
     self._bad.append(self.suspect)
 
   def has_diverged(self, *, at_end: bool = False) -> bool:
-    """Returns True if most of the last steps are bad.
+    """Returns True if most of the last steps are bad, or one was so bad that it decides alone.
 
     Args:
       at_end: whether this was the last step of the run: then fewer steps decide.
     """
+    if self._lost:
+      return True
     if at_end:
       last = list(self._bad)[-LAST:]
       return sum(last) > len(last) / 2

@@ -314,7 +314,9 @@ def _read_examples(
       ledger["sources"][name]["per_epoch"] = per_epoch
   # Before what follows, which is a function of these rows, the seed and the configuration.
   digests = sources.digests_of(data.path, examples, held_out, parts, evaluated)
-  rows = splits.describe(data.path, parts, examples, held_out, evaluated)
+  # Of a run that is opened again, the held-out rows are those of `evaluated`: each once.
+  split_off = held_out if parts or not evaluated else []
+  rows = splits.describe(data.path, parts, examples, split_off, evaluated)
   # Each set by itself from here on: its metrics must not depend on the others.
   sets = [part.examples for part in evaluated] if named else [held_out]
   if loss.mismatched:

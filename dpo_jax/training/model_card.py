@@ -197,6 +197,8 @@ def _training(
   if before is not None:
     held_out = data.get("eval_path", "")
     where = f"`{pathlib.PurePath(held_out).name}`" if held_out else "other prompts of the same data"
+    leaked = ledger.get("leakage", {}).get("eval_path", {}) if held_out else {}
+    where += f", where {leaked['prompts']:,} prompts are trained on too" if leaked else ""
     yield "held out", f"{len(before.loss_B):,}: {where}"
   yield "exported step", f"{step:,}"
 

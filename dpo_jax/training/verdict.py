@@ -24,6 +24,7 @@ BEFORE, AFTER = "before", "after"
 RESULT = "result.json"
 # Held-out metrics that decide which checkpoint is the best: their names in a line, and formats.
 _METRICS = {"eval/rewards/accuracies": ("accuracy", ".1%"), "eval/loss": ("loss", ".4g")}
+ROSE = 0.05  # share of the loss before by which it must have risen to be spoken of
 EDGE = 10  # steps at either end of a run whose rewards are compared, where no row is held out
 
 
@@ -104,6 +105,11 @@ def judge(before: HeldOut, after: HeldOut, held_out: int = 0) -> str:
     )
   elif worse:
     found += "; try a lower --config.optimizer.learning_rate"
+  elif not better and change.mean > ROSE * abs(was):
+    # More of the same would hardly help, also where the rows are too few to say so.
+    found += (
+      ", and the loss rose; try a lower --config.optimizer.learning_rate, or more rows to tell"
+    )
   elif not better:
     found += "; try more --config.train.epochs, or more rows to tell"
   many = f"{count:,} of {held_out:,}" if held_out > count else f"{count:,}"
@@ -270,4 +276,5 @@ def _interval(estimate: Estimate, form: str) -> str:
   """Formats an interval; nothing for one that is not known."""
   if not np.isfinite(estimate.low):
     return ""
-  return f" (95%: {estimate.low:{form}}–{estimate.high:{form}})"
+  between = " to " if estimate.low < 0 else "–"  # a dash before or behind a minus is misread
+  return f" (95%: {estimate.low:{form}}{between}{estimate.high:{form}})"

@@ -34,9 +34,7 @@ FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # a flag of `define_path` is one of the command that calls it
 # Commands that are not named as their script.
 _SCRIPTS = {"convert": "convert_hf"}
-# The words of the command line as they were typed, and as `config_flags.expand` returned them.
-_typed: list[str] = []
-_expanded: list[str] = []
+_typed: dict[tuple[str, ...], list[str]] = {}  # expanded arguments -> as they were typed
 _HELP = ("--help", "-help", "-h", "--helpshort")
 _HELP_ALL = ("--help=all", "-help=all", "--helpfull", "-helpfull")
 
@@ -75,10 +73,10 @@ def run(
   # Before `main` imports jax, which reads the folder of its cache at that moment.
   enable_compilation_cache()
   try:
-    _typed[:] = sys.argv[1:]
     # In place, since ml_collections looks for overrides in `sys.argv`.
-    sys.argv[1:], short = config_flags.expand(sys.argv[1:], config)
-    _expanded[:] = sys.argv[1:]
+    typed = sys.argv[1:]
+    sys.argv[1:], short = config_flags.expand(typed, config)
+    _typed[tuple(sys.argv[1:])] = typed
   except config_flags.RefusedError as error:
     fail(error)
   try:
@@ -215,9 +213,8 @@ def this_command(*leave_out: str) -> str | None:
     words = program.split(" ")
   else:
     return None
-  # As it was typed: with its short flags written out it is long, and hard to recognize.
-  words_given = _typed if sys.argv[1:] == _expanded else sys.argv[1:]
-  given = [x for x in words_given if x.lstrip("-").split("=")[0] not in leave_out]
+  typed = _typed.get(tuple(sys.argv[1:]), sys.argv[1:])
+  given = [x for x in typed if x.lstrip("-").split("=")[0] not in leave_out]
   return shlex.join([*words, *given])
 
 

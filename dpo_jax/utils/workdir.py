@@ -322,7 +322,7 @@ def _length(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(before: object, now: object, name: str = "") -> list[str]:
-  """Returns the leaves that differ between two JSON values, each as "a.b was 1, now 2"."""
+  """Returns the leaves that differ between two JSON values, each as "a.b was 1, now not set"."""
   if isinstance(before, dict) and isinstance(now, dict):
     # Keys of both, each once: a field that one side lacks counts as None there.
     keys = list(before) + [k for k in now if k not in before]
@@ -331,4 +331,5 @@ def _differences(before: object, now: object, name: str = "") -> list[str]:
       for key in keys
       for line in _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))
     ]
-  return [] if before == now else [f"{name} was {before!r}, now {now!r}"]
+  was, now_is = ("not set" if value is None else repr(value) for value in (before, now))
+  return [] if before == now else [f"{name} was {was}, now {now_is}"]

@@ -91,7 +91,7 @@ FLOORS = {
     "monitoring",
     "training",
   },
-  "api": {"structs", "monitoring", "distributed", "configure", "train"},
+  "api": {"structs", "utils", "monitoring", "distributed", "configure", "train"},
   "commands": {
     "structs",
     "utils",

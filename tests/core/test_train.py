@@ -1,6 +1,7 @@
 """The command that trains: the lines that a finished run ends with."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,3 +47,28 @@ def test_a_run_ends_with_the_commands_that_use_it(tmp_path, monkeypatch, capsys,
       None: [],
     }[best]
   )
+
+
+def test_ctrl_c_while_exporting_says_that_no_step_is_lost(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["dpo-jax train", "--workdir", "run", "--overwrite"])
+  with (
+    pytest.raises(KeyboardInterrupt),
+    train._reporting_interruption(SimpleNamespace(workdir=tmp_path, steps=1200)),
+  ):
+    raise KeyboardInterrupt
+  assert capsys.readouterr().out.splitlines() == [
+    "not exported yet, but all 1,200 steps are saved",
+    "continue: dpo-jax train --workdir run",
+  ]
+
+
+@pytest.mark.parametrize(("checkpoint", "finished"), [("60", True), (None, True), ("40", False)])
+def test_a_run_is_finished_without_its_checkpoints_too(tmp_path, capsys, checkpoint, finished):
+  (tmp_path / "export").mkdir()
+  verdict.write_result(tmp_path, 60, "better")
+  if checkpoint:
+    (tmp_path / "checkpoints" / checkpoint).mkdir(parents=True)
+    (tmp_path / "checkpoints" / checkpoint / "_CHECKPOINT_METADATA").write_text("{}")
+  assert train._is_finished(tmp_path, 60) == finished
+  assert ("has finished all 60 steps" in capsys.readouterr().out) == finished
+  assert not train._is_finished(tmp_path, 90)

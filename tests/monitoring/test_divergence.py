@@ -37,6 +37,18 @@ def test_most_of_ten_steps_decide():
   assert not watch([good] * 10 + [bad, good]).suspect
 
 
+def test_one_step_far_beyond_the_limits_decides_alone():
+  """At a learning rate of 1,000, weights break in a step or two, and then look harmless."""
+  # 1,000 x 5 x -40 = -200,000, which is also 30,000 nats below -40.
+  assert watch([-40, -201_000.0, -45.0]).has_diverged()
+  assert not watch([-40, -199_000.0, -45.0]).has_diverged()
+  # A first completion of one token, and then one of 20,000: 5,000 x -1 = -5,000.
+  assert not watch([-1, -29_000.0, -1.0]).has_diverged()
+  found = Divergence(first_loss=0.7, first_logp=-1.0)
+  found.add({"loss": 0.7, "logps/chosen": -90_000.0, "drift/chosen": 0.0})
+  assert not found.has_diverged()
+
+
 @pytest.mark.parametrize(("values", "diverged"), [([-40, -500], False), ([-40, -500, -500], True)])
 def test_a_short_run_is_judged_by_its_last_three_steps(values, diverged):
   found = watch(values)

@@ -158,3 +158,15 @@ def test_the_command_that_samples_writes_prompts_as_the_data_did(workdir, form, 
   card = model_card.text(workdir, 20)
   assert f'--prompt="TEXT"{flag}\n' in card
   assert ("### Instruction:\nTEXT\n\n### Response:\n" in card) == (form == "instruction")
+
+
+def test_held_out_prompts_that_are_trained_on_too_are_counted(workdir):
+  config = json.loads((workdir / "config.json").read_text())
+  config["data"]["eval_path"] = "other/held_out.jsonl"
+  (workdir / "config.json").write_text(json.dumps(config))
+  ledger = json.loads((workdir / "data.json").read_text())
+  line = "| held out | 20: `held_out.jsonl`"
+  assert f"{line} |" in model_card.text(workdir, 20)
+  ledger["leakage"] = {"eval_path": {"prompts": 12, "of": 20}}
+  (workdir / "data.json").write_text(json.dumps(ledger))
+  assert f"{line}, where 12 prompts are trained on too |" in model_card.text(workdir, 20)

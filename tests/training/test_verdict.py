@@ -56,6 +56,22 @@ def test_an_order_that_improves_while_the_loss_rises_is_overconfident():
   assert "better than chance, but the loss rose (overconfident): try fewer" in line
 
 
+@pytest.mark.parametrize(
+  ("loss", "advice"),
+  [(2.2, ", and the loss rose; try a lower --config.opt"), (0.7, "; try more --config.train.ep")],
+)
+def test_a_loss_that_rose_is_no_reason_to_train_for_longer(loss, advice):
+  before = pairs(0, 0, ties=6, loss=0.69)
+  line = verdict.judge(before, pairs(2, 4, loss=loss))
+  assert f"no better than chance{advice}" in line
+
+
+def test_an_interval_below_zero_has_no_dash_beside_its_minus():
+  before = texts([1.0, 1.0])
+  # The mean of 0 and 1 is 0.5 and its standard error 0.5, of which 1.96 make the interval.
+  assert "(95%: -0.48 to 1.48)" in verdict.judge(before, texts([0.0, 1.0]))
+
+
 def test_texts_are_judged_by_the_change_of_each_weighted_by_tokens():
   before = texts([5.0, 1.0, 3.0, 2.0], tokens=[1, 1, 1, 97])
   # Texts differ by nats, and every one of them improves by about a tenth.

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dpo_jax.utils import cli, config_flags, interrupts
+from dpo_jax.utils import cli, config_flags
 from tests.support.paths import CONFIGS, ROOT
 
 COMMAND = '''"""Counts the rows of a file.
@@ -292,17 +292,15 @@ def test_the_command_line_to_continue_with(monkeypatch, program, found):
   assert cli.this_command("overwrite") == found
 
 
-def test_the_command_line_to_continue_with_is_the_one_that_was_typed(monkeypatch):
-  typed = ["dpo-jax train", "--overwrite", "--model=m", "--data", "d.jsonl", "--lr=1e-6"]
-  monkeypatch.setattr(sys, "argv", typed.copy())
-  monkeypatch.setattr(interrupts, "install", lambda: None)
-  monkeypatch.setattr(cli, "enable_compilation_cache", lambda: None)
+def test_the_command_line_to_continue_with_has_the_flags_that_were_typed(monkeypatch):
+  given = ["--model", "my-model", "--lr=1e-4", "--overwrite"]
+  monkeypatch.setattr(sys, "argv", ["dpo-jax train", *given])
+  expanded = ["--config.model.path=my-model", "--config.optimizer.learning_rate=1e-4", given[3]]
+  monkeypatch.setattr(cli.config_flags, "expand", lambda words, config: (expanded, {}))
   monkeypatch.setattr(cli.app, "run", lambda main, flags_parser: None)
-  whole = ["--config=preferences", "--overwrite", "--config.model.path=m"]
-  monkeypatch.setattr(config_flags, "expand", lambda argv, config: (whole, {}))
-  cli.run(lambda argv: None, config="preferences")
-  assert sys.argv[1:] == whole
-  assert cli.this_command("overwrite") == "dpo-jax train --model=m --data d.jsonl --lr=1e-6"
+  cli.run(lambda argv: None, lambda: None, config="preferences")
+  assert sys.argv[1:] == expanded
+  assert cli.this_command("overwrite") == "dpo-jax train --model my-model --lr=1e-4"
 
 
 def test_other_commands_are_called_as_this_one_was(monkeypatch, tmp_path):

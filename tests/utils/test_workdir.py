@@ -42,6 +42,13 @@ def test_another_configuration_is_refused_and_nothing_is_overwritten(tmp_path):
   assert json.loads((tmp_path / "config.json").read_text())["loss"]["beta"] == 0.1
 
 
+def test_a_field_without_a_value_is_called_not_set(tmp_path):
+  """A loss that is given no β has its own."""
+  claim(tmp_path, CONFIG.replace("0.1", "null"))
+  with pytest.raises(UserError, match=r"loss\.beta was not set, now 0\.1"):
+    workdir.check(tmp_path, CONFIG)
+
+
 def test_one_process_at_a_time(tmp_path):
   said = r"is being trained into by another process \(process \d+ on"
   with workdir.lock(tmp_path), pytest.raises(UserError, match=said), workdir.lock(tmp_path):
