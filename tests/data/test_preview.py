@@ -2,8 +2,7 @@
 
 import io
 import json
-import subprocess
-import sys
+import shlex
 
 import numpy as np
 import pytest
@@ -13,8 +12,7 @@ from dpo_jax.data import encode, packing, preview
 from dpo_jax.data.examples import Example, with_mismatched
 from dpo_jax.data.ledger import count_tokens
 from dpo_jax.data.tokenizer import load_tokenizer
-from tests.support import small_tokenizers
-from tests.support.paths import ROOT
+from tests.support import in_process, small_tokenizers
 
 ROW = {"prompt": "the answer is", "chosen": " good 🙂é!", "rejected": " bad"}
 
@@ -128,12 +126,10 @@ def test_inspect_data_prints_one_object_or_one_line(tmp_path):
   model = small_tokenizers.byte_level(tmp_path / "model")
   path = tmp_path / "rows.jsonl"
   path.write_text("\n".join(json.dumps(row) for row in (ROW, ROW | {"chosen": " bad"})))
-  script = ROOT / "scripts" / "inspect_data.py"
 
   def run(*arguments):
-    return subprocess.run(
-      [sys.executable, script, "--model", model, *arguments], capture_output=True, text=True
-    )
+    words = ["dpo-jax", "inspect", "--model", model, *arguments]
+    return in_process.run(shlex.join(map(str, words)), tmp_path)
 
   found = json.loads(run("--data", path, "--json").stdout)
   assert list(found) == ["format", "rows", "pairs", "dropped", "truncated", "tokens"]
@@ -152,9 +148,9 @@ def test_inspect_data_prints_one_object_or_one_line(tmp_path):
   assert note == "the completions begin with their prompt, which is taken away"
   assert bad.startswith(f"dropped {ranked}:3: field answers is 3, not a list")
   wrong = run("--data", ranked, "--kind", "pairs")
-  assert wrong.returncode == 1 and "lists of ranked completions are for --loss" in wrong.stderr
+  assert wrong.status == 1 and "lists of ranked completions are for --loss" in wrong.stderr
   missing = run("--data", tmp_path / "gone")
-  assert missing.returncode == 1 and missing.stdout == ""
+  assert missing.status == 1 and missing.stdout == ""
   assert missing.stderr == f"error: no data file {tmp_path / 'gone'}\n"
 
 

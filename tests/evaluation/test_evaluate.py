@@ -5,7 +5,7 @@ import itertools
 import json
 import pathlib
 import re
-import subprocess
+import shlex
 import sys
 
 import jax
@@ -24,7 +24,7 @@ from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.model import families, transformer
 from dpo_jax.structs import UserError
 from dpo_jax.utils import files
-from tests.support import tiny
+from tests.support import in_process, tiny
 from tests.support.paths import ROOT
 
 WORDS = (".", " a", " b")  # ids 3, 4, 5 after <unk>, <s>, </s>
@@ -388,9 +388,7 @@ def test_a_module_that_fails_is_told_from_one_that_is_missing(body, says, tmp_pa
 
 def _run(script, **options):
   flags = [f"--{name}={value}" for name, value in options.items()]
-  return subprocess.run(
-    [sys.executable, f"scripts/{script}.py", *flags], cwd=ROOT, capture_output=True, text=True
-  )
+  return in_process.run(shlex.join(["dpo-jax", script, *flags]), ROOT)
 
 
 @pytest.mark.slow
@@ -400,19 +398,19 @@ def test_pairs_scores_and_summary_by_command(folders, tmp_path):
   models = {"model": folders(1), "reference": folders(0)}
   sampling = {"prompts": prompts, "reward": "controlled", "max_tokens": 6}
   done = _run("make_pairs", model=folders(0), out=pairs, **sampling)
-  assert done.returncode == 0, done.stderr
+  assert done.status == 0, done.stderr
   made = [json.loads(line) for line in pairs.read_text().splitlines()]
   assert made
 
   done = _run("score", **models, data=pairs, out=tmp_path / "scores.jsonl")
-  assert done.returncode == 0, done.stderr
+  assert done.status == 0, done.stderr
   scored = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
   assert [row["chosen_tokens"] for row in scored] == [len(row["chosen_ids"]) for row in made]
 
   out = tmp_path / "run" / "summary.json"
   sizes = {"samples_per_prompt": 2, "frontier_prompts": 2, "frontier_samples": 32}
   done = _run("evaluate", **models, data=pairs, out=out, **sampling, **sizes)
-  assert done.returncode == 0, done.stderr
+  assert done.status == 0, done.stderr
   summary = json.loads(out.read_text())
   assert {
     "reward_reference",
@@ -447,7 +445,7 @@ def test_bad_input_is_one_line_and_nothing_written(folders, tmp_path, script, ch
   files.write_json_lines(prompts, [{"prompt": PROMPTS[0]}])
   options = {"model": folders(0), "prompts": prompts, "reward": "controlled", "out": out}
   done = _run(script, **options | change)
-  assert done.returncode == 1
+  assert done.status == 1
   assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
   assert message in done.stderr
   assert not out.exists()
@@ -487,7 +485,7 @@ def test_commands_overwrite_nothing_and_say_so_before_they_load(tmp_path, script
   scoring = {"data": "missing"} | ({"reference": "missing"} if script == "evaluate" else {})
   rest = {"make_pairs": sampling, "sample": {"prompts": "missing"}}.get(script, scoring)
   done = _run(script, model="missing", out=out, **rest)
-  assert (done.returncode, done.stderr) == (
+  assert (done.status, done.stderr) == (
     1,
     f"error: --out={out} exists; add --force to replace it, or name another file\n",
   )
@@ -523,5 +521,5 @@ def test_the_result_opens_with_a_sentence():
 
 def test_sampling_from_bytes_that_are_no_text_is_one_line(folders):
   done = _run("sample", model=folders(0), prompt="\udcff")
-  assert done.returncode == 1 and done.stderr.count("\n") == 1
+  assert done.status == 1 and done.stderr.count("\n") == 1
   assert done.stderr.startswith("error: prompt 0: text is not valid Unicode")
