@@ -96,7 +96,7 @@ def test_the_program_lists_its_commands_and_shows_their_flags(programs, tmp_path
   assert all(f"\n  {name} " in listed for name in console.COMMANDS)
   assert run(programs / "dpo-jax", "--version", cwd=tmp_path) == f"dpo-jax {__version__}\n"
   shown = run(programs / "dpo-jax", "train", "--help", cwd=tmp_path)
-  assert "\n  dpo-jax train --config=" in shown and "--workdir=" in shown
+  assert "\n  dpo-jax train --model=" in shown and "--workdir=" in shown
 
 
 @pytest.mark.slow
