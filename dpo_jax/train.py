@@ -284,12 +284,12 @@ def _write_report(run: Run) -> None:
   from dpo_jax.monitoring import report  # late, as in `_export`
 
   if processes.is_main_process():
-    print(f"report: {report.write(run.workdir)}", flush=True)
+    messages.say(f"report: {report.write(run.workdir)}")
 
 
 def _report_stop(run: Run, step: int) -> None:
   """Reports that a run stopped and saved, writes its report, and prints how to continue."""
-  print(f"stopped and saved at step {step} of {run.steps}", flush=True)
+  messages.say(f"stopped and saved at step {step} of {run.steps}")
   _write_report(run)
   _print_continue(run)
 
@@ -300,7 +300,7 @@ def _reporting_interruption(run: Run) -> Iterator[None]:
   try:
     yield
   except KeyboardInterrupt:
-    print(f"not exported yet, but all {run.steps:,} steps are saved", flush=True)
+    messages.say(f"not exported yet, but all {run.steps:,} steps are saved")
     _print_continue(run)
     raise
 

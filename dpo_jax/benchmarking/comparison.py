@@ -186,7 +186,7 @@ def page(about: dict[str, Any], groups: dict[str, dict[str, Any]]) -> str:
   for name, group in groups.items():
     length = group["tokens_per_pair"]
     how = "in turns, all loaded" if group["loaded"] else "each started afresh in every round"
-    parts.append(f"## {name}\n\n{about['rounds']} rounds, {how}; {length:.0f} tokens a pair.\n")
+    parts.append(f"## {name}\n\n{about['rounds']} rounds, {how}; {length:.0f} tokens per pair.\n")
     parts.append(interleaved.table(group["against"], group["rows"]))
     parts.append("; ".join(sorted(_versions(group["rows"]))) + "\n")
     commands = [f"{n}: `{shlex.join(row['command'])}`" for n, row in group["rows"].items()]

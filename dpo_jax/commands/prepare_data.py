@@ -1,7 +1,7 @@
 """Tokenizes rows once, into a TFDS data set (ArrayRecord) that training reads by random access.
 
   dpo-jax prepare --data 'parts/*.parquet' --model MODEL_DIR --out prepared
-  dpo-jax train … --config.data.path=prepared
+  dpo-jax train … --data=prepared
 
 A prepared set is tied to its tokenizer, template, kind and max_length: runs with others refuse it.
 Rows are held out by prompt, so that no prompt is on both sides.
@@ -94,6 +94,4 @@ def main(argv: list[str]) -> None:
     print(f"  {line}")
   for line in left_out.warnings(ledger.to_json(), positions=model_folder.positions(FLAGS.model)):
     messages.show(line)
-  print(
-    f"{seconds:.0f} s, {ledger.rows / seconds:,.0f} rows a second; --config.data.path={FLAGS.out}"
-  )
+  print(f"{seconds:.0f} s, {ledger.rows / seconds:,.0f} rows/s; --data={FLAGS.out}")

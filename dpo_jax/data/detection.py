@@ -58,7 +58,7 @@ _NEEDED = {
 
 
 class Reading(NamedTuple):
-  """How the rows of a file are read; plain values, so that worker processes can receive it.
+  """A way of reading the rows of a file; plain values, so that worker processes can receive it.
 
   Attributes:
     of, index: the format: its kind of rows, and its number in that table of `formats`.

@@ -24,7 +24,7 @@ _HEAD = 4096  # bytes that are looked at; a tar archive shows itself after 257
 
 
 class Kind(NamedTuple):
-  """What a file is.
+  """A kind of file.
 
   Attributes:
     format: "json", "csv", "parquet", "arrow" (file) or "arrow stream".
@@ -200,6 +200,7 @@ def _refusal(head: bytes, path: pathlib.Path, compression: str) -> tuple[str, st
 def _zip_refusal(path: pathlib.Path, compression: str) -> tuple[str, str]:
   names: list[str] = []
   if not compression:
+    # One that cannot be listed is refused as a zip archive all the same.
     with contextlib.suppress(zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
       names = zipfile.ZipFile(path).namelist()
   if any(name.startswith("xl/") for name in names):

@@ -223,7 +223,7 @@ def _prompt_digest(example: Example) -> bytes:
 
 
 class Mixture(NamedTuple):
-  """Which of some examples come from which source, and how often each source is used.
+  """The source of every example, and how often each source is used.
 
   Attributes:
     names: of the sources, in the order of their examples.
@@ -268,7 +268,7 @@ class Mixture(NamedTuple):
 
   @property
   def is_weighted(self) -> bool:
-    """Whether an epoch is something else than every example once."""
+    """True if an epoch is something else than every example once."""
     return self.sizes != self.per_epoch
 
   def rates(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which characters of a completion are scored, and the weights that its tokens get from them."""
+"""Scored characters of a completion, and the weights that its tokens get from them."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ _MOST_VALUES = 10_000  # distinct values of a column that are kept
 
 
 class Encoding(NamedTuple):
-  """How the verdicts of a column are written.
+  """A way of writing verdicts.
 
   Attributes:
     name: one of `ENCODINGS`.

@@ -1,4 +1,4 @@
-"""What a loss needs, declared on its function; all other code reads it from there.
+"""Declarations: a loss says on its function what it needs, and all other code reads it there.
 
 `declare` is the one place where a loss says which examples it takes, whether it reads a reference,
 the values that its arguments may have, and its value where the policy is the reference. The
@@ -49,7 +49,7 @@ class Running(NamedTuple):
 
 
 class Declaration(NamedTuple):
-  """What a loss needs; the fields are the arguments of `declare`, and those below.
+  """The needs of a loss; the fields are the arguments of `declare`, and those below.
 
   Attributes:
     name: name of the function.

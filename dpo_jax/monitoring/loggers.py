@@ -52,7 +52,7 @@ class Loggers:
   """All writers of a training run as one context manager.
 
     with Loggers(workdir, start_step=state_step, total_steps=steps) as loggers:
-      loggers.write(step, metrics)        # once a step
+      loggers.write(step, metrics)        # once per step
       loggers.write_eval(step, metrics)   # keys get the prefix eval/
       loggers.say("text")                 # a line that progress does not overwrite
 

@@ -47,7 +47,7 @@ class Prepared(NamedTuple):
 
 
 class Trained(NamedTuple):
-  """What training ends with.
+  """The end of training: the parameters and the best checkpoint.
 
   Attributes:
     params: what was trained: one copy of it, on device, or on host where it was read again.

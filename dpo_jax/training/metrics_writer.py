@@ -84,7 +84,7 @@ class MetricsWriter:
 
   @property
   def suspect(self) -> bool:
-    """Whether the latest step that is written had broken weights: they should not be saved."""
+    """True if the latest step that is written had broken weights: they should not be saved."""
     return self._divergence.suspect
 
   def flush(self, *, at_end: bool = False) -> None:

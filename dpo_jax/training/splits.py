@@ -1,4 +1,4 @@
-"""Which rows a run holds out, and which it trains on: written to its workdir before training.
+"""The rows that a run holds out and trains on, written to its workdir before training.
 
 `held_out/rows.jsonl` has a line per held-out row: the file, the row's number in it (from 0) and a
 digest of the row's tokens (of the prompt itself, on policy). `held_out/trained_on.npy` has the

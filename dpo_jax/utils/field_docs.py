@@ -1,4 +1,4 @@
-"""What every field of a run means, read from the comments of `defaults.py` without importing it.
+"""The meanings of all fields, read from the comments of `defaults.py` without importing it.
 
 The help of commands and docs/configuration.md both show these texts.
 """
@@ -36,7 +36,7 @@ class Field(NamedTuple):
 
   @property
   def kind(self) -> str:
-    """What its value is, as help shows it: `--lr=X`."""
+    """The kind of its value, as help shows it: `--lr=X`."""
     words = self.meaning.split()
     if words[0] == "file":
       return "FILE"

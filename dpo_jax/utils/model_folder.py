@@ -1,4 +1,4 @@
-"""What a path is that was named as a model folder and is none, and what to name instead."""
+"""Folders of models and of runs, and hints for a path that is no model folder."""
 
 from __future__ import annotations
 

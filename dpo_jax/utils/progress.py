@@ -58,7 +58,7 @@ class Pace:
 
 
 class State(NamedTuple):
-  """How far something is.
+  """The state of a task.
 
   Attributes:
     label: what is done, such as "sampling".

@@ -118,7 +118,7 @@ def test_a_run_that_measured_nothing_has_a_card_too(workdir):
     ("/home/me/small-1b/", "small-1b"),
     ("runs/first/export", "first"),
     (
-      "/root/.cache/huggingface/hub/models--Qwen--Qwen2.5-0.5B/snapshots/060db6",
+      "/home/me/.cache/huggingface/hub/models--Qwen--Qwen2.5-0.5B/snapshots/060db6",
       "Qwen/Qwen2.5-0.5B",
     ),
     ("", ""),

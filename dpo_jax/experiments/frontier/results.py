@@ -153,7 +153,7 @@ def draw(summary: Json) -> Figure:
   with plots.styled(
     "True reward against distance from the reference",
     "mean true reward",
-    "KL(π ‖ π_ref), nats an answer",
+    "KL(π ‖ π_ref), nats per completion",
     (7.2, 4.6),
   ) as (figure, ax):
     known = [point for point in exact if point["within_reach"]]

@@ -70,7 +70,7 @@ __all__ = [
 
 
 class Examined(NamedTuple):
-  """What is known of a run before its weights are loaded.
+  """A run before its weights are loaded.
 
   Attributes:
     checked, described: as `check` and `describe` return them.
