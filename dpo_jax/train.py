@@ -183,8 +183,8 @@ def _is_finished(workdir: pathlib.Path, steps: int) -> bool:
   if processes.from_main_process(str(line is not None)) == "False":
     return False
   messages.say(
-    f"{workdir} has finished all {steps:,} steps; to train longer, raise --config.train.epochs or"
-    f" --config.train.steps; to start anew, add --overwrite\n{line}"
+    f"{workdir} has finished all {steps:,} steps; to train longer, raise --epochs or --steps; to"
+    f" start anew, add --overwrite\n{line}"
   )
   _print_next(workdir)
   return True

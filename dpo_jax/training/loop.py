@@ -119,8 +119,7 @@ def _initializer(
   init = functools.partial(_init, run, None)
   if sync and sync.average:
     init = functools.partial(_init, run, jax.eval_shape(lambda: reference_params))
-  # It is the state's alone, unless it is an average, which reads the policy that it began with.
-  return init, sync is not None and sync.average is None
+  return init, following.is_in_state(sync)
 
 
 def _init(run: Run, averaged_like: PyTree | None, trained: PyTree) -> step.TrainState:

@@ -177,7 +177,7 @@ class MetricsWriter:
     return (
       f"Likely cause: optimizer.learning_rate={self._learning_rate:g} is too high (usual:"
       f" {self._usual_rates}). Start anew by the same command with --overwrite and a lower"
-      " --config.optimizer.learning_rate."
+      " --lr."
     )
 
   def _kept(self) -> str:

@@ -16,6 +16,7 @@ from dpo_jax.training import setup, splits, verdict
 from dpo_jax.training.evaluator import make_evaluator
 from dpo_jax.training.run import Run
 from dpo_jax.training.verdict import HeldOut
+from dpo_jax.utils import following
 
 
 def measure(opened: setup.Reopened) -> dict[str, Any]:
@@ -83,16 +84,11 @@ def _before(opened: setup.Reopened, run: Run, reference_params: PyTree | None) -
 def _after(opened: setup.Reopened, reference_params: PyTree | None) -> HeldOut:
   """Returns the evaluation of what was trained."""
   run, state = setup.load_trained(opened)
-  evaluator = make_evaluator(run, None if _moves(run) else reference_params)
+  in_state = following.is_in_state(run.objective.sync)
+  evaluator = make_evaluator(run, None if in_state else reference_params)
   evaluator(state)
   assert evaluator.held_out is not None
   return _sorted(evaluator.held_out)
-
-
-def _moves(run: Run) -> bool:
-  """Returns whether the reference is part of the state, and no argument of the step."""
-  sync = run.objective.sync
-  return sync is not None and sync.average is None
 
 
 def _rows(held_out: HeldOut) -> np.ndarray:

@@ -194,7 +194,7 @@ def count(
 def trained_on(
   model: pathlib.Path, examples: Sequence[Example], bos_id: int | None
 ) -> tuple[pathlib.Path, set[int]] | None:
-  """Finds the examples that a model was trained on, where it is the export of a run.
+  """Finds the examples that a model was trained on, where it lies in the folder of a run.
 
   The runs that its run started from are looked through too.
 
@@ -207,7 +207,7 @@ def trained_on(
     The folder of its run, and the rows of the examples; None where no run is known.
   """
   first, rows, seen = None, set(), set()
-  while (run := _run_of(model)) is not None and run not in seen:
+  while (run := model_folder.run_around(model.resolve())) is not None and run not in seen:
     seen.add(run)
     config, trained = workdirs.stored_config(run) or {}, read_trained(run)
     if trained is not None:
@@ -218,12 +218,6 @@ def trained_on(
     start = config.get("lora", {}).get("path") or config.get("model", {}).get("path") or ""
     model = pathlib.Path(start)
   return None if first is None else (first, rows)
-
-
-def _run_of(model: pathlib.Path) -> pathlib.Path | None:
-  """Returns the folder of the run that a model was exported by, where that is around it."""
-  run = model.resolve().parent
-  return run if model.resolve().name == "export" and model_folder.is_run(run) else None
 
 
 def _cut(

@@ -99,19 +99,14 @@ def judge(before: HeldOut, after: HeldOut, held_out: int = 0) -> str:
   parts.append(f"loss {was:.4g} → {loss.mean:.4g}{_interval(loss, '.4g')}")
   found = f"{'better' if better else 'worse' if worse else 'no better'} than {than}"
   if better and change.low > 0:
-    found += (
-      ", but the loss rose (overconfident): try fewer --config.train.epochs or a lower"
-      " --config.optimizer.learning_rate"
-    )
+    found += ", but the loss rose (overconfident): try fewer --epochs or a lower --lr"
   elif worse:
-    found += "; try a lower --config.optimizer.learning_rate"
+    found += "; try a lower --lr"
   elif not better and change.mean > ROSE * abs(was):
     # More of the same would hardly help, also where the rows are too few to say so.
-    found += (
-      ", and the loss rose; try a lower --config.optimizer.learning_rate, or more rows to tell"
-    )
+    found += ", and the loss rose; try a lower --lr, or more rows to tell"
   elif not better:
-    found += "; try more --config.train.epochs, or more rows to tell"
+    found += "; try more --epochs, or more rows to tell"
   many = f"{count:,} of {held_out:,}" if held_out > count else f"{count:,}"
   return f"held out ({many} {what}): {', '.join(parts)}: {found}"
 
@@ -164,7 +159,7 @@ def of_run(
     )
   return (
     "no rows are held out, so whether the model is better on unseen rows is not known; hold some"
-    " out by --config.data.eval_fraction or --config.data.eval_path"
+    " out by --config.data.eval_fraction or --eval_data"
   )
 
 
@@ -202,6 +197,15 @@ def write_result(
   files.write_text(workdir / RESULT, text + "\n")
 
 
+def read_result(workdir: pathlib.Path) -> dict[str, Any]:
+  """Reads what `write_result` wrote; {} where it is not there or cannot be read."""
+  try:
+    found = json.loads((workdir / RESULT).read_text(encoding="utf-8"))
+  except (OSError, ValueError):  # of a run that has not ended, or began before there was one
+    return {}
+  return found if isinstance(found, dict) else {}
+
+
 def describe(best: Best) -> str:
   """Returns the metric by which a checkpoint is the best, with its value."""
   name, form = _METRICS[f"eval/{best.metric}"]
@@ -222,12 +226,12 @@ class Found(NamedTuple):
 
 def read_best(workdir: pathlib.Path) -> Found | None:
   """Reads which checkpoint of a finished run is the best; None where that is not known."""
+  record = read_result(workdir)
   try:
-    record = json.loads((workdir / RESULT).read_text(encoding="utf-8"))
     last, exported, metric = record["step"], record["exported"], record["best"]["metric"]
     best = Best(record["best"]["step"], metric.removeprefix("eval/"), record["best"]["value"])
     line = f", by {describe(best)}"
-  except (OSError, ValueError, KeyError, TypeError):  # of a run that has no held-out rows
+  except (KeyError, TypeError, ValueError):  # of a run that has no held-out rows
     return None
   which = (
     f"step {best.step:,}, the last" if best.step == last else f"step {best.step:,} of {last:,}"
@@ -250,12 +254,9 @@ def read_best(workdir: pathlib.Path) -> Found | None:
 
 def finished(workdir: pathlib.Path, step: int) -> str | None:
   """Returns the verdict on a run that was exported after `step`; None if that is still to do."""
-  try:
-    found = json.loads((workdir / RESULT).read_text(encoding="utf-8"))
-    done = found["step"] == step and (workdir / "export").is_dir()
-    return found["result"] if done else None
-  except (OSError, ValueError, KeyError, TypeError):
-    return None
+  found = read_result(workdir)
+  done = found.get("step") == step and (workdir / "export").is_dir()
+  return found.get("result") if done else None
 
 
 def _compare_orders(before_B: np.ndarray, after_B: np.ndarray) -> tuple[bool, bool]:

@@ -192,48 +192,49 @@ def _without_short_flags(words: Sequence[str], name: str) -> tuple[list[str], di
 
 def unknown_override(argv: Sequence[str]) -> str | None:
   """Describes the first `--config.a.b=…` that names no field, with the nearest one that exists."""
-  for name in names():
-    config = _parsed(argv, name)
-    if config is None:
-      continue
-    for argument in argv:
-      written = re.match(rf"--?(?:no)?{name}\.([^=]+)", argument)
-      if written is None:
-        continue
-      node, seen = config, name
-      for part in written[1].split("."):
-        if not hasattr(node, "keys"):
-          return f"{written[0]}: {seen} is a value and has no field {part!r}"
-        if part not in node:
-          ours = argument.partition("=")[2]
-          if seen == f"{name}.data.fields" and ours in node:
-            return (
-              f"{written[0]}: our name of a field comes first, then that in the rows:"
-              f" --{seen}.{ours}={part}"
-            )
-          hint = _hint(written[1], part, node, seen, fields_of(config), name)
-          return f"{written[0]}: {seen} has no field {part!r}; {hint}"
-        node, seen = node[part], f"{seen}.{part}"
+  for name, config, written, field, value in _overrides(argv):
+    node, seen = config, name
+    for part in field.split("."):
+      if not hasattr(node, "keys"):
+        return f"{written}: {seen} is a value and has no field {part!r}"
+      if part not in node:
+        if seen == f"{name}.data.fields" and value in node:
+          return (
+            f"{written}: our name of a field comes first, then that in the rows:"
+            f" --{seen}.{value}={part}"
+          )
+        hint = _hint(field, part, node, seen, fields_of(config), name)
+        return f"{written}: {seen} has no field {part!r}; {hint}"
+      node, seen = node[part], f"{seen}.{part}"
   return None
 
 
 def section_given_value(argv: Sequence[str]) -> str | None:
   """Describes the first `--config.SECTION=VALUE`, which names no field; None if there is none."""
+  for name, config, written, field, value in _overrides(argv):
+    if not hasattr(config.get(field), "keys"):
+      continue
+    if field in field_names.SHORT:
+      meant = f"did you mean --{field}={value}?"
+    else:
+      meant = f"set its fields by --{name}.{field}.FIELD=VALUE (see --help=all)"
+    return f"{written}={value}: {field} is a section; {meant}"
+  return None
+
+
+def _overrides(argv: Sequence[str]) -> Iterator[tuple[str, Any, str, str, str]]:
+  """Yields every `--config.a.b=c` of a configuration that can be read.
+
+  Each is the name of its configuration, that configuration without overrides, `--config.a.b`,
+  `a.b` and `c`.
+  """
   for name in names():
     config = _parsed(argv, name)
-    if config is None:
-      continue
-    for argument in argv:
-      written = re.match(rf"--?{name}\.(\w+)=(.*)", argument)
-      section = config.get(written[1]) if written else None
-      if written is None or not hasattr(section, "keys"):
-        continue
-      if written[1] in field_names.SHORT:
-        meant = f"did you mean --{written[1]}={written[2]}?"
-      else:
-        meant = f"set its fields by --{name}.{written[1]}.FIELD=VALUE (see --help=all)"
-      return f"{argument}: {written[1]} is a section; {meant}"
-  return None
+    for argument in argv if config is not None else ():
+      written, _, value = argument.partition("=")
+      found = re.fullmatch(rf"--?(?:no)?{name}\.(.+)", written)
+      if found:
+        yield name, config, written, found[1], value
 
 
 def _parsed(argv: Sequence[str], name: str) -> Any:

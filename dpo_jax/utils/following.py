@@ -51,6 +51,14 @@ class Sync(NamedTuple):
   average: Average | None = None
 
 
+def is_in_state(sync: Sync | None) -> bool:
+  """Returns whether the training state alone has the reference, and no argument of the step.
+
+  That is where it follows the policy, unless it is an average, which reads the policy at step 0.
+  """
+  return sync is not None and sync.average is None
+
+
 def init_average(params: PyTree, like: PyTree) -> Averaged:
   """Returns the state of a reference that is an average, at step 0: both parts are the policy.
 

@@ -23,6 +23,11 @@ def is_model(path: pathlib.Path) -> bool:
   )
 
 
+def run_around(path: pathlib.Path) -> pathlib.Path | None:
+  """Returns the folder of the run that a model folder lies in, such as its export; or None."""
+  return path.parent if is_run(path.parent) else None
+
+
 def positions(path: str | pathlib.Path) -> int | None:
   """Returns the positions of the model in a folder; None for a folder of a tokenizer alone."""
   try:

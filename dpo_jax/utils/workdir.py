@@ -48,7 +48,8 @@ def check(workdir: pathlib.Path, config: str, defaults: str = "{}") -> None:
   """
   files.check_folder(workdir, f"--workdir={workdir}")
   if model_folder.is_model(workdir):
-    run = f"; its run is {workdir.parent}" if model_folder.is_run(workdir.parent) else ""
+    around = model_folder.run_around(workdir)
+    run = f"; its run is {around}" if around else ""
     raise UserError(
       f"--workdir={workdir} is a model folder{run}; a run writes into a folder of its own, such as"
       " --workdir=runs/mine (the model is named by --model)"

@@ -26,7 +26,7 @@ def texts(losses, tokens=None):
     # Wilson's interval of 20 of 22 is 72 to 97 per cent; of 14 of 22, 43 to 80.
     (20, 2, "accuracy 50.0% → 90.9% (95%: 72.2%–97.5%), loss 0.693 → 0.5: better than chance"),
     (14, 8, "accuracy 50.0% → 63.6% (95%: 43.0%–80.3%), loss 0.693 → 0.5: no better than chance"),
-    (2, 20, "worse than chance; try a lower --config.optimizer.learning_rate"),
+    (2, 20, "worse than chance; try a lower --lr"),
     # All of two are right, which two tosses of a coin are in a quarter of cases.
     (2, 0, "no better than chance"),
   ],
@@ -58,7 +58,7 @@ def test_an_order_that_improves_while_the_loss_rises_is_overconfident():
 
 @pytest.mark.parametrize(
   ("loss", "advice"),
-  [(2.2, ", and the loss rose; try a lower --config.opt"), (0.7, "; try more --config.train.ep")],
+  [(2.2, ", and the loss rose; try a lower --lr"), (0.7, "; try more --epochs")],
 )
 def test_a_loss_that_rose_is_no_reason_to_train_for_longer(loss, advice):
   before = pairs(0, 0, ties=6, loss=0.69)

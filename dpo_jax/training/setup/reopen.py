@@ -5,7 +5,6 @@ Of its data only the held-out rows are read. What has moved is refused in one li
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -170,7 +169,8 @@ def check_run(workdir: pathlib.Path) -> None:
   if model_folder.is_run(workdir):
     return
   if model_folder.is_model(workdir):
-    run = f"; its run is {workdir.parent}" if model_folder.is_run(workdir.parent) else ""
+    around = model_folder.run_around(workdir)
+    run = f"; its run is {around}" if around else ""
     raise UserError(f"--workdir={workdir} is a model folder{run}; for a model alone, use --model")
   what = "holds no run" if workdir.exists() else "does not exist"
   raise UserError(f"--workdir={workdir} {what}; name the folder that was trained into")
@@ -296,8 +296,5 @@ def _leave_out(config: ConfigDict, *, whole: bool = True) -> None:
 
 def _exported_step(workdir: pathlib.Path) -> int | None:
   """Returns the step that a run was exported after; None where that is not known."""
-  try:
-    found = json.loads((workdir / verdict.RESULT).read_text(encoding="utf-8"))
-    return int(found.get("exported", found["step"]))
-  except (OSError, ValueError, TypeError, KeyError):
-    return None
+  found = verdict.read_result(workdir)
+  return found.get("exported", found.get("step"))
