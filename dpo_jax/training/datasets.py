@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -10,59 +9,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax import losses
-from dpo_jax.data import batches, digest, encode, packing, readers
+from dpo_jax.data import batches, digest, packing
 from dpo_jax.data import prepared as prepared_data
 from dpo_jax.data.batches import Batching
-from dpo_jax.data.examples import Example, Lazy, Measured, fill_up, split, with_mismatched
-from dpo_jax.data.ledger import summarize
-from dpo_jax.data.mixture import Mixture, Source
+from dpo_jax.data.examples import Example, Measured
+from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.tokenizer import Tokenizer
 from dpo_jax.generation import rewards, rollouts
 from dpo_jax.model.config import ModelConfig, check_ids
 from dpo_jax.structs import PyTree, TokenBatch, UserError
-from dpo_jax.training import data_checks, on_policy, sources, splits
-from dpo_jax.training.sources import Part
+from dpo_jax.training import data_checks, on_policy, reading, sources, splits
+from dpo_jax.training.reading import DataSettings
 from dpo_jax.utils import messages
-
-
-class DataSettings(NamedTuple):
-  """Plain values of the sections data and eval: the rows that are read, and how they are cut.
-
-  Attributes:
-    path: file or prepared set to train on.
-    eval_path: held-out rows; "" sets some of `path` aside.
-    eval_fraction: share of the prompts of `path` that is then held out.
-    eval_limit: at most so many held-out rows.
-    eval_samples: completions sampled at every evaluation; above 0 some row must be held out.
-    fields: names of the fields of rows of another form.
-    max_length: tokens of a prompt and one completion together.
-    prompt_floor: tokens of a prompt that are never cut.
-    truncation: "drop" or "cut".
-    verdict, train_on, on_bad_row: as in `encode.Encoder`.
-    mix: the sources to train on in place of `path`.
-    eval_sets: evaluation sets with names, besides `eval_path`.
-    drop_duplicates: whether exact duplicates are dropped, within training rows over all sources
-      and within every evaluation set.
-    held_out: the rows that a run held out, as its workdir names them, to evaluate it again: only
-      these are read, and stand for those to train on too. None for a run that is to train.
-  """
-
-  path: str
-  eval_path: str
-  eval_fraction: float
-  eval_limit: int
-  eval_samples: int
-  fields: dict[str, str]
-  max_length: int
-  prompt_floor: int
-  truncation: str
-  verdict: str = ""
-  train_on: str = "assistant"
-  on_bad_row: str = "stop"
-  mix: tuple[Source, ...] = ()
-  eval_sets: tuple[Source, ...] = ()
-  drop_duplicates: bool = False
-  held_out: tuple[splits.Row, ...] | None = None
 
 
 class BatchSettings(NamedTuple):
@@ -142,9 +100,9 @@ def load(
   """
   # Both before either is read: a typo in the second would else show after minutes.
   for name, path in (("path", rows.path), ("eval_path", rows.eval_path)):
-    _check_named(f"data.{name}", path)
-  sources.check_files(rows.mix, "data.mix", _check_named)
-  sources.check_files(rows.eval_sets, "data.eval_sets", _check_named)
+    reading.check_named(f"data.{name}", path)
+  sources.check_files(rows.mix, "data.mix", reading.check_named)
+  sources.check_files(rows.eval_sets, "data.eval_sets", reading.check_named)
   if sampling is None:
     return _load_examples(rows, settings, batching, loss, tokenizer, model_config)
   return _load_on_policy(rows, settings, batching, loss, tokenizer, model_config, sampling)
@@ -238,15 +196,6 @@ def _load_on_policy(
   return data, ledger
 
 
-def _check_named(field: str, path: str) -> None:
-  """Checks that a field names files that are there, if it names any."""
-  try:
-    if path and not prepared_data.is_prepared_set(path):
-      readers.files(path)
-  except UserError as error:
-    raise UserError(f"{field}: {error}") from None
-
-
 def _read_examples(
   data: DataSettings,
   settings: BatchSettings,
@@ -256,56 +205,11 @@ def _read_examples(
   positions: int,
 ) -> tuple[TrainingData, dict[str, Any]]:
   """Returns training and held-out examples, with what is known of them, and their ledger."""
-  seed = settings.seed
-  how: dict[str, Any] = {
-    "kind": loss.kind,
-    "max_length": data.max_length,
-    "prompt_floor": data.prompt_floor,
-    "truncation": data.truncation,
-    "fields": data.fields,
-    "verdict": data.verdict,
-    "train_on": data.train_on,
-    "on_bad_row": data.on_bad_row,
-    # A column that the loss does not read must not stop the run.
-    "scores": loss.reads("margin_B"),
-  }
-  encoder = encode.Encoder(tokenizer, **how)
-  how["positions"] = positions
-  named = data.eval_path or data.eval_sets
-  examples: Sequence[Example]
-  held_out: list[Example] = []
-  parts: list[Part] = []
-  evaluated: list[Part] = []
-  if prepared_data.is_prepared_set(data.path):
-    examples, held_out, ledger = _read_prepared(data, encoder)
-    messages.show(summarize(data.path, ledger, positions=positions, prepared=True))
-  elif data.held_out is None:
-    given = data.mix or (Source("", data.path),)
-    unique = data.drop_duplicates
-    parts = sources.read(given, "data.mix", tokenizer, loss, seed=seed, unique=unique, **how)
-    examples, ledger = sources.join(parts)
+  if data.held_out is None or prepared_data.is_prepared_set(data.path):
+    read = reading.read_all(data, settings.seed, loss, tokenizer, positions)
   else:
-    # Sources of the training data whole: which rows were drawn is said by the rows themselves.
-    given = data.mix or (Source("", data.path),)
-    given = [] if named else [one._replace(count=0, fraction=0.0) for one in given]
-    unique = data.drop_duplicates
-    evaluated = sources.read(given, "data.mix", tokenizer, loss, unique=unique, **how)
-    evaluated += sources.read_evaluation_sets(
-      data.eval_path, data.eval_sets, tokenizer, loss, {}, unique=unique, **how
-    )
-    evaluated = [splits.select(data.held_out, part) for part in evaluated]
-    examples, ledger = sources.join(evaluated)
-    held_out = list(examples)
-  if data.held_out is None or not evaluated:
-    evaluated = sources.read_evaluation_sets(
-      data.eval_path, data.eval_sets, tokenizer, loss, ledger, unique=data.drop_duplicates, **how
-    )
-  if parts:
-    if not named:
-      # By prompt, and by the seed alone: a resumed run holds out the same rows, and no prompt is
-      # on both sides.
-      examples, held_out = split(examples, data.eval_fraction, seed, ledger["dropped"])
-    sources.report_overlap(parts, examples, evaluated, ledger)
+    read = reading.read_held_out(data, data.held_out, loss, tokenizer, positions)
+  examples, held_out, ledger, parts, evaluated = read
   mixture = None
   if data.mix and parts:
     mixture = Mixture.make(data.mix, [part.rows.start for part in parts], examples)
@@ -318,21 +222,9 @@ def _read_examples(
   split_off = held_out if parts or not evaluated else []
   rows = splits.describe(data.path, parts, examples, split_off, evaluated)
   # Each set by itself from here on: its metrics must not depend on the others.
-  sets = [part.examples for part in evaluated] if named else [held_out]
-  if loss.mismatched:
-    # After the split, so that no completion of one side is paired with a prompt of the other.
-    mismatch = functools.partial(with_mismatched, max_length=data.max_length, seed=seed)
-    examples, sets = mismatch(examples), [mismatch(some) for some in sets]
-  if loss.kind == "ranked":
-    sources.check_completions(loss, data.path, examples)
-    # One number of completions for training and evaluation: K is an axis of both.
-    most = Measured.concatenate(examples, *sets).tokens_BK.shape[1]
-    sets = [fill_up(some, most) for some in sets]
-    if isinstance(examples, prepared_data.PairSet):
-      examples = examples.widened(most)  # its examples stay on disk
-    else:
-      examples = fill_up(examples, most)
-  sources.check_scores(loss, data.path, examples)
+  named = data.eval_path or data.eval_sets
+  sets: list[Sequence[Example]] = [part.examples for part in evaluated] if named else [held_out]
+  examples, sets = reading.fit_to_loss(examples, sets, data, settings.seed, loss)
   # After all of the above, so that the limit changes neither mismatched prompts nor K.
   limited = splits.limit(sets, data.eval_limit, eval_samples=data.eval_samples)
   ledger |= splits.count(evaluated, sets, limited, ledger)
@@ -351,27 +243,6 @@ def _read_examples(
     rows,
   )
   return found, ledger
-
-
-def _read_prepared(
-  data: DataSettings, encoder: encode.Encoder
-) -> tuple[Lazy, list[Example], dict[str, Any]]:
-  """Reads both splits of a prepared set and its ledger; examples to train on stay on disk."""
-  if encoder.fields:
-    raise UserError(
-      f"data.fields names {', '.join(encoder.fields)}, but {data.path} is a prepared set, whose"
-      " fields were read when it was made; leave it out"
-    )
-  if data.drop_duplicates:
-    raise UserError(
-      f"data.drop_duplicates is True, but {data.path} is a prepared set, whose rows were chosen"
-      " when it was made; leave it False, or name the rows that it was made of"
-    )
-  fraction = None if data.eval_path or data.eval_sets else data.eval_fraction
-  examples, held_out, ledger = prepared_data.read(data.path, encoder, eval_fraction=fraction)
-  if held_out:  # those beyond the limit stay on disk
-    ledger = ledger | {"held_out": {"examples": len(held_out)}}
-  return examples, held_out[: data.eval_limit] if held_out else [], ledger
 
 
 def _load_prompts(

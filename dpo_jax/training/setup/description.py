@@ -21,7 +21,7 @@ from dpo_jax.model import attention_kernels, families, lora
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.lora import LoRA
 from dpo_jax.structs import PyTree, UserError
-from dpo_jax.training import datasets, reference_cache, splits
+from dpo_jax.training import datasets, reading, reference_cache, splits
 from dpo_jax.training.setup import footprint
 from dpo_jax.training.setup.checks import Checked
 from dpo_jax.utils import messages, model_folder
@@ -175,10 +175,10 @@ def summarize(steps: int, data: datasets.TrainingData) -> str:
   return line
 
 
-def data_settings(config: ConfigDict) -> datasets.DataSettings:
+def data_settings(config: ConfigDict) -> reading.DataSettings:
   """Returns which rows are read, as plain values."""
   data = config.data
-  return datasets.DataSettings(
+  return reading.DataSettings(
     path=data.path,
     eval_path=data.eval_path,
     eval_fraction=data.eval_fraction,
