@@ -300,7 +300,7 @@ def without_prompt(row: Row) -> Row:
 
   def after(text: str) -> str:
     if not text.startswith(prompt):
-      raise RowError("the answer does not begin with the prompt, as those of other rows do")
+      raise RowError("the completion does not begin with the prompt, as those of other rows do")
     return text[len(prompt) :]
 
   row = row | {name: after(row[name]) for name in COMPLETIONS if row.get(name) is not None}

@@ -204,7 +204,7 @@ class Template:
         rest = _after_mark(self._render(conversation._replace(messages=marked)), bool(at))
         end = self._end_of_turn(rest, start)
       if not written.endswith(tail[start:]):
-        raise RowError("chat template: cannot divide the answer into its messages")
+        raise RowError("chat template: cannot divide the completion into its messages")
       offset = len(written) - len(tail)
       yield max(0, offset + start), offset + end, message.get("weight", 1.0)
 
@@ -216,7 +216,7 @@ class Template:
       return max(start, before.rfind("\n\n"))  # where the next turn's name begins
     found = before.rfind(turn_end, start) if turn_end and len(rest) == 1 else -1
     if found < 0:
-      raise RowError("chat template: cannot find where a message of the answer ends")
+      raise RowError("chat template: cannot find where a message of the completion ends")
     return found + len(turn_end)
 
   @functools.cached_property

@@ -157,7 +157,7 @@ def read_ranked(row: Row, field: str) -> list[Any]:
   if len(value) < 2:
     raise RowError("fewer than two completions")
   if any(answer is None for answer in value):
-    raise RowError("an answer is null")
+    raise RowError("a completion is null")
   return value
 
 

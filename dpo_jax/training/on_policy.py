@@ -135,8 +135,9 @@ class Sampler:
     # A mean over examples that all count nothing would be 0 / 0.
     if not any(row.weight for row in rows):
       raise UserError(
-        "the policy gives the same answer, or answers of one reward, to every prompt of a batch:"
-        " nothing is left to prefer; raise loss.beta or on_policy.temperature, or stop earlier"
+        "the policy gives every prompt of a batch the same completion, or completions of one"
+        " reward: nothing is left to prefer; raise loss.beta or on_policy.temperature, or stop"
+        " earlier"
       )
     return rows, facts
 
@@ -186,7 +187,7 @@ def check(
   """
   rewards.resolve(reward)
   if num < 2:
-    raise UserError(f"on_policy.num is {num}; answers are compared with each other: 2 or more")
+    raise UserError(f"on_policy.num is {num}; completions are compared with each other: 2 or more")
   if max_tokens < 1:
     raise UserError(f"on_policy.max_tokens is {max_tokens}; it must be 1 or above")
   if not 0 < temperature < float("inf"):

@@ -107,8 +107,8 @@ def check_scores(loss: losses.Loss, path: str, examples: Sequence[Example]) -> N
   # Without scores every margin would be 0, and a loss that reads margins would be another loss.
   if loss.reads("margin_B") and len(examples) and not examples[0].scores:
     raise UserError(
-      f"loss {loss.name!r} reads by how much the chosen answer is better, and the rows of {path}"
-      " do not say; give them a field margin, or chosen_score and rejected_score"
+      f"loss {loss.name!r} reads by how much the chosen completion is better, and the rows of"
+      f" {path} do not say; give them a field margin, or chosen_score and rejected_score"
     )
 
 

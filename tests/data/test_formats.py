@@ -236,7 +236,7 @@ def test_the_highest_score_is_the_best(scores):
   ("change", "reason"),
   [
     ({"answers": ["b"]}, "fewer than two completions"),
-    ({"answers": ["b", None, "c"]}, "an answer is null"),
+    ({"answers": ["b", None, "c"]}, "a completion is null"),
     ({"answers": []}, "fewer than two completions"),
     ({"answers": ["b", "c", " "]}, "empty completion"),
     ({"answers": ["b", "c", "c"]}, "equal completions"),

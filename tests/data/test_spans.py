@@ -156,7 +156,7 @@ def test_a_turn_without_an_end_is_refused(tmp_path):
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
   )
   tokenizer = load_tokenizer(small_tokenizers.byte_level(tmp_path, chat_template=template))
-  with pytest.raises(RowError, match="cannot find where a message of the answer ends"):
+  with pytest.raises(RowError, match="cannot find where a message of the completion ends"):
     tokenizer.encode_preference(Preference([user("a")], (TURNS, reply("c"))))
 
 

@@ -215,7 +215,7 @@ def _check_store(config: ConfigDict, loss: losses.Loss) -> None:
   elif sync_every:
     why = f"the reference follows the policy (reference.sync_every={sync_every})"
   elif config.on_policy.reward:
-    why = "the answers are sampled anew at every step (on_policy.reward)"
+    why = "the completions are sampled anew at every step (on_policy.reward)"
   if why:
     raise UserError(f"reference.store is {path!r}, but {why}; leave it empty")
 
