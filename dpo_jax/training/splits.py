@@ -215,7 +215,9 @@ def trained_on(
       found = digest.of_rows(_cut(examples, config.get("data", {}), bos_id))
       known = np.isin(np.fromiter(found.values(), np.uint64, len(found)), trained)
       rows |= {row for row, is_known in zip(found, known, strict=True) if is_known}
-    start = config.get("lora", {}).get("path") or config.get("model", {}).get("path") or ""
+    start = config.get("lora", {}).get("path") or config.get("model", {}).get("path")
+    if not start:  # random weights
+      break
     model = pathlib.Path(start)
   return None if first is None else (first, rows)
 

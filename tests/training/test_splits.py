@@ -120,6 +120,8 @@ def test_rows_that_a_model_was_trained_on_are_recognized(tmp_path, rows):
   model = run_of(tmp_path / "one", rows)
   run, found = splits.trained_on(model, [*ALL, example(8, (1, 1))], None)
   assert run == tmp_path / "one" and found == {0, 1, 3, 4, 6, 7}
+  # So is another checkpoint that `convert` wrote into the folder of the run.
+  assert splits.trained_on(tmp_path / "one" / "best", ALL, None) == (run, found)
   # A model that was copied says nothing of its run.
   assert splits.trained_on(tmp_path / "elsewhere", ALL, None) is None
   # One that started from another run's was trained on that run's rows too.
