@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dpo_jax.distributed.sharding import by_rows, by_vocabulary, sequence_parts
+from dpo_jax.distributed.sharding import (
+  by_rows,
+  by_vocabulary,
+  copy_over_fsdp,
+  sequence_parts,
+  vocabulary_parts,
+)
 from dpo_jax.structs import Array
 from dpo_jax.utils.matmul import NAME, product
 
@@ -120,6 +126,11 @@ class Table(nn.Module):
     init = nn.initializers.normal(self.std)
     table_VD = self.param("embedding", init, (self.entries, self.width), self.param_dtype)
     table_VD = by_vocabulary(table_VD)
+    shared = vocabulary_parts(self.entries) > 1
+    # Devices that have parts of the vocabulary look up the ids of all of them. Otherwise the
+    # compiler would gather the table, and add its gradient up whole on every device.
+    ids_NL = copy_over_fsdp(ids_NL) if shared else ids_NL
     # mode="fill" returns NaN for ids outside the table, which shows in any loss. Indexing would
     # clip the ids, in silence.
-    return by_rows(jnp.take(table_VD, ids_NL, axis=0, mode="fill"))
+    out_NLD = jnp.take(table_VD, ids_NL, axis=0, mode="fill")
+    return by_rows(copy_over_fsdp(out_NLD) if shared else out_NLD)
