@@ -32,8 +32,8 @@ _VOCABULARY = ("tensor", "fsdp")
 # The order is important: the first pattern that matches the end of a path decides, so special cases
 # stand before the general "kernel". The axes are those of the last dimensions; dimensions before
 # them (layers, experts) stay undivided, because layers are scanned over one by one. A leaf that
-# matches no pattern is replicated. Tables are divided by vocabulary; where it has no factor of fsdp,
-# by width.
+# matches no pattern is replicated. Tables are divided by vocabulary, and by width where fsdp does
+# not divide the vocabulary.
 RULES: tuple[tuple[str, tuple[str | tuple[str, ...] | None, ...]], ...] = (
   (r"(embed|head)/embedding", (_VOCABULARY, "fsdp")),
   (r"positions/embedding", (None, "fsdp")),
@@ -143,7 +143,7 @@ def vocabulary_parts(vocab: int) -> int:
 
 
 def copy_over_fsdp(x_NL: Array) -> Array:
-  """Divides rows over data alone, and tokens over sequence: devices along fsdp get the same rows."""
+  """Divides rows over data alone, and tokens over sequence: fsdp devices get the same rows."""
   return _constrain(x_NL, ("data",), _SEQUENCE, *(None,) * (x_NL.ndim - 2))
 
 

@@ -48,6 +48,8 @@ class Linear(nn.Module):
   If the collection "lora" contains an adapter of this map, y = x @ kernel + drop(x) @ a @ b + bias
   with a [in, rank] and b [rank, out], which includes the scale (`lora.attach`). Hu et al. 2021,
   eq. 3.
+
+  `kept` is the name by which rematerialization knows the output.
   """
 
   features: int
@@ -56,6 +58,7 @@ class Linear(nn.Module):
   dtype: Any
   param_dtype: Any
   dropout: float
+  kept: str = NAME
 
   @nn.compact
   def __call__(self, x: Array, codes_NL: Array | None = None) -> Array:
@@ -66,9 +69,9 @@ class Linear(nn.Module):
       y = y + self.adapter(x, codes_NL)
     if self.bias:
       y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-    # The name stands after the cast, because remat "dots" keeps exactly the array that carries it:
+    # The name stands after the cast, because remat keeps exactly the array that carries it:
     # before the cast that would be the float32 sum, twice the bytes of a bfloat16 activation.
-    return by_rows(checkpoint_name(y.astype(self.dtype), NAME))
+    return by_rows(checkpoint_name(y.astype(self.dtype), self.kept))
 
   def product(self, x: Array, kernel: Array) -> Array:
     """Computes x @ kernel in float32."""

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from dpo_jax.structs import Array
 
 # Callers give this name to an output that remat should keep: a policy does not see the products
-# inside a function with a gradient of its own.
-NAME = "product"
+# inside a function with a gradient of its own. Outputs that are several times as wide as the model
+# have a name of their own: they take most of the memory, and can be computed again alone.
+NAME, WIDE_NAME = "product", "wide product"
 
 
 @jax.custom_vjp
