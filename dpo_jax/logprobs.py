@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from dpo_jax.distributed.sharding import (
   by_rows,
   by_vocabulary,
+  chunks_by_group,
   copy_per_group,
   join_groups,
   sequence_parts,
@@ -151,7 +152,8 @@ def scored_logps(
   head = head._replace(kernel_VD=by_vocabulary(head.kernel_VD))
   # Where a device has a part of the vocabulary, tokens travel and not the head: they are joined
   # with those of the devices that have the other parts.
-  shared = vocabulary_parts(head.kernel_VD.shape[0])
+  vocab = head.kernel_VD.shape[0]
+  shared = vocabulary_parts(vocab, ["fsdp"])
 
   def divide(x_GM: Array) -> Array:
     # Devices that share the positions of a row also share its scored tokens: each computes a part,
@@ -161,9 +163,13 @@ def scored_logps(
 
   hidden_GMD, target_GM = divide(by_rows(at_scored(hidden_NLD))), divide(at_scored(batch.target_NL))
   budget = budget or LOGIT_BUDGET.get(jax.default_backend(), LOGIT_BUDGET_ELSEWHERE)
-  per_group, vocab = target_GM.shape[1], head.kernel_VD.shape[0]
-  chunks, size = _chunking(per_group, budget.chunk // vocab)
-  cut = functools.partial(_into_chunks, chunks=chunks, size=size)
+  per_group, own = target_GM.shape[1], vocab // vocabulary_parts(vocab)  # of one device
+  chunks, size = _chunking(per_group, budget.chunk // own)
+
+  def cut(x_GM: Array) -> Array:
+    x_cGm = _into_chunks(x_GM, chunks, size)
+    return chunks_by_group(x_cGm) if shared > 1 else x_cGm
+
   count: Array | int = chunks
   if chunks > 1 and groups * parts == 1:
     # Skips the chunks that are all padding. With several groups it does not: devices that work
@@ -176,7 +182,7 @@ def scored_logps(
     head = head._replace(kernel_VD=copy_per_group(head.kernel_VD, len(target_GM)))
   if token_fn is token_logps:
     narrow = hidden_GMD.dtype.itemsize / 4  # of the memory of float32
-    kept = narrow * per_group * vocab <= budget.kept
+    kept = narrow * per_group * own <= budget.kept
     # JAX types the result of a custom_vjp with nondiff_argnums as an unknown object.
     logps_cGm = cast(Array, target_logps(kept, cut(hidden_GMD), head, cut(target_GM), count))
   else:

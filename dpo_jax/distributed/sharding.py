@@ -136,10 +136,11 @@ def _vocabulary_axes(vocab: int) -> tuple[str, ...]:
   return _dividing(_VOCABULARY, vocab, mesh.shape) if mesh else ()
 
 
-def vocabulary_parts(vocab: int) -> int:
-  """Returns over how many devices of the fsdp axis a vocabulary is divided; 1 outside a mesh."""
+def vocabulary_parts(vocab: int, axes: Sequence[str] = _VOCABULARY) -> int:
+  """Returns over how many devices of some axes a vocabulary is divided; 1 outside a mesh."""
   mesh = _mesh()
-  return mesh.shape["fsdp"] if mesh and "fsdp" in _vocabulary_axes(vocab) else 1
+  dividing = [name for name in _vocabulary_axes(vocab) if name in axes]
+  return math.prod(mesh.shape[name] for name in dividing) if mesh else 1
 
 
 def copy_over_fsdp(x_NL: Array) -> Array:
@@ -154,7 +155,12 @@ def join_groups(x_GM: Array, parts: int) -> Array:
   """
   groups, scored, *rest = x_GM.shape
   x_GM = x_GM.reshape(groups // parts, parts * scored, *rest)
-  return _constrain(x_GM, ("data",), _SEQUENCE, *(_FREE,) * len(rest))
+  return _constrain(x_GM, ("data",), _SEQUENCE, *(None,) * len(rest))
+
+
+def chunks_by_group(x_cGm: Array) -> Array:
+  """Keeps chunks of joined groups, [c, G, m, ...], whole on every device that has a group."""
+  return _constrain(x_cGm, None, ("data", "sequence"), *(None,) * (x_cGm.ndim - 2))
 
 
 def copy_per_group(table_VD: Array, groups: int) -> Array:

@@ -129,7 +129,7 @@ class Table(nn.Module):
     init = nn.initializers.normal(self.std)
     table_VD = self.param("embedding", init, (self.entries, self.width), self.param_dtype)
     table_VD = by_vocabulary(table_VD)
-    shared = vocabulary_parts(self.entries) > 1
+    shared = vocabulary_parts(self.entries, ["fsdp"]) > 1
     # Devices that have parts of the vocabulary look up the ids of all of them. Otherwise the
     # compiler would gather the table, and add its gradient up whole on every device.
     ids_NL = copy_over_fsdp(ids_NL) if shared else ids_NL
