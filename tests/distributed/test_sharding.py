@@ -236,7 +236,8 @@ def test_fsdp_never_sends_a_table_or_its_gradient_but_the_tokens_that_read_it():
   # Of every chunk the gradient of the head's input; and of tables, between copies, a part's.
   rest = {shape for _, shape in sent if shape not in (scored, embedded)}
   chunk, part = (1, 32, WIDTH), (VOCAB // 4, WIDTH)
-  assert rest - {(4, 1, 32)} == {chunk, part}  # and log-probs of four chunks, which are as wide
+  # Log-probs of chunks happen to be as wide as the model, and are smaller.
+  assert {shape for shape in rest if math.prod(shape) > 128} == {chunk, part}
 
 
 @pytest.mark.parametrize(
