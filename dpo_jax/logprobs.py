@@ -3,8 +3,8 @@
 The head (the unembedding) is the largest matrix product of a small model, and its logits are the
 largest array of any model. So training runs the head only at scored tokens, one chunk of them at a
 time; no array [N, L, V] exists, forward or backward. For the backward pass it stores the logits if
-they fit a budget, and otherwise recomputes each chunk. `naive_slot_logps` computes every logit; the
-tests compare with it.
+they fit a budget (`head.target_logps`, their gradients), and otherwise recomputes each chunk.
+`naive_slot_logps` computes every logit; the tests compare with it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.distributed.sharding import by_rows, by_vocabulary, copy_per_group, sequence_parts
+from dpo_jax.distributed.sharding import (
+  by_rows,
+  by_vocabulary,
+  chunks_by_group,
+  copy_per_group,
+  join_groups,
+  sequence_parts,
+  vocabulary_parts,
+)
+from dpo_jax.head import logits, logits_of_groups, target_logps
 from dpo_jax.structs import (
   Array,
   Head,
@@ -28,7 +37,6 @@ from dpo_jax.structs import (
   TokenBatch,
   UnpairedLogps,
 )
-from dpo_jax.utils.matmul import product_of_rows
 
 
 class LogitBudget(NamedTuple):
@@ -49,16 +57,6 @@ class LogitBudget(NamedTuple):
 LOGIT_BUDGET = {"cpu": LogitBudget(2**23, 2**26)}
 LOGIT_BUDGET_ELSEWHERE = LogitBudget(2**27, 2**27)
 _PAST_END = 2**31 - 1  # an index beyond any batch: reads give the fill value
-
-
-def logits(hidden_xD: Array, head: Head) -> Array:
-  """Computes the logits of every vocabulary entry, in float32 or wider: [..., V]."""
-  out_xV = product_of_rows(jnp.asarray(hidden_xD), jnp.asarray(head.kernel_VD))
-  if head.bias_V is not None:
-    out_xV = out_xV + head.bias_V.astype(out_xV.dtype)
-  if head.soft_cap is not None:
-    out_xV = head.soft_cap * jnp.tanh(out_xV / head.soft_cap)
-  return out_xV
 
 
 def token_logps(logits_xV: Array, target_x: Array) -> Array:
@@ -151,41 +149,51 @@ def scored_logps(
   groups, scored = batch.scored_GM.shape
   at_GM = jnp.pad(batch.scored_GM, ((0, 0), (0, -scored % parts)), constant_values=_PAST_END)
   at_scored = _scored_values(batch._replace(scored_GM=at_GM))
+  head = head._replace(kernel_VD=by_vocabulary(head.kernel_VD))
+  # Where a device has a part of the vocabulary, tokens travel and not the head: they are joined
+  # with those of the devices that have the other parts.
+  vocab = head.kernel_VD.shape[0]
+  shared = vocabulary_parts(vocab, ["fsdp"])
 
   def divide(x_GM: Array) -> Array:
     # Devices that share the positions of a row also share its scored tokens: each computes a part,
     # as a group of its own.
-    return x_GM.reshape(groups * parts, -1, *x_GM.shape[2:])
+    x_GM = join_groups(x_GM, shared) if shared > 1 else x_GM
+    return x_GM.reshape(groups // shared * parts, -1, *x_GM.shape[2:])
 
   hidden_GMD, target_GM = divide(by_rows(at_scored(hidden_NLD))), divide(at_scored(batch.target_NL))
-  head = head._replace(kernel_VD=by_vocabulary(head.kernel_VD))
   budget = budget or LOGIT_BUDGET.get(jax.default_backend(), LOGIT_BUDGET_ELSEWHERE)
-  per_group, vocab = target_GM.shape[1], head.kernel_VD.shape[0]
-  chunks, size = _chunking(per_group, budget.chunk // vocab)
-  cut = functools.partial(_into_chunks, chunks=chunks, size=size)
+  per_group, own = target_GM.shape[1], vocab // vocabulary_parts(vocab)  # of one device
+  chunks, size = _chunking(per_group, budget.chunk // own)
+
+  def cut(x_GM: Array) -> Array:
+    x_cGm = _into_chunks(x_GM, chunks, size)
+    return chunks_by_group(x_cGm) if shared > 1 else x_cGm
+
   count: Array | int = chunks
   if chunks > 1 and groups * parts == 1:
     # Skips the chunks that are all padding. With several groups it does not: devices that work
     # together must run the same number of chunks.
     at_end = batch.ids_NL.size
     count = -(-(at_GM < at_end).sum() // size)
-  elif chunks > 1:
+  elif chunks > 1 and len(target_GM) > 1:
     # A copy of the head's kernel per group: the loop then adds up gradients locally, and they are
     # summed over devices once at the end instead of once per chunk.
-    head = head._replace(kernel_VD=copy_per_group(head.kernel_VD, groups * parts))
+    head = head._replace(kernel_VD=copy_per_group(head.kernel_VD, len(target_GM)))
   if token_fn is token_logps:
-    kept = per_group * vocab <= budget.kept
+    narrow = hidden_GMD.dtype.itemsize / 4  # of the memory of float32
+    kept = narrow * per_group * own <= budget.kept
     # JAX types the result of a custom_vjp with nondiff_argnums as an unknown object.
-    logps_cGm = cast(Array, _head_logps(kept, cut(hidden_GMD), head, cut(target_GM), count))
+    logps_cGm = cast(Array, target_logps(kept, cut(hidden_GMD), head, cut(target_GM), count))
   else:
 
     @jax.checkpoint  # recomputes each chunk's logits in the backward pass: they are not stored
     def chunk_values(x_GmD: Array, target_Gm: Array, head: Head) -> Array:
-      return token_fn(_group_logits(x_GmD, head), target_Gm)
+      return token_fn(logits_of_groups(x_GmD, head), target_Gm)
 
     chunked = cut(hidden_GMD), cut(target_GM)
     logps_cGm = jax.lax.map(lambda chunk: chunk_values(*chunk, head), chunked)
-  logps_GM = jnp.moveaxis(logps_cGm, 0, 1).reshape(groups * parts, -1)[:, :per_group]
+  logps_GM = jnp.moveaxis(logps_cGm, 0, 1).reshape(len(target_GM), -1)[:, :per_group]
   return logps_GM.reshape(groups, -1)[:, :scored]
 
 
@@ -207,79 +215,6 @@ def _into_chunks(x_GM: Array, chunks: int, size: int) -> Array:
   short = [(0, 0), (0, size * chunks - x_GM.shape[1])] + [(0, 0)] * (x_GM.ndim - 2)
   x_GM = jnp.pad(x_GM, short).reshape(len(x_GM), chunks, size, *x_GM.shape[2:])
   return jnp.moveaxis(x_GM, 1, 0)
-
-
-def _group_logits(hidden_GmD: Array, head: Head) -> Array:
-  """Computes `logits`, with one kernel for all groups or a kernel per group."""
-  if head.kernel_VD.ndim == 2:
-    return logits(hidden_GmD, head)
-
-  def logits_of_group(x_mD: Array, kernel_VD: Array) -> Array:
-    return logits(x_mD, head._replace(kernel_VD=kernel_VD))
-
-  return jax.vmap(logits_of_group)(hidden_GmD, head.kernel_VD)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head_logps(
-  kept: bool, hidden_cGmD: Array, head: Head, target_cGm: Array, count: Array | int
-) -> Array:
-  """Computes `token_logps` of `logits`, one chunk at a time.
-
-  It has a gradient rule of its own, because jax cannot differentiate a loop whose number of
-  iterations is an array. The rule takes one pass over the logits, stored or recomputed.
-
-  Args:
-    kept: whether the backward pass uses stored logits.
-    hidden_cGmD: input of the head, in chunks.
-    head: the unembedding; its kernel is [V, D], or [G, V, D] with a copy per group.
-    target_cGm: target tokens.
-    count: number of chunks to run; the log-probs of later chunks are 0.
-  """
-  # False: where no gradient is computed, no logits are stored.
-  return _head_forward(False, hidden_cGmD, head, target_cGm, count)[0]
-
-
-def _head_forward(kept, hidden_cGmD, head, target_cGm, count):
-  """Returns the log-probs, and what the backward pass needs: the inputs, norms and logits."""
-
-  def chunk_step(i, carry):
-    logits_GmV = _group_logits(hidden_cGmD[i], head)
-    norm_Gm = jax.nn.logsumexp(logits_GmV, axis=-1)
-    picked_Gm = jnp.take_along_axis(logits_GmV, target_cGm[i][..., None], axis=-1)[..., 0]
-    new_values = picked_Gm - norm_Gm, norm_Gm, logits_GmV if kept else None
-    return jax.tree.map(lambda all_c, new: all_c.at[i].set(new), carry, new_values)
-
-  # The log-sum-exps are stored in any case: they take 1/V of the memory of the logits.
-  zeros = jnp.zeros(target_cGm.shape, jnp.promote_types(hidden_cGmD.dtype, jnp.float32))
-  vocab = head.kernel_VD.shape[-2]
-  logits_cGmV = jnp.zeros((*zeros.shape, vocab), zeros.dtype) if kept else None
-  logps_cGm, *saved = jax.lax.fori_loop(0, count, chunk_step, (zeros, zeros, logits_cGmV))
-  return logps_cGm, (hidden_cGmD, head, target_cGm, count, *saved)
-
-
-def _head_backward(kept, saved, cotangent_cGm):
-  """Returns the gradients of hidden states and head, one chunk at a time."""
-  hidden_cGmD, head, target_cGm, count, norm_cGm, logits_cGmV = saved
-
-  def chunk_step(i, carry):
-    hidden_grad_cGmD, head_grad = carry
-    logits_GmV, pull = jax.vjp(_group_logits, hidden_cGmD[i], head)
-    # If logits are stored, those that vjp computes are not used; without a soft cap the compiler
-    # then drops the matrix product that they need.
-    logits_GmV = logits_cGmV[i] if kept else logits_GmV
-    is_target_GmV = target_cGm[i][..., None] == jnp.arange(logits_GmV.shape[-1])
-    # d log π(target) / d logit_v = [v is the target] - π(v).
-    prob_GmV = jnp.exp(logits_GmV - norm_cGm[i][..., None])
-    hidden_grad_GmD, more = pull(cotangent_cGm[i][..., None] * (is_target_GmV - prob_GmV))
-    return hidden_grad_cGmD.at[i].set(hidden_grad_GmD), jax.tree.map(jnp.add, head_grad, more)
-
-  zeros = jax.tree.map(jnp.zeros_like, (hidden_cGmD, head))
-  # None: targets and count are integers and have no gradient.
-  return *jax.lax.fori_loop(0, count, chunk_step, zeros), None, None
-
-
-_head_logps.defvjp(_head_forward, _head_backward)
 
 
 def _scored_values(batch: TokenBatch) -> Callable[[Array], Array]:

@@ -413,14 +413,14 @@ def _gradient(
   if not isinstance(objective.reference_kind, NoReference):
     # One micro-batch at a time, as for the policy, so that only its activations are in memory.
     reference_fn = functools.partial(objective.reference_logps, reference_params)
-    reference_ANS = jax.lax.stop_gradient(jax.lax.map(reference_fn, batch))
+    reference_ANS = jax.lax.stop_gradient(_map_micro_batches(reference_fn, batch))
   ready_A = None
   if objective.loss.batch_wide and len(batch.ids_NL) > 1:
     # The slope needs the log-probs of all micro-batches first, hence one more forward pass.
     logps_ANS = jax.lax.map(lambda micro: policy_fn(state.params, micro).logps_NS, batch)
     ready_A = _joined(slope)(logps_ANS, reference_ANS, slots_A)
 
-  def accumulate(grads, parts):
+  def differentiate(parts):
     micro, reference_NS, slots, ready = parts
 
     def scored_fn(trained):
@@ -437,15 +437,40 @@ def _gradient(
       # This loss is not a sum over micro-batches, so the mean of their losses is minimized.
       weight = objective.balance / len(batch.ids_NL)
       slope_E, more_sums = _balance(total(scored.routing), weight)
-    (more,) = pull((slope_NS, slope_E))
-    return jax.tree.map(jnp.add, grads, more), (sums | more_sums, bad_NS)
+    (grads,) = pull((slope_NS, slope_E))
+    return grads, (sums | more_sums, bad_NS)
 
-  # Gradients are summed in the parameters' type; scan keeps one micro-batch's activations alive.
-  zeros = jax.tree.map(jnp.zeros_like, state.params)
   parts = (batch, reference_ANS, slots_A, ready_A)
-  grads, (sums_A, bad_ANS) = jax.lax.scan(accumulate, zeros, parts)
+  grads, (sums_A, bad_ANS) = _add_up(differentiate, state.params, parts)
   # One reduction over the devices for the whole step, not one per micro-batch.
   return *total((grads, jax.tree.map(lambda x_A: x_A.sum(0), sums_A))), bad_ANS
+
+
+def _map_micro_batches(fn: Callable[[PyTree], PyTree], parts_A: PyTree) -> PyTree:
+  """Calls `fn` for one micro-batch after another, and stacks the results."""
+  if len(jax.tree.leaves(parts_A)[0]) > 1:
+    return jax.lax.map(fn, parts_A)
+  # A loop of one turn would hide its body from the compiler's simplifications.
+  only = jax.tree.map(lambda x_A: x_A[0], parts_A)
+  return jax.tree.map(lambda x: x[None], fn(only))
+
+
+def _add_up(
+  fn: Callable[[PyTree], tuple[PyTree, PyTree]], like: PyTree, parts_A: PyTree
+) -> tuple[PyTree, PyTree]:
+  """Adds up the first results of `fn` over micro-batches, and stacks the second ones."""
+  if len(jax.tree.leaves(parts_A)[0]) == 1:
+    # Without zeros to add to, which would take the memory of the parameters.
+    only = jax.tree.map(lambda x_A: x_A[0], parts_A)
+    first, second = fn(only)
+    return first, jax.tree.map(lambda x: x[None], second)
+
+  def accumulate(total: PyTree, part: PyTree) -> tuple[PyTree, PyTree]:
+    more, second = fn(part)
+    return jax.tree.map(jnp.add, total, more), second
+
+  # A scan keeps the activations of one micro-batch alive.
+  return jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, like), parts_A)
 
 
 def _policy_fn(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dpo_jax.model import transformer
 from dpo_jax.model.config import ModelConfig
+from dpo_jax.utils.matmul import exact
 
 
 def step_flops(
@@ -71,8 +72,12 @@ def product_rate(dtype: str) -> tuple[float, str]:
 
 def _rate(size: int, dtype: str, result: str, repeats: int = 8) -> float:
   """Returns FLOPs per second of a square product, the best of several runs."""
-  x = jnp.ones((size, size), dtype)
-  product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.dtype(result)))
+  # Random numbers: of ones, a processor that is short of power multiplies more per second.
+  x = jax.random.normal(jax.random.key(0), (size, size), dtype)
+  precision = exact(dtype)["precision"]  # as in training
+  product = jax.jit(
+    lambda a, b: jnp.dot(a, b, precision=precision, preferred_element_type=jnp.dtype(result))
+  )
   product(x, x).block_until_ready()  # compiles
   times = []
   # The best of several: other programs only ever make it slower.

@@ -8,7 +8,7 @@ import math
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -127,7 +127,7 @@ def measure(
   live = run.objective.loss.needs_reference and not run.store
   trained = _count(params)
   flops = step_flops(run.model_config, reference=live, adapters=trained if run.adapter else 0)
-  take = _stepper(run, params, reference)
+  steps = _Steps(run, params, reference)
   del params, reference  # their memory is part of what is measured
 
   # A pass of its own over the stream. It may be repeated, since batch k depends on data, seed and k
@@ -137,15 +137,17 @@ def measure(
   }
   # Each shape once, before the clock: a compilation within a block would be timed as a step.
   first, *others = shapes.values()
-  take(first)
+  steps.take(first)
+  steps.wait()
   first_step = time.perf_counter() - started
   for batch in others:
-    take(batch)
+    steps.take(batch)
+  steps.wait()
   # Read here: the product that is timed further down is compiled too.
   compile_seconds = sum(compiled)
 
   # Blocks, for their median: other programs of the machine disturb some and not all.
-  results = _time_blocks(run, take, pace, flops)
+  results = _time_blocks(run, steps, pace, flops)
   if not results:
     return {"steps": 0}
   ceiling, product = product_rate(run.settings.compute_dtype)
@@ -269,26 +271,33 @@ def _listen_to_compiler() -> list[float]:
   return seconds
 
 
-def _stepper(
-  run: Run, params: PyTree, reference: PyTree | None
-) -> Callable[[TokenBatch], dict[str, Any]]:
-  """Returns a function that takes one training step after another and waits for each."""
-  executor = run.executor
-  init = functools.partial(step.init_state, tx=run.tx, loss=run.objective.loss)
-  state = executor.compile_init(init)(executor.place(params))
-  reference_params = None if reference is None else executor.place(reference)
-  reference_params = fill_store(run, reference_params)
-  compiled = executor.compile_step(
-    functools.partial(step.train_step, objective=run.objective, tx=run.tx)
-  )
+class _Steps:
+  """Takes one training step after another, as the training loop does."""
 
-  def take(batch: TokenBatch) -> dict[str, Any]:
+  def __init__(self, run: Run, params: PyTree, reference: PyTree | None):
+    self._executor = run.executor
+    init = functools.partial(step.init_state, tx=run.tx, loss=run.objective.loss)
+    self._state = run.executor.compile_init(init)(run.executor.place(params))
+    placed = None if reference is None else run.executor.place(reference)
+    self._reference_params = fill_store(run, placed)
+    self._compiled = run.executor.compile_step(
+      functools.partial(step.train_step, objective=run.objective, tx=run.tx)
+    )
+    self._means: dict[str, Any] = {}
+
+  def take(self, batch: TokenBatch) -> None:
+    """Starts a step, then reads the metrics of the one before."""
     # The step donates its state, so only the newest one is valid.
-    nonlocal state
-    state, means = compiled(state, reference_params, executor.place_batch(batch))
-    return executor.metrics_to_host(means)  # waits for the step
+    self._state, means = self._compiled(
+      self._state, self._reference_params, self._executor.place_batch(batch)
+    )
+    self.wait()
+    self._means = means
 
-  return take
+  def wait(self) -> None:
+    """Waits for the step whose metrics are not read yet, by reading them."""
+    self._executor.metrics_to_host(self._means)
+    self._means = {}
 
 
 def _stream(run: Run, steps: int) -> Iterator[TokenBatch]:
@@ -297,12 +306,13 @@ def _stream(run: Run, steps: int) -> Iterator[TokenBatch]:
   return (feed(k, None)[0] for k in range(1, steps + 1))
 
 
-def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
+def _time_blocks(run: Run, steps: _Steps, pace: Pace, flops) -> list[dict[str, float]]:
   """Runs and measures the blocks; returns the counts and seconds of each, in order."""
   stream, results = _stream(run, pace.steps), []
   by_row = {example.row: example for example in run.data.examples}
   for _ in range(pace.warmup):
-    take(next(stream))
+    steps.take(next(stream))
+  steps.wait()
   for tell in pacing.turns(pace):
     seen: list[int] = []
     waited, real, room = 0.0, 0, 0
@@ -311,9 +321,10 @@ def _time_blocks(run: Run, take, pace: Pace, flops) -> list[dict[str, float]]:
         before = time.perf_counter()
         batch = next(stream)
         waited += time.perf_counter() - before
-        take(batch)
+        steps.take(batch)
         seen += batch.row_NS[batch.row_NS >= 0].tolist()
         real, room = real + (batch.pair_NL >= 0).sum(), room + batch.pair_NL.size
+      steps.wait()
     # Counted after the clock has stopped: counting is no part of training.
     completions = len(run.data.examples[0].completions)
     # Every completion of a row is a slot of its own, so each row is seen once per completion.

@@ -1,7 +1,8 @@
 """Sharding rules: how parameters and activations are divided over a mesh of four axes.
 
   data      divides the rows of a batch; every device along it has a copy of the parameters
-  fsdp      divides the rows of a batch and the parameters; each parameter is gathered for its use
+  fsdp      divides the rows of a batch and the parameters; each parameter is gathered for its use,
+            but of embedding and head, which stay divided by vocabulary
   sequence  divides the tokens of a row; keys and values are gathered, one layer at a time
   tensor    divides the parameters and the matrix products with them, but not the rows
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,13 +27,15 @@ from dpo_jax.structs import Array
 AXES = ("data", "fsdp", "sequence", "tensor")
 ROWS = ("data", "fsdp")  # the axes that divide the rows of a batch
 _SEQUENCE = ("sequence",)
+_VOCABULARY = ("tensor", "fsdp")
 
 # The order is important: the first pattern that matches the end of a path decides, so special cases
 # stand before the general "kernel". The axes are those of the last dimensions; dimensions before
 # them (layers, experts) stay undivided, because layers are scanned over one by one. A leaf that
-# matches no pattern is replicated.
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-  (r"(embed|head)/embedding", ("tensor", "fsdp")),  # the vocabulary is divided
+# matches no pattern is replicated. Tables are divided by vocabulary, and by width where fsdp does
+# not divide the vocabulary.
+RULES: tuple[tuple[str, tuple[str | tuple[str, ...] | None, ...]], ...] = (
+  (r"(embed|head)/embedding", (_VOCABULARY, "fsdp")),
   (r"positions/embedding", (None, "fsdp")),
   (r"router/kernel", ("fsdp", None)),  # every device must see the scores of all experts
   # The input of these two is the divided output of the maps before them. With the same axis on
@@ -62,11 +65,26 @@ def spec(path: tuple[Any, ...], shape: tuple[int, ...], sizes: dict[str, int]) -
   else:
     return PartitionSpec()
   axes = (None,) * (len(shape) - len(axes)) + axes
+  found: list[tuple[str, ...]] = []
+  for axis, size in zip(axes, shape, strict=True):
+    # An axis divides one dimension: the first that it can, of those that ask for it.
+    free = [x for x in _names(axis) if x not in {name for names in found for name in names}]
+    found.append(_dividing(free, size, sizes))
+  return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in found))
 
-  def fits(axis: str | None, size: int) -> str | None:
-    return axis if axis and sizes[axis] > 1 and size % sizes[axis] == 0 else None
 
-  return PartitionSpec(*map(fits, axes, shape))
+def _names(axis: Any) -> tuple[str, ...]:
+  """Returns the axes of one entry of a partition spec."""
+  return axis if isinstance(axis, tuple) else (axis,) if axis else ()
+
+
+def _dividing(axes: Sequence[str], size: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
+  """Returns those of the axes, from the first on, that together divide a dimension evenly."""
+  found: tuple[str, ...] = ()
+  for axis in axes:
+    if sizes[axis] > 1 and size % math.prod(sizes[name] for name in (*found, axis)) == 0:
+      found = (*found, axis)
+  return found
 
 
 # --- activations ----------------------------------------------------------------------------------
@@ -109,9 +127,40 @@ def split_sequence(x_NL: Array, parts: int) -> Array:
 
 
 def by_vocabulary(table_VD: Array) -> Array:
-  """Gathers a table over fsdp and divides its vocabulary over tensor."""
-  # Before a loop over chunks, so that the table is gathered once and not once per chunk.
-  return _constrain(table_VD, ("tensor",), None)
+  """Divides the vocabulary of a table over tensor and fsdp, as its parameter is."""
+  return _constrain(table_VD, _vocabulary_axes(len(table_VD)), None)
+
+
+def _vocabulary_axes(vocab: int) -> tuple[str, ...]:
+  mesh = _mesh()
+  return _dividing(_VOCABULARY, vocab, mesh.shape) if mesh else ()
+
+
+def vocabulary_parts(vocab: int, axes: Sequence[str] = _VOCABULARY) -> int:
+  """Returns over how many devices of some axes a vocabulary is divided; 1 outside a mesh."""
+  mesh = _mesh()
+  dividing = [name for name in _vocabulary_axes(vocab) if name in axes]
+  return math.prod(mesh.shape[name] for name in dividing) if mesh else 1
+
+
+def copy_over_fsdp(x_NL: Array) -> Array:
+  """Divides rows over data alone, and tokens over sequence: fsdp devices get the same rows."""
+  return _constrain(x_NL, ("data",), _SEQUENCE, *(None,) * (x_NL.ndim - 2))
+
+
+def join_groups(x_GM: Array, parts: int) -> Array:
+  """Joins the scored tokens of groups, [G, M, ...], to [G / parts, parts M, ...].
+
+  Devices that each have a part of the vocabulary need the tokens of all of them.
+  """
+  groups, scored, *rest = x_GM.shape
+  x_GM = x_GM.reshape(groups // parts, parts * scored, *rest)
+  return _constrain(x_GM, ("data",), _SEQUENCE, *(None,) * len(rest))
+
+
+def chunks_by_group(x_cGm: Array) -> Array:
+  """Keeps chunks of joined groups, [c, G, m, ...], whole on every device that has a group."""
+  return _constrain(x_cGm, None, ("data", "sequence"), *(None,) * (x_cGm.ndim - 2))
 
 
 def copy_per_group(table_VD: Array, groups: int) -> Array:
@@ -122,7 +171,10 @@ def copy_per_group(table_VD: Array, groups: int) -> Array:
   # With copies of its own, each group sums its gradient over all chunks locally. The transpose of
   # this broadcast then adds the groups up: one all-reduce per step, not one per chunk.
   table_GVD = jax.numpy.broadcast_to(table_VD, (groups, *table_VD.shape))
-  return _constrain(table_GVD, ROWS + _SEQUENCE, ("tensor",), None)
+  vocabulary = _vocabulary_axes(len(table_VD))
+  # An axis that divides the vocabulary cannot divide the groups, too.
+  axes = tuple(name for name in ROWS + _SEQUENCE if name not in vocabulary)
+  return _constrain(table_GVD, axes, vocabulary, None)
 
 
 def map_over_shards(fn: Callable[..., Array], *, heads: int) -> Callable[..., Array]:
@@ -163,6 +215,6 @@ def _constrain(x: Array, *axes: Any) -> Array:
   def fits(names: Any, size: int) -> Any:
     if not isinstance(names, tuple):
       return names
-    return None if size % math.prod(mesh.shape[name] for name in names) else names
+    return None if size % math.prod(mesh.shape[name] for name in names) else names or None
 
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(fits, axes, x.shape)))

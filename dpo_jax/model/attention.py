@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from dpo_jax.distributed import sharding
 from dpo_jax.structs import Array
+from dpo_jax.utils import matmul
 
 # Queries of one block. The scores of a block are the largest array of this attention.
 QUERY_BLOCK = 128
@@ -84,7 +85,7 @@ def attend(
   q_NJxHd = q_NQHHd.reshape(N, Q, J, H // J, Hd).transpose(0, 2, 3, 1, 4).reshape(N, J, -1, Hd)
 
   def scores(keys: Keys, visible_NQC: Array) -> Array:
-    s = jnp.einsum("njxk,njck->njxc", q_NJxHd, keys.k_NJCHd, preferred_element_type=jnp.float32)
+    s = matmul.contract("njxk,njck->njxc", q_NJxHd, keys.k_NJCHd)
     s = s.reshape(N, J, H // J, Q, -1) * (scale or 1.0 / math.sqrt(Hd))
     # The cap comes before the mask, or hidden scores would be capped to values that count.
     s = cap * jnp.tanh(s / cap) if cap else s
@@ -93,7 +94,7 @@ def attend(
   def mix(weights_NJHjQC: Array, keys: Keys) -> Array:
     # Weights take the type of the values for the product; its sums stay float32.
     weights = weights_NJHjQC.astype(keys.v_NJCHd.dtype).reshape(N, J, H // J * Q, -1)
-    return jnp.einsum("njxc,njck->njxk", weights, keys.v_NJCHd, preferred_element_type=jnp.float32)
+    return matmul.contract("njxc,njck->njxk", weights, keys.v_NJCHd)
 
   scored = [scores(*part) for part in parts]
   # Subtracting the maximum keeps exp in range. The result does not depend on it, so neither does

@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.model.attention import UNSEEN, Keys, Tokens, visible
 from dpo_jax.structs import Array
+from dpo_jax.utils.matmul import exact
 
 # Queries of a tile, and the unit in which keys are read.
 TILE = 64
@@ -212,7 +213,7 @@ def _scores(q_JQhHd: Array, k_JCHd: Array, visible_QC: Array, options: ScoreOpti
 def _product(axes: str, a: Array, b: Array) -> Array:
   """Computes a product in the narrower of two types, with sums in float32."""
   dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
-  return jnp.einsum(axes, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
+  return jnp.einsum(axes, a.astype(dtype), b.astype(dtype), **exact(dtype))
 
 
 class _Tile(NamedTuple):

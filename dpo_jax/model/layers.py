@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from dpo_jax.distributed.sharding import by_rows, by_vocabulary, sequence_parts
+from dpo_jax.distributed.sharding import (
+  by_rows,
+  by_vocabulary,
+  copy_over_fsdp,
+  sequence_parts,
+  vocabulary_parts,
+)
 from dpo_jax.structs import Array
 from dpo_jax.utils.matmul import NAME, product
 
@@ -42,6 +48,8 @@ class Linear(nn.Module):
   If the collection "lora" contains an adapter of this map, y = x @ kernel + drop(x) @ a @ b + bias
   with a [in, rank] and b [rank, out], which includes the scale (`lora.attach`). Hu et al. 2021,
   eq. 3.
+
+  `kept` is the name by which rematerialization knows the output.
   """
 
   features: int
@@ -50,6 +58,7 @@ class Linear(nn.Module):
   dtype: Any
   param_dtype: Any
   dropout: float
+  kept: str = NAME
 
   @nn.compact
   def __call__(self, x: Array, codes_NL: Array | None = None) -> Array:
@@ -60,9 +69,9 @@ class Linear(nn.Module):
       y = y + self.adapter(x, codes_NL)
     if self.bias:
       y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-    # The name stands after the cast, because remat "dots" keeps exactly the array that carries it:
+    # The name stands after the cast, because remat keeps exactly the array that carries it:
     # before the cast that would be the float32 sum, twice the bytes of a bfloat16 activation.
-    return by_rows(checkpoint_name(y.astype(self.dtype), NAME))
+    return by_rows(checkpoint_name(y.astype(self.dtype), self.kept))
 
   def product(self, x: Array, kernel: Array) -> Array:
     """Computes x @ kernel in float32."""
@@ -120,6 +129,11 @@ class Table(nn.Module):
     init = nn.initializers.normal(self.std)
     table_VD = self.param("embedding", init, (self.entries, self.width), self.param_dtype)
     table_VD = by_vocabulary(table_VD)
+    shared = vocabulary_parts(self.entries, ["fsdp"]) > 1
+    # Devices that have parts of the vocabulary look up the ids of all of them. Otherwise the
+    # compiler would gather the table, and add its gradient up whole on every device.
+    ids_NL = copy_over_fsdp(ids_NL) if shared else ids_NL
     # mode="fill" returns NaN for ids outside the table, which shows in any loss. Indexing would
     # clip the ids, in silence.
-    return by_rows(jnp.take(table_VD, ids_NL, axis=0, mode="fill"))
+    out_NLD = jnp.take(table_VD, ids_NL, axis=0, mode="fill")
+    return by_rows(copy_over_fsdp(out_NLD) if shared else out_NLD)

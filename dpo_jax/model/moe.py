@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import Array, Routing
+from dpo_jax.utils.matmul import exact
 
 
 class Kernel(nn.Module):
@@ -64,7 +65,7 @@ class Mixture(nn.Module):
     down_EFfD = kernel("down", settings.count, c.mlp_width, c.width)
 
     # The softmax is float32: rounded, the probabilities of similar experts would tie.
-    probs_TkE = jax.nn.softmax(jnp.dot(x_TkD, router_DE, preferred_element_type=jnp.float32))
+    probs_TkE = jax.nn.softmax(jnp.dot(x_TkD, router_DE, **exact(x_TkD.dtype)))
     weight_TkEk, expert_TkEk = jax.lax.top_k(probs_TkE, settings.chosen)
     if settings.rescaled:
       weight_TkEk = weight_TkEk / weight_TkEk.sum(axis=-1, keepdims=True)
@@ -77,7 +78,7 @@ class Mixture(nn.Module):
 
     def multiply(x_AsD: Array, kernel_EDFf: Array) -> Array:
       y_RF = jax.lax.ragged_dot(
-        jnp.asarray(x_AsD), jnp.asarray(kernel_EDFf), sizes_E, preferred_element_type=jnp.float32
+        jnp.asarray(x_AsD), jnp.asarray(kernel_EDFf), sizes_E, **exact(self.dtype)
       )
       return y_RF.astype(self.dtype)
 

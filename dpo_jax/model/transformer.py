@@ -34,15 +34,19 @@ ACTIVATIONS = {
 
 # Rematerialization: which arrays of a layer the forward pass keeps for the backward pass, which
 # computes the others again. "none" keeps everything, "dots" the outputs of linear maps (attention
-# scores are computed again), "full" only the layer's input.
+# scores are computed again), "narrow" those of them that are no wider than the model, "full" only
+# the layer's input.
 REMAT = {
   "none": None,
   # Both policies are needed: the first sees plain products, the second finds by their names those
   # inside functions with a gradient of their own, which the first does not see.
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(matmul.NAME, attention_tiled.REMAT_NAME),
+    jax.checkpoint_policies.save_only_these_names(
+      matmul.NAME, matmul.WIDE_NAME, attention_tiled.REMAT_NAME
+    ),
   ),
+  "narrow": jax.checkpoint_policies.save_only_these_names(matmul.NAME, attention_tiled.REMAT_NAME),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -100,12 +104,19 @@ class Block(nn.Module):
   dropout: float
   attention: str
 
-  def linear(self, name: str, features: int, bias: bool, *, residual: bool = False) -> Linear:
-    """Makes a linear map; `residual` if its output is added to the residual stream."""
+  def linear(
+    self, name: str, features: int, bias: bool, *, residual: bool = False, wide: bool = False
+  ) -> Linear:
+    """Makes a linear map; `residual` if its output is added to the residual stream.
+
+    `wide` if its output is wider than the model.
+    """
     # 2 * layers maps write to the residual stream. Scaled by 1 / sqrt of that number, their sum
     # starts with the standard deviation of one of them (Radford et al. 2019, section 2.3).
     std = self.config.init_std / (math.sqrt(2 * self.config.layers) if residual else 1.0)
-    return Linear(features, bias, std, self.dtype, self.param_dtype, self.dropout, name=name)
+    kept = matmul.WIDE_NAME if wide else matmul.NAME
+    own = (features, bias, std, self.dtype, self.param_dtype, self.dropout, kept)
+    return Linear(*own, name=name)
 
   def norm(self, name: str, x: Array, enabled: bool = True) -> Array:
     """Normalises x, or returns it unchanged where the model has no such norm."""
@@ -192,9 +203,9 @@ class Block(nn.Module):
     """Computes the feed-forward part."""
     c = self.config
     act = ACTIVATIONS[c.activation]
-    up = self.linear("up", c.mlp_width, c.mlp_bias)(y_NLD, codes_NL)
+    up = self.linear("up", c.mlp_width, c.mlp_bias, wide=True)(y_NLD, codes_NL)
     if c.gated:
-      y = act(self.linear("gate", c.mlp_width, c.mlp_bias)(y_NLD, codes_NL)) * up
+      y = act(self.linear("gate", c.mlp_width, c.mlp_bias, wide=True)(y_NLD, codes_NL)) * up
     else:
       y = act(up)
     return self.linear("down", c.width, c.mlp_bias, residual=True)(y, codes_NL)

@@ -3,9 +3,15 @@
 JAX's own gradient of a product of bfloat16 inputs with a float32 result multiplies in float32, at a
 fraction of the speed, because the cotangent is float32. Here the cotangent is first rounded to the
 type of the inputs. Sums, and the gradient of a float32 kernel, stay float32.
+
+Products of float32 inputs are computed in float32 on every device. By default TPUs and GPUs would
+round their inputs, to bfloat16 and to TF32.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +19,9 @@ import jax.numpy as jnp
 from dpo_jax.structs import Array
 
 # Callers give this name to an output that remat should keep: a policy does not see the products
-# inside a function with a gradient of its own.
-NAME = "product"
+# inside a function with a gradient of its own. Outputs that are several times as wide as the model
+# have a name of their own: they take most of the memory, and can be computed again alone.
+NAME, WIDE_NAME = "product", "wide product"
 
 
 @jax.custom_vjp
@@ -37,11 +44,46 @@ def product_of_rows(x_xD: Array, table_VD: Array) -> Array:
   return _dot(x_xD, table_VD.astype(x_xD.dtype), 1)
 
 
+def exact(dtype: Any) -> dict[str, Any]:
+  """Returns options of JAX's products with inputs of one type: sums are float32 or wider.
+
+  They also keep float32 inputs as they are, which costs several passes of the hardware's products.
+  """
+  narrow = jnp.dtype(dtype).itemsize < 4
+  return {
+    "preferred_element_type": jnp.promote_types(dtype, jnp.float32),
+    "precision": None if narrow else jax.lax.Precision.HIGHEST,
+  }
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def contract(equation: str, a: Array, b: Array) -> Array:
+  """Computes an einsum of two arrays of one type, with sums in float32 or wider.
+
+  Args:
+    equation: every index of an input is one of the other input or of the result.
+    a, b: the inputs, of one type.
+  """
+  return jnp.einsum(equation, a, b, **exact(a.dtype))
+
+
+def _contract_backward(equation: str, saved: tuple[Array, Array], slope: Array):
+  """Returns the gradients of both inputs, by products whose inputs are as narrow as these."""
+  a, b = saved
+  inputs, _, out = equation.partition("->")
+  of_a, _, of_b = inputs.partition(",")
+  slope = slope.astype(a.dtype)
+  da = contract(f"{out},{of_b}->{of_a}", slope, b)
+  return da.astype(a.dtype), contract(f"{out},{of_a}->{of_b}", slope, a).astype(b.dtype)
+
+
+contract.defvjp(lambda equation, a, b: (contract(equation, a, b), (a, b)), _contract_backward)
+
+
 def _dot(x_xD: Array, kernel: Array, axis: int) -> Array:
   """Contracts the last axis of x with an axis of the kernel, and adds up in float32 or wider."""
-  wide = jnp.promote_types(x_xD.dtype, jnp.float32)
   dims = (((x_xD.ndim - 1,), (axis,)), ((), ()))
-  return jax.lax.dot_general(x_xD, kernel, dims, preferred_element_type=wide)
+  return jax.lax.dot_general(x_xD, kernel, dims, **exact(x_xD.dtype))
 
 
 def _pulled(x_xD: Array, kernel: Array, axis: int, slope_xFf: Array) -> tuple[Array, Array]:
@@ -51,8 +93,7 @@ def _pulled(x_xD: Array, kernel: Array, axis: int, slope_xFf: Array) -> tuple[Ar
   leading = tuple(range(x_xD.ndim - 1))
   # The order decides which axis comes first: [D, F] for a kernel, [V, D] for a table.
   pair = (x_xD, slope_xFf) if axis == 0 else (slope_xFf, x_xD)
-  wide = jnp.promote_types(x_xD.dtype, jnp.float32)
-  dkernel = jax.lax.dot_general(*pair, ((leading, leading), ((), ())), preferred_element_type=wide)
+  dkernel = jax.lax.dot_general(*pair, ((leading, leading), ((), ())), **exact(x_xD.dtype))
   return dx_xD, dkernel.astype(kernel.dtype)
 
 

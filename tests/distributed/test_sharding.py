@@ -129,7 +129,9 @@ def test_every_matrix_of_every_family_is_divided(case):
   sizes = {"data": 1, "fsdp": 2, "tensor": 2}
   for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
     spec = sharding.spec(path, leaf.shape, sizes)
-    named = {axis for axis in spec if axis}
+    listed = [name for axis in spec if axis for name in ([axis] if isinstance(axis, str) else axis)]
+    named = set(listed)
+    assert len(named) == len(listed)
     last = path[-1].key
     if last in ("kernel", "embedding"):
       assert "fsdp" in named, jax.tree_util.keystr(path)
@@ -142,7 +144,10 @@ def test_every_matrix_of_every_family_is_divided(case):
 def test_what_does_not_divide_stays_whole():
   path = (jax.tree_util.DictKey("embed"), jax.tree_util.DictKey("embedding"))
   sizes = {"data": 1, "fsdp": 2, "tensor": 4}
-  assert sharding.spec(path, (50, 32), sizes) == PartitionSpec(None, "fsdp")
+  assert sharding.spec(path, (64, 32), sizes) == PartitionSpec(("tensor", "fsdp"), None)
+  assert sharding.spec(path, (50, 32), sizes) == PartitionSpec("fsdp", None)
+  assert sharding.spec(path, (51, 32), sizes) == PartitionSpec(None, "fsdp")
+  assert sharding.spec(path, (52, 32), sizes) == PartitionSpec("tensor", "fsdp")
   assert sharding.spec(path, (52, 33), sizes) == PartitionSpec("tensor", None)
 
 
@@ -194,17 +199,45 @@ def test_copies_of_everything_only_add_up():
   assert {operation for operation, shapes, _ in found if any(shapes)} == {"all-reduce"}
 
 
-def test_fsdp_gathers_one_layer_at_a_time_and_no_activation():
+def test_fsdp_gathers_one_layer_at_a_time_and_no_activation_of_a_layer():
   found = collectives(8, 8, 1)
   kernels = {
     leaf.shape[-2:]
     for path, leaf in jax.tree_util.tree_leaves_with_path(params())
-    if path[-1].key in ("kernel", "embedding")
+    if path[-1].key == "kernel"
   }
-  gathered = [shape for shapes, _ in of_kind(found, "all-gather") for shape in shapes]
-  assert gathered
-  assert set(gathered) == kernels
-  assert {operation for operation, _, _ in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
+  in_layers = [
+    shape
+    for shapes, source in of_kind(found, "all-gather")
+    for shape in shapes
+    if "/layers/" in source
+  ]
+  assert set(in_layers) == kernels
+  assert not of_kind(found, "all-to-all")
+
+
+def test_fsdp_never_sends_a_table_or_its_gradient_but_the_tokens_that_read_it():
+  """Counts what is sent of width D outside the layers, of policy (twice) and reference."""
+  mesh = 8, 4, 1
+  found = collectives(*mesh)
+  batch = batch_of(Executor("mesh", *mesh))
+  sent = [
+    (operation, shape)
+    for operation, shapes, source in found
+    for shape in shapes
+    if shape[-1:] == (WIDTH,) and len(shape) > 1 and "/layers/" not in source
+  ]
+  rows, length = batch.ids_NL.shape[1:]
+  embedded = (rows // 2, length, WIDTH)  # of the four devices that share the vocabulary
+  scored = (4, batch.scored_GM.shape[-1], WIDTH)
+  # The head's input of both models; what they look up, and the gradient of that.
+  assert sent.count(("all-gather", scored)) == 2
+  assert sent.count(("all-reduce", embedded)) == 2 and sent.count(("all-gather", embedded)) == 1
+  # Of every chunk the gradient of the head's input; and of tables, between copies, a part's.
+  rest = {shape for _, shape in sent if shape not in (scored, embedded)}
+  chunk, part = (1, 32, WIDTH), (VOCAB // 4, WIDTH)
+  # Log-probs of chunks happen to be as wide as the model, and are smaller.
+  assert {shape for shape in rest if math.prod(shape) > 128} == {chunk, part}
 
 
 @pytest.mark.parametrize(
@@ -219,7 +252,7 @@ def test_the_gradient_of_the_head_is_added_up_once_and_not_in_every_chunk(mesh):
   table = {(VOCAB, WIDTH), (VOCAB // mesh[2], WIDTH), (VOCAB, WIDTH // mesh[1])}
   table |= {(VOCAB // mesh[2], WIDTH // mesh[1])}
   for shapes, source in of_kind(collectives(*mesh), "all-reduce"):
-    in_a_chunk = "vd->...v" in source  # the head's product, which only chunks have
+    in_a_chunk = "vd->" in source or "->vd" in source or "->gvd" in source  # the head's products
     assert not (in_a_chunk and table & set(shapes)), source
 
 

@@ -345,9 +345,10 @@ def copied(folder, *names):
     shutil.copy(ROOT / name, folder / name)
 
 
-def run_in(folder, script):
+def run_in(folder, script, *arguments, **variables):
+  words, env = ["bash", script, *arguments], os.environ | variables
   return subprocess.run(
-    ["bash", script], cwd=folder, capture_output=True, text=True, check=False, timeout=60
+    words, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=60
   )
 
 
@@ -395,3 +396,51 @@ def test_what_lints_is_pinned():
   text = (ROOT / "requirements-dev.txt").read_text()
   assert re.search(r"^ruff==[\d.]+ ", text, re.MULTILINE)
   assert re.search(r"^pyright\[nodejs\]==[\d.]+ ", text, re.MULTILINE)
+
+
+# -- machines without a network --------------------------------------------------------------------
+
+
+def test_packing_fetches_the_wheels_of_both_sides_and_says_how_to_go_on(tmp_path):
+  copied(tmp_path, "scripts/venv.sh", "scripts/benchmarks/compare.sh")
+  # Of `-m venv`, it makes itself again; of `-m pip wheel`, it says what it was asked.
+  again = 'case $* in *"-m venv"*) mkdir -p w/venv/bin; cp "$0" w/venv/bin/python ;; esac'
+  asks = 'case $* in *"pip wheel"*) echo "$*" >> calls; touch w/a.whl ;; esac'
+  fake(tmp_path, "python", f"{again}; {asks}")
+  done = run_in(
+    tmp_path, "scripts/benchmarks/compare.sh", "pack", "gpu", "w", PYTHON=str(tmp_path / "python")
+  )
+  assert done.returncode == 0, done.stderr
+  asked = [line for line in (tmp_path / "calls").read_text().splitlines() if "pip wheel" in line]
+  assert [line.split(" -r ")[1] for line in asked] == [
+    "requirements-gpu.txt",
+    "requirements-peers-gpu.txt",
+  ]
+  assert all("--wheel-dir w " in line for line in asked)
+  assert done.stdout.splitlines()[-2].startswith("w holds 1 wheels, ")
+  assert done.stdout.splitlines()[-1] == "There: WHEELS=w bash scripts/benchmarks/compare.sh gpu"
+  assert not (tmp_path / "w" / "venv").exists()
+
+
+def test_packed_wheels_are_installed_without_an_index(tmp_path):
+  copied(tmp_path, "scripts/venv.sh")
+  (tmp_path / "requirements.txt").touch()
+  programs = tmp_path / ".venv" / "bin"
+  programs.mkdir(parents=True)
+  told = 'case $* in *"pip install"*) echo "$PIP_NO_INDEX $PIP_FIND_LINKS" > told ;; esac'
+  fake(programs, "python", told)
+  command = "set -euo pipefail; source scripts/venv.sh; use_venv requirements.txt"
+
+  def install():
+    words = ["bash", "-c", command]
+    env = os.environ | {"WHEELS": "w"}
+    return subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+
+  done = install()
+  assert done.returncode == 1 and not (tmp_path / "told").exists()
+  assert done.stderr.startswith("error: WHEELS=w holds no wheels; fill it where there is a network")
+  (tmp_path / "w").mkdir()
+  (tmp_path / "w" / "a.whl").touch()
+  done = install()
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / "told").read_text() == "1 w\n"

@@ -253,7 +253,7 @@ def test_what_is_kept_for_the_backward_pass_changes_no_gradient(config):
     return jax.device_get(gradient_fn(params))
 
   plain = gradient("none")
-  for remat in ("dots", "full") if config is LLAMA else ("dots",):
+  for remat in ("dots", "narrow", "full") if config is LLAMA else ("dots",):
     difference = jax.tree.map(lambda a, b: abs(a - b).max(), gradient(remat), plain)
     assert max(jax.tree.leaves(difference)) < 1e-4
   assert min(float(abs(x).max()) for x in jax.tree.leaves(plain)) > 0
@@ -270,6 +270,33 @@ def test_attention_scores_are_not_kept_for_the_backward_pass():
     return gradient.lower(shapes).compile().memory_analysis().temp_size_in_bytes
 
   assert temporaries(6) - temporaries(2) < 4 * scores / 8
+
+
+def test_what_each_policy_keeps_is_what_its_name_says():
+  """Counts the numbers that a layer more keeps for each of 512 tokens, besides its parameters.
+
+  What `down` adds to the residual stream is no input of any gradient.
+  """
+  config = dataclasses.replace(LLAMA, mlp_width=1000)
+  batch, (width, heads, keys) = random_rows(1, 512), (config.width, config.heads, config.kv_heads)
+  maps = (heads + 2 * keys) * config.head_width + width  # query, key, value; out
+  kept = {"narrow": width + maps, "dots": width + maps + 2 * config.mlp_width, "full": width}
+
+  def residuals(remat, layers):
+    model = transformer.build(dataclasses.replace(config, layers=layers), remat=remat)
+    shapes = transformer.param_shapes(dataclasses.replace(config, layers=layers))
+    _, pull = jax.eval_shape(
+      lambda params: jax.vjp(lambda p: model.hidden(p, batch), params), shapes
+    )
+    return sum(x.size for x in jax.tree.leaves(pull))
+
+  for remat, floats in kept.items():
+    params = sum(
+      x.size // config.layers
+      for x in jax.tree.leaves(transformer.param_shapes(config)["params"]["layers"])
+    )
+    more = residuals(remat, 4) - residuals(remat, 2)
+    assert more == 2 * (params + 512 * floats), remat
 
 
 @FAMILIES
