@@ -265,8 +265,8 @@ def suit_row_length(
   `rate_B` says how often an epoch has each example; None where that is once.
 
   Balanced batches have about equally many tokens, and so take equally many rows. Of the lengths up
-  to 2,048 (or a quarter above the least possible), the one is chosen whose rows have the least
-  padding.
+  to 2,048 (or a quarter above the least possible; a half where several groups have rows of their
+  own, often one or two), the one is chosen whose rows have the least padding.
   """
   least = fit_row_length(examples, layout)
   if not balance or layout == "padded":
@@ -274,11 +274,18 @@ def suit_row_length(
   size = batch_size // accumulate
   sampled = _sample_micro_batches(examples, size, balance, rate_B)[: max(16, WINDOW // size)]
 
-  def taken(length: int) -> int:
-    rows = max(packing.place(batch, layout, length).rows for batch in sampled)
-    return length * packing.round_up(rows, groups)
+  # Groups do not depend on the length of rows, so they are dealt once.
+  dealt = [packing.deal(batch, layout, groups) for batch in sampled]
 
-  return min(range(least, max(5 * least // 4, 2048) + 1, 64), key=taken)
+  def taken(length: int) -> int:
+    pairs = zip(sampled, dealt, strict=True)
+    return length * max(
+      packing.place(batch, layout, length, groups=groups, group_B=group_B).rows
+      for batch, group_B in pairs
+    )
+
+  longest = max((5 if groups == 1 else 6) * least // 4, 2048)
+  return min(range(least, longest + 1, 64), key=taken)
 
 
 def _sample_micro_batches(
