@@ -176,7 +176,8 @@ def _converted(value: Any, node: ConfigDict, name: str, typed: str, where: str) 
     if now is None or (typed.startswith("loss.") and typed != "loss.name"):
       return None
     usual = "its usual fields" if isinstance(now, ConfigDict) else repr(now)
-    raise UserError(f"{where}{typed} has no value; leave it out for {usual}")
+    word = ", or write 'none'" if typed in field_names.NONE_IS_A_VALUE else ""
+    raise UserError(f"{where}{typed} has no value; leave it out for {usual}{word}")
   found = None
   if isinstance(now, ConfigDict):
     found = ConfigDict(dict(value)) if isinstance(value, Mapping) else None
