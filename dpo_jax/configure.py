@@ -206,7 +206,7 @@ def _wanted(kind: type, value: Any, typed: str) -> str:
   if typed in paths.FIELDS:
     return "the path of a folder"
   if typed == "model.remat":
-    return "none, dots or full"
+    return "auto, none, dots or full"
   if kind is int and typed.rpartition(".")[2] in ("every", "sync_every", "warmup_steps"):
     return "an integer, a number of steps: neither a share of them nor a word"
   if kind is str and isinstance(value, bool):

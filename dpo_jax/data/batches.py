@@ -16,7 +16,7 @@ from dpo_jax.data import packing
 from dpo_jax.data.collate import check_fits, collate, collate_many, fit_row_length, fit_sizes
 from dpo_jax.data.examples import Example, Lazy, Measured, lengths
 from dpo_jax.data.mixture import Mixture
-from dpo_jax.data.packing import Sizes
+from dpo_jax.data.packing import Shape, Sizes
 from dpo_jax.structs import TokenBatch, UserError
 
 WINDOW = 4096  # examples that neighbouring batches exchange at a time
@@ -288,6 +288,37 @@ def suit_row_length(
   return min(range(least, longest + 1, 64), key=taken)
 
 
+def usual_shape(
+  examples: Sequence[Example] | Measured,
+  *,
+  batch_size: int,
+  batching: Batching = _SHARED,
+  accumulate: int = 1,
+  balance: bool = False,
+) -> Shape:
+  """Returns the shape that most micro-batches have; arguments as in `batches`.
+
+  A few have the next larger one: see `packing.Sizes`.
+  """
+  measured = lengths(examples)
+  row_length = batching.row_length or suit_row_length(
+    measured,
+    batching.layout,
+    batch_size=batch_size,
+    accumulate=accumulate,
+    groups=batching.groups,
+    balance=balance,
+  )
+  if batching.layout == "padded":
+    row_length = fit_row_length(measured, batching.layout)
+  rows = batching._replace(row_length=row_length)
+  sizes = _usual_sizes(measured, batch_size // accumulate, accumulate, rows, balance, None)
+  scored = packing.round_up(sizes.scored * sizes.rows // batching.groups, 8)
+  return Shape(
+    sizes.rows, row_length, batching.groups, scored, sizes.slots, sizes.texts, sizes.width
+  )
+
+
 def _sample_micro_batches(
   examples: Sequence[Example] | Measured,
   size: int,
@@ -311,7 +342,7 @@ def _sample_micro_batches(
 
 
 def _usual_sizes(
-  examples: Sequence[Example],
+  examples: Sequence[Example] | Measured,
   size: int,
   accumulate: int,
   rows: Batching,

@@ -398,7 +398,7 @@ def _pasted(word: str) -> str:
 
 
 def settle_none() -> None:
-  """Reads the words for None among the values of overrides, and refuses them where they say nothing.
+  """Reads the words for None among the values of overrides, or refuses them.
 
   None means `not given`. It may stand where the configuration itself has it, and for every argument
   of a loss: a configuration may set one that another loss does not read. A text is only known as

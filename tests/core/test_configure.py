@@ -62,7 +62,9 @@ def test_the_config_json_of_a_run_is_a_configuration(tmp_path):
 
 def test_none_is_a_word_in_files_and_in_python(tmp_path):
   # Every field whose documentation lists none among its values is known as one.
-  listed = [name for name, it in field_docs.read().items() if re.search(r"(: |, )none,", it.meaning)]
+  listed = [
+    name for name, it in field_docs.read().items() if re.search(r"(: |, )none,", it.meaning)
+  ]
   assert listed == [*field_names.NONE_IS_A_VALUE] == ["model.remat"]
   for name, text in (("a.yaml", "model: {remat: none}"), ("a.json", '{"model.remat": "none"}')):
     (tmp_path / name).write_text(text)
@@ -129,7 +131,7 @@ def test_values_of_python_are_taken_as_they_are_meant():
     ("train: {steps: yes}", "train.steps is True; it must be an integer"),
     ("lora:", "lora has no value; leave it out for its usual fields"),
     ("train: {steps: }", "train.steps has no value; leave it out for 0"),
-    ("model: {remat: true}", "model.remat is True; it must be none, dots or full"),
+    ("model: {remat: true}", "model.remat is True; it must be auto, none, dots or full"),
     (
       "checkpoint: {every: 0.5}",
       "is 0.5; it must be an integer, a number of steps: neither a share",
