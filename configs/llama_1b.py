@@ -12,8 +12,8 @@ embedding and the rest in 16 layers:
   gradients  their sum and a micro-batch's 8 P   9.887 GB
   in all                                  24 P  29.660 GB
 
-With one micro-batch the gradients take 4 P. Activations come on top: they go by data.max_length, and
-by train.accumulate (micro-batches) and model.remat, which a run chooses from the memory of its
+With one micro-batch the gradients take 4 P. Activations come on top: they go by data.max_length,
+and by train.accumulate (micro-batches) and model.remat, which a run chooses from the memory of its
 devices. Worked out from shapes; not a measurement.
 """
 

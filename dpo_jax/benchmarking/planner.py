@@ -286,7 +286,7 @@ def changes(config: ConfigDict, devices: int) -> Iterator[tuple[str, ConfigDict]
   for change in _CHANGES:
     values = dict(change)
     if "train.accumulate" in values:
-      values["train.accumulate"] = 2 * config.train.accumulate
+      values["train.accumulate"] = 2 * max(1, config.train.accumulate)
       # Set-up would refuse it.
       if config.train.batch_size % (values["train.accumulate"] * devices):
         continue

@@ -139,7 +139,8 @@ def settle(
     )
 
   held, _ = footprint.needed(config, checked, model_config, adapters)
-  step_bytes = functools.partial(_step_bytes, config, model_config, held)
+  platform = executor.devices[0].platform
+  step_bytes = functools.partial(_step_bytes, config, model_config, held, platform)
 
   def estimate(accumulate: int, remat: str) -> int:
     return step_bytes(micro(accumulate), accumulate, remat)
@@ -229,6 +230,7 @@ def _step_bytes(
   config: ConfigDict,
   model_config: ModelConfig,
   held: dict[str, int],
+  platform: str,
   micro: Micro,
   accumulate: int,
   remat: str,
@@ -238,6 +240,7 @@ def _step_bytes(
   Args:
     config, model_config: of the run.
     held: bytes by part, from `footprint.needed`.
+    platform: of the device, such as "tpu".
     micro: what the device has of a micro-batch.
     accumulate, remat: how the step is taken.
   """
@@ -246,6 +249,9 @@ def _step_bytes(
   # Those of a micro-batch, and their sum where there are several.
   gradients = trained * (2 if accumulate > 1 else 1)
   stored = sum(held.values()) - held["gradients"] + gradients
+  if platform == "tpu" and config.model.param_dtype != config.model.compute_dtype:
+    # Its compiler casts the weights of all layers before the loop over layers.
+    stored += held.get("weights", held.get("base", 0)) // 2
   return stored + working_bytes(
     model_config,
     micro,
@@ -295,23 +301,22 @@ def working_bytes(
   layer = 2 * micro.tokens * (outputs + between)
   # Queries, keys, values and results are copied to sequences; so are their gradients.
   layer += 2 * micro.in_sequences * 2 * (queries + keys)
-  weights = 0
-  if gathers:  # one layer's while the next is on its way
-    of_layer = width * (2 * queries + 2 * keys) + (3 if model.gated else 2) * width * inner
-    weights = 2 * of_layer
-  return itemsize * (layers + weights) + max(
-    itemsize * layer, _head_bytes(model, micro, itemsize, tensor, gathers, adapted)
-  )
+  gathered = 0
+  if gathers:
+    # One layer's weights while the next are on their way, and the two tables; of the model, their
+    # gradients in float32 too, before they are divided.
+    experts = (model.experts.count if model.experts else 1) * model.mlp_width // tensor
+    of_layer = width * (2 * queries + 2 * keys) + (3 if model.gated else 2) * width * experts
+    table = model.vocab // tensor * width
+    gathered = itemsize * 2 * (of_layer + table) + (0 if adapted else 4 * (of_layer + 2 * table))
+  chunk = _chunk_bytes(model, micro, itemsize, tensor)
+  return itemsize * layers + gathered + max(itemsize * layer, chunk)
 
 
-def _head_bytes(
-  model: ModelConfig, micro: Micro, itemsize: int, tensor: int, gathers: bool, adapted: bool
-) -> int:
-  """Estimates the bytes of one chunk of logits, its gradient, and the head's table."""
-  vocab = model.vocab // tensor
+def _chunk_bytes(model: ModelConfig, micro: Micro, itemsize: int, tensor: int) -> int:
+  """Estimates the bytes of one chunk of logits, its gradient, and what the head reads."""
   chunk = min(micro.scored, max(1, logprobs.LOGIT_BUDGET_ELSEWHERE.chunk // model.vocab))
-  table = itemsize * vocab * model.width
-  if gathers and not adapted:  # the whole table's gradient, before it is divided
-    table += 4 * vocab * model.width
-  hidden = 2 * micro.scored * model.width * itemsize
-  return chunk * vocab * (4 + itemsize) + table + hidden
+  vocab = model.vocab // tensor
+  # The table in the type of products; the hidden states that are scored, and their gradients.
+  read = vocab * model.width + 2 * micro.scored * model.width
+  return chunk * vocab * (4 + itemsize) + itemsize * read
