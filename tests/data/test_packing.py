@@ -105,6 +105,17 @@ def test_groups_of_few_pairs_are_full(pairs, layout, groups, size, least):
   assert len(shapes) <= 2
 
 
+def test_the_usual_shape_is_that_of_most_batches(pairs):
+  how = batches.Batching(groups=8, texts=True)
+  settings = {"batch_size": 64, "batching": how, "accumulate": 2, "balance": True}
+  usual = batches.usual_shape(lengths(pairs), **settings)
+  batch = next(batches.batches(pairs, **settings))
+  assert batch.ids_NL.shape == (2, usual.rows, usual.length)
+  assert batch.scored_GM.shape == (2, 8, usual.scored)
+  assert batch.sequence_GTW is not None
+  assert batch.sequence_GTW.shape == (2, 8, usual.texts, usual.width)
+
+
 def test_lengths_alone_decide(pairs):
   some = pairs[:32]
   first = packing.place(lengths(some), "shared", 3456, groups=8)
