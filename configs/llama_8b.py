@@ -22,8 +22,9 @@ With `configs/llama_8b.py:fsdp`, on 8 chips of 40 GB or more (each holds an eigh
   in all                                  22 P  22.088 GB
 
 Beside that, a layer is gathered while it is used, and the two tables, of 1.1 GB each in bfloat16,
-with the head's gradient in float32. Activations come on top: they go by train.accumulate
-(micro-batches), data.max_length and model.remat. Worked out from shapes; not a measurement.
+with the head's gradient in float32. With one micro-batch the gradients take 4 P. Activations come
+on top: they go by data.max_length, and by train.accumulate (micro-batches) and model.remat, which a
+run chooses from the memory of its devices. Worked out from shapes; not a measurement.
 """
 
 from dpo_jax import defaults
@@ -36,11 +37,9 @@ def get_config(arg: str = "lora"):
     raise UserError(f"configs/llama_8b.py:{arg} is not known; known are lora and fsdp")
   config = defaults.get_config()
   config.model.compute_dtype = "bfloat16"
-  config.model.remat = "full"
   config.reference.param_dtype = "bfloat16"
   config.data.max_length = 1024
   config.train.batch_size = 64
-  config.train.accumulate = 8
   if arg == "fsdp":
     config.parallel.fsdp = 8
     config.optimizer.learning_rate = 5e-7

@@ -12,8 +12,9 @@ embedding and the rest in 24 layers:
   gradients  their sum and a micro-batch's 8 P   3.952 GB
   in all                                  24 P  11.857 GB
 
-Activations come on top: they go by train.accumulate (micro-batches), data.max_length and
-model.remat. Worked out from shapes; not a measurement. Where it is too much,
+With one micro-batch the gradients take 4 P. Activations come on top: they go by data.max_length,
+and by train.accumulate (micro-batches) and model.remat, which a run chooses from the memory of its
+devices. Worked out from shapes; not a measurement. Where it is too much,
 --config.reference.param_dtype=bfloat16 halves the reference, at the price of the step-0 check.
 """
 
@@ -27,5 +28,4 @@ def get_config():
   config.data.max_length = 1024
   config.optimizer.learning_rate = 1e-6
   config.train.batch_size = 64
-  config.train.accumulate = 8
   return config.lock()

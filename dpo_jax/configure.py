@@ -176,7 +176,8 @@ def _converted(value: Any, node: ConfigDict, name: str, typed: str, where: str) 
     if now is None or (typed.startswith("loss.") and typed != "loss.name"):
       return None
     usual = "its usual fields" if isinstance(now, ConfigDict) else repr(now)
-    raise UserError(f"{where}{typed} has no value; leave it out for {usual}")
+    word = ", or write 'none'" if typed in field_names.NONE_IS_A_VALUE else ""
+    raise UserError(f"{where}{typed} has no value; leave it out for {usual}{word}")
   found = None
   if isinstance(now, ConfigDict):
     found = ConfigDict(dict(value)) if isinstance(value, Mapping) else None
@@ -205,7 +206,7 @@ def _wanted(kind: type, value: Any, typed: str) -> str:
   if typed in paths.FIELDS:
     return "the path of a folder"
   if typed == "model.remat":
-    return "none, dots or full"
+    return "auto, none, dots or full"
   if kind is int and typed.rpartition(".")[2] in ("every", "sync_every", "warmup_steps"):
     return "an integer, a number of steps: neither a share of them nor a word"
   if kind is str and isinstance(value, bool):

@@ -141,7 +141,8 @@ def get_config() -> ConfigDict:
         # type of the policy's parameters and moments; bfloat16 is rounded stochastically
         param_dtype="float32",
         # what the backward pass recomputes: none, dots (all but outputs of linear maps), full (all)
-        remat="dots",
+        # or auto (dots, or full where the memory of the devices does not suffice for it)
+        remat="auto",
         attention="auto",  # auto, or tiles (CPU), cudnn (GPU), splash (TPU), blocked, xla
       ),
       "reference": section(
@@ -218,7 +219,9 @@ def get_config() -> ConfigDict:
         epochs=1.0,  # passes over the training data, if steps is 0
         # pairs per update, over all devices and micro-batches; at most as many as there are
         batch_size=32,
-        accumulate=1,  # micro-batches per update, whose gradients are summed
+        # micro-batches per update, whose gradients are summed; 0 is as few as the memory of the
+        # devices suffices for (1 on a CPU)
+        accumulate=0,
         # weight of the load-balancing loss of experts; None takes it from the model's config.json
         router_balance=config_dict.placeholder(float),
       ),

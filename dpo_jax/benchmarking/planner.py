@@ -9,7 +9,7 @@ activations is another, that for the arguments is the same.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +32,7 @@ from dpo_jax.model.config import ModelConfig
 from dpo_jax.structs import PyTree, TokenBatch, UserError
 from dpo_jax.training import setup
 from dpo_jax.training.datasets import BatchSettings
+from dpo_jax.training.setup import automatic
 from dpo_jax.utils import following
 
 
@@ -75,8 +76,13 @@ class Outline(NamedTuple):
     return self.executor.lower_step(self.take, self.state, self.reference, batch).compile()
 
 
-def outline(config: ConfigDict, lengths: Lengths) -> Outline:
+def outline(config: ConfigDict, lengths: Lengths, room: int | None = None) -> Outline:
   """Describes a run's step in shapes.
+
+  Args:
+    config: of the run; micro-batches and remat that it leaves open are chosen and put into it.
+    lengths: of the examples.
+    room: bytes of a device, by which they are chosen; None takes what a CPU takes.
 
   Raises:
     UserError: as `setup.build` raises it.
@@ -93,6 +99,8 @@ def outline(config: ConfigDict, lengths: Lengths) -> Outline:
   attention = setup.choose_attention(config, model_config, executor)
   completions = _completions(config, loss)
   setup.check_balance(config, model_config)
+  examples = _examples(config, lengths, model_config.vocab, completions)
+  automatic.settle(config, checked, model_config, adapters, attention, examples, room=room)
   _, objective = setup.make_objective(
     config, model_config, checked, adapters, attention, completions
   )
@@ -121,9 +129,7 @@ def outline(config: ConfigDict, lengths: Lengths) -> Outline:
     state=executor.abstract(state),
     reference=None if reference_params is None else executor.abstract(reference_params),
     batch=_batch(
-      lengths,
-      model_config.vocab,
-      completions,
+      examples,
       BatchSettings(
         config.train.batch_size, config.train.accumulate, config.seed, config.data.balance
       ),
@@ -133,16 +139,17 @@ def outline(config: ConfigDict, lengths: Lengths) -> Outline:
         groups=executor.groups,
         texts=attention in attention_kernels.SEQUENCE_KERNELS,
       ),
-      max_length=config.data.max_length,
-      stored=bool(config.reference.store),
     ),
     policy=policy,
     live=live,
   )
 
 
-def plan(config: ConfigDict, lengths: Lengths) -> dict[str, Any]:
+def plan(config: ConfigDict, lengths: Lengths, room: int | None = None) -> dict[str, Any]:
   """Works out the memory and FLOPs of a step.
+
+  Args:
+    config, lengths, room: as `outline` takes them.
 
   Returns:
     `parameters`, and `trained` of them; `devices`; bytes on the fullest device: `params` (what is
@@ -154,7 +161,7 @@ def plan(config: ConfigDict, lengths: Lengths) -> dict[str, Any]:
   Raises:
     UserError: as `setup.build` raises it.
   """
-  run = outline(config, lengths)
+  run = outline(config, lengths, room)
   # The donated state is argument and output in the same bytes, which are counted once.
   about = run.compile().memory_analysis()
   assert about is not None, "the compiler of this platform reports no memory"
@@ -216,35 +223,24 @@ def _shapes_of(tree: PyTree) -> PyTree:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def _batch(
-  lengths: Lengths,
-  vocab: int,
-  completions: int,
-  settings: BatchSettings,
-  batching: Batching,
-  *,
-  max_length: int,
-  stored: bool,
-) -> TokenBatch:
-  """Makes a batch of synthetic examples, laid out as those of training are.
+def _examples(config: ConfigDict, lengths: Lengths, vocab: int, completions: int) -> list[Example]:
+  """Makes synthetic examples.
 
   Args:
+    config: of the run.
     lengths: of prompts and completions.
     vocab: number of ids.
     completions: of an example.
-    settings, batching: as in training.
-    max_length: most tokens of a prompt and one completion.
-    stored: whether the batch brings log-probs of a reference along.
   """
   # More than one batch, so that a balanced batch has neighbours to exchange examples with.
   rows = timing.make_pairs(
     vocab,
-    pairs=max(256, 2 * settings.batch_size),
+    pairs=max(256, 2 * config.train.batch_size),
     mean_length=lengths.mean,
     prompt_fraction=lengths.prompt_fraction,
     sigma=lengths.sigma,
-    max_length=max_length,
-    seed=settings.seed,
+    max_length=config.data.max_length,
+    seed=config.seed,
   )
   examples = []
   for number, row in enumerate(rows):
@@ -252,9 +248,15 @@ def _batch(
     # The same two completions again, where a loss ranks more of them.
     some = tuple((two * completions)[:completions])
     # Any values will do: that the field is there makes it another program.
+    stored = bool(config.reference.store)
     known = tuple(np.zeros(len(ids), np.float32) for ids in some) if stored else ()
     prompt = np.asarray(row["prompt_ids"], np.int32)
     examples.append(Example(prompt, some, row=number, reference=known))
+  return examples
+
+
+def _batch(examples: Sequence[Example], settings: BatchSettings, batching: Batching) -> TokenBatch:
+  """Makes a batch of examples as training does."""
   stream = batches.batches(
     examples,
     batch_size=settings.batch_size,
@@ -284,7 +286,7 @@ def changes(config: ConfigDict, devices: int) -> Iterator[tuple[str, ConfigDict]
   for change in _CHANGES:
     values = dict(change)
     if "train.accumulate" in values:
-      values["train.accumulate"] = 2 * config.train.accumulate
+      values["train.accumulate"] = 2 * max(1, config.train.accumulate)
       # Set-up would refuse it.
       if config.train.batch_size % (values["train.accumulate"] * devices):
         continue

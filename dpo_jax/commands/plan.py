@@ -45,10 +45,10 @@ def main(argv: list[str]) -> None:
   lengths = planner.Lengths(FLAGS.mean_length, FLAGS.prompt_fraction)
   config = FLAGS.config
   paths.expand_fields(config)
+  room = None if FLAGS.device_memory is None else int(FLAGS.device_memory * memory.GIB)
   with progress.Progress("compiling the step for shapes"):
-    found = planner.plan(config, lengths)
+    found = planner.plan(config, lengths, room)
   total = found["bytes_per_device"]["total"]
-  room = None if FLAGS.device_memory is None else FLAGS.device_memory * memory.GIB
   if room is not None:
     found["fits"] = total <= room
   if FLAGS.json:

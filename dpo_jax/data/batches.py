@@ -16,7 +16,7 @@ from dpo_jax.data import packing
 from dpo_jax.data.collate import check_fits, collate, collate_many, fit_row_length, fit_sizes
 from dpo_jax.data.examples import Example, Lazy, Measured, lengths
 from dpo_jax.data.mixture import Mixture
-from dpo_jax.data.packing import Sizes
+from dpo_jax.data.packing import Shape, Sizes
 from dpo_jax.structs import TokenBatch, UserError
 
 WINDOW = 4096  # examples that neighbouring batches exchange at a time
@@ -265,8 +265,8 @@ def suit_row_length(
   `rate_B` says how often an epoch has each example; None where that is once.
 
   Balanced batches have about equally many tokens, and so take equally many rows. Of the lengths up
-  to 2,048 (or a quarter above the least possible), the one is chosen whose rows have the least
-  padding.
+  to 2,048 (or a quarter above the least possible; a half where several groups have rows of their
+  own, often one or two), the one is chosen whose rows have the least padding.
   """
   least = fit_row_length(examples, layout)
   if not balance or layout == "padded":
@@ -274,11 +274,49 @@ def suit_row_length(
   size = batch_size // accumulate
   sampled = _sample_micro_batches(examples, size, balance, rate_B)[: max(16, WINDOW // size)]
 
-  def taken(length: int) -> int:
-    rows = max(packing.place(batch, layout, length).rows for batch in sampled)
-    return length * packing.round_up(rows, groups)
+  # Groups do not depend on the length of rows, so they are dealt once.
+  dealt = [packing.deal(batch, layout, groups) for batch in sampled]
 
-  return min(range(least, max(5 * least // 4, 2048) + 1, 64), key=taken)
+  def taken(length: int) -> int:
+    pairs = zip(sampled, dealt, strict=True)
+    return length * max(
+      packing.place(batch, layout, length, groups=groups, group_B=group_B).rows
+      for batch, group_B in pairs
+    )
+
+  longest = max((5 if groups == 1 else 6) * least // 4, 2048)
+  return min(range(least, longest + 1, 64), key=taken)
+
+
+def usual_shape(
+  examples: Sequence[Example] | Measured,
+  *,
+  batch_size: int,
+  batching: Batching = _SHARED,
+  accumulate: int = 1,
+  balance: bool = False,
+) -> Shape:
+  """Returns the shape that most micro-batches have; arguments as in `batches`.
+
+  A few have the next larger one: see `packing.Sizes`.
+  """
+  measured = lengths(examples)
+  row_length = batching.row_length or suit_row_length(
+    measured,
+    batching.layout,
+    batch_size=batch_size,
+    accumulate=accumulate,
+    groups=batching.groups,
+    balance=balance,
+  )
+  if batching.layout == "padded":
+    row_length = fit_row_length(measured, batching.layout)
+  rows = batching._replace(row_length=row_length)
+  sizes = _usual_sizes(measured, batch_size // accumulate, accumulate, rows, balance, None)
+  scored = packing.round_up(sizes.scored * sizes.rows // batching.groups, 8)
+  return Shape(
+    sizes.rows, row_length, batching.groups, scored, sizes.slots, sizes.texts, sizes.width
+  )
 
 
 def _sample_micro_batches(
@@ -304,7 +342,7 @@ def _sample_micro_batches(
 
 
 def _usual_sizes(
-  examples: Sequence[Example],
+  examples: Sequence[Example] | Measured,
   size: int,
   accumulate: int,
   rows: Batching,

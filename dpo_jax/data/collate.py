@@ -109,7 +109,7 @@ def fit_sizes(
 
   Args as in `packing.fit`.
   """
-  places = [packing.place(lengths(batch), layout, row_length) for batch in batches]
+  places = [packing.place(lengths(batch), layout, row_length, groups=groups) for batch in batches]
   completions = lengths(batches[0]).tokens_BK.shape[1]
   return packing.fit(places, completions, layout, groups, quantile, steps, texts)
 
@@ -171,7 +171,8 @@ def collate_many(
   completions = lengths(micro_batches[0]).tokens_BK.shape[1]
   most_pairs = sizes.slots // completions if sizes else None
   places = [
-    packing.place(lengths(batch), layout, row_length, most_pairs) for batch in micro_batches
+    packing.place(lengths(batch), layout, row_length, most_pairs, groups=groups)
+    for batch in micro_batches
   ]
   # Sizes and shape come from the lengths of the whole batch, before it is divided among hosts: all
   # hosts must compute the same shape, though each reads only its own examples.
@@ -204,6 +205,7 @@ def _host_share(
   rows = shape.rows // hosts
   (mine,) = np.nonzero(places.row_B // rows == host)
   moved = Places(
+    group_B=places.group_B[mine],
     row_B=places.row_B[mine] - host * rows,
     column_B=places.column_B[mine],
     order_B=places.order_B[mine],
@@ -211,7 +213,6 @@ def _host_share(
     texts_B=places.texts_B[mine],
     longest_B=places.longest_B[mine],
     rows=rows,
-    movable=places.movable,
   )
   measured = lengths(examples).select(mine)
   shape = shape._replace(rows=rows, groups=shape.groups // hosts)

@@ -28,7 +28,7 @@ class BatchSettings(NamedTuple):
 
   Attributes:
     batch_size: examples per step, over all devices and micro-batches.
-    accumulate: micro-batches per step.
+    accumulate: micro-batches per step; 0 where they are chosen once the lengths are known.
     seed: of the order.
     balance: whether batches exchange examples until all have about as many tokens.
   """
@@ -37,6 +37,9 @@ class BatchSettings(NamedTuple):
   accumulate: int
   seed: int
   balance: bool
+
+
+ChooseMicroBatches = Callable[[Sequence[Example] | Measured], int]
 
 
 class TrainingData(NamedTuple):
@@ -81,6 +84,7 @@ def load(
   model_config: ModelConfig,
   *,
   sampling: dict[str, Any] | None = None,
+  choose: ChooseMicroBatches | None = None,
 ) -> tuple[TrainingData, dict[str, Any]]:
   """Reads the data of a run.
 
@@ -91,6 +95,8 @@ def load(
     tokenizer, model_config: of the policy.
     sampling: reward and sampling settings of on-policy training, as `on_policy.check` takes them;
       None where examples are trained on as they stand.
+    choose: returns the micro-batches of a step, given the examples or their lengths; None takes
+      those of the settings.
 
   Returns:
     The data, and the ledger of what became of every row.
@@ -104,8 +110,8 @@ def load(
   sources.check_files(rows.mix, "data.mix", reading.check_named)
   sources.check_files(rows.eval_sets, "data.eval_sets", reading.check_named)
   if sampling is None:
-    return _load_examples(rows, settings, batching, loss, tokenizer, model_config)
-  return _load_on_policy(rows, settings, batching, loss, tokenizer, model_config, sampling)
+    return _load_examples(rows, settings, batching, loss, tokenizer, model_config, choose)
+  return _load_on_policy(rows, settings, batching, loss, tokenizer, model_config, sampling, choose)
 
 
 def _load_examples(
@@ -115,6 +121,7 @@ def _load_examples(
   loss: losses.Loss,
   tokenizer: Tokenizer,
   model_config: ModelConfig,
+  choose: ChooseMicroBatches | None,
 ) -> tuple[TrainingData, dict[str, Any]]:
   """Reads examples that are trained on as they stand."""
   data, ledger = _read_examples(
@@ -123,7 +130,7 @@ def _load_examples(
   examples, held_out, mixture = data.examples, data.held_out, data.mixture
   what = "data.mix" if rows.mix else rows.path
   data_checks.check_batch(
-    settings.batch_size, settings.accumulate, batching.groups, len(examples), what
+    settings.batch_size, settings.accumulate or 1, batching.groups, len(examples), what
   )
   for some, purpose in ((examples, "to train on"), (held_out, "to evaluate on")):
     if not len(some):
@@ -133,6 +140,9 @@ def _load_examples(
     except UserError as error:
       remark = f" ({mixture.where_rows_start()})" if mixture and some is examples else ""
       raise UserError(f"{error}{remark}") from None
+  if choose:
+    settings = settings._replace(accumulate=choose(examples))
+    data = data._replace(settings=settings)
   rate_B = None
   if mixture and mixture.is_weighted:
     rate_B = np.concatenate([mixture.rates(), np.ones(len(held_out))])
@@ -157,6 +167,7 @@ def _load_on_policy(
   tokenizer: Tokenizer,
   model_config: ModelConfig,
   sampling: dict[str, Any],
+  choose: ChooseMicroBatches | None,
 ) -> tuple[TrainingData, dict[str, Any]]:
   """Reads prompts, and makes the sampler of their completions."""
   max_tokens = sampling["max_tokens"]
@@ -169,6 +180,10 @@ def _load_on_policy(
   copies = 1 if batching.layout == "padded" else completions
   need = packing.round_up(longest + copies * max_tokens, 64)
   batching = batching._replace(row_length=batching.row_length or need)
+  if choose:  # no completion is there yet: all are as long as they may be
+    tokens_BK = np.full((settings.batch_size, completions), max_tokens)
+    prompt_B = np.full(settings.batch_size, longest)
+    settings = settings._replace(accumulate=choose(Measured(prompt_B, tokens_BK, tokens_BK)))
   # A copy, since the reward is taken out of it.
   sampling = dict(sampling)
   sampler = on_policy.Sampler(

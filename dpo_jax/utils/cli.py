@@ -254,7 +254,7 @@ def _parse(argv: Sequence[str], short: dict[str, str]) -> list[str]:
   config_flags.accept_natural_numbers_and_none()
   try:
     rest = FLAGS(argv)
-    config_flags.refuse_none()
+    config_flags.settle_none()
     return rest
   except flags.UnrecognizedFlagError as error:
     fail(config_flags.unknown_flag(error.flagname, argv))

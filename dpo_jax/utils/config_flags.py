@@ -397,11 +397,12 @@ def _pasted(word: str) -> str:
 # ---------------------------------------------------------------------------- values
 
 
-def refuse_none() -> None:
-  """Refuses None as a value, except where it means `not given`.
+def settle_none() -> None:
+  """Reads the words for None among the values of overrides, or refuses them.
 
-  That is where the configuration itself has it, and for every argument of a loss: a configuration
-  may set one that another loss does not read.
+  None means `not given`. It may stand where the configuration itself has it, and for every argument
+  of a loss: a configuration may set one that another loss does not read. A text is only known as
+  such a word here, since a field may have "none" among its values.
 
   Raises:
     RefusedError: names the field and the kind of value that it needs.
@@ -415,15 +416,20 @@ def refuse_none() -> None:
     # Read again, as it is without the overrides.
     before = module.ConfigFileFlagParser(name).parse(path)
     for field in module.get_override_values(FLAGS[name]):
-      now, then = config, before
-      for part in field.split("."):
-        now, then = now[part], then[part]
+      node, then = config, before
+      *sections, key = field.split(".")
+      for part in sections:
+        node, then = node[part], then[part]
+      now, then = node[key], then[key]
+      is_word = field in field_names.NONE_IS_A_VALUE
+      if is_none(now) and not (is_word and now == "none"):
+        now = node[key] = None
       argument = field.startswith("loss.") and field != "loss.name"
       if now is None and then is not None and not argument:
         kind = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+        way = f"leave the flag out for {then!r}{', or write none' if is_word else ''}"
         raise RefusedError(
-          f"--{name}.{field}=None: {field} needs {kind.get(type(then), 'a value')};"
-          f" leave the flag out for {then!r}"
+          f"--{name}.{field}=None: {field} needs {kind.get(type(then), 'a value')}; {way}"
         )
 
 
@@ -431,7 +437,7 @@ def accept_natural_numbers_and_none() -> None:
   """Lets config overrides say `1e3` for an integer and `None` for an absent value."""
   module = library()
   if module is not None:
-    for kind, parser in ((int, _Integer()), (float, _Float()), (str, _Text())):
+    for kind, parser in ((int, _Integer()), (float, _Float())):
       module.register_flag_parser_for_type(kind, parser)
 
 
@@ -458,10 +464,5 @@ class _Integer(flags.IntegerParser):
 
 
 class _Float(flags.FloatParser):
-  def parse(self, argument: Any) -> Any:
-    return None if is_none(argument) else super().parse(argument)
-
-
-class _Text(flags.ArgumentParser):
   def parse(self, argument: Any) -> Any:
     return None if is_none(argument) else super().parse(argument)

@@ -28,6 +28,9 @@ SHORT = {
   "seed": "seed",
 }
 
+# Fields of which the word "none" is a value like others: there it does not mean `not given`.
+NONE_IS_A_VALUE = ("model.remat",)
+
 # Fields, and what other trainers call them: TRL and transformers, PEFT, Tunix, OpenRLHF,
 # LLaMA-Factory, Axolotl. A value after `=` is part of the suggestion.
 _ELSEWHERE = {

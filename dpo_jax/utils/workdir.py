@@ -15,7 +15,7 @@ import os
 import pathlib
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dpo_jax.structs import UserError
@@ -27,6 +27,10 @@ VERSION = 1  # of the digests in it; those of another version cannot be compared
 # Fields that a run may be resumed with other values of: the caller checks them against the steps
 # that were taken.
 LENGTH = ("train.steps", "train.epochs")
+# Fields that say how a step is computed, and change its result by rounding alone. Their values in
+# `OPEN` leave the choice to the run, which stores what it chose.
+COMPUTED = ("model.remat", "train.accumulate")
+OPEN = ("auto", 0)
 # Files of a run. A folder with one of them but without config.json belongs to something else.
 _RUN_FILES = ("metrics.jsonl", "data.json", "checkpoints", "export", "report.html")
 
@@ -35,7 +39,7 @@ def check(workdir: pathlib.Path, config: str, defaults: str = "{}") -> None:
   """Checks that a folder is new, or contains this same run.
 
   The section `parallel` may differ, since a run can be resumed on other devices, and so may the
-  fields in `LENGTH`.
+  fields in `COMPUTED` and `LENGTH`.
 
   Args:
     workdir: the folder; it need not exist.
@@ -108,8 +112,9 @@ def choose(
     with contextlib.suppress(UserError):
       check(folder, config, defaults)
       before = stored_config(folder)
-      # Longer training is a run of its own, unless its folder is named.
-      if before is not None and _length(before) == _length(json.loads(config)):
+      # Longer training is a run of its own, unless its folder is named, and so is one whose steps
+      # are computed in another way.
+      if before is not None and _is_same(before, json.loads(config)):
         return folder
   raise AssertionError  # the numbers do not end
 
@@ -250,7 +255,7 @@ def claim(
   record: dict[str, Any] = {"version": VERSION, "began": began.isoformat(), "inputs": inputs}
   if before is not None and counts is not None:
     found, checked = changed_inputs(workdir, inputs, ledger)
-    lengths = _differences(_length(before), _length(json.loads(config)))
+    lengths = _differences(*(_values(x, LENGTH + COMPUTED) for x in (before, json.loads(config))))
     if checked and not found and not lengths:
       return
     old = _read(workdir / INPUTS) or {}
@@ -309,17 +314,26 @@ def _filled_in(config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, An
 def _compared(config: dict[str, Any]) -> dict[str, Any]:
   """Returns a configuration without what may differ on resume."""
   found = {name: section for name, section in config.items() if name != "parallel"}
-  for field in LENGTH:
+  for field in LENGTH + COMPUTED:
     section, name = field.split(".")
     if isinstance(found.get(section), dict):
       found[section] = {key: value for key, value in found[section].items() if key != name}
   return found
 
 
-def _length(config: dict[str, Any]) -> dict[str, Any]:
-  """Returns the values of the fields in `LENGTH`."""
-  names = [field.split(".") for field in LENGTH]
+def _values(config: dict[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+  """Returns the values of some fields, by their names."""
+  names = [field.split(".") for field in fields]
   return {f"{section}.{name}": config.get(section, {}).get(name) for section, name in names}
+
+
+def _is_same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+  """Returns whether a run has the length, and computes its steps in the way, that is asked for."""
+  if _values(before, LENGTH) != _values(now, LENGTH):
+    return False
+  was, wanted = _values(before, COMPUTED), _values(now, COMPUTED)
+  # A run that began before a field existed, or stores no choice, is as good as any.
+  return all(x in OPEN or was[name] in (None, x, *OPEN) for name, x in wanted.items())
 
 
 def _differences(before: object, now: object, name: str = "") -> list[str]:

@@ -15,7 +15,7 @@ from configs import preferences
 from dpo_jax import api, configure, defaults
 from dpo_jax.distributed import preemption
 from dpo_jax.structs import UserError
-from dpo_jax.utils import field_names
+from dpo_jax.utils import field_docs, field_names
 from tests.support.paths import ROOT
 
 
@@ -58,6 +58,24 @@ def test_the_config_json_of_a_run_is_a_configuration(tmp_path):
   (tmp_path / "config.json").write_text('{"seed": 1, "seed": 2}')
   with pytest.raises(UserError, match="seed is given twice"):
     configure.get_config(str(tmp_path / "config.json"))
+
+
+def test_none_is_a_word_in_files_and_in_python(tmp_path):
+  # Every field whose documentation lists none among its values is known as one.
+  listed = [
+    name for name, it in field_docs.read().items() if re.search(r"(: |, )none,", it.meaning)
+  ]
+  assert listed == [*field_names.NONE_IS_A_VALUE] == ["model.remat"]
+  for name, text in (("a.yaml", "model: {remat: none}"), ("a.json", '{"model.remat": "none"}')):
+    (tmp_path / name).write_text(text)
+    assert configure.get_config(str(tmp_path / name)).model.remat == "none"
+  config = configure.update(defaults.get_config(), {"model.remat": "none"})
+  assert config.model.remat == "none"
+  # As a run stores it, and reads it again to be resumed.
+  (tmp_path / "config.json").write_text(config.to_json_best_effort())
+  assert configure.get_config(str(tmp_path / "config.json")).to_dict() == config.to_dict()
+  with pytest.raises(UserError, match=r"model.remat has no value; .*, or write 'none'"):
+    built(model={"remat": None})
 
 
 def test_every_short_name_sets_its_field_and_is_in_the_documentation():
@@ -113,7 +131,7 @@ def test_values_of_python_are_taken_as_they_are_meant():
     ("train: {steps: yes}", "train.steps is True; it must be an integer"),
     ("lora:", "lora has no value; leave it out for its usual fields"),
     ("train: {steps: }", "train.steps has no value; leave it out for 0"),
-    ("model: {remat: true}", "model.remat is True; it must be none, dots or full"),
+    ("model: {remat: true}", "model.remat is True; it must be auto, none, dots or full"),
     (
       "checkpoint: {every: 0.5}",
       "is 0.5; it must be an integer, a number of steps: neither a share",

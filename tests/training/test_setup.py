@@ -8,6 +8,7 @@ from configs import preferences
 from dpo_jax import losses, step
 from dpo_jax.structs import UserError
 from dpo_jax.training import setup
+from dpo_jax.training.setup import checks
 from dpo_jax.utils.following import Average
 
 
@@ -23,6 +24,8 @@ def configured(**changes):
   [
     ({"loss.beta": -1.0}, r"loss\.beta"),
     ({"train.batch_size": 0}, "train.batch_size is 0"),
+    ({"train.accumulate": -1}, "train.accumulate is -1; it must be 1 or more, or 0 for as few"),
+    ({"model.remat": "most"}, "remat is 'most'; known: auto, none, dots, full"),
     ({"checkpoint.keep": 0}, "checkpoint.keep is 0"),
     ({"model.compute_dtype": "bf16"}, r"compute_dtype is 'bf16'; did you mean bfloat16\?"),
     ({"model.param_dtype": "torch.float32"}, r"did you mean float32\?"),
@@ -54,6 +57,25 @@ def test_a_configuration_is_refused_before_a_file_is_opened(changes, words):
     setup.build(configured(**changes), pathlib.Path("nowhere"))
   with pytest.raises(UserError, match=r"model\.path: there is no folder nowhere"):
     setup.build(configured(), pathlib.Path("nowhere"))
+
+
+@pytest.mark.parametrize(
+  ("sizes", "line"),
+  [
+    ((30, 0, 8), "30 is not divisible by 8 devices; try 24 or 32"),
+    ((30, 1, 8), "30 is not divisible by 8 devices; try 24 or 32"),
+    (
+      (64, 8, 16),
+      "64 is not divisible by 16 devices x 8 micro-batches; try 128, or --accumulate=4",
+    ),
+    ((9, 2, 1), "9 is not divisible by 1 device x 2 micro-batches; try 8 or 10, or --accumulate=1"),
+  ],
+)
+def test_a_batch_that_does_not_divide_is_told_what_would(sizes, line):
+  with pytest.raises(UserError) as error:
+    checks._check_divides(*sizes)
+  assert str(error.value) == f"train.batch_size {line}"
+  checks._check_divides(64, 0, 16)
 
 
 def test_a_store_and_a_model_are_looked_at_in_the_description(tmp_path):

@@ -59,6 +59,9 @@ def get_config(arg="plain"):
     raise KeyError("the configuration's own mistake")
   if arg == "slow":
     raise KeyboardInterrupt  # as Ctrl-C does while modules are imported
+  if arg == "texts":
+    loss = ConfigDict({"name": "sigmoid", "link": config_dict.placeholder(str)})
+    return ConfigDict({"model": ConfigDict({"remat": "dots"}), "loss": loss})
   smoothing = config_dict.placeholder(float)
   loss = ConfigDict({"name": "sigmoid", "beta": 0.1, "smoothing": smoothing})
   train = ConfigDict({"steps": 100, "limit": config_dict.placeholder(int), "shuffle": True})
@@ -243,6 +246,16 @@ def test_numbers_and_none_as_people_write_them(command):
 def test_none_clears_a_number_that_may_be_absent(command):
   done = command("--config=config.py", "--config.train.limit=7", "--config.train.limit=None")
   assert json.loads(done.stdout)["train"]["limit"] is None
+
+
+def test_none_is_a_word_where_a_field_has_it_among_its_values(command):
+  done = command("--config=config.py:texts", "--config.model.remat=none", "--config.loss.link=none")
+  assert json.loads(done.stdout) == {
+    "model": {"remat": "none"},
+    "loss": {"name": "sigmoid", "link": None},
+  }
+  done = command("--config=config.py:texts", "--config.model.remat=None")
+  assert_refused(done, "model.remat needs a text; leave the flag out for 'dots', or write none")
 
 
 def test_help_says_what_there_is_and_at_once(command):

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from dpo_jax.distributed import processes
 from dpo_jax.structs import PyTree
 from dpo_jax.training.run import Run
+from dpo_jax.training.setup import automatic
 from dpo_jax.training.setup.checks import Checked, check, check_base_is_kept, check_inputs
 from dpo_jax.training.setup.construction import (
   construct,
@@ -87,11 +88,15 @@ class Examined(NamedTuple):
 def examine(config: ConfigDict, workdir: pathlib.Path, *, accept_changes: bool = False) -> Examined:
   """Checks a run, reads its data, and compares them with what a resumed run began with.
 
+  Micro-batches and remat that `config` leaves open are those that the run began with; a new run has
+  them chosen. Either way they are put into `config`.
+
   Args, Raises: as `build`.
   """
   # The order is important: 1. what no file is needed for; 2. headers, tokenizer and data; 3. the
   # comparison with what a resumed run began with. A mistake ends the run before the next part has
   # taken its time.
+  automatic.take_stored(config, workdir)
   checked = check(config)
   check_inputs(config)
   # One moment for all processes: a template may write it into every prompt.

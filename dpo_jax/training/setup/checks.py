@@ -20,6 +20,7 @@ from dpo_jax.training import on_policy, optimizer
 from dpo_jax.utils import following
 
 DTYPES = ("float32", "bfloat16")
+AUTO = "auto"  # of model.remat: chosen from the memory of the devices
 # What other programs call them. float16 needs a scaled loss, or small gradients become 0.
 _OTHER_DTYPES = {
   "bfloat16": ("bfloat16", "bf16", "bfloat", "bf16-mixed"),
@@ -267,8 +268,9 @@ def _check_numbers(config: ConfigDict) -> None:
     )
   if config.data.max_length < 2:
     raise UserError(f"data.max_length is {config.data.max_length}; a pair needs 2 tokens or more")
-  if config.model.remat not in transformer.REMAT:
-    raise UserError(f"model.remat is {config.model.remat!r}; known: {', '.join(transformer.REMAT)}")
+  known = (AUTO, *transformer.REMAT)
+  if config.model.remat not in known:
+    raise UserError(f"model.remat is {config.model.remat!r}; known: {', '.join(known)}")
   if config.data.layout not in packing.LAYOUTS:
     raise UserError(f"data.layout is {config.data.layout!r}; known: {', '.join(packing.LAYOUTS)}")
   for name in ("model.compute_dtype", "model.param_dtype", "reference.param_dtype"):
@@ -290,19 +292,27 @@ def _dtype_hint(given: str) -> str:
 
 def _check_divides(batch_size: int, accumulate: int, devices: int) -> None:
   """Checks that every device has as many pairs of every micro-batch as any other."""
-  if batch_size < 1 or accumulate < 1:
+  if batch_size < 1:
+    raise UserError(f"train.batch_size is {batch_size}; it must be 1 or more")
+  if accumulate < 0:
     raise UserError(
-      f"train.batch_size is {batch_size} and train.accumulate {accumulate}; both must be 1 or more"
+      f"train.accumulate is {accumulate}; it must be 1 or more, or 0 for as few as the memory of"
+      " the devices suffices for"
     )
-  # Loads are equal, and shapes are the same on all devices, only where every one has as many.
-  unit = accumulate * devices
+  # Loads are equal, and shapes are the same on all devices, only where every one has as many. What
+  # is chosen divides the pairs of a device.
+  unit = max(1, accumulate) * devices
   if batch_size % unit:
     lower, upper = batch_size // unit * unit, -(-batch_size // unit) * unit
-    raise UserError(
-      f"train.batch_size {batch_size} is not divisible by {devices} device{'s' * (devices != 1)} x"
-      f" {accumulate} micro-batch{'es' * (accumulate != 1)}; try"
-      f" {f'{lower} or {upper}' if lower else upper}"
-    )
+    many = f"{devices} device{'s' * (devices != 1)}"
+    if accumulate > 1:
+      many += f" x {accumulate} micro-batches"
+    way = f"try {f'{lower} or {upper}' if lower else upper}"
+    # Fewer micro-batches keep the batch as it is.
+    fewer = [n for n in range(1, accumulate) if batch_size % (n * devices) == 0]
+    if fewer:
+      way += f", or --accumulate={fewer[-1]}"
+    raise UserError(f"train.batch_size {batch_size} is not divisible by {many}; {way}")
 
 
 def _check_optimizer(config: ConfigDict) -> None:

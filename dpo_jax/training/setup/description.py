@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 
 from dpo_jax.data import chat_template, encode, mixture
 from dpo_jax.data.batches import Batching
+from dpo_jax.data.examples import Example, Measured
 from dpo_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dpo_jax.distributed.executor import Executor
 from dpo_jax.hf import checkpoint as hf_checkpoint
@@ -22,7 +24,7 @@ from dpo_jax.model.config import ModelConfig
 from dpo_jax.model.lora import LoRA
 from dpo_jax.structs import PyTree, UserError
 from dpo_jax.training import datasets, reading, reference_cache, splits
-from dpo_jax.training.setup import footprint
+from dpo_jax.training.setup import automatic, footprint
 from dpo_jax.training.setup.checks import Checked
 from dpo_jax.utils import messages, model_folder
 
@@ -61,7 +63,7 @@ def describe(
   The order is important: what fails in a moment comes before the data, which may take minutes.
 
   Args:
-    config: of the run.
+    config: of the run; micro-batches and remat that it leaves open are chosen and put into it.
     checked: as `check` returns it.
     began: the moment whose date a chat template writes; None for the present.
     held_out: the rows that the run held out, to evaluate it again; None for a run that trains.
@@ -101,6 +103,14 @@ def describe(
   attention = choose_attention(config, model_config, checked.executor)
   check_balance(config, model_config)
   # 3. The data, which may take minutes, and how many steps it makes.
+  settle = functools.partial(automatic.settle, config, checked, model_config, adapters, attention)
+  if held_out is not None:  # nothing is trained
+    automatic.apply(config, automatic.Choice(1, automatic.USUAL_REMAT))
+
+  def choose(examples: Sequence[Example] | Measured) -> int:
+    settle(examples)
+    return config.train.accumulate
+
   data, ledger = datasets.load(
     data_settings(config)._replace(held_out=None if held_out is None else tuple(held_out)),
     datasets.BatchSettings(
@@ -116,6 +126,7 @@ def describe(
     tokenizer,
     model_config,
     sampling=dict(config.on_policy) if config.on_policy.reward else None,
+    choose=choose,
   )
   _check_best(config, data)
   steps = steps_of(config.train.steps, config.train.epochs, data)

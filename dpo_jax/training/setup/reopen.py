@@ -287,8 +287,8 @@ def _leave_out(config: ConfigDict, *, whole: bool = True) -> None:
     return
   config.data.eval_limit = 1 << 62
   config.eval.samples = 0
-  config.eval.batch_size = (
-    config.eval.batch_size or config.train.batch_size // config.train.accumulate
+  config.eval.batch_size = config.eval.batch_size or config.train.batch_size // max(
+    1, config.train.accumulate
   )
   config.train.update(batch_size=1, accumulate=1, steps=max(1, config.train.steps))
   config.optimizer.warmup_steps = None

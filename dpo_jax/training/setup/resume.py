@@ -111,6 +111,11 @@ def check_resumed(
       " chat template are still the same could not be checked; from here on they are"
     )
   _check_length(config, workdir, described, before["train"])
+  for field in workdirs.COMPUTED:
+    section, name = field.split(".")
+    was, now = before[section].get(name), config[section][name]
+    if was not in (None, now, *workdirs.OPEN):
+      messages.show(f"{workdir}: goes on with {field}={now}, in place of {was}")
 
 
 def _check_length(
