@@ -131,7 +131,7 @@ def outline(config: ConfigDict, lengths: Lengths) -> Outline:
         layout=config.data.layout,
         row_length=config.data.row_length,
         groups=executor.groups,
-        texts=attention in attention_kernels.SEQUENCE_KERNELS,
+        per_line=attention_kernels.sequences_per_line(attention, model_config, executor.devices[0]),
       ),
       max_length=config.data.max_length,
       stored=bool(config.reference.store),

@@ -33,15 +33,21 @@ ACTIVATIONS = {
 }
 
 # Rematerialization: which arrays of a layer the forward pass keeps for the backward pass, which
-# computes the others again. "none" keeps everything, "dots" the outputs of linear maps (attention
-# scores are computed again), "full" only the layer's input.
+# computes the others again. "none" keeps everything, "dots" the outputs of linear maps and of fused
+# attention (scores are computed again), "full" only the layer's input.
 REMAT = {
   "none": None,
-  # Both policies are needed: the first sees plain products, the second finds by their names those
-  # inside functions with a gradient of their own, which the first does not see.
+  # All policies are needed: the first sees plain products, the second finds by their names results
+  # inside functions with a gradient of their own, which the first does not see, and the third those
+  # of a kernel that gives them no names.
   "dots": jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(matmul.NAME, attention_tiled.REMAT_NAME),
+    jax.checkpoint_policies.save_from_both_policies(
+      jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+      jax.checkpoint_policies.save_only_these_names(
+        matmul.NAME, attention_tiled.REMAT_NAME, attention_kernels.REMAT_NAME
+      ),
+    ),
+    attention_kernels.is_kept,
   ),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
