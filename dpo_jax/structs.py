@@ -13,9 +13,10 @@ meaning in the whole package; tests/core/test_axes.py compares all names with th
   Pr  pairs of a row
   G   groups of rows
   M   scored tokens of a group
-  T   sequences of a group
-  W   positions of a sequence
-  Tw  positions of all sequences of a group, in one list of T * W
+  T   lines of a group: sequences one after the other, as attention kernels take them
+  W   positions of a line
+  Sq  sequences that share a line
+  Tw  positions of all lines of a group, in one list of T * W
   Nl  positions of all rows of a group, in one list of (N / G) * L
   Tk  tokens, in one list
 
@@ -164,10 +165,13 @@ class TokenBatch(NamedTuple):
     reference_NL: float32 log-prob of the target under the reference, in nats; 0 where nothing is
       scored. None unless the reference's log-probs are stored.
     sequence_GTW: int32 flat position, as in `scored_GM`, of the token at each position of each
-      sequence; one past the end behind the end of the sequence. None where attention reads rows.
-    place_NLK: int32 flat place (sequence * W + position) of the token in each of the group's
-      sequences that contain it; these come first, and the rest is padded with T * W. The axis has
-      size 1 where sequences share no tokens.
+      line, which contains sequences (a prompt with one completion) one after the other; one past
+      the end behind the last of them. None where attention reads rows.
+    start_GTSq: int32 position of a line where each of its sequences starts, in ascending order;
+      the rest is padded with W.
+    place_NLK: int32 flat place (line * W + position) of the token in each of the group's sequences
+      that contain it; these come first, and the rest is padded with T * W. The axis has size 1
+      where sequences share no tokens.
   """
 
   # int32 and float32 throughout: jax without x64 would narrow wider types at every transfer.
@@ -187,6 +191,7 @@ class TokenBatch(NamedTuple):
   # compiles another program for it.
   reference_NL: Array | None = None
   sequence_GTW: Array | None = None
+  start_GTSq: Array | None = None
   place_NLK: Array | None = None
 
 

@@ -137,7 +137,7 @@ def outline(config: ConfigDict, lengths: Lengths, room: int | None = None) -> Ou
         layout=config.data.layout,
         row_length=config.data.row_length,
         groups=executor.groups,
-        texts=attention in attention_kernels.SEQUENCE_KERNELS,
+        per_line=attention_kernels.sequences_per_line(attention, model_config, executor.devices[0]),
       ),
     ),
     policy=policy,

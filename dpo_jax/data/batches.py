@@ -30,13 +30,14 @@ class Batching(NamedTuple):
     row_length: L of packed and shared rows; 0 for one that suits the examples. Padded rows are as
       long as the longest sequence.
     groups: runs of rows that devices keep, on all hosts together.
-    texts: whether the sequences of rows are listed: see `collate.collate`.
+    per_line: the most sequences of a line of attention; 0 if sequences are not listed: see
+      `collate.collate`.
   """
 
   layout: str = "shared"
   row_length: int = 0
   groups: int = 1
-  texts: bool = False
+  per_line: int = 0
 
 
 _SHARED = Batching()
@@ -315,7 +316,14 @@ def usual_shape(
   sizes = _usual_sizes(measured, batch_size // accumulate, accumulate, rows, balance, None)
   scored = packing.round_up(sizes.scored * sizes.rows // batching.groups, 8)
   return Shape(
-    sizes.rows, row_length, batching.groups, scored, sizes.slots, sizes.texts, sizes.width
+    rows=sizes.rows,
+    length=row_length,
+    groups=batching.groups,
+    scored=scored,
+    slots=sizes.slots,
+    lines=sizes.lines,
+    width=sizes.width,
+    per_line=sizes.per_line,
   )
 
 

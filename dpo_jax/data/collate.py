@@ -22,13 +22,12 @@ data row -1.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data import packing
+from dpo_jax.data import lines, packing
 from dpo_jax.data.examples import Example, Measured, lengths, weights_of
 from dpo_jax.data.packing import Places, Shape, Sizes
 from dpo_jax.structs import TokenBatch, UserError
@@ -103,7 +102,7 @@ def fit_sizes(
   groups: int = 1,
   quantile: float = 1.0,
   steps: int = 8,
-  texts: bool = False,
+  per_line: int = 0,
 ) -> Sizes:
   """Returns sizes that suit these batches, except those above `quantile` in rows.
 
@@ -111,7 +110,7 @@ def fit_sizes(
   """
   places = [packing.place(lengths(batch), layout, row_length, groups=groups) for batch in batches]
   completions = lengths(batches[0]).tokens_BK.shape[1]
-  return packing.fit(places, completions, layout, groups, quantile, steps, texts)
+  return packing.fit(places, completions, layout, groups, quantile, steps, per_line)
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -125,7 +124,7 @@ def collate(
   groups: int = 1,
   sizes: Sizes | None = None,
   share: tuple[int, int] = (0, 1),
-  texts: bool = False,
+  per_line: int = 0,
 ) -> TokenBatch:
   """Lays examples out in rows.
 
@@ -138,14 +137,15 @@ def collate(
     sizes: sizes that shapes are rounded up to, from `fit_sizes`; by default those of this batch.
     share: (i, n) gives only the rows of host i of n. The rows of all hosts in order are the whole
       batch, whatever n is. If the examples know their `lengths`, only those of the host are read.
-    texts: True lists the sequences, as `sequence_GTW` and `place_NLK`. If `sizes` is given,
-      `sizes.texts` decides instead.
+    per_line: lists the sequences, at most so many to a line, as `sequence_GTW`, `start_GTSq` and
+      `place_NLK`; 0 lists none. If `sizes` is given, `sizes.per_line` decides instead.
 
   Returns:
     The batch, as NumPy arrays.
   """
   options = {
-    "row_length": row_length, "groups": groups, "sizes": sizes, "share": share, "texts": texts
+    "row_length": row_length, "groups": groups, "sizes": sizes, "share": share,
+    "per_line": per_line,
   }  # fmt: skip
   batch = collate_many([examples], layout=layout, **options)
   first: list[Any] = [None if array is None else array[0] for array in batch]
@@ -160,7 +160,7 @@ def collate_many(
   groups: int = 1,
   sizes: Sizes | None = None,
   share: tuple[int, int] = (0, 1),
-  texts: bool = False,
+  per_line: int = 0,
 ) -> TokenBatch:
   """Lays A micro-batches out in arrays of one shape, with A as the leading axis.
 
@@ -176,7 +176,7 @@ def collate_many(
   ]
   # Sizes and shape come from the lengths of the whole batch, before it is divided among hosts: all
   # hosts must compute the same shape, though each reads only its own examples.
-  sizes = sizes or packing.fit(places, completions, layout, groups, texts=texts)
+  sizes = sizes or packing.fit(places, completions, layout, groups, per_line=per_line)
   places, shape = packing.choose_shape(places, sizes, layout, groups, row_length)
   # From the first example of the batch, which every host reads: a host without examples of its own
   # must build the same arrays.
@@ -185,13 +185,10 @@ def collate_many(
     _fill(*_host_share(batch, place, shape, share), layout, stored)
     for batch, place in zip(micro_batches, places, strict=True)
   ]
-  if shape.texts:
+  if shape.lines:
     # Only in shared rows is a token, one of the prompt, part of several sequences.
     copies = completions if layout == "shared" else 1
-    list_sequences = functools.partial(
-      with_texts, texts=shape.texts, width=shape.width, copies=copies
-    )
-    filled = list(map(list_sequences, filled))
+    filled = [lines.with_lines(batch, shape, copies=copies) for batch in filled]
   arrays = zip(*filled, strict=True)
   stacked: list[Any] = [None if each[0] is None else np.stack(each) for each in arrays]
   return TokenBatch(*stacked)
@@ -210,8 +207,7 @@ def _host_share(
     column_B=places.column_B[mine],
     order_B=places.order_B[mine],
     scored_B=places.scored_B[mine],
-    texts_B=places.texts_B[mine],
-    longest_B=places.longest_B[mine],
+    sequence_BK=places.sequence_BK[mine],
     rows=rows,
   )
   measured = lengths(examples).select(mine)
@@ -412,56 +408,3 @@ def _slot_arrays(
     "score_NS": score_x.reshape(shape.rows, shape.slots),
     "row_NS": row_x.reshape(shape.rows, shape.slots),
   }
-
-
-# --- sequences ------------------------------------------------------------------------------------
-# Among the tokens of one sequence (a prompt with one completion) the mask rule of `TokenBatch` is
-# plain causal attention, which fused kernels support. So attention may gather the tokens of each
-# sequence from the rows, run a kernel, and scatter the results back.
-
-
-def with_texts(batch: TokenBatch, *, texts: int, width: int, copies: int) -> TokenBatch:
-  """Adds the list of the sequences in the rows of a batch: `sequence_GTW` and `place_NLK`.
-
-  Args:
-    batch: NumPy arrays, without an axis of micro-batches.
-    texts, width: T and W; no group may have more sequences, no sequence more tokens.
-    copies: K, the most sequences that one token belongs to.
-  """
-  groups, (rows, length) = len(batch.scored_GM), batch.ids_NL.shape
-  # The tokens that are not padding, as one list.
-  row_x, column_x = np.nonzero(batch.pair_NL >= 0)
-  pair_x = batch.pair_NL[row_x, column_x]
-  branch_x = batch.branch_NL[row_x, column_x]
-  position_x = batch.position_NL[row_x, column_x]
-
-  # 1. Every completion that is present has a token, and is a sequence: number them within each
-  #    group. Absent ones get the number `texts`, one past the last.
-  completion_x = branch_x > 0
-  shape = (rows, pair_x.max(initial=0) + 1, max(copies, branch_x.max(initial=1)))
-  present_NPrK = np.zeros(shape, bool)
-  present_NPrK[row_x[completion_x], pair_x[completion_x], branch_x[completion_x] - 1] = True
-  number_Gx = np.cumsum(present_NPrK.reshape(groups, -1), axis=1) - 1
-  number_NPrK = np.where(present_NPrK, number_Gx.reshape(shape), texts)
-
-  # 2. The sequences of each token: a prompt token is in all sequences of its pair, a completion
-  #    token only in its own. Sorted, so that the sequences that exist come first.
-  first_NPrK = np.sort(number_NPrK, axis=2)[:, :, :copies]
-  number_xK = first_NPrK[row_x, pair_x]
-  number_xK[completion_x] = texts
-  own_x = number_NPrK[row_x[completion_x], pair_x[completion_x], branch_x[completion_x] - 1]
-  number_xK[completion_x, 0] = own_x
-
-  # 3. Write both directions: token -> its places in sequences, and place -> token.
-  exists_xK = number_xK < texts
-  place_NLK = np.full((rows, length, copies), texts * width, np.int32)
-  place_xK = np.where(exists_xK, number_xK * width + position_x[:, None], texts * width)
-  place_NLK[row_x, column_x] = place_xK
-  block = rows // groups  # rows of a group
-  sequence_GTw = np.full((groups, texts * width), block * length, np.int32)
-  group_xK = np.broadcast_to((row_x // block)[:, None], exists_xK.shape)
-  at_xK = np.broadcast_to((row_x % block * length + column_x)[:, None], exists_xK.shape)
-  sequence_GTw[group_xK[exists_xK], place_xK[exists_xK]] = at_xK[exists_xK]
-  return batch._replace(
-    sequence_GTW=sequence_GTw.reshape(groups, texts, width), place_NLK=place_NLK
-  )

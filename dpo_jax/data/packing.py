@@ -30,8 +30,8 @@ class Places(NamedTuple):
     row_B, column_B: its first row, counted within its group, and its first column.
     order_B: its number among the examples of its row, from 0.
     scored_B: its scored tokens.
-    texts_B: its sequences: completions that are present.
-    longest_B: tokens of its longest sequence, without the last one, which is only a target.
+    sequence_BK: tokens of its prompt with each completion, without the last one, which is only a
+      target; 0 if the completion is absent.
     rows: number of rows taken: the groups times the rows of the group that has most.
   """
 
@@ -40,8 +40,7 @@ class Places(NamedTuple):
   column_B: np.ndarray
   order_B: np.ndarray
   scored_B: np.ndarray
-  texts_B: np.ndarray
-  longest_B: np.ndarray
+  sequence_BK: np.ndarray
   rows: int
 
 
@@ -53,29 +52,32 @@ class Sizes(NamedTuple):
     rows_step: ... and grows by this, a multiple of the number of groups.
     scored: M is at least this number of scored tokens per row of a group, and grows by an eighth.
     slots: S; no row takes more than S / K pairs.
-    texts: T is at least this number of sequences per group, and grows by an eighth; 0 if sequences
-      are not listed.
+    lines: T is at least this number of lines per group, and grows by an eighth; 0 if sequences are
+      not listed.
     width: W is at least this, and grows in the steps of `round_up_width`.
+    per_line: Sq; no line takes more sequences.
   """
 
   rows: int
   rows_step: int
   scored: int
   slots: int
-  texts: int = 0
+  lines: int = 0
   width: int = 0
+  per_line: int = 0
 
 
 class Shape(NamedTuple):
-  """The sizes N, L, G, M, S, T and W of a batch; T and W are 0 if sequences are not listed."""
+  """The sizes N, L, G, M, S, T, W and Sq of a batch; the last three are 0 without lines."""
 
   rows: int
   length: int
   groups: int
   scored: int
   slots: int
-  texts: int = 0
+  lines: int = 0
   width: int = 0
+  per_line: int = 0
 
 
 def costs(measured: Measured, layout: str) -> np.ndarray:
@@ -118,7 +120,8 @@ def place(
   """
   cost_B = costs(measured, layout)
   present_BK = measured.tokens_BK > 0
-  about_B = (measured.scored_BK.sum(1), present_BK.sum(1), costs(measured, "padded"))
+  sequence_BK = np.where(present_BK, measured.prompt_B[:, None] - 1 + measured.tokens_BK, 0)
+  about_B = (measured.scored_BK.sum(1), sequence_BK)
   size, completions = present_BK.shape
   if group_B is None:
     group_B = deal(measured, layout, groups)
@@ -130,42 +133,58 @@ def place(
       row_B[mine] = np.arange(len(mine)) * completions
       rows = len(mine) * completions
     else:
-      packed = _pack(cost_B[mine], row_length, most_pairs)
-      row_B[mine], column_B[mine], order_B[mine], rows = packed
+      filled = _best_fit(cost_B[mine], row_length, most_pairs)
+      row_B[mine], column_B[mine], order_B[mine] = filled[:3]
+      rows = filled.count
     most = max(most, rows)
   return Places(group_B, row_B, column_B, order_B, *about_B, groups * most)
 
 
-def _pack(
-  cost_B: np.ndarray, row_length: int, most_pairs: int | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-  """Packs examples into rows by best-fit decreasing: row, column and order of each, and the rows.
+class _Filled(NamedTuple):
+  """The place of every item in bins: its bin, its start in it, and its number there, from 0."""
 
-  The largest example goes first, each into the row where it leaves the least room. Ties go by the
-  order of examples.
+  bin_x: np.ndarray
+  start_x: np.ndarray
+  order_x: np.ndarray
+  count: int
+
+
+def _best_fit(cost_x: np.ndarray, room_of_bin: int, most_items: int | None) -> _Filled:
+  """Puts items into as few bins as best-fit decreasing needs; no bin takes more than `most_items`.
+
+  The largest item goes first, each into the bin where it leaves the least room. Ties go by the
+  order of items.
   """
-  row_B, column_B, order_B = (np.zeros(len(cost_B), np.int64) for _ in range(3))
-  used: list[int] = []  # tokens of each row
-  count: list[int] = []  # examples of each row
-  # (room, row) of the rows that may take more, sorted: the first with enough room is the best fit,
-  # found in O(log rows). -1 sorts before every row number, so rows of exactly this room count.
+  bin_x, start_x, order_x = (np.zeros(len(cost_x), np.int64) for _ in range(3))
+  used: list[int] = []  # room taken of each bin
+  count: list[int] = []  # items of each bin
+  # (room, bin) of the bins that may take more, sorted: the first with enough room is the best fit,
+  # found in O(log bins). -1 sorts before every bin's number, so bins of exactly this room count.
   room_left: list[tuple[int, int]] = []
-  # Stable, so that examples of equal cost keep their order on every platform.
-  for i in np.argsort(-cost_B, kind="stable").tolist():
-    cost = int(cost_B[i])
+  # Stable, so that items of equal cost keep their order on every platform.
+  for i in np.argsort(-cost_x, kind="stable").tolist():
+    cost = int(cost_x[i])
     at = bisect.bisect_left(room_left, (cost, -1))
     if at < len(room_left):
-      room, row = room_left.pop(at)
+      room, number = room_left.pop(at)
     else:
-      room, row = row_length, len(used)
+      room, number = room_of_bin, len(used)
       used.append(0)
       count.append(0)
-    row_B[i], column_B[i], order_B[i] = row, used[row], count[row]
-    used[row] += cost
-    count[row] += 1
-    if count[row] != most_pairs:
-      bisect.insort(room_left, (room - cost, row))
-  return row_B, column_B, order_B, len(used)
+    bin_x[i], start_x[i], order_x[i] = number, used[number], count[number]
+    used[number] += cost
+    count[number] += 1
+    if count[number] != most_items:
+      bisect.insort(room_left, (room - cost, number))
+  return _Filled(bin_x, start_x, order_x, len(used))
+
+
+def fill_lines(length_x: np.ndarray, width: int, per_line: int) -> _Filled:
+  """Puts the sequences of a group into lines of `width` positions, by best-fit decreasing.
+
+  How many lines that takes depends on the lengths alone, not on their order.
+  """
+  return _best_fit(length_x, width, per_line)
 
 
 # --- groups ---------------------------------------------------------------------------------------
@@ -263,7 +282,7 @@ def fit(
   groups: int,
   quantile: float = 1.0,
   steps: int = 8,
-  texts: bool = False,
+  per_line: int = 0,
 ) -> Sizes:
   """Chooses sizes that suit some sample batches.
 
@@ -276,7 +295,7 @@ def fit(
       of several groups suffice; larger batches take further steps. Slots, sequences and the scored
       tokens of one group suffice for all of them.
     steps: number of steps in which the rows of a usual batch would be reached.
-    texts: True if sequences are listed.
+    per_line: the most sequences of a line; 0 if sequences are not listed.
   """
   taken = [place.rows for place in places]
   if layout == "padded":  # the number of rows does not vary: whole groups of whole pairs
@@ -284,14 +303,15 @@ def fit(
   else:
     step = groups * largest_power_of_two_up_to(int(np.median(taken)) // groups // steps)
   rows = round_up(int(np.quantile(taken, quantile, method="higher")), step)
-  per_row, most_texts = [], 0  # scored tokens per row of the fullest group, of each batch
+  per_row: list[float] = []  # scored tokens per row of the fullest group, of each batch
+  lengths: list[list[np.ndarray]] = []  # of the sequences of each group of each batch
   for place in places:
     room = max(rows, round_up(place.rows, step))
     assigned = assign_rows(place, room, groups)
+    lengths.append(sequences_by_group(assigned, room, groups))
     most = sum_by_group(assigned, assigned.scored_B, room, groups).max()
     # Per row, since a batch that takes more rows has room for more scored tokens.
     per_row.append(most * groups / room)
-    most_texts = max(most_texts, int(sum_by_group(assigned, assigned.texts_B, room, groups).max()))
   # The fullest of several groups varies more than a whole batch does: room for the worst of all
   # would be padding in every other batch.
   share = quantile if groups > 1 else 1.0
@@ -300,11 +320,30 @@ def fit(
   pairs = max(int(place.order_B.max()) + 1 for place in places)
   slots = 1 if layout == "padded" else completions * largest_power_of_two_up_to(2 * pairs - 1)
   sizes = Sizes(rows, step, int(np.ceil(scored)), slots)
-  if not texts:
-    return sizes
-  longest = [int(place.longest_B.max()) for place in places]
-  width = round_up_width(int(np.quantile(longest, quantile, method="higher")))
-  return sizes._replace(texts=max(1, most_texts), width=width)
+  return _with_lines(sizes, lengths, quantile, per_line) if per_line else sizes
+
+
+def _with_lines(
+  sizes: Sizes, lengths: list[list[np.ndarray]], quantile: float, per_line: int
+) -> Sizes:
+  """Adds the sizes of lines, given the lengths of the sequences of each group of each batch."""
+  longest = [int(np.concatenate(lengths_G).max()) for lengths_G in lengths]
+  usual = round_up_width(int(np.quantile(longest, quantile, method="higher")))
+  widths = [max(usual, round_up_width(tokens)) for tokens in longest]
+  if per_line > 1:
+    # A kernel has an entry for as many sequences of every line. Twice the mean leaves hardly any
+    # line short of entries, and a fixed number keeps shapes few.
+    filled = [
+      fill_lines(length_x, width, per_line)
+      for lengths_G, width in zip(lengths, widths, strict=True)
+      for length_x in lengths_G
+    ]
+    count = sum(len(one.bin_x) for one in filled)
+    per_line = min(per_line, 2 * -(-count // sum(one.count for one in filled)))
+  lines = max(
+    most_lines(lengths_G, width, per_line) for lengths_G, width in zip(lengths, widths, strict=True)
+  )
+  return sizes._replace(lines=lines, width=usual, per_line=per_line)
 
 
 def choose_shape(
@@ -323,13 +362,15 @@ def choose_shape(
   # What exceeds the room is rounded up to eighths of it, so that a few shapes cover all batches.
   scored = room + round_up(max(0, need - room), round_up(room, 64) // 8)
   shape = Shape(rows, row_length, groups, scored, sizes.slots)
-  if not sizes.texts:
+  if not sizes.lines:
     return assigned, shape
-  need = max(int(sum_by_group(place, place.texts_B, rows, groups).max()) for place in assigned)
-  step = max(1, round_up(sizes.texts, 8) // 8)
-  width = max(sizes.width, *(round_up_width(int(place.longest_B.max())) for place in assigned))
-  texts = sizes.texts + round_up(max(0, need - sizes.texts), step)
-  return assigned, shape._replace(texts=texts, width=width)
+  width = max(sizes.width, *(round_up_width(int(place.sequence_BK.max())) for place in assigned))
+  need = max(
+    most_lines(sequences_by_group(place, rows, groups), width, sizes.per_line) for place in assigned
+  )
+  step = max(1, round_up(sizes.lines, 8) // 8)
+  lines = sizes.lines + round_up(max(0, need - sizes.lines), step)
+  return assigned, shape._replace(lines=lines, width=width, per_line=sizes.per_line)
 
 
 def assign_rows(places: Places, rows: int, groups: int) -> Places:
@@ -343,10 +384,22 @@ def sum_by_group(places: Places, count_B: np.ndarray, rows: int, groups: int) ->
   return np.bincount(places.row_B // (rows // groups), count_B, minlength=groups)
 
 
+def sequences_by_group(places: Places, rows: int, groups: int) -> list[np.ndarray]:
+  """Returns the lengths of the sequences of every group, in order of examples."""
+  group_B = places.row_B // (rows // groups)
+  lengths = [places.sequence_BK[group_B == group] for group in range(groups)]
+  return [length_BK[length_BK > 0] for length_BK in lengths]
+
+
+def most_lines(lengths_G: Sequence[np.ndarray], width: int, per_line: int) -> int:
+  """Returns the lines of the group that needs most of them, at least 1."""
+  return max(1, *(fill_lines(length_x, width, per_line).count for length_x in lengths_G))
+
+
 def round_up_width(tokens: int) -> int:
   """Returns W for sequences of so many tokens: a multiple of 128, in steps of a quarter or less.
 
-  The blocks of splash attention divide W, so that they have at least 128 positions.
+  The blocks of attention on TPUs divide W and are multiples of 128.
   """
   return round_up(tokens, max(128, largest_power_of_two_up_to(tokens) // 4))
 

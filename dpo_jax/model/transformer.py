@@ -33,20 +33,26 @@ ACTIVATIONS = {
 }
 
 # Rematerialization: which arrays of a layer the forward pass keeps for the backward pass, which
-# computes the others again. "none" keeps everything, "dots" the outputs of linear maps (attention
-# scores are computed again), "narrow" those of them that are no wider than the model, "full" only
-# the layer's input.
+# computes the others again. "none" keeps everything; "dots" the outputs of linear maps and of fused
+# attention (scores are computed again); "narrow" those of them that are no wider than the model;
+# "full" only the layer's input.
+_keep_names = jax.checkpoint_policies.save_only_these_names
+_KEEP_NARROW = jax.checkpoint_policies.save_from_both_policies(
+  _keep_names(matmul.NAME, attention_tiled.REMAT_NAME, attention_kernels.REMAT_NAME),
+  # Of a kernel that gives its results no names.
+  attention_kernels.is_kept,
+)
 REMAT = {
   "none": None,
-  # Both policies are needed: the first sees plain products, the second finds by their names those
-  # inside functions with a gradient of their own, which the first does not see.
+  # Names are those of results inside functions with a gradient of their own, which the policy for
+  # plain products does not see.
   "dots": jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(
-      matmul.NAME, matmul.WIDE_NAME, attention_tiled.REMAT_NAME
+    jax.checkpoint_policies.save_from_both_policies(
+      jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _keep_names(matmul.WIDE_NAME)
     ),
+    _KEEP_NARROW,
   ),
-  "narrow": jax.checkpoint_policies.save_only_these_names(matmul.NAME, attention_tiled.REMAT_NAME),
+  "narrow": _KEEP_NARROW,
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -32,9 +32,9 @@ def judged(label=True, prompt="the answer is", completion=" good"):
 # --- batches --------------------------------------------------------------------------------------
 
 
-def apart(layout="shared", row_length=0, groups=1, texts=False, **others):
+def apart(layout="shared", row_length=0, groups=1, per_line=0, **others):
   """Keyword arguments with those of rows as one `Batching`."""
-  return {"batching": data_batches.Batching(layout, row_length, groups, texts), **others}
+  return {"batching": data_batches.Batching(layout, row_length, groups, per_line), **others}
 
 
 def take(count, some, **kwargs):

@@ -106,14 +106,14 @@ def test_groups_of_few_pairs_are_full(pairs, layout, groups, size, least):
 
 
 def test_the_usual_shape_is_that_of_most_batches(pairs):
-  how = batches.Batching(groups=8, texts=True)
+  how = batches.Batching(groups=8, per_line=9)
   settings = {"batch_size": 64, "batching": how, "accumulate": 2, "balance": True}
   usual = batches.usual_shape(lengths(pairs), **settings)
   batch = next(batches.batches(pairs, **settings))
   assert batch.ids_NL.shape == (2, usual.rows, usual.length)
   assert batch.scored_GM.shape == (2, 8, usual.scored)
   assert batch.sequence_GTW is not None
-  assert batch.sequence_GTW.shape == (2, 8, usual.texts, usual.width)
+  assert batch.sequence_GTW.shape == (2, 8, usual.lines, usual.width)
 
 
 def test_lengths_alone_decide(pairs):

@@ -9,7 +9,7 @@ from dpo_jax import logprobs
 from dpo_jax.model import attention_kernels, attention_tiled, transformer
 from dpo_jax.model.attention import Keys, Tokens, attend_blocks, visible
 from tests.support import small_attention
-from tests.support.small_attention import CONFIG, close, rows_of, value_and_gradient, without_texts
+from tests.support.small_attention import CONFIG, close, rows_of, value_and_gradient, without_lines
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +113,7 @@ def test_a_step_by_tiles_is_that_by_blocks(how):
 
 def test_bfloat16_stays_near_float32():
   """Tiles in bfloat16 lose no more precision in log-probs than blocks do, within a half."""
-  batch = without_texts(small_attention.batch_of("shared", 2))
+  batch = without_lines(small_attention.batch_of("shared", 2))
 
   def logps(name, dtype):
     model = transformer.build(CONFIG, attention=name, dtype=dtype)

@@ -24,6 +24,7 @@ LLAMA = {
 }
 CONFIG = families.from_hf(LLAMA)
 HEADS, KV_HEADS, HEAD = 4, 2, 8
+MANY = 2**30  # sequences of a line: as many as fit
 
 
 def examples(count, completions, seed=0):
@@ -33,16 +34,16 @@ def examples(count, completions, seed=0):
   return fill_up(cut, completions)
 
 
-def batch_of(name="shared", completions=2, groups=2, count=5):
-  """Builds a batch that lists its sequences and has a row and a sequence of nothing but padding."""
+def batch_of(name="shared", completions=2, groups=2, count=5, per_line=MANY):
+  """Builds a batch that lists its sequences and has a row and a line of nothing but padding."""
   some = examples(count, completions)
-  sizes = collate.fit_sizes([some], layout=name, row_length=48, groups=groups, texts=True)
-  sizes = sizes._replace(rows=sizes.rows + groups * completions, texts=sizes.texts + 1)
+  sizes = collate.fit_sizes([some], layout=name, row_length=48, groups=groups, per_line=per_line)
+  sizes = sizes._replace(rows=sizes.rows + groups * completions, lines=sizes.lines + 1)
   return collate.collate(some, layout=name, row_length=48, groups=groups, sizes=sizes)
 
 
-def without_texts(batch):
-  return batch._replace(sequence_GTW=None, place_NLK=None)
+def without_lines(batch):
+  return batch._replace(sequence_GTW=None, start_GTSq=None, place_NLK=None)
 
 
 def close(found, expected):
@@ -96,9 +97,9 @@ def steps(attention, mode, *mesh, accumulate=1, config=CONFIG, remat="dots"):
   )
   found = []
   sets = [examples(16, 3, seed=index) for index in range(2)]
-  texts = attention in attention_kernels.SEQUENCE_KERNELS
-  for batch in tiny.one_shape(sets, executor.groups, accumulate, texts=texts):
-    assert (batch.sequence_GTW is None) == (not texts)
+  per_line = attention_kernels.sequences_per_line(attention, config, executor.devices[0])
+  for batch in tiny.one_shape(sets, executor.groups, accumulate, per_line=per_line):
+    assert (batch.sequence_GTW is None) == (not per_line)
     state, means = train_step_fn(state, reference_params, executor.place_batch(batch))
     found.append(float(executor.metrics_to_host(means)["loss"]))
   return executor.to_host(state.params), found

@@ -119,7 +119,7 @@ def settle(
     layout=config.data.layout,
     row_length=config.data.row_length,
     groups=executor.groups,
-    texts=attention in attention_kernels.SEQUENCE_KERNELS,
+    per_line=attention_kernels.sequences_per_line(attention, model_config, executor.devices[0]),
   )
 
   @functools.cache
@@ -135,7 +135,7 @@ def settle(
     parts = config.parallel.sequence
     rows = shape.rows // shape.groups
     return Micro(
-      rows * shape.length // parts, shape.scored // parts, shape.texts * shape.width // parts
+      rows * shape.length // parts, shape.scored // parts, shape.lines * shape.width // parts
     )
 
   held, _ = footprint.needed(config, checked, model_config, adapters)

@@ -120,7 +120,9 @@ def describe(
       layout=config.data.layout,
       row_length=config.data.row_length,
       groups=checked.executor.groups,
-      texts=attention in attention_kernels.SEQUENCE_KERNELS,
+      per_line=attention_kernels.sequences_per_line(
+        attention, model_config, checked.executor.devices[0]
+      ),
     ),
     checked.loss,
     tokenizer,
