@@ -39,7 +39,6 @@ meaning in the whole package; tests/core/test_axes.py compares all names with th
   Sa  completions that are sampled at once: N prompts times K
   Lc  sampled tokens of a completion
   Rc  records of a file of stored log-probs
-  Dv  devices that share the positions of a row
   Pc  processes
   Ph  phrases of the controlled task
   U   random numbers of a review of the controlled task
@@ -53,7 +52,6 @@ meaning in the whole package; tests/core/test_axes.py compares all names with th
 
   c   chunks of scored tokens
   m   scored tokens of a chunk
-  l   positions of a row on one device
   n   factors of a product
   x   one list of anything, or any number of leading axes
 

@@ -3,7 +3,7 @@
   data      divides the rows of a batch; every device along it has a copy of the parameters
   fsdp      divides the rows of a batch and the parameters; each parameter is gathered for its use,
             but of embedding and head, which stay divided by vocabulary
-  sequence  divides the tokens of a row; keys and values are gathered, one layer at a time
+  sequence  divides the tokens of a row; for attention, it divides the heads instead
   tensor    divides the parameters and the matrix products with them, but not the rows
 
 Parameters, reference, gradients and optimizer state follow the same rules, which match the end of
@@ -14,6 +14,7 @@ This module depends on structs alone, so that the mathematics and the models can
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -107,23 +108,11 @@ def by_heads(x_NLHHd: Array) -> Array:
   return _constrain(x_NLHHd, ROWS, _SEQUENCE, ("tensor",), None)
 
 
-def gather_sequence(x_NJLHd: Array) -> Array:
-  """Gathers keys or values of complete rows on every device of the sequence axis."""
-  return _constrain(x_NJLHd, ROWS, ("tensor",), None, None)
-
-
 def sequence_parts(length: int) -> int:
   """Returns over how many devices a row of `length` tokens is divided; 1 outside a mesh."""
   mesh = _mesh()
   parts = mesh.shape["sequence"] if mesh else 1
   return 1 if length % parts else parts
-
-
-def split_sequence(x_NL: Array, parts: int) -> Array:
-  """Reshapes [N, L, ...] to [N, P, L / P, ...], with one part per device of the sequence axis."""
-  rows, length, *rest = x_NL.shape
-  x_NDvl = x_NL.reshape(rows, parts, length // parts, *rest)
-  return _constrain(x_NDvl, ROWS, _SEQUENCE, None, *(_FREE,) * len(rest))
 
 
 def by_vocabulary(table_VD: Array) -> Array:
@@ -177,14 +166,23 @@ def copy_per_group(table_VD: Array, groups: int) -> Array:
   return _constrain(table_GVD, axes, vocabulary, None)
 
 
-def map_over_shards(fn: Callable[..., Array], *, heads: int) -> Callable[..., Array]:
-  """Makes `fn` run on every device with its own rows, groups and heads.
+def head_axes(length: int) -> tuple[int, int]:
+  """Returns how many devices of the tensor and of the sequence axis share a row's heads."""
+  mesh = _mesh()
+  return (mesh.shape["tensor"], sequence_parts(length)) if mesh else (1, 1)
 
-  It serves custom kernels, which the compiler cannot divide.
+
+def map_over_shards(fn: Callable[..., Array], *, length: int) -> Callable[..., Array]:
+  """Makes `fn` run on every device with its own rows, complete, and its own heads.
+
+  It serves what the compiler cannot divide: custom kernels, and loops whose number of turns depends
+  on the data. Where tokens are divided over sequence, the heads are divided over it for `fn` alone.
 
   Args:
-    fn: (arrays [N, L, H, Hd], tree of arrays [G, ...]) -> [N, L, H, Hd], computed row by row.
-    heads: the heads are divided over tensor if their number allows it, else replicated.
+    fn: (arrays [N, L, H, Hd], tree of arrays [N or G, ...], tree of any arrays) -> [N, L, H, Hd],
+      computed row by row and head by head. The numbers of heads must be divisible by the product of
+      `head_axes`.
+    length: L of the complete arrays.
 
   Returns:
     A function of the complete arrays; outside a mesh of these axes, `fn` itself.
@@ -192,11 +190,29 @@ def map_over_shards(fn: Callable[..., Array], *, heads: int) -> Callable[..., Ar
   mesh = _mesh()
   if mesh is None:
     return fn
-  divided = PartitionSpec(ROWS, None, None if heads % mesh.shape["tensor"] else "tensor")
+  apart = sequence_parts(length) > 1
+
+  def exchange(x_NLHHd: Array, split: int, join: int) -> Array:
+    return jax.lax.all_to_all(x_NLHHd, "sequence", split, join, tiled=True) if apart else x_NLHHd
+
+  def on_device(arrays: Any, rows: Any, shared: Any) -> Array:
+    whole = jax.tree.map(functools.partial(exchange, split=2, join=1), arrays)
+    return exchange(fn(whole, rows, shared), split=1, join=2)
+
+  divided = PartitionSpec(ROWS, "sequence" if apart else None, "tensor")
+  specs = divided, PartitionSpec(ROWS), PartitionSpec()
   # check_vma=False: a custom kernel does not declare along which axes its output varies.
-  return jax.shard_map(
-    fn, in_specs=(divided, PartitionSpec(ROWS)), out_specs=divided, check_vma=False
-  )
+  return jax.shard_map(on_device, in_specs=specs, out_specs=divided, check_vma=False)
+
+
+def map_over_groups(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """Makes `fn` run on every device with its own rows of all arrays; outside a mesh, `fn` itself.
+
+  Args:
+    fn: tree of arrays [N, ...] -> tree of arrays whose first axis belongs to these rows.
+  """
+  rows = PartitionSpec(ROWS)
+  return jax.shard_map(fn, in_specs=rows, out_specs=rows, check_vma=False) if _mesh() else fn
 
 
 def _mesh() -> Any:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.distributed import sharding
+from dpo_jax.model.head_shares import attend_by_heads
 from dpo_jax.structs import Array
 from dpo_jax.utils import matmul
 
@@ -65,6 +66,15 @@ class Keys(NamedTuple):
 
   k_NJCHd: Array
   v_NJCHd: Array
+
+  @classmethod
+  def from_columns(cls, k_NCJHd: Array, v_NCJHd: Array) -> Keys:
+    """Makes keys of arrays whose columns come before heads."""
+    return cls(k_NCJHd.swapaxes(1, 2), v_NCJHd.swapaxes(1, 2))
+
+  def to_columns(self) -> tuple[Array, Array]:
+    """Returns keys and values with columns before heads."""
+    return self.k_NJCHd.swapaxes(1, 2), self.v_NJCHd.swapaxes(1, 2)
 
 
 def attend(
@@ -123,6 +133,23 @@ def attend_blocks(
     window: as in `visible`.
     **options: scale and cap of `attend`.
   """
+  if sharding.sequence_parts(q_NLHHd.shape[1]) == 1:
+    return _attend_blocks(q_NLHHd, keys, tokens, window, options)
+
+  def attend_whole_rows(
+    qkv: tuple[Array, Array, Array], tokens: Tokens, window: Array | None
+  ) -> Array:
+    q_NLHHd, *kv = qkv
+    return _attend_blocks(q_NLHHd, Keys.from_columns(*kv), tokens, window, options)
+
+  # The compiler could only divide the queries, and every device would need all keys.
+  return attend_by_heads(attend_whole_rows, (q_NLHHd, *keys.to_columns()), tokens, window)
+
+
+def _attend_blocks(
+  q_NLHHd: Array, keys: Keys, tokens: Tokens, window: Array | None, options: dict[str, float]
+) -> Array:
+  """Computes `attend_blocks` over complete rows."""
 
   # The layers run in a scan, which separates forward and backward pass. The compiler cannot merge
   # the second computation of the scores with the first there, so barriers against it
@@ -131,23 +158,10 @@ def attend_blocks(
   def attend_block(q_NQHHd: Array, keys: Keys, query: Tokens, key: Tokens) -> Array:
     return attend(q_NQHHd, [(keys, visible(query, key, window))], **options)
 
-  def attend_part(q_NLHHd: Array, queries: Tokens, offset: int) -> Array:
-    """Computes the attention of queries whose column i sees no key after column offset + i."""
-    length, out = q_NLHHd.shape[1], []
-    for start in range(0, length, QUERY_BLOCK):
-      stop = min(start + QUERY_BLOCK, length)
-      earlier = Keys(*(x_NJLHd[:, :, : offset + stop] for x_NJLHd in keys))
-      query, key = queries.columns(start, stop), tokens.columns(0, offset + stop)
-      out.append(attend_block(q_NLHHd[:, start:stop], earlier, query, key))
-    return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
-
-  length = q_NLHHd.shape[1]
-  parts = sharding.sequence_parts(length)
-  if parts == 1:
-    return attend_part(q_NLHHd, tokens, 0)
-  # Every device has one part of the queries and all keys. All parts run the same program, so each
-  # takes as many keys as the last part needs; the mask hides those that come too late.
-  keys = Keys(*map(sharding.gather_sequence, keys))
-  own = jax.tree.map(lambda x: sharding.split_sequence(x, parts), (q_NLHHd, tokens))
-  each_part = functools.partial(attend_part, offset=length - length // parts)
-  return jax.vmap(each_part, in_axes=1, out_axes=1)(*own).reshape(q_NLHHd.shape)
+  length, out = q_NLHHd.shape[1], []
+  for start in range(0, length, QUERY_BLOCK):
+    stop = min(start + QUERY_BLOCK, length)
+    earlier = Keys(*(x_NJLHd[:, :, :stop] for x_NJLHd in keys))
+    query, key = tokens.columns(start, stop), tokens.columns(0, stop)
+    out.append(attend_block(q_NLHHd[:, start:stop], earlier, query, key))
+  return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)

@@ -29,8 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.distributed import sharding
+from dpo_jax.model.attention import Keys, attend
 from dpo_jax.model.config import ModelConfig
+from dpo_jax.model.head_shares import attend_by_heads
 from dpo_jax.structs import Array, Device, TokenBatch, UserError
 
 # These run on sequences. "blocked" is `attention.attend_blocks`, which supports every model and
@@ -61,8 +62,6 @@ def choose(
   *,
   dtype: str,
   device: Device,
-  sequence: int = 1,
-  divided: bool = False,
 ) -> tuple[str, str]:
   """Chooses the attention that a run uses.
 
@@ -71,8 +70,6 @@ def choose(
     config: the model.
     dtype: type of activations.
     device: one of the run's devices.
-    sequence: number of devices among which the tokens of a row are divided.
-    divided: whether one program is divided among several devices.
 
   Returns:
     A name in `NAMES` other than "auto", and the reason why it is not the requested one ("" if it
@@ -80,32 +77,12 @@ def choose(
   """
   check(name)
   wanted = _DEFAULT_OF_PLATFORM.get(device.platform, "blocked") if name == "auto" else name
-  if wanted == "blocked":
-    return wanted, ""
-  if wanted == "tiles":
-    # The compiler cannot divide a loop whose number of turns depends on the data.
-    reason = "its loops are for one device, and parallel.mode=mesh divides a program among several"
-    undivided = not divided and sequence == 1
-    # Under "auto" nobody requested tiles, so there is no reason to report.
-    return (wanted, "") if undivided else ("blocked", "" if name == "auto" else reason)
-  reason = _unsupported(config, sequence)
-  if not reason and wanted == "cudnn":
+  reason = ""
+  if wanted == "cudnn":
     reason = _unsupported_by_cudnn(config, dtype, device)
-  if not reason and wanted == "splash" and device.platform != "tpu":
+  if wanted == "splash" and device.platform != "tpu":
     reason = f"splash runs on TPUs, and this is {device.platform}"
   return ("blocked", reason) if reason else (wanted, "")
-
-
-def _unsupported(config: ModelConfig, sequence: int) -> str:
-  """Returns the reason why no kernel supports a model, or ""."""
-  if config.attention_cap:
-    return f"the model caps attention scores at {config.attention_cap}"
-  # Layers run in one scan, and a kernel's window is part of its program, not an input of it.
-  if len(set(config.windows)) > 1:
-    return "layers of the model see windows of different sizes"
-  if sequence > 1:
-    return f"tokens of a row are divided among parallel.sequence {sequence} devices"
-  return ""
 
 
 def _unsupported_by_cudnn(config: ModelConfig, dtype: str, device: Device) -> str:
@@ -116,6 +93,8 @@ def _unsupported_by_cudnn(config: ModelConfig, dtype: str, device: Device) -> st
   if capability < (8, 0):
     found = ".".join(map(str, capability))
     return f"cudnn needs a GPU of compute capability 8.0 or above, and this has {found}"
+  if config.attention_cap:
+    return f"cudnn takes no cap on attention scores, and the model's is {config.attention_cap}"
   if dtype not in ("bfloat16", "float16"):
     return f"cudnn takes model.compute_dtype bfloat16, and it is {dtype}"
   most = 256 if capability >= (9, 0) else 128
@@ -259,27 +238,66 @@ class KernelOptions(NamedTuple):
     window: number of positions that a token sees back, its own included; 0 for all.
     scale: factor of query times key; 0 means 1 / sqrt(Hd).
     interpret: whether splash runs in Pallas's interpreter, on a CPU.
+    cap: c of c tanh(score / c); 0 for no cap. cuDNN takes none.
   """
 
   kernel: str
   window: int = 0
   scale: float = 0.0
   interpret: bool = False
+  cap: float = 0.0
+
+
+class WindowChoice(NamedTuple):
+  """The window of a layer, where layers of one model have different windows.
+
+  Attributes:
+    sizes: the windows, as in `KernelOptions`.
+    kind: index in `sizes` of this layer's window.
+  """
+
+  sizes: tuple[int, ...]
+  kind: Array
 
 
 def attend_sequences(
-  q_NLHHd: Array, k_NLJHd: Array, v_NLJHd: Array, index: SequenceIndex, options: KernelOptions
+  q_NLHHd: Array,
+  k_NLJHd: Array,
+  v_NLJHd: Array,
+  index: SequenceIndex,
+  options: KernelOptions,
+  windows: WindowChoice | None = None,
 ) -> Array:
   """Computes `attention.attend_blocks` with a kernel, up to rounding: [N, L, H, Hd], 0 in padding.
 
   Every device computes its own groups of rows, and its own heads where heads are divided.
+
+  Args:
+    q_NLHHd, k_NLJHd, v_NLJHd: queries, keys and values of the rows.
+    index: from `index_sequences`.
+    options: of the kernel.
+    windows: the window, where it is not that of `options` because layers have several.
   """
-  # Query heads that share a key/value head must stay together, so heads are divided only if both
-  # numbers are divisible.
-  attend = sharding.map_over_shards(
-    functools.partial(_attend, options=options), heads=math.gcd(q_NLHHd.shape[2], k_NLJHd.shape[2])
-  )
-  return attend((q_NLHHd, k_NLJHd, v_NLJHd), index)
+  width = index.token_GTw.shape[1] // index.length_GT.shape[1]
+  sizes = windows.sizes if windows else (options.window,)
+  # A window as long as the longest sequence hides nothing. Where all are, there is one program.
+  sizes = tuple(size if size < width else 0 for size in sizes)
+  different = tuple(dict.fromkeys(sizes))
+  programs = [
+    functools.partial(_attend, options=options._replace(window=size)) for size in different
+  ]
+  number = None
+  if windows and len(programs) > 1:
+    number = jnp.array([different.index(size) for size in sizes], jnp.int32)[windows.kind]
+
+  def attend(qkv: tuple[Array, Array, Array], index: SequenceIndex, number: Array | None) -> Array:
+    # A kernel's window is part of its program, not an input of it. So each window has a program of
+    # its own, and every layer of the scan runs one of them.
+    if number is not None:
+      return jax.lax.switch(number, programs, qkv, index)
+    return programs[0](qkv, index)
+
+  return attend_by_heads(attend, (q_NLHHd, k_NLJHd, v_NLJHd), index, number)
 
 
 def _attend(
@@ -330,18 +348,18 @@ def _segments(parts: Parts, width: int) -> Array:
 
 
 def _xla(q, k, v, parts: Parts, options: KernelOptions) -> Array:
-  """Calls `jax.nn.dot_product_attention` by XLA, which forms W x W scores."""
-  segment_TW = _segments(parts, q.shape[1])
-  window = (options.window - 1, 0) if options.window else None
+  """Computes W x W scores by XLA."""
+  width = q.shape[1]
+  at_W, segment_TW = jnp.arange(width), _segments(parts, width)
+  back_WW = at_W[:, None] - at_W
+  seen_WW = (back_WW >= 0) & (back_WW < (options.window or width))
+  seen_TWW = seen_WW & (segment_TW[:, :, None] == segment_TW[:, None, :])
+  if options.cap:
+    # `jax.nn.dot_product_attention` knows no cap.
+    keys = Keys(k.swapaxes(1, 2), v.swapaxes(1, 2))
+    return attend(q, [(keys, seen_TWW)], scale=options.scale, cap=options.cap)
   return jax.nn.dot_product_attention(
-    q,
-    k,
-    v,
-    mask=(segment_TW[:, :, None] == segment_TW[:, None, :])[:, None],
-    scale=options.scale or None,
-    is_causal=True,
-    local_window_size=window,
-    implementation="xla",
+    q, k, v, mask=seen_TWW[:, None], scale=options.scale or None, implementation="xla"
   )
 
 
@@ -411,6 +429,7 @@ def _splash(q, k, v, parts: Parts, options: KernelOptions) -> Array:
     head_shards=1,
     q_seq_shards=1,
     residual_checkpoint_name=REMAT_NAME,
+    attn_logits_soft_cap=options.cap or None,
     interpret=options.interpret,
   )
   # Splash takes no scale; queries are scaled in float32, so that they are rounded only once.

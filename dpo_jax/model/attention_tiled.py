@@ -19,7 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from dpo_jax.distributed import sharding
 from dpo_jax.model.attention import UNSEEN, Keys, Tokens, visible
+from dpo_jax.model.head_shares import attend_by_heads
 from dpo_jax.structs import Array
 from dpo_jax.utils.matmul import exact
 
@@ -47,11 +49,14 @@ class TilePlan(NamedTuple):
   Attributes:
     order_Ti: numbers of the tiles, those that read the fewest keys first. Tiles of padding alone
       come first of all.
-    bounds_x: for every width, the index in `order_Ti` of its first tile; then the end.
+    bounds_Gx: for every width, the index in `order_Ti` of its first tile; then the end.
+
+  Every group of rows has a plan of its own, with numbers of its own tiles. Groups follow one
+  another in `order_Ti`. A device has one group, and there is one where one device has all rows.
   """
 
   order_Ti: Array
-  bounds_x: Array
+  bounds_Gx: Array
 
 
 def key_widths(tiles: int) -> tuple[int, ...]:
@@ -66,7 +71,11 @@ def key_widths(tiles: int) -> tuple[int, ...]:
 
 
 def plan_tiles(tokens: Tokens) -> TilePlan:
-  """Sorts the tiles of a batch by the number of key tiles that each must read."""
+  """Sorts the tiles of every group by the number of key tiles that each must read."""
+  return sharding.map_over_groups(_plan_group)(tokens)
+
+
+def _plan_group(tokens: Tokens) -> TilePlan:
   tokens = _pad_tokens(tokens)
   rows, length = tokens.pair_NL.shape
   count = length // TILE
@@ -82,7 +91,7 @@ def plan_tiles(tokens: Tokens) -> TilePlan:
   order_Ti = jnp.argsort(kind_Ti)
   # Kind 0 needs no keys; counting from 1 leaves its tiles out of every loop.
   bounds_x = jnp.searchsorted(kind_Ti[order_Ti], jnp.arange(1, len(key_widths(count)) + 2))
-  return TilePlan(order_Ti, bounds_x)
+  return TilePlan(order_Ti, bounds_x[None])
 
 
 def attend_tiles(
@@ -95,8 +104,27 @@ def attend_tiles(
 ) -> Array:
   """Computes `attention.attend_blocks` by tiles, up to rounding: [N, L, H, Hd].
 
-  The result is 0 in tiles of padding alone.
+  The result is 0 in tiles of padding alone. Every device computes its own rows and heads.
   """
+
+  def attend_rows(
+    qkv: tuple[Array, Array, Array], rows: tuple[Tokens, TilePlan], window: Array | None
+  ) -> Array:
+    q_NLHHd, *kv = qkv
+    return _attend_rows(q_NLHHd, Keys.from_columns(*kv), *rows, window, options)
+
+  return attend_by_heads(attend_rows, (q_NLHHd, *keys.to_columns()), (tokens, plan), window)
+
+
+def _attend_rows(
+  q_NLHHd: Array,
+  keys: Keys,
+  tokens: Tokens,
+  plan: TilePlan,
+  window: Array | None,
+  options: ScoreOptions,
+) -> Array:
+  """Computes the attention of the rows of one device."""
   rows, length, heads, size = q_NLHHd.shape
   q_NLHHd, tokens = _pad(q_NLHHd, 1), _pad_tokens(tokens)
   keys = Keys(*(_pad(x_NJLHd, 2) for x_NJLHd in keys))
@@ -258,7 +286,7 @@ def _for_each_tile(
   turn: Callable[[_Tile, Any], Any], tokens: Tokens, plan: TilePlan, carry: Sequence[Array]
 ) -> Any:
   """Calls `turn` for every tile that contains a token, one width after another."""
-  count = tokens.pair_NL.shape[1] // TILE
+  count, (bounds_x,) = tokens.pair_NL.shape[1] // TILE, plan.bounds_Gx
   for number, width in enumerate(key_widths(count)):
 
     def one(at, carry, width=width):
@@ -269,5 +297,5 @@ def _for_each_tile(
       first = jnp.maximum(place + 1 - width, 0)
       return turn(_Tile(index, index // count, place, first, width), carry)
 
-    carry = jax.lax.fori_loop(plan.bounds_x[number], plan.bounds_x[number + 1], one, carry)
+    carry = jax.lax.fori_loop(bounds_x[number], bounds_x[number + 1], one, carry)
   return carry

@@ -63,22 +63,31 @@ class LayerData(NamedTuple):
   Attributes:
     window: number of positions that a layer sees back, its own included.
     table: index of its rotary table.
+    kind: index of its window in `window_sizes`.
   """
 
   window: Array | None
   table: Array | None
+  kind: Array | None
+
+
+def window_sizes(config: ModelConfig) -> tuple[int, ...]:
+  """Returns the different windows of a model's layers; 0 for all positions."""
+  return tuple(dict.fromkeys(config.windows)) or (0,)
 
 
 def layer_data(config: ModelConfig) -> LayerData:
   """Returns the settings of all layers, stacked on axis 0."""
-  window = table = None
+  window = table = kind = None
   if any(config.windows):
     # A scan runs one program for all layers, so a layer without a window gets one that is longer
     # than any sequence.
     window = jnp.array([w or 2**30 for w in config.windows], jnp.int32)
+  if len(sizes := window_sizes(config)) > 1:
+    kind = jnp.array([sizes.index(size) for size in config.windows], jnp.int32)
   if len(names := rotary_names(config)) > 1:
     table = jnp.array([names.index(name) for name in config.rotary_layers], jnp.int32)
-  return LayerData(window, table)
+  return LayerData(window, table, kind)
 
 
 def token_codes(key: jax.Array, batch: TokenBatch) -> Array:
@@ -173,11 +182,13 @@ class Block(nn.Module):
         q, keys, tokens, plan, layer.window, attention_tiled.ScoreOptions(**options)
       )
     elif isinstance(plan, attention_kernels.SequenceIndex):
-      # `attention_kernels.choose` admits a kernel only if all layers have the same window.
-      window = max(c.windows, default=0)
-      y = attention_kernels.attend_sequences(
-        q, k, v, plan, attention_kernels.KernelOptions(self.attention, window, c.attention_scale)
+      kernel = attention_kernels.KernelOptions(
+        self.attention, window_sizes(c)[0], c.attention_scale, cap=c.attention_cap
       )
+      windows = None
+      if layer.kind is not None:
+        windows = attention_kernels.WindowChoice(window_sizes(c), layer.kind)
+      y = attention_kernels.attend_sequences(q, k, v, plan, kernel, windows)
     else:
       y = attend_blocks(q, keys, tokens, layer.window, **options)
     y = y.reshape(*y.shape[:2], c.heads * c.head_width)

@@ -268,19 +268,24 @@ def test_tensor_never_gathers_the_head_its_logits_or_a_layer():
   assert not of_kind(found, "collective-permute")
 
 
-def test_sequence_gathers_keys_and_values_in_a_layer_and_once_what_the_head_reads():
+def test_sequence_exchanges_heads_in_a_layer_and_gathers_once_what_the_head_reads():
   found = collectives(8, 1, 1, 8)
-  keys, states = set(), 0
+  states = 0
   for shapes, source in of_kind(found, "all-gather"):
-    for shape in shapes:
-      if "/layers/" in source:
-        keys.add(shape[2:])
-      else:
-        states += shape[2:] == (WIDTH,)
-  assert keys == {(CONFIG.kv_heads, CONFIG.head_width)}
+    assert "/layers/" not in source
+    states += sum(shape[2:] == (WIDTH,) for shape in shapes)
   assert states == 2  # of the policy and of the reference
-  assert not of_kind(found, "all-to-all")
-  assert not of_kind(found, "collective-permute")
+  # Queries, keys, values and results, each once a pass: reference, policy, again for the backward
+  # pass, and that. Eight devices exchange one query head and one key/value head each.
+  exchanged = of_kind(found, "all-to-all")
+  assert len(exchanged) == 4 * 4
+  rows, length = batch_of(Executor("mesh", 8, sequence=8)).ids_NL.shape[1:]
+  each = (rows, length // 8, 1, CONFIG.head_width)
+  assert all(set(shapes) == {each} for shapes, _ in exchanged)
+  # No gradient of a key is added up over devices.
+  reduced = [shape for shapes, _ in of_kind(found, "all-reduce") for shape in shapes]
+  assert not any(shape[-1:] == (CONFIG.head_width,) for shape in reduced)
+  assert not of_kind(found, "collective-permute") and not of_kind(found, "reduce-scatter")
 
 
 # --- tokens of a row on several devices -----------------------------------------------------------

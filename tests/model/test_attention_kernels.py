@@ -1,6 +1,7 @@
 """Attention over sequences gathered out of rows equals attention over the rows, with gradients."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import re
@@ -42,6 +43,23 @@ from tests.support.small_attention import (
   value_and_gradient,
   without_lines,
 )
+
+MODELS_OF_WINDOWS = {
+  "gemma2": families.from_hf(
+    LLAMA
+    | {
+      "model_type": "gemma2",
+      "head_dim": HEAD,
+      "sliding_window": 4,
+      "query_pre_attn_scalar": 16,
+      "attn_logit_softcapping": 2.0,
+      "final_logit_softcapping": 30.0,
+      "hidden_activation": "gelu_pytorch_tanh",
+    }
+  ),
+  # As in OLMo 3, which OLMo 2 is without windows.
+  "olmo3": dataclasses.replace(families.from_hf(LLAMA | {"model_type": "olmo2"}), windows=(4, 0)),
+}
 
 # --- the arrays -----------------------------------------------------------------------------------
 
@@ -188,21 +206,21 @@ def test_hosts_fill_the_lines_of_their_own_rows():
 # --- attention ------------------------------------------------------------------------------------
 
 
-def by_rows(batch, window=0, scale=0.0):
+def by_rows(batch, window=0, scale=0.0, cap=0.0):
   """Returns attention over the rows, a function of q, k and v."""
   tokens = Tokens(batch.position_NL, batch.pair_NL, batch.branch_NL)
 
   def attend(q, k, v):
     keys = Keys(k.swapaxes(1, 2), v.swapaxes(1, 2))
-    return attend_blocks(q, keys, tokens, window or None, scale=scale)
+    return attend_blocks(q, keys, tokens, window or None, scale=scale, cap=cap)
 
   return attend
 
 
-def by_sequences(batch, options):
+def by_sequences(batch, options, windows=None):
   """Returns attention over the sequences of the rows, a function of q, k and v."""
   index = attention_kernels.index_sequences(batch)
-  return lambda q, k, v: attention_kernels.attend_sequences(q, k, v, index, options)
+  return lambda q, k, v: attention_kernels.attend_sequences(q, k, v, index, options, windows)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +281,34 @@ def test_blocks_of_splash_divide_lines_and_are_not_small():
   every = {packing.round_up_width(tokens) for tokens in range(1, 5000)}
   assert max(attention_kernels._splash_block(width, 64) for width in every) == 896
   assert attention_kernels._splash_block(896, 512) == 128
+
+
+@pytest.mark.parametrize(
+  ("kernel", "completions", "layer", "cap"),
+  [("xla", 3, 0, 0.0), ("xla", 2, 1, 1.5), ("xla", 3, 2, 1.5), ("splash", 2, 1, 1.5)],
+)
+def test_a_layer_has_its_window_and_cap(kernel, completions, layer, cap):
+  """Layers of windows 0, 3 and 200, of which the last is longer than any sequence."""
+  batch = batch_of(completions=completions, count=2, groups=1)
+  qkv, slope = rows_of(batch)
+  sizes = (0, 3, 200)
+  expected = value_and_gradient(by_rows(batch, sizes[layer], 0.3, cap), qkv, slope)
+  options = attention_kernels.KernelOptions(kernel, 0, 0.3, interpret=True, cap=cap)
+  windows = attention_kernels.WindowChoice(sizes, jnp.int32(layer))
+  found = value_and_gradient(by_sequences(batch, options, windows), qkv, slope)
+  close(found, expected)
+
+
+def test_windows_beyond_the_longest_sequence_need_one_program():
+  batch = batch_of()
+  qkv, _ = rows_of(batch)
+
+  def programs(*sizes):
+    windows = attention_kernels.WindowChoice(sizes, jnp.int32(0))
+    options = attention_kernels.KernelOptions("xla")
+    return str(jax.make_jaxpr(by_sequences(batch, options, windows))(*qkv)).count("branches=")
+
+  assert (programs(0, 128, 4096), programs(0, 127)) == (0, 1)  # sequences are 128 wide
 
 
 @pytest.fixture
@@ -382,6 +428,9 @@ def test_a_model_takes_rows_that_list_no_sequences_as_they_are():
     pytest.param("mesh", (8, 2, 2), 2, marks=pytest.mark.slow),
     pytest.param("mesh", (1,), 2, marks=pytest.mark.slow),
     pytest.param("mesh", (8, 2, 4), 2, marks=pytest.mark.slow),  # heads of keys do not divide by 4
+    pytest.param("mesh", (2, 1, 1, 2), 1, marks=pytest.mark.slow),
+    pytest.param("mesh", (4, 1, 1, 4), 2, marks=pytest.mark.slow),
+    pytest.param("mesh", (8, 2, 2, 2), 1, marks=pytest.mark.slow),
     pytest.param("pmap", (4,), 1, marks=pytest.mark.slow),
   ],
 )
@@ -396,6 +445,17 @@ def test_layers_of_one_window_step_alike():
   close(
     steps("xla", "mesh", 1, config=config, remat="none"), steps("blocked", "mesh", 1, config=config)
   )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["gemma2", "olmo3"])
+@pytest.mark.parametrize(
+  ("mesh", "remat"), [((1,), "dots"), ((1,), "full"), ((4, 1, 1, 2), "dots")]
+)
+def test_layers_of_different_windows_step_alike(model, mesh, remat):
+  config = MODELS_OF_WINDOWS[model]
+  found = steps("xla", "mesh", *mesh, config=config, remat=remat)
+  close(found, steps("blocked", "mesh", 1, config=config))
 
 
 @pytest.mark.parametrize(
@@ -443,8 +503,7 @@ def test_what_is_taken_where():
   assert all(chosen("auto", at)[1] == "" for at in (hopper, ampere, tpu, cpu))
   assert all(chosen("blocked", at) == ("blocked", "") for at in (hopper, tpu, cpu))
   assert chosen("xla", cpu) == ("xla", "") and chosen("splash", tpu) == ("splash", "")
-  # A CPU takes what it takes without a word.
-  assert chosen("auto", cpu, dtype="float32", sequence=2) == ("blocked", "")
+  assert chosen("auto", cpu, dtype="float32") == ("tiles", "")
 
 
 def test_how_many_sequences_share_a_line(monkeypatch):
@@ -485,17 +544,25 @@ def test_how_many_sequences_share_a_line(monkeypatch):
     ("auto", device("gpu", "8.0"), {"head_dim": 256}, "multiple of 8 up to 128 here, .* have 256"),
     ("auto", device("gpu", "12.0"), {"head_dim": 20}, "multiple of 8 up to 256 here, .* have 20"),
     ("splash", device("gpu", "9.0"), {}, "splash runs on TPUs, and this is gpu"),
-    ("auto", device("tpu"), {"sequence": 2}, "among parallel.sequence 2 devices"),
-    ("xla", device("cpu"), {"attention_cap": 50.0}, "caps attention scores at 50.0"),
-    ("auto", device("tpu"), {"windows": (4, 0)}, "windows of different sizes"),
+    ("auto", device("gpu", "9.0"), {"attention_cap": 50.0}, "no cap on .* the model's is 50.0"),
   ],
 )
 def test_what_is_not_taken_is_said(name, at, how, why):
   fields = {k: how.pop(k) for k in ("head_dim",) if k in how}
-  own = {k: how.pop(k) for k in ("attention_cap", "windows") if k in how}
+  own = {k: how.pop(k) for k in ("attention_cap",) if k in how}
   config = types.SimpleNamespace(**vars(families.from_hf(LLAMA | fields)) | own)
   taken, said = chosen(name, at, config, **how)
   assert taken == "blocked" and re.search(why, said)
+
+
+@pytest.mark.parametrize("model", ["gemma2", "olmo3"])
+def test_windows_by_layer_and_caps_are_for_kernels(model):
+  config = MODELS_OF_WINDOWS[model]
+  assert len(set(config.windows)) == 2 and bool(config.attention_cap) == (model == "gemma2")
+  assert chosen("auto", device("tpu"), config) == ("splash", "")
+  assert chosen("xla", device("cpu"), config) == ("xla", "")
+  taken = "blocked" if config.attention_cap else "cudnn"
+  assert chosen("auto", device("gpu", "9.0"), config)[0] == taken
 
 
 def test_heads_of_256_are_for_hopper():

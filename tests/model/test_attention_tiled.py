@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import logprobs
+from dpo_jax.distributed.executor import Executor
 from dpo_jax.model import attention_kernels, attention_tiled, transformer
 from dpo_jax.model.attention import Keys, Tokens, attend_blocks, visible
 from tests.support import small_attention
@@ -37,8 +38,18 @@ def test_a_tile_looks_back_to_where_its_first_pair_begins():
   # Columns 0-7, 8-15 and 16-23 see from 0 on: 1, 2 and 3 tiles. 24-31 hold pairs that begin at 20
   # and 30, and see the tile of column 20 and their own; 32-39 that of column 30 and their own.
   assert attention_tiled.key_widths(5) == (1, 2, 3, 4, 5)
-  np.testing.assert_array_equal(found.bounds_x, [0, 1, 4, 5, 5, 5])
+  np.testing.assert_array_equal(found.bounds_Gx[0], [0, 1, 4, 5, 5, 5])
   assert found.order_Ti[0] == 0 and set(found.order_Ti[1:4].tolist()) == {1, 3, 4}
+
+
+def test_every_group_of_rows_has_a_plan_of_its_own():
+  # Rows of 32 columns, one a device: the first is one pair, the second has four of a tile each.
+  pair_NL = np.stack([np.zeros(32, int), np.repeat([0, 1, 2, 3], 8)])
+  tokens = Tokens(*map(jnp.asarray, (np.zeros_like(pair_NL), pair_NL, np.zeros_like(pair_NL))))
+  with jax.set_mesh(Executor("mesh", 2).mesh):
+    found = jax.jit(attention_tiled.plan_tiles)(tokens)
+  np.testing.assert_array_equal(found.bounds_Gx, [[0, 1, 2, 3, 4], [0, 4, 4, 4, 4]])
+  np.testing.assert_array_equal(found.order_Ti, [0, 1, 2, 3, 0, 1, 2, 3])
 
 
 def test_tiles_of_padding_are_passed_over():
@@ -46,7 +57,7 @@ def test_tiles_of_padding_are_passed_over():
   found = attention_tiled.plan_tiles(
     Tokens(np.zeros_like(pair_NL), pair_NL, np.zeros_like(pair_NL))
   )
-  np.testing.assert_array_equal(found.bounds_x[jnp.array([0, -1])], [3, 4])
+  np.testing.assert_array_equal(found.bounds_Gx[0, jnp.array([0, -1])], [3, 4])
 
 
 @pytest.mark.parametrize("name", ["shared", "packed", "padded"])
@@ -59,7 +70,7 @@ def test_no_key_that_is_seen_is_left_out(name):
   seen_NLL = np.asarray(visible(tokens, tokens)) & (batch.pair_NL >= 0)[:, :, None]
   looked = set()
   for number, width in enumerate(attention_tiled.key_widths(count)):
-    for at in range(found.bounds_x[number], found.bounds_x[number + 1]):
+    for at in range(*found.bounds_Gx[0, number : number + 2]):
       row, place = divmod(int(found.order_Ti[at]), count)
       looked.add((row, place))
       first = max(0, place + 1 - width) * attention_tiled.TILE
@@ -104,11 +115,13 @@ def test_attention_by_tiles_is_that_by_blocks(name, window, cap, kv_heads):
     pytest.param(("mesh", 1, {"remat": "none"}), marks=pytest.mark.slow),
     pytest.param(("mesh", 1, {"remat": "full"}), marks=pytest.mark.slow),
     pytest.param(("pmap", 2, {}), marks=pytest.mark.slow),
+    pytest.param(("mesh", 8, 2, 2, 2, {}), marks=pytest.mark.slow),
+    pytest.param(("mesh", 4, 1, 1, 4, {}), marks=pytest.mark.slow),
   ],
 )
 def test_a_step_by_tiles_is_that_by_blocks(how):
-  mode, devices, more = how
-  close(small_attention.steps("tiles", mode, devices, **more), small_attention.expected_steps())
+  *mesh, more = how
+  close(small_attention.steps("tiles", *mesh, **more), small_attention.expected_steps())
 
 
 def test_bfloat16_stays_near_float32():
@@ -125,16 +138,7 @@ def test_bfloat16_stays_near_float32():
   assert np.abs(tiled - exact).max() <= 1.5 * np.abs(blocked - exact).max()
 
 
-@pytest.mark.parametrize(
-  ("name", "divided", "taken", "told"),
-  [
-    ("auto", False, "tiles", False),
-    ("auto", True, "blocked", False),
-    ("tiles", False, "tiles", False),
-    ("tiles", True, "blocked", True),
-  ],
-)
-def test_tiles_are_for_one_device_of_a_program(name, divided, taken, told):
-  how = {"dtype": "float32", "device": jax.devices("cpu")[0], "divided": divided}
-  found, why = attention_kernels.choose(name, CONFIG, **how)
-  assert found == taken and bool(why) == told
+@pytest.mark.parametrize("name", ["auto", "tiles"])
+def test_tiles_are_the_attention_of_cpus(name):
+  how = {"dtype": "float32", "device": jax.devices("cpu")[0]}
+  assert attention_kernels.choose(name, CONFIG, **how) == ("tiles", "")

@@ -275,8 +275,6 @@ def choose_attention(config: ConfigDict, model_config: ModelConfig, executor: Ex
     model_config,
     dtype=config.model.compute_dtype,
     device=executor.devices[0],
-    sequence=config.parallel.sequence,
-    divided=executor.mode == "mesh" and len(executor.devices) > 1,
   )
   # Reported: a slower implementation, taken in silence, would look like a slow machine.
   if why:
