@@ -15,6 +15,7 @@ from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpo_jax.distributed.sharding import by_rows, by_vocabulary, copy_per_group, sequence_parts
 from dpo_jax.structs import (
@@ -49,6 +50,11 @@ class LogitBudget(NamedTuple):
 LOGIT_BUDGET = {"cpu": LogitBudget(2**23, 2**26)}
 LOGIT_BUDGET_ELSEWHERE = LogitBudget(2**27, 2**27)
 _PAST_END = 2**31 - 1  # an index beyond any batch: reads give the fill value
+
+
+def logit_budget(platform: str) -> LogitBudget:
+  """Returns the usual limits on logits for devices of a platform, such as "cpu" or "tpu"."""
+  return LOGIT_BUDGET.get(platform, LOGIT_BUDGET_ELSEWHERE)
 
 
 def logits(hidden_xD: Array, head: Head) -> Array:
@@ -159,7 +165,7 @@ def scored_logps(
 
   hidden_GMD, target_GM = divide(by_rows(at_scored(hidden_NLD))), divide(at_scored(batch.target_NL))
   head = head._replace(kernel_VD=by_vocabulary(head.kernel_VD))
-  budget = budget or LOGIT_BUDGET.get(jax.default_backend(), LOGIT_BUDGET_ELSEWHERE)
+  budget = budget or logit_budget(jax.default_backend())
   per_group, vocab = target_GM.shape[1], head.kernel_VD.shape[0]
   chunks, size = _chunking(per_group, budget.chunk // vocab)
   cut = functools.partial(_into_chunks, chunks=chunks, size=size)
@@ -200,6 +206,20 @@ def _chunking(tokens: int, budget: int) -> tuple[int, int]:
   size = -(-tokens // chunks)
   # In bfloat16, matrix products with an odd number of rows run at half the speed.
   return chunks, size + (-size % 32 if size > 128 else 0)
+
+
+def chunks_run(scored_GM: np.ndarray, end: int, vocab: int, budget: LogitBudget) -> int:
+  """Returns how many chunks a pass through the head computes for one micro-batch.
+
+  Args:
+    scored_GM: of the micro-batch, on host.
+    end: number of tokens of a group; indices from there on are padding.
+    vocab, budget: as in training.
+  """
+  groups, scored = scored_GM.shape
+  chunks, size = _chunking(scored, budget.chunk // vocab)
+  # As in `scored_logps`: one group alone skips the chunks that are all padding.
+  return -(-int((scored_GM < end).sum()) // size) if chunks > 1 and groups == 1 else chunks
 
 
 def _into_chunks(x_GM: Array, chunks: int, size: int) -> Array:

@@ -12,7 +12,6 @@ from dpo_jax.benchmarking import planner
 from dpo_jax.distributed import memory
 from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.model import families, transformer
-from dpo_jax.structs import UserError
 from tests.support.paths import ROOT
 
 LENGTHS = planner.Lengths(60)
@@ -109,9 +108,13 @@ def test_adapters_are_trained_and_their_base_is_the_reference(base):
   assert memory.device_bytes(run.state.params) == 4 * 4 * 4 * sum(a + b for a, b in maps)
 
 
-def test_pmap_is_planned_as_a_mesh():
-  with pytest.raises(UserError, match=r"plan with parallel\.mode=mesh"):
-    planner.outline(configured(**{"parallel.mode": "pmap"}), LENGTHS)
+def test_pmap_holds_what_a_mesh_of_copies_does():
+  mesh, pmap = (
+    planner.outline(configured(**{"parallel.mode": mode, "parallel.devices": 2}), LENGTHS)
+    for mode in ("mesh", "pmap")
+  )
+  assert planner.held_bytes(pmap) == planner.held_bytes(mesh)
+  assert pmap.trained == mesh.trained and pmap.flops == mesh.flops
 
 
 def test_what_may_be_changed_is_what_is_not_so_already():

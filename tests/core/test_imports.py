@@ -71,6 +71,7 @@ FLOORS = {
     "structs",
     "utils",
     "losses",
+    "logprobs",
     "step",
     "model",
     "data",
@@ -154,6 +155,8 @@ DOORS = {
   "training.setup",
   "benchmarking.planner",
   "benchmarking.scaling",
+  "benchmarking.target_plan",
+  "benchmarking.target_suites",
 }
 
 
