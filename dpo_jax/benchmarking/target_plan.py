@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -44,15 +44,66 @@ _OF_PROGRAM = (
 )
 
 
-def plan(
-  config: ConfigDict, lengths: Lengths, target: Target, *, limit: int | None = None
-) -> dict[str, Any]:
-  """Compiles the step of a run for a target and describes it.
+class Step(NamedTuple):
+  """A step and what a compiler made of it.
+
+  Attributes:
+    run: the step, in shapes.
+    compiled: the program; None if it needs more memory than there is.
+    needs: bytes that the compiler says it needs then.
+    seconds: that lowering and compiling took.
+  """
+
+  run: Outline
+  compiled: jax.stages.Compiled | None
+  needs: int
+  seconds: float
+
+
+def compile_step(config: ConfigDict, lengths: Lengths, target: Target) -> Step:
+  """Compiles the step of a run for a target.
 
   Args:
     config: of the run.
     lengths: of the examples.
     target: as `targets.find` returns it.
+
+  Raises:
+    UserError: as `setup.build` raises it, or the compiler refuses the step for another reason than
+      its memory.
+  """
+  _check_devices(config, target)
+  with targets.compiling_for(target):
+    run = planner.outline(config, lengths, target.devices)
+    began = time.perf_counter()
+    compiled, needs = None, 0
+    try:
+      compiled = run.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+      found = _needed(str(error))
+      if found is None:
+        raise UserError(_refusal(target, str(error))) from error
+      needs = found
+    return Step(run, compiled, needs, time.perf_counter() - began)
+
+
+def plan(
+  config: ConfigDict, lengths: Lengths, target: Target, *, limit: int | None = None
+) -> dict[str, Any]:
+  """Compiles the step of a run for a target and describes it, as `describe` does.
+
+  Raises:
+    UserError: as `compile_step` raises it.
+  """
+  return describe(compile_step(config, lengths, target), target, limit=limit)
+
+
+def describe(step: Step, target: Target, *, limit: int | None = None) -> dict[str, Any]:
+  """Describes a compiled step.
+
+  Args:
+    step: as `compile_step` returns it.
+    target: what it was compiled for.
     limit: bytes that a device has; None for what the target's devices have.
 
   Returns:
@@ -72,27 +123,15 @@ def plan(
       of loops whose number of turns depends on data; `compile_seconds`.
 
     Where the step does not fit, its compiler may say no more than what it needs: the rest is None.
-
-  Raises:
-    UserError: as `setup.build` raises it, or the compiler refuses the step for another reason.
   """
-  _check_devices(config, target)
-  with targets.compiling_for(target):
-    run = planner.outline(config, lengths, target.devices)
-    began = time.perf_counter()
-    try:
-      compiled = run.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-      needs = _needed(str(error))
-      if needs is None:
-        raise UserError(_refusal(target, str(error))) from error
-      found = _too_large(run, needs)
-    else:
-      found = _memory(compiled, target, limit or target.limit) | _program(
-        run, compiled.as_text(), target
-      )
-  known = _facts(run, target) | {"limit_bytes": limit or target.limit}
-  return known | found | {"compile_seconds": round(time.perf_counter() - began, 1)}
+  limit = limit or target.limit
+  if step.compiled is None:
+    found = _too_large(step.run, step.needs)
+  else:
+    found = _memory(step.compiled, target, limit)
+    found |= _program(step.run, step.compiled.as_text(), target)
+  seconds = {"compile_seconds": round(step.seconds, 1)}
+  return _facts(step.run, target) | {"limit_bytes": limit} | found | seconds
 
 
 def _check_devices(config: ConfigDict, target: Target) -> None:
