@@ -187,7 +187,7 @@ def outline(
     windows=tuple(model_config.windows),
     # Of the tokens themselves, without padding, as the benchmark counts them.
     flops=float(flops(int((batch.pair_NL >= 0).sum()), int((batch.weight_NL > 0).sum()))),
-    chunks=_chunks(batch, model_config.vocab, executor.devices[0].platform),
+    chunks=_chunks(batch, model_config.vocab, executor),
   )
 
 
@@ -196,12 +196,16 @@ def count(tree: PyTree) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def _chunks(batch: TokenBatch, vocab: int, platform: str) -> float:
-  """Returns how many chunks of logits a pass of the head computes, the mean of micro-batches."""
+def _chunks(batch: TokenBatch, vocab: int, executor: Executor) -> float:
+  """Returns how many chunks of logits a pass through the head computes, the mean of all passes."""
+  scored_AGM = batch.scored_GM
   # Past the end of its group, an index is padding.
-  end = batch.ids_NL[0].size // batch.scored_GM.shape[1]
-  budget = logprobs.logit_budget(platform)
-  counts = [logprobs.chunks_run(at_GM, end, vocab, budget) for at_GM in batch.scored_GM]
+  end = batch.ids_NL[0].size // scored_AGM.shape[1]
+  budget = logprobs.logit_budget(executor.devices[0].platform)
+  # Under pmap each device has a program of its own, with one group.
+  parts = scored_AGM.shape[1] if executor.mode == "pmap" else 1
+  passes = scored_AGM.reshape(-1, scored_AGM.shape[1] // parts, scored_AGM.shape[2])
+  counts = [logprobs.chunks_run(scored_GM, end, vocab, budget) for scored_GM in passes]
   return sum(counts) / len(counts)
 
 

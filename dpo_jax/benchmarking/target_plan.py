@@ -129,7 +129,7 @@ def describe(step: Step, target: Target, *, limit: int | None = None) -> dict[st
     found = _too_large(step.run, step.needs)
   else:
     found = _memory(step.compiled, target, limit)
-    found |= _program(step.run, step.compiled.as_text(), target)
+    found |= _program(step.run, step.compiled.as_text() or "", target)
   seconds = {"compile_seconds": round(step.seconds, 1)}
   return _facts(step.run, target) | {"limit_bytes": limit} | found | seconds
 

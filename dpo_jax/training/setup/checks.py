@@ -7,7 +7,7 @@ them. A mistake found here would otherwise show after minutes of loading, or sil
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -63,8 +63,10 @@ def check(config: ConfigDict, devices: Sequence[Device] | None = None) -> Checke
   _check_store(config, loss)
   _check_sources(config)
   # From here on JAX has started its devices, which may take seconds on an accelerator.
-  settings = {name: config.parallel[name] for name in Executor.SETTINGS}
-  executor = Executor(**settings | ({} if devices is None else {"devices": devices}))
+  settings: dict[str, Any] = {name: config.parallel[name] for name in Executor.SETTINGS}
+  if devices is not None:
+    settings["devices"] = devices
+  executor = Executor(**settings)
   attention_kernels.check(config.model.attention)
   _check_numbers(config)
   _check_divides(config.train.batch_size, config.train.accumulate, executor.groups)
