@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import runpy
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ from dpo_jax.distributed import memory
 from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.model import families, transformer
 from tests.support.paths import ROOT
+from tests.support.small_plan import configured
 
 LENGTHS = planner.Lengths(60)
 LORA = ["lora.rank=8", "data.max_length=1024"]
@@ -25,15 +25,6 @@ LLAMA = {
   "num_key_value_heads": 2,
   "intermediate_size": 768,
 }
-
-
-def configured(**changes):
-  """The benchmark's shape a, untied: 1.5M parameters."""
-  config = runpy.run_path(str(ROOT / "configs" / "benchmark.py"))["get_config"]("a")
-  with config.unlocked():
-    config.parallel.devices = 1
-    config.update_from_flattened_dict(changes)
-  return config
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ import pytest
 
 from dpo_jax.benchmarking import planner, target_plan, targets
 from dpo_jax.structs import UserError
-from tests.benchmarking.test_planner import configured
 from tests.support import in_process
 from tests.support.paths import ROOT
+from tests.support.small_plan import configured
+from tests.support.small_program import PROGRAM
 
 GIB = 2**30
 
@@ -101,8 +102,6 @@ class Compiled:
     return self
 
   def as_text(self):
-    from tests.benchmarking.test_hlo import PROGRAM
-
     return PROGRAM
 
 
