@@ -10,11 +10,13 @@ they fit a budget (`head.target_logps`, their gradients), and otherwise recomput
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpo_jax.distributed.sharding import (
   by_rows,
@@ -57,6 +59,20 @@ class LogitBudget(NamedTuple):
 LOGIT_BUDGET = {"cpu": LogitBudget(2**23, 2**26)}
 LOGIT_BUDGET_ELSEWHERE = LogitBudget(2**27, 2**27)
 _PAST_END = 2**31 - 1  # an index beyond any batch: reads give the fill value
+
+
+def logit_budget(platform: str, memory: int | None = None) -> LogitBudget:
+  """Returns the usual limits on logits.
+
+  Args:
+    platform: of the devices, such as "cpu" or "tpu".
+    memory: bytes of a device, where they are known.
+  """
+  usual = LOGIT_BUDGET.get(platform, LOGIT_BUDGET_ELSEWHERE)
+  if platform == "cpu" or memory is None:
+    return usual
+  # A 32nd of the memory may store what the backward pass would compute again.
+  return usual._replace(kept=max(usual.kept, memory // 32 // 4))
 
 
 def token_logps(logits_xV: Array, target_x: Array) -> Array:
@@ -162,7 +178,7 @@ def scored_logps(
     return x_GM.reshape(groups // shared * parts, -1, *x_GM.shape[2:])
 
   hidden_GMD, target_GM = divide(by_rows(at_scored(hidden_NLD))), divide(at_scored(batch.target_NL))
-  budget = budget or LOGIT_BUDGET.get(jax.default_backend(), LOGIT_BUDGET_ELSEWHERE)
+  budget = budget or logit_budget(jax.default_backend())
   per_group, own = target_GM.shape[1], vocab // vocabulary_parts(vocab)  # of one device
   chunks, size = _chunking(per_group, budget.chunk // own)
 
@@ -208,6 +224,29 @@ def _chunking(tokens: int, budget: int) -> tuple[int, int]:
   size = -(-tokens // chunks)
   # In bfloat16, matrix products with an odd number of rows run at half the speed.
   return chunks, size + (-size % 32 if size > 128 else 0)
+
+
+def chunks_run(
+  scored_GM: np.ndarray,
+  end: int,
+  vocab: int,
+  budget: LogitBudget,
+  divided: Mapping[str, int] | None = None,
+) -> int:
+  """Returns how many chunks a pass through the head computes for one micro-batch.
+
+  Args:
+    scored_GM: of the micro-batch, on host.
+    end: number of tokens of a group; indices from there on are padding.
+    vocab, budget: as in training.
+    divided: number of devices along each axis that divides the vocabulary.
+  """
+  divided = divided or {}
+  groups, scored = scored_GM.shape
+  own = vocab // math.prod(divided.values())
+  chunks, size = _chunking(scored * divided.get("fsdp", 1), budget.chunk // own)
+  # As in `scored_logps`: one group alone skips the chunks that are all padding.
+  return -(-int((scored_GM < end).sum()) // size) if chunks > 1 and groups == 1 else chunks
 
 
 def _into_chunks(x_GM: Array, chunks: int, size: int) -> Array:

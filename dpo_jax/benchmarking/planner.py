@@ -9,6 +9,7 @@ activations is another, that for the arguments is the same.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dpo_jax import losses, step
+from dpo_jax import logprobs, losses, step
 from dpo_jax.benchmarking import timing
 from dpo_jax.benchmarking.flops import step_flops
 from dpo_jax.data import batches
@@ -29,7 +30,7 @@ from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.hf import peft
 from dpo_jax.model import attention_kernels, families, lora, transformer
 from dpo_jax.model.config import ModelConfig
-from dpo_jax.structs import PyTree, TokenBatch, UserError
+from dpo_jax.structs import Device, PyTree, TokenBatch, UserError
 from dpo_jax.training import setup
 from dpo_jax.training.datasets import BatchSettings
 from dpo_jax.training.setup import automatic
@@ -50,6 +51,31 @@ class Lengths(NamedTuple):
   sigma: float = 0.5
 
 
+def lengths_of(
+  config: ConfigDict,
+  *,
+  mean: float | None = None,
+  prompt_fraction: float | None = None,
+  sigma: float | None = None,
+) -> Lengths:
+  """Returns the lengths that are given, or else those of the configuration's own synthetic rows.
+
+  Args:
+    config: has a section `synthetic` if it is one of the benchmark.
+    mean, prompt_fraction, sigma: as in `Lengths`; None for the configuration's, or the usual ones.
+  """
+  own = config.get("synthetic") or {}
+
+  def choose(given: float | None, name: str, usual: float) -> float:
+    return own.get(name, usual) if given is None else given
+
+  return Lengths(
+    choose(mean, "mean_length", 250),
+    choose(prompt_fraction, "prompt_fraction", Lengths._field_defaults["prompt_fraction"]),
+    choose(sigma, "sigma", Lengths._field_defaults["sigma"]),
+  )
+
+
 class Outline(NamedTuple):
   """A step of a run, in shapes alone.
 
@@ -59,7 +85,12 @@ class Outline(NamedTuple):
     state, reference: shapes with their shardings.
     batch: of synthetic examples, on host.
     policy: shapes of the whole policy.
+    trained: how many numbers are trained.
     live: whether every step computes the reference.
+    attention: the implementation that runs.
+    windows: positions that the layers see back, each size once; 0 for all.
+    flops: FLOPs of products that the objective needs for the batch, on all devices.
+    chunks: chunks of logits that a pass through the head computes, the mean of the micro-batches.
   """
 
   executor: Executor
@@ -68,33 +99,45 @@ class Outline(NamedTuple):
   reference: PyTree | None
   batch: TokenBatch
   policy: PyTree
+  trained: int
   live: bool
+  attention: str
+  windows: tuple[int, ...]
+  flops: float
+  chunks: float
+
+  def lower(self) -> jax.stages.Lowered:
+    """Lowers the step that training takes, without an array."""
+    batch = self.executor.abstract_batch(self.batch)
+    return self.executor.lower_step(self.take, self.state, self.reference, batch)
 
   def compile(self) -> jax.stages.Compiled:
     """Compiles the step that training takes, without an array."""
-    batch = self.executor.abstract_batch(self.batch)
-    return self.executor.lower_step(self.take, self.state, self.reference, batch).compile()
+    return self.lower().compile()
 
 
-def outline(config: ConfigDict, lengths: Lengths, room: int | None = None) -> Outline:
+def outline(
+  config: ConfigDict,
+  lengths: Lengths,
+  devices: Sequence[Device] | None = None,
+  room: int | None = None,
+) -> Outline:
   """Describes a run's step in shapes.
 
   Args:
     config: of the run; micro-batches and remat that it leaves open are chosen and put into it.
     lengths: of the examples.
-    room: bytes of a device, by which they are chosen; None takes what a CPU takes.
+    devices: those that the step is for, which need not be here; None for JAX's own.
+    room: bytes of a device, by which the open fields are chosen; None takes what a CPU takes.
 
   Raises:
     UserError: as `setup.build` raises it.
   """
-  checked = setup.check(config)
+  checked = setup.check(config, devices)
+  if devices is not None:
+    checked.executor.memory = room  # devices that are not here report none
   adapters = setup.describe_adapters(config)
   loss, executor = checked.loss, checked.executor
-  if executor.mode == "pmap":
-    raise UserError(
-      "parallel.mode is pmap, which holds what a mesh without parallel.fsdp and parallel.tensor"
-      " does; plan with parallel.mode=mesh"
-    )
   model_config = _model_config(config)
   attention = setup.choose_attention(config, model_config, executor)
   completions = _completions(config, loss)
@@ -123,26 +166,53 @@ def outline(config: ConfigDict, lengths: Lengths, room: int | None = None) -> Ou
     state = state._replace(reference=average)
   elif objective.sync:
     state, reference_params = state._replace(reference=reference_params), None
+  batch = _batch(
+    examples,
+    BatchSettings(
+      config.train.batch_size, config.train.accumulate, config.seed, config.data.balance
+    ),
+    Batching(
+      layout=config.data.layout,
+      row_length=config.data.row_length,
+      groups=executor.groups,
+      per_line=attention_kernels.sequences_per_line(attention, model_config, executor.devices[0]),
+    ),
+  )
+  flops = step_flops(model_config, reference=live, adapters=count(trained) if adapters else 0)
   return Outline(
     executor=executor,
     take=functools.partial(step.train_step, objective=objective, tx=tx),
-    state=executor.abstract(state),
-    reference=None if reference_params is None else executor.abstract(reference_params),
-    batch=_batch(
-      examples,
-      BatchSettings(
-        config.train.batch_size, config.train.accumulate, config.seed, config.data.balance
-      ),
-      Batching(
-        layout=config.data.layout,
-        row_length=config.data.row_length,
-        groups=executor.groups,
-        per_line=attention_kernels.sequences_per_line(attention, model_config, executor.devices[0]),
-      ),
-    ),
+    state=executor.abstract_placed(state),
+    reference=None if reference_params is None else executor.abstract_placed(reference_params),
+    batch=batch,
     policy=policy,
+    trained=count(trained),
     live=live,
+    attention=attention,
+    windows=tuple(model_config.windows),
+    # Of the tokens themselves, without padding, as the benchmark counts them.
+    flops=float(flops(int((batch.pair_NL >= 0).sum()), int((batch.weight_NL > 0).sum()))),
+    chunks=_chunks(batch, model_config.vocab, executor),
   )
+
+
+def count(tree: PyTree) -> int:
+  """Counts the numbers of a tree of arrays or shapes."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _chunks(batch: TokenBatch, vocab: int, executor: Executor) -> float:
+  """Returns how many chunks of logits a pass through the head computes, the mean of all passes."""
+  scored_AGM = batch.scored_GM
+  # Past the end of its group, an index is padding.
+  end = batch.ids_NL[0].size // scored_AGM.shape[1]
+  budget = logprobs.logit_budget(executor.devices[0].platform, executor.memory)
+  # Under pmap each device has a program of its own, with one group.
+  parts = scored_AGM.shape[1] if executor.mode == "pmap" else 1
+  passes = scored_AGM.reshape(-1, scored_AGM.shape[1] // parts, scored_AGM.shape[2])
+  divided = executor.vocabulary_parts(vocab)
+  counts = [logprobs.chunks_run(scored_GM, end, vocab, budget, divided) for scored_GM in passes]
+  return sum(counts) / len(counts)
 
 
 def plan(config: ConfigDict, lengths: Lengths, room: int | None = None) -> dict[str, Any]:
@@ -161,36 +231,32 @@ def plan(config: ConfigDict, lengths: Lengths, room: int | None = None) -> dict[
   Raises:
     UserError: as `setup.build` raises it.
   """
-  run = outline(config, lengths, room)
+  run = outline(config, lengths, room=room)
   # The donated state is argument and output in the same bytes, which are counted once.
   about = run.compile().memory_analysis()
   assert about is not None, "the compiler of this platform reports no memory"
-  held = {
+  held = held_bytes(run) | {
+    "step": about.temp_size_in_bytes + about.output_size_in_bytes - about.alias_size_in_bytes,
+  }
+  return {
+    "parameters": count(run.policy),
+    "trained": run.trained,
+    "devices": len(run.executor.devices),
+    "bytes_per_device": held | {"total": sum(held.values())},
+    "kept_on_host": memory.host_bytes(run.state),
+    "flops_per_step": run.flops,
+    "rows": run.batch.ids_NL.shape[1],
+    "row_length": run.batch.ids_NL.shape[2],
+  }
+
+
+def held_bytes(run: Outline) -> dict[str, int]:
+  """Returns the bytes of what a run stores between steps, on the fullest device."""
+  return {
     "params": memory.device_bytes(run.state.params),
     # In the state where it follows the policy.
     "reference": memory.device_bytes((run.reference, run.state.reference)),
     "optimiser": memory.device_bytes(run.state.opt_state),
-    "step": about.temp_size_in_bytes + about.output_size_in_bytes - about.alias_size_in_bytes,
-  }
-
-  def count(tree: PyTree) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-  batch = run.batch
-  adapted = bool(config.lora.rank or config.lora.path)
-  flops = step_flops(
-    _model_config(config), reference=run.live, adapters=count(run.state.params) if adapted else 0
-  )
-  return {
-    "parameters": count(run.policy),
-    "trained": count(run.state.params),
-    "devices": len(run.executor.devices),
-    "bytes_per_device": held | {"total": sum(held.values())},
-    "kept_on_host": memory.host_bytes(run.state),
-    # Of the tokens themselves, without padding, as the benchmark counts them.
-    "flops_per_step": flops(int((batch.pair_NL >= 0).sum()), int((batch.weight_NL > 0).sum())),
-    "rows": batch.ids_NL.shape[1],
-    "row_length": batch.ids_NL.shape[2],
   }
 
 
@@ -280,12 +346,29 @@ _CHANGES: tuple[dict[str, Any], ...] = (
 )
 
 
-def changes(config: ConfigDict, devices: int) -> Iterator[tuple[str, ConfigDict]]:
-  """Yields configurations that may need less memory, each with the flags that make it."""
+# Changes that may save time, where there is memory for them.
+_FASTER: tuple[dict[str, Any], ...] = (
+  {"train.accumulate": 1},
+  {"model.remat": "dots"},
+  {"model.remat": "none"},
+  {"reference.store": "DIR"},
+)
+
+
+def changes(
+  config: ConfigDict, devices: int, *, faster: bool = False
+) -> Iterator[tuple[str, ConfigDict]]:
+  """Yields configurations that may need less memory, or time, each with the flags that make it.
+
+  Args:
+    config: of the run.
+    devices: how many it has.
+    faster: whether changes are wanted that may save time.
+  """
   loss = losses.resolve(config.loss.name, **_given(config))
-  for change in _CHANGES:
+  for change in _FASTER if faster else _CHANGES:
     values = dict(change)
-    if "train.accumulate" in values:
+    if "train.accumulate" in values and not faster:
       values["train.accumulate"] = 2 * max(1, config.train.accumulate)
       # Set-up would refuse it.
       if config.train.batch_size % (values["train.accumulate"] * devices):

@@ -184,6 +184,7 @@ def batches(
     groups=batching.groups,
     balance=balance,
     rate_B=rate_B,
+    whole=batching.per_line > 0,
   )
   rows = _rows(examples, batching._replace(row_length=row_length))
   sizes = _usual_sizes(examples, micro, accumulate, rows, balance, rate_B)
@@ -260,10 +261,13 @@ def suit_row_length(
   groups: int = 1,
   balance: bool = False,
   rate_B: np.ndarray | None = None,
+  whole: bool = False,
 ) -> int:
   """Returns a row length for batches of these examples; arguments as in `batches`.
 
-  `rate_B` says how often an epoch has each example; None where that is once.
+  `rate_B` says how often an epoch has each example; None where that is once. `whole` is True where
+  the length of rows costs nothing by itself, because attention reads lines: a group is then one
+  row.
 
   Balanced batches have about equally many tokens, and so take equally many rows. Of the lengths up
   to 2,048 (or a quarter above the least possible; a half where several groups have rows of their
@@ -285,6 +289,13 @@ def suit_row_length(
       for batch, group_B in pairs
     )
 
+  if whole:
+    # All tokens of a group in one row, so that no row has an end in which no example fits. The
+    # margin is for the rest of the batches: one row more would double what they take.
+    costs = [packing.costs(batch, layout) for batch in sampled]
+    pairs = zip(costs, dealt, strict=True)
+    most = max(int(np.bincount(group_B, cost_B).max()) for cost_B, group_B in pairs)
+    return packing.round_up(max(least, most + most // 64), 64)
   longest = max((5 if groups == 1 else 6) * least // 4, 2048)
   return min(range(least, longest + 1, 64), key=taken)
 
@@ -309,6 +320,7 @@ def usual_shape(
     accumulate=accumulate,
     groups=batching.groups,
     balance=balance,
+    whole=batching.per_line > 0,
   )
   if batching.layout == "padded":
     row_length = fit_row_length(measured, batching.layout)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -93,7 +93,9 @@ def _check_offload(mode: str, device: Device) -> None:
   """Checks that the optimizer's state can be stored in the host's memory."""
   if mode == "pmap":
     raise UserError("parallel.offload_optimizer needs parallel.mode=mesh, and it is pmap")
-  if memory.HOST not in (kind.kind for kind in device.addressable_memories()):
+  kinds = [kind.kind for kind in device.addressable_memories()]
+  # A GPU that is only compiled for names no memory at all.
+  if kinds and memory.HOST not in kinds:
     raise UserError(
       f"parallel.offload_optimizer: JAX reaches no memory of the host from {device.platform}"
       " devices; leave it off"
@@ -114,6 +116,7 @@ class Executor:
     groups: the number of shards of a batch. Rows, and groups of scored tokens, are divided by it.
     share: (i, H): this process prepares the i-th of H equal parts of the rows of a batch.
     home: the sharding of an array of which every device has a complete copy.
+    memory: bytes of a device that programs may use; None where it does not say.
   """
 
   SETTINGS = ("mode", "devices", "fsdp", "tensor", "sequence", "offload_optimizer")
@@ -121,7 +124,7 @@ class Executor:
   def __init__(
     self,
     mode: str = "mesh",
-    devices: int = 0,
+    devices: int | Sequence[Device] = 0,
     fsdp: int = 1,
     tensor: int = 1,
     sequence: int = 1,
@@ -131,7 +134,8 @@ class Executor:
 
     Args:
       mode: "mesh" or "pmap".
-      devices: how many to use, 0 for all.
+      devices: how many to use, 0 for all; or the devices themselves, which programs may be compiled
+        for without being there.
       fsdp, tensor, sequence: devices along these axes of the mesh; the data axis gets the rest.
       offload_optimizer: store the optimizer's state of a `TrainState` in the host's memory.
 
@@ -141,7 +145,10 @@ class Executor:
     if mode not in MODES:
       raise UserError(f"parallel.mode is {mode!r}; known: {', '.join(MODES)}")
     self.mode = mode
-    self.devices = pick_devices(devices)
+    self.devices = pick_devices(devices) if isinstance(devices, int) else list(devices)
+    # Devices that are only compiled for report no memory. In whole GiB: processes must agree.
+    here = isinstance(devices, int) and memory.device_capacity()
+    self.memory: int | None = here // memory.GIB * memory.GIB if here else None
     self.offload = offload_optimizer
     if offload_optimizer:
       _check_offload(mode, self.devices[0])
@@ -195,9 +202,25 @@ class Executor:
 
     return jax.tree_util.tree_map_with_path(one, tree)
 
+  def vocabulary_parts(self, vocab: int) -> dict[str, int]:
+    """Returns the number of devices along each axis that divides a vocabulary."""
+    axes = shardings.vocabulary_axes(vocab, self.mesh.shape)
+    return {name: self.mesh.shape[name] for name in axes}
+
   def abstract(self, tree: PyTree) -> PyTree:
     """Returns shapes, types and shardings of a tree, in place of its arrays."""
     return jax.tree.map(_abstract, tree, self.shardings(tree))
+
+  def abstract_placed(self, tree: PyTree) -> PyTree:
+    """Returns shapes, types and shardings of what `place` makes of a tree."""
+    if self.mode == "mesh":
+      return self.abstract(tree)
+
+    def stacked(x: Any) -> jax.ShapeDtypeStruct:
+      shape = (self.groups, *x.shape)
+      return jax.ShapeDtypeStruct(shape, x.dtype, sharding=self._shard(AXIS))
+
+    return jax.tree.map(stacked, tree)
 
   def place(self, tree: PyTree) -> PyTree:
     """Returns the tree on the devices, sharded as `shardings` says; pmap adds a device axis.
@@ -353,12 +376,17 @@ class Executor:
     return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings(state), self.home))
 
   def lower_step(self, step: Callable[..., Any], state: PyTree, *rest: Any) -> jax.stages.Lowered:
-    """Lowers the step of `compile_step` on a mesh; the arguments may be shapes, not arrays."""
+    """Lowers the step of `compile_step`; the arguments may be shapes, not arrays."""
+    if self.mode == "pmap":
+      return self.compile_step(step).lower(state, *rest)
     with jax.set_mesh(self.mesh):
       return self._jit_step(step, state).lower(state, *rest)
 
   def abstract_batch(self, batch: TokenBatch) -> TokenBatch:
-    """Returns shapes, types and shardings of what `place_batch` makes on a mesh."""
+    """Returns shapes, types and shardings of what `place_batch` makes of a whole batch."""
+    if self.mode == "pmap":
+      stacked = jax.tree.map(functools.partial(self._split, share=(0, 1)), batch)
+      return jax.tree.map(functools.partial(_abstract, sharding=self._shard(AXIS)), stacked)
     place = self._shard(None, shardings.ROWS)
     return jax.tree.map(functools.partial(_abstract, sharding=place), batch)
 

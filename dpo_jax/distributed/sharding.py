@@ -120,9 +120,14 @@ def by_vocabulary(table_VD: Array) -> Array:
   return _constrain(table_VD, _vocabulary_axes(len(table_VD)), None)
 
 
+def vocabulary_axes(vocab: int, sizes: Mapping[str, int]) -> tuple[str, ...]:
+  """Returns the axes that divide a vocabulary, given the number of devices along each axis."""
+  return _dividing([name for name in _VOCABULARY if name in sizes], vocab, sizes)
+
+
 def _vocabulary_axes(vocab: int) -> tuple[str, ...]:
   mesh = _mesh()
-  return _dividing(_VOCABULARY, vocab, mesh.shape) if mesh else ()
+  return vocabulary_axes(vocab, mesh.shape) if mesh else ()
 
 
 def vocabulary_parts(vocab: int, axes: Sequence[str] = _VOCABULARY) -> int:

@@ -155,6 +155,7 @@ def _load_examples(
     groups=batching.groups,
     balance=settings.balance,
     rate_B=rate_B,
+    whole=batching.per_line > 0,
   )
   return data._replace(batching=batching._replace(row_length=row_length)), ledger
 

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import runpy
 import subprocess
 import sys
 
@@ -12,8 +11,8 @@ from dpo_jax.benchmarking import planner
 from dpo_jax.distributed import memory
 from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.model import families, transformer
-from dpo_jax.structs import UserError
 from tests.support.paths import ROOT
+from tests.support.small_plan import configured
 
 LENGTHS = planner.Lengths(60)
 LORA = ["lora.rank=8", "data.max_length=1024"]
@@ -26,15 +25,6 @@ LLAMA = {
   "num_key_value_heads": 2,
   "intermediate_size": 768,
 }
-
-
-def configured(**changes):
-  """The benchmark's shape a, untied: 1.5M parameters."""
-  config = runpy.run_path(str(ROOT / "configs" / "benchmark.py"))["get_config"]("a")
-  with config.unlocked():
-    config.parallel.devices = 1
-    config.update_from_flattened_dict(changes)
-  return config
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +99,13 @@ def test_adapters_are_trained_and_their_base_is_the_reference(base):
   assert memory.device_bytes(run.state.params) == 4 * 4 * 4 * sum(a + b for a, b in maps)
 
 
-def test_pmap_is_planned_as_a_mesh():
-  with pytest.raises(UserError, match=r"plan with parallel\.mode=mesh"):
-    planner.outline(configured(**{"parallel.mode": "pmap"}), LENGTHS)
+def test_pmap_holds_what_a_mesh_of_copies_does():
+  mesh, pmap = (
+    planner.outline(configured(**{"parallel.mode": mode, "parallel.devices": 2}), LENGTHS)
+    for mode in ("mesh", "pmap")
+  )
+  assert planner.held_bytes(pmap) == planner.held_bytes(mesh)
+  assert pmap.trained == mesh.trained and pmap.flops == mesh.flops
 
 
 def test_what_may_be_changed_is_what_is_not_so_already():

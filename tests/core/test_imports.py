@@ -72,6 +72,7 @@ FLOORS = {
     "structs",
     "utils",
     "losses",
+    "logprobs",
     "step",
     "model",
     "data",
@@ -155,6 +156,8 @@ DOORS = {
   "training.setup",
   "benchmarking.planner",
   "benchmarking.scaling",
+  "benchmarking.target_plan",
+  "benchmarking.target_suites",
 }
 
 

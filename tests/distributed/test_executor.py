@@ -105,6 +105,19 @@ def test_forward_gives_every_slot_in_the_order_of_the_batch(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_shapes_stand_for_what_is_placed(mode):
+  executor = Executor(mode, jax.devices()[2:6])
+  assert set(executor.devices) == {*jax.devices()[2:6]}
+  (batch,) = tiny.batches(1, executor.groups, 2)
+  for placed, shapes in (
+    (executor.place(tiny.init()), executor.abstract_placed(tiny.init())),
+    (executor.place_batch(batch), executor.abstract_batch(batch)),
+  ):
+    for x, shape in zip(jax.tree.leaves(placed), jax.tree.leaves(shapes), strict=True):
+      assert (x.shape, x.dtype, x.sharding) == (shape.shape, shape.dtype, shape.sharding)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_trees_placed_twice_share_no_buffer_and_one_placed_once_does(mode):
   executor = Executor(mode, 2)
   host = tiny.init()

@@ -114,7 +114,7 @@ def settle(
   executor = checked.executor
   given = config.train.accumulate
   counts = [given] if given else divisors(config.train.batch_size // executor.groups)
-  remats = [USUAL_REMAT, "full"] if config.model.remat == AUTO else [config.model.remat]
+  remats = [USUAL_REMAT, "narrow", "full"] if config.model.remat == AUTO else [config.model.remat]
   batching = Batching(
     layout=config.data.layout,
     row_length=config.data.row_length,
@@ -140,7 +140,9 @@ def settle(
 
   held, _ = footprint.needed(config, checked, model_config, adapters)
   platform = executor.devices[0].platform
-  step_bytes = functools.partial(_step_bytes, config, model_config, held, platform)
+  step_bytes = functools.partial(
+    _step_bytes, config, model_config, held, platform, executor.memory or room
+  )
 
   def estimate(accumulate: int, remat: str) -> int:
     return step_bytes(micro(accumulate), accumulate, remat)
@@ -231,6 +233,7 @@ def _step_bytes(
   model_config: ModelConfig,
   held: dict[str, int],
   platform: str,
+  room: int,
   micro: Micro,
   accumulate: int,
   remat: str,
@@ -241,6 +244,7 @@ def _step_bytes(
     config, model_config: of the run.
     held: bytes by part, from `footprint.needed`.
     platform: of the device, such as "tpu".
+    room: bytes of the device.
     micro: what the device has of a micro-batch.
     accumulate, remat: how the step is taken.
   """
@@ -257,8 +261,9 @@ def _step_bytes(
     micro,
     remat,
     itemsize=itemsize,
+    budget=logprobs.logit_budget(platform, room),
     tensor=parallel.tensor,
-    gathers=parallel.fsdp > 1,
+    fsdp=parallel.fsdp,
     adapted="adapters" in held,
   )
 
@@ -269,22 +274,24 @@ def working_bytes(
   remat: str,
   *,
   itemsize: int,
+  budget: logprobs.LogitBudget = logprobs.LOGIT_BUDGET_ELSEWHERE,
   tensor: int = 1,
-  gathers: bool = False,
+  fsdp: int = 1,
   adapted: bool = False,
 ) -> int:
   """Estimates the bytes that come and go within a step on a device, without gradients.
 
-  They are what the backward pass needs of all layers, and besides whatever is more: one layer with
-  its gradients, or a chunk of logits.
+  They are what the backward pass needs of all layers and of the head, and besides whatever is more:
+  one layer with its gradients, or a chunk of logits.
 
   Args:
     model: its shape.
     micro: what the device has of a micro-batch.
     remat: what the backward pass recomputes.
     itemsize: bytes of a number in activations.
+    budget: limits on logits.
     tensor: devices that the products are divided among.
-    gathers: whether parameters are divided, and gathered where they are used.
+    fsdp: devices that parameters are divided among, and gathered where they are used.
     adapted: whether adapters are trained, and not the model.
   """
   width, chosen = model.width, model.experts.chosen if model.experts else 1
@@ -293,30 +300,27 @@ def working_bytes(
   inner = chosen * model.mlp_width // tensor
   # Numbers for every token: the linear maps' outputs that the backward pass reads and the result of
   # attention; then what lies between them (norms, rotated heads, the gate's product, sums).
-  outputs = 2 * queries + 2 * keys + width + (2 if model.gated else 1) * inner
+  wide = (2 if model.gated else 1) * inner
+  outputs = 2 * queries + 2 * keys + width + wide
   between = 4 * width + queries + keys + 2 * inner
-  kept = {"full": 0, "dots": outputs, "none": outputs + between}[remat]
+  kept = {"full": 0, "narrow": outputs - wide, "dots": outputs, "none": outputs + between}[remat]
   layers = model.layers * micro.tokens * (width + kept)
   # A layer's values and their gradients at once.
   layer = 2 * micro.tokens * (outputs + between)
   # Queries, keys, values and results are copied to sequences; so are their gradients.
   layer += 2 * micro.in_sequences * 2 * (queries + keys)
   gathered = 0
-  if gathers:
-    # One layer's weights while the next are on their way, and the two tables; of the model, their
-    # gradients in float32 too, before they are divided.
+  if fsdp > 1:
+    # One layer's weights while the next are on their way; of the model, their gradients in float32
+    # too, before they are divided. Tables stay divided.
     experts = (model.experts.count if model.experts else 1) * model.mlp_width // tensor
     of_layer = width * (2 * queries + 2 * keys) + (3 if model.gated else 2) * width * experts
-    table = model.vocab // tensor * width
-    gathered = itemsize * 2 * (of_layer + table) + (0 if adapted else 4 * (of_layer + 2 * table))
-  chunk = _chunk_bytes(model, micro, itemsize, tensor)
-  return itemsize * layers + gathered + max(itemsize * layer, chunk)
-
-
-def _chunk_bytes(model: ModelConfig, micro: Micro, itemsize: int, tensor: int) -> int:
-  """Estimates the bytes of one chunk of logits, its gradient, and what the head reads."""
-  chunk = min(micro.scored, max(1, logprobs.LOGIT_BUDGET_ELSEWHERE.chunk // model.vocab))
-  vocab = model.vocab // tensor
+    gathered = itemsize * 2 * of_layer + (0 if adapted else 4 * of_layer)
+  # Devices that have parts of the vocabulary compute the logits of each other's tokens.
+  vocab, scored = model.vocab // (tensor * fsdp), micro.scored * fsdp
+  slopes = itemsize * scored * vocab
+  stored = slopes if slopes <= 4 * budget.kept else 0
+  chunk = min(scored, max(1, budget.chunk // vocab)) * vocab * (4 + itemsize)
   # The table in the type of products; the hidden states that are scored, and their gradients.
-  read = vocab * model.width + 2 * micro.scored * model.width
-  return chunk * vocab * (4 + itemsize) + itemsize * read
+  read = itemsize * (vocab * width + 2 * scored * width)
+  return itemsize * layers + stored + gathered + max(itemsize * layer, chunk + read)

@@ -6,7 +6,8 @@ them. A mistake found here would otherwise show after minutes of loading, or sil
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -15,7 +16,7 @@ from dpo_jax.data import mixture, packing
 from dpo_jax.distributed.executor import Executor
 from dpo_jax.model import attention_kernels, lora, transformer
 from dpo_jax.model.lora import LoRA
-from dpo_jax.structs import UserError
+from dpo_jax.structs import Device, UserError
 from dpo_jax.training import on_policy, optimizer
 from dpo_jax.utils import following
 
@@ -43,8 +44,13 @@ class Checked(NamedTuple):
   executor: Executor
 
 
-def check(config: ConfigDict) -> Checked:
+def check(config: ConfigDict, devices: Sequence[Device] | None = None) -> Checked:
   """Checks all sections of a configuration, alone and against each other.
+
+  Args:
+    config: of the run.
+    devices: those that the run is compiled for; None for devices of this machine, as
+      `parallel.devices` has them.
 
   Raises:
     UserError: one line with the value, the rule and a way out.
@@ -58,7 +64,10 @@ def check(config: ConfigDict) -> Checked:
   _check_store(config, loss)
   _check_sources(config)
   # From here on JAX has started its devices, which may take seconds on an accelerator.
-  executor = Executor(**{name: config.parallel[name] for name in Executor.SETTINGS})
+  settings: dict[str, Any] = {name: config.parallel[name] for name in Executor.SETTINGS}
+  if devices is not None:
+    settings["devices"] = devices
+  executor = Executor(**settings)
   attention_kernels.check(config.model.attention)
   _check_numbers(config)
   _check_divides(config.train.batch_size, config.train.accumulate, executor.groups)

@@ -126,7 +126,13 @@ def make_objective(
   if weight is None:  # as the model's folder has it
     weight = model_config.experts.balance if model_config.experts else 0.0
   objective = step.Objective(
-    logps_fn=logprobs.make_scored_fn(model, beyond_shorter=loss.ld_alpha, aligned=loss.wpo),
+    logps_fn=logprobs.make_scored_fn(
+      model,
+      # That of the devices which run it, not of those at hand: a plan compiles for others.
+      budget=logprobs.logit_budget(checked.executor.devices[0].platform, checked.executor.memory),
+      beyond_shorter=loss.ld_alpha,
+      aligned=loss.wpo,
+    ),
     loss=loss,
     completions=completions,
     reference=_reference_kind(config, loss, checked.sync),
