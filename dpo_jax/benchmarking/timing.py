@@ -296,7 +296,8 @@ class _Steps:
 
   def wait(self) -> None:
     """Waits for the step whose metrics are not read yet, by reading them."""
-    self._executor.metrics_to_host(self._means)
+    if self._means:
+      self._executor.metrics_to_host(self._means)
     self._means = {}
 
 
