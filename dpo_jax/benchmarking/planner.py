@@ -8,6 +8,7 @@ activations is another, that for the arguments is the same.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -205,7 +206,9 @@ def _chunks(batch: TokenBatch, vocab: int, executor: Executor) -> float:
   # Under pmap each device has a program of its own, with one group.
   parts = scored_AGM.shape[1] if executor.mode == "pmap" else 1
   passes = scored_AGM.reshape(-1, scored_AGM.shape[1] // parts, scored_AGM.shape[2])
-  counts = [logprobs.chunks_run(scored_GM, end, vocab, budget) for scored_GM in passes]
+  # As the step is traced: what a device has of the vocabulary depends on the mesh.
+  with jax.set_mesh(executor.mesh) if executor.mode == "mesh" else contextlib.nullcontext():
+    counts = [logprobs.chunks_run(scored_GM, end, vocab, budget) for scored_GM in passes]
   return sum(counts) / len(counts)
 
 
