@@ -192,7 +192,9 @@ def run(row: Row, words: Sequence[str], minutes: float) -> dict[str, Any]:
   """
   began = time.monotonic()
   result = _call([*words, "--json"], minutes)
-  about = {"command": " ".join(words), "jax": jax.__version__}
+  # A folder of this machine tells readers nothing; the name of its shape does.
+  shown = [f"--config.model.path={row.model}" if "model.path=" in word else word for word in words]
+  about = {"command": " ".join(shown), "jax": jax.__version__}
   about["date"] = datetime.date.today().isoformat()
   return about | result | {"seconds": round(time.monotonic() - began, 1)}
 

@@ -190,7 +190,7 @@ def _gpus(name: str, kind: str, count: int) -> list[Device]:
   """Returns so many cards, eight to a host."""
   from jax.experimental import topologies
 
-  if not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (13, 12)):
+  if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
     raise _missing(name, "JAX's compiler for CUDA", "aot-cuda")
   if count > _PER_HOST and count % _PER_HOST:
     raise UserError(f"--topology={name} fills no hosts of {_PER_HOST}; take a multiple of it")

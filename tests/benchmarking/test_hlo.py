@@ -18,6 +18,8 @@ def test_turns_of_loops_are_multiplied_out(program):
   assert runs.times["splash_body"] == 3 + 2.5
   assert [loop.name for loop in runs.unknown] == ["loop.3"]
   assert program.source(runs.unknown[0]) == "layers.py:75"
+  # Its own frame is in JAX, and the one around that in this package.
+  assert program.source(program.table("body.known")["product"]) == "layers.py:75"
   assert "fused" in runs.fused and "body.known" not in runs.fused
 
 
@@ -88,3 +90,24 @@ def test_a_roofline_takes_the_larger_of_bytes_and_flops(program):
   moved, flops = 4 * 8 * 2 + 8 * 16 * 2 + 4 * 16 * 4, 2 * 4 * 8 * 16
   assert hlo_costs.roofline(one, runs, flops=1e9, bandwidth=1.0) == moved
   assert hlo_costs.roofline(one, runs, flops=1.0, bandwidth=1e9) == flops
+
+
+def test_a_kernel_that_reads_a_slice_moves_the_slice_alone():
+  text = """HloModule jit_step
+
+%sliced (p0: f32[100,8], p1: s32[]) -> f32[1,8] {
+  %p0 = f32[100,8]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  ROOT %s = f32[1,8]{1,0} dynamic-slice(%p0, %p1), dynamic_slice_sizes={1,8}
+}
+
+ENTRY %main (x: f32[100,8], i: s32[]) -> f32[1,8] {
+  %x = f32[100,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %f = f32[1,8]{1,0} fusion(%x, %i), kind=kLoop, calls=%sliced
+}
+"""
+  one = hlo.parse(text)
+  # A row of 32 bytes is read and written; the index has 4.
+  moved = hlo_costs.roofline(one, hlo.count_runs(one), flops=1.0, bandwidth=1.0)
+  assert moved == 32 + 32 + 4

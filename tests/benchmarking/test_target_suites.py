@@ -46,9 +46,10 @@ def test_rows_name_targets_and_models_that_exist(row, tmp_path):
 def test_a_result_is_what_the_command_prints_or_its_last_line(monkeypatch):
   ended = subprocess.CompletedProcess([], 0, json.dumps(PLAN), "compiling")
   monkeypatch.setattr(subprocess, "run", lambda *words, **given: ended)
-  row = Row("a", "benchmark:a", "v5e:2x2")
-  found = target_suites.run(row, ["--topology=v5e:2x2"], 1)
-  assert found["plan"] == PLAN and found["command"] == "--topology=v5e:2x2" and found["date"]
+  row = Row("a", "llama_8b", "v5e:2x2", model="llama_8b")
+  found = target_suites.run(row, ["--topology=v5e:2x2", "--config.model.path=/tmp/x"], 1)
+  assert found["plan"] == PLAN and found["date"]
+  assert found["command"] == "--topology=v5e:2x2 --config.model.path=llama_8b"
   ended = subprocess.CompletedProcess([], 1, "", "compiling\nerror: --topology=x is not known\n")
   monkeypatch.setattr(subprocess, "run", lambda *words, **given: ended)
   assert target_suites.run(row, [], 1)["error"] == "--topology=x is not known"

@@ -37,7 +37,7 @@ MODES = {
   "pmap, stored": {"parallel.mode": "pmap", "reference.store": "STORE"},
   "fsdp x tensor, lora": {"parallel.fsdp": 2, "parallel.tensor": 2, "lora.rank": 4},
   "sequence": {"parallel.sequence": 4, "data.row_length": 1024},
-  "experts": {"parallel.fsdp": 4, "model.scratch": EXPERTS},
+  "experts, stored": {"parallel.fsdp": 4, "model.scratch": EXPERTS, "reference.store": "STORE"},
 }
 LENGTHS = planner.Lengths(250)
 
