@@ -31,7 +31,7 @@ from dpo_jax.utils import workdir as workdirs
 USUAL_REMAT = "dots"
 # Tokens of a micro-batch on a device that keep it busy: on an H200, 8 pairs of 825 tokens were
 # trained at 97% of the rate of 32 (docs/benchmarks.md).
-ENOUGH = 8192
+ENOUGH = 6144
 # Share of the free memory that an estimate may fill: buffers do not fit without gaps.
 FILLED = 0.95
 
@@ -138,7 +138,7 @@ def settle(
       rows * shape.length // parts, shape.scored // parts, shape.texts * shape.width // parts
     )
 
-  held, _ = footprint.needed(config, checked, model_config, adapters)
+  held, _ = footprint.needed(config, checked, model_config, adapters, planned=True)
   platform = executor.devices[0].platform
   step_bytes = functools.partial(_step_bytes, config, model_config, held, platform)
 
@@ -303,12 +303,12 @@ def working_bytes(
   layer += 2 * micro.in_sequences * 2 * (queries + keys)
   gathered = 0
   if gathers:
-    # One layer's weights while the next are on their way, and the two tables; of the model, their
-    # gradients in float32 too, before they are divided.
+    # One layer's weights while the next are on their way, and the two tables; where the model is
+    # trained, the gradients of a layer and of the head in float32 too, before they are divided.
     experts = (model.experts.count if model.experts else 1) * model.mlp_width // tensor
     of_layer = width * (2 * queries + 2 * keys) + (3 if model.gated else 2) * width * experts
     table = model.vocab // tensor * width
-    gathered = itemsize * 2 * (of_layer + table) + (0 if adapted else 4 * (of_layer + 2 * table))
+    gathered = itemsize * 2 * (of_layer + table) + (0 if adapted else 4 * (of_layer + table))
   chunk = _chunk_bytes(model, micro, itemsize, tensor)
   return itemsize * layers + gathered + max(itemsize * layer, chunk)
 
