@@ -99,6 +99,8 @@ def execute(
     Diverged: the weights are broken; the last good checkpoint is kept, and nothing is exported.
     SystemExit: the run was asked to stop, and all is saved.
   """
+  # What is chosen for this run must not be there for the next one with the caller's configuration.
+  config = config.copy_and_resolve_references()
   paths.expand_fields(config)
   defaults.replace_aliases(config)
   section = config.parallel

@@ -255,7 +255,8 @@ def claim(
   record: dict[str, Any] = {"version": VERSION, "began": began.isoformat(), "inputs": inputs}
   if before is not None and counts is not None:
     found, checked = changed_inputs(workdir, inputs, ledger)
-    lengths = _differences(*(_values(x, LENGTH + COMPUTED) for x in (before, json.loads(config))))
+    fields = LENGTH + COMPUTED
+    lengths = _differences(_values(before, fields), _values(json.loads(config), fields))
     if checked and not found and not lengths:
       return
     old = _read(workdir / INPUTS) or {}

@@ -45,6 +45,13 @@ def test_scored_tokens_are_dealt_as_evenly_as_tokens():
   assert np.bincount(group_B, scored.sum(1)).tolist() == [12, 12]
 
 
+def test_a_group_has_one_example_more_than_its_share_at_most():
+  # By tokens alone, one group would have the long example and the other the seven short ones.
+  some = measured(100, 2, 2, 2, 2, 2, 2, 2)
+  for layout, counts in (("shared", [3, 5]), ("padded", [4, 4])):
+    assert sorted(np.bincount(packing.deal(some, layout, 2))) == counts
+
+
 @pytest.mark.parametrize("layout", packing.LAYOUTS)
 @pytest.mark.parametrize("size,groups", [(1, 4), (7, 4), (8, 8), (40, 4), (300, 2)])
 def test_no_group_has_many_more_examples_than_another(layout, size, groups):
@@ -90,7 +97,7 @@ def pairs():
 
 
 # With one pair for every group the longest decides: mean over longest is 0.36 (of scored tokens).
-@pytest.mark.parametrize("groups,size,least", [(4, 32, 0.85), (8, 32, 0.8), (8, 64, 0.85)])
+@pytest.mark.parametrize("groups,size,least", [(4, 32, 0.85), (8, 32, 0.8)])
 @pytest.mark.parametrize("layout", ["shared", "packed"])
 def test_groups_of_few_pairs_are_full(pairs, layout, groups, size, least):
   how = batches.Batching(layout=layout, groups=groups)

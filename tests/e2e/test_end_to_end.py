@@ -122,7 +122,11 @@ def test_training_from_python_is_that_of_the_command(task, fitted):
   finished, told = fitted
   assert finished.workdir == task / "dpo" and (finished.export / "config.json").is_file()
   stored = json.loads((finished.workdir / "config.json").read_text())
-  assert stored == json.loads(dpo_config(task).to_json_best_effort())
+  # What was left open is stored as it was chosen.
+  config = dpo_config(task)
+  assert (config.train.accumulate, config.model.remat) == (0, "auto")
+  config.train.accumulate, config.model.remat = 1, "dots"
+  assert stored == json.loads(config.to_json_best_effort())
   # Each step in order and each evaluation behind its step: a line of the file has both.
   assert [at for at, _ in told] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
   joined = {}

@@ -31,7 +31,7 @@ from dpo_jax.utils import workdir as workdirs
 USUAL_REMAT = "dots"
 # Tokens of a micro-batch on a device that keep it busy: on an H200, 8 pairs of 825 tokens were
 # trained at 97% of the rate of 32 (docs/benchmarks.md).
-ENOUGH = 8192
+ENOUGH = 6144
 # Share of the free memory that an estimate may fill: buffers do not fit without gaps.
 FILLED = 0.95
 
@@ -138,7 +138,7 @@ def settle(
       rows * shape.length // parts, shape.scored // parts, shape.lines * shape.width // parts
     )
 
-  held, _ = footprint.needed(config, checked, model_config, adapters)
+  held, _ = footprint.needed(config, checked, model_config, adapters, planned=True)
   platform = executor.devices[0].platform
   step_bytes = functools.partial(
     _step_bytes, config, model_config, held, platform, executor.memory or room

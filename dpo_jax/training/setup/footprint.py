@@ -86,13 +86,23 @@ def check(
 
 
 def needed(
-  config: ConfigDict, checked: Checked, model_config: ModelConfig, adapters: LoRA | None
+  config: ConfigDict,
+  checked: Checked,
+  model_config: ModelConfig,
+  adapters: LoRA | None,
+  *,
+  planned: bool = False,
 ) -> tuple[dict[str, int], int]:
   """Returns the bytes by part on the fullest device, and those in the host's memory.
 
   On a CPU, of all devices of this process together: they share one memory.
+
+  Args:
+    config, checked, model_config, adapters: of the run.
+    planned: whether CPU devices stand for others, each with a memory of its own.
   """
   executor = checked.executor
+  is_cpu = _is_cpu(executor) and not planned
   policy = _as(transformer.param_shapes(model_config), config.model.param_dtype)
   trained = lora.shapes(model_config, adapters) if adapters else policy
   reference = None
@@ -114,13 +124,13 @@ def needed(
   if reference is not None:
     reference = executor.abstract(reference)
   local = sum(device.process_index == jax.process_index() for device in executor.devices)
-  copies = local if _is_cpu(executor) else 1
+  copies = local if is_cpu else 1
 
   on_host = local * memory.host_bytes(state)
 
   def count(tree: PyTree) -> int:
     # A CPU's devices have no memory besides that of the host.
-    stored = memory.host_bytes(tree) if _is_cpu(executor) else 0
+    stored = memory.host_bytes(tree) if is_cpu else 0
     return copies * (memory.device_bytes(tree) + stored)
 
   weights = count(state.params)
@@ -133,7 +143,7 @@ def needed(
     "optimizer": count(state.opt_state),
     "base" if adapters else "reference": count((reference, state.reference)),
   }
-  return parts, 0 if _is_cpu(executor) else on_host
+  return parts, 0 if is_cpu else on_host
 
 
 def _as(shapes: PyTree, dtype: str) -> PyTree:
