@@ -12,7 +12,7 @@ place, so no addition depends on the order in which a device runs it.
 Memory: a device stores T W (2 H + 2 J) Hd elements for each of its groups, one layer at a time, and
 as many again in the backward pass. T W is at least the number of tokens with every prompt once per
 completion. It is little more where sequences share lines, and T times the longest sequence where
-each has a line of its own (cuDNN before Hopper). For comparison, the float32 scores of one block of
+each has a line of its own (cuDNN before Hopper, or with a window). For comparison, the float32 scores of one block of
 the blocked attention are N L 128 H elements.
 """
 
@@ -41,9 +41,6 @@ NAMES = ("auto", "blocked", "tiles", *SEQUENCE_KERNELS)
 # Name of the results of splash that remat may keep: the output and its log-sum-exps.
 REMAT_NAME = "attention_kernel"
 _NO_LIMIT = 2**30  # more sequences than a line can have
-# Whether cuDNN is given lines of several sequences where it takes them: on an H200 that took 14 to
-# 19% less of a step's time, with the same values and gradients to rounding (docs/benchmarks.md).
-RAGGED_CUDNN = True
 _DEFAULT_OF_PLATFORM = {"cpu": "tiles", "gpu": "cudnn", "tpu": "splash"}
 
 
@@ -116,7 +113,7 @@ def sequences_per_line(name: str, config: ModelConfig, device: Device) -> int:
 def _supports_ragged(config: ModelConfig, device: Device) -> bool:
   """Returns whether cuDNN takes lines of several sequences."""
   # JAX refuses them before Hopper, and with a window they are not known to be supported.
-  if not RAGGED_CUDNN or _capability(device) < (9, 0) or any(config.windows):
+  if _capability(device) < (9, 0) or any(config.windows):
     return False
   try:
     attend, _ = _ragged_attention()
