@@ -83,10 +83,9 @@ def get_config(arg: str = "b"):
   if name not in SMALL:
     config.model.compute_dtype = "bfloat16"
   if name == "long":
-    config.model.remat = "full"
+    config.model.remat = "narrow"
   if name == "llama_8b":
     config.model.param_dtype = config.reference.param_dtype = "bfloat16"
-    config.model.remat = "full"
     config.lora.rank = 16
     config.lora.alpha = 32.0
   return config.lock()

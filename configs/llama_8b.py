@@ -21,10 +21,10 @@ With `configs/llama_8b.py:fsdp`, on 8 chips of 40 GB or more (each holds an eigh
   gradients  their sum and a micro-batch's 8 P   8.032 GB
   in all                                  22 P  22.088 GB
 
-Beside that, a layer is gathered while it is used, and the two tables, of 1.1 GB each in bfloat16,
-with the head's gradient in float32. With one micro-batch the gradients take 4 P. Activations come
-on top: they go by data.max_length, and by train.accumulate (micro-batches) and model.remat, which a
-run chooses from the memory of its devices. Worked out from shapes; not a measurement.
+Beside that, a layer is gathered while it is used. With one micro-batch the gradients take 4 P.
+Activations come on top: they go by data.max_length, and by train.accumulate (micro-batches) and
+model.remat, which a run chooses from the memory of its devices. Worked out from shapes; not a
+measurement.
 """
 
 from dpo_jax import defaults

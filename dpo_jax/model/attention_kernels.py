@@ -12,8 +12,8 @@ place, so no addition depends on the order in which a device runs it.
 Memory: a device stores T W (2 H + 2 J) Hd elements for each of its groups, one layer at a time, and
 as many again in the backward pass. T W is at least the number of tokens with every prompt once per
 completion. It is little more where sequences share lines, and T times the longest sequence where
-each has a line of its own (cuDNN before Hopper, or with a window). For comparison, the float32 scores of one block of
-the blocked attention are N L 128 H elements.
+each has a line of its own (cuDNN before Hopper, or with a window). For comparison, the float32
+scores of one block of the blocked attention are N L 128 H elements.
 """
 
 from __future__ import annotations
