@@ -82,6 +82,9 @@ def _whole() -> list[Program]:
   return [
     trl("", **LOW),
     trl("checkpointing", **LOW, **AGAIN),
+    # Rows of an update are sorted by length, so micro-batches have less padding.
+    trl("2 micro-batches", **LOW, accumulate=2),
+    trl("4 micro-batches", **LOW, accumulate=4),
     trl("precomputed", **LOW, precompute=True),
     trl("precomputed, checkpointing", **LOW, **AGAIN, precompute=True),
     trl("bfloat16 weights", dtype="bfloat16", best=False),
@@ -104,6 +107,7 @@ def _adapted() -> list[Program]:
   return [
     trl("LoRA", **lora),
     trl("LoRA, checkpointing", **lora, **AGAIN),
+    trl("LoRA, 4 micro-batches", **lora, accumulate=4),
     trl("LoRA, precomputed", **lora, precompute=True),
     trl("LoRA, precomputed, checkpointing", **lora, **AGAIN, precompute=True),
     ours("padded, LoRA", PADDED),

@@ -51,6 +51,7 @@ class Options:
     pairs: file of rows, each with `prompt_ids`, `chosen_ids` and `rejected_ids`.
     model: fields of a config.json.
     batch_size: pairs of an update.
+    accumulate: micro-batches of an update, which divide its pairs.
     max_length: tokens of a prompt and one completion.
     dtype: "float32"; "autocast", of float32 weights to bfloat16; "bfloat16", weights too.
     checkpointing: whether activations are computed again on the way back.
@@ -68,6 +69,7 @@ class Options:
   pairs: str
   model: dict[str, Any]
   batch_size: int = 8
+  accumulate: int = 1
   max_length: int = 512
   dtype: str = "float32"
   checkpointing: bool = False
@@ -142,8 +144,8 @@ def settings(options: Options, steps: int, folder: str) -> Any:
 
   return DPOConfig(
     output_dir=folder,
-    per_device_train_batch_size=options.batch_size,
-    gradient_accumulation_steps=1,
+    per_device_train_batch_size=options.batch_size // options.accumulate,
+    gradient_accumulation_steps=options.accumulate,
     max_steps=steps,
     max_length=options.max_length,
     learning_rate=options.learning_rate,
