@@ -13,6 +13,7 @@ Slopes are stored for the backward pass in the type of the hidden states, or com
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +50,14 @@ def _capped(logits_xV: Array, head: Head) -> Array:
   return logits_xV if cap is None else cap * jnp.tanh(logits_xV / cap)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def target_logps(
-  kept: bool, hidden_cGmD: Array, head: Head, target_cGm: Array, count: Array | int
+  kept: bool,
+  place: Callable[..., Array],
+  hidden_cGmD: Array,
+  head: Head,
+  target_cGm: Array,
+  count: Array | int,
 ) -> Array:
   """Computes the log-prob of every target token, one chunk at a time: [c, G, m], in nats.
 
@@ -60,13 +66,15 @@ def target_logps(
 
   Args:
     kept: whether the backward pass uses stored slopes.
+    place: constrains on which devices the tokens of a chunk are, [G, m, D], or, with logits=True,
+      its logits or slopes, [G, m, V]; it returns them.
     hidden_cGmD: input of the head, in chunks.
     head: the unembedding; its kernel is [V, D], or [G, V, D] with a copy per group.
     target_cGm: target tokens.
     count: number of chunks to run; the log-probs of later chunks are 0.
   """
   # False: where no gradient is computed, no slopes are stored.
-  return _forward(False, hidden_cGmD, head, target_cGm, count)[0]
+  return _forward(False, place, hidden_cGmD, head, target_cGm, count)[0]
 
 
 def _narrow(head: Head, hidden_cGmD: Array) -> Head:
@@ -84,12 +92,12 @@ def _slopes(logits_GmV: Array, norm_Gm: Array, target_Gm: Array, head: Head) -> 
   return slope_GmV if cap is None else slope_GmV * (1 - jnp.square(logits_GmV / cap))
 
 
-def _forward(kept, hidden_cGmD, head, target_cGm, count):
+def _forward(kept, place, hidden_cGmD, head, target_cGm, count):
   """Returns the log-probs, and what the backward pass needs: the inputs, norms and slopes."""
   narrow = _narrow(head, hidden_cGmD)
 
   def chunk_step(i, carry):
-    logits_GmV = logits_of_groups(hidden_cGmD[i], narrow)
+    logits_GmV = place(logits_of_groups(place(hidden_cGmD[i]), narrow), logits=True)
     norm_Gm = jax.nn.logsumexp(logits_GmV, axis=-1)
     picked_Gm = jnp.take_along_axis(logits_GmV, target_cGm[i][..., None], axis=-1)[..., 0]
     slope_GmV = None
@@ -106,7 +114,7 @@ def _forward(kept, hidden_cGmD, head, target_cGm, count):
   return logps_cGm, (hidden_cGmD, head, target_cGm, count, *saved)
 
 
-def _backward(kept, saved, cotangent_cGm):
+def _backward(kept, place, saved, cotangent_cGm):
   """Returns the gradients of hidden states and head, one chunk at a time."""
   hidden_cGmD, head, target_cGm, count, norm_cGm, slope_cGmV = saved
   narrow, dtype = _narrow(head, hidden_cGmD), hidden_cGmD.dtype
@@ -114,19 +122,21 @@ def _backward(kept, saved, cotangent_cGm):
 
   def chunk_step(i, carry):
     hidden_grad_cGmD, kernel_grad, bias_grad_V = carry
+    hidden_GmD = place(hidden_cGmD[i])
     if kept:
       slope_GmV = slope_cGmV[i]
     else:
-      logits_GmV = logits_of_groups(hidden_cGmD[i], narrow)
+      logits_GmV = logits_of_groups(hidden_GmD, narrow)
       slope_GmV = _slopes(logits_GmV, norm_cGm[i], target_cGm[i], head).astype(dtype)
-    slope_of_loss_Gm = cotangent_cGm[i][..., None]
+    slope_GmV = place(slope_GmV, logits=True)
+    slope_of_loss_Gm1 = place(cotangent_cGm[i][..., None])
     hidden_grad_GmD = matmul.contract(f"gmv,{each}vd->gmd", slope_GmV, narrow.kernel_VD)
-    hidden_grad_GmD = (slope_of_loss_Gm * hidden_grad_GmD).astype(dtype)
-    scaled_GmD = (slope_of_loss_Gm * hidden_cGmD[i]).astype(dtype)
+    hidden_grad_GmD = place((slope_of_loss_Gm1 * hidden_grad_GmD).astype(dtype))
+    scaled_GmD = (slope_of_loss_Gm1 * hidden_GmD).astype(dtype)
     # Sums over chunks are float32, also for a kernel that is stored in bfloat16.
     kernel_grad += matmul.contract(f"gmv,gmd->{each}vd", slope_GmV, scaled_GmD)
     if bias_grad_V is not None:
-      bias_grad_V += matmul.contract("gmv,gm->v", slope_GmV, slope_of_loss_Gm[..., 0])
+      bias_grad_V += matmul.contract("gmv,gm->v", slope_GmV, slope_of_loss_Gm1[..., 0])
     return hidden_grad_cGmD.at[i].set(hidden_grad_GmD), kernel_grad, bias_grad_V
 
   wide = jnp.promote_types(dtype, jnp.float32)

@@ -21,6 +21,7 @@ import numpy as np
 from dpo_jax.distributed.sharding import (
   by_rows,
   by_vocabulary,
+  chunk_by_group,
   chunks_by_group,
   copy_per_group,
   join_groups,
@@ -186,6 +187,9 @@ def scored_logps(
     x_cGm = _into_chunks(x_GM, chunks, size)
     return chunks_by_group(x_cGm) if shared > 1 else x_cGm
 
+  def place(x_Gm: Array, *, logits: bool = False) -> Array:
+    return chunk_by_group(x_Gm, logits=logits) if shared > 1 else x_Gm
+
   count: Array | int = chunks
   if chunks > 1 and groups * parts == 1:
     # Skips the chunks that are all padding. With several groups it does not: devices that work
@@ -200,7 +204,7 @@ def scored_logps(
     narrow = hidden_GMD.dtype.itemsize / 4  # of the memory of float32
     kept = narrow * per_group * own <= budget.kept
     # JAX types the result of a custom_vjp with nondiff_argnums as an unknown object.
-    logps_cGm = cast(Array, target_logps(kept, cut(hidden_GMD), head, cut(target_GM), count))
+    logps_cGm = cast(Array, target_logps(kept, place, cut(hidden_GMD), head, cut(target_GM), count))
   else:
 
     @jax.checkpoint  # recomputes each chunk's logits in the backward pass: they are not stored

@@ -152,6 +152,16 @@ def join_groups(x_GM: Array, parts: int) -> Array:
   return _constrain(x_GM, ("data",), _SEQUENCE, *(None,) * len(rest))
 
 
+def chunk_by_group(x_Gm: Array, *, logits: bool) -> Array:
+  """Keeps a chunk of joined groups, [G, m, D or V], where `chunks_by_group` keeps all.
+
+  Its logits are divided by vocabulary. Without this the compiler may divide tokens in between, and
+  gather them again.
+  """
+  last = _vocabulary_axes(x_Gm.shape[-1]) if logits else None
+  return _constrain(x_Gm, ("data", "sequence"), None, last)
+
+
 def chunks_by_group(x_cGm: Array) -> Array:
   """Keeps chunks of joined groups, [c, G, m, ...], whole on every device that has a group."""
   return _constrain(x_cGm, None, ("data", "sequence"), *(None,) * (x_cGm.ndim - 2))

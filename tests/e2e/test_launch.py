@@ -354,12 +354,12 @@ def run_in(folder, script, *arguments, **variables):
 
 @pytest.mark.parametrize(
   ("failing", "ran"),
-  [(None, "lint test test-slow"), ("lint", "lint"), ("test", "lint test")],
+  [(None, "lint test test-slow test_targets"), ("lint", "lint"), ("test", "lint test")],
 )
 def test_integration_asks_lint_first_and_names_what_fails(tmp_path, failing, ran):
   copied(tmp_path, ".ci/run")
   (tmp_path / "scripts").mkdir()
-  for name in ("lint", "test"):
+  for name in ("lint", "test", "test_targets"):
     status = 3 if failing == name else 0
     fake(tmp_path / "scripts", f"{name}.sh", f'echo "{name}${{2:+-$2}}" >> ran; exit {status}')
   done = run_in(tmp_path, ".ci/run")

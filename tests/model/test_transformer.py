@@ -398,7 +398,9 @@ def test_parameters_are_stacked_and_of_the_dtype_asked_for():
 
 
 def test_an_unknown_remat_is_refused():
-  with pytest.raises(UserError, match="remat 'most' is not known; known are none, dots, full"):
+  with pytest.raises(
+    UserError, match="remat 'most' is not known; known are none, dots, narrow, full"
+  ):
     transformer.build(LLAMA, remat="most")
 
 

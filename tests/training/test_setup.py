@@ -25,7 +25,7 @@ def configured(**changes):
     ({"loss.beta": -1.0}, r"loss\.beta"),
     ({"train.batch_size": 0}, "train.batch_size is 0"),
     ({"train.accumulate": -1}, "train.accumulate is -1; it must be 1 or more, or 0 for as few"),
-    ({"model.remat": "most"}, "remat is 'most'; known: auto, none, dots, full"),
+    ({"model.remat": "most"}, "remat is 'most'; known: auto, none, dots, narrow, full"),
     ({"checkpoint.keep": 0}, "checkpoint.keep is 0"),
     ({"model.compute_dtype": "bf16"}, r"compute_dtype is 'bf16'; did you mean bfloat16\?"),
     ({"model.param_dtype": "torch.float32"}, r"did you mean float32\?"),
