@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,11 +144,12 @@ def _backward(kept, place, saved, cotangent_cGm):
   bias_V = None if head.bias_V is None else jnp.zeros(head.bias_V.shape, wide)
   zeros = jnp.zeros_like(hidden_cGmD), jnp.zeros(head.kernel_VD.shape, wide), bias_V
   hidden_grad_cGmD, kernel_grad, bias_grad_V = jax.lax.fori_loop(0, count, chunk_step, zeros)
+  # Not None where the head has a cap, which is a constant: a gradient has its input's structure.
+  cap_grad: Any = None if head.soft_cap is None else jnp.zeros_like(head.soft_cap)
   head_grad = Head(
     kernel_VD=kernel_grad.astype(head.kernel_VD.dtype),
     bias_V=None if head.bias_V is None else bias_grad_V.astype(head.bias_V.dtype),
-    # Not None where the head has a cap: a gradient has the structure of its input.
-    soft_cap=None if head.soft_cap is None else jnp.zeros_like(head.soft_cap),
+    soft_cap=cap_grad,
   )
   # None: targets and count are integers and have no gradient.
   return hidden_grad_cGmD, head_grad, None, None

@@ -11,7 +11,7 @@ round their inputs, to bfloat16 and to TF32.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,6 @@ def exact(dtype: Any) -> dict[str, Any]:
   }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def contract(equation: str, a: Array, b: Array) -> Array:
   """Computes an einsum of two arrays of one type, with sums in float32 or wider.
 
@@ -64,6 +63,12 @@ def contract(equation: str, a: Array, b: Array) -> Array:
     equation: every index of an input is one of the other input or of the result.
     a, b: the inputs, of one type.
   """
+  # JAX types the result of a custom_vjp with nondiff_argnums as an unknown object.
+  return cast(Array, _contract(equation, a, b))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _contract(equation: str, a: Array, b: Array) -> Array:
   return jnp.einsum(equation, a, b, **exact(a.dtype))
 
 
@@ -77,7 +82,7 @@ def _contract_backward(equation: str, saved: tuple[Array, Array], slope: Array):
   return da.astype(a.dtype), contract(f"{out},{of_a}->{of_b}", slope, a).astype(b.dtype)
 
 
-contract.defvjp(lambda equation, a, b: (contract(equation, a, b), (a, b)), _contract_backward)
+_contract.defvjp(lambda equation, a, b: (contract(equation, a, b), (a, b)), _contract_backward)
 
 
 def _dot(x_xD: Array, kernel: Array, axis: int) -> Array:
