@@ -140,8 +140,9 @@ def get_config() -> ConfigDict:
         compute_dtype="float32",  # type of matrix products: float32 or bfloat16
         # type of the policy's parameters and moments; bfloat16 is rounded stochastically
         param_dtype="float32",
-        # what the backward pass recomputes: none, dots (all but outputs of linear maps), narrow (also
-        # outputs wider than the model), full (all), or auto (the first of the last three that fits)
+        # what the backward pass recomputes: none, dots (all but outputs of linear maps), narrow
+        # (also outputs wider than the model), full (all), or auto (the first of the last three that
+        # fits)
         remat="auto",
         attention="auto",  # auto, or tiles (CPU), cudnn (GPU), splash (TPU), blocked, xla
       ),
