@@ -29,8 +29,8 @@ from dpo_jax.utils import messages
 from dpo_jax.utils import workdir as workdirs
 
 USUAL_REMAT = "dots"
-# Tokens of a micro-batch on a device that keep it busy: on an H200, 8 pairs of 825 tokens were
-# trained at 97% of the rate of 32 (docs/benchmarks.md).
+# Tokens of a micro-batch on a device that keep it busy: on an H200, 8 pairs of 800 tokens were
+# trained at 86% of the rate of 32 (docs/benchmarks.md).
 ENOUGH = 6144
 # Share of the free memory that an estimate may fill: buffers do not fit without gaps.
 FILLED = 0.95
