@@ -246,7 +246,7 @@ def count_runs(program: Program, turns: float = 1) -> Runs:
 
   Args:
     program: the program.
-    turns: of loops whose number depends on data.
+    turns: taken for every loop whose number of turns depends on data.
   """
   times: collections.Counter[str] = collections.Counter()
   alone: set[str] = set()
@@ -290,7 +290,7 @@ def trip_count(program: Program, loop: Instruction, around: dict[str, Instructio
   Args:
     program: the program.
     loop: an instruction `while`.
-    around: the computation that it is in, by names.
+    around: the instructions beside it in its computation, by name.
   """
   stated = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
   if stated:

@@ -58,7 +58,7 @@ def product_flops(one: Instruction, table: Mapping[str, Instruction]) -> float:
 
   Args:
     one: the instruction.
-    table: the computation that it is in, by names.
+    table: the instructions of its computation, by name.
   """
   if one.opcode == "dot":
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)
@@ -236,7 +236,7 @@ class Kernel(NamedTuple):
   Attributes:
     name: what it is called.
     runs: in one step.
-    products: of queries x keys x size of a head, that it takes.
+    products: how many products it computes, each of queries x keys x size of a head.
     rows: rows times heads.
     queries, keys: positions of a row.
     head: size of a head.

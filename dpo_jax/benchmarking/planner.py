@@ -223,7 +223,7 @@ def plan(config: ConfigDict, lengths: Lengths, room: int | None = None) -> dict[
 
   Returns:
     `parameters`, and `trained` of them; `devices`; bytes on the fullest device: `params` (what is
-    trained), `reference` (with adapters: their base), `optimiser`, `step` (gradients, activations
+    trained), `reference` (with adapters: their base), `optimizer`, `step` (gradients, activations
     and all else that the compiled step needs besides its arguments) and their sum, `total`;
     `kept_on_host`, bytes for every device; `flops_per_step`, on all devices; `rows` and
     `row_length` of a micro-batch on all devices.
@@ -256,7 +256,7 @@ def held_bytes(run: Outline) -> dict[str, int]:
     "params": memory.device_bytes(run.state.params),
     # In the state where it follows the policy.
     "reference": memory.device_bytes((run.reference, run.state.reference)),
-    "optimiser": memory.device_bytes(run.state.opt_state),
+    "optimizer": memory.device_bytes(run.state.opt_state),
   }
 
 
@@ -399,8 +399,8 @@ def remark(named: str) -> str:
     return ""
   # Gradients and activations are smaller too; what a user must know is what happens to the weights.
   return (
-    "  weights and moments of 8 bits, rounded stochastically: noisier than float32, compare the"
-    " held-out loss"
+    "  weights and moments are rounded stochastically to bfloat16: noisier than float32, compare"
+    " the held-out loss"
   )
 
 
@@ -419,7 +419,7 @@ def show(found: dict[str, Any]) -> Iterator[str]:
   yield f"parameters   {whole:,}" + ("" if trained == whole else f", trained {trained:,}")
   yield f"micro-batch  {found['rows']} rows of {found['row_length']} tokens"
   yield f"a step       {found['flops_per_step']:.3e} FLOPs in products"
-  yield f"on each of {found['devices']} devices:"
+  yield "on the device:" if found["devices"] == 1 else f"on each of {found['devices']} devices:"
   for name, count in found["bytes_per_device"].items():
     yield f"  {name:<10} {count / memory.GIB:9.3f} GiB"
   if found["kept_on_host"]:

@@ -50,7 +50,7 @@ class Step(NamedTuple):
   Attributes:
     run: the step, in shapes.
     compiled: the program; None if it needs more memory than there is.
-    needs: bytes that the compiler says it needs then.
+    needs: bytes that the compiler says it needs, where there is no program; else 0.
     seconds: that lowering and compiling took.
   """
 
@@ -274,7 +274,8 @@ def show(found: dict[str, Any]) -> Iterator[str]:
     f" {found['micro_batches']} a step"
   )
   yield f"attention    {found['attention']}"
-  yield f"on each of {found['devices']} devices of {found['topology']}:"
+  where = "the device" if found["devices"] == 1 else f"each of {found['devices']} devices"
+  yield f"on {where} of {found['topology']}:"
   parts = found["held"] | {"temporary": found["temporary_bytes"], "in all": found["peak_bytes"]}
   for name, count in parts.items():
     yield f"  {name:<10} {count / memory.GIB:9.3f} GiB"

@@ -54,8 +54,9 @@ _TPUS = {
   "v5p": Chip(int(95.74 * GIB), 459e12, 2765e9, 600e9, 1.75e9, "1x1x1, 2x2x1, 2x2x2, 2x4x4, 4x4x8"),
   "v6e": Chip(int(31.25 * GIB), 918e12, 1640e9, 400e9, 1.75e9, "1x1, 2x2, 2x4, 4x4, 8x8, 16x16"),
 }
-# Of the data sheets of the H100 SXM, H200 SXM and A100 SXM of 80 GB: rates without sparsity, NVLink
-# in one direction. A run may use 92% of the memory, where XLA_PYTHON_CLIENT_MEM_FRACTION says so.
+# From the data sheets of the H100 SXM, H200 SXM and A100 SXM of 80 GB: rates without sparsity,
+# NVLink in one direction. A run may use 92% of the memory, where XLA_PYTHON_CLIENT_MEM_FRACTION
+# says so.
 GPU_FRACTION = 0.92
 _HOPPER = {"major": 9, "cores": 132, "fpus": 128, "shared": 233472, "cache": 52428800}
 _AMPERE = {"major": 8, "cores": 108, "fpus": 64, "shared": 167936, "cache": 41943040}
@@ -116,7 +117,7 @@ class Target(NamedTuple):
 
   @property
   def is_gpu(self) -> bool:
-    """Whether it is a GPU."""
+    """Whether its devices are GPUs."""
     return self.chip.card is not None
 
   @property
@@ -136,19 +137,22 @@ def find(name: str) -> Target:
   Raises:
     UserError: no such target is known, or its compiler is not installed.
   """
-  kind, _, shape = name.lower().partition(":")
+  named, _, shape = name.lower().partition(":")
+  # In Google's names, such as v5e-16, the number of chips leaves the shape of the slice open.
+  kind = named.partition("-")[0]
   if kind not in CHIPS:
     raise UserError(f"--topology={name} is not known; known: {known()}")
   chip = CHIPS[kind]
   pattern = r"[1-9]\d*" if chip.card else r"[1-9]\d*(x[1-9]\d*){1,2}"
   if not re.fullmatch(pattern, shape):
-    raise UserError(f"--topology={name} names no number of devices; write it as {_examples(kind)}")
+    missing = "the number of GPUs" if chip.card else "the shape of the slice"
+    raise UserError(f"--topology={name} does not give {missing}; write it as {_examples(kind)}")
   devices = _gpus(name, kind, int(shape)) if chip.card else _tpus(name, kind, shape)
   return Target(name, kind, chip, devices)
 
 
 def known() -> str:
-  """Returns the targets, one example of each kind and the shapes of all."""
+  """Returns examples of targets of every kind, as a message lists them."""
   return "; ".join(map(_examples, CHIPS))
 
 
@@ -158,7 +162,7 @@ def _examples(kind: str) -> str:
 
 def _missing(name: str, what: str, extra: str) -> UserError:
   return UserError(
-    f'--topology={name} needs {what}, which is not installed; pip install "dpo-jax[{extra}]"'
+    f'--topology={name} needs {what}, which is not installed; pip install ".[{extra}]"'
   )
 
 

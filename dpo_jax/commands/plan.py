@@ -118,7 +118,10 @@ def _plan_for_cpus(config) -> None:
   for line in planner.show(found):
     print(line)
   if room is not None:
-    print(f"{'fits' if fits else 'does not fit'} a device of {FLAGS.device_memory:g} GiB")
+    print(
+      f"{'fits' if fits else 'does not fit'} a device of {FLAGS.device_memory:g} GiB, by the"
+      " compiler for CPUs; --topology asks that of an accelerator"
+    )
   if not try_changes:
     return
   print("what would change it, one at a time:")

@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.distributed import memory
 from dpo_jax.distributed import sharding as shardings
@@ -102,6 +103,19 @@ def _check_offload(mode: str, device: Device) -> None:
     )
 
 
+def _arrange(shape: Sequence[int], devices: Sequence[Device]) -> np.ndarray:
+  """Returns devices in the shape of a mesh, whose neighbours are near each other in a TPU slice."""
+  slices = {getattr(device, "slice_index", 0) for device in devices}
+  # Hosts of GPUs may count as slices too; those need no arrangement.
+  if devices[0].platform == "tpu" and len(slices) > 1:
+    raise UserError(
+      f"the {len(devices)} devices are in {len(slices)} TPU slices, and a run takes one slice;"
+      " start it on the hosts of one"
+    )
+  # Where the sizes are no products of whole axes of the slice (2 x 8 of 4 x 4), its axes are split.
+  return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
 _copy = jax.jit(jnp.copy)
 
 
@@ -158,7 +172,7 @@ class Executor:
     if mode == "pmap":
       # pmap has no named mesh; this one describes its stacked arrays [devices, ...] to the rest.
       shape, axes = shape[:1], (AXIS,)
-    self.mesh = jax.make_mesh(shape, axes, (AxisType.Auto,) * len(shape), devices=self.devices)
+    self.mesh = Mesh(_arrange(shape, self.devices), axes, axis_types=(AxisType.Auto,) * len(shape))
     self.home = self._shard()
     self.share = self._own_share()
 

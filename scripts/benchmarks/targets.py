@@ -1,6 +1,6 @@
 """Makes a table of what the compilers of accelerators say of many runs, without any of them.
 
-  pip install "dpo-jax[aot-tpu]"
+  pip install ".[aot-tpu]"
   python scripts/benchmarks/targets.py --suite=steps --out=runs/targets
   python scripts/benchmarks/targets.py --suite=pods --out=runs/targets --only=70B
 

@@ -43,9 +43,9 @@ def test_what_is_held_by_hand():
   count, held = found["parameters"], found["bytes_per_device"]
   assert found["trained"] == count and found["devices"] == 1
   assert held["params"] == held["reference"] == 4 * count
-  assert 8 * count <= held["optimiser"] <= 8 * count + 64
+  assert 8 * count <= held["optimizer"] <= 8 * count + 64
   assert held["step"] >= 4 * count  # a gradient at the least
-  assert held["total"] == sum(held[name] for name in ("params", "reference", "optimiser", "step"))
+  assert held["total"] == sum(held[name] for name in ("params", "reference", "optimizer", "step"))
 
 
 def test_fsdp_divides_all_but_the_norms():
@@ -128,8 +128,18 @@ def test_what_may_be_changed_is_what_is_not_so_already():
 def test_bfloat16_weights_are_not_advised_without_a_word():
   remarks = {name: planner.remark(name) for name, _ in planner.changes(configured(), 1)}
   (said,) = filter(None, remarks.values())
-  assert "rounded stochastically" in said and said.startswith(" ")
+  assert "rounded stochastically to bfloat16" in said and said.startswith(" ")
   assert remarks["--config.reference.param_dtype=bfloat16"] == ""  # the reference is never updated
+
+
+def test_the_command_says_whose_compiler_it_asked():
+  command = [sys.executable, "scripts/plan.py", "--config=configs/benchmark.py:a"]
+  more = ["--mean_length=60", "--device_memory=9"]
+  done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=True)
+  assert "\non the device:\n" in done.stdout
+  assert done.stdout.endswith(
+    "fits a device of 9 GiB, by the compiler for CPUs; --topology asks that of an accelerator\n"
+  )
 
 
 def test_the_command_prints_one_object():

@@ -23,8 +23,9 @@ GIB = 2**30
     ("cpu", "known: .*v5p:2x2x2.*h100:8"),
     ("v5e", "write it as v5e:1x1"),
     ("v5e:4", "write it as v5e:1x1"),
+    ("v5e-16", "the shape of the slice; write it as v5e:1x1, .*v5e:4x4"),
     ("v5e:0x2", "write it as v5e:1x1"),
-    ("h100:2x2", "write it as h100:1, h100:2, h100:8"),
+    ("h100:2x2", "the number of GPUs; write it as h100:1, h100:2, h100:8"),
     ("h100:-8", "write it as h100:1"),
   ],
 )
@@ -36,7 +37,7 @@ def test_an_unknown_target_lists_the_known(name, words):
 @pytest.mark.parametrize(("name", "extra"), [("v5e:2x2", "aot-tpu"), ("h100:8", "aot-cuda")])
 def test_a_compiler_that_is_not_there_names_its_extra(name, extra, monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(UserError, match=rf'pip install "dpo-jax\[{extra}\]"'):
+  with pytest.raises(UserError, match=rf'pip install "\.\[{extra}\]"'):
     targets.find(name)
   assert f"\n{extra} = " in (ROOT / "pyproject.toml").read_text("utf-8")
 
@@ -117,6 +118,7 @@ class Lowered:
     return Compiled()
 
 
+ONE = {"devices": 1, "topology": "v5e:1x1"}
 CONFIG = {"parallel.devices": 0, "parallel.fsdp": 4, "model.compute_dtype": "bfloat16"}
 
 
@@ -152,6 +154,7 @@ def test_a_plan_has_its_keys_and_figures(planned):
   lines = "\n".join(target_plan.show(found))
   assert "fits in 15.75 GiB" in lines and "4 devices of v5e:2x2" in lines
   assert "all-reduce" in lines and "layers.py:75" in lines
+  assert "on the device of v5e:1x1:" in target_plan.show(found | ONE)
 
 
 def test_a_step_that_does_not_fit_is_an_answer_and_not_an_error(planned):

@@ -1,6 +1,7 @@
 """Executor: pmap, jit over a mesh and one device take the same steps."""
 
 import functools
+import types
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from dpo_jax import logprobs, step
 from dpo_jax.data import collate
+from dpo_jax.distributed import executor as executors
 from dpo_jax.distributed import memory
 from dpo_jax.distributed.executor import MODES, Executor, assert_separate
 from dpo_jax.structs import UserError
@@ -152,6 +154,35 @@ def test_a_single_copy_leaves_and_comes_back(mode):
 def test_impossible_settings_are_refused_in_one_line(mode, devices, more, words):
   with pytest.raises(UserError, match=words):
     Executor(mode, devices, **more)
+
+
+def tpus(x, y, slices=1):
+  """Returns stand-ins for the chips of v6e slices, with what JAX reads of them."""
+  return [
+    types.SimpleNamespace(
+      id=number,
+      platform="tpu",
+      device_kind="TPU v6 lite",
+      coords=(number % x, number // x % y, 0),
+      core_on_chip=0,
+      process_index=0,
+      slice_index=number // (x * y),
+    )
+    for number in range(x * y * slices)
+  ]
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 1, 1), (2, 8, 1, 1), (2, 2, 1, 4), (1, 4, 2, 2)])
+def test_axes_of_a_slice_of_tpus_are_split_where_sizes_need_it(shape):
+  # A slice of 4 x 4 has axes of 4: neither 8 nor 2 is a product of these.
+  placed = executors._arrange(shape, tpus(4, 4))
+  assert placed.shape == shape
+  assert {device.id for device in placed.flat} == set(range(16))
+
+
+def test_several_slices_are_refused_in_one_line():
+  with pytest.raises(UserError, match=r"the 8 devices are in 2 TPU slices, .* hosts of one"):
+    executors._arrange((8, 1, 1, 1), tpus(2, 2, slices=2))
 
 
 def test_rows_that_do_not_divide_are_refused():

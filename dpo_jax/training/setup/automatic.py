@@ -29,8 +29,8 @@ from dpo_jax.utils import messages
 from dpo_jax.utils import workdir as workdirs
 
 USUAL_REMAT = "dots"
-# Tokens of a micro-batch on a device that keep it busy: on an H200, 8 pairs of 825 tokens were
-# trained at 97% of the rate of 32 (docs/benchmarks.md).
+# Tokens of a micro-batch on a device that keep it busy: on an H200, 8 pairs of 800 tokens were
+# trained at 86% of the rate of 32 (docs/benchmarks.md).
 ENOUGH = 6144
 # Share of the free memory that an estimate may fill: buffers do not fit without gaps.
 FILLED = 0.95
@@ -154,7 +154,7 @@ def settle(
 
 
 def divisors(pairs: int) -> list[int]:
-  """Returns the numbers of micro-batches that so many pairs of a device divide into, from 1."""
+  """Returns the numbers of micro-batches that divide the pairs of a device evenly, from 1."""
   return [count for count in range(1, pairs + 1) if pairs % count == 0]
 
 
@@ -166,7 +166,7 @@ def in_order(
   Args:
     counts: numbers of micro-batches, from the least.
     remats: what the backward pass recomputes, from the least.
-    tokens: of one of so many micro-batches on a device.
+    tokens: number of micro-batches -> tokens of one of them on a device.
   """
   # The order is important: to recompute everything takes a third of the step more, and two
   # micro-batches for one next to nothing, as long as each keeps the device busy.
@@ -184,7 +184,7 @@ def choose(
   Args:
     options: micro-batches and remat, the best first.
     estimate: bytes that an option needs.
-    room: bytes that there are.
+    room: bytes of a device that may be used.
   """
   least = None
   for accumulate, remat in options:
@@ -238,7 +238,7 @@ def _step_bytes(
   accumulate: int,
   remat: str,
 ) -> int:
-  """Estimates the bytes that a device needs for a step: what it stores, and what comes and goes.
+  """Estimates the bytes that a device needs for a step: what it stores, and `working_bytes`.
 
   Args:
     config, model_config: of the run.
@@ -279,10 +279,10 @@ def working_bytes(
   fsdp: int = 1,
   adapted: bool = False,
 ) -> int:
-  """Estimates the bytes that come and go within a step on a device, without gradients.
+  """Estimates the bytes that a device needs within a step alone, without sums of gradients.
 
-  They are what the backward pass needs of all layers and of the head, and besides whatever is more:
-  one layer with its gradients, or a chunk of logits.
+  They are what the backward pass reads of all layers and of the head, and the larger of two peaks:
+  that of one layer with its gradients, or that of a chunk of logits.
 
   Args:
     model: its shape.
