@@ -16,6 +16,7 @@ from dpo_jax.experiments.frontier import results, runs, settings
 from dpo_jax.experiments.frontier.yardstick import Yardstick, best_of_n, best_of_n_points
 from dpo_jax.monitoring import plots
 from dpo_jax.structs import UserError
+from tests.support import in_process
 
 ROOT = runs.ROOT
 
@@ -331,18 +332,19 @@ def test_summary_table_and_picture(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimized")
 def test_a_small_study_from_nothing_and_repeated(tmp_path):
-  arguments = [
-    *(sys.executable, ROOT / "scripts/frontier.py", f"--out={tmp_path}", "--quick"),
-    *("--methods=dpo,best_of_n", "--betas=dpo:2.5", "--seeds=0"),
-  ]
-  subprocess.run(arguments, check=True)
+  sizes = "--pairs=200 --epochs=8 --sft_rows=320 --sft_steps=4 --eval_prompts=16"
+  study = (
+    f"dpo-jax frontier --out={tmp_path} --quick {sizes} --frontier_samples=32"
+    " --methods=dpo,best_of_n --betas=dpo:2.5 --seeds=0"
+  )
+  first = in_process.run(study, tmp_path)
+  assert first.status == 0, first.stderr
   summary = json.loads((tmp_path / "frontier.json").read_text())
   dpo = [point for point in summary["points"] if point["method"] == "dpo"]
   assert [(point["beta"], point["seed"]) for point in dpo] == [(2.5, 0)]
   assert dpo[0]["kl"] >= 0 and (tmp_path / "frontier.png").is_file()
   made = (tmp_path / "seed0" / "dpo-2.5" / "export" / "config.json").stat().st_mtime_ns
-  subprocess.run(arguments, check=True)
+  assert in_process.run(study, tmp_path).status == 0
   assert json.loads((tmp_path / "frontier.json").read_text()) == summary
   assert (tmp_path / "seed0" / "dpo-2.5" / "export" / "config.json").stat().st_mtime_ns == made

@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
@@ -11,8 +10,7 @@ from dpo_jax import train
 from dpo_jax.distributed import preemption
 from dpo_jax.monitoring.loggers import read_metrics
 from dpo_jax.training.checkpoint import latest_step
-from tests.support import small_task
-from tests.support.paths import ROOT
+from tests.support import forks, small_task
 
 pytestmark = pytest.mark.usefixtures("one_picture")
 
@@ -63,19 +61,21 @@ def test_a_run_stopped_by_a_signal_continues_bit_identically(task):
   undisturbed, stopped = (
     small_task.command(task, name, **every) for name in ("undisturbed", "stopped")
   )
-  assert subprocess.run(undisturbed, cwd=ROOT, capture_output=True).returncode == 0
+  ((status, said),) = small_task.end([forks.start(undisturbed)])
+  assert status == 0, said
   lines = task / "stopped" / "metrics.jsonl"
-  with subprocess.Popen(stopped, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-    # A few steps are logged first, so that the signal arrives inside the training loop.
-    while not (lines.is_file() and lines.read_text().count("\n") > 3):
-      time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    output = process.stdout.read()
+  process = forks.start(stopped)
+  # A few steps are logged first, so that the signal arrives inside the training loop.
+  while not (lines.is_file() and lines.read_text().count("\n") > 3):
+    assert process.poll() is None
+    time.sleep(0.01)
+  process.send_signal(signal.SIGTERM)
+  output, _ = process.communicate()
   assert process.returncode == preemption.AGAIN
   reached = read_metrics(lines)[-1]["step"]
   assert f"saved at step {reached}" in output and reached < 60
   assert latest_step(task / "stopped" / "checkpoints") == reached
-  assert subprocess.run(stopped, cwd=ROOT, capture_output=True).returncode == 0
+  assert small_task.end([forks.start(stopped)])[0][0] == 0
   weights = [task / name / "export" / "model.safetensors" for name in ("undisturbed", "stopped")]
   assert weights[0].read_bytes() == weights[1].read_bytes()
   assert [line["step"] for line in read_metrics(lines)] == list(range(61))

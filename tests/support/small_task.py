@@ -15,6 +15,7 @@ from dpo_jax.hf import checkpoint as hf_checkpoint
 from dpo_jax.hf import peft
 from dpo_jax.model import families, transformer
 from dpo_jax.monitoring.loggers import read_metrics
+from tests.support import forks
 from tests.support.paths import ROOT
 
 # Adam divides by sqrt(v) + eps, so gradients near 0 turn rounding into whole steps. With this
@@ -101,26 +102,39 @@ def own_programs(folder):
   return os.environ | {"JAX_COMPILATION_CACHE_DIR": str(own)}
 
 
-def start(task, name, processes, devices=4, each=None, env=os.environ, **changes):
-  """Starts a run of several processes that divide `devices`; `each` has changes for one process."""
+def start(
+  task, name, processes, devices=4, each=None, env=os.environ, begin=forks.start, **changes
+):
+  """Starts a run of several processes that divide `devices`.
+
+  Args:
+    task, name: folder of the task, and name of the run.
+    processes, devices: their numbers.
+    each: for the index of a process, changes of its configuration alone.
+    env: the environment of all.
+    begin: starts one process.
+    **changes: as of `configured`.
+  """
   # Port 0 lets the system choose a free one, so that parallel tests do not collide.
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
   together = {"parallel.coordinator": f"127.0.0.1:{port}", "parallel.processes": processes}
   return [
-    subprocess.Popen(
+    begin(
       command(
         task, name, **together, **changes, **{"parallel.process": i}, **(each or {}).get(i, {})
       ),
-      cwd=ROOT,
-      env=env | {"JAX_NUM_CPU_DEVICES": str(devices // processes), "JAX_PLATFORMS": "cpu"},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
+      env | {"JAX_NUM_CPU_DEVICES": str(devices // processes), "JAX_PLATFORMS": "cpu"},
     )
     for i in range(processes)
   ]
+
+
+def from_nothing(command, env):
+  """Starts a new interpreter, as users do."""
+  pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
 
 
 def end(started, timeout=240):
