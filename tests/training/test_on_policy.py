@@ -190,5 +190,5 @@ def _on_policy(folder, name) -> ConfigDict:
   config.optimizer.update(learning_rate=5e-3, schedule="linear", b2=0.98)
   if name == "sigmoid":  # the labels' noise leaves a distance that the rate sets
     config.optimizer.learning_rate = 2e-3
-    config.train.steps = 700
+    config.train.steps = 1000
   return config
