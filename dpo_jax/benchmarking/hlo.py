@@ -182,29 +182,27 @@ def _joined(text: str) -> Iterator[str]:
   yield held
 
 
-def _split_type(text: str) -> tuple[str, str]:
-  """Splits `type opcode(…` at the first space outside brackets."""
+def _brackets(text: str) -> Iterator[tuple[int, str, int]]:
+  """Yields place and letter, and how many brackets are open behind it."""
   depth = 0
   for at, letter in enumerate(text):
-    if letter in "([{":
-      depth += 1
-    elif letter in ")]}":
-      depth -= 1
-    elif letter == " " and depth == 0:
+    depth += (letter in "([{") - (letter in ")]}")
+    yield at, letter, depth
+
+
+def _split_type(text: str) -> tuple[str, str]:
+  """Splits `type opcode(…` at the first space outside brackets."""
+  for at, letter, depth in _brackets(text):
+    if letter == " " and depth == 0:
       return text[:at], text[at + 1 :]
   return text, ""
 
 
 def _balanced(text: str) -> str:
   """Returns a text up to the bracket that closes its first one."""
-  depth = 0
-  for at, letter in enumerate(text):
-    if letter in "([{":
-      depth += 1
-    elif letter in ")]}":
-      depth -= 1
-      if depth == 0:
-        return text[: at + 1]
+  for at, letter, depth in _brackets(text):
+    if letter in ")]}" and depth == 0:
+      return text[: at + 1]
   return text
 
 

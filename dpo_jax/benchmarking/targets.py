@@ -24,7 +24,7 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-  """What an accelerator can do at most, by its maker.
+  """The limits of an accelerator, as its maker states them.
 
   Attributes:
     memory: bytes that programs may use.

@@ -176,15 +176,8 @@ def batches(
   check_share(share, batching.groups)
   balance = balance and shuffle
   rate_B = mixture.rates() if mixture and mixture.is_weighted else None
-  row_length = batching.row_length or suit_row_length(
-    examples,
-    batching.layout,
-    batch_size=batch_size,
-    accumulate=accumulate,
-    groups=batching.groups,
-    balance=balance,
-    rate_B=rate_B,
-    whole=batching.per_line > 0,
+  row_length = suit_row_length(
+    examples, batching, batch_size // accumulate, balance=balance, rate_B=rate_B
   )
   rows = _rows(examples, batching._replace(row_length=row_length))
   sizes = _usual_sizes(examples, micro, accumulate, rows, balance, rate_B)
@@ -254,29 +247,28 @@ def _rows(examples: Sequence[Example], batching: Batching) -> Batching:
 
 def suit_row_length(
   examples: Sequence[Example] | Measured,
-  layout: str,
+  batching: Batching,
+  size: int,
   *,
-  batch_size: int,
-  accumulate: int = 1,
-  groups: int = 1,
   balance: bool = False,
   rate_B: np.ndarray | None = None,
-  whole: bool = False,
 ) -> int:
-  """Returns a row length for batches of these examples; arguments as in `batches`.
+  """Returns the row length of a batching, or where it has none, one that suits these examples.
 
-  `rate_B` says how often an epoch has each example; None where that is once. `whole` is True where
-  the length of rows costs nothing by itself, because attention reads lines: a group is then one
-  row.
+  `size` is the number of examples of a micro-batch. `rate_B` says how often an epoch has each
+  example; None where that is once. Where attention reads lines, the length of rows costs nothing by
+  itself, and a group is one row.
 
   Balanced batches have about equally many tokens, and so take equally many rows. Of the lengths up
   to 2,048 (or a quarter above the least possible; a half where several groups have rows of their
   own, often one or two), the one is chosen whose rows have the least padding.
   """
+  if batching.row_length:
+    return batching.row_length
+  layout, groups = batching.layout, batching.groups
   least = fit_row_length(examples, layout)
   if not balance or layout == "padded":
     return least
-  size = batch_size // accumulate
   sampled = _sample_micro_batches(examples, size, balance, rate_B)[: max(16, WINDOW // size)]
 
   # Groups do not depend on the length of rows, so they are dealt once.
@@ -289,7 +281,7 @@ def suit_row_length(
       for batch, group_B in pairs
     )
 
-  if whole:
+  if batching.per_line:
     # All tokens of a group in one row, so that no row has an end in which no example fits. The
     # margin is for the rest of the batches: one row more would double what they take.
     costs = [packing.costs(batch, layout) for batch in sampled]
@@ -313,15 +305,7 @@ def usual_shape(
   A few have the next larger one: see `packing.Sizes`.
   """
   measured = lengths(examples)
-  row_length = batching.row_length or suit_row_length(
-    measured,
-    batching.layout,
-    batch_size=batch_size,
-    accumulate=accumulate,
-    groups=batching.groups,
-    balance=balance,
-    whole=batching.per_line > 0,
-  )
+  row_length = suit_row_length(measured, batching, batch_size // accumulate, balance=balance)
   if batching.layout == "padded":
     row_length = fit_row_length(measured, batching.layout)
   rows = batching._replace(row_length=row_length)

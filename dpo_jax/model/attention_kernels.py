@@ -323,7 +323,7 @@ def _attend(
 
 
 class Parts(NamedTuple):
-  """How lines are divided: `start_GTSq` and `length_GT` of all groups in one list."""
+  """The sequences of lines: `start_GTSq` and `length_GT`, the lines of all groups in one list."""
 
   start_TSq: Array
   length_T: Array

@@ -146,16 +146,13 @@ def _load_examples(
   rate_B = None
   if mixture and mixture.is_weighted:
     rate_B = np.concatenate([mixture.rates(), np.ones(len(held_out))])
-  row_length = batching.row_length or batches.suit_row_length(
+  row_length = batches.suit_row_length(
     # Both, so that one length serves training and evaluation.
     Measured.concatenate(examples, held_out),
-    batching.layout,
-    batch_size=settings.batch_size,
-    accumulate=settings.accumulate,
-    groups=batching.groups,
+    batching,
+    settings.batch_size // settings.accumulate,
     balance=settings.balance,
     rate_B=rate_B,
-    whole=batching.per_line > 0,
   )
   return data._replace(batching=batching._replace(row_length=row_length)), ledger
 

@@ -47,7 +47,7 @@ def test_a_result_is_what_the_command_prints_or_its_last_line(monkeypatch):
   ended = subprocess.CompletedProcess([], 0, json.dumps(PLAN), "compiling")
   monkeypatch.setattr(subprocess, "run", lambda *words, **given: ended)
   row = Row("a", "llama_8b", "v5e:2x2", model="llama_8b")
-  found = target_suites.run(row, ["--topology=v5e:2x2", "--config.model.path=/tmp/x"], 1)
+  found = target_suites.run(row, ["--topology=v5e:2x2", "--config.model.path=/models/x"], 1)
   assert found["plan"] == PLAN and found["date"]
   assert found["command"] == "--topology=v5e:2x2 --config.model.path=llama_8b"
   ended = subprocess.CompletedProcess([], 1, "", "compiling\nerror: --topology=x is not known\n")

@@ -37,7 +37,7 @@ FILLED = 0.95
 
 
 class Micro(NamedTuple):
-  """What a device has of one micro-batch.
+  """The share of a device in one micro-batch.
 
   Attributes:
     tokens: positions of its rows.
