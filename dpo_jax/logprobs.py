@@ -2,8 +2,9 @@
 
 The head (the unembedding) is the largest matrix product of a small model, and its logits are the
 largest array of any model. So training runs the head only at scored tokens, one chunk of them at a
-time; no array [N, L, V] exists, forward or backward. For the backward pass it stores the logits if
-they fit a budget (`head.target_logps`, their gradients), and otherwise recomputes each chunk.
+time (`head.target_logps`); no array [N, L, V] exists, forward or backward. For the backward pass it
+stores the gradients with respect to logits if they fit a budget, and otherwise recomputes each
+chunk.
 `naive_slot_logps` computes every logit; the tests compare with it.
 """
 
@@ -43,12 +44,13 @@ from dpo_jax.structs import (
 
 
 class LogitBudget(NamedTuple):
-  """Limits on the number of float32 logits in memory, for one group of rows.
+  """Limits on the number of float32 logits in memory, on one device.
 
   Attributes:
     chunk: the most logits that are computed at once.
-    kept: the most logits that are stored for the backward pass, over all scored tokens of the
-      group; if there are more, none is stored and the backward pass recomputes each chunk.
+    kept: the most that may be stored for the backward pass, as gradients, over all scored tokens of
+      a group; of those in two bytes twice as many. If there are more, none is stored, and the
+      backward pass recomputes each chunk.
   """
 
   chunk: int
@@ -56,7 +58,7 @@ class LogitBudget(NamedTuple):
 
 
 # A chunk takes 32 MiB on CPU. Elsewhere it takes 512 MiB, because matrix products with few rows are
-# slow there. Stored logits take up to 256 MiB on CPU and 512 MiB elsewhere.
+# slow there. What is stored takes up to 256 MiB on CPU and 512 MiB elsewhere.
 LOGIT_BUDGET = {"cpu": LogitBudget(2**23, 2**26)}
 LOGIT_BUDGET_ELSEWHERE = LogitBudget(2**27, 2**27)
 _PAST_END = 2**31 - 1  # an index beyond any batch: reads give the fill value
